@@ -1,0 +1,173 @@
+"""A vision transformer with softmax attention: the twin of vit_sigmoid.py.
+
+  python train.py --config=configs/vit.py                  Fashion-MNIST, CPU
+  python train.py --config=configs/vit.py:imagenet         ViT-B/16 at 224
+  python train.py --config=configs/vit.py:imagenet,S/16    another size
+  python train.py --config=configs/vit.py:runlocal         two tiny steps
+
+Sweeps, for `python -m sigattn.sweep`: attn, lr, seed.
+"""
+
+from ml_collections import config_dict
+
+from configs import common
+
+# Dosovitskiy et al. (2010.11929), Table 1; Ti and S from DeiT (2012.12877).
+SIZES = {  # name: width, depth, heads, MLP width
+  "Ti/16": (192, 12, 3, 768),
+  "S/16": (384, 12, 6, 1536),
+  "B/16": (768, 12, 12, 3072),
+  "L/16": (1024, 24, 16, 4096),
+}
+
+
+def get_config(arg=None):
+  """arg: words joined by commas: imagenet, a name of SIZES, runlocal."""
+  words = [word for word in (arg or "").split(",") if word]
+  choices = ("imagenet", "runlocal", *SIZES)
+  if unknown := [word for word in words if word not in choices]:
+    raise ValueError(
+      f"configs/vit.py:{arg}: unknown {unknown[0]!r}; choose from {choices}"
+    )
+  sizes = [word for word in words if word in SIZES]
+  if len(sizes) > 1:
+    raise ValueError(f"configs/vit.py:{arg}: more than one size: {sizes}")
+  if sizes or "imagenet" in words:
+    config = _imagenet(sizes[0] if sizes else "B/16")
+  else:
+    config = _fashion_mnist()
+  if "runlocal" in words:
+    _shrink(config)
+  return config.lock()
+
+
+def _base():
+  config = common.base()
+  config.task = "vit"
+  config.data = dict(
+    # An embedded set (fashion_mnist), a Hugging Face name (owner/name), or a
+    # local folder of images or parquet files.
+    source="fashion_mnist",
+    train_split="train",
+    eval_split="test",
+    image_size=28,  # pixels a side, after cropping
+    channels=1,  # 1 grey, 3 colour
+    num_classes=10,
+    mean=(0.2860,),  # of the training images, in 0..1, a number a channel
+    std=(0.3530,),
+    num_workers=0,  # processes that decode and augment; 0: threads
+  )
+  config.augment = dict(
+    crop="none",  # none, pad (shift by up to `pad`) or inception
+    pad=2,  # pixels
+    min_area=0.08,  # smallest share of the image that inception keeps
+    flip=False,  # left to right, every other image
+    randaugment_layers=0,  # operations an image; 0: off
+    randaugment_magnitude=9,  # 0 to 10
+    mixup=0.0,  # alpha of Beta(alpha, alpha); 0: off
+    cutmix=0.0,  # the same; both on: one of them each batch
+    label_smoothing=0.0,
+  )
+  config.model = dict(
+    width=96,
+    depth=3,
+    num_heads=3,
+    mlp_dim=384,
+    patch_size=4,
+    pool="mean",  # mean, or class: a class token
+    positions="learned",  # learned, sincos1d, sincos2d, rope or none
+    mlp="gelu",  # gelu or swiglu
+    norm="pre",  # pre, post, or hybrid: x + norm(f(norm(x)))
+    norm_kind="layernorm",  # layernorm or rmsnorm
+    # Initial factor on each branch, 1e-4 in the paper's code; None: no factor.
+    layer_scale=config_dict.placeholder(float),
+    drop_path=0.0,  # of the last layer's branches; linear in the depth
+    remat=False,  # recompute activations in the backward pass
+  )
+  return config
+
+
+def _fashion_mnist():
+  """The embedded default: minutes on two CPU cores."""
+  config = _base()
+  config.total_steps = 2000
+  config.batch_size = 128
+  config.augment.update(crop="pad", flip=True)
+  config.optim.update(lr=2e-3, weight_decay=0.05, b2=0.99)
+  return config
+
+
+def _imagenet(size):
+  """ImageNet-1k from the Hub; the recipe of DeiT (2012.12877), Table 9.
+
+  300 epochs of 1,281,167 images. The paper trains ViT-B/16 for 300 epochs; its
+  other hyper-parameters are not published in a form that we could check.
+  Options in its spirit: --config.model.layer_scale=1e-4
+  --config.attn.qk_norm=layernorm.
+  """
+  config = _base()
+  config.total_steps = 300 * 1_281_167 // 1024
+  config.batch_size = 1024
+  config.dtype = "bfloat16"
+  config.data.update(
+    source="ILSVRC/imagenet-1k",
+    eval_split="validation",
+    image_size=224,
+    channels=3,
+    num_classes=1000,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    num_workers=16,
+  )
+  config.augment.update(
+    crop="inception",
+    flip=True,
+    randaugment_layers=2,
+    randaugment_magnitude=9,
+    mixup=0.8,
+    cutmix=1.0,
+    label_smoothing=0.1,
+  )
+  width, depth, num_heads, mlp_dim = SIZES[size]
+  config.model.update(
+    width=width,
+    depth=depth,
+    num_heads=num_heads,
+    mlp_dim=mlp_dim,
+    patch_size=int(size.split("/")[1]),
+    pool="class",
+    drop_path=0.1,
+  )
+  config.optim.update(lr=1e-3, weight_decay=0.05)
+  config.optim.warmup_steps = 5 * 1_281_167 // 1024  # 5 epochs
+  config.eval.every_steps = 5 * 1_281_167 // 1024
+  config.ckpt.every_steps = 1_281_167 // 1024
+  config.log.every_steps = 100
+  return config
+
+
+def _shrink(config):
+  """Two small steps of the same program, for tests and for a laptop."""
+  config.total_steps = 2
+  config.batch_size = 8
+  config.model.update(width=16, depth=2, num_heads=2, mlp_dim=32)
+  config.optim.warmup_steps = 1
+  config.eval.every_steps = 2
+  config.ckpt.every_steps = 1
+  config.log.every_steps = 1
+  config.data.num_workers = 0
+
+
+def sweep_attn():
+  for kind in ("sigmoid", "softmax", "relu"):
+    yield {"attn.kind": kind}
+
+
+def sweep_lr():
+  for lr in (5e-4, 1e-3, 2e-3, 4e-3):
+    yield {"optim.lr": lr}
+
+
+def sweep_seed():
+  for seed in range(3):
+    yield {"seed": seed}

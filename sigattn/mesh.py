@@ -1,0 +1,41 @@
+"""Where arrays live: batches split over all devices, parameters on each."""
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def make():
+  """One axis, data, over every device."""
+  return jax.make_mesh(
+    (jax.device_count(),),
+    ("data",),
+    axis_types=(jax.sharding.AxisType.Auto,),
+  )
+
+
+def check(config):
+  """ValueError where a (micro-)batch cannot be split over the devices."""
+  devices = jax.device_count()
+  batch_size = config.batch_size // config.optim.accumulate
+  if batch_size % devices:
+    raise ValueError(
+      f"config.batch_size={config.batch_size} in config.optim.accumulate="
+      f"{config.optim.accumulate} parts; each part must be a multiple of the "
+      f"{devices} devices"
+    )
+
+
+def replicated(mesh):
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch(mesh):
+  """The leading axis split over the devices."""
+  return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def put(tree, mesh):
+  """A process's NumPy share of a batch as one global array on the devices."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(batch(mesh), x), tree
+  )

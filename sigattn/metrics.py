@@ -1,0 +1,163 @@
+"""What a run writes and what a person sees while it trains."""
+
+import json
+import pathlib
+import sys
+import time
+
+import rich.console
+import rich.progress
+import rich.table
+import tensorboardX
+
+console = rich.console.Console()
+
+# In the files and pictures, not in the line that a person follows.
+_UNSHOWN = ("lr", "grad_norm", "per_second")
+
+
+class Writer:
+  """Metrics as JSON lines and TensorBoard events; nothing with no workdir."""
+
+  def __init__(self, workdir, start=0, tensorboard=True):
+    """start: the step that the run resumes from; later lines are dropped."""
+    self._file = self._board = None
+    if workdir is None:
+      return
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    # A killed run has written beyond its last checkpoint: those steps come
+    # again, and must not stand twice.
+    kept = [line for line in read(workdir) if line["step"] <= start]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    self._file = path.open("a")
+    if tensorboard:
+      self._board = tensorboardX.SummaryWriter(
+        str(workdir), purge_step=start + 1
+      )
+
+  def write(self, step, split, metrics):
+    """split: "train", or the name of the split that was evaluated."""
+    if self._file is None:
+      return
+    line = {"step": step, "split": split, **metrics}
+    self._file.write(json.dumps(line) + "\n")
+    self._file.flush()
+    if self._board is not None:
+      for name, value in metrics.items():
+        self._board.add_scalar(f"{split}/{name}", value, step)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    if self._file is not None:
+      self._file.close()
+    if self._board is not None:
+      self._board.close()
+
+
+def read(workdir):
+  """The lines of metrics.jsonl as dicts; a line cut off by a kill is left."""
+  path = pathlib.Path(workdir) / "metrics.jsonl"
+  lines = []
+  if path.exists():
+    for text in path.read_text().splitlines():
+      try:
+        lines.append(json.loads(text))
+      except json.JSONDecodeError:
+        console.print(f"{path}: dropped the unreadable line {text!r}")
+  return lines
+
+
+class Mean:
+  """Means of metrics over the steps since they were last taken."""
+
+  def __init__(self):
+    self._sums = {}
+    self._count = 0
+
+  def add(self, metrics):
+    self._count += 1
+    for name, value in metrics.items():
+      self._sums[name] = self._sums.get(name, 0.0) + float(value)
+
+  def take(self):
+    means = {name: value / self._count for name, value in self._sums.items()}
+    self.__init__()
+    return means
+
+
+class Progress:
+  """A bar with step, loss, accuracy, rate and time left; lines in a log.
+
+  On a terminal the bar lives; elsewhere each call of `line` prints one line.
+  """
+
+  def __init__(self, start, total, unit):
+    self._unit = unit
+    self._total = total
+    self._step = start
+    # Time at work: evaluations, checkpoints and compiling do not count.
+    self._seconds, self._examples, self._steps = 0.0, 0, 0
+    self._began = None
+    fixed = rich.table.Column(no_wrap=True)
+    columns = (
+      rich.progress.TextColumn(
+        "step {task.completed}/{task.total}", table_column=fixed
+      ),
+      rich.progress.BarColumn(bar_width=None),
+      rich.progress.TextColumn("{task.fields[text]}", table_column=fixed),
+    )
+    self._bar = rich.progress.Progress(
+      *columns, console=console, expand=True, disable=not console.is_terminal
+    )
+    self._task = self._bar.add_task("", total=total, completed=start, text="")
+
+  def __enter__(self):
+    self._bar.start()
+    return self
+
+  def __exit__(self, *_):
+    self._bar.stop()
+
+  def pause(self):
+    """Stops the clock; the next step starts it again without being counted."""
+    self._began = None
+
+  def step(self, step, metrics, examples):
+    """Moves the bar; metrics: those of the last finished step."""
+    now = time.perf_counter()
+    if self._began is not None:
+      self._seconds += now - self._began
+      self._examples += examples
+      self._steps += 1
+    self._began = now
+    self._step = step
+    self._bar.update(self._task, completed=step, text=self._text(metrics))
+
+  def rate(self):
+    """Examples a second."""
+    return self._examples / self._seconds if self._seconds else 0.0
+
+  def _text(self, metrics):
+    first = [name for name in ("loss", "accuracy") if name in metrics]
+    others = [name for name in metrics if name not in (*first, *_UNSHOWN)]
+    parts = [f"{name} {metrics[name]:.4f}" for name in first + others]
+    if self._steps:
+      left = (self._total - self._step) * self._seconds / self._steps
+      minutes, seconds = divmod(round(left), 60)
+      parts += [f"{self.rate():,.0f} {self._unit}/s"]
+      parts += [f"{minutes}:{seconds:02d} left"]
+    return "  ".join(parts)
+
+  def line(self, label, metrics, stay=False):
+    """A line of the log; on a terminal the bar says it, unless it must stay."""
+    if stay or not console.is_terminal:
+      text = self._text(metrics)
+      log(f"step {self._step}/{self._total}  {label}  {text}")
+
+
+def log(message):
+  """Prints one line for an event, or a table."""
+  console.print(message, highlight=False, soft_wrap=True)
+  sys.stdout.flush()

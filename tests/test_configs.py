@@ -1,0 +1,123 @@
+"""Every config builds, passes its check, and is refused where it is wrong."""
+
+import copy
+
+import pytest
+
+from configs import vit, vit_sigmoid
+from sigattn import tasks
+
+ARGS = (None, "runlocal", "imagenet", "Ti/16", "imagenet,S/16", "L/16,runlocal")
+
+
+@pytest.mark.parametrize("arg", ARGS)
+@pytest.mark.parametrize("module", [vit, vit_sigmoid])
+def test_config_passes_its_check(module, arg):
+  config = module.get_config(arg)
+  assert config.is_locked
+  if config.data.source == "fashion_mnist":
+    tasks.check(config)
+  else:  # All but the data: there is no Hub in a test.
+    local = copy.deepcopy(config)
+    local.data.source = "fashion_mnist"
+    local.data.update(channels=1, num_classes=10, mean=(0.3,), std=(0.4,))
+    local.data.eval_split = "test"
+    tasks.check(local)
+
+
+@pytest.mark.parametrize("arg", ARGS)
+def test_sigmoid_differs_from_its_softmax_twin_by_the_kind_alone(arg):
+  softmax, sigmoid = vit.get_config(arg), vit_sigmoid.get_config(arg)
+  assert sigmoid.attn.kind == "sigmoid"
+  sigmoid.attn.kind = "softmax"
+  assert sigmoid == softmax
+
+
+@pytest.mark.parametrize("arg", ["imagnet", "B/16,L/16", "b/16"])
+def test_bad_argument_is_refused_with_the_choices(arg):
+  with pytest.raises(ValueError, match=f"configs/vit.py:{arg}"):
+    vit.get_config(arg)
+
+
+def test_misspelt_key_is_refused():
+  with pytest.raises(AttributeError, match="kidn"):
+    vit.get_config().attn.kidn = "relu"
+
+
+def test_references_follow_total_steps():
+  config = vit.get_config()
+  config.total_steps = 400
+  assert config.optim.warmup_steps == 20
+  assert config.eval.every_steps == 40
+
+
+BAD = [
+  ("task", "vti"),
+  ("dtype", "float64"),
+  ("total_steps", 0),
+  ("batch_size", 0),
+  ("attn.kind", "sigmiod"),
+  ("attn.qk_norm", "layer"),
+  ("attn.logit_bias", float("nan")),
+  ("attn.num_kv_heads", 2),
+  ("attn.implementation", "cuda"),
+  ("model.width", 97),
+  ("model.depth", 0),
+  ("model.num_heads", 5),
+  ("model.patch_size", 5),
+  ("model.pool", "max"),
+  ("model.positions", "sincos"),
+  ("model.mlp", "relu"),
+  ("model.norm", "both"),
+  ("model.norm_kind", "batchnorm"),
+  ("model.drop_path", 1.0),
+  ("model.layer_scale", -1e-4),
+  ("augment.crop", "random"),
+  ("augment.mixup", -0.1),
+  ("augment.cutmix", float("inf")),
+  ("augment.label_smoothing", 1.0),
+  ("augment.randaugment_magnitude", 11),
+  ("data.source", "fashion_mnits"),
+  ("data.eval_split", "validation"),
+  ("data.image_size", 0),
+  ("data.channels", 2),
+  ("data.num_classes", 9),
+  ("data.mean", (0.1, 0.2)),
+  ("data.std", (0.0,)),
+  ("data.num_workers", -1),
+  ("optim.name", "adam"),
+  ("optim.schedule", "cosin"),
+  ("optim.lr", 0.0),
+  ("optim.lr", float("nan")),
+  ("optim.b2", 1.5),
+  ("optim.clip_norm", -1.0),
+  ("optim.accumulate", 3),
+  ("optim.ema_decay", 2.0),
+  ("eval.every_steps", -1),
+  ("ckpt.keep", 0),
+  ("ckpt.best_metric", "acuracy"),
+  ("ckpt.best_mode", "maximum"),
+  ("log.every_steps", 0),
+]
+
+
+@pytest.mark.parametrize(
+  ("path", "value"), BAD, ids=[f"{path}={value}" for path, value in BAD]
+)
+def test_bad_value_is_refused_with_its_path_and_value(path, value):
+  config = vit_sigmoid.get_config()
+  config.update_from_flattened_dict({path: value})
+  with pytest.raises(ValueError, match=rf"config\.{path}") as error:
+    tasks.check(config)
+  assert repr(value) in str(error.value)
+
+
+def test_softmax_refuses_a_logit_bias():
+  config = vit.get_config()
+  config.attn.logit_bias = -3.0
+  with pytest.raises(ValueError, match=r"config\.attn\.logit_bias=-3\.0"):
+    tasks.check(config)
+  config = vit.get_config()
+  config.attn.learn_logit_bias = True
+  with pytest.raises(ValueError, match=r"config\.attn\.learn_logit_bias=True"):
+    tasks.check(config)

@@ -1,0 +1,70 @@
+"""Sweeps: the product, the commands, the skipping, the table."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from sigattn import sweep
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = "configs/vit_sigmoid.py"
+
+
+def run(*words):
+  return subprocess.run(
+    [sys.executable, "-m", "sigattn.sweep", *words],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+
+
+def test_sweeps_multiply():
+  found = sweep.deltas(CONFIG, ["attn", "seed"])
+  assert len(found) == 9
+  assert found[0] == {"attn.kind": "sigmoid", "seed": 0}
+  assert found[-1] == {"attn.kind": "relu", "seed": 2}
+  assert len({json.dumps(delta) for delta in found}) == 9
+
+
+def test_unknown_sweep_is_refused_with_the_known_ones():
+  with pytest.raises(ValueError, match=r"'sed'; .*'attn', 'lr', 'seed'"):
+    sweep.deltas(CONFIG, ["sed"])
+  with pytest.raises(ValueError, match="two set one key"):
+    sweep.deltas(CONFIG, ["seed", "seed"])
+
+
+def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path):
+  root = tmp_path / "root"
+  done = run(
+    f"--config={CONFIG}:runlocal", "--sweep=attn,seed", "--dry_run",
+    f"--root={root}", "--config.optim.b1=0.8",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+  assert len(lines) == 9
+  assert (
+    f"train.py --config={CONFIG}:runlocal --config.optim.b1=0.8" in lines[0]
+  )
+  assert "--config.attn.kind=sigmoid --config.seed=0" in lines[0]
+  assert f"--workdir={root}/attn.kind=sigmoid,seed=0" in lines[0]
+  assert not root.exists()
+
+
+def test_runs_compares_and_skips_what_is_finished(tmp_path):
+  words = (
+    f"--config={CONFIG}:runlocal", "--sweep=attn", f"--root={tmp_path}",
+    "--config.batch_size=256", "--config.eval.every_steps=2",
+  )  # fmt: skip
+  first = run(*words)
+  assert first.returncode == 0, first.stdout + first.stderr
+  for kind in ("sigmoid", "softmax", "relu"):
+    assert f"attn.kind={kind}" in first.stdout
+    assert (tmp_path / f"attn.kind={kind}" / "DONE.json").exists()
+  table = json.loads((tmp_path / "sweep.json").read_text())
+  done = json.loads((tmp_path / "attn.kind=relu" / "DONE.json").read_text())
+  assert table["attn.kind=relu"]["accuracy"] == [done["accuracy"]]
+  assert (tmp_path / "sweep.png").stat().st_size > 10_000
+  again = run(*words)
+  assert again.stdout.count("is finished") == 3

@@ -1,0 +1,294 @@
+"""The loop, from the command line to the restored model, at two small steps."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import train as train_lib
+from configs import vit, vit_sigmoid
+from eval import evaluate
+from sigattn import checkpoint, metrics, tasks, workdirs
+from sigattn.data import loader
+from train import train
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def small(kind="sigmoid", **values):
+  config = vit_sigmoid.get_config("runlocal")
+  config.attn.kind = kind
+  config.update_from_flattened_dict(values)
+  return config
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+  """Evaluates one batch instead of all: the loop is the same."""
+  whole = loader.eval_batches
+
+  def one(config, split):
+    return [next(iter(whole(config, split)))]
+
+  monkeypatch.setattr(loader, "eval_batches", one)
+
+
+def equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax", "relu", "relu2"])
+def test_every_kind_trains_and_writes_nothing_without_a_workdir(
+  kind, tmp_path, monkeypatch, few_images
+):
+  monkeypatch.chdir(tmp_path)
+  config = small(kind)
+  state = train(config)
+  assert int(state.step) == 2
+  assert not list(tmp_path.iterdir())
+  _, start = tasks.init(config)
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, start)
+  assert all(jax.tree.leaves(moved["head"]))
+  model = tasks.model(config, state.params)
+  logits = model(np.zeros((3, 28, 28, 1), np.float32))
+  assert logits.shape == (3, 10)
+
+
+def test_loss_falls_when_it_learns_one_batch():
+  config = small(total_steps=30)
+  config.optim.update(lr=3e-3, schedule="constant")
+  static, tx, state = train_lib._init(config, train_lib.mesh.make())
+  step = train_lib._make_step(config, tasks.TASKS["vit"], static, tx)
+  batch = next(loader.train_iterator(config))
+  losses = []
+  for _ in range(30):
+    state, values = step(state, batch)
+    losses.append(float(values["loss"]))
+  assert losses[0] == pytest.approx(np.log(10), rel=0.05)
+  assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
+  workers, tmp_path, few_images
+):
+  values = {
+    "optim.schedule": "constant",
+    "optim.ema_decay": 0.9,
+    "model.drop_path": 0.2,
+    "augment.mixup": 0.5,
+    "data.num_workers": workers,
+  }
+  once = train(small(total_steps=6, **values), tmp_path / "once")
+  train(small(total_steps=3, **values), tmp_path / "twice")
+  twice = train(small(total_steps=6, **values), tmp_path / "twice")
+  equal(once, twice)
+  lines = [
+    [
+      {k: v for k, v in line.items() if k != "per_second"}
+      for line in metrics.read(tmp_path / name)
+      # The shorter run evaluated its end; the longer had no reason to.
+      if not (line["split"] == "test" and line["step"] == 3)
+    ]
+    for name in ("once", "twice")
+  ]
+  assert lines[0] == lines[1]
+
+
+def test_kill_9_and_the_same_command_again_equals_one_run(tmp_path):
+  config = ["--config=configs/vit_sigmoid.py:runlocal"]
+  config += ["--config.total_steps=300", "--config.ckpt.every_steps=20"]
+  config += ["--config.eval.every_steps=0", "--config.optim.warmup_steps=5"]
+
+  def command(workdir):
+    return [sys.executable, "train.py", *config, f"--workdir={workdir}"]
+
+  killed = subprocess.Popen(
+    command(tmp_path / "killed"), cwd=ROOT, stdout=subprocess.DEVNULL
+  )
+  folder, deadline = tmp_path / "killed" / "checkpoints", time.time() + 120
+  while not folder.is_dir() or not [
+    p for p in folder.iterdir() if p.name.isdecimal()
+  ]:
+    assert killed.poll() is None, "ended before its first checkpoint"
+    assert time.time() < deadline
+    time.sleep(0.02)
+  killed.send_signal(signal.SIGKILL)
+  killed.wait()
+  assert not (tmp_path / "killed" / "DONE.json").exists()
+  output = subprocess.run(
+    command(tmp_path / "killed"),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  assert "resumed from step" in output
+  subprocess.run(
+    command(tmp_path / "whole"), cwd=ROOT, capture_output=True, check=True
+  )
+  _, killed_params, step = checkpoint.load(tmp_path / "killed")
+  _, whole_params, _ = checkpoint.load(tmp_path / "whole")
+  assert step == 300
+  equal(killed_params, whole_params)
+  steps = [x["step"] for x in metrics.read(tmp_path / "killed")]
+  assert steps == [x["step"] for x in metrics.read(tmp_path / "whole")]
+
+
+def test_interrupt_saves_and_the_same_call_goes_on(tmp_path):
+  command = [
+    sys.executable, "train.py", "--config=configs/vit_sigmoid.py:runlocal",
+    "--config.total_steps=100000", "--config.ckpt.every_steps=0",
+    "--config.eval.every_steps=0", f"--workdir={tmp_path}",
+  ]  # fmt: skip
+  run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+  for line in run.stdout:
+    if line.startswith("step 5/"):
+      break
+  run.send_signal(signal.SIGINT)
+  output = run.stdout.read()
+  assert run.wait(60) == 130
+  assert "the same command goes on" in output
+  assert "Traceback" not in output
+  step = checkpoint.load(tmp_path)[2]
+  assert 5 <= step < 100000
+  state = train(
+    small(total_steps=step, **{"ckpt.every_steps": 0, "eval.every_steps": 0}),
+    tmp_path,
+  )
+  assert int(state.step) == step
+
+
+def test_finished_run_is_read_back_not_trained_again(tmp_path, few_images):
+  first = train(small(), tmp_path)
+  before = (tmp_path / "metrics.jsonl").read_text()
+  again = train(small(), tmp_path)
+  equal(first, again)
+  assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_another_config_in_the_same_workdir_is_refused(tmp_path, few_images):
+  train(small(), tmp_path)
+  with pytest.raises(ValueError, match=r"config\.attn\.kind='sigmoid'"):
+    train(small("softmax"), tmp_path)
+  train(small(**{"log.every_steps": 2, "eval.every_steps": 1}), tmp_path)
+
+
+def test_what_a_run_leaves(tmp_path):
+  config = small(**{"batch_size": 256, "eval.every_steps": 1})
+  train(config, tmp_path)
+  assert workdirs.read_config(tmp_path).attn.kind == "sigmoid"
+  lines = metrics.read(tmp_path)
+  assert [(x["step"], x["split"]) for x in lines] == [
+    (1, "train"), (1, "test"), (2, "train"), (2, "test"),
+  ]  # fmt: skip
+  assert {"loss", "accuracy", "lr", "grad_norm"} <= lines[0].keys()
+  done = json.loads((tmp_path / "DONE.json").read_text())
+  assert done["step"] == 2
+  assert done["accuracy"] == lines[-1]["accuracy"]
+  assert (tmp_path / "curves.png").stat().st_size > 10_000
+  assert list(tmp_path.glob("events.out.tfevents.*"))
+  results = evaluate(tmp_path)
+  assert results["accuracy"] == pytest.approx(done["accuracy"], abs=1e-7)
+  assert json.loads((tmp_path / "eval.json").read_text()) == results
+  assert evaluate(tmp_path, split="train", step=2)["split"] == "train"
+  with pytest.raises(ValueError, match=r"step=7: .* holds the steps \["):
+    evaluate(tmp_path, step=7)
+  with pytest.raises(ValueError, match="no run here"):
+    evaluate(tmp_path / "nothing")
+
+
+def test_evaluation_averages_over_the_examples_not_the_padding(tmp_path):
+  config = small(batch_size=192)  # 2000 images: the last batch is padded
+  _, params = tasks.init(config)
+  evaluator = tasks.evaluator(config, train_lib.mesh.make())
+  found = evaluator(params, loader.eval_batches(config, "test"))
+  config.batch_size = 250
+  whole = evaluator(params, loader.eval_batches(config, "test"))
+  assert found["accuracy"] == pytest.approx(whole["accuracy"], abs=1e-6)
+  assert found["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
+def test_best_checkpoint_is_kept_beside_the_newest(tmp_path, monkeypatch):
+  accuracies = iter([0.1, 0.5, 0.3, 0.2])
+  monkeypatch.setattr(
+    tasks,
+    "evaluator",
+    lambda *_: lambda *_: {"loss": 1.0, "accuracy": next(accuracies)},
+  )
+  train(small(total_steps=4, **{"eval.every_steps": 1}), tmp_path)
+  folder = tmp_path / "checkpoints"
+  assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["2", "4"]
+  assert checkpoint.load(tmp_path, "best")[2] == 2
+  assert checkpoint.load(tmp_path)[2] == 4
+
+
+def test_accumulated_gradient_equals_the_whole_batchs():
+  config = small(batch_size=12)
+  batch = next(loader.train_iterator(config))
+  found = []
+  for parts in (1, 3):
+    config.optim.accumulate = parts
+    static, tx, state = train_lib._init(config, train_lib.mesh.make())
+    step = train_lib._make_step(config, tasks.TASKS["vit"], static, tx)
+    found.append(step(state, batch)[1])
+  for name in ("loss", "accuracy", "grad_norm"):
+    np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-5)
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32_parameters(few_images):
+  state = train(small(dtype="bfloat16"))
+  assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
+  exact = train(small())
+  rounding = jax.tree.map(
+    lambda a, b: float(abs(a - b).max()), state.params, exact.params
+  )
+  assert max(jax.tree.leaves(rounding)) > 0
+
+
+def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
+  config = small(total_steps=5)
+  config.optim.update(lr=1e30, clip_norm=0.0, name="sgd", warmup_steps=0)
+  with pytest.raises(FloatingPointError, match=r"loss=\w+ at step \d"):
+    train(config, tmp_path)
+  _, params, _ = checkpoint.load(tmp_path)
+  assert not any(np.isnan(x).any() for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--config=configs/vit.py", "--config.attn.kidn=relu"], "kind"),
+    (["--config=configs/vit.py", "--config.attn.kind=x"], "config.attn.kind"),
+    (["--config=configs/no.py"], "configs/no.py"),
+    (["--config=configs/vit.py:b"], "imagenet"),
+    (["--config=configs/vit.py", "--workdir=/proc/no"], "cannot be written"),
+  ],
+)
+def test_command_line_refuses_without_a_trace_of_a_run(words, said, tmp_path):
+  done = subprocess.run(
+    [sys.executable, ROOT / "train.py", *words],
+    cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)},
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode != 0
+  assert said in done.stdout + done.stderr
+
+
+def test_two_seeds_differ_and_one_repeats(few_images):
+  runs = [train(small(seed=seed)).params for seed in (0, 0, 1)]
+  equal(runs[0], runs[1])
+  assert (runs[0]["head"]["kernel"] != runs[2]["head"]["kernel"]).any()
+
+
+def test_kinds_start_from_the_same_parameters():
+  equal(
+    tasks.init(vit.get_config())[1], tasks.init(vit_sigmoid.get_config())[1]
+  )
