@@ -1,0 +1,104 @@
+"""Pointwise attention: activation(scale q k^T + ...) v, by the best kernel.
+
+Knows neither Flax nor the rest of the project: it could be lifted out as it
+stands. An implementation is a module with
+  unsupported(problem) -> str   why it cannot; empty where it can
+  attention(query, key, value, operands, problem) -> (B, T, N, H)
+"""
+
+import functools
+import importlib
+import logging
+
+from kernels import problem as problems
+from kernels.problem import Operands, Problem
+
+__all__ = ["IMPLEMENTATIONS", "Operands", "Problem", "attention", "choose"]
+
+# Fastest first. xla takes every problem, and so is the last.
+IMPLEMENTATIONS = {"xla": "kernels.xla_attn"}
+
+_logger = logging.getLogger(__name__)
+
+
+def attention(
+  query,
+  key,
+  value,
+  operands,
+  *,
+  kind,
+  scale,
+  logit_bias,
+  normalizer=1.0,
+  is_causal=False,
+  local_window_size=None,
+  implementation=None,
+):
+  """out = activation(scale q k^T + bias + logit_bias + alibi) v / normalizer.
+
+  A row of the output without a visible key is zero.
+
+  Args:
+    query: (B, T, N, H).
+    key, value: (B, S, K, H), K dividing N.
+    operands: arrays that change the logits or what is visible.
+    kind: sigmoid, relu or relu2 (the square of relu).
+    scale: a float.
+    logit_bias: a float, or None where operands.logit_bias holds an array.
+    normalizer: a float.
+    is_causal: query i sees the keys j <= i, as in jax.nn.
+    local_window_size: w or (left, right): query i sees i - left .. i + right.
+    implementation: a name of IMPLEMENTATIONS; None: the first that can.
+
+  Raises:
+    ValueError: for arguments that make no sense for any implementation.
+    NotImplementedError: where the named implementation cannot.
+  """
+  problem = problems.make(
+    query,
+    key,
+    value,
+    operands,
+    kind=kind,
+    scale=scale,
+    logit_bias=logit_bias,
+    normalizer=normalizer,
+    is_causal=is_causal,
+    window=local_window_size,
+  )
+  module = _module(choose(problem, implementation))
+  return module.attention(query, key, value, operands, problem)
+
+
+def check_implementation(implementation):
+  """ValueError unless it is None or the name of one."""
+  if implementation is not None and implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"{implementation=}; choose from {[None, *IMPLEMENTATIONS]}"
+    )
+
+
+@functools.lru_cache(maxsize=4096)  # once a problem: so is the line in the log
+def choose(problem: Problem, implementation=None):
+  """The name of the implementation that will compute the problem.
+
+  Raises ValueError for an unknown name, NotImplementedError with the reasons
+  where none (or not the named one) can.
+  """
+  check_implementation(implementation)
+  declined = {}
+  for name in [implementation] if implementation else IMPLEMENTATIONS:
+    reason = _module(name).unsupported(problem)
+    if not reason:
+      others = "".join(f"; not {k}: {why}" for k, why in declined.items())
+      _logger.info("attention %s by %s%s", problem, name, others)
+      return name
+    declined[name] = reason
+  reasons = "; ".join(f"{name}: {why}" for name, why in declined.items())
+  raise NotImplementedError(f"attention {problem}: {reasons}")
+
+
+def _module(name):
+  # Imported when asked for: a laptop need not have Triton.
+  return importlib.import_module(IMPLEMENTATIONS[name])

@@ -1,0 +1,218 @@
+"""Which attention is to be computed: checked once, hashable.
+
+Shapes: B batch, T queries, S keys, N heads, K key-value heads, G = N / K
+queries to a key head, H head width.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+ACTIVATIONS = ("sigmoid", "relu", "relu2")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+class Operands(NamedTuple):
+  """What attention reads besides query, key and value; None where absent."""
+
+  bias: Any = None  # (B or 1, N or 1, T or 1, S or 1), added to the logits
+  mask: Any = None  # the same shapes, bool; True: visible
+  logit_bias: Any = None  # (B or 1, N), added to the logits
+  alibi_slopes: Any = None  # (B or 1, N)
+  query_seq_lengths: Any = None  # (B,) int32
+  key_value_seq_lengths: Any = None  # (B,) int32
+  query_segment_ids: Any = None  # (B, T) int32
+  key_value_segment_ids: Any = None  # (B, S) int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """Everything about one attention but the numbers in its arrays.
+
+  Hashable, so that it is a static argument of jit, the key of a tuning table
+  and of the log. `make` checks and builds it.
+  """
+
+  kind: str  # one of ACTIVATIONS
+  batch: int
+  query_len: int
+  key_len: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  dtype: str  # of query, key, value and the output
+  scale: float
+  logit_bias: float | None  # None: an array, operands.logit_bias
+  normalizer: float  # the weights are activation(logits) / normalizer
+  is_causal: bool
+  window: tuple[int, int] | None  # keys to the left and right of a query
+  shapes: Operands  # the shape of each operand, or None
+
+  @property
+  def masked_by_data(self):
+    """Whether what is visible depends on more than the positions."""
+    s = self.shapes
+    return any(
+      x is not None
+      for x in (
+        s.mask,
+        s.query_seq_lengths,
+        s.key_value_seq_lengths,
+        s.query_segment_ids,
+      )
+    )
+
+  def __str__(self):
+    """sigmoid B2 T1024 S1024 N8 K8 H64 bfloat16 causal, say."""
+    words = [
+      f"{self.kind} B{self.batch} T{self.query_len} S{self.key_len} "
+      f"N{self.num_heads} K{self.num_kv_heads} H{self.head_dim} {self.dtype}"
+    ]
+    words += ["causal"] if self.is_causal else []
+    words += [f"window{self.window}"] if self.window else []
+    words += [k for k, v in self.shapes._asdict().items() if v is not None]
+    return " ".join(words)
+
+
+def make(
+  query,
+  key,
+  value,
+  operands,
+  *,
+  kind,
+  scale,
+  logit_bias,
+  normalizer,
+  is_causal,
+  window,
+):
+  """The Problem of these arrays; ValueError where they make no sense.
+
+  query: (B, T, N, H). key, value: (B, S, K, H). logit_bias: a float, or None
+  where operands.logit_bias is an array.
+  """
+  if kind not in ACTIVATIONS:
+    raise ValueError(f"{kind=}; choose from {ACTIVATIONS}")
+  _check_arrays(query, key, value)
+  problem = Problem(
+    kind=kind,
+    batch=query.shape[0],
+    query_len=query.shape[1],
+    key_len=key.shape[1],
+    num_heads=query.shape[2],
+    num_kv_heads=key.shape[2],
+    head_dim=query.shape[3],
+    dtype=query.dtype.name,
+    scale=float(scale),
+    logit_bias=None if logit_bias is None else float(logit_bias),
+    normalizer=float(normalizer),
+    is_causal=bool(is_causal),
+    window=_window(window),
+    shapes=Operands(*(x if x is None else x.shape for x in operands)),
+  )
+  _check_operands(problem, operands)
+  _check_numbers(problem)
+  return problem
+
+
+def _check_arrays(query, key, value):
+  arrays = {"query": query, "key": key, "value": value}
+  for name, array in arrays.items():
+    if array.ndim != 4:
+      raise ValueError(
+        f"{name}.shape={array.shape}; must have four axes: batch, length, "
+        "heads, head width"
+      )
+    if array.dtype.name not in DTYPES:
+      raise ValueError(f"{name}.dtype={array.dtype.name}; choose from {DTYPES}")
+    if array.dtype != query.dtype:
+      raise ValueError(
+        f"{name}.dtype={array.dtype.name}; must be the query's, "
+        f"{query.dtype.name}"
+      )
+  if value.shape != key.shape:
+    raise ValueError(f"value.shape={value.shape}; must be the {key.shape=}")
+  batch, _, heads, width = query.shape
+  if (key.shape[0], key.shape[3]) != (batch, width):
+    raise ValueError(
+      f"key.shape={key.shape}; its batch and head width must be those of the "
+      f"{query.shape=}"
+    )
+  if not key.shape[2] or heads % key.shape[2]:
+    raise ValueError(
+      f"key.shape={key.shape}: {key.shape[2]} heads; must divide the query's "
+      f"{heads}"
+    )
+
+
+def _window(window):
+  """(left, right) of a pair or of one number for both."""
+  if window is None:
+    return None
+  pair = (window, window) if isinstance(window, int) else tuple(window)
+  if len(pair) != 2 or min(pair) < 0:
+    raise ValueError(
+      f"local_window_size={window!r}; must be a number of keys >= 0, or such "
+      "numbers to the left and to the right"
+    )
+  return pair
+
+
+def _check_operands(p, operands):
+  logits = (p.batch, p.num_heads, p.query_len, p.key_len)
+  per_head = (p.batch, p.num_heads)
+  wanted = Operands(
+    bias=logits,
+    mask=logits,
+    logit_bias=per_head,
+    alibi_slopes=per_head,
+    query_seq_lengths=(p.batch,),
+    key_value_seq_lengths=(p.batch,),
+    query_segment_ids=(p.batch, p.query_len),
+    key_value_segment_ids=(p.batch, p.key_len),
+  )
+  # The axes that an operand may leave at 1.
+  free = Operands(
+    bias=range(4), mask=range(4), logit_bias=(0,), alibi_slopes=(0,)
+  )
+  for name, shape, full, axes in zip(
+    Operands._fields, p.shapes, wanted, free, strict=True
+  ):
+    if shape is not None and not _fits(shape, full, axes or ()):
+      raise ValueError(f"{name}.shape={shape}; must broadcast to {full}")
+  if operands.mask is not None and operands.mask.dtype != bool:
+    raise ValueError(
+      f"mask.dtype={operands.mask.dtype.name}; must be bool (what is to be "
+      "added to the logits goes to bias)"
+    )
+  for name in Operands._fields[4:]:
+    array = getattr(operands, name)
+    if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
+      raise ValueError(f"{name}.dtype={array.dtype.name}; must be an integer")
+  if (operands.query_segment_ids is None) != (
+    operands.key_value_segment_ids is None
+  ):
+    raise ValueError(
+      "query_segment_ids and key_value_segment_ids; give both or neither"
+    )
+
+
+def _fits(shape, full, free):
+  return len(shape) == len(full) and all(
+    n == m or (n == 1 and axis in free)
+    for axis, (n, m) in enumerate(zip(shape, full, strict=True))
+  )
+
+
+def _check_numbers(p):
+  if (p.logit_bias is None) == (p.shapes.logit_bias is None):
+    raise ValueError("logit_bias; must be a number or an array, one of them")
+  for name in ("scale", "logit_bias", "normalizer"):
+    number = getattr(p, name)
+    if number is not None and not math.isfinite(number):
+      raise ValueError(f"{name}={number!r}; must be finite")
+  if p.normalizer <= 0:
+    raise ValueError(f"normalizer={p.normalizer!r}; must be > 0")

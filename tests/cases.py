@@ -1,0 +1,213 @@
+"""The named attention problems that tests and benchmarks share."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """Shapes and options of one attention; the operands are drawn from them."""
+
+  name: str
+  batch: int = 2
+  queries: int = 24
+  keys: int | None = None  # None: as many as queries
+  heads: int = 4
+  kv_heads: int | None = None  # None: as many as heads
+  width: int = 8
+  kind: str = "sigmoid"
+  logit_bias: float | None = None
+  bias_per_head: tuple[str, ...] | None = None  # axes of a logit_bias array
+  scale: float | None = None
+  causal: bool = False
+  window: tuple[int, int] | None = None
+  alibi: bool = False
+  lengths: bool = False
+  segments: bool = False
+  mask: tuple[int, ...] | None = None  # axes of B, N, T, S that are not 1
+  bias: tuple[int, ...] | None = None
+
+  def __str__(self):
+    return self.name
+
+  @property
+  def shape(self):
+    """(B, T, S, N, K, H)."""
+    return (
+      self.batch,
+      self.queries,
+      self.keys or self.queries,
+      self.heads,
+      self.kv_heads or self.heads,
+      self.width,
+    )
+
+
+CASES = [
+  Case("plain"),
+  Case("one_token", queries=1),
+  Case("seven", queries=7),
+  Case("vit_197", batch=1, queries=197, heads=2),
+  Case("cross_short", queries=5, keys=33),
+  Case("cross_long", queries=33, keys=5),
+  Case("grouped", kv_heads=2),
+  Case("one_kv_head", kv_heads=1),
+  Case("scaled", scale=0.7),
+  Case("bias_low", logit_bias=-16.0),
+  Case("bias_high", logit_bias=2.0),
+  Case("bias_head", bias_per_head=("N",)),
+  Case("bias_example_grouped", bias_per_head=("B", "N"), kv_heads=2),
+  Case("causal", causal=True),
+  Case("causal_cross", causal=True, queries=9, keys=20),
+  Case("window", window=(3, 2)),
+  Case("causal_window", causal=True, window=(4, 0)),
+  Case("alibi", alibi=True),
+  Case("alibi_causal_cross", alibi=True, causal=True, queries=9, keys=20),
+  Case("lengths", lengths=True),
+  Case("lengths_cross_grouped", lengths=True, keys=31, kv_heads=2),
+  Case("segments", segments=True),
+  Case("segments_causal", segments=True, causal=True),
+  Case("mask", mask=(0, 1, 2, 3)),
+  Case("mask_keys", mask=(0, 3)),
+  Case("dense_bias", bias=(0, 1, 2, 3)),
+  Case("dense_bias_shared", bias=(2, 3), kv_heads=2),
+  Case("dense_bias_keys", bias=(1, 3)),
+  Case("relu", kind="relu"),
+  Case("relu_causal_bias", kind="relu", causal=True, logit_bias=0.3),
+  Case("relu2", kind="relu2"),
+  Case("relu2_lengths", kind="relu2", lengths=True),
+  Case(
+    "everything", keys=30, kv_heads=2, causal=True, window=(9, 0), alibi=True,
+    lengths=True, segments=True, mask=(0, 2, 3), bias=(1, 2, 3),
+    bias_per_head=("N",),
+  ),
+]  # fmt: skip
+
+
+def draw(case, dtype="float32", seed=0):
+  """(query, key, value), the other arguments, and a cotangent of the output.
+
+  NumPy arrays, of float32 rounded to dtype where they enter as query, key,
+  value or cotangent.
+  """
+  rng = np.random.default_rng(seed)
+  b, t, s, n, k, h = case.shape
+
+  def normal(*shape):
+    return rng.standard_normal(shape, np.float32)
+
+  arrays = [normal(b, t, n, h), normal(b, s, k, h), normal(b, s, k, h)]
+  cotangent = normal(b, t, n, h)
+  options = dict(
+    kind=case.kind,
+    logit_bias=case.logit_bias,
+    scale=case.scale,
+    is_causal=case.causal,
+    local_window_size=case.window,
+  )
+  logits = (b, n, t, s)
+
+  def some(axes):
+    return [m if axis in axes else 1 for axis, m in enumerate(logits)]
+
+  if case.bias_per_head:
+    axes = [{"B": b, "N": n}[axis] for axis in case.bias_per_head]
+    options["logit_bias"] = normal(*axes) - np.float32(math.log(s))
+  if case.alibi:
+    options["alibi_slopes"] = 2.0 ** -np.arange(1, n + 1, dtype=np.float32)
+  if case.lengths:  # the first example sees nothing at all
+    options["query_seq_lengths"] = np.linspace(1, t, b, dtype=np.int32)
+    options["key_value_seq_lengths"] = np.linspace(0, s - 2, b, dtype=np.int32)
+  if case.segments:
+    options["query_segment_ids"] = np.sort(rng.integers(0, 3, (b, t)))
+    options["key_value_segment_ids"] = np.sort(rng.integers(0, 3, (b, s)))
+  if case.mask:
+    options["mask"] = rng.random(some(case.mask)) < 0.7
+  if case.bias:
+    options["bias"] = normal(*some(case.bias))
+  arrays = [np.asarray(x).astype(_dtype(dtype)) for x in (*arrays, cotangent)]
+  return arrays[:3], options, arrays[3]
+
+
+def _dtype(name):
+  import ml_dtypes
+
+  return ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name)
+
+
+def visible(case, options):
+  """bool (B, N, T, S), by loops over the definition."""
+  b, t, s, n, *_ = case.shape
+  seen = np.ones((b, n, t, s), bool)
+  i, j = np.arange(t)[:, None], np.arange(s)[None]
+  if case.causal:
+    seen &= j <= i
+  if case.window:
+    seen &= (i - case.window[0] <= j) & (j <= i + case.window[1])
+  for example in range(b):
+    if case.lengths:
+      seen[example] &= i < options["query_seq_lengths"][example]
+      seen[example] &= j < options["key_value_seq_lengths"][example]
+    if case.segments:
+      queries = options["query_segment_ids"][example][:, None]
+      seen[example] &= queries == options["key_value_segment_ids"][example]
+  if case.mask:
+    seen &= options["mask"]
+  return seen
+
+
+def exact(case, arrays, options, cotangent):
+  """Output and gradients in NumPy float64: a dict of arrays.
+
+  out, query, key, value, and of logit_bias, alibi_slopes and bias those that
+  the case has as arrays.
+  """
+  q, k, v, do = (np.asarray(x, np.float64) for x in (*arrays, cotangent))
+  b, t, s, n, kv, h = case.shape
+  k, v = (np.repeat(x, n // kv, axis=2) for x in (k, v))
+  scale = h**-0.5 if case.scale is None else case.scale
+  z = scale * np.einsum("btnh,bsnh->bnts", q, k)
+  if case.bias:
+    z = z + options["bias"].astype(np.float64)
+  distance = abs(np.arange(t)[:, None] + s - t - np.arange(s)[None])
+  if case.alibi:
+    slopes = options["alibi_slopes"].astype(np.float64)
+    z = z - slopes[:, None, None] * distance
+  offset = options["logit_bias"]
+  if offset is None:
+    offset = -math.log(s) if case.kind == "sigmoid" else 0.0
+  z = z + np.asarray(offset, np.float64).reshape(*np.shape(offset), 1, 1)
+  if case.kind == "sigmoid":
+    p = 1 / (1 + np.exp(-z))
+    slope = p / (1 + np.exp(z))
+  elif case.kind == "relu":
+    p, slope = np.maximum(z, 0) / s, (z > 0) / s
+  else:
+    p, slope = np.maximum(z, 0) ** 2 / s, 2 * np.maximum(z, 0) / s
+  seen = visible(case, options)
+  p, slope = p * seen, slope * seen
+  dz = slope * np.einsum("btnh,bsnh->bnts", do, v)
+  dk = scale * np.einsum("bnts,btnh->bsnh", dz, q)
+  dv = np.einsum("bnts,btnh->bsnh", p, do)
+  found = {
+    "out": np.einsum("bnts,bsnh->btnh", p, v),
+    "query": scale * np.einsum("bnts,bsnh->btnh", dz, k),
+    "key": dk.reshape(b, s, kv, n // kv, h).sum(3),
+    "value": dv.reshape(b, s, kv, n // kv, h).sum(3),
+  }
+  if case.bias_per_head:
+    found["logit_bias"] = _reduce(dz.sum((2, 3)), np.shape(offset))
+  if case.alibi:
+    found["alibi_slopes"] = -(dz * distance).sum((0, 2, 3))
+  if case.bias:
+    found["bias"] = _reduce(dz, options["bias"].shape)
+  return found
+
+
+def _reduce(x, shape):
+  """x summed over the axes that `shape` does not have, or has as 1."""
+  x = x.sum(tuple(range(x.ndim - len(shape))))
+  axes = tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] > 1)
+  return x.sum(axes, keepdims=True)

@@ -1,0 +1,339 @@
+"""The public operation: what it promises beyond the numbers of its kernels."""
+
+import inspect
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import sigattn
+from sigattn.attention import KINDS, dot_product_attention
+from tests import cases
+
+POINTWISE = [kind for kind in KINDS if kind != "softmax"]
+SMALL = cases.Case("small", queries=6, keys=9, heads=4, width=8)
+
+
+def draw(case=SMALL, dtype="float32"):
+  return [jnp.asarray(x) for x in cases.draw(case, dtype)[0]]
+
+
+def close(found, wanted, rtol=1e-5, atol=1e-6):
+  np.testing.assert_allclose(found, wanted, rtol=rtol, atol=atol)
+
+
+def test_it_takes_the_arguments_of_jax_nn_in_their_order():
+  ours = inspect.signature(sigattn.dot_product_attention).parameters
+  theirs = dict(inspect.signature(jax.nn.dot_product_attention).parameters)
+  theirs.pop("return_residual")  # the log-sum-exp: sigmoid has none
+  assert list(ours)[:5] == list(theirs)[:5]
+  for name, parameter in theirs.items():
+    assert ours[name].kind == parameter.kind
+    assert ours[name].default == parameter.default
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"is_causal": True},
+    {"local_window_size": (2, 1)},
+    {"local_window_size": 2, "scale": 0.3},
+    {"query_seq_lengths": [6, 2], "key_value_seq_lengths": [9, 4]},
+    {"bias": True, "mask": True},
+  ],
+  ids=str,
+)
+def test_softmax_is_jax_nn_and_sigmoid_sees_the_same_pairs(options):
+  query, key, value = draw()
+  options = dict(options)
+  for name in ("query_seq_lengths", "key_value_seq_lengths"):
+    if name in options:
+      options[name] = jnp.array(options[name], jnp.int32)
+  if options.get("bias"):
+    rng = np.random.default_rng(0)
+    options["bias"] = jnp.asarray(rng.standard_normal((2, 4, 6, 9)))
+    options["mask"] = jnp.asarray(rng.random((2, 1, 6, 9)) < 0.7)
+  wanted = jax.nn.dot_product_attention(query, key, value, **options)
+  found = dot_product_attention(query, key, value, kind="softmax", **options)
+  np.testing.assert_array_equal(found, wanted)
+
+  def sees(attend):  # which keys move which rows of the output
+    jacobian = jax.jacrev(lambda v: attend(query, key, v, **options))(value)
+    return abs(jacobian).sum((2, 3, 6, 7)) > 0
+
+  lengths = np.asarray(options.get("query_seq_lengths", [6, 6]))
+  rows = (np.arange(6) < lengths[:, None])[:, :, None, None]
+  theirs = sees(jax.nn.dot_product_attention)
+  np.testing.assert_array_equal(sees(dot_product_attention) & rows, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_batch_axis(kind):
+  query, key, value = draw()
+  wanted = dot_product_attention(query, key, value, kind=kind)
+  for i in range(2):
+    found = dot_product_attention(query[i], key[i], value[i], kind=kind)
+    close(found, wanted[i])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_output_has_the_dtype_of_the_query(kind, dtype):
+  arrays = draw(dtype=dtype)
+  assert dot_product_attention(*arrays, kind=kind).dtype == dtype
+
+
+def test_sigmoid_from_any_softmax_with_a_log_sum_exp():
+  """softmax(logsigmoid(u)) v exp(lse), by jax.nn's softmax: an oracle."""
+  query, key, value = draw()
+  eye = jnp.broadcast_to(jnp.eye(9)[None, :, None], (2, 9, 4, 9))
+  # Logits go in as a bias, since this oracle changes them.
+  u = jnp.einsum("BTNH,BSNH->BNTS", query, key) / np.sqrt(8) - np.log(9)
+  zeros = jnp.zeros((2, 6, 4, 9))
+  weights, lse = jax.nn.dot_product_attention(
+    zeros, jnp.zeros_like(eye), eye, jax.nn.log_sigmoid(u),
+    return_residual=True,
+  )  # fmt: skip
+  wanted = (
+    jnp.einsum("BTNS,BSNH->BTNH", weights, value) * jnp.exp(lse)[..., None]
+  )
+  close(dot_product_attention(query, key, value), wanted)
+
+
+@pytest.mark.parametrize("n", [1, 7, 197])
+def test_zero_logits_give_the_mean_of_the_values(n):
+  value = jax.random.normal(jax.random.key(0), (1, n, 2, 4))
+  zeros = jnp.zeros_like(value)
+  found = dot_product_attention(zeros, zeros, value)
+  mean = value.mean(1, keepdims=True) * n / (n + 1)
+  close(found, jnp.broadcast_to(mean, value.shape))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_keys_add_up_except_for_softmax(kind):
+  query, key, value = draw()
+
+  def attend(part):
+    return dot_product_attention(
+      query, key[:, part], value[:, part], kind=kind, n=9
+    )
+
+  whole, parts = attend(slice(9)), attend(slice(4)) + attend(slice(4, 9))
+  if kind == "softmax":
+    assert abs(whole - parts).max() > 0.1
+  else:
+    close(parts, whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_have_no_order(kind):
+  query, key, value = draw()
+  order = np.random.default_rng(0).permutation(9)
+  close(
+    dot_product_attention(query, key[:, order], value[:, order], kind=kind),
+    dot_product_attention(query, key, value, kind=kind),
+  )
+
+
+@pytest.mark.parametrize("kind", POINTWISE)
+def test_a_masked_key_is_an_absent_key_at_the_same_n(kind):
+  query, key, value = draw()
+  seen = np.array([1, 1, 0, 1, 0, 0, 1, 1, 0], bool)
+  found = dot_product_attention(
+    query, key, value, mask=jnp.asarray(seen)[None, None, None], kind=kind, n=9
+  )
+  wanted = dot_product_attention(
+    query, key[:, seen], value[:, seen], kind=kind, n=9
+  )
+  close(found, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_causality_by_gradient(kind):
+  case = cases.Case("causal", batch=1, queries=7, heads=2, width=4)
+  query, key, value = draw(case)
+  # Far from the flat side of ReLU, where nothing moves.
+  bias = 10.0 if kind in ("relu", "relu2") else None
+
+  def attend(x):
+    return dot_product_attention(
+      query, key + x, value + x, kind=kind, is_causal=True, logit_bias=bias
+    )
+
+  jacobian = jax.jacrev(attend)(jnp.zeros_like(key))
+  moved = abs(jacobian).sum((0, 2, 3, 4, 6, 7)) > 0
+  np.testing.assert_array_equal(moved, np.tril(np.ones((7, 7), bool)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences_do_not_see_each_other(kind):
+  case = cases.Case("packed", batch=1, queries=10, heads=2, width=4)
+  query, key, value = draw(case)
+  ids = jnp.array([[3] * 4 + [1] * 6])
+  packed = dot_product_attention(
+    query, key, value, kind=kind, n=10, is_causal=True,
+    query_segment_ids=ids, key_value_segment_ids=ids,
+  )  # fmt: skip
+  for part in (slice(4), slice(4, 10)):
+    alone = dot_product_attention(
+      query[:, part], key[:, part], value[:, part],
+      kind=kind, n=10, is_causal=True,
+    )  # fmt: skip
+    close(packed[:, part], alone)
+
+
+@pytest.mark.parametrize("kind", POINTWISE)
+def test_a_row_that_sees_nothing_is_zero_with_zero_gradients(kind):
+  query, key, value = draw()
+  lengths = jnp.array([0, 9], jnp.int32)
+
+  def attend(*arrays):
+    return dot_product_attention(
+      *arrays, kind=kind, key_value_seq_lengths=lengths
+    )
+
+  out, pullback = jax.vjp(attend, query, key, value)
+  grads = pullback(jnp.ones_like(out))
+  assert not out[0].any()
+  assert out[1].any()
+  for grad in grads:
+    assert not grad[0].any()
+    assert np.isfinite(grad[1]).all()
+    assert grad[1].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_alibi_of_a_decoded_token_is_its_row_of_the_whole(kind):
+  case = cases.Case("decode", batch=2, queries=9, heads=4)
+  query, key, value = draw(case)
+  options = dict(kind=kind, n=9, alibi_slopes=2.0 ** -jnp.arange(1.0, 5.0))
+  whole = dot_product_attention(query, key, value, is_causal=True, **options)
+  last = dot_product_attention(query[:, -1:], key, value, **options)
+  close(last, whole[:, -1:])
+
+
+@pytest.mark.parametrize("kind", POINTWISE)
+def test_logit_bias_as_float_array_and_per_head(kind):
+  query, key, value = draw()
+  number = dot_product_attention(query, key, value, kind=kind, logit_bias=-0.5)
+  for shape in ((), (4,), (2, 4)):
+    array = jnp.full(shape, -0.5)
+    close(
+      dot_product_attention(query, key, value, kind=kind, logit_bias=array),
+      number,
+    )
+  heads = jnp.array([-3.0, -2.0, -1.0, 0.0])
+  found = dot_product_attention(query, key, value, kind=kind, logit_bias=heads)
+  for i in range(4):
+    alone = dot_product_attention(
+      query[:, :, i : i + 1], key[:, :, i : i + 1], value[:, :, i : i + 1],
+      kind=kind, logit_bias=float(heads[i]),
+    )  # fmt: skip
+    close(found[:, :, i : i + 1], alone)
+
+
+def test_the_default_bias_is_minus_log_n():
+  query, key, value = draw()
+  found = dot_product_attention(query, key, value)
+  close(
+    found,
+    dot_product_attention(query, key, value, logit_bias=-float(np.log(9))),
+  )
+  assert abs(found - dot_product_attention(query, key, value, n=90)).max() > 0.1
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_as_attention_fn_of_nnx(causal):
+  layer = nnx.MultiHeadAttention(
+    num_heads=4,
+    in_features=16,
+    decode=False,
+    attention_fn=sigattn.dot_product_attention,
+    rngs=nnx.Rngs(0),
+  )
+  x = jax.random.normal(jax.random.key(1), (2, 7, 16))
+  mask = nnx.make_causal_mask(x[..., 0]) if causal else None
+  found = layer(x, mask=mask)
+  query, key, value = layer.query(x), layer.key(x), layer.value(x)
+  wanted = dot_product_attention(query, key, value, is_causal=causal)
+  close(found, layer.out(wanted))
+  grads = nnx.grad(lambda layer: (layer(x, mask=mask) ** 2).sum())(layer)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_as_attention_fn_of_linen(causal):
+  x = jax.random.normal(jax.random.key(1), (2, 7, 16))
+  mask = flax.linen.make_causal_mask(x[..., 0]) if causal else None
+
+  def layer(attention_fn):
+    return flax.linen.MultiHeadDotProductAttention(
+      num_heads=4, attention_fn=attention_fn
+    )
+
+  ours = layer(sigattn.dot_product_attention)
+  params = ours.init(jax.random.key(0), x)
+  taken = []
+
+  def spy(query, key, value, **_):
+    taken.extend((query, key, value))
+    return query
+
+  layer(spy).apply(params, x)
+  wanted = dot_product_attention(*taken, is_causal=causal)
+  out = params["params"]["out"]
+  wanted = jnp.einsum("BTNH,NHD->BTD", wanted, out["kernel"])
+  close(ours.apply(params, x, mask=mask), wanted + out["bias"][None, None])
+
+
+def test_active_dropout_is_refused_in_flax():
+  layer = nnx.MultiHeadAttention(
+    num_heads=2, in_features=8, dropout_rate=0.1, decode=False,
+    attention_fn=sigattn.dot_product_attention, rngs=nnx.Rngs(0),
+  )  # fmt: skip
+  x = jnp.ones((1, 3, 8))
+  with pytest.raises(ValueError, match=r"dropout_rate=0\.1"):
+    layer(x, deterministic=False)
+  assert layer(x, deterministic=True).shape == x.shape
+
+
+Z = np.zeros
+BAD = [
+  (dict(kind="sigmiod"), "kind='sigmiod'; choose from"),
+  (dict(implementation="mosiac"), "implementation='mosiac'.*'xla'"),
+  (dict(kind="softmax", implementation="triton"), "'xla', 'cudnn'"),
+  (dict(kind="softmax", logit_bias=-1.0), "logit_bias=-1.0"),
+  (dict(logit_bias=float("nan")), "logit_bias=nan; must be finite"),
+  (dict(logit_bias=Z(3)), r"logit_bias.shape=\(3,\); must be \(4,\)"),
+  (dict(alibi_slopes=Z(3)), "alibi_slopes.shape"),
+  (dict(n=0), "n=0; must be > 0"),
+  (dict(scale=float("inf")), "scale=inf"),
+  (dict(local_window_size=(-1, 2)), r"local_window_size=\(-1, 2\)"),
+  (dict(mask=Z((2, 1, 6, 9))), "mask.dtype=float32; must be bool"),
+  (dict(mask=Z((2, 3, 6, 9), bool)), r"mask.shape=\(2, 3, 6, 9\)"),
+  (dict(bias=Z((5, 4, 6, 9))), "bias.shape"),
+  (dict(query_seq_lengths=Z(3, int)), "query_seq_lengths.shape"),
+  (dict(key_value_seq_lengths=Z(2)), "key_value_seq_lengths.dtype"),
+  (dict(query_segment_ids=Z((2, 6), int)), "give both or neither"),
+  (dict(value=Z((2, 8, 4, 8), np.float32)), "value.shape"),
+  (dict(key=Z((2, 9, 3, 8), np.float32)), "value.shape|key.shape"),
+  (dict(query=Z((2, 6, 4, 7), np.float32)), "key.shape"),
+  (dict(query=Z((2, 6, 3, 8), np.float32)), "4 heads; must divide the"),
+  (dict(query=Z((6, 8), np.float32)), "query.shape"),
+  (dict(query=Z((2, 6, 4, 8), np.float16)), "key.dtype=float32"),
+  (dict(precision="highest"), "default_matmul_precision"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("change", "message"), BAD, ids=[str(list(bad)) + m for bad, m in BAD]
+)
+def test_bad_arguments_are_refused_by_name(change, message):
+  query, key, value = draw()
+  arguments = dict(query=query, key=key, value=value) | change
+  with pytest.raises(ValueError, match=message):
+    dot_product_attention(**arguments)
