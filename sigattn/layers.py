@@ -1,0 +1,345 @@
+"""Transformer blocks: attention, MLP, residual branches, a scanned stack.
+
+Parameters are float32 and start from
+
+  kernel              Xavier uniform over all inputs and all outputs, as in ViT
+  bias                0, of linear layers and of LayerNorm
+  norm's scale        1
+  LayerScale's scale  its argument `init`, everywhere
+  logit_bias          attention's own: -log n for sigmoid, 0 for the ReLU kinds
+
+Activations have the constructor's `dtype`; norms compute in float32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sigattn import attention, positions
+
+NORMS = {"layernorm": nnx.LayerNorm, "rmsnorm": nnx.RMSNorm}
+NORM_PLACES = ("pre", "post", "hybrid")
+QK_NORMS = ("none", *NORMS)
+
+# A scan copies its parameters' slices and activations at every step: a training
+# step of configs/vit.py takes 1.28 times as long at depth 3 on two CPU cores,
+# 1.13 at 6, 1.05 at 12 (2026-11-23). So a small stack is unrolled, at the price
+# of a program as long as the depth.
+MAX_UNROLLED = 6
+
+_kernel_init = nnx.initializers.xavier_uniform()
+
+
+def _choose(name, value, choices):
+  if value not in choices:
+    raise ValueError(f"{name}={value!r}; choose from {sorted(choices)}")
+
+
+def make_norm(kind, width, rngs):
+  """LayerNorm (1607.06450) or RMSNorm (1910.07467), epsilon 1e-6, float32."""
+  _choose("norm_kind", kind, NORMS)
+  return NORMS[kind](width, dtype=jnp.float32, rngs=rngs)
+
+
+def normalize(norm, x):
+  """norm(x) in x's dtype, computed in float32."""
+  return norm(x).astype(x.dtype)
+
+
+class SelfAttention(nnx.Module):
+  """x W_v weighted by kind(q k^T / sqrt(H) + bias), then W_out (2409.04431).
+
+  q, k = rotate(norm(x W_q)), rotate(norm(x W_k)), in this order.
+
+  num_heads: N. num_kv_heads: K, a divisor of N; None: N (2305.13245).
+  max_length: the n of sigmoid's default bias -log n and of ReLU's 1 / n, one
+    constant whatever the length of an input.
+  logit_bias: float; None: the kind's own. learn_logit_bias: a trainable one
+    for each head, starting from it. Neither goes with softmax: ValueError.
+  qk_norm: none, layernorm or rmsnorm of q and k over the head width.
+  alibi: adds ALiBi's distance penalty (2108.12409) to the logits.
+  rotate: None or a function of x_BTNH, applied to q and to k: RoPE, say.
+  implementation: see attention.dot_product_attention.
+  """
+
+  def __init__(
+    self,
+    width,
+    num_heads,
+    *,
+    max_length,
+    kind="sigmoid",
+    num_kv_heads=None,
+    logit_bias=None,
+    learn_logit_bias=False,
+    qk_norm="none",
+    alibi=False,
+    is_causal=False,
+    use_bias=True,
+    rotate=None,
+    implementation=None,
+    dtype=jnp.float32,
+    rngs,
+  ):
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    _check_heads(width, num_heads, kv_heads)
+    _choose("kind", kind, attention.KINDS)
+    _choose("qk_norm", qk_norm, QK_NORMS)
+    _check_logit_bias(kind, logit_bias, learn_logit_bias)
+    self.kind, self.max_length = kind, max_length
+    self.alibi, self.is_causal = alibi, is_causal
+    self.rotate, self.implementation = rotate, implementation
+    head_width = width // num_heads
+    linear = functools.partial(
+      nnx.LinearGeneral,
+      kernel_init=_kernel_init,
+      use_bias=use_bias,
+      dtype=dtype,
+      rngs=rngs,
+    )
+    self.query = linear(width, (num_heads, head_width))
+    self.key = linear(width, (kv_heads, head_width))
+    self.value = linear(width, (kv_heads, head_width))
+    self.out = linear((num_heads, head_width), width, axis=(-2, -1))
+    if qk_norm != "none":
+      self.query_norm = make_norm(qk_norm, head_width, rngs)
+      self.key_norm = make_norm(qk_norm, head_width, rngs)
+    self.has_qk_norm = qk_norm != "none"
+    self.logit_bias = (
+      _trainable_bias(kind, logit_bias, max_length, num_heads)
+      if learn_logit_bias
+      else logit_bias
+    )
+
+  def __call__(self, x_BTD, *, mask=None, seq_lengths=None, segment_ids=None):
+    """(B, T, D) -> (B, T, D).
+
+    mask: bool, True where a query may see a key, (B or 1, N or 1, T, T).
+    seq_lengths: (B,), the rest is padding. segment_ids: (B, T), tokens see
+    those of their own segment.
+    """
+    q_BTNH, k_BTKH = self.query(x_BTD), self.key(x_BTD)
+    if self.has_qk_norm:
+      q_BTNH = normalize(self.query_norm, q_BTNH)
+      k_BTKH = normalize(self.key_norm, k_BTKH)
+    if self.rotate is not None:
+      q_BTNH, k_BTKH = self.rotate(q_BTNH), self.rotate(k_BTKH)
+    num_heads = q_BTNH.shape[-2]
+    bias = self.logit_bias
+    out_BTNH = attention.dot_product_attention(
+      q_BTNH,
+      k_BTKH,
+      self.value(x_BTD),
+      mask=mask,
+      kind=self.kind,
+      logit_bias=bias[...] if isinstance(bias, nnx.Param) else bias,
+      n=self.max_length,
+      alibi_slopes=positions.alibi_slopes(num_heads) if self.alibi else None,
+      is_causal=self.is_causal,
+      query_seq_lengths=seq_lengths,
+      key_value_seq_lengths=seq_lengths,
+      query_segment_ids=segment_ids,
+      key_value_segment_ids=segment_ids,
+      implementation=self.implementation,
+    )
+    return self.out(out_BTNH)
+
+
+def _check_heads(width, num_heads, num_kv_heads):
+  if width % num_heads:
+    raise ValueError(f"{num_heads=}; must divide {width=}")
+  if num_heads % num_kv_heads:
+    raise ValueError(f"{num_kv_heads=}; must divide {num_heads=}")
+
+
+def _check_logit_bias(kind, logit_bias, learn_logit_bias):
+  if kind == "softmax" and logit_bias is not None:
+    raise ValueError(f"{logit_bias=}; softmax does not change with it")
+  if kind == "softmax" and learn_logit_bias:
+    raise ValueError(f"{learn_logit_bias=}; softmax does not change with it")
+
+
+def _trainable_bias(kind, logit_bias, max_length, num_heads):
+  if logit_bias is None:
+    logit_bias = attention.default_logit_bias(kind, max_length)
+  return nnx.Param(jnp.full((num_heads,), logit_bias, jnp.float32))
+
+
+class Mlp(nnx.Module):
+  """gelu: W_down gelu(W_up x). swiglu: W_down (silu(W_gate x) * W_up x).
+
+  gelu is the exact one (1606.08415), swiglu that of 2002.05202. hidden: F.
+  """
+
+  def __init__(
+    self, width, hidden, kind="gelu", *, dtype=jnp.float32, use_bias=True, rngs
+  ):
+    _choose("kind", kind, MLPS)
+    self.kind = kind
+    linear = functools.partial(
+      nnx.Linear,
+      kernel_init=_kernel_init,
+      use_bias=use_bias,
+      dtype=dtype,
+      rngs=rngs,
+    )
+    if kind == "swiglu":
+      self.gate = linear(width, hidden)
+    self.up = linear(width, hidden)
+    self.down = linear(hidden, width)
+
+  def __call__(self, x_BTD):
+    return self.down(MLPS[self.kind](self, x_BTD))
+
+
+MLPS = {
+  "gelu": lambda mlp, x_BTD: jax.nn.gelu(mlp.up(x_BTD), approximate=False),
+  "swiglu": lambda mlp, x_BTD: jax.nn.silu(mlp.gate(x_BTD)) * mlp.up(x_BTD),
+}
+
+
+class LayerScale(nnx.Module):
+  """scale * x, one trainable factor a channel (2103.17239), from `init`.
+
+  The paper's code takes 1e-4 on both branches of every block (2409.04431).
+  """
+
+  def __init__(self, width, init):
+    self.scale = nnx.Param(jnp.full((width,), init, jnp.float32))
+
+  def __call__(self, x_BTD):
+    return x_BTD * self.scale[...].astype(x_BTD.dtype)[None, None, :]
+
+
+def drop_path(x_BTD, rng, rate):
+  """Stochastic depth (1603.09382): 0 for an example with probability `rate`.
+
+  The examples kept are divided by 1 - rate, so that the expectation is x.
+  rate: 0 <= rate < 1, an array too.
+  """
+  keep = jax.random.bernoulli(rng, 1 - rate, (x_BTD.shape[0], 1, 1))
+  factor = jnp.where(keep, 1 / (1 - rate), 0).astype(x_BTD.dtype)
+  return x_BTD * factor
+
+
+class Residual(nnx.Module):
+  """A branch f around the residual stream, with its norms.
+
+  pre:    x + f(norm_in(x))                (2002.04745)
+  post:   norm_out(x + f(x))               (1706.03762)
+  hybrid: x + norm_out(f(norm_in(x)))      (2409.04431: needed at 1B, n = 4096)
+
+  layer_scale, unless None, is LayerScale's init: the factor is on what is
+  added to x, and drop_path drops the same.
+  """
+
+  def __init__(self, width, norm, norm_kind, layer_scale, *, rngs):
+    _choose("norm", norm, NORM_PLACES)
+    self.norm = norm
+    if norm in ("pre", "hybrid"):
+      self.norm_in = make_norm(norm_kind, width, rngs)
+    if norm in ("post", "hybrid"):
+      self.norm_out = make_norm(norm_kind, width, rngs)
+    self.has_layer_scale = layer_scale is not None
+    if self.has_layer_scale:
+      self.layer_scale = LayerScale(width, layer_scale)
+
+  def __call__(self, x_BTD, branch, rng=None, rate=0.0):
+    """branch: a function of x_BTD. rng: None keeps every example."""
+    y_BTD = x_BTD
+    if self.norm in ("pre", "hybrid"):
+      y_BTD = normalize(self.norm_in, y_BTD)
+    y_BTD = branch(y_BTD)
+    if self.norm == "hybrid":
+      y_BTD = normalize(self.norm_out, y_BTD)
+    if self.has_layer_scale:
+      y_BTD = self.layer_scale(y_BTD)
+    if rng is not None:
+      y_BTD = drop_path(y_BTD, rng, rate)
+    y_BTD = x_BTD + y_BTD
+    return normalize(self.norm_out, y_BTD) if self.norm == "post" else y_BTD
+
+
+class Block(nnx.Module):
+  """Self-attention, then an MLP, each in a Residual.
+
+  attn, mlp: SelfAttention and Mlp of this width.
+  norm: pre, post or hybrid. norm_kind: layernorm or rmsnorm. layer_scale: its
+  init, or None for no factor.
+  """
+
+  def __init__(
+    self,
+    width,
+    attn,
+    mlp,
+    *,
+    norm="pre",
+    norm_kind="layernorm",
+    layer_scale=None,
+    rngs,
+  ):
+    self.attn, self.mlp = attn, mlp
+    residual = functools.partial(
+      Residual, width, norm, norm_kind, layer_scale, rngs=rngs
+    )
+    self.attn_residual, self.mlp_residual = residual(), residual()
+
+  def __call__(self, x_BTD, rng=None, rate=0.0, **attn_args):
+    """(B, T, D) -> (B, T, D).
+
+    rng: of drop_path with `rate`; None drops nothing. attn_args: mask,
+    seq_lengths, segment_ids as in SelfAttention.
+    """
+    rngs = (None, None) if rng is None else jax.random.split(rng)
+    attn = functools.partial(self.attn, **attn_args)
+    x_BTD = self.attn_residual(x_BTD, attn, rngs[0], rate)
+    return self.mlp_residual(x_BTD, self.mlp, rngs[1], rate)
+
+
+class Stack(nnx.Module):
+  """`depth` equal blocks, their parameters stacked along a leading axis.
+
+  They run in a scan, so the time to compile does not grow with the depth;
+  a stack of up to MAX_UNROLLED layers without remat is unrolled for speed.
+
+  make_block: a function of an nnx.Rngs, the same module for every layer.
+  drop_path: rate of the last layer's branches; layer i of L drops with
+    drop_path * i / (L - 1), from 0 on (a single layer: drop_path).
+  remat: recompute activations in the backward pass, keeping each layer's
+    input alone (1604.06174).
+  """
+
+  def __init__(self, depth, make_block, *, drop_path=0.0, remat=False, rngs):
+    self.depth, self.drop_path, self.remat = depth, drop_path, remat
+
+    def state(key):
+      return nnx.state(make_block(nnx.Rngs(key)))
+
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))
+    keys = jax.random.split(rngs.params(), depth)
+    self.blocks = nnx.merge(graphdef, jax.vmap(state)(keys))
+
+  def __call__(self, x_BTD, rng=None, **attn_args):
+    """Arguments as Block's; rng None: deterministic, nothing is dropped."""
+    graphdef, states = nnx.split(self.blocks)
+
+    def layer(x_BTD, slices):
+      state, rng, rate = slices
+      return nnx.merge(graphdef, state)(x_BTD, rng, rate, **attn_args), None
+
+    if self.remat:
+      # The scan's loop already keeps the two passes apart.
+      layer = jax.checkpoint(layer, prevent_cse=False)
+    dropping = rng is not None and self.drop_path > 0
+    rngs = jax.random.split(rng, self.depth) if dropping else None
+    xs = (states, rngs, self._rates())
+    unroll = self.depth <= MAX_UNROLLED and not self.remat
+    return jax.lax.scan(layer, x_BTD, xs, unroll=unroll)[0]
+
+  def _rates(self):
+    if self.depth == 1:
+      return jnp.full((1,), self.drop_path)
+    return jnp.linspace(0.0, self.drop_path, self.depth)

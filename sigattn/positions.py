@@ -1,0 +1,108 @@
+"""Where a token stands: sine tables, rotary embedding, ALiBi's slopes."""
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def sincos_1d(length, width):
+  """The table of sines and cosines of 1706.03762, section 3.5.
+
+  table[t] = [sin(t w_0), ..., sin(t w_{m-1}), cos(t w_0), ..., cos(t w_{m-1})]
+  with m = width / 2 and w_i = 10000^(-i / m).
+
+  Returns (length, width) float32. Raises ValueError for an odd width.
+  """
+  return _sincos(np.arange(length), width)
+
+
+def sincos_2d(height, width_, dim):
+  """sincos_1d of the row in the first half, of the column in the second.
+
+  As in MoCo v3 (2104.02057); the patches are in raster order.
+
+  height, width_: of the grid, in patches. dim: of the table, a multiple of 4.
+  Returns (height * width_, dim) float32. Raises ValueError for another dim.
+  """
+  if dim % 4:
+    raise ValueError(f"{dim=}; must be a multiple of 4")
+  rows_columns = grid(height, width_)
+  return np.concatenate(
+    [_sincos(rows_columns[:, i], dim // 2) for i in range(2)], axis=1
+  )
+
+
+def grid(height, width_):
+  """(row, column) of each patch in raster order, (height * width_, 2) int."""
+  return np.stack(np.indices((height, width_)), axis=-1).reshape(-1, 2)
+
+
+def _sincos(positions, width):
+  if width % 2:
+    raise ValueError(f"{width=}; must be even")
+  half = width // 2
+  frequencies = 10000.0 ** (-np.arange(half) / half)
+  angles = np.outer(positions, frequencies)
+  table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+  return table.astype(np.float32)
+
+
+def rope(x_BTNH, positions, base=10000.0):
+  """Rotary embedding (2104.09864): q_s . k_t then depends on s - t alone.
+
+  Feature i is paired with feature i + H / 2, as in GPT-NeoX (not with its
+  neighbour, as in the paper), and the pair is turned by the angle
+  positions[t] base^(-2 i / H). Position 0 is left as it is.
+
+  positions: (T,), whole numbers or not.
+  Returns x's shape and dtype; computes in float32. Raises ValueError for an
+  odd head width.
+  """
+  head_width = x_BTNH.shape[-1]
+  if head_width % 2:
+    raise ValueError(f"x_BTNH.shape={x_BTNH.shape}; H must be even")
+  half = head_width // 2
+  frequencies = jnp.asarray(base ** (-np.arange(half) / half), jnp.float32)
+  angles = jnp.einsum(
+    "T,H->TH", jnp.asarray(positions, jnp.float32), frequencies
+  )[None, :, None, :]
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return turned.astype(x_BTNH.dtype)
+
+
+def rope_2d(x_BTNH, positions, base=10000.0):
+  """rope by the row in the first half of the head width, by the column in the
+  second: q . k then depends on the offset in rows and in columns alone.
+
+  positions: (T, 2), row and column. (0, 0) is left as it is, the place for a
+  token that stands nowhere: a class token, with the patches from (1, 1) on.
+  Returns x's shape and dtype. Raises ValueError unless H is a multiple of 4.
+  """
+  if x_BTNH.shape[-1] % 4:
+    raise ValueError(f"x_BTNH.shape={x_BTNH.shape}; H must be a multiple of 4")
+  halves = jnp.split(x_BTNH, 2, axis=-1)
+  return jnp.concatenate(
+    [rope(half, positions[:, i], base) for i, half in enumerate(halves)],
+    axis=-1,
+  )
+
+
+def alibi_slopes(num_heads):
+  """The slope of each head's linear distance penalty (2108.12409).
+
+  2^(-8 h / N), h = 1..N, where N is a power of two. Otherwise the slopes of
+  the power of two below N, then every other slope of the one above.
+
+  Returns (N,) float32.
+  """
+  below = 2 ** (num_heads.bit_length() - 1)
+  slopes = _geometric(below)
+  if below < num_heads:
+    between = _geometric(2 * below)[::2]
+    slopes = np.concatenate([slopes, between[: num_heads - below]])
+  return slopes.astype(np.float32)
+
+
+def _geometric(count):
+  return 2.0 ** (-8 * np.arange(1, count + 1) / count)

@@ -1,0 +1,379 @@
+"""Vision transformer (2010.11929) and its task: classifying images.
+
+`check`, `build`, `loss`, `evaluate`, UNIT and METRICS are what sigattn.tasks
+wants of a task.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from sigattn import attention, layers, positions
+from sigattn import check as checks
+
+UNIT = "images"
+METRICS = ("loss", "accuracy", "accuracy_top5")  # the last with > 10 classes
+POOLS = ("mean", "class")
+POSITIONS = ("learned", "sincos1d", "sincos2d", "rope", "none")
+
+
+class VisionTransformer(nnx.Module):
+  """Patches -> linear embedding + positions -> encoder -> norm -> pool -> head.
+
+  encoder: a module, encoder(x_BTD, rng) -> (B, T, D), T = token count.
+  grid: rows and columns of patches. pool: mean over the tokens, or class: a
+  class token, the first one, alone. table: what is added to the tokens:
+  learned, sincos1d, sincos2d or none; nothing is added to a class token but a
+  learned table. norm: kind of the norm before the head, None for none.
+
+  Initialisation beyond that of sigattn.layers:
+    embed/kernel  LeCun normal: normalised pixels keep their variance
+    class_token   0
+    position      normal, standard deviation 0.02
+    head          0: the first loss is log(num_classes)
+  """
+
+  def __init__(
+    self,
+    encoder,
+    *,
+    grid,
+    patch_size,
+    channels,
+    num_classes,
+    width,
+    pool,
+    table,
+    norm,
+    dtype,
+    rngs,
+  ):
+    self.encoder = encoder
+    self.grid, self.patch_size, self.width = grid, patch_size, width
+    self.pool, self.table, self.dtype = pool, table, dtype
+    self.embed = nnx.Linear(
+      channels * patch_size**2, width, dtype=dtype, rngs=rngs
+    )
+    if pool == "class":
+      self.class_token = nnx.Param(jnp.zeros((width,), jnp.float32))
+    if table == "learned":
+      shape = (math.prod(grid) + (pool == "class"), width)
+      normal = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
+      self.position = nnx.Param(normal)
+    self.has_norm = norm is not None
+    if self.has_norm:
+      self.norm = layers.make_norm(norm, width, rngs)
+    zeros = nnx.initializers.zeros
+    self.head = nnx.Linear(width, num_classes, kernel_init=zeros, rngs=rngs)
+
+  def __call__(self, images_BHWC, rng=None):
+    """Logits (B, num_classes), float32.
+
+    images_BHWC: normalised. rng: of what drops at random; None: nothing does.
+    """
+    x_BPD = self.embed(self._patches(images_BHWC).astype(self.dtype))
+    x_BTD = self._add_positions(self._add_class_token(x_BPD))
+    x_BTD = self.encoder(x_BTD, rng)
+    if self.has_norm:
+      x_BTD = layers.normalize(self.norm, x_BTD)
+    # The pool and the head are cheap: float32.
+    x_BTD = x_BTD.astype(jnp.float32)
+    return self.head(x_BTD[:, 0] if self.pool == "class" else x_BTD.mean(1))
+
+  def _patches(self, images_BHWC):
+    """(B, P, patch_size^2 C), in raster order, pixels too."""
+    batch, height, width, channels = images_BHWC.shape
+    (rows, columns), size = self.grid, self.patch_size
+    if (height, width) != (rows * size, columns * size):
+      raise ValueError(
+        f"images_BHWC.shape={images_BHWC.shape}; built for "
+        f"{rows * size} x {columns * size} pixels"
+      )
+    x = images_BHWC.reshape(batch, rows, size, columns, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+
+  def _add_class_token(self, x_BPD):
+    if self.pool != "class":
+      return x_BPD
+    token_D = self.class_token[...].astype(x_BPD.dtype)
+    shape = (x_BPD.shape[0], 1, self.width)
+    token_B1D = jnp.broadcast_to(token_D[None, None, :], shape)
+    return jnp.concatenate([token_B1D, x_BPD], axis=1)
+
+  def _add_positions(self, x_BTD):
+    if self.table == "none":
+      return x_BTD
+    if self.table == "learned":
+      table_TD = self.position[...]
+    else:
+      table_TD = _fixed_table(self.table, self.grid, self.width)
+      absent = x_BTD.shape[1] - table_TD.shape[0]  # 1 with a class token
+      table_TD = jnp.pad(table_TD, ((absent, 0), (0, 0)))
+    return x_BTD + table_TD.astype(x_BTD.dtype)[None]
+
+
+def _fixed_table(name, grid, width):
+  if name == "sincos1d":
+    return positions.sincos_1d(math.prod(grid), width)
+  return positions.sincos_2d(*grid, width)
+
+
+def check(config):
+  """ValueError for a bad value in model, attn, or an augmentation made here."""
+  _check_model(config)
+  _check_attention(config)
+  for name in ("mixup", "cutmix"):
+    checks.number(config, f"augment.{name}", low=0)
+    _finite(f"augment.{name}", config.augment[name])
+  _below_one("augment.label_smoothing", config.augment.label_smoothing)
+  best, classes = config.ckpt.best_metric, config.data.num_classes
+  if best == "accuracy_top5" and not _has_top5(config):
+    raise ValueError(
+      f"config.ckpt.best_metric={best!r}; measured with more than 10 classes, "
+      f"not with config.data.num_classes={classes!r}"
+    )
+
+
+def _check_model(config):
+  for key in ("width", "depth", "num_heads", "mlp_dim", "patch_size"):
+    checks.number(config, f"model.{key}", low=1)
+  model, side = config.model, config.data.image_size
+  _divides("model.num_heads", model.num_heads, "model.width", model.width)
+  _divides("model.patch_size", model.patch_size, "data.image_size", side)
+  checks.choice(config, "model.pool", POOLS)
+  checks.choice(config, "model.positions", POSITIONS)
+  checks.choice(config, "model.mlp", layers.MLPS)
+  checks.choice(config, "model.norm", layers.NORM_PLACES)
+  checks.choice(config, "model.norm_kind", layers.NORMS)
+  checks.number(config, "model.layer_scale", above=0, optional=True)
+  _finite("model.layer_scale", model.layer_scale)
+  _below_one("model.drop_path", model.drop_path)
+  _check_positions(model)
+
+
+def _check_positions(model):
+  name, width = model.positions, model.width
+  text = f"config.model.positions={name!r}; needs"
+  factor = {"sincos1d": 2, "sincos2d": 4}.get(name, 1)
+  if width % factor:
+    raise ValueError(
+      f"{text} config.model.width={width} to be a multiple of {factor}"
+    )
+  if name == "rope" and width // model.num_heads % 4:
+    raise ValueError(
+      f"{text} config.model.width={width} / config.model.num_heads="
+      f"{model.num_heads} to be a multiple of 4"
+    )
+
+
+def _check_attention(config):
+  attn = config.attn
+  checks.choice(config, "attn.kind", attention.KINDS)
+  checks.choice(config, "attn.qk_norm", layers.QK_NORMS)
+  implementations = attention.implementations(attn.kind)
+  checks.choice(config, "attn.implementation", implementations, optional=True)
+  checks.number(config, "attn.num_kv_heads", low=1, optional=True)
+  if attn.num_kv_heads is not None:
+    heads = config.model.num_heads
+    _divides("attn.num_kv_heads", attn.num_kv_heads, "model.num_heads", heads)
+  _finite("attn.logit_bias", attn.logit_bias)
+  unset = {"logit_bias": None, "learn_logit_bias": False}
+  for key, value in unset.items():
+    if attn.kind == "softmax" and attn[key] != value:
+      raise ValueError(
+        f"config.attn.{key}={attn[key]!r}; must be {value} with "
+        "config.attn.kind='softmax', which a logit bias does not change"
+      )
+
+
+def _divides(path, value, whole_path, whole):
+  if whole % value:
+    raise ValueError(
+      f"config.{path}={value!r}; must divide config.{whole_path}={whole!r}"
+    )
+
+
+def _finite(path, value):
+  if value is not None and not math.isfinite(value):
+    raise ValueError(f"config.{path}={value!r}; must be finite")
+
+
+def _below_one(path, value):
+  if not 0 <= value < 1:
+    raise ValueError(f"config.{path}={value!r}; must be >= 0 and < 1")
+
+
+def build(config, rngs):
+  """The VisionTransformer of a config, its sigmoid's n the token count."""
+  model, data = config.model, config.data
+  side = data.image_size // model.patch_size
+  grid, dtype = (side, side), jnp.dtype(config.dtype)
+  tokens = side**2 + (model.pool == "class")
+  make_block = functools.partial(
+    _block, config, tokens=tokens, rotate=_rotate(model, grid), dtype=dtype
+  )
+  encoder = layers.Stack(
+    model.depth,
+    make_block,
+    drop_path=model.drop_path,
+    remat=model.remat,
+    rngs=rngs,
+  )
+  return VisionTransformer(
+    encoder,
+    grid=grid,
+    patch_size=model.patch_size,
+    channels=data.channels,
+    num_classes=data.num_classes,
+    width=model.width,
+    pool=model.pool,
+    table="none" if model.positions == "rope" else model.positions,
+    # A post-norm block ends in a norm.
+    norm=None if model.norm == "post" else model.norm_kind,
+    dtype=dtype,
+    rngs=rngs,
+  )
+
+
+def _block(config, rngs, *, tokens, rotate, dtype):
+  model, attn = config.model, config.attn
+  attention_layer = layers.SelfAttention(
+    model.width,
+    model.num_heads,
+    max_length=tokens,
+    kind=attn.kind,
+    num_kv_heads=attn.num_kv_heads,
+    logit_bias=attn.logit_bias,
+    learn_logit_bias=attn.learn_logit_bias,
+    qk_norm=attn.qk_norm,
+    alibi=attn.alibi,
+    rotate=rotate,
+    implementation=attn.implementation,
+    dtype=dtype,
+    rngs=rngs,
+  )
+  mlp = layers.Mlp(
+    model.width, model.mlp_dim, model.mlp, dtype=dtype, rngs=rngs
+  )
+  return layers.Block(
+    model.width,
+    attention_layer,
+    mlp,
+    norm=model.norm,
+    norm_kind=model.norm_kind,
+    layer_scale=model.layer_scale,
+    rngs=rngs,
+  )
+
+
+def _rotate(model, grid):
+  """RoPE over rows and columns from 1 on; a class token is at (0, 0)."""
+  if model.positions != "rope":
+    return None
+  place_T2 = positions.grid(*grid) + 1
+  if model.pool == "class":
+    place_T2 = np.concatenate([np.zeros((1, 2), place_T2.dtype), place_T2])
+  return functools.partial(positions.rope_2d, positions=place_T2)
+
+
+def loss(config, model, batch, rng):
+  """Mean cross-entropy with label smoothing, mixup and cutmix.
+
+  batch: "image" (B, H, W, C) uint8, "label" (B,) int32.
+  Returns (loss, {"loss", "accuracy"}). The accuracy, of the augmented images,
+  is against the label with the larger share.
+  """
+  mix_rng, drop_rng = jax.random.split(rng)
+  images_BHWC = normalize(config.data, batch["image"])
+  labels_BV = optax.smooth_labels(
+    jax.nn.one_hot(batch["label"], config.data.num_classes),
+    config.augment.label_smoothing,
+  )
+  images_BHWC, labels_BV = mix(config.augment, mix_rng, images_BHWC, labels_BV)
+  logits_BV = model(images_BHWC, drop_rng)
+  value = optax.softmax_cross_entropy(logits_BV, labels_BV).mean()
+  right = logits_BV.argmax(-1) == labels_BV.argmax(-1)
+  return value, {"loss": value, "accuracy": right.mean(dtype=jnp.float32)}
+
+
+def evaluate(config, model, batch):
+  """Sums over the batch of weight times loss and accuracies, and of weight.
+
+  batch: as in `loss`, and "weight" (B,) float32, 0 for padding.
+  """
+  logits_BV = model(normalize(config.data, batch["image"]))
+  label_B, weight_B = batch["label"], batch["weight"]
+  values = {
+    "loss": optax.softmax_cross_entropy_with_integer_labels(logits_BV, label_B),
+    "accuracy": logits_BV.argmax(-1) == label_B,
+    "weight": jnp.ones_like(weight_B),
+  }
+  if _has_top5(config):
+    top_B5 = jax.lax.top_k(logits_BV, 5)[1]
+    values["accuracy_top5"] = (top_B5 == label_B[:, None]).any(-1)
+  return {name: jnp.vdot(weight_B, x) for name, x in values.items()}
+
+
+def _has_top5(config):
+  return config.data.num_classes > 10
+
+
+def normalize(data, images_BHWC):
+  """(image / 255 - mean) / std in float32, channel by channel."""
+  mean, std = (
+    jnp.asarray(x, jnp.float32)[None, None, None, :]
+    for x in (data.mean, data.std)
+  )
+  return (images_BHWC.astype(jnp.float32) / 255 - mean) / std
+
+
+def mix(augment, rng, images_BHWC, labels_BV):
+  """Mixup (1710.09412) or cutmix (1905.04899) of neighbours in the batch.
+
+  image = m image_i + (1 - m) image_{i-1}, label likewise with the mean of m:
+  mixup's m is a number lambda ~ Beta(mixup, mixup), cutmix's is 0 in one box
+  and 1 outside of it. One draw a batch; both on: either, by a fair coin.
+  """
+  height, width = images_BHWC.shape[1:3]
+  mix_rng, cut_rng, coin_rng = jax.random.split(rng, 3)
+  masks = []
+  if augment.mixup:
+    share = jax.random.beta(mix_rng, augment.mixup, augment.mixup)
+    masks.append(jnp.full((height, width), share))
+  if augment.cutmix:
+    masks.append(_cutmix_mask(cut_rng, augment.cutmix, height, width))
+  if not masks:
+    return images_BHWC, labels_BV
+  coin = jax.random.bernoulli(coin_rng)
+  mask_HW = jnp.where(coin, masks[0], masks[-1])
+  # A neighbour, not the reversed batch: most of them are on the same device.
+  return (
+    _interpolate(mask_HW[None, :, :, None], images_BHWC),
+    _interpolate(mask_HW.mean()[None, None], labels_BV),
+  )
+
+
+def _interpolate(share, x):
+  return share * x + (1 - share) * jnp.roll(x, 1, axis=0)
+
+
+def _cutmix_mask(rng, alpha, height, width):
+  """1 outside, 0 inside of a box with the share 1 - lambda of the area.
+
+  lambda ~ Beta(alpha, alpha). The centre is uniform over the image; what the
+  box has outside of the image is cut off.
+  """
+  share_rng, row_rng, column_rng = jax.random.split(rng, 3)
+  side = jnp.sqrt(1 - jax.random.beta(share_rng, alpha, alpha))
+
+  def inside(rng, length):
+    centre = jax.random.uniform(rng, maxval=length)
+    return jnp.abs(jnp.arange(length) + 0.5 - centre) < side * length / 2
+
+  rows, columns = inside(row_rng, height), inside(column_rng, width)
+  return 1.0 - jnp.outer(rows, columns).astype(jnp.float32)
