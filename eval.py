@@ -33,6 +33,7 @@ def evaluate(workdir, split=None, step=None):
 def _main(argv):
   if argv[1:]:
     raise app.UsageError(f"not understood: {argv[1:]}")
+  metrics.set_up_logs()
   workdir, step = flags.FLAGS.workdir, flags.FLAGS.step
   try:
     if step is not None and step != "best":

@@ -248,6 +248,7 @@ def _describe(config, params, workdir, start):
 def _main(argv):
   if argv[1:]:
     raise app.UsageError(f"not understood: {argv[1:]}")
+  metrics.set_up_logs()
   config, flag = flags.FLAGS.config, flags.FLAGS["config"]
   workdir = flags.FLAGS.workdir or workdirs.default(
     flag.config_filename, flag.override_values

@@ -1,6 +1,7 @@
 """What a run writes and what a person sees while it trains."""
 
 import json
+import logging
 import pathlib
 import sys
 import time
@@ -9,6 +10,8 @@ import rich.console
 import rich.progress
 import rich.table
 import tensorboardX
+from absl import flags
+from absl import logging as absl_logging
 
 console = rich.console.Console()
 
@@ -161,3 +164,21 @@ def log(message):
   """Prints one line for an event, or a table."""
   console.print(message, highlight=False, soft_wrap=True)
   sys.stdout.flush()
+
+
+class _Console(logging.Handler):
+  def emit(self, record):
+    log(record.getMessage())
+
+
+def set_up_logs():
+  """For programs: which attention runs and why, and libraries' warnings.
+
+  Everything that the libraries have to say comes with --verbosity=info.
+  """
+  if not flags.FLAGS["verbosity"].present:
+    absl_logging.set_verbosity(absl_logging.WARNING)
+  logger = logging.getLogger("kernels")
+  logger.setLevel(logging.INFO)
+  logger.addHandler(_Console())
+  logger.propagate = False

@@ -73,6 +73,7 @@ def _configured(config, delta):
 def main(argv):
   if argv[1:]:
     raise app.UsageError(f"not understood: {argv[1:]}")
+  metrics.set_up_logs()
   flag = flags.FLAGS["config"]
   file, config = flag.config_filename, flags.FLAGS.config
   root = flags.FLAGS.root or workdirs.default(file, flag.override_values)
