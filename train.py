@@ -140,7 +140,7 @@ def _make_step(config, task, static, tx):
       ema = optim.average(ema, params, state.step, decay)
     step_metrics = step_metrics | {
       "lr": schedule(state.step),
-      "grad_norm": optax.global_norm(grads),
+      "grad_norm": optax.tree.norm(grads),
     }
     return State(state.step + 1, params, opt_state, ema), step_metrics
 

@@ -71,11 +71,12 @@ def _base():
   config.model = dict(
     width=96,
     depth=3,
-    num_heads=3,
+    num_heads=6,
     mlp_dim=384,
-    patch_size=4,
+    patch_size=7,
     pool="mean",  # mean, or class: a class token
     positions="learned",  # learned, sincos1d, sincos2d, rope or none
+    position_std=0.02,  # of a learned table at the start
     mlp="gelu",  # gelu or swiglu
     norm="pre",  # pre, post, or hybrid: x + norm(f(norm(x)))
     norm_kind="layernorm",  # layernorm or rmsnorm
@@ -88,12 +89,20 @@ def _base():
 
 
 def _fashion_mnist():
-  """The embedded default: minutes on two CPU cores."""
+  """The embedded default: about four minutes on two CPU cores.
+
+  Chosen on 8,000 other images of Fashion-MNIST's test set, with four seeds a
+  choice: a table of positions as large as the tokens from the start gave 2
+  points of accuracy, weight decay 0.3 and mixup half a point each; cutmix and
+  shifts of the image cost some.
+  """
   config = _base()
-  config.total_steps = 2000
-  config.batch_size = 128
-  config.augment.update(crop="pad", flip=True)
-  config.optim.update(lr=2e-3, weight_decay=0.05, b2=0.99)
+  config.total_steps = 4500
+  config.batch_size = 64
+  config.augment.update(flip=True, mixup=0.2)
+  config.optim.update(lr=2e-3, weight_decay=0.3, b2=0.99)
+  config.model.position_std = 1.0
+  config.log.every_steps = 100
   return config
 
 

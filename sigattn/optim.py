@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import optax
 
 OPTIMIZERS = {
@@ -14,8 +15,10 @@ OPTIMIZERS = {
 
 def _rsqrt(optim, steps):
   """lr / sqrt(1 + step / warmup_steps): the warm-up sets the time scale."""
+  del steps  # It has no end.
   scale = max(optim.warmup_steps, 1)
-  return lambda step: optim.lr * (1 + step / scale) ** -0.5
+  # join_schedules asks for steps before the warm-up's end too, and drops them.
+  return lambda step: optim.lr * (1 + jnp.maximum(step, 0) / scale) ** -0.5
 
 
 SCHEDULES = {  # of the steps after the warm-up
@@ -110,5 +113,5 @@ def average(ema, params, step, decay):
   the end, are soon forgotten in short runs.
   """
   step = step.astype("float32")
-  rate = 1 - jax.numpy.minimum(decay, (1 + step) / (10 + step))
+  rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
   return optax.incremental_update(params, ema, rate)

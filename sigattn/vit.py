@@ -34,7 +34,7 @@ class VisionTransformer(nnx.Module):
   Initialisation beyond that of sigattn.layers:
     embed/kernel  LeCun normal: normalised pixels keep their variance
     class_token   0
-    position      normal, standard deviation 0.02
+    position      normal, standard deviation position_std
     head          0: the first loss is log(num_classes)
   """
 
@@ -49,6 +49,7 @@ class VisionTransformer(nnx.Module):
     width,
     pool,
     table,
+    position_std,
     norm,
     dtype,
     rngs,
@@ -63,8 +64,8 @@ class VisionTransformer(nnx.Module):
       self.class_token = nnx.Param(jnp.zeros((width,), jnp.float32))
     if table == "learned":
       shape = (math.prod(grid) + (pool == "class"), width)
-      normal = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
-      self.position = nnx.Param(normal)
+      normal = jax.random.normal(rngs.params(), shape, jnp.float32)
+      self.position = nnx.Param(position_std * normal)
     self.has_norm = norm is not None
     if self.has_norm:
       self.norm = layers.make_norm(norm, width, rngs)
@@ -147,6 +148,8 @@ def _check_model(config):
   _divides("model.patch_size", model.patch_size, "data.image_size", side)
   checks.choice(config, "model.pool", POOLS)
   checks.choice(config, "model.positions", POSITIONS)
+  checks.number(config, "model.position_std", low=0)
+  _finite("model.position_std", model.position_std)
   checks.choice(config, "model.mlp", layers.MLPS)
   checks.choice(config, "model.norm", layers.NORM_PLACES)
   checks.choice(config, "model.norm_kind", layers.NORMS)
@@ -233,6 +236,7 @@ def build(config, rngs):
     width=model.width,
     pool=model.pool,
     table="none" if model.positions == "rope" else model.positions,
+    position_std=model.position_std,
     # A post-norm block ends in a norm.
     norm=None if model.norm == "post" else model.norm_kind,
     dtype=dtype,

@@ -1,4 +1,4 @@
-"""Tests run on the CPU, and implicit broadcasting of ranks is an error."""
+"""On the CPU, compiled quickly, with no implicit broadcasting of ranks."""
 
 import os
 
@@ -7,3 +7,5 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of the suite's time is compiling what runs once or twice.
+jax.config.update("jax_disable_most_optimizations", True)

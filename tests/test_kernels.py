@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import kernels
-from kernels import xla_attn
+from kernels import bench, xla_attn
 from sigattn import attention
 from tests import cases
 
@@ -225,36 +225,11 @@ def test_jit_vmap_and_checkpoint_change_nothing(causal):
       np.testing.assert_allclose(value, wanted[name], rtol=1e-5, atol=1e-6)
 
 
-_MEMORY = """
-import resource, sys
-import jax, jax.numpy as jnp
-from sigattn import attention
-
-def peak():
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-@jax.jit
-def step(x):
-  def loss(q, k, v):
-    return (attention.dot_product_attention(q, k, v) ** 2).sum()
-  return jax.grad(loss, (0, 1, 2))(x, x, x)
-
-jax.block_until_ready(step(jnp.ones((1, 8, 4, 64))))
-before = peak()
-x = jax.random.normal(jax.random.key(0), (1, int(sys.argv[1]), 4, 64))
-jax.block_until_ready(step(x))
-print(peak() - before)
-"""
-
-
-@pytest.mark.parametrize(("length", "gib"), [(16384, 1.5)])
-def test_memory_of_forward_and_backward(length, gib):
+def test_memory_of_forward_and_backward():
   """The plain form needs 4 GiB a matrix at this length."""
-  done = subprocess.run(
-    [sys.executable, "-c", _MEMORY, str(length)],
-    capture_output=True, text=True, check=True,
-  )  # fmt: skip
-  assert float(done.stdout) < gib
+  row = bench.memory(16384)
+  assert row["weights_mib"] == 4096
+  assert 0 < row["peak_mib"] < 1536
 
 
 def problem(**values):

@@ -84,7 +84,7 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient():
   tx = optim.make(config, PARAMS)
   grads = jax.tree.map(lambda x: 10 * x, PARAMS)
   updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
-  np.testing.assert_allclose(optax.global_norm(updates), 0.5, rtol=1e-5)
+  np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-5)
 
 
 def test_average_forgets_the_start_and_then_decays_as_asked():

@@ -16,14 +16,6 @@ from sigattn import attention, vit
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Nearly halves the time: what is compiled here runs once or twice."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def small(**values):
   """Four patches of 4 x 4 pixels, width 16, one layer."""
   config = vit_sigmoid.get_config("runlocal")
