@@ -6,6 +6,7 @@ or, in a notebook: `from train import train; state = train(config)`.
 """
 
 import contextlib
+import ctypes
 import functools
 import math
 import signal
@@ -233,6 +234,19 @@ def _stop_signals():
       signal.signal(number, handler)
 
 
+def _keep_freed_memory():
+  """Lets a CPU's step reuse the memory that the last one freed.
+
+  By default glibc gives large buffers back to the kernel, which then clears
+  page after page for the next step: 55 instead of 40 ms for the default config
+  on two cores (2026-11-23).
+  """
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
+  if jax.default_backend() == "cpu" and mallopt is not None:
+    mallopt(-4, 0)  # M_MMAP_MAX: large buffers from the heap too
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
 def _describe(config, params, workdir, start):
   metrics.log(report.parameter_table(params))
   devices = jax.devices()
@@ -258,6 +272,7 @@ def _main(argv):
     workdirs.prepare(workdir, config)
   except ValueError as error:
     sys.exit(f"train.py: {error}")
+  _keep_freed_memory()
   state = train(config, workdir)
   if int(state.step) < config.total_steps:
     metrics.log("the same command goes on from here")

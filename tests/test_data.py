@@ -14,8 +14,10 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from configs import vit
+from configs import vit, vit_sigmoid
+from eval import evaluate
 from sigattn.data import augment, image, loader
+from train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -164,7 +166,8 @@ def test_killed_run_leaves_no_workers(tmp_path):
   script = tmp_path / "run.py"
   script.write_text("""
 import multiprocessing, os, signal
-from configs import vit
+from configs import vit, vit_sigmoid
+from eval import evaluate
 from sigattn.data import loader
 
 if __name__ == "__main__":
@@ -597,3 +600,19 @@ def test_bad_value_is_refused_with_its_path(path, value):
   with pytest.raises(ValueError, match=rf"config\.{path}=") as error:
     loader.check(make(**{path: value}))
   assert repr(value) in str(error.value)
+
+
+def test_the_imagenet_recipe_trains_and_resumes_on_a_folder(folder, tmp_path):
+  config = vit_sigmoid.get_config("imagenet,Ti/16,runlocal")
+  config.data.update(
+    source=str(folder), eval_split="test", num_classes=2, image_size=32,
+    num_workers=1,
+  )  # fmt: skip
+  assert config.augment.randaugment_layers == 2
+  config.total_steps = 1
+  train(config, tmp_path / "run")
+  config.total_steps = 2
+  assert int(train(config, tmp_path / "run").step) == 2
+  results = evaluate(tmp_path / "run")
+  assert results["step"] == 2
+  assert 0 <= results["accuracy"] <= 1
