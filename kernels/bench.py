@@ -15,7 +15,6 @@ import pathlib
 import platform
 import resource
 import subprocess
-import time
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +27,13 @@ _FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
 def memory(length):
-  """{peak_mib, weights_mib, seconds} of a length, in a process of its own."""
+  """{seq_len, peak_mib, weights_mib} of a length, in a process of its own."""
   with multiprocessing.get_context("spawn").Pool(1) as pool:
-    peak, seconds = pool.apply(_measure, (length,))
+    peak = pool.apply(_measure, (length,))
   return {
     "seq_len": length,
     "peak_mib": round(peak, 1),
     "weights_mib": HEADS * length**2 * 4 / 2**20,
-    "seconds": round(seconds, 2),
   }
 
 
@@ -56,9 +54,7 @@ def _measure(length):
   before = _peak_mib()
   x = jax.random.normal(jax.random.key(0), (1, length, HEADS, WIDTH))
   jax.block_until_ready(gradients(x))
-  peak, start = _peak_mib() - before, time.perf_counter()
-  jax.block_until_ready(gradients(x))
-  return peak, time.perf_counter() - start
+  return _peak_mib() - before
 
 
 def _peak_mib():
@@ -80,13 +76,12 @@ def main():
   if jax.default_backend() != "cpu":
     parser.error("the peak of a process says nothing of a GPU's memory: run "
                  "it with JAX_PLATFORMS=cpu")  # fmt: skip
-  print(f"{'length':>8} {'peak MiB':>10} {'one matrix MiB':>15} {'seconds':>9}")
+  print(f"{'length':>8} {'peak MiB':>10} {'one matrix MiB':>15}")
   rows = []
   for length in lengths:
     rows.append(row := memory(length))
     print(
-      f"{length:8,} {row['peak_mib']:10,.1f} {row['weights_mib']:15,.1f} "
-      f"{row['seconds']:9.2f}",
+      f"{length:8,} {row['peak_mib']:10,.1f} {row['weights_mib']:15,.1f}",
       flush=True,
     )
   result = {
