@@ -20,7 +20,8 @@ def small(**values):
   """Four patches of 4 x 4 pixels, width 16, one layer."""
   config = vit_sigmoid.get_config("runlocal")
   config.data.image_size = 8
-  config.model.depth = 1
+  config.augment.mixup = 0.0
+  config.model.update(depth=1, patch_size=4, position_std=0.02)
   config.update_from_flattened_dict(values)
   return config
 
