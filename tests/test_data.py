@@ -166,8 +166,7 @@ def test_killed_run_leaves_no_workers(tmp_path):
   script = tmp_path / "run.py"
   script.write_text("""
 import multiprocessing, os, signal
-from configs import vit, vit_sigmoid
-from eval import evaluate
+from configs import vit
 from sigattn.data import loader
 
 if __name__ == "__main__":
