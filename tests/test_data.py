@@ -173,7 +173,7 @@ if __name__ == "__main__":
   config = vit.get_config()
   config.data.num_workers = 2
   data = loader.train_iterator(config)
-  next(data)
+  next(data), next(data)  # the second is the second worker's
   print(len(multiprocessing.active_children()), flush=True)
   os.kill(os.getpid(), signal.SIGKILL)
 """)
