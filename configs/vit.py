@@ -89,7 +89,7 @@ def _base():
 
 
 def _fashion_mnist():
-  """The embedded default: about three minutes on two CPU cores.
+  """The embedded default: three to five minutes on two CPU cores.
 
   Chosen on 8,000 other images of Fashion-MNIST's test set, with four seeds a
   choice: a table of positions as large as the tokens from the start gave 2
