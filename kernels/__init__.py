@@ -71,14 +71,6 @@ def attention(
   return module.attention(query, key, value, operands, problem)
 
 
-def check_implementation(implementation):
-  """ValueError unless it is None or the name of one."""
-  if implementation is not None and implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"{implementation=}; choose from {[None, *IMPLEMENTATIONS]}"
-    )
-
-
 @functools.lru_cache(maxsize=4096)  # once a problem: so is the line in the log
 def choose(problem: Problem, implementation=None):
   """The name of the implementation that will compute the problem.
@@ -86,7 +78,10 @@ def choose(problem: Problem, implementation=None):
   Raises ValueError for an unknown name, NotImplementedError with the reasons
   where none (or not the named one) can.
   """
-  check_implementation(implementation)
+  if implementation is not None and implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"{implementation=}; choose from {[None, *IMPLEMENTATIONS]}"
+    )
   declined = {}
   for name in [implementation] if implementation else IMPLEMENTATIONS:
     reason = _module(name).unsupported(problem)

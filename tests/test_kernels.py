@@ -1,5 +1,6 @@
 """Every implementation against float64, and the choice between them."""
 
+import dataclasses
 import functools
 import logging
 import subprocess
@@ -96,7 +97,7 @@ def test_16_bit_error_is_at_most_that_of_plain_16_bit(case, dtype, bias):
   arrays, options, cotangent = cases.draw(case, dtype)
   if not case.bias_per_head:
     options["logit_bias"] = bias
-  shifted = cases.dataclasses.replace(case, logit_bias=options["logit_bias"])
+  shifted = dataclasses.replace(case, logit_bias=options["logit_bias"])
   wanted = cases.exact(shifted, arrays, options, cotangent)
   found = run(arrays, options, cotangent)
   plain = plain_16_bit(case, arrays, options, cotangent)
