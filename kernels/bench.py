@@ -7,6 +7,7 @@ several. Writes the table to benchmarks/memory_cpu.json.
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import json
 import math
@@ -28,8 +29,11 @@ _FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 def memory(length):
   """{seq_len, peak_mib, weights_mib} of a length, in a process of its own."""
-  with multiprocessing.get_context("spawn").Pool(1) as pool:
-    peak = pool.apply(_measure, (length,))
+  # Not multiprocessing's Pool, which starts a worker that cannot start again
+  # and again.
+  spawn = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+    peak = pool.submit(_measure, length).result()
   return {
     "seq_len": length,
     "peak_mib": round(peak, 1),

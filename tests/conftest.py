@@ -1,11 +1,29 @@
-"""On the CPU, compiled quickly, with no implicit broadcasting of ranks."""
+"""On the CPU, compiled quickly and once, with no broadcasting of ranks.
+
+The settings are environment variables where the programs that tests start
+shall have them too.
+"""
 
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of the suite's time is compiling what runs once or twice.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+# Workers and programs of one session compile the same step once.
+_CACHE = None
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  _CACHE = tempfile.mkdtemp(prefix="sigattn_tests_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the suite's time is compiling what runs once or twice.
-jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_unconfigure():
+  if _CACHE is not None:
+    shutil.rmtree(_CACHE, ignore_errors=True)

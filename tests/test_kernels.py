@@ -227,10 +227,11 @@ def test_jit_vmap_and_checkpoint_change_nothing(causal):
 
 
 def test_memory_of_forward_and_backward():
-  """The plain form needs 4 GiB a matrix at this length."""
-  row = bench.memory(16384)
-  assert row["weights_mib"] == 4096
-  assert 0 < row["peak_mib"] < 1536
+  """The plain form keeps several matrices of this size; the benchmark prints
+  other lengths, 16,384 among them, which take longer."""
+  row = bench.memory(8192)
+  assert row["weights_mib"] == 1024
+  assert 0 < row["peak_mib"] < 640
 
 
 def problem(**values):

@@ -55,7 +55,6 @@ def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path):
 def test_runs_compares_and_skips_what_is_finished(tmp_path):
   words = (
     f"--config={CONFIG}:runlocal", "--sweep=attn", f"--root={tmp_path}",
-    "--config.batch_size=256", "--config.eval.every_steps=2",
   )  # fmt: skip
   first = run(*words)
   assert first.returncode == 0, first.stdout + first.stderr
