@@ -384,7 +384,7 @@ def _over_lengths(axes, rows):
 
 def _over_radii(axes, rows):
   """The worst input of a ball, found by gradient ascent."""
-  length, width, radii = 32, 2, np.array((0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0))
+  length, width, radii = 16, 2, np.array((0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0))
   cases = {
     f"sigmoid, b = {k}": ("sigmoid", f(length)) for k, f in _BIASES.items()
   }
