@@ -16,7 +16,10 @@ from kernels.problem import Operands, Problem
 __all__ = ["IMPLEMENTATIONS", "Operands", "Problem", "attention", "choose"]
 
 # Fastest first. xla takes every problem, and so is the last.
-IMPLEMENTATIONS = {"xla": "kernels.xla_attn"}
+IMPLEMENTATIONS = {
+  "triton": "kernels.triton_attn",
+  "xla": "kernels.xla_attn",
+}
 
 _logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kernels import device, problem as problems, transforms, tuning
+from kernels import device, transforms, tuning
+from kernels import problem as problems
 
 _PACKAGES = {"triton": "triton", "jax_triton": "jax-triton"}
 _PRECISIONS = {
@@ -58,8 +59,8 @@ def attention(query, key, value, operands, problem):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(problem, precision, query, key, value, operands):
-  forward = functools.partial(_forward, precision)
-  (out,) = transforms.over_batch(forward, problem, query, key, value, operands)
+  compute = functools.partial(_forward, precision)
+  (out,) = transforms.over_batch(compute, problem, query, key, value, operands)
   return out
 
 
@@ -70,9 +71,9 @@ def _save_inputs(problem, precision, query, key, value, operands):
 
 def _pull_back(problem, precision, saved, d_out):
   query, key, value, operands = saved
-  backward = functools.partial(_backward, precision)
+  compute = functools.partial(_backward, precision)
   *d_inputs, d_bias_BN, d_slopes_BN = transforms.over_batch(
-    backward, problem, query, key, value, operands, d_out
+    compute, problem, query, key, value, operands, d_out
   )
   d_operands = problems.Operands()._replace(
     logit_bias=_like(operands.logit_bias, d_bias_BN),
@@ -94,65 +95,85 @@ def _like(operand, grad_BN):
 
 def _forward(precision, problem, query, key, value, operands):
   """(out,)"""
-  from kernels import triton_kernels
-
   tile = _tile(problem, "forward")
-  scales = _scales(problem)
-  return _call(
-    triton_kernels.forward,
-    (query, key, value, *_operands(problem, operands, tile.block_q, True)),
-    (query,),
-    tile,
-    _blocks(problem.query_len, tile.block_q, problem.num_heads, problem),
-    _constants(problem, precision, tile)
-    | {k: scales[k] for k in ("P_SCALE", "OUT_SCALE")},
-  )
+  return forward(problem, precision, tile, query, key, value, operands)
 
 
 def _backward(precision, problem, query, key, value, operands, d_out):
-  """(dq, dk, dv, dlogit_bias (B, N), dslopes (B, N)), the last float32."""
-  from kernels import triton_kernels
-
-  d_out = d_out.astype(query.dtype)
-  scales = _scales(problem)
-  tile = _tile(problem, "backward_q")
-  count = -(-problem.query_len // tile.block_q)
-  shares = jax.ShapeDtypeStruct(
-    (problem.batch, problem.num_heads, count), jnp.float32
+  """(dq, dk, dv, dlogit_bias (B, N), dslopes (B, N)), the last two float32."""
+  arrays = query, key, value, operands, d_out.astype(query.dtype)
+  d_q, d_bias, d_slopes = backward_q(
+    problem, precision, _tile(problem, "backward_q"), *arrays
   )
-  d_q, d_bias, d_slopes = _call(
-    triton_kernels.backward_q,
-    (query, key, value, d_out)
-    + _operands(problem, operands, tile.block_q, True),
-    (query, shares, shares),
-    tile,
-    _blocks(problem.query_len, tile.block_q, problem.num_heads, problem),
-    _constants(problem, precision, tile)
-    | {k: scales[k] for k in ("D_Q_SCALE", "D_Z_SCALE")},
-  )
-  tile = _tile(problem, "backward_kv")
-  d_k, d_v = _call(
-    triton_kernels.backward_kv,
-    (query, key, value, d_out)
-    + _operands(problem, operands, tile.block_k, False),
-    (key, value),
-    tile,
-    _blocks(problem.key_len, tile.block_k, problem.num_kv_heads, problem),
-    _constants(problem, precision, tile)
-    | {k: scales[k] for k in ("P_SCALE", "OUT_SCALE", "D_Q_SCALE")},
+  d_k, d_v = backward_kv(
+    problem, precision, _tile(problem, "backward_kv"), *arrays
   )
   return d_q, d_k, d_v, d_bias.sum(-1), d_slopes.sum(-1)
 
 
-def _call(kernel, arrays, outs, tile, programs, constants):
-  """The kernel's outputs, of the shapes and dtypes of outs."""
+# The passes, each with a tile of its own.
+
+
+def forward(problem, precision, tile, query, key, value, operands):
+  """(out,)"""
+  arrays = query, key, value, *_operands(problem, operands, tile.block_q, True)
+  return _call("forward", problem, precision, tile, arrays, (query,))
+
+
+def backward_q(problem, precision, tile, query, key, value, operands, d_out):
+  """dq, and the shares (B, N, blocks) of dlogit_bias and dslopes."""
+  extra = _operands(problem, operands, tile.block_q, True)
+  blocks = -(-problem.query_len // tile.block_q)
+  shares = jax.ShapeDtypeStruct(
+    (problem.batch, problem.num_heads, blocks), jnp.float32
+  )
+  return _call(
+    "backward_q", problem, precision, tile, (query, key, value, d_out, *extra),
+    (query, shares, shares),
+  )  # fmt: skip
+
+
+def backward_kv(problem, precision, tile, query, key, value, operands, d_out):
+  """dk, dv"""
+  extra = _operands(problem, operands, tile.block_k, False)
+  return _call(
+    "backward_kv", problem, precision, tile, (query, key, value, d_out, *extra),
+    (key, value),
+  )  # fmt: skip
+
+
+def programs(direction, problem, tile):
+  """How many programs a kernel is started with."""
+  length, block, heads = (
+    (problem.key_len, tile.block_k, problem.num_kv_heads)
+    if direction == "backward_kv"
+    else (problem.query_len, tile.block_q, problem.num_heads)
+  )
+  return -(-length // block) * heads * problem.batch
+
+
+def _call(direction, problem, precision, tile, arrays, outs):
+  """The outputs of a kernel, of the shapes and dtypes of outs."""
+  from kernels import triton_kernels
+
+  return _start(
+    getattr(triton_kernels, direction),
+    arrays,
+    [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs],
+    tile,
+    programs(direction, problem, tile),
+    constants(direction, problem, precision, tile),
+  )
+
+
+def _start(kernel, arrays, outs, tile, count, constants):
   import jax_triton
 
   return jax_triton.triton_call(
     *arrays,
     kernel=kernel,
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs],
-    grid=(programs,),
+    out_shape=outs,
+    grid=(count,),
     name=kernel.__name__,
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
@@ -168,10 +189,6 @@ def _tile(problem, direction):
   return tuning.tile(problem, direction, device.current().capability)
 
 
-def _blocks(length, block, heads, problem):
-  return -(-length // block) * heads * problem.batch
-
-
 def _activation(problem):
   if problem.kind != "sigmoid":
     return problem.kind
@@ -179,9 +196,18 @@ def _activation(problem):
   return "exp" if exact else "tanh"
 
 
-def _constants(problem, precision, tile):
+_SCALES = {  # those that a kernel takes
+  "forward": ("P_SCALE", "OUT_SCALE"),
+  "backward_q": ("D_Z_SCALE", "D_Q_SCALE", "SUM_SCALE"),
+  "backward_kv": ("P_SCALE", "OUT_SCALE", "D_Z_SCALE", "D_Q_SCALE"),
+}
+
+
+def constants(direction, problem, precision, tile):
+  """All that a kernel knows when it is compiled, besides warps and stages."""
   from kernels import triton_kernels
 
+  scales = _scales(problem)
   activation, shapes = _activation(problem), problem.shapes
   left, right = problem.window or (None, None)
   if problem.is_causal:  # the keys j <= i + 0
@@ -211,27 +237,34 @@ def _constants(problem, precision, tile):
     Q_LENGTHS=shapes.query_seq_lengths is not None,
     K_LENGTHS=shapes.key_value_seq_lengths is not None,
     SEGMENTS=shapes.query_segment_ids is not None,
+    **{name: scales[name] for name in _SCALES[direction]},
   )
 
 
 def _scales(problem):
   """The constant factors that the kernels leave out of their sums."""
   activation = _activation(problem)
-  p_scale = 1.0
+  p_scale = d_z_scale = 1.0
   if problem.dtype == "float16" and problem.kind == "sigmoid":
-    # At most 1, and exp(-10) is subnormal: to the top of the range.
+    # Normal numbers begin at 2^-14 = e^-9.7. Weights are at most 1, and 1 + t
+    # at most 2. What their gradients reach depends on do v^T: these are lifted
+    # to e^-8 times that, so that 64 of it may meet a saturated weight.
     p_scale = 2.0**14
+    bias = problem.logit_bias
+    bias = -math.log(problem.key_len) if bias is None else bias
+    d_z_scale = 2.0 ** min(max(round(-bias / math.log(2)) - 11, 0), 12)
   elif problem.dtype == "float16" and problem.kind == "relu2":
     # Squares leave the range from 256 on.
     p_scale = 2.0 ** -max(round(math.log2(problem.normalizer)), 0)
   twice = {"tanh": 2.0}.get(activation, 1.0)
   slopes = {"tanh": 4.0, "relu2": 0.5}.get(activation, 1.0)
-  d_z_scale = 1 / (slopes * problem.normalizer)
+  sum_scale = 1 / (slopes * d_z_scale * problem.normalizer)
   return dict(
     P_SCALE=p_scale,
     OUT_SCALE=1 / (twice * p_scale * problem.normalizer),
     D_Z_SCALE=d_z_scale,
-    D_Q_SCALE=d_z_scale * problem.scale,
+    D_Q_SCALE=sum_scale * problem.scale,
+    SUM_SCALE=sum_scale,
   )
 
 

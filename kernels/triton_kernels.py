@@ -55,7 +55,7 @@ def forward(
   k_len = _length(k_lengths, batch, S, K_LENGTHS)
   q_base, k_base = _bases(batch, head, T, S, N, K, H)
   start, full, edge, stop = _runs(
-    first, BLOCK_Q, q_len, k_len, spans, batch, tl.cdiv(T, BLOCK_Q), BLOCK_K,
+    first, BLOCK_Q, q_len, k_len, spans, batch, _blocks(T, BLOCK_Q), BLOCK_K,
     LEFT, RIGHT, SEGMENTS,
   )  # fmt: skip
   i = first + tl.arange(0, BLOCK_Q)
@@ -93,7 +93,7 @@ def _forward_block(
   k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, EDGE)
   s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
   x = _logits(s, i[:, None], j[None, :], bias, slope, OFFSET, SCALE, SLOPES)
-  p, _ = _weights(x, ACTIVATION, P_SCALE)
+  p, _ = _weights(x, ACTIVATION, P_SCALE, 1.0)
   if EDGE:
     j_ids = _load_ids(k_ids, j, k_len, SEGMENTS)
     p = _visible(
@@ -112,7 +112,7 @@ def backward_q(
   H: tl.constexpr, BLOCK_H: tl.constexpr,
   BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
   ACTIVATION: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-  D_Q_SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr,
+  D_Z_SCALE: tl.constexpr, D_Q_SCALE: tl.constexpr, SUM_SCALE: tl.constexpr,
   PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr,
   BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
@@ -120,7 +120,7 @@ def backward_q(
 ):  # fmt: skip
   """dq_i = D_Q_SCALE sum_j dz_ij k_j, and this block's share of the operands'.
 
-  d_bias = D_Z_SCALE sum dz, d_slope = -D_Z_SCALE sum dz |i + S - T - j|: one
+  d_bias = SUM_SCALE sum dz, d_slope = -SUM_SCALE sum dz |i + S - T - j|: one
   number a program, (B, N, blocks of queries).
   """
   batch, head, first = _place(T, N, BLOCK_Q, RIGHT is not None)
@@ -131,7 +131,7 @@ def backward_q(
   k_len = _length(k_lengths, batch, S, K_LENGTHS)
   q_base, k_base = _bases(batch, head, T, S, N, K, H)
   start, full, edge, stop = _runs(
-    first, BLOCK_Q, q_len, k_len, spans, batch, tl.cdiv(T, BLOCK_Q), BLOCK_K,
+    first, BLOCK_Q, q_len, k_len, spans, batch, _blocks(T, BLOCK_Q), BLOCK_K,
     LEFT, RIGHT, SEGMENTS,
   )  # fmt: skip
   i = first + tl.arange(0, BLOCK_Q)
@@ -152,18 +152,18 @@ def backward_q(
         acc, sum_dz, sum_far = _backward_q_block(
           acc, sum_dz, sum_far, q_tile, do_tile, k + k_base, v + k_base, i, j,
           i_ids, k_ids + batch * S, k_len, bias, slope, S - T, K * H, H,
-          BLOCK_H, BLOCK_K, ACTIVATION, SCALE, PRECISION, LEFT, RIGHT,
-          BIAS_STRIDE, SLOPE_STRIDE, SEGMENTS, RUN != 1,
+          BLOCK_H, BLOCK_K, ACTIVATION, SCALE, D_Z_SCALE, PRECISION, LEFT,
+          RIGHT, BIAS_STRIDE, SLOPE_STRIDE, SEGMENTS, RUN != 1,
         )  # fmt: skip
   _store(
     d_q + q_base, acc * D_Q_SCALE, first, q_len, T, N * H, H, BLOCK_H, BLOCK_Q
   )
-  blocks: tl.constexpr = tl.cdiv(T, BLOCK_Q)
+  blocks: tl.constexpr = _blocks(T, BLOCK_Q)
   share = (batch * N + head) * blocks + first // BLOCK_Q
   if BIAS_STRIDE is not None:
-    tl.store(d_bias + share, tl.sum(sum_dz, 0) * D_Z_SCALE)
+    tl.store(d_bias + share, tl.sum(sum_dz, 0) * SUM_SCALE)
   if SLOPE_STRIDE is not None:
-    tl.store(d_slope + share, tl.sum(sum_far, 0) * -D_Z_SCALE)
+    tl.store(d_slope + share, tl.sum(sum_far, 0) * -SUM_SCALE)
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def _backward_q_block(
   bias, slope,
   OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
   BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
-  SCALE: tl.constexpr, PRECISION: tl.constexpr,
+  SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr, PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr, BIASES: tl.constexpr,
   SLOPES: tl.constexpr, SEGMENTS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -183,7 +183,7 @@ def _backward_q_block(
   s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
   dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
   x = _logits(s, i[:, None], j[None, :], bias, slope, OFFSET, SCALE, SLOPES)
-  _, dz = _weights(x, ACTIVATION, 1.0)
+  _, dz = _weights(x, ACTIVATION, 1.0, D_Z_SCALE)
   dz *= dp
   if EDGE:
     j_ids = _load_ids(k_ids, j, k_len, SEGMENTS)
@@ -207,7 +207,8 @@ def backward_kv(
   H: tl.constexpr, BLOCK_H: tl.constexpr,
   BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
   ACTIVATION: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-  P_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr, D_Q_SCALE: tl.constexpr,
+  P_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
+  D_Z_SCALE: tl.constexpr, D_Q_SCALE: tl.constexpr,
   PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr,
   BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
@@ -223,7 +224,7 @@ def backward_kv(
   q_len = _length(q_lengths, batch, T, Q_LENGTHS)
   k_len = _length(k_lengths, batch, S, K_LENGTHS)
   start, full, edge, stop = _runs(
-    first, BLOCK_K, k_len, q_len, spans, batch, tl.cdiv(S, BLOCK_K), BLOCK_Q,
+    first, BLOCK_K, k_len, q_len, spans, batch, _blocks(S, BLOCK_K), BLOCK_Q,
     RIGHT, LEFT, SEGMENTS,
   )  # fmt: skip
   j = first + tl.arange(0, BLOCK_K)
@@ -248,8 +249,8 @@ def backward_kv(
           acc_k, acc_v = _backward_kv_block(
             acc_k, acc_v, k_tile, v_tile, q + q_base, d_out + q_base, j, i,
             j_ids, q_ids + batch * T, q_len, bias, slope, S - T, N * H, H,
-            BLOCK_H, BLOCK_Q, ACTIVATION, SCALE, P_SCALE, PRECISION, LEFT,
-            RIGHT, SLOPE_STRIDE, SEGMENTS, RUN != 1,
+            BLOCK_H, BLOCK_Q, ACTIVATION, SCALE, P_SCALE, D_Z_SCALE, PRECISION,
+            LEFT, RIGHT, SLOPE_STRIDE, SEGMENTS, RUN != 1,
           )  # fmt: skip
   _store(
     d_k + k_base, acc_k * D_Q_SCALE, first, k_len, S, K * H, H, BLOCK_H, BLOCK_K
@@ -265,7 +266,8 @@ def _backward_kv_block(
   bias, slope,
   OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
   BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, ACTIVATION: tl.constexpr,
-  SCALE: tl.constexpr, P_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+  SCALE: tl.constexpr, P_SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr,
+  PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr, SLOPES: tl.constexpr,
   SEGMENTS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -276,7 +278,7 @@ def _backward_kv_block(
   s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
   dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
   x = _logits(s, i[None, :], j[:, None], bias, slope, OFFSET, SCALE, SLOPES)
-  p, dz = _weights(x, ACTIVATION, P_SCALE)
+  p, dz = _weights(x, ACTIVATION, P_SCALE, D_Z_SCALE)
   dz *= dp
   if EDGE:
     i_ids = _load_ids(q_ids, i, q_len, SEGMENTS)
@@ -316,23 +318,27 @@ def _unit(activation):
 
 
 @triton.jit
-def _weights(x, ACTIVATION: tl.constexpr, P_SCALE: tl.constexpr):
-  """P_SCALE times the weights and their slopes, up to constants.
+def _weights(
+  x, ACTIVATION: tl.constexpr, P_SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr
+):
+  """P_SCALE times the weights, D_Z_SCALE times their slopes; up to constants.
 
   The constants (2 and 4 for tanh, 1/2 for the slope of relu2) are taken back
   when the sums are stored, once a row rather than once a weight.
   """
   if ACTIVATION == "tanh":
     t = tanh(x)
-    return t * P_SCALE + P_SCALE, 1.0 - t * t
+    p, slope = t * P_SCALE + P_SCALE, D_Z_SCALE - (t * D_Z_SCALE) * t
   elif ACTIVATION == "exp":
     p = 1.0 / (1.0 + tl.exp2(x))
-    return p * P_SCALE, p - p * p
+    slope = (p - p * p) * D_Z_SCALE
+    p *= P_SCALE
   elif ACTIVATION == "relu":
-    return tl.maximum(x, 0.0) * P_SCALE, tl.where(x > 0, 1.0, 0.0)
+    p, slope = tl.maximum(x, 0.0) * P_SCALE, tl.where(x > 0, D_Z_SCALE, 0.0)
   else:
     r = tl.maximum(x, 0.0)
-    return r * r * P_SCALE, r
+    p, slope = r * r * P_SCALE, r * D_Z_SCALE
+  return p, slope
 
 
 @triton.jit
@@ -363,12 +369,17 @@ def _place(
   Blocks of a head are neighbours, and find its keys in the cache. Those with
   the most to do begin.
   """
-  blocks: tl.constexpr = tl.cdiv(LENGTH, BLOCK)
+  blocks: tl.constexpr = _blocks(LENGTH, BLOCK)
   block = tl.program_id(0) % blocks
   if LAST_FIRST:
     block = blocks - 1 - block
   other = tl.program_id(0) // blocks
   return other // HEADS, other % HEADS, block * BLOCK
+
+
+@triton.constexpr_function
+def _blocks(length, block):
+  return -(-length // block)
 
 
 @triton.jit
@@ -425,12 +436,12 @@ def _happens(run, before, after, segments, ragged):
 
 @triton.jit
 def _bounds(RUN: tl.constexpr, start, full, edge, stop):
+  low, high = full, edge
   if RUN == 0:
-    return start, min(full, stop)
-  elif RUN == 1:
-    return full, edge
-  else:
-    return edge, stop
+    low, high = start, min(full, stop)
+  elif RUN == 2:
+    low, high = edge, stop
+  return low, high
 
 
 @triton.jit
@@ -452,16 +463,18 @@ def _per_head(
 
 @triton.jit
 def _length(lengths, batch, full: tl.constexpr, GIVEN: tl.constexpr):
+  length = full
   if GIVEN:
-    return min(tl.load(lengths + batch), full)
-  return full
+    length = min(tl.load(lengths + batch), full)
+  return length
 
 
 @triton.jit
 def _load_ids(ids, rows, limit, SEGMENTS: tl.constexpr):
+  found = rows
   if SEGMENTS:
-    return tl.load(ids + rows, mask=rows < limit, other=0)
-  return rows
+    found = tl.load(ids + rows, mask=rows < limit, other=0)
+  return found
 
 
 @triton.jit
@@ -475,14 +488,15 @@ def _load(
   base += tl.cast(first, tl.int64) * STRIDE
   pointers = base + rows * STRIDE + columns
   if CHECKED and H == BLOCK_H:
-    return tl.load(pointers, mask=rows < limit - first, other=0.0)
+    tile = tl.load(pointers, mask=rows < limit - first, other=0.0)
   elif CHECKED:
     mask = (rows < limit - first) & (columns < H)
-    return tl.load(pointers, mask=mask, other=0.0)
+    tile = tl.load(pointers, mask=mask, other=0.0)
   elif H == BLOCK_H:
-    return tl.load(pointers)
+    tile = tl.load(pointers)
   else:
-    return tl.load(pointers, mask=columns < H, other=0.0)
+    tile = tl.load(pointers, mask=columns < H, other=0.0)
+  return tile
 
 
 @triton.jit

@@ -1,0 +1,198 @@
+"""The Triton kernels: on NumPy arrays, or on the GPU where there is one.
+
+  JAX_PLATFORMS=cuda python -m pytest -n 8 tests/test_triton.py
+
+Without a GPU, Triton's interpreter runs the kernels. Whether they compile for
+each architecture is asked in a process of its own (tests/compile_triton.py),
+because a kernel is either interpreted or compiled.
+"""
+
+import dataclasses
+import os
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels
+from kernels import device, triton_attn, tuning
+from tests import cases, test_kernels
+
+ON_GPU = jax.default_backend() == "gpu"
+if not ON_GPU:
+  os.environ["TRITON_INTERPRET"] = "1"  # Read when Triton is imported.
+triton = pytest.importorskip("triton")  # It has wheels for Linux alone.
+import triton.language as tl  # noqa: E402
+
+_ONE_AT_A_TIME = threading.Lock()  # The interpreter's state is global.
+_EVERYTHING = cases.CASES[-1]
+# Beside the shared table: enough blocks that some are full and some skipped.
+BLOCKS = [
+  dataclasses.replace(_EVERYTHING, name="all_but_dense", mask=None, bias=None),
+  cases.Case("blocks_causal", batch=1, queries=70, heads=2, causal=True),
+  cases.Case("blocks_cross", batch=1, queries=40, keys=70, heads=2, kv_heads=1),
+  cases.Case(
+    "blocks_window", batch=1, queries=90, heads=1, window=(40, 35), alibi=True
+  ),
+  cases.Case(
+    "blocks_causal_window", batch=1, queries=90, heads=1, causal=True,
+    window=(50, 3),
+  ),
+  cases.Case(
+    "blocks_segments", batch=2, queries=100, heads=1, segments=True,
+    bias_per_head=("N",),
+  ),
+  cases.Case("blocks_lengths", batch=3, queries=60, heads=1, lengths=True),
+]  # fmt: skip
+
+
+class _Array:
+  """As much of a torch tensor, and of its storage, as the interpreter uses."""
+
+  def __init__(self, array):
+    self.array, self.device = array, "cpu"
+    self.dtype = str(array.dtype).replace("float", "fp")
+
+  def data_ptr(self):
+    return self.array.ctypes.data
+
+  def _self(self, *_, **__):
+    return self
+
+  untyped_storage = cpu = new_empty = set_ = copy_ = _self
+  storage_offset = size = stride = _self
+
+
+@triton.jit
+def tanh(x):
+  """triton_kernels.tanh without assembly, which the interpreter has not."""
+  return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+
+
+def _interpreted(kernel, arrays, outs, tile, count, constants):
+  """triton_attn._start for Triton's interpreter."""
+  del tile
+
+  def run(*arrays):
+    # NaN: what no program writes must be seen.
+    results = [np.full(x.shape, np.nan, x.dtype) for x in outs]
+    inputs = [_Array(np.array(x)) for x in arrays]
+    with _ONE_AT_A_TIME:
+      kernel[(count,)](*inputs, *map(_Array, results), **constants)
+    return results
+
+  return jax.pure_callback(run, outs, *arrays)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+  """Lets Triton's kernels run on the CPU, as if it were an H100."""
+  from kernels import triton_kernels
+
+  if ON_GPU:
+    pytest.skip("the kernels are compiled here, not interpreted")
+
+  monkeypatch.setattr(triton_kernels, "tanh", tanh)
+  monkeypatch.setattr(triton_attn, "_start", _interpreted)
+  set_device(monkeypatch, device.Device("NVIDIA H100", 90))
+
+
+def set_device(monkeypatch, found):
+  monkeypatch.setattr(device, "current", lambda: found)
+  monkeypatch.setattr(
+    kernels, "IMPLEMENTATIONS", {"triton": "kernels.triton_attn"}
+  )
+  kernels.choose.cache_clear()
+
+
+def set_blocks(monkeypatch, size):
+  monkeypatch.setattr(tuning, "tile", lambda *_: tuning.Tile(size, size, 4, 2))
+
+
+def run(case, arrays, options, cotangent):
+  try:
+    return test_kernels.run(arrays, options, cotangent)
+  except NotImplementedError as error:
+    return pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("case", cases.CASES + BLOCKS, ids=str)
+def test_interpreted_output_and_gradients(case, interpreter, monkeypatch):
+  if case in BLOCKS:
+    set_blocks(monkeypatch, 16)
+  arrays, options, cotangent = cases.draw(case)
+  found = run(case, arrays, options, cotangent)
+  wanted = cases.exact(case, arrays, options, cotangent)
+  assert found.keys() == wanted.keys()
+  for name, value in wanted.items():
+    assert test_kernels.error(found[name], value) < 2e-6, name
+
+
+@pytest.mark.parametrize("bias", [-16.0, 2.0])
+@pytest.mark.parametrize("width", [8, 80])
+def test_interpreted_float16(bias, width, interpreter):
+  """Both forms of the sigmoid, and a width that is no power of two."""
+  case = cases.Case("half", batch=1, queries=40, heads=1, width=width)
+  check_16_bit(case, "float16", bias)
+
+
+def check_16_bit(case, dtype, bias=None):
+  """At most twice the error of plain 16-bit XLA, against float64."""
+  arrays, options, cotangent = cases.draw(case, dtype)
+  if not case.bias_per_head:
+    options["logit_bias"] = case.logit_bias if bias is None else bias
+  shifted = dataclasses.replace(case, logit_bias=options["logit_bias"])
+  found = run(case, arrays, options, cotangent)
+  wanted = cases.exact(shifted, arrays, options, cotangent)
+  plain = test_kernels.plain_16_bit(shifted, arrays, options, cotangent)
+  unit = float(jnp.finfo(dtype).eps)
+  for name, value in wanted.items():
+    # Sums of float32 numbers that plain_16_bit does not have: as exact.
+    theirs = test_kernels.error(plain[name], value) if name in plain else unit
+    assert test_kernels.error(found[name], value) <= 2 * theirs + 0.2 * unit, (
+      name
+    )
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("scale", [1, 13])
+@pytest.mark.parametrize("case", cases.CASES + BLOCKS, ids=str)
+def test_on_the_gpu(case, scale, dtype, monkeypatch):
+  set_device(monkeypatch, device.current())
+  widths = {1: case.width, 13: (32, 64, 96, 128, 256)[len(case.name) % 5]}
+  case = dataclasses.replace(
+    case,
+    queries=case.queries * scale,
+    keys=case.keys and case.keys * scale,
+    width=widths[scale],
+    window=case.window and tuple(scale * x for x in case.window),
+  )
+  if dtype != "float32":
+    check_16_bit(case, dtype)
+    return
+  arrays, options, cotangent = cases.draw(case)
+  found = run(case, arrays, options, cotangent)
+  wanted = cases.exact(case, arrays, options, cotangent)
+  for name, value in wanted.items():
+    assert test_kernels.error(found[name], value) < 4e-6, name
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("bias", [-8.0, -11.0, -11.1, -14.0, -16.0])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_small_weights_keep_their_sum(bias, dtype, monkeypatch):
+  """V = 1: what is lost of a row's sum, in the mean, is less than rounding."""
+  set_device(monkeypatch, device.current())
+  case = cases.Case(
+    "sum", batch=1, queries=256, keys=4096, heads=2, width=128, logit_bias=bias
+  )
+  arrays, options, cotangent = cases.draw(case, dtype)
+  arrays[2] = np.full_like(arrays[2], 16)
+  wanted = cases.exact(case, arrays, options, cotangent)["out"]
+  found = np.asarray(run(case, arrays, options, cotangent)["out"], np.float64)
+  lost = np.mean(found / wanted - 1)
+  print(f"{bias=} {dtype} {lost=:.1e}")
+  assert abs(lost) < 1e-3
