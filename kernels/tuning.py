@@ -60,14 +60,16 @@ def _table():
 
 def candidates(direction, width, bits):
   """Every tile worth a try."""
-  small, large = (16, 32, 64), (64, 128)
+  rows, others = (
+    ((64, 128), (32, 64, 128)) if width < 256 else ((64, 128), (16, 32, 64))
+  )
   if bits == 32:
-    small, large = (16, 32), (16, 32, 64)
-  for rows, others in itertools.product(large, (*small, *large[-1:])):
+    rows, others = (16, 32, 64), (16, 32, 64)
+  for row, other in itertools.product(rows, others):
+    if bits == 32 and max(row, other) * width > 2**12:
+      continue  # Unrolled to more than a compiler takes.
     for warps, stages in itertools.product((4, 8), (2, 3, 4)):
-      if others * width > 2**15 or rows * width > 2**15:
-        continue
-      q, k = (others, rows) if direction == "backward_kv" else (rows, others)
+      q, k = (other, row) if direction == "backward_kv" else (row, other)
       yield Tile(q, k, warps, stages)
 
 
