@@ -60,7 +60,9 @@ def attention(query, key, value, operands, problem):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(problem, precision, query, key, value, operands):
   compute = functools.partial(_forward, precision)
-  (out,) = transforms.over_batch(compute, problem, query, key, value, operands)
+  (out,) = transforms.over_batch(
+    compute, ("BTNH",), problem, query, key, value, operands
+  )
   return out
 
 
@@ -73,24 +75,26 @@ def _pull_back(problem, precision, saved, d_out):
   query, key, value, operands = saved
   compute = functools.partial(_backward, precision)
   *d_inputs, d_bias_BN, d_slopes_BN = transforms.over_batch(
-    compute, problem, query, key, value, operands, d_out
-  )
+    compute, ("BTNH", "BSKH", "BSKH", "BN", "BN"),
+    problem, query, key, value, operands, d_out,
+  )  # fmt: skip
+  inputs = query, key, value
   d_operands = problems.Operands()._replace(
-    logit_bias=_like(operands.logit_bias, d_bias_BN),
-    alibi_slopes=_like(operands.alibi_slopes, d_slopes_BN),
+    logit_bias=_of_operand(d_bias_BN, operands.logit_bias),
+    alibi_slopes=_of_operand(d_slopes_BN, operands.alibi_slopes),
   )
-  return *d_inputs, d_operands
+  return *map(transforms.cotangent, d_inputs, inputs), d_operands
 
 
 _attention.defvjp(_save_inputs, _pull_back)
 
 
-def _like(operand, grad_BN):
+def _of_operand(grad_BN, operand):
   if operand is None:
     return None
   if operand.shape[0] == 1:
     grad_BN = grad_BN.sum(0, keepdims=True)
-  return grad_BN.astype(operand.dtype)
+  return transforms.cotangent(grad_BN, operand)
 
 
 def _forward(precision, problem, query, key, value, operands):
