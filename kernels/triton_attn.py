@@ -17,6 +17,9 @@ from kernels import device, transforms, tuning
 from kernels import problem as problems
 
 _PACKAGES = {"triton": "triton", "jax_triton": "jax-triton"}
+# The kernels' pointers that are not of the dtype of query, key and value.
+FLOATS = ("logit_bias", "slopes", "d_bias", "d_slope")
+INTEGERS = ("q_lengths", "k_lengths", "q_ids", "k_ids", "spans")
 _PRECISIONS = {
   # jax.default_matmul_precision: Triton's. Exact unless asked.
   None: "ieee", "default": "ieee", "highest": "ieee", "float32": "ieee",

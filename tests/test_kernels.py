@@ -268,7 +268,7 @@ def test_the_choice_and_its_reasons(monkeypatch, caplog):
   )
   modules = {"fast": _Declining, "xla": xla_attn}
   monkeypatch.setattr(kernels, "_module", modules.get)
-  kernels.choose.cache_clear()
+  kernels._choose.cache_clear()
   caplog.set_level(logging.INFO, "kernels")
   assert kernels.choose(problem(is_causal=True)) == "fast"
   assert kernels.choose(problem()) == "xla"
@@ -280,7 +280,7 @@ def test_the_choice_and_its_reasons(monkeypatch, caplog):
     kernels.choose(problem(), "fast")
   with pytest.raises(ValueError, match=r"implementation='slow'.*'fast', 'xla'"):
     kernels.choose(problem(), "slow")
-  kernels.choose.cache_clear()
+  kernels._choose.cache_clear()
 
 
 def test_kernels_stand_alone():

@@ -96,6 +96,7 @@ def interpreter(monkeypatch):
 
   monkeypatch.setattr(triton_kernels, "tanh", tanh)
   monkeypatch.setattr(triton_attn, "_start", _interpreted)
+  monkeypatch.setattr(triton_attn, "_PACKAGES", {})  # It needs no jax-triton.
   set_device(monkeypatch, device.Device("NVIDIA H100", 90))
 
 
@@ -104,7 +105,7 @@ def set_device(monkeypatch, found):
   monkeypatch.setattr(
     kernels, "IMPLEMENTATIONS", {"triton": "kernels.triton_attn"}
   )
-  kernels.choose.cache_clear()
+  kernels._choose.cache_clear()
 
 
 def set_blocks(monkeypatch, size):
