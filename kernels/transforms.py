@@ -56,7 +56,7 @@ def over_batch(compute, outputs, problem, query, key, value, operands, *d_out):
     return resized, query, key, value, operands, *d_out
 
   def local(*arrays):
-    return tuple(_varying(x, arrays) for x in compute(*arguments(arrays)))
+    return tuple(varying(x, arrays) for x in compute(*arguments(arrays)))
 
   @custom_vmap
   def call(*arrays):
@@ -87,7 +87,7 @@ def _fold(x, batched, size, batch, axes):
   return x.reshape(-1, *x.shape[2:])
 
 
-def _varying(x, arrays):
+def varying(x, arrays):
   """In a shard_map: x differs between devices where some input does."""
   names = frozenset().union(*(jax.typeof(a).mat.varying for a in arrays))
   names -= jax.typeof(x).mat.varying

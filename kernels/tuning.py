@@ -159,27 +159,30 @@ def example_of_everything(width, dtype):
   )
 
 
-def check(capabilities, widths, dtypes):
+EXAMPLES = {
+  "full": example,
+  "causal": functools.partial(example, is_causal=True),
+  "everything": example_of_everything,
+}
+
+
+def check(cards, dtypes, widths, passes, examples):
   """Prints what each tile of the table needs; False where one does not fit."""
   good = True
-  for capability, dtype, width, direction in itertools.product(
-    capabilities, dtypes, widths, PASSES
+  for capability, dtype, width, direction, name in itertools.product(
+    cards, dtypes, widths, passes, examples
   ):
-    for name, problem in (
-      ("full", example(width, dtype)),
-      ("causal", example(width, dtype, is_causal=True)),
-      ("everything", example_of_everything(width, dtype)),
-    ):
-      chosen = tile(problem, direction, capability)
-      found = resources(problem, direction, chosen, capability)
-      good &= (fits := found.fit(capability))
-      print(
-        f"sm_{capability} {dtype:8} {width:3} {direction:11} {name:10} "
-        f"{' x '.join(map(str, chosen)):18} {found.registers:3} registers, "
-        f"{found.spilled} B spilled, {found.shared / 1024:.0f} KiB shared"
-        f"{'' if fits else '  DOES NOT FIT'}",
-        flush=True,
-      )
+    problem = EXAMPLES[name](width, dtype)
+    chosen = tile(problem, direction, capability)
+    found = resources(problem, direction, chosen, capability)
+    good &= (fits := found.fit(capability))
+    print(
+      f"sm_{capability} {dtype:8} {width:3} {direction:11} {name:10} "
+      f"{' x '.join(map(str, chosen)):18} {found.registers:3} registers, "
+      f"{found.spilled} B spilled, {found.shared / 1024:.0f} KiB shared"
+      f"{'' if fits else '  DOES NOT FIT'}",
+      flush=True,
+    )
   return good
 
 
@@ -327,10 +330,15 @@ def main():
     "--cards", type=int, nargs="+", default=tuple(SHARED_KIB),
     help="with --check: compute capabilities, 90 for 9.0",
   )  # fmt: skip
+  parser.add_argument(
+    "--examples", nargs="+", default=EXAMPLES, choices=EXAMPLES,
+    help="with --check: the problems that are compiled",
+  )  # fmt: skip
   parser.add_argument("--processes", type=int, default=os.cpu_count() // 2)
   args = parser.parse_args()
   if args.check:
-    sys.exit(not check(args.cards, args.widths, args.dtypes))
+    given = args.cards, args.dtypes, args.widths, args.passes, args.examples
+    sys.exit(not check(*given))
   if device.current().capability is None:
     parser.error(f"no NVIDIA GPU here, but {device.current().kind}")
   jobs = [

@@ -3,12 +3,14 @@
   JAX_PLATFORMS=cuda python -m pytest -n 8 tests/test_triton.py
 
 Without a GPU, Triton's interpreter runs the kernels. Whether they compile for
-each architecture is asked in a process of its own (tests/compile_triton.py),
+each architecture is asked in a process of its own,
 because a kernel is either interpreted or compiled.
 """
 
 import dataclasses
 import os
+import subprocess
+import sys
 import threading
 
 import jax
@@ -18,6 +20,7 @@ import pytest
 
 import kernels
 from kernels import device, triton_attn, tuning
+from sigattn import attention
 from tests import cases, test_kernels
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -199,3 +202,86 @@ def test_small_weights_keep_their_sum(bias, dtype, monkeypatch):
   lost = np.mean(found / wanted - 1)
   print(f"{bias=} {dtype} {lost=:.1e}")
   assert abs(lost) < 1e-3
+
+
+def test_jit_vmap_and_checkpoint_change_nothing(interpreter, monkeypatch):
+  set_blocks(monkeypatch, 16)
+  case = cases.Case("vmapped", queries=20, heads=2, kv_heads=1, lengths=True)
+  arrays, options, cotangent = cases.draw(case)
+  lengths = options.pop("key_value_seq_lengths")
+  del options["query_seq_lengths"]
+  bias = jnp.array([-3.0, -2.0])
+
+  def f(query, key, value, bias, lengths):
+    return attention.dot_product_attention(
+      query, key, value, logit_bias=bias, key_value_seq_lengths=lengths
+    )
+
+  def one(query, key, value, bias, length):
+    return f(query, key, value, bias, length[None])
+
+  def with_gradients(g):
+    out, pull_back = jax.vjp(lambda *x: g(*x, lengths), *arrays, bias)
+    return out, *pull_back(jnp.asarray(cotangent))
+
+  wanted = with_gradients(f)
+  vmapped = jax.vmap(one, in_axes=(0, 0, 0, None, 0))
+  for g in (jax.jit(f), jax.checkpoint(f), vmapped):
+    for found, value in zip(with_gradients(g), wanted, strict=True):
+      np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+
+
+def test_meshes_split_batch_and_heads_without_gathering():
+  subprocess.run([sys.executable, "-m", "tests.on_four_devices"], check=True)
+
+
+@pytest.mark.parametrize(
+  ("card", "change", "reason"),
+  [
+    (90, {}, ""),
+    (80, {"head_dim": 257}, "head_dim=257; at most 256"),
+    (90, {"dtype": "float64"}, "float64 is not implemented"),
+    (75, {}, "needs an NVIDIA GPU since Ampere (8.0), device is Testing"),
+    (None, {}, "needs an NVIDIA GPU since Ampere (8.0), device is Testing"),
+  ],
+)
+def test_what_it_declines(card, change, reason, monkeypatch):
+  set_device(monkeypatch, device.Device("Testing", card))
+  monkeypatch.setattr(triton_attn, "_PACKAGES", {})
+  problem = dataclasses.replace(tuning.example(64, "bfloat16"), **change)
+  assert triton_attn.unsupported(problem) == reason
+
+
+def test_it_names_the_package_that_is_missing(monkeypatch):
+  set_device(monkeypatch, device.Device("NVIDIA A100", 80))
+  monkeypatch.setattr(triton_attn, "_PACKAGES", {"no_such": "no-such"})
+  reason = triton_attn.unsupported(tuning.example(64, "bfloat16"))
+  assert reason == "needs the package no-such (requirements-gpu.txt)"
+
+
+def test_tiles_compile_without_spills():
+  """Some; python -m kernels.tuning --check compiles all."""
+  environment = {k: v for k, v in os.environ.items() if "INTERPRET" not in k}
+  command = "kernels.tuning --check --cards 86 90 --dtypes bfloat16 --widths 64"
+  subprocess.run(
+    [sys.executable, "-m", *command.split(), "--examples", "causal"],
+    env=environment, check=True,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("bias", "alibi", "exact"),
+  [
+    (-8.0, False, False), (-11.0, False, False), (-11.1, False, True),
+    (-16.0, False, True), (-8.0, True, False), (-9.1, True, True),
+    (None, False, True),
+  ],
+)  # fmt: skip
+def test_which_biases_take_the_exact_sigmoid(bias, alibi, exact):
+  heads = jax.ShapeDtypeStruct((1, 32), "float32")
+  operands = kernels.Operands(
+    alibi_slopes=heads if alibi else None,
+    logit_bias=heads if bias is None else None,
+  )
+  problem = tuning.example(64, "bfloat16", operands=operands, logit_bias=bias)
+  assert kernels.problem.exact_sigmoid(problem) == exact
