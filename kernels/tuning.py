@@ -208,10 +208,9 @@ def candidates(direction, width, dtype):
   for row, other in itertools.product(rows, others):
     if dtype == "float32" and max(row, other) * width > 2**12:
       continue  # Its products are unrolled: compiling takes minutes.
-    for warps, stages in itertools.product((4, 8), (1, 2, 3, 4)):
-      if stages > 1 or width >= 128:
-        q, k = (other, row) if direction == "backward_kv" else (row, other)
-        yield Tile(q, k, warps, stages)
+    for warps, stages in itertools.product((4, 8), (2, 3, 4)):
+      q, k = (other, row) if direction == "backward_kv" else (row, other)
+      yield Tile(q, k, warps, stages)
 
 
 def milliseconds(function, *arrays, repeats=5):
@@ -303,8 +302,8 @@ def write(chosen, path=_TABLE):
   table = json.loads(_TABLE.read_text())
   near = max(x for x in map(int, table) if x <= found.capability)
   tiles = json.loads(json.dumps(table[str(near)]["tiles"]))
-  for (bits, direction, width), tile in chosen.items():
-    tiles[bits][direction][str(width)] = tile
+  for (bits, direction, width), best in chosen.items():
+    tiles[bits][direction][str(width)] = best
   table[str(found.capability)] = {
     "device": found.kind,
     "date": datetime.date.today().isoformat(),
