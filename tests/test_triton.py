@@ -1,10 +1,7 @@
-"""The Triton kernels: on NumPy arrays, or on the GPU where there is one.
+"""The Triton kernels without a GPU: Triton's interpreter on NumPy arrays.
 
-  JAX_PLATFORMS=cuda python -m pytest -n 8 tests/test_triton.py
-
-Without a GPU, Triton's interpreter runs the kernels. Whether they compile for
-each architecture is asked in a process of its own,
-because a kernel is either interpreted or compiled.
+Whether they compile for each card is asked in a process of its own, because a
+kernel is either interpreted or compiled.
 """
 
 import dataclasses
@@ -23,32 +20,13 @@ from kernels import device, triton_attn, tuning
 from sigattn import attention
 from tests import cases, test_kernels
 
-ON_GPU = jax.default_backend() == "gpu"
-if not ON_GPU:
-  os.environ["TRITON_INTERPRET"] = "1"  # Read when Triton is imported.
+if jax.default_backend() != "cpu":
+  pytest.skip("the kernels are not interpreted here", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # Read when Triton is imported.
 triton = pytest.importorskip("triton")  # It has wheels for Linux alone.
 import triton.language as tl  # noqa: E402
 
 _ONE_AT_A_TIME = threading.Lock()  # The interpreter's state is global.
-_EVERYTHING = cases.CASES[-1]
-# Beside the shared table: enough blocks that some are full and some skipped.
-BLOCKS = [
-  dataclasses.replace(_EVERYTHING, name="all_but_dense", mask=None, bias=None),
-  cases.Case("blocks_causal", batch=1, queries=70, heads=2, causal=True),
-  cases.Case("blocks_cross", batch=1, queries=40, keys=70, heads=2, kv_heads=1),
-  cases.Case(
-    "blocks_window", batch=1, queries=90, heads=1, window=(40, 35), alibi=True
-  ),
-  cases.Case(
-    "blocks_causal_window", batch=1, queries=90, heads=1, causal=True,
-    window=(50, 3),
-  ),
-  cases.Case(
-    "blocks_segments", batch=2, queries=100, heads=1, segments=True,
-    bias_per_head=("N",),
-  ),
-  cases.Case("blocks_lengths", batch=3, queries=60, heads=1, lengths=True),
-]  # fmt: skip
 
 
 class _Array:
@@ -94,40 +72,25 @@ def interpreter(monkeypatch):
   """Lets Triton's kernels run on the CPU, as if it were an H100."""
   from kernels import triton_kernels
 
-  if ON_GPU:
-    pytest.skip("the kernels are compiled here, not interpreted")
-
   monkeypatch.setattr(triton_kernels, "tanh", tanh)
   monkeypatch.setattr(triton_attn, "_start", _interpreted)
   monkeypatch.setattr(triton_attn, "_PACKAGES", {})  # It needs no jax-triton.
-  set_device(monkeypatch, device.Device("NVIDIA H100", 90))
-
-
-def set_device(monkeypatch, found):
-  monkeypatch.setattr(device, "current", lambda: found)
-  monkeypatch.setattr(
-    kernels, "IMPLEMENTATIONS", {"triton": "kernels.triton_attn"}
-  )
-  kernels._choose.cache_clear()
+  test_kernels.use_only(monkeypatch, "triton", device.Device("NVIDIA H100", 90))
 
 
 def set_blocks(monkeypatch, size):
-  monkeypatch.setattr(tuning, "tile", lambda *_: tuning.Tile(size, size, 4, 2))
+  widths = {str(width): (size, size, 4, 2) for width in tuning.WIDTHS}
+  tiles = dict.fromkeys(tuning.PASSES, widths)
+  table = {"90": {"tiles": {"16": tiles, "32": tiles}}}
+  monkeypatch.setattr(tuning, "_table", lambda: table)
 
 
-def run(case, arrays, options, cotangent):
-  try:
-    return test_kernels.run(arrays, options, cotangent)
-  except NotImplementedError as error:
-    return pytest.skip(str(error))
-
-
-@pytest.mark.parametrize("case", cases.CASES + BLOCKS, ids=str)
+@pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
 def test_interpreted_output_and_gradients(case, interpreter, monkeypatch):
-  if case in BLOCKS:
-    set_blocks(monkeypatch, 16)
+  # The larger, the fewer to interpret.
+  set_blocks(monkeypatch, 16 if case in cases.BLOCKS else 64)
   arrays, options, cotangent = cases.draw(case)
-  found = run(case, arrays, options, cotangent)
+  found = test_kernels.run_or_skip(arrays, options, cotangent)
   wanted = cases.exact(case, arrays, options, cotangent)
   assert found.keys() == wanted.keys()
   for name, value in wanted.items():
@@ -138,70 +101,10 @@ def test_interpreted_output_and_gradients(case, interpreter, monkeypatch):
 @pytest.mark.parametrize("width", [8, 80])
 def test_interpreted_float16(bias, width, interpreter):
   """Both forms of the sigmoid, and a width that is no power of two."""
-  case = cases.Case("half", batch=1, queries=40, heads=1, width=width)
-  check_16_bit(case, "float16", bias)
-
-
-def check_16_bit(case, dtype, bias=None):
-  """At most twice the error of plain 16-bit XLA, against float64."""
-  arrays, options, cotangent = cases.draw(case, dtype)
-  if not case.bias_per_head:
-    options["logit_bias"] = case.logit_bias if bias is None else bias
-  shifted = dataclasses.replace(case, logit_bias=options["logit_bias"])
-  found = run(case, arrays, options, cotangent)
-  wanted = cases.exact(shifted, arrays, options, cotangent)
-  plain = test_kernels.plain_16_bit(shifted, arrays, options, cotangent)
-  unit = float(jnp.finfo(dtype).eps)
-  for name, value in wanted.items():
-    # Sums of float32 numbers that plain_16_bit does not have: as exact.
-    theirs = test_kernels.error(plain[name], value) if name in plain else unit
-    assert test_kernels.error(found[name], value) <= 2 * theirs + 0.2 * unit, (
-      name
-    )
-
-
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-@pytest.mark.parametrize(
-  ("dtype", "scale"),
-  [("bfloat16", 1), ("bfloat16", 13), ("float16", 13), ("float32", 1)],
-)
-@pytest.mark.parametrize("case", cases.CASES + BLOCKS, ids=str)
-def test_on_the_gpu(case, scale, dtype, monkeypatch):
-  set_device(monkeypatch, device.current())
-  widths = {1: case.width, 13: (32, 64, 96, 128, 256)[len(case.name) % 5]}
-  case = dataclasses.replace(
-    case,
-    queries=case.queries * scale,
-    keys=case.keys and case.keys * scale,
-    width=widths[scale],
-    window=case.window and tuple(scale * x for x in case.window),
-  )
-  if dtype != "float32":
-    check_16_bit(case, dtype)
-    return
-  arrays, options, cotangent = cases.draw(case)
-  found = run(case, arrays, options, cotangent)
-  wanted = cases.exact(case, arrays, options, cotangent)
-  for name, value in wanted.items():
-    assert test_kernels.error(found[name], value) < 4e-6, name
-
-
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-@pytest.mark.parametrize("bias", [-8.0, -11.0, -11.1, -14.0, -16.0])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_small_weights_keep_their_sum(bias, dtype, monkeypatch):
-  """V = 1: what is lost of a row's sum, in the mean, is less than rounding."""
-  set_device(monkeypatch, device.current())
   case = cases.Case(
-    "sum", batch=1, queries=256, keys=4096, heads=2, width=128, logit_bias=bias
+    "half", batch=1, queries=40, heads=1, width=width, logit_bias=bias
   )
-  arrays, options, cotangent = cases.draw(case, dtype)
-  arrays[2] = np.full_like(arrays[2], 16)
-  wanted = cases.exact(case, arrays, options, cotangent)["out"]
-  found = np.asarray(run(case, arrays, options, cotangent)["out"], np.float64)
-  lost = np.mean(found / wanted - 1)
-  print(f"{bias=} {dtype} {lost=:.1e}")
-  assert abs(lost) < 1e-3
+  test_kernels.check_16_bit(case, "float16")
 
 
 def test_jit_vmap_and_checkpoint_change_nothing(interpreter, monkeypatch):
@@ -246,14 +149,14 @@ def test_meshes_split_batch_and_heads_without_gathering():
   ],
 )
 def test_what_it_declines(card, change, reason, monkeypatch):
-  set_device(monkeypatch, device.Device("Testing", card))
+  test_kernels.use_only(monkeypatch, "triton", device.Device("Testing", card))
   monkeypatch.setattr(triton_attn, "_PACKAGES", {})
   problem = dataclasses.replace(tuning.example(64, "bfloat16"), **change)
   assert triton_attn.unsupported(problem) == reason
 
 
 def test_it_names_the_package_that_is_missing(monkeypatch):
-  set_device(monkeypatch, device.Device("NVIDIA A100", 80))
+  test_kernels.use_only(monkeypatch, "triton", device.Device("NVIDIA A100", 80))
   monkeypatch.setattr(triton_attn, "_PACKAGES", {"no_such": "no-such"})
   reason = triton_attn.unsupported(tuning.example(64, "bfloat16"))
   assert reason == "needs the package no-such (requirements-gpu.txt)"
