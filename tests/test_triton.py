@@ -188,3 +188,25 @@ def test_which_biases_take_the_exact_sigmoid(bias, alibi, exact):
   )
   problem = tuning.example(64, "bfloat16", operands=operands, logit_bias=bias)
   assert kernels.problem.exact_sigmoid(problem) == exact
+
+
+@pytest.mark.parametrize(
+  ("asked", "precision"),
+  [(None, "ieee"), ("highest", "ieee"), ("tensorfloat32", "tf32"),
+   ("high", "tf32x3")],
+)  # fmt: skip
+def test_float32_is_exact_unless_asked(asked, precision, monkeypatch):
+  seen = []
+
+  def start(kernel, arrays, outs, tile, count, constants):
+    seen.append(constants["PRECISION"])
+    return [jnp.zeros(x.shape, x.dtype) for x in outs]
+
+  monkeypatch.setattr(triton_attn, "_start", start)
+  monkeypatch.setattr(triton_attn, "_PACKAGES", {})
+  found = device.Device("NVIDIA A100", 80)
+  test_kernels.use_only(monkeypatch, "triton", found)
+  x = jnp.ones((1, 16, 1, 16))
+  with jax.default_matmul_precision(asked):
+    attention.dot_product_attention(x, x, x)
+  assert seen == [precision]
