@@ -3,12 +3,11 @@
 A program owns a block of rows (queries; or keys, for dk and dv), keeps them on
 the chip and goes over the blocks of the other side. A weight depends on its own
 logit alone, so a block's share is simply added, and nothing but q, k and v is
-needed to compute the weights again. The blocks come in three runs,
+needed to compute the weights again.
 
-  edge | full | edge,
-
-and only those at an edge of what is visible pay for masks. What a mask empties
-lies in none of them, and is neither loaded nor computed.
+The blocks in which something is visible follow one another. Those at an edge of
+what is visible pay for a mask, the rest do not, and what a mask empties is
+neither loaded nor computed.
 
 Lengths need no mask of the weights: rows beyond them are loaded as zeros, which
 add nothing to any sum. So may what lies there be NaN.
@@ -64,16 +63,13 @@ def forward(
   acc = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
 
   RAGGED: tl.constexpr = K_LENGTHS or S % BLOCK_K != 0
-  for RUN in tl.static_range(3):
-    if _happens(RUN, LEFT, RIGHT, SEGMENTS, RAGGED):
-      low, high = _bounds(RUN, start, full, edge, stop)
-      for j in tl.range(low, high, BLOCK_K):
-        acc = _forward_block(
-          acc, q_tile, k + k_base, v + k_base, i, j, i_ids, k_ids + batch * S,
-          k_len, bias, slope, S - T, K * H, H, BLOCK_H, BLOCK_K, ACTIVATION,
-          SCALE, P_SCALE, PRECISION, LEFT, RIGHT, SLOPE_STRIDE, SEGMENTS,
-          RUN != 1,
-        )  # fmt: skip
+  for j in tl.range(start, stop, BLOCK_K):
+    acc = _forward_block(
+      acc, q_tile, k + k_base, v + k_base, i, j, (j < full) | (j >= edge),
+      i_ids, k_ids + batch * S, k_len, bias, slope, S - T, K * H, H, BLOCK_H,
+      BLOCK_K, ACTIVATION, SCALE, P_SCALE, PRECISION, LEFT, RIGHT, SLOPE_STRIDE,
+      SEGMENTS, RAGGED,
+    )  # fmt: skip
   _store(
     out + q_base, acc * OUT_SCALE, first, q_len, T, N * H, H, BLOCK_H, BLOCK_Q
   )
@@ -81,26 +77,26 @@ def forward(
 
 @triton.jit
 def _forward_block(
-  acc, q_tile, k, v, i, start, i_ids, k_ids, k_len, bias, slope,
+  acc, q_tile, k, v, i, start, at_edge, i_ids, k_ids, k_len, bias, slope,
   OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
   BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
   SCALE: tl.constexpr, P_SCALE: tl.constexpr, PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr, SLOPES: tl.constexpr,
-  SEGMENTS: tl.constexpr, EDGE: tl.constexpr,
+  SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
   """acc with the share of the keys start .. start + BLOCK_K."""
   j = start + tl.arange(0, BLOCK_K)
-  k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, EDGE)
+  k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, RAGGED)
   s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
   x = _logits(s, i[:, None], j[None, :], bias, slope, OFFSET, SCALE, SLOPES)
   p, _ = _weights(x, ACTIVATION, P_SCALE, 1.0)
-  if EDGE:
+  if (LEFT is not None or RIGHT is not None or SEGMENTS) and at_edge:
     j_ids = _load_ids(k_ids, j, k_len, SEGMENTS)
     p = _visible(
       p, i[:, None], j[None, :], i_ids[:, None], j_ids[None, :], LEFT, RIGHT,
       SEGMENTS,
     )  # fmt: skip
-  v_tile = _load(v, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, EDGE)
+  v_tile = _load(v, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, RAGGED)
   return tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
 
@@ -145,16 +141,13 @@ def backward_q(
   sum_far = tl.zeros((BLOCK_Q,), tl.float32)
 
   RAGGED: tl.constexpr = K_LENGTHS or S % BLOCK_K != 0
-  for RUN in tl.static_range(3):
-    if _happens(RUN, LEFT, RIGHT, SEGMENTS, RAGGED):
-      low, high = _bounds(RUN, start, full, edge, stop)
-      for j in tl.range(low, high, BLOCK_K):
-        acc, sum_dz, sum_far = _backward_q_block(
-          acc, sum_dz, sum_far, q_tile, do_tile, k + k_base, v + k_base, i, j,
-          i_ids, k_ids + batch * S, k_len, bias, slope, S - T, K * H, H,
-          BLOCK_H, BLOCK_K, ACTIVATION, SCALE, D_Z_SCALE, PRECISION, LEFT,
-          RIGHT, BIAS_STRIDE, SLOPE_STRIDE, SEGMENTS, RUN != 1,
-        )  # fmt: skip
+  for j in tl.range(start, stop, BLOCK_K):
+    acc, sum_dz, sum_far = _backward_q_block(
+      acc, sum_dz, sum_far, q_tile, do_tile, k + k_base, v + k_base, i, j,
+      (j < full) | (j >= edge), i_ids, k_ids + batch * S, k_len, bias, slope,
+      S - T, K * H, H, BLOCK_H, BLOCK_K, ACTIVATION, SCALE, D_Z_SCALE,
+      PRECISION, LEFT, RIGHT, BIAS_STRIDE, SLOPE_STRIDE, SEGMENTS, RAGGED,
+    )  # fmt: skip
   _store(
     d_q + q_base, acc * D_Q_SCALE, first, q_len, T, N * H, H, BLOCK_H, BLOCK_Q
   )
@@ -168,24 +161,24 @@ def backward_q(
 
 @triton.jit
 def _backward_q_block(
-  acc, sum_dz, sum_far, q_tile, do_tile, k, v, i, start, i_ids, k_ids, k_len,
-  bias, slope,
+  acc, sum_dz, sum_far, q_tile, do_tile, k, v, i, start, at_edge, i_ids, k_ids,
+  k_len, bias, slope,
   OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
   BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
   SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr, PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr, BIASES: tl.constexpr,
-  SLOPES: tl.constexpr, SEGMENTS: tl.constexpr, EDGE: tl.constexpr,
+  SLOPES: tl.constexpr, SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
   """The sums with the share of the keys start .. start + BLOCK_K."""
   j = start + tl.arange(0, BLOCK_K)
-  k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, EDGE)
-  v_tile = _load(v, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, EDGE)
+  k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, RAGGED)
+  v_tile = _load(v, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, RAGGED)
   s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
   dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
   x = _logits(s, i[:, None], j[None, :], bias, slope, OFFSET, SCALE, SLOPES)
   _, dz = _weights(x, ACTIVATION, 1.0, D_Z_SCALE)
   dz *= dp
-  if EDGE:
+  if (LEFT is not None or RIGHT is not None or SEGMENTS) and at_edge:
     j_ids = _load_ids(k_ids, j, k_len, SEGMENTS)
     dz = _visible(
       dz, i[:, None], j[None, :], i_ids[:, None], j_ids[None, :], LEFT, RIGHT,
@@ -242,16 +235,13 @@ def backward_kv(
       SLOPE_STRIDE,
     )  # fmt: skip
     q_base, _ = _bases(batch, head, T, S, N, K, H)
-    for RUN in tl.static_range(3):
-      if _happens(RUN, RIGHT, LEFT, SEGMENTS, RAGGED):
-        low, high = _bounds(RUN, start, full, edge, stop)
-        for i in tl.range(low, high, BLOCK_Q):
-          acc_k, acc_v = _backward_kv_block(
-            acc_k, acc_v, k_tile, v_tile, q + q_base, d_out + q_base, j, i,
-            j_ids, q_ids + batch * T, q_len, bias, slope, S - T, N * H, H,
-            BLOCK_H, BLOCK_Q, ACTIVATION, SCALE, P_SCALE, D_Z_SCALE, PRECISION,
-            LEFT, RIGHT, SLOPE_STRIDE, SEGMENTS, RUN != 1,
-          )  # fmt: skip
+    for i in tl.range(start, stop, BLOCK_Q):
+      acc_k, acc_v = _backward_kv_block(
+        acc_k, acc_v, k_tile, v_tile, q + q_base, d_out + q_base, j, i,
+        (i < full) | (i >= edge), j_ids, q_ids + batch * T, q_len, bias, slope,
+        S - T, N * H, H, BLOCK_H, BLOCK_Q, ACTIVATION, SCALE, P_SCALE,
+        D_Z_SCALE, PRECISION, LEFT, RIGHT, SLOPE_STRIDE, SEGMENTS, RAGGED,
+      )  # fmt: skip
   _store(
     d_k + k_base, acc_k * D_Q_SCALE, first, k_len, S, K * H, H, BLOCK_H, BLOCK_K
   )
@@ -262,35 +252,35 @@ def backward_kv(
 
 @triton.jit
 def _backward_kv_block(
-  acc_k, acc_v, k_tile, v_tile, q, d_out, j, start, j_ids, q_ids, q_len,
-  bias, slope,
+  acc_k, acc_v, k_tile, v_tile, q, d_out, j, start, at_edge, j_ids, q_ids,
+  q_len, bias, slope,
   OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
   BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, ACTIVATION: tl.constexpr,
   SCALE: tl.constexpr, P_SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr,
   PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr, SLOPES: tl.constexpr,
-  SEGMENTS: tl.constexpr, EDGE: tl.constexpr,
+  SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
   """The sums with the share of the queries start .. start + BLOCK_Q."""
   i = start + tl.arange(0, BLOCK_Q)
-  q_tile = _load(q, start, q_len, STRIDE, H, BLOCK_H, BLOCK_Q, EDGE)
-  do_tile = _load(d_out, start, q_len, STRIDE, H, BLOCK_H, BLOCK_Q, EDGE)
+  q_tile = _load(q, start, q_len, STRIDE, H, BLOCK_H, BLOCK_Q, RAGGED)
+  do_tile = _load(d_out, start, q_len, STRIDE, H, BLOCK_H, BLOCK_Q, RAGGED)
   s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
   dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
   x = _logits(s, i[None, :], j[:, None], bias, slope, OFFSET, SCALE, SLOPES)
-  p, dz = _weights(x, ACTIVATION, P_SCALE, D_Z_SCALE)
-  dz *= dp
-  if EDGE:
+  p, slopes = _weights(x, ACTIVATION, P_SCALE, D_Z_SCALE)
+  if (LEFT is not None or RIGHT is not None or SEGMENTS) and at_edge:
     i_ids = _load_ids(q_ids, i, q_len, SEGMENTS)
     p = _visible(
       p, i[None, :], j[:, None], i_ids[None, :], j_ids[:, None], LEFT, RIGHT,
       SEGMENTS,
     )  # fmt: skip
-    dz = _visible(
-      dz, i[None, :], j[:, None], i_ids[None, :], j_ids[:, None], LEFT, RIGHT,
-      SEGMENTS,
+    slopes = _visible(
+      slopes, i[None, :], j[:, None], i_ids[None, :], j_ids[:, None], LEFT,
+      RIGHT, SEGMENTS,
     )  # fmt: skip
   acc_v = tl.dot(p.to(do_tile.dtype), do_tile, acc_v, input_precision=PRECISION)
+  dz = slopes * dp  # While the tensor cores work on the line before.
   acc_k = tl.dot(dz.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION)
   return acc_k, acc_v
 
@@ -424,24 +414,6 @@ def _runs(
   full = tl.cdiv(full_low, OTHER_BLOCK) * OTHER_BLOCK
   edge = max(min(full_high, high) // OTHER_BLOCK * OTHER_BLOCK, full)
   return start, full, edge, high
-
-
-@triton.constexpr_function
-def _happens(run, before, after, segments, ragged):
-  """Whether the run can have a block: edge (0), full (1) or edge (2)."""
-  if run == 0:
-    return before is not None or segments
-  return run == 1 or after is not None or segments or ragged
-
-
-@triton.jit
-def _bounds(RUN: tl.constexpr, start, full, edge, stop):
-  low, high = full, edge
-  if RUN == 0:
-    low, high = start, min(full, stop)
-  elif RUN == 2:
-    low, high = edge, stop
-  return low, high
 
 
 @triton.jit
