@@ -52,11 +52,10 @@ def tile(problem, direction, capability):
   widths = table[str(cards[-1])]["tiles"][_bits(problem.dtype)][direction]
   found = Tile(*widths[str(padded(problem.head_dim))])
   if problem.window or problem.shapes.query_segment_ids is not None:
-    # Edges on both sides are a third loop, with more to keep in registers.
-    if direction == "backward_kv":
-      found = found._replace(block_q=max(found.block_q // 2, 16))
-    else:
-      found = found._replace(block_k=max(found.block_k // 2, 16))
+    # Masks that keep more in registers: halve what is gone over.
+    name = "block_q" if direction == "backward_kv" else "block_k"
+    block = getattr(found, name)
+    found = found._replace(**{name: min(block, max(block // 2, 32))})
   # Short sequences need no larger blocks, nor the warps for them.
   block_q = min(found.block_q, padded(problem.query_len))
   block_k = min(found.block_k, padded(problem.key_len))
