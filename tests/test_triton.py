@@ -107,6 +107,37 @@ def test_interpreted_float16(bias, width, interpreter):
   test_kernels.check_16_bit(case, "float16")
 
 
+def test_interpreted_nan_in_padding_leaks_nowhere(interpreter, monkeypatch):
+  set_blocks(monkeypatch, 16)
+  test_kernels.check_nan_in_padding("lengths_cross_grouped")
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "segments"])
+def test_interpreted_empty_blocks_are_skipped(mask, interpreter, monkeypatch):
+  """NaN in them would come through a product with weights of zero."""
+  set_blocks(monkeypatch, 16)
+  case = cases.Case(
+    "skipped", batch=1, queries=64, heads=1, causal=mask == "causal",
+    window=(8, 8) if mask == "window" else None,
+  )  # fmt: skip
+  arrays, options, cotangent = cases.draw(case)
+  if mask == "segments":
+    ids = np.arange(64)[None] // 32
+    options |= {"query_segment_ids": ids, "key_value_segment_ids": ids}
+  clean = test_kernels.run(arrays, options, cotangent)
+  first, last = [x.copy() for x in arrays], [x.copy() for x in arrays]
+  first[0][:, :16] = last[1][:, 48:] = last[2][:, 48:] = np.nan
+  # Queries 0 to 31 see no key from 48 on, and so no key from 32 on (under a
+  # causal mask: from 16 on) is seen by the queries before 16.
+  found = test_kernels.run(last, options, cotangent)
+  for name in ("out", "query"):
+    np.testing.assert_array_equal(found[name][:, :32], clean[name][:, :32])
+  found = test_kernels.run(first, options, cotangent)
+  for name in ("key", "value"):
+    np.testing.assert_array_equal(found[name][:, 32:], clean[name][:, 32:])
+  assert np.isnan(found["key"][:, :16]).any()
+
+
 def test_jit_vmap_and_checkpoint_change_nothing(interpreter, monkeypatch):
   set_blocks(monkeypatch, 16)
   case = cases.Case("vmapped", queries=20, heads=2, kv_heads=1, lengths=True)

@@ -55,6 +55,18 @@ def test_float32_output_and_gradients(case):
     assert test_kernels.error(found[name], value) < 4e-6, name
 
 
+@pytest.mark.parametrize("name", ["lengths", "lengths_cross_grouped"])
+def test_nan_in_padding_leaks_nowhere(name):
+  test_kernels.check_nan_in_padding(name)
+
+
+def test_the_same_bits_at_every_run():
+  case = larger(cases.BLOCKS[0], 40)
+  found = [test_kernels.run(*cases.draw(case, "bfloat16")) for _ in range(2)]
+  for name, value in found[0].items():
+    np.testing.assert_array_equal(value, found[1][name], name)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("bias", [-8.0, -11.0, -11.1, -14.0, -16.0])
 def test_small_weights_keep_their_sum(bias, dtype):
