@@ -10,13 +10,17 @@ import functools
 import importlib
 import logging
 
+from kernels import device
 from kernels import problem as problems
 from kernels.problem import Operands, Problem
 
 __all__ = ["IMPLEMENTATIONS", "Operands", "Problem", "attention", "choose"]
 
 # Fastest first. xla takes every problem, and so is the last.
-IMPLEMENTATIONS = {"xla": "kernels.xla_attn"}
+IMPLEMENTATIONS = {
+  "triton": "kernels.triton_attn",
+  "xla": "kernels.xla_attn",
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -71,7 +75,6 @@ def attention(
   return module.attention(query, key, value, operands, problem)
 
 
-@functools.lru_cache(maxsize=4096)  # once a problem: so is the line in the log
 def choose(problem: Problem, implementation=None):
   """The name of the implementation that will compute the problem.
 
@@ -82,6 +85,12 @@ def choose(problem: Problem, implementation=None):
     raise ValueError(
       f"{implementation=}; choose from {[None, *IMPLEMENTATIONS]}"
     )
+  return _choose(problem, implementation, device.current())
+
+
+# Once a problem and device: so is the line in the log.
+@functools.lru_cache(maxsize=4096)
+def _choose(problem, implementation, _):
   declined = {}
   for name in [implementation] if implementation else IMPLEMENTATIONS:
     reason = _module(name).unsupported(problem)

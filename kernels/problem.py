@@ -216,3 +216,26 @@ def _check_numbers(p):
       raise ValueError(f"{name}={number!r}; must be finite")
   if p.normalizer <= 0:
     raise ValueError(f"normalizer={p.normalizer!r}; must be > 0")
+
+
+# The least b at which the tanh form below is exact enough.
+_TANH_BIAS = -11.0
+_TANH_BIAS_ALIBI = -9.0
+
+
+def exact_sigmoid(problem):
+  """Whether a 16-bit kernel must keep the relative precision of small weights.
+
+  With the hardware's tanh, sigmoid(z) = 0.5 + 0.5 tanh(z / 2) costs one slow
+  operation, 1 / (1 + exp(-z)) two. But near -1 a tanh in float32 has steps of
+  6e-8, so that the sum of a row of weights of about e^b loses, in the mean (V =
+  1, an H200): 4e-4 at b = -9.7, 6e-4 at -11.1, 5e-3 at -13.9, 12 % at -16,
+  beside 1.4e-3 of the rounding of a bfloat16 output. So tanh is for b >= -11,
+  key lengths up to 60,000 by default. ALiBi spreads a row's weights down to
+  nothing, each with the same absolute loss: 7e-4 of the sum at b = -9, hence
+  the bound there. The values of a bias in an array are not known: exact.
+  """
+  if problem.logit_bias is None:
+    return True
+  alibi = problem.shapes.alibi_slopes is not None
+  return problem.logit_bias < (_TANH_BIAS_ALIBI if alibi else _TANH_BIAS)

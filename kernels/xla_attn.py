@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels import transforms
 from kernels.problem import Operands
 
 _TILE = 2**24  # weights computed at a time: 64 MiB in float32
@@ -186,7 +187,7 @@ def _as_inputs(grads, query, key, value, operands):
   """The cotangents in the shapes and dtypes of what they belong to."""
 
   def like(grad, x):
-    return None if x is None else grad.reshape(x.shape).astype(x.dtype)
+    return None if x is None else transforms.cotangent(grad, x)
 
   d_operands = Operands()._replace(
     bias=like(grads.bias, operands.bias),

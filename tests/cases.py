@@ -85,6 +85,26 @@ CASES = [
   ),
 ]  # fmt: skip
 
+# For kernels that go by blocks: enough of them that some are full, some at an
+# edge and some skipped. The kernels do without dense operands.
+BLOCKS = [
+  dataclasses.replace(CASES[-1], name="all_but_dense", mask=None, bias=None),
+  Case("blocks_causal", batch=1, queries=70, heads=2, causal=True),
+  Case("blocks_cross", batch=1, queries=40, keys=70, heads=2, kv_heads=1),
+  Case(
+    "blocks_window", batch=1, queries=90, heads=1, window=(40, 35), alibi=True
+  ),
+  Case(
+    "blocks_causal_window", batch=1, queries=90, heads=1, causal=True,
+    window=(50, 3),
+  ),
+  Case(
+    "blocks_segments", batch=2, queries=70, heads=1, segments=True,
+    bias_per_head=("N",),
+  ),
+  Case("blocks_lengths", batch=3, queries=60, heads=1, lengths=True),
+]  # fmt: skip
+
 
 def draw(case, dtype="float32", seed=0):
   """(query, key, value), the other arguments, and a cotangent of the output.

@@ -1,16 +1,17 @@
 """On the CPU, compiled quickly and once, with no broadcasting of ranks.
 
-The settings are environment variables where the programs that tests start
-shall have them too.
+JAX_PLATFORMS=cuda runs the tests of the kernels on a GPU. The settings are
+environment variables where the programs that tests start shall have them too.
 """
 
 import os
 import shutil
 import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the suite's time is compiling what runs once or twice.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+  # Most of the suite's time is compiling what runs once or twice.
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 # Workers and programs of one session compile the same step once.
 _CACHE = None
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import kernels
-from kernels import bench, xla_attn
+from kernels import bench, device, xla_attn
 from sigattn import attention
 from tests import cases
 
@@ -50,6 +50,21 @@ def use(monkeypatch):
       monkeypatch.setattr(xla_attn, "_MIN_BLOCK", 5)
 
   return set_form
+
+
+def run_or_skip(arrays, options, cotangent):
+  """run; a case that the implementation declines skips with the reason."""
+  try:
+    return run(arrays, options, cotangent)
+  except NotImplementedError as reason:
+    return pytest.skip(str(reason))
+
+
+def use_only(monkeypatch, name, found):
+  """Makes `name` the only implementation, and a Device what it runs on."""
+  module = kernels.IMPLEMENTATIONS[name]
+  monkeypatch.setattr(kernels, "IMPLEMENTATIONS", {name: module})
+  monkeypatch.setattr(device, "current", lambda: found)
 
 
 def error(found, wanted):
@@ -115,8 +130,15 @@ def plain_16_bit(case, arrays, options, cotangent):
   """What a user would write in jnp, weights kept in 16 bits."""
   seen = jnp.asarray(cases.visible(case, options))
   b, t, s, n, kv, h = case.shape
+  scale = h**-0.5 if case.scale is None else case.scale
+  activation = {
+    "sigmoid": jax.nn.sigmoid,
+    "relu": lambda z: jax.nn.relu(z) / s,
+    "relu2": lambda z: jax.nn.relu(z) ** 2 / s,
+  }[case.kind]
   offset = options["logit_bias"]
-  offset = -np.log(s) if offset is None else offset
+  if offset is None:
+    offset = -np.log(s) if case.kind == "sigmoid" else 0.0
   extra = np.zeros((b, n, t, s), np.float32)
   extra += np.asarray(offset).reshape(*np.shape(offset), 1, 1)
   if case.bias:
@@ -128,12 +150,25 @@ def plain_16_bit(case, arrays, options, cotangent):
   def f(q, k, v):
     k, v = (jnp.repeat(x, n // kv, axis=2) for x in (k, v))
     z = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
-    p = jnp.where(seen, jax.nn.sigmoid(z * h**-0.5 + extra), 0).astype(q.dtype)
+    p = jnp.where(seen, activation(z * scale + extra), 0).astype(q.dtype)
     return jnp.einsum("bnts,bsnh->btnh", p, v)
 
   out, pullback = jax.vjp(f, *map(jnp.asarray, arrays))
   grads = pullback(jnp.asarray(cotangent))
   return dict(zip(("out", "query", "key", "value"), (out, *grads), strict=True))
+
+
+def check_16_bit(case, dtype):
+  """A kernel errs at most twice as much as plain_16_bit, against float64."""
+  arrays, options, cotangent = cases.draw(case, dtype)
+  found = run_or_skip(arrays, options, cotangent)
+  wanted = cases.exact(case, arrays, options, cotangent)
+  plain = plain_16_bit(case, arrays, options, cotangent)
+  unit = float(jnp.finfo(dtype).eps)
+  for name, value in wanted.items():
+    # Of the operands' gradients, which are float32, a 16-bit error is allowed.
+    theirs = error(plain[name], value) if name in plain else unit
+    assert error(found[name], value) <= 2 * theirs + 0.2 * unit, name
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value"])
@@ -147,10 +182,14 @@ def test_a_gradient_that_is_1_percent_off_is_seen(name):
 
 
 @pytest.mark.parametrize("form", FORMS[1:])
-@pytest.mark.parametrize("case", ["lengths", "lengths_cross_grouped"])
-def test_nan_in_padding_leaks_nowhere(case, form, use):
+@pytest.mark.parametrize("name", ["lengths", "lengths_cross_grouped"])
+def test_nan_in_padding_leaks_nowhere(name, form, use):
   use(form)
-  (case,) = [c for c in cases.CASES if c.name == case]
+  check_nan_in_padding(name)
+
+
+def check_nan_in_padding(name):
+  (case,) = [c for c in cases.CASES if c.name == name]
   arrays, options, cotangent = cases.draw(case)
   clean = run(arrays, options, cotangent)
   dirty = [x.copy() for x in arrays]
@@ -269,7 +308,7 @@ def test_the_choice_and_its_reasons(monkeypatch, caplog):
   )
   modules = {"fast": _Declining, "xla": xla_attn}
   monkeypatch.setattr(kernels, "_module", modules.get)
-  kernels.choose.cache_clear()
+  kernels._choose.cache_clear()
   caplog.set_level(logging.INFO, "kernels")
   assert kernels.choose(problem(is_causal=True)) == "fast"
   assert kernels.choose(problem()) == "xla"
@@ -281,7 +320,7 @@ def test_the_choice_and_its_reasons(monkeypatch, caplog):
     kernels.choose(problem(), "fast")
   with pytest.raises(ValueError, match=r"implementation='slow'.*'fast', 'xla'"):
     kernels.choose(problem(), "slow")
-  kernels.choose.cache_clear()
+  kernels._choose.cache_clear()
 
 
 def test_kernels_stand_alone():

@@ -1,0 +1,243 @@
+"""The Triton kernels without a GPU: Triton's interpreter on NumPy arrays.
+
+Whether they compile for each card is asked in a process of its own, because a
+kernel is either interpreted or compiled.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels
+from kernels import device, triton_attn, tuning
+from sigattn import attention
+from tests import cases, test_kernels
+
+if jax.default_backend() != "cpu":
+  pytest.skip("the kernels are not interpreted here", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # Read when Triton is imported.
+triton = pytest.importorskip("triton")  # It has wheels for Linux alone.
+import triton.language as tl  # noqa: E402
+
+_ONE_AT_A_TIME = threading.Lock()  # The interpreter's state is global.
+
+
+class _Array:
+  """As much of a torch tensor, and of its storage, as the interpreter uses."""
+
+  def __init__(self, array):
+    self.array, self.device = array, "cpu"
+    self.dtype = str(array.dtype).replace("float", "fp")
+
+  def data_ptr(self):
+    return self.array.ctypes.data
+
+  def _self(self, *_, **__):
+    return self
+
+  untyped_storage = cpu = new_empty = set_ = copy_ = _self
+  storage_offset = size = stride = _self
+
+
+@triton.jit
+def tanh(x):
+  """triton_kernels.tanh without assembly, which the interpreter has not."""
+  return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+
+
+def _interpreted(kernel, arrays, outs, tile, count, constants):
+  """triton_attn._start for Triton's interpreter."""
+  del tile
+
+  def run(*arrays):
+    # NaN: what no program writes must be seen.
+    results = [np.full(x.shape, np.nan, x.dtype) for x in outs]
+    inputs = [_Array(np.array(x)) for x in arrays]
+    with _ONE_AT_A_TIME:
+      kernel[(count,)](*inputs, *map(_Array, results), **constants)
+    return results
+
+  return jax.pure_callback(run, outs, *arrays)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+  """Lets Triton's kernels run on the CPU, as if it were an H100."""
+  from kernels import triton_kernels
+
+  monkeypatch.setattr(triton_kernels, "tanh", tanh)
+  monkeypatch.setattr(triton_attn, "_start", _interpreted)
+  monkeypatch.setattr(triton_attn, "_PACKAGES", {})  # It needs no jax-triton.
+  test_kernels.use_only(monkeypatch, "triton", device.Device("NVIDIA H100", 90))
+
+
+def set_blocks(monkeypatch, size):
+  widths = {str(width): (size, size, 4, 2) for width in tuning.WIDTHS}
+  tiles = dict.fromkeys(tuning.PASSES, widths)
+  table = {"90": {"tiles": {"16": tiles, "32": tiles}}}
+  monkeypatch.setattr(tuning, "_table", lambda: table)
+
+
+@pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
+def test_interpreted_output_and_gradients(case, interpreter, monkeypatch):
+  # The larger, the fewer to interpret.
+  set_blocks(monkeypatch, 16 if case in cases.BLOCKS else 64)
+  arrays, options, cotangent = cases.draw(case)
+  found = test_kernels.run_or_skip(arrays, options, cotangent)
+  wanted = cases.exact(case, arrays, options, cotangent)
+  assert found.keys() == wanted.keys()
+  for name, value in wanted.items():
+    assert test_kernels.error(found[name], value) < 2e-6, name
+
+
+@pytest.mark.parametrize("bias", [-16.0, 2.0])
+@pytest.mark.parametrize("width", [8, 80])
+def test_interpreted_float16(bias, width, interpreter):
+  """Both forms of the sigmoid, and a width that is no power of two."""
+  case = cases.Case(
+    "half", batch=1, queries=40, heads=1, width=width, logit_bias=bias
+  )
+  test_kernels.check_16_bit(case, "float16")
+
+
+def test_interpreted_nan_in_padding_leaks_nowhere(interpreter, monkeypatch):
+  set_blocks(monkeypatch, 16)
+  test_kernels.check_nan_in_padding("lengths_cross_grouped")
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "segments"])
+def test_interpreted_empty_blocks_are_skipped(mask, interpreter, monkeypatch):
+  """NaN in them would come through a product with weights of zero."""
+  set_blocks(monkeypatch, 16)
+  case = cases.Case(
+    "skipped", batch=1, queries=64, heads=1, causal=mask == "causal",
+    window=(8, 8) if mask == "window" else None,
+  )  # fmt: skip
+  arrays, options, cotangent = cases.draw(case)
+  if mask == "segments":
+    ids = np.arange(64)[None] // 32
+    options |= {"query_segment_ids": ids, "key_value_segment_ids": ids}
+  clean = test_kernels.run(arrays, options, cotangent)
+  first, last = [x.copy() for x in arrays], [x.copy() for x in arrays]
+  first[0][:, :16] = last[1][:, 48:] = last[2][:, 48:] = np.nan
+  # Queries 0 to 31 see no key from 48 on, and so no key from 32 on (under a
+  # causal mask: from 16 on) is seen by the queries before 16.
+  found = test_kernels.run(last, options, cotangent)
+  for name in ("out", "query"):
+    np.testing.assert_array_equal(found[name][:, :32], clean[name][:, :32])
+  found = test_kernels.run(first, options, cotangent)
+  for name in ("key", "value"):
+    np.testing.assert_array_equal(found[name][:, 32:], clean[name][:, 32:])
+  assert np.isnan(found["key"][:, :16]).any()
+
+
+def test_jit_vmap_and_checkpoint_change_nothing(interpreter, monkeypatch):
+  set_blocks(monkeypatch, 16)
+  case = cases.Case("vmapped", queries=20, heads=2, kv_heads=1, lengths=True)
+  arrays, options, cotangent = cases.draw(case)
+  lengths = options.pop("key_value_seq_lengths")
+  del options["query_seq_lengths"]
+  bias = jnp.array([-3.0, -2.0])
+
+  def f(query, key, value, bias, lengths):
+    return attention.dot_product_attention(
+      query, key, value, logit_bias=bias, key_value_seq_lengths=lengths
+    )
+
+  def one(query, key, value, bias, length):
+    return f(query, key, value, bias, length[None])
+
+  def with_gradients(g):
+    out, pull_back = jax.vjp(lambda *x: g(*x, lengths), *arrays, bias)
+    return out, *pull_back(jnp.asarray(cotangent))
+
+  wanted = with_gradients(f)
+  vmapped = jax.vmap(one, in_axes=(0, 0, 0, None, 0))
+  for g in (jax.jit(f), jax.checkpoint(f), vmapped):
+    for found, value in zip(with_gradients(g), wanted, strict=True):
+      np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+
+
+def test_meshes_split_batch_and_heads_without_gathering():
+  subprocess.run([sys.executable, "-m", "tests.on_four_devices"], check=True)
+
+
+@pytest.mark.parametrize(
+  ("card", "change", "reason"),
+  [
+    (90, {}, ""),
+    (80, {"head_dim": 257}, "head_dim=257; at most 256"),
+    (90, {"dtype": "float64"}, "float64 is not implemented"),
+    (75, {}, "needs an NVIDIA GPU since Ampere (8.0), device is Testing"),
+    (None, {}, "needs an NVIDIA GPU since Ampere (8.0), device is Testing"),
+  ],
+)
+def test_what_it_declines(card, change, reason, monkeypatch):
+  test_kernels.use_only(monkeypatch, "triton", device.Device("Testing", card))
+  monkeypatch.setattr(triton_attn, "_PACKAGES", {})
+  problem = dataclasses.replace(tuning.example(64, "bfloat16"), **change)
+  assert triton_attn.unsupported(problem) == reason
+
+
+def test_it_names_the_package_that_is_missing(monkeypatch):
+  test_kernels.use_only(monkeypatch, "triton", device.Device("NVIDIA A100", 80))
+  monkeypatch.setattr(triton_attn, "_PACKAGES", {"no_such": "no-such"})
+  reason = triton_attn.unsupported(tuning.example(64, "bfloat16"))
+  assert reason == "needs the package no-such (requirements-gpu.txt)"
+
+
+def test_tiles_compile_without_spills():
+  """Some; python -m kernels.tuning --check compiles all."""
+  environment = {k: v for k, v in os.environ.items() if "INTERPRET" not in k}
+  command = "kernels.tuning --check --cards 86 90 --dtypes bfloat16 --widths 64"
+  subprocess.run(
+    [sys.executable, "-m", *command.split(), "--examples", "causal"],
+    env=environment, check=True,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("bias", "alibi", "exact"),
+  [
+    (-8.0, False, False), (-11.0, False, False), (-11.1, False, True),
+    (-16.0, False, True), (-8.0, True, False), (-9.1, True, True),
+    (None, False, True),
+  ],
+)  # fmt: skip
+def test_which_biases_take_the_exact_sigmoid(bias, alibi, exact):
+  heads = jax.ShapeDtypeStruct((1, 32), "float32")
+  operands = kernels.Operands(
+    alibi_slopes=heads if alibi else None,
+    logit_bias=heads if bias is None else None,
+  )
+  problem = tuning.example(64, "bfloat16", operands=operands, logit_bias=bias)
+  assert kernels.problem.exact_sigmoid(problem) == exact
+
+
+@pytest.mark.parametrize(
+  ("asked", "precision"),
+  [(None, "ieee"), ("highest", "ieee"), ("tensorfloat32", "tf32"),
+   ("high", "tf32x3")],
+)  # fmt: skip
+def test_float32_is_exact_unless_asked(asked, precision, monkeypatch):
+  seen = []
+
+  def start(kernel, arrays, outs, tile, count, constants):
+    seen.append(constants["PRECISION"])
+    return [jnp.zeros(x.shape, x.dtype) for x in outs]
+
+  monkeypatch.setattr(triton_attn, "_start", start)
+  monkeypatch.setattr(triton_attn, "_PACKAGES", {})
+  found = device.Device("NVIDIA A100", 80)
+  test_kernels.use_only(monkeypatch, "triton", found)
+  x = jnp.ones((1, 16, 1, 16))
+  with jax.default_matmul_precision(asked):
+    attention.dot_product_attention(x, x, x)
+  assert seen == [precision]

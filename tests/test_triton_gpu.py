@@ -1,0 +1,83 @@
+"""The Triton kernels on a GPU:
+
+JAX_PLATFORMS=cuda python -m pytest -n 8 tests/test_triton_gpu.py
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from kernels import device
+from tests import cases, test_kernels
+
+if jax.default_backend() != "gpu":
+  pytest.skip("needs a GPU", allow_module_level=True)
+
+WIDTHS = (32, 64, 96, 128, 256)
+
+
+@pytest.fixture(autouse=True)
+def triton_alone(monkeypatch):
+  test_kernels.use_only(monkeypatch, "triton", device.current())
+
+
+def larger(case, times):
+  """The case with `times` as many tokens and one of WIDTHS."""
+  return dataclasses.replace(
+    case,
+    queries=case.queries * times,
+    keys=case.keys and case.keys * times,
+    width=WIDTHS[len(case.name) % len(WIDTHS)],
+    window=case.window and tuple(times * x for x in case.window),
+  )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
+def test_16_bit_output_and_gradients(case, dtype):
+  test_kernels.check_16_bit(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
+def test_16_bit_of_many_blocks(case, dtype):
+  test_kernels.check_16_bit(larger(case, 13), dtype)
+
+
+@pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
+def test_float32_output_and_gradients(case):
+  arrays, options, cotangent = cases.draw(case)
+  found = test_kernels.run_or_skip(arrays, options, cotangent)
+  wanted = cases.exact(case, arrays, options, cotangent)
+  for name, value in wanted.items():
+    assert test_kernels.error(found[name], value) < 4e-6, name
+
+
+@pytest.mark.parametrize("name", ["lengths", "lengths_cross_grouped"])
+def test_nan_in_padding_leaks_nowhere(name):
+  test_kernels.check_nan_in_padding(name)
+
+
+def test_the_same_bits_at_every_run():
+  case = larger(cases.BLOCKS[0], 40)
+  found = [test_kernels.run(*cases.draw(case, "bfloat16")) for _ in range(2)]
+  for name, value in found[0].items():
+    np.testing.assert_array_equal(value, found[1][name], name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bias", [-8.0, -11.0, -11.1, -14.0, -16.0])
+def test_small_weights_keep_their_sum(bias, dtype):
+  """V = 16: what is lost of a row's sum, in the mean, is below rounding."""
+  case = cases.Case(
+    "sum", batch=1, queries=256, keys=4096, heads=2, width=128, logit_bias=bias
+  )
+  arrays, options, cotangent = cases.draw(case, dtype)
+  arrays[2] = np.full_like(arrays[2], 16)
+  wanted = cases.exact(case, arrays, options, cotangent)["out"]
+  found = test_kernels.run_or_skip(arrays, options, cotangent)["out"]
+  lost = np.mean(np.asarray(found, np.float64) / wanted - 1)
+  print(f"{bias=} {dtype} {lost=:.1e}")
+  assert abs(lost) < 1e-3
