@@ -12,10 +12,10 @@ import jax
 from flax import nnx
 
 from sigattn import check as checks
-from sigattn import mesh, optim, vit
+from sigattn import lm, mesh, optim, vit
 from sigattn.data import loader
 
-TASKS = {"vit": vit}
+TASKS = {"lm": lm, "vit": vit}
 
 
 def check(config):

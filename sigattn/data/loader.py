@@ -18,11 +18,14 @@ import numpy as np
 from absl import flags
 
 from sigattn import check as checks
-from sigattn.data import image
+from sigattn.data import image, text
 
 # Batches of a source that decodes, at work at once where no worker
 # processes are asked for. Pillow decodes and resizes without the GIL.
 _THREADS = 4
+
+
+SOURCES = {"lm": text, "vit": image}  # of each task
 
 
 def check(config):
@@ -32,7 +35,7 @@ def check(config):
   """
   checks.number(config, "seed", low=0)
   checks.number(config, "data.num_workers", low=0)
-  image.check(config)
+  SOURCES[config.task].check(config)
 
 
 def train_iterator(config):
@@ -42,7 +45,7 @@ def train_iterator(config):
   config.seed, and each epoch has an order of its own. The iterator's state is
   saved and restored exactly by grain.checkpoint.
   """
-  source = image.open_source(config, config.data.train_split)
+  source = SOURCES[config.task].open_source(config, config.data.train_split)
   order = _Shuffled(len(source), _chunk(config, source), config.seed)
   chunks = grain.MapDataset.source(order).random_map(
     source.train, seed=config.seed
@@ -56,7 +59,7 @@ def eval_batches(config, split):
   Every example of the split once, in order, with weight 1; the last batch is
   filled up with examples of weight 0. Raises ValueError for an unknown split.
   """
-  source = image.open_source(config, split)
+  source = SOURCES[config.task].open_source(config, split)
   order = _InOrder(len(source), _chunk(config, source), config.batch_size)
   chunks = grain.MapDataset.source(order).map(
     functools.partial(_evaluate, source)
