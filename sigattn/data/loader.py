@@ -1,7 +1,8 @@
 """Batches for training and evaluation, through grain.
 
-A source (sigattn/data/image.py) says how to read; here are the order, the
-batches, the shares of the processes and the worker processes.
+A source (image.py, text.py) says how to read; here are the order, the batches,
+the shares of the processes and the worker processes. A stream of texts has an
+order of its own, and brings its batches.
 """
 
 import functools
@@ -39,13 +40,15 @@ def check(config):
 
 
 def train_iterator(config):
-  """Endless batches: uint8 `image` (B, H, W, C) and int32 `label` (B,).
+  """Endless batches of what the source says, (B, ...) each.
 
   B is this process's share of config.batch_size. All of it follows from
   config.seed, and each epoch has an order of its own. The iterator's state is
   saved and restored exactly by grain.checkpoint.
   """
   source = SOURCES[config.task].open_source(config, config.data.train_split)
+  if isinstance(source, text.Stream):
+    return iter(source.train_batches(_batch_size(config)))
   order = _Shuffled(len(source), _chunk(config, source), config.seed)
   chunks = grain.MapDataset.source(order).random_map(
     source.train, seed=config.seed
@@ -60,6 +63,8 @@ def eval_batches(config, split):
   filled up with examples of weight 0. Raises ValueError for an unknown split.
   """
   source = SOURCES[config.task].open_source(config, split)
+  if isinstance(source, text.Stream):
+    return source.eval_batches(config.batch_size)
   order = _InOrder(len(source), _chunk(config, source), config.batch_size)
   chunks = grain.MapDataset.source(order).map(
     functools.partial(_evaluate, source)
