@@ -150,7 +150,7 @@ def _published(config, size):
 def _shrink(config):
   """Two small steps of the same program, for tests and for a laptop."""
   config.total_steps = 2
-  config.batch_size = 4
+  config.batch_size = 8
   config.model.update(width=16, depth=2, num_heads=2, mlp_dim=32)
   config.data.update(length=32, shuffle_window=4, packing_window=4)
   config.optim.warmup_steps = 1
