@@ -55,7 +55,7 @@ def _main(argv):
     report.evaluation_table({results["split"]: results}, title=workdir)
   )
   if studies:
-    metrics.log(report.evaluation_table(studies))
+    metrics.log(report.studies_table(studies))
 
 
 if __name__ == "__main__":

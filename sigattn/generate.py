@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from absl import logging as absl_logging
 from flax import nnx
 
-from sigattn import checkpoint, metrics, tasks
+from sigattn import checkpoint, tasks
 from sigattn.data import text
 
 _CHUNK = 16  # tokens between two prints of a stream
@@ -213,7 +214,7 @@ class Generator:
 def _main(argv):
   if argv[1:]:
     raise app.UsageError(f"not understood: {argv[1:]}")
-  metrics.set_up_logs()
+  absl_logging.set_verbosity(absl_logging.WARNING)  # the text alone
   values = flags.FLAGS.flag_values_dict()
   names = ("max_tokens", "seed", "temperature", "top_k", "top_p")
   options = {name: values[name] for name in names}

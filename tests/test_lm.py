@@ -1,5 +1,6 @@
 """The language model: sizes, causality, packing, decoding, metrics, checks."""
 
+import json
 import math
 
 import jax
@@ -10,17 +11,20 @@ from flax import nnx
 
 from configs import lm as lm_config
 from configs import lm_sigmoid
+from eval import evaluate
 from sigattn import generate, lm, tasks
-from sigattn.data import text
+from sigattn.data import loader, text
 from tests.test_layers import fill
+from train import train
 
 V = 64
 ROPE = {"model.positions": "rope", "attn.alibi": False}
 
 
-def small(**values):
-  """Two layers of width 16 on rows of 32 tokens."""
+def small(depth=1, **values):
+  """Layers of width 16 on rows of 32 tokens."""
   config = lm_sigmoid.get_config("runlocal")
+  config.model.depth = depth
   config.update_from_flattened_dict(values)
   return config
 
@@ -116,7 +120,7 @@ def test_offsets_begin_anew_in_each_segment():
 
 
 def test_loss_is_of_the_tokens_that_have_one_of_their_own_before():
-  config, model = small(), None
+  config = small()
   model = make(config)
   token = np.concatenate([tokens(2, 9), -np.ones((2, 2), np.int32)], axis=1)
   segment = np.array([[1] * 4 + [2] * 5 + [0] * 2] * 2)
@@ -158,7 +162,28 @@ def test_studies_are_longer_rows_with_the_same_n():
   assert list(studies) == ["1 x 32", "2 x 32", "4 x 32", "8 x 32"]
   longest = studies["8 x 32"]
   assert (longest.data.length, longest.model.max_length) == (256, 32)
-  assert lm.build(longest, nnx.Rngs(0)).stack.blocks.attn.max_length == 32
+  model = nnx.eval_shape(lambda: lm.build(longest, nnx.Rngs(0)))
+  assert model.stack.blocks.attn.max_length == 32
+
+
+def test_run_is_evaluated_at_other_lengths_and_continues_texts(
+  tmp_path, monkeypatch
+):
+  whole = loader.eval_batches
+  monkeypatch.setattr(
+    loader, "eval_batches", lambda *args: [next(iter(whole(*args)))]
+  )
+  train(small(**{"eval.length_factors": (1, 2)}), tmp_path)
+  done = json.loads((tmp_path / "DONE.json").read_text())
+  results = evaluate(tmp_path)
+  assert json.loads((tmp_path / "eval.json").read_text()) == results
+  assert results["loss"] == pytest.approx(done["loss"], rel=1e-5)
+  once, twice = results["studies"].values()
+  assert once["loss"] == pytest.approx(results["loss"], rel=1e-5)
+  assert {"loss@0:16", "loss@16:32"} == once.keys() - results.keys()
+  assert "loss@32:64" in twice
+  [said] = generate.Generator.load(tmp_path)(["In the"], max_tokens=5)
+  assert len(said) <= 5
 
 
 # Decoding.
@@ -176,7 +201,7 @@ def reference(model, ids, count):
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("values", [{}, ROPE], ids=["alibi", "rope"])
 def test_decoding_equals_the_full_forward_pass(kind, values):
-  config = small(**{"attn.kind": kind, "model.norm": "hybrid", **values})
+  config = small(depth=2, **{"attn.kind": kind, **values})
   model = make(config)
   prompts = [tokens(11)[:n] for n in (11, 4)]
   length, count = 11, 6
