@@ -21,7 +21,10 @@ from flax import nnx
 
 from sigattn import attention, positions
 
-NORMS = {"layernorm": nnx.LayerNorm, "rmsnorm": nnx.RMSNorm}
+NORMS = {  # with epsilon 1e-6, and AXLearn's 1e-5
+  "layernorm": nnx.LayerNorm,
+  "rmsnorm": functools.partial(nnx.RMSNorm, epsilon=1e-5),
+}
 NORM_PLACES = ("pre", "post", "hybrid")
 QK_NORMS = ("none", *NORMS)
 
@@ -41,7 +44,7 @@ def _choose(name, value, choices):
 
 
 def make_norm(kind, width, rngs):
-  """LayerNorm (1607.06450) or RMSNorm (1910.07467), epsilon 1e-6, float32."""
+  """LayerNorm (1607.06450) or RMSNorm (1910.07467), in float32."""
   _choose("norm_kind", kind, NORMS)
   return NORMS[kind](width, dtype=jnp.float32, rngs=rngs)
 
@@ -420,8 +423,9 @@ class Stack(nnx.Module):
     def layer(x_BTD, slices):
       state, rng, rate, cache = slices
       block = nnx.merge(graphdef, state)
-      found = block(x_BTD, rng, rate, cache=cache, **attn_args)
-      return (found, None) if cache is None else found
+      if cache is None:
+        return block(x_BTD, rng, rate, **attn_args), None
+      return block(x_BTD, rng, rate, cache=cache, **attn_args)
 
     if self.remat:
       # The scan's loop already keeps the two passes apart.
