@@ -173,15 +173,15 @@ def test_run_is_evaluated_at_other_lengths_and_continues_texts(
   monkeypatch.setattr(
     loader, "eval_batches", lambda *args: [next(iter(whole(*args)))]
   )
-  train(small(**{"eval.length_factors": (1, 2)}), tmp_path)
+  train(small(**{"eval.length_factors": (2,)}), tmp_path)
   done = json.loads((tmp_path / "DONE.json").read_text())
   results = evaluate(tmp_path)
   assert json.loads((tmp_path / "eval.json").read_text()) == results
   assert results["loss"] == pytest.approx(done["loss"], rel=1e-5)
-  once, twice = results["studies"].values()
-  assert once["loss"] == pytest.approx(results["loss"], rel=1e-5)
-  assert {"loss@0:16", "loss@16:32"} == once.keys() - results.keys()
-  assert "loss@32:64" in twice
+  [twice] = results["studies"].values()
+  assert twice.keys() - results.keys() == {
+    "loss@0:16", "loss@16:32", "loss@32:64",
+  }  # fmt: skip
   [said] = generate.Generator.load(tmp_path)(["In the"], max_tokens=5)
   assert len(said) <= 5
 
@@ -231,14 +231,14 @@ def test_generator_continues_a_batch_as_each_alone_and_streams_the_same():
   _, params = tasks.init(config)
   generator = generate.Generator(config, params)
   prompts = ["And God said, ", "Let"]
-  found = generator(prompts, max_tokens=20, temperature=0)
-  assert len(found[0]) == 20
-  alone = [generator([x], max_tokens=20, temperature=0)[0] for x in prompts]
+  found = generator(prompts, max_tokens=32, temperature=0)
+  assert len(found[0]) == 32
+  alone = [generator([x], max_tokens=32, temperature=0)[0] for x in prompts]
   assert found == alone
-  pieces = list(generator.stream(prompts[0], max_tokens=20, temperature=0))
-  assert len(pieces) > 2
+  pieces = list(generator.stream(prompts[0], max_tokens=32, temperature=0))
+  assert len(pieces) == 3
   assert "".join(pieces) == found[0]
-  drawn = [generator(prompts, max_tokens=20, seed=s)[0] for s in (0, 0, 1)]
+  drawn = [generator(prompts, max_tokens=32, seed=s)[0] for s in (0, 0, 1)]
   assert drawn[0] == drawn[1] != drawn[2]
   with pytest.raises(ValueError, match=r"temperature=-1"):
     generator(prompts, temperature=-1)
