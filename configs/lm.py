@@ -48,8 +48,8 @@ def _base():
   """The embedded default: less than six minutes on two CPU cores."""
   config = common.base()
   config.task = "lm"
-  config.total_steps = 3000
-  config.batch_size = 16  # rows
+  config.total_steps = 2200
+  config.batch_size = 8  # rows
   config.data = dict(
     # An embedded text (kjv), a local file or folder (parquet, JSON lines,
     # text), or a Hugging Face name: owner/name or owner/name:subset.
@@ -70,10 +70,10 @@ def _base():
     num_workers=0,  # processes that cut an embedded text; streams take none
   )
   config.model = dict(
-    width=192,
+    width=128,
     depth=4,
     num_heads=4,
-    mlp_dim=512,
+    mlp_dim=344,  # 8/3 of the width, as of the published models
     positions="none",  # rope or none; ALiBi is config.attn.alibi
     mlp="swiglu",  # gelu or swiglu
     norm="hybrid",  # pre, post, or hybrid: x + norm(f(norm(x)))
@@ -87,8 +87,9 @@ def _base():
   # the length of what is evaluated or generated.
   config.model.max_length = config.data.get_ref("length") * 1
   config.attn.update(alibi=True, qk_norm="rmsnorm")
-  config.optim.update(lr=3e-3, b2=0.98, weight_decay=0.1)
+  config.optim.update(lr=5e-3, b2=0.98, weight_decay=0.1)
   config.optim.decay_groups = ((r".*kernel|embed", 1.0),)
+  config.eval.every_steps = config.get_ref("total_steps") // 4
   config.eval.rows = config_dict.placeholder(int)  # of a stream; None: all
   # Also the loss by position in the row. eval.py sets it.
   config.eval.by_position = False
@@ -132,6 +133,7 @@ def _published(config, size):
     vocab_size=32768,
     length=4096,
   )
+  config.eval.every_steps = config.get_ref("total_steps") // 4
   config.eval.rows = 5000
   config.model.update(
     width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim, remat=True
