@@ -17,15 +17,24 @@ from sigattn.data import loader
 def evaluate(workdir, split=None, step=None):
   """Metrics of a run's checkpoint, as a dict; also in workdir/eval.json.
 
+  What the task studies besides, another length say, is a dict of metrics by
+  name in `studies`.
+
   split: one of the data's, by default config.data.eval_split. step: a number,
   "best", or None for the newest. Raises ValueError where there is no such run,
   step or split.
   """
   config, params, step = checkpoint.load(workdir, step)
   split = split or config.data.eval_split
-  batches = loader.eval_batches(config, split)
-  results = tasks.evaluator(config, mesh.make())(params, batches)
-  results = {"step": step, "split": split, **results}
+  devices = mesh.make()
+
+  def run(config):
+    batches = loader.eval_batches(config, split)
+    return tasks.evaluator(config, devices)(params, batches)
+
+  results = {"step": step, "split": split, **run(config)}
+  if studies := tasks.studies(config):
+    results["studies"] = {name: run(x) for name, x in studies.items()}
   workdirs.write_json(pathlib.Path(workdir) / "eval.json", results)
   return results
 
@@ -41,9 +50,12 @@ def _main(argv):
     results = evaluate(workdir, flags.FLAGS.split, step)
   except ValueError as error:
     sys.exit(f"eval.py: {error}")
+  studies = results.pop("studies", {})
   metrics.log(
     report.evaluation_table({results["split"]: results}, title=workdir)
   )
+  if studies:
+    metrics.log(report.studies_table(studies))
 
 
 if __name__ == "__main__":

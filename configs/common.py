@@ -39,6 +39,9 @@ def base():
     # (regular expression of the parameter's path, factor on weight_decay);
     # the first that matches counts, no match means 0.
     decay_groups=((r".*kernel", 1.0),),
+    # The same for a factor on the learning rate, but not on the decay; no match
+    # means 1.
+    lr_groups=(),
     clip_norm=1.0,  # of the whole gradient; 0 turns it off
     accumulate=1,  # micro-batches an update: 1/k of the activations' memory
     ema_decay=0.0,  # 0.9999, say: evaluate an average of the parameters

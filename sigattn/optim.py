@@ -51,10 +51,20 @@ def path_name(path):
 
 
 def decay_factors(params, groups):
-  """Each parameter's factor on the weight decay, by the first match in groups.
+  """Each parameter's factor on the weight decay; no match in groups means 0."""
+  return _factors(params, groups, "decay_groups", default=0.0)
+
+
+def lr_factors(params, groups):
+  """Each parameter's factor on the learning rate; no match means 1."""
+  return _factors(params, groups, "lr_groups", default=1.0)
+
+
+def _factors(params, groups, key, default):
+  """Each parameter's factor by the first match in groups.
 
   Raises ValueError for a pattern that no parameter matches: a misspelt group
-  would otherwise change the decay in silence.
+  would otherwise change the optimizer in silence.
   """
   used = set()
 
@@ -64,7 +74,7 @@ def decay_factors(params, groups):
       if re.fullmatch(pattern, name):
         used.add(pattern)
         return float(value)
-    return 0.0
+    return default
 
   factors = jax.tree_util.tree_map_with_path(factor, params)
   if unused := [pattern for pattern, _ in groups if pattern not in used]:
@@ -72,7 +82,7 @@ def decay_factors(params, groups):
       path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)
     ]
     raise ValueError(
-      f"config.optim.decay_groups: {unused[0]!r} is the first match of no "
+      f"config.optim.{key}: {unused[0]!r} is the first match of no "
       f"parameter; the parameters are {names}"
     )
   return factors
@@ -92,13 +102,26 @@ def _decayed_weights(weight_decay, factors):
   return optax.stateless(update)
 
 
+def _scaled(factors):
+  """Multiplies each update by its parameter's factor."""
+  return optax.stateless(
+    lambda updates, _: jax.tree.map(lambda u, f: f * u, updates, factors)
+  )
+
+
 def make(config, params):
-  """Clip by the global norm, precondition, decay, scale by -learning rate."""
+  """Clip by the global norm, precondition, decay, scale by -learning rate.
+
+  A factor on a learning rate comes before the decay, which it leaves alone: in
+  muP the decay does not change with the width.
+  """
   optim = config.optim
   chain = []
   if optim.clip_norm:
     chain.append(optax.clip_by_global_norm(optim.clip_norm))
   chain.append(OPTIMIZERS[optim.name](optim))
+  if optim.lr_groups:
+    chain.append(_scaled(lr_factors(params, optim.lr_groups)))
   if optim.weight_decay:
     factors = decay_factors(params, optim.decay_groups)
     chain.append(_decayed_weights(optim.weight_decay, factors))

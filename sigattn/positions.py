@@ -53,7 +53,7 @@ def rope(x_BTNH, positions, base=10000.0):
   neighbour, as in the paper), and the pair is turned by the angle
   positions[t] base^(-2 i / H). Position 0 is left as it is.
 
-  positions: (T,), whole numbers or not.
+  positions: (T,) or (B, T), whole numbers or not.
   Returns x's shape and dtype; computes in float32. Raises ValueError for an
   odd head width.
   """
@@ -62,9 +62,8 @@ def rope(x_BTNH, positions, base=10000.0):
     raise ValueError(f"x_BTNH.shape={x_BTNH.shape}; H must be even")
   half = head_width // 2
   frequencies = jnp.asarray(base ** (-np.arange(half) / half), jnp.float32)
-  angles = jnp.einsum(
-    "T,H->TH", jnp.asarray(positions, jnp.float32), frequencies
-  )[None, :, None, :]
+  positions = jnp.atleast_2d(jnp.asarray(positions, jnp.float32))
+  angles = jnp.einsum("BT,H->BTH", positions, frequencies)[:, :, None, :]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -51,6 +51,16 @@ def evaluation_table(rows, title=None):
   return table
 
 
+def studies_table(studies):
+  """A table with a column for each {name: metrics} and a row a metric."""
+  names = dict.fromkeys(key for row in studies.values() for key in row)
+  table = rich.table.Table("", *studies)
+  for key in names:
+    values = (row.get(key) for row in studies.values())
+    table.add_row(key, *map(format_value, values))
+  return table
+
+
 def sweep(runs, root, config):
   """Prints a table of a sweep's runs and draws them all in root/sweep.png.
 

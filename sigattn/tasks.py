@@ -6,16 +6,21 @@ A task is a module with
   build(config, rngs)             the model, an nnx.Module of nnx.Param alone
   loss(config, model, batch, rng) scalar loss and a dict of scalar metrics
   evaluate(config, model, batch)  a dict of sums over the batch, with "weight"
+
+and may have
+  results(config, sums)           metrics of the sums over all batches, NumPy
+                                  arrays; by default each over the weight
+  studies(config)                 {name: config} of what eval.py evaluates too
 """
 
 import jax
 from flax import nnx
 
 from sigattn import check as checks
-from sigattn import mesh, optim, vit
+from sigattn import lm, mesh, optim, vit
 from sigattn.data import loader
 
-TASKS = {"vit": vit}
+TASKS = {"lm": lm, "vit": vit}
 
 
 def check(config):
@@ -86,12 +91,13 @@ def model(config, params):
 
 
 def evaluator(config, devices):
-  """A function (params, batches) -> metrics, each a mean over the examples.
+  """A function (params, batches) -> metrics, as the task's `results` says.
 
   devices: the mesh over which each batch is split.
   """
   task = TASKS[config.task]
   static = graphdef(config)
+  results = getattr(task, "results", _means)
 
   @jax.jit
   def sums(params, batch):
@@ -104,8 +110,19 @@ def evaluator(config, devices):
       total = (
         part if total is None else jax.tree.map(jax.numpy.add, total, part)
       )
-    total = jax.device_get(total)
-    weight = total.pop("weight")
-    return {name: float(value / weight) for name, value in total.items()}
+    found = results(config, jax.device_get(total))
+    return {name: float(value) for name, value in found.items()}
 
   return evaluate
+
+
+def studies(config):
+  """{name: config} of what eval.py evaluates beside the run's own split."""
+  found = getattr(TASKS[config.task], "studies", None)
+  return found(config) if found else {}
+
+
+def _means(config, sums):
+  del config
+  weight = sums.pop("weight")
+  return {name: value / weight for name, value in sums.items()}

@@ -61,9 +61,10 @@ def make_block(rngs, attn=None, mlp="gelu", **options):
 
 
 def numpy_norm(p, x):
+  epsilon = 1e-5
   if "bias" in p:
-    x = x - x.mean(-1, keepdims=True)
-  x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"]
+    x, epsilon = x - x.mean(-1, keepdims=True), 1e-6
+  x = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * p["scale"]
   return x + p.get("bias", 0.0)
 
 

@@ -59,6 +59,22 @@ def test_decay_group_that_matches_nothing_is_refused():
     optim.decay_factors(PARAMS, (("kernels", 1.0),))
 
 
+def test_lr_groups_scale_the_update_and_not_the_decay():
+  config = make_config(
+    name="sgd", b1=0.0, schedule="constant", warmup_steps=0, clip_norm=0.0
+  )
+  config.optim.update(weight_decay=0.1, lr_groups=((r".*/kernel", 0.25),))
+  tx = optim.make(config, PARAMS)
+  grads = jax.tree.map(jnp.ones_like, PARAMS)
+  updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+  np.testing.assert_allclose(
+    updates["layer"]["kernel"], -0.5 * np.array([0.25 + 0.1, 0.25 - 0.2])
+  )
+  np.testing.assert_allclose(updates["layer"]["bias"], [-0.5])
+  with pytest.raises(ValueError, match="lr_groups: 'kernels'"):
+    optim.lr_factors(PARAMS, (("kernels", 1.0),))
+
+
 def test_adamw_equals_optax_adamw_on_the_decayed_parameters():
   config = make_config(schedule="constant", warmup_steps=0, clip_norm=0.0)
   config.optim.weight_decay = 0.1

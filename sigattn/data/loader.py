@@ -1,7 +1,8 @@
 """Batches for training and evaluation, through grain.
 
-A source (sigattn/data/image.py) says how to read; here are the order, the
-batches, the shares of the processes and the worker processes.
+A source (image.py, text.py) says how to read; here are the order, the batches,
+the shares of the processes and the worker processes. A stream of texts has an
+order of its own, and brings its batches.
 """
 
 import functools
@@ -18,11 +19,14 @@ import numpy as np
 from absl import flags
 
 from sigattn import check as checks
-from sigattn.data import image
+from sigattn.data import image, text
 
 # Batches of a source that decodes, at work at once where no worker
 # processes are asked for. Pillow decodes and resizes without the GIL.
 _THREADS = 4
+
+
+SOURCES = {"lm": text, "vit": image}  # of each task
 
 
 def check(config):
@@ -32,17 +36,19 @@ def check(config):
   """
   checks.number(config, "seed", low=0)
   checks.number(config, "data.num_workers", low=0)
-  image.check(config)
+  SOURCES[config.task].check(config)
 
 
 def train_iterator(config):
-  """Endless batches: uint8 `image` (B, H, W, C) and int32 `label` (B,).
+  """Endless batches of what the source says, (B, ...) each.
 
   B is this process's share of config.batch_size. All of it follows from
   config.seed, and each epoch has an order of its own. The iterator's state is
   saved and restored exactly by grain.checkpoint.
   """
-  source = image.open_source(config, config.data.train_split)
+  source = SOURCES[config.task].open_source(config, config.data.train_split)
+  if isinstance(source, text.Stream):
+    return iter(source.train_batches(_batch_size(config)))
   order = _Shuffled(len(source), _chunk(config, source), config.seed)
   chunks = grain.MapDataset.source(order).random_map(
     source.train, seed=config.seed
@@ -56,7 +62,9 @@ def eval_batches(config, split):
   Every example of the split once, in order, with weight 1; the last batch is
   filled up with examples of weight 0. Raises ValueError for an unknown split.
   """
-  source = image.open_source(config, split)
+  source = SOURCES[config.task].open_source(config, split)
+  if isinstance(source, text.Stream):
+    return source.eval_batches(config.batch_size)
   order = _InOrder(len(source), _chunk(config, source), config.batch_size)
   chunks = grain.MapDataset.source(order).map(
     functools.partial(_evaluate, source)

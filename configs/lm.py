@@ -1,0 +1,176 @@
+"""A language model with softmax attention: the twin of lm_sigmoid.py.
+
+  python train.py --config=configs/lm.py             King James text, CPU
+  python train.py --config=configs/lm.py:h200        the same, on one GPU
+  python train.py --config=configs/lm.py:85m --config.data.tokenizer=bpe.json
+  python train.py --config=configs/lm.py:runlocal    two tiny steps
+
+:85m, :1b and :7b are the models that 2409.04431 published, on a mixture of the
+kind they were trained on. Sweeps, for `python -m sigattn.sweep`: attn, lr,
+seed.
+"""
+
+from ml_collections import config_dict
+
+from configs import common
+
+# The published models (AXLearn's gala): width, depth, heads, MLP width,
+# sequences an update, updates.
+SIZES = {
+  "85m": (768, 12, 12, 2048, 256, 400_000),
+  "1b": (2048, 24, 32, 5632, 256, 300_000),
+  "7b": (4096, 32, 32, 11008, 1024, 250_000),
+}
+
+
+def get_config(arg=None):
+  """arg: words joined by commas: h200, a name of SIZES, runlocal."""
+  words = [word for word in (arg or "").split(",") if word]
+  choices = ("h200", "runlocal", *SIZES)
+  if unknown := [word for word in words if word not in choices]:
+    raise ValueError(
+      f"configs/lm.py:{arg}: unknown {unknown[0]!r}; choose from {choices}"
+    )
+  recipes = [word for word in words if word != "runlocal"]
+  if len(recipes) > 1:
+    raise ValueError(f"configs/lm.py:{arg}: more than one of {recipes}")
+  config = _base()
+  if "h200" in recipes:
+    _h200(config)
+  elif recipes:
+    _published(config, recipes[0])
+  if "runlocal" in words:
+    _shrink(config)
+  return config.lock()
+
+
+def _base():
+  """The embedded default: less than six minutes on two CPU cores."""
+  config = common.base()
+  config.task = "lm"
+  config.total_steps = 2200
+  config.batch_size = 8  # rows
+  config.data = dict(
+    # An embedded text (kjv), a local file or folder (parquet, JSON lines,
+    # text), or a Hugging Face name: owner/name or owner/name:subset.
+    source="kjv",
+    # (source, share of the rows) pairs to train on instead.
+    mixture=(),
+    # What is evaluated. None: config.data.source.
+    eval_source=config_dict.placeholder(str),
+    train_split="train",
+    eval_split="test",  # of an embedded text: its last 5 %
+    text_column="text",
+    # characters (of the embedded text), bytes, or a tokenizer.json.
+    tokenizer="characters",
+    vocab_size=64,  # at least the tokenizer's
+    length=128,  # tokens a row that are predicted
+    shuffle_window=10_000,  # documents of a stream that are shuffled together
+    packing_window=128,  # rows that are open for a stream's documents at once
+    num_workers=0,  # processes that cut an embedded text; streams take none
+  )
+  config.model = dict(
+    width=128,
+    depth=4,
+    num_heads=4,
+    mlp_dim=344,  # 8/3 of the width, as of the published models
+    positions="none",  # rope or none; ALiBi is config.attn.alibi
+    mlp="swiglu",  # gelu or swiglu
+    norm="hybrid",  # pre, post, or hybrid: x + norm(f(norm(x)))
+    norm_kind="rmsnorm",  # layernorm or rmsnorm
+    # Initial factor on each branch, 1e-4 in the paper's code; None: no factor.
+    layer_scale=config_dict.placeholder(float),
+    drop_path=0.0,  # of the last layer's branches; linear in the depth
+    remat=False,  # recompute activations in the backward pass
+  )
+  # The n of sigmoid's bias -log n: the length of the training rows, whatever
+  # the length of what is evaluated or generated.
+  config.model.max_length = config.data.get_ref("length") * 1
+  config.attn.update(alibi=True, qk_norm="rmsnorm")
+  config.optim.update(lr=5e-3, b2=0.98, weight_decay=0.1)
+  config.optim.decay_groups = ((r".*kernel|embed", 1.0),)
+  config.eval.every_steps = config.get_ref("total_steps") // 4
+  config.eval.rows = config_dict.placeholder(int)  # of a stream; None: all
+  # Also the loss by position in the row. eval.py sets it.
+  config.eval.by_position = False
+  # eval.py evaluates at so many times the training length, too.
+  config.eval.length_factors = (1, 2, 4, 8)
+  config.ckpt.update(best_metric="loss", best_mode="min")
+  config.log.every_steps = 100
+  return config
+
+
+def _h200(config):
+  config.dtype = "bfloat16"
+
+
+def _published(config, size):
+  """The sigmoid models of 2409.04431: sizes and optimisation of AXLearn's gala.
+
+  Their text was RedPajama's and SlimPajama's, in the shares below, with a
+  SentencePiece vocabulary of 32,768; here a byte-level BPE of that size, which
+  `python -m sigattn.data.tokens` trains. Their evaluation: the first 5,000
+  texts of OpenWebText2.
+  """
+  width, depth, num_heads, mlp_dim, batch_size, steps = SIZES[size]
+  config.total_steps = steps
+  config.batch_size = batch_size
+  config.dtype = "bfloat16"
+  pajama = "togethercomputer/RedPajama-Data-1T"
+  config.data.update(
+    mixture=(
+      (f"{pajama}:common_crawl", 0.726),
+      (f"{pajama}:c4", 0.081),
+      (f"{pajama}:github", 0.049),
+      (f"{pajama}:book", 0.021),
+      (f"{pajama}:arxiv", 0.023),
+      (f"{pajama}:wikipedia", 0.05),
+      (f"{pajama}:stackexchange", 0.05),
+    ),
+    eval_source="allenai/c4:en",
+    eval_split="validation",
+    tokenizer="bpe.json",
+    vocab_size=32768,
+    length=4096,
+  )
+  config.eval.every_steps = config.get_ref("total_steps") // 4
+  config.eval.rows = 5000
+  config.model.update(
+    width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim, remat=True
+  )
+  config.optim.update(lr=0.01, b2=0.95, end_lr=0.1)
+  config.optim.warmup_steps = 5000
+  # Decoupled from the learning rate: 1e-4 times the schedule, which is 1 at
+  # its peak.
+  config.optim.weight_decay = 1e-4 / config.optim.get_ref("lr")
+  # muP's: a matrix learns at the rate of the narrowest model over its width.
+  config.optim.lr_groups = ((r".*kernel", 768 / width),)
+  config.eval.every_steps = 5000
+  config.ckpt.every_steps = 5000
+
+
+def _shrink(config):
+  """Two small steps of the same program, for tests and for a laptop."""
+  config.total_steps = 2
+  config.batch_size = 8
+  config.model.update(width=16, depth=2, num_heads=2, mlp_dim=32)
+  config.data.update(length=32, shuffle_window=4, packing_window=4)
+  config.optim.warmup_steps = 1
+  config.eval.every_steps = 2
+  config.ckpt.every_steps = 1
+  config.log.every_steps = 1
+
+
+def sweep_attn():
+  for kind in ("sigmoid", "softmax"):
+    yield {"attn.kind": kind}
+
+
+def sweep_lr():
+  for lr in (1e-3, 2e-3, 4e-3, 8e-3):
+    yield {"optim.lr": lr}
+
+
+def sweep_seed():
+  for seed in range(3):
+    yield {"seed": seed}

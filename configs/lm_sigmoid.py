@@ -1,0 +1,16 @@
+"""A language model with sigmoid attention (2409.04431): lm.py's twin.
+
+  python train.py --config=configs/lm_sigmoid.py
+  python train.py --config=configs/lm_sigmoid.py:h200
+  python train.py --config=configs/lm_sigmoid.py:85m
+  python -m sigattn.sweep --config=configs/lm_sigmoid.py --sweep=attn,seed
+
+The arguments, the sizes and the sweeps are those of lm.py.
+"""
+
+from configs import common, lm
+from configs.lm import sweep_attn, sweep_lr, sweep_seed  # noqa: F401
+
+
+def get_config(arg=None):
+  return common.sigmoid(lm.get_config(arg))

@@ -1,0 +1,417 @@
+"""Texts: where they come from, and how they become rows of tokens.
+
+A row has L + 1 tokens, since a model sees all but the last and predicts all
+but the first; L is config.data.length. A batch:
+
+  token    int32 (B, L + 1); -1 is padding
+  segment  int32 (B, L + 1): the document of its row that a token is of, from
+           1; 0 is padding. Absent where every row is of one document
+
+Four kinds of source: an embedded text, cut at a new place in each epoch; and,
+as streams of documents, a local file (parquet, JSON lines or text, compressed
+or not), a local folder of those, and a data set of the Hugging Face Hub,
+owner/name or owner/name:subset.
+"""
+
+import contextlib
+import functools
+import itertools
+import lzma
+import pathlib
+import re
+
+import grain
+import grain.experimental
+import jax
+import numpy as np
+
+from sigattn import check as checks
+from sigattn.data import tokens
+
+_FOLDER = pathlib.Path(__file__).parent / "embedded"
+# The King James Bible, a verse a line; its licence lies beside it.
+EMBEDDED = {"kjv": _FOLDER / "kjv.txt.xz"}
+_SPLITS = ("train", "test")  # of an embedded text: its end is held out
+_HELD_OUT = 0.05
+_SUFFIXES = {  # of local files: the builder in `datasets`
+  ".parquet": "parquet",
+  ".json": "json",
+  ".jsonl": "json",
+  ".txt": "text",
+}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_ENCODED_AT_ONCE = 64  # documents, by the threads of the tokenizers library
+
+
+def check(config):
+  """ValueError for a bad value of config.data, or of config.eval.rows.
+
+  Whether a stream has the split and the column is known once it is read.
+  """
+  data = config.data
+  for key in ("vocab_size", "shuffle_window", "packing_window"):
+    checks.number(config, f"data.{key}", low=1)
+  checks.number(config, "eval.rows", low=1, optional=True)
+  for key, source in _sources(config):
+    _check_source(source)
+    if source in EMBEDDED:
+      checks.choice(config, f"data.{key}", _SPLITS)
+  size = tokenizer(config).size
+  if data.vocab_size < size:
+    raise ValueError(
+      f"config.data.vocab_size={data.vocab_size}; must be at least the "
+      f"{size} of config.data.tokenizer={data.tokenizer!r}"
+    )
+
+
+def _sources(config):
+  """(key of the split, source) of everything that a run reads."""
+  data, mixture = config.data, _mixture(config)
+  for name, weight in data.mixture:
+    if name in EMBEDDED:
+      raise ValueError(
+        f"config.data.mixture: {name!r} is no stream of documents"
+      )
+    if not 0 < weight < float("inf"):
+      raise ValueError(
+        f"config.data.mixture: the share of {name!r} is {weight}; must be > 0"
+      )
+  if data.source in EMBEDDED and not data.mixture:
+    if data.eval_source is not None:
+      raise ValueError(
+        f"config.data.eval_source={data.eval_source!r}; must be None with "
+        f"config.data.source={data.source!r}, whose end is held out"
+      )
+    return [("train_split", data.source), ("eval_split", data.source)]
+  if data.num_workers:
+    raise ValueError(
+      f"config.data.num_workers={data.num_workers}; must be 0: a stream is "
+      "read by one thread and encoded by all"
+    )
+  return [
+    *(("train_split", name) for name, _ in mixture),
+    ("eval_split", _eval_source(data)),
+  ]
+
+
+def _eval_source(data):
+  """What is evaluated where a stream is trained on."""
+  if data.eval_source is not None:
+    return data.eval_source
+  if data.mixture or pathlib.Path(data.source).expanduser().is_file():
+    raise ValueError(
+      "config.data.eval_source=None; must be given where config.data.source is "
+      "one file, or config.data.mixture is used"
+    )
+  return data.source
+
+
+def _mixture(config):
+  return config.data.mixture or ((config.data.source, 1.0),)
+
+
+def _check_source(source):
+  path = pathlib.Path(source).expanduser()
+  if source in EMBEDDED or path.is_dir():
+    return
+  if path.is_file():
+    _builder(path)
+  elif not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
+    raise ValueError(
+      f"config.data.source={source!r}; choose an embedded text "
+      f"({sorted(EMBEDDED)}), a local file or folder, or a Hugging Face name "
+      "owner/name or owner/name:subset"
+    )
+
+
+def _builder(path):
+  """The name in `datasets` of what reads a file."""
+  suffixes = [x for x in path.suffixes if x not in _COMPRESSED]
+  if not suffixes or suffixes[-1] not in _SUFFIXES:
+    raise ValueError(
+      f"config.data.source={str(path)!r}; its name must end in one of "
+      f"{sorted(_SUFFIXES)}, compressed or not"
+    )
+  return _SUFFIXES[suffixes[-1]]
+
+
+@functools.lru_cache(maxsize=1)
+def _embedded(source):
+  with lzma.open(EMBEDDED[source], "rt", encoding="utf-8") as file:
+    return file.read()
+
+
+def _embedded_split(source, split):
+  if split not in _SPLITS:
+    raise ValueError(f"{split=} of {source!r}; choose from {sorted(_SPLITS)}")
+  text = _embedded(source)
+  cut = len(text) - int(_HELD_OUT * len(text))
+  return text[:cut] if split == "train" else text[cut:]
+
+
+def tokenizer(config):
+  """The tokenizer of a config (sigattn.data.tokens)."""
+  return _tokenizer(config.data.tokenizer, config.data.source)
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(name, source):
+  if name == "bytes":
+    return tokens.Bytes()
+  if name == "characters":
+    if source not in EMBEDDED:
+      raise ValueError(
+        f"config.data.tokenizer={name!r} is of the embedded texts "
+        f"{sorted(EMBEDDED)}; take bytes, or train one (sigattn.data.tokens)"
+      )
+    return tokens.Characters("".join(sorted(set(_embedded(source)))))
+  path = pathlib.Path(name).expanduser()
+  if not path.is_file():
+    raise ValueError(
+      f"config.data.tokenizer={name!r}; choose characters, bytes, or a "
+      "tokenizer.json (`python -m sigattn.data.tokens` trains one)"
+    )
+  return tokens.File(path)
+
+
+def open_source(config, split):
+  """The rows of a split: an _Embedded or a Stream.
+
+  ValueError where there is no such split.
+  """
+  if config.data.source in EMBEDDED and not config.data.mixture:
+    return _Embedded(config, split)
+  return Stream(config, split)
+
+
+def documents(source, split, column):
+  """The texts of a source, one after the other."""
+  if source in EMBEDDED:
+    return iter([_embedded_split(source, split)])
+  return _Documents(source, split, column, endless=False)
+
+
+class _Embedded:
+  """Rows cut from one long text: a map from indices to examples.
+
+  An epoch's row i begins somewhere in i L .. (i + 1) L; an evaluation has
+  every token but the first as a target once.
+  """
+
+  in_memory = True
+
+  def __init__(self, config, split):
+    self._length = config.data.length
+    text = _embedded_split(config.data.source, split)
+    [self._tokens] = tokenizer(config).encode([text])
+
+  def __len__(self):
+    return -(-(len(self._tokens) - 1) // self._length)
+
+  def train(self, indices_B, rng):
+    start_B = indices_B * self._length
+    start_B += rng.integers(self._length, size=len(indices_B))
+    # The last rows end where the text does.
+    last = max(len(self._tokens) - self._length - 1, 0)
+    return self._rows(np.minimum(start_B, last))
+
+  def evaluate(self, indices_B):
+    return self._rows(indices_B * self._length)
+
+  def _rows(self, start_B):
+    place_BT = start_B[:, None] + np.arange(self._length + 1)
+    real_BT = place_BT < len(self._tokens)
+    token_BT = self._tokens[np.where(real_BT, place_BT, 0)]
+    return {"token": np.where(real_BT, token_BT, -1)}
+
+
+class Stream:
+  """Documents packed into rows, as they come."""
+
+  def __init__(self, config, split):
+    self._config, self._split = config, split
+    self._tokenizer = tokenizer(config)
+
+  def train_batches(self, batch_size):
+    """An endless grain.IterDataset of batches; each process has its own share.
+
+    Documents are shuffled within config.data.shuffle_window of them, sources
+    by their shares of the rows.
+    """
+    mixture = _mixture(self._config)
+    rows = [
+      self._rows(source, self._split, train=True) for source, _ in mixture
+    ]
+    mixed = grain.IterDataset.mix(rows, [weight for _, weight in mixture])
+    batches = mixed.batch(batch_size, drop_remainder=True)
+    return grain.experimental.ThreadPrefetchIterDataset(
+      batches, prefetch_buffer_size=2
+    )
+
+  def eval_batches(self, batch_size):
+    """Batches with float32 `weight` (B,), as often as iterated.
+
+    The first config.eval.rows rows (None: all) in order, the last batch filled
+    up with rows of weight 0. batch_size: of all processes, each of which reads
+    everything and returns its part.
+    """
+    return _EvalBatches(self, batch_size)
+
+  def eval_rows(self):
+    """An iterator of the rows that are evaluated."""
+    data = self._config.data
+    rows = self._rows(_eval_source(data), self._split, train=False)
+    return itertools.islice(rows, self._config.eval.rows)
+
+  def _rows(self, source, split, train):
+    """{"token", "segment"}, each (L + 1,)."""
+    data, seed = self._config.data, self._config.seed
+    texts = _Documents(source, split, data.text_column, endless=train)
+    if train:
+      texts = grain.experimental.WindowShuffleIterDataset(
+        texts, window_size=data.shuffle_window, seed=seed
+      )
+    pieces = grain.experimental.FlatMapIterDataset(
+      texts.batch(_ENCODED_AT_ONCE, batch_fn=list),
+      _Pieces(self._tokenizer, data.length),
+    )
+    packed = grain.experimental.FirstFitPackIterDataset(
+      pieces,
+      length_struct={"token": data.length + 1},
+      num_packing_bins=data.packing_window,
+      seed=seed,
+      shuffle_bins=train,
+      padding_struct={"token": -1},
+    )
+    return packed.map(
+      lambda x: {"token": x["token"], "segment": x["token_segment_ids"]}
+    )
+
+
+class _EvalBatches:
+  def __init__(self, stream, batch_size):
+    self._stream, self._batch_size = stream, batch_size
+
+  def __iter__(self):
+    size, rows = self._batch_size, self._stream.eval_rows()
+    share = size // jax.process_count()
+    first = share * jax.process_index()
+    while part := list(itertools.islice(rows, size)):
+      weight_B = (np.arange(size) < len(part)).astype(np.float32)
+      part += [part[-1]] * (size - len(part))
+      batch = {name: np.stack([row[name] for row in part]) for name in part[0]}
+      batch["weight"] = weight_B
+      yield {name: x[first : first + share] for name, x in batch.items()}
+
+
+class _Pieces(grain.experimental.FlatMapTransform):
+  """Texts to pieces of up to L + 1 tokens, that overlap by one.
+
+  So every token of a document is a target once; its first one follows `end`.
+  """
+
+  max_fan_out = 2**31
+
+  def __init__(self, tokenizer, length):
+    self._tokenizer, self._length = tokenizer, length
+
+  def flat_map(self, texts):
+    end = np.array([self._tokenizer.end], np.int32)
+    pieces = []
+    for ids in self._tokenizer.encode(texts):
+      ids = np.concatenate([end, ids, end])
+      for start in range(0, len(ids) - 1, self._length):
+        pieces.append({"token": ids[start : start + self._length + 1]})
+    return pieces
+
+
+class _Documents(grain.IterDataset):
+  """The texts of a source's split, this process's share of them."""
+
+  def __init__(self, source, split, column, endless):
+    super().__init__()
+    self._arguments = source, split, column, endless
+
+  def __iter__(self):
+    return _DocumentIterator(*self._arguments)
+
+
+class _DocumentIterator(grain.DatasetIterator):
+  """Goes on from a saved place by what `datasets` says of its own place."""
+
+  def __init__(self, source, split, column, endless):
+    super().__init__()
+    self._source, self._split, self._column = source, split, column
+    self._endless = endless
+    self._begin(epoch=0)
+
+  def _begin(self, epoch, place=None):
+    import datasets.distributed
+
+    self._epoch = epoch
+    with _readable(self._source):
+      self._stream = _open(self._source, self._split)
+      if self._endless:  # An evaluation's rows are shared, not its documents.
+        self._stream = datasets.distributed.split_dataset_by_node(
+          self._stream, jax.process_index(), jax.process_count()
+        )
+      if place is not None:
+        self._stream.load_state_dict(place)
+      self._examples = iter(self._stream)
+
+  def __next__(self):
+    example = self._next()
+    if example is None and self._endless:
+      self._begin(self._epoch + 1)
+      example = self._next()
+      if example is None:
+        raise ValueError(f"{self._source!r}: holds no document")
+    if example is None:
+      raise StopIteration
+    text = example.get(self._column)
+    if not isinstance(text, str):
+      raise ValueError(
+        f"config.data.text_column={self._column!r}: {text!r} is no text; the "
+        f"columns of {self._source!r} are {sorted(example)}"
+      )
+    return text
+
+  def _next(self):
+    with _readable(self._source):
+      return next(self._examples, None)
+
+  def get_state(self):
+    return {"epoch": self._epoch, "place": self._stream.state_dict()}
+
+  def set_state(self, state):
+    self._begin(**state)
+
+
+def _open(source, split):
+  """A datasets.IterableDataset of a file, folder or Hub name."""
+  import datasets
+
+  path = pathlib.Path(source).expanduser()
+  if path.is_file():
+    return datasets.load_dataset(
+      _builder(path), data_files={split: str(path)}, split=split, streaming=True
+    )
+  if path.is_dir():
+    return datasets.load_dataset(
+      str(path.resolve()), split=split, streaming=True
+    )
+  name, _, subset = source.partition(":")
+  return datasets.load_dataset(
+    name, subset or None, split=split, streaming=True
+  )
+
+
+@contextlib.contextmanager
+def _readable(source):
+  """Says which source it was that `datasets` could not read."""
+  import datasets
+
+  try:
+    yield
+  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    raise ValueError(f"{source!r}: cannot be read: {error}") from error
