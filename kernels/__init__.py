@@ -18,6 +18,7 @@ __all__ = ["IMPLEMENTATIONS", "Operands", "Problem", "attention", "choose"]
 
 # Fastest first. xla takes every problem, and so is the last.
 IMPLEMENTATIONS = {
+  "mosaic": "kernels.mosaic_attn",
   "triton": "kernels.triton_attn",
   "xla": "kernels.xla_attn",
 }

@@ -1,0 +1,939 @@
+"""The Hopper kernels of mosaic_attn, in Pallas Mosaic GPU.
+
+Two kernels, each of which keeps one side in shared memory and streams the
+other past it:
+
+  by_queries  a tile of queries stays, blocks of keys pass: out, or dq
+  by_keys     a tile of keys stays, blocks of queries pass: dk and dv, and dq
+              too where its parts may be added in any order
+
+A program is a few compute warpgroups and one memory warpgroup, and works off
+many tiles (a persistent grid: while one warpgroup stores its result, the others
+compute, and the next tile's blocks are on their way).
+
+  memory warpgroup:   wait free[slot] -> start the copy engine -> full[slot]
+  compute warpgroup:  wait full[slot] -> products -> arrive free[slot]
+
+A tile sees a range of blocks. Those at its edges, where only part is visible,
+come first and are masked; all others follow in a loop without a mask, and those
+that nothing sees are neither loaded nor computed. Sigmoid needs no order: the
+shares of blocks are added.
+
+Rows beyond a sequence's end are read as zeros, and zeros add nothing: to out
+and dk, dq because v or k is zero there; to dv because do is.
+
+Shapes: as in problem.py. rows: of a tile, what stays. block: what passes.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+_WGMMA = plgpu.Layout.WGMMA
+_ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)  # one number a row, a column
+_LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """How a kernel is cut up."""
+
+  rows: int  # of one compute warpgroup
+  block: int  # rows of the other side at a time
+  stages: int  # blocks in shared memory
+  warpgroups: int  # that compute
+  registers: int  # of a thread of those; all warpgroups' must fit in 512
+  overlap: bool = False  # a step's second product with the next one's weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """What the kernels need to know of the mathematics."""
+
+  kind: str
+  exact: bool  # sigmoid by exp2 and a division; else by the hardware's tanh
+  scale: float
+  logit_bias: float | None  # None: in scalars
+  alibi: bool
+  left: int | None  # query i sees the keys i - left .. i + right
+  right: int | None
+  segments: bool
+  offset: int  # S - T, by which ALiBi's distances are shifted
+  weight_scale: float  # of weights rounded to 16 bits
+  slope_scale: float  # of gradients of logits rounded to 16 bits
+
+  @property
+  def masked(self):
+    return self.segments or self.left is not None or self.right is not None
+
+
+def _int(x):
+  return jnp.asarray(x, jnp.int32)
+
+
+def _div(a, b):
+  return lax.div(a, lax.full_like(a, b))  # Of what is not negative.
+
+
+def _rem(a, b):
+  return lax.rem(a, lax.full_like(a, b))
+
+
+def visible_blocks(first, last, before, after, block, length):
+  """(low, full_low, full_high, high): blocks that rows first..last see.
+
+  A row i sees others from i - before to i + after (None: no bound), below
+  length. Rows see some of the blocks low..high and all of full_low..full_high.
+  At least one block, so that there is something to run.
+  """
+  count = pl.cdiv(length, block)
+  low, full_low = _int(0), _int(0)
+  high, full_high = _int(count), _int(count)
+  if before is not None:
+    low = jnp.minimum(_div(jnp.maximum(first - before, 0), block), count - 1)
+    full_low = _div(jnp.maximum(last - before, 0) + block - 1, block)
+  if after is not None:
+    high = jnp.minimum(_div(jnp.maximum(last + after, 0), block) + 1, count)
+    full_high = jnp.where(
+      first + after >= length - 1,
+      count,
+      _div(jnp.maximum(first + after + 1, 0), block),
+    )
+  high = jnp.maximum(high, low + 1)
+  full_low = jnp.clip(full_low, low, high)
+  return low, full_low, jnp.clip(full_high, full_low, high), high
+
+
+class Schedule:
+  """Which tiles a program works off, and in which order.
+
+  Head after head, so that a head's blocks stay in the second-level cache, and
+  the heaviest tile of a head first. Rounds go to and fro over the programs, so
+  that each gets as much.
+  """
+
+  def __init__(self, tiles, heads, programs, heavy_last):
+    self._tiles, self._heavy_last = tiles, heavy_last
+    self._total, self.programs = tiles * heads, min(programs, tiles * heads)
+    self._rounds = pl.cdiv(self._total, self.programs)
+
+  def _position(self, i):
+    program = lax.axis_index("program")
+    if self._rounds == 1:
+      return program
+    back = self.programs - 1 - program
+    return i * self.programs + jnp.where(_rem(i, 2) == 1, back, program)
+
+  def count(self):
+    """How many are this program's."""
+    last = self._position(_int(self._rounds - 1))
+    return self._rounds - (last >= self._total).astype(jnp.int32)
+
+  def tile(self, i):
+    """(head, tile) of this program's i-th; head counts over the batch too."""
+    position = self._position(i)
+    tile = _rem(position, self._tiles)
+    if self._heavy_last:
+      tile = self._tiles - 1 - tile
+    return _div(position, self._tiles), tile
+
+
+class _Steps:
+  """The blocks of a tile in the order in which they pass.
+
+  Masked ones come first: from the last one backwards, and then those at the
+  lower edge.
+  """
+
+  def __init__(self, low, full_low, full_high, high):
+    self._low, self._full_low, self.high = low, full_low, high
+    self._upper = high - full_high
+    self.masked = self._upper + full_low - low
+    self.count = high - low
+
+  def block(self, step):
+    edge = jnp.where(
+      step < self._upper, self.high - 1 - step, self._low + step - self._upper
+    )
+    return jnp.where(
+      step < self.masked, edge, self._full_low + step - self.masked
+    )
+
+
+def _steps(form, plan_ref, batch, tile, rows, before, after, block, length):
+  """The _Steps of a tile, from the plan where it depends on data."""
+  if plan_ref is not None:
+    return _Steps(*(plan_ref[batch, tile, i] for i in range(4)))
+  first = tile * rows
+  return _Steps(
+    *visible_blocks(first, first + rows - 1, before, after, block, length)
+  )
+
+
+# The mathematics of a block.
+
+
+def _scalars(form, ref, batch, head):
+  """(b, slope): numbers that a head shares."""
+  bias, slope = form.logit_bias, None
+  if bias is None:
+    bias = ref[batch, head, 0]
+  if form.alibi:
+    slope = ref[batch, head, 1]
+  return bias, slope
+
+
+class _Place:
+  """Where a tile's rows and a block's columns stand in their sequences."""
+
+  def __init__(self, rows, columns, shape, offset, of_queries):
+    # Of the first row and column. Row r sees column c by c - r, or by r - c.
+    self.rows, self.columns, self.shape = rows, columns, shape
+    self._offset, self._of_queries = offset, of_queries
+
+  def within(self, left, right):
+    """Where query - left <= key <= query + right; None: no bound."""
+    row = plgpu.broadcasted_iota(jnp.int32, self.shape, 0, layout=_WGMMA)
+    column = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=_WGMMA)
+    if not self._of_queries:
+      left, right = right, left  # Key - right <= query <= key + left.
+    # The columns alone on one side: registers for a number a row suffice.
+    shift = self.rows - self.columns
+    parts = []
+    if right is not None:
+      parts.append(column <= row + (shift + right))
+    if left is not None:
+      parts.append(column >= row + (shift - left))
+    return parts
+
+  def distance(self):
+    """|query + S - T - key|, float32."""
+    count, width = self.shape
+    row = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=_ROW)
+    column = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=_COLUMN)
+    offset = self._offset if self._of_queries else -self._offset
+    row = (row + (self.rows - self.columns + offset)).astype(jnp.float32)
+    return jnp.abs(
+      lax.broadcast_in_dim(row, self.shape, [0])
+      - lax.broadcast_in_dim(column.astype(jnp.float32), self.shape, [1])
+    )
+
+
+def _weights(form, s, bias, slope, place, ids, masked):
+  """The weights phi(z) of logits z = scale s + bias - slope distance, and phi'.
+
+  phi' is a function, to be called only where it is needed. ids: of the rows
+  and of the columns, or None.
+  """
+  unit = 1.0
+  if form.kind == "sigmoid":
+    unit = -_LOG2_E if form.exact else 0.5
+  z = s * (unit * form.scale) + unit * bias
+  if form.alibi:
+    z = z - (unit * slope) * place.distance()
+  if masked and form.masked:
+    # Before the activation: hiding the weights themselves lets the compiler
+    # move work between the products, which then wait for each other.
+    z = jnp.where(_visible(form, place, ids), z, -math.inf * unit)
+  if form.kind == "relu":
+    return jnp.maximum(z, 0.0), lambda: jnp.where(z > 0, 1.0, 0.0)
+  if form.kind == "relu2":
+    p = jnp.maximum(z, 0.0)
+    return p * p, lambda: 2 * p
+  p = 1 / (1 + jnp.exp2(z)) if form.exact else 0.5 * jnp.tanh(z) + 0.5
+  return p, lambda: p - p * p
+
+
+def _visible(form, place, ids):
+  parts = []
+  if form.left is not None or form.right is not None:
+    parts = place.within(form.left, form.right)
+  if form.segments:
+    row, column = ids
+    parts.append(
+      lax.broadcast_in_dim(row, place.shape, [0])
+      == lax.broadcast_in_dim(column, place.shape, [1])
+    )
+  return functools.reduce(jnp.logical_and, parts)
+
+
+def _round(x, factor, dtype):
+  return (x if factor == 1 else x * factor).astype(dtype)
+
+
+def _load_ids(form, ref, batch, start, count, layout):
+  if not form.segments:
+    return None
+  rows = ref.at[batch, pl.ds(start, count)]
+  return plgpu.load(rows, layout=layout, optimized=False)
+
+
+class _Ring:
+  """Room in shared memory for the blocks that pass, counted by steps."""
+
+  def __init__(self, room, full, free, stages):
+    self._room, self._full, self._free = room, full, free
+    self._stages = stages
+
+  def _slot(self, step):
+    return _rem(step, self._stages)
+
+  def fill(self, step, source):
+    """Memory warpgroup: starts to copy a block in, once its room is free."""
+    slot = self._slot(step)
+
+    @pl.when(step >= self._stages)
+    def _():
+      plgpu.barrier_wait(self._free.at[slot])
+
+    plgpu.copy_gmem_to_smem(source, self._room.at[slot], self._full.at[slot])
+
+  def drain(self, count):
+    """Memory warpgroup: waits until the last blocks were used."""
+
+    def last(step, _):
+      plgpu.barrier_wait(self._free.at[self._slot(step)])
+
+    lax.fori_loop(jnp.maximum(count - self._stages, 0), count, last, None)
+
+  def wait(self, step):
+    plgpu.barrier_wait(self._full.at[self._slot(step)])
+
+  def block(self, step):
+    return self._room.at[self._slot(step)]
+
+  def release(self, step):
+    plgpu.barrier_arrive(self._free.at[self._slot(step)])
+
+
+def _accumulator(*shape):
+  return plgpu.ACC(shape, jnp.float32)
+
+
+def _read(accumulator, in_flight):
+  """An accumulator, once at most `in_flight` later products are running."""
+  value = plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
+  # Else what follows may move ahead of the wait.
+  return lax.optimization_barrier(value)
+
+
+def _store(value, room, destination):
+  """Writes a tile through shared memory; the copy runs on."""
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # The copy before this.
+  room[...] = value
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(room, destination)
+
+
+# The queries stay.
+
+
+def by_queries(
+  form,
+  tile,
+  schedule,
+  query,
+  key,
+  value,
+  d_out=None,
+  *,
+  scale,
+  scalars=None,
+  plan=None,
+  query_ids=None,
+  key_ids=None,
+  query_lengths=None,
+):
+  """scale p v, or with d_out scale dz k: the output, or the queries' gradient.
+
+  query, d_out: (B, T, N, H). key, value: (B, S, K, H). scalars: (B, N, 2)
+  float32. plan: (B, tiles, 4) int32, as visible_blocks gives, where that
+  depends on data. query_ids, key_ids: (B, T or S, and the rest of a tile).
+  query_lengths: (B,) int32; rows from there on are 0.
+  """
+  heads, width = query.shape[2:]
+  group = heads // key.shape[2]
+  rows = tile.rows * tile.warpgroups
+  dtype = query.dtype
+  given = dict(
+    query=query, key=key, value=value, d_out=d_out, scalars=scalars, plan=plan,
+    query_ids=query_ids, key_ids=key_ids, query_lengths=query_lengths,
+  )  # fmt: skip
+  given = {name: x for name, x in given.items() if x is not None}
+
+  def kernel(*refs):
+    gmem = dict.fromkeys(_QUERY_ARRAYS)
+    gmem |= zip(given, refs, strict=False)
+    out_gmem, q_smem, do_smem, out_smem, k_smem, v_smem, *barriers = refs[
+      len(given) :
+    ]
+    q_full, k_full, v_full, k_free, v_free = barriers
+    ring_k = _Ring(k_smem, k_full, k_free, tile.stages)
+    ring_v = _Ring(v_smem, v_full, v_free, tile.stages)
+    warpgroup = lax.axis_index("warpgroup")
+    tiles = schedule.count()
+
+    def locate(i):
+      """(batch, head, first row, steps) of this program's i-th tile."""
+      head, index = schedule.tile(i)
+      batch, head = _div(head, heads), _rem(head, heads)
+      steps = _steps(
+        form, gmem["plan"], batch, index, rows, form.left, form.right,
+        tile.block, key.shape[1],
+      )  # fmt: skip
+      return batch, head, index * rows, steps
+
+    @pl.when(warpgroup < tile.warpgroups)
+    def _():
+      plgpu.set_max_registers(tile.registers, action="increase")
+      mine = [None if x is None else x.at[warpgroup] for x in (q_smem, do_smem)]
+
+      def load(i):
+        batch, head, first, _ = locate(i)
+        at = batch, pl.ds(first + warpgroup * tile.rows, tile.rows), head
+        for name, room in zip(("query", "d_out"), mine, strict=True):
+          if room is not None:
+            plgpu.copy_gmem_to_smem(
+              gmem[name].at[at], room, q_full.at[warpgroup]
+            )
+
+      def next_load(i):
+        """Once the products have read the queries: those of the next tile."""
+        pl.when(i + 1 < tiles)(lambda: load(i + 1))
+
+      def one(i, count):
+        batch, head, first, steps = locate(i)
+        first += warpgroup * tile.rows
+        *_, high = visible_blocks(
+          first, first + tile.rows - 1, form.left, form.right, tile.block,
+          key.shape[1],
+        )  # fmt: skip
+        steps.skipped = jnp.maximum(steps.high - high, 0)
+        bias, slope = _scalars(form, gmem["scalars"], batch, head)
+        row_ids = _load_ids(
+          form, gmem["query_ids"], batch, first, tile.rows, _ROW
+        )
+
+        def weigh(s, step, masked):
+          start = steps.block(step) * tile.block
+          place = _Place(first, start, s.shape, form.offset, True)
+          ids = None
+          if masked:
+            columns = _load_ids(
+              form, gmem["key_ids"], batch, start, tile.block, _COLUMN
+            )
+            ids = row_ids, columns
+          return _weights(form, s, bias, slope, place, ids, masked)
+
+        def body(accumulator):
+          plgpu.barrier_wait(q_full.at[warpgroup])
+          run = _output if d_out is None else _query_gradient
+          run(
+            form, tile, dtype, mine, ring_k, ring_v, count, steps, weigh,
+            accumulator, lambda: next_load(i),
+          )  # fmt: skip
+          return accumulator[...]
+
+        out = pl.run_scoped(body, _accumulator(tile.rows, width))
+        out = out if scale == 1 else out * scale
+        if query_lengths is not None:
+          row = plgpu.broadcasted_iota(jnp.int32, out.shape, 0, layout=_WGMMA)
+          left = gmem["query_lengths"][batch] - first
+          out = jnp.where(row < left, out, 0.0)
+        _store(
+          out.astype(dtype),
+          out_smem.at[warpgroup],
+          out_gmem.at[batch, pl.ds(first, tile.rows), head],
+        )
+        return count + steps.count
+
+      load(_int(0))
+      lax.fori_loop(0, tiles, one, _int(0))
+      plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == tile.warpgroups)
+    def _():
+      plgpu.set_max_registers(24, action="decrease")
+
+      def one(i, count):
+        batch, head, _, steps = locate(i)
+
+        def step(e, _):
+          at = batch, pl.ds(steps.block(e) * tile.block, tile.block)
+          at = *at, _div(head, group)
+          ring_k.fill(count + e, gmem["key"].at[at])
+          ring_v.fill(count + e, gmem["value"].at[at])
+
+        lax.fori_loop(0, steps.count, step, None)
+        return count + steps.count
+
+      count = lax.fori_loop(0, tiles, one, _int(0))
+      ring_k.drain(count)
+      ring_v.drain(count)
+
+  stay = _tiles_in_smem(tile.warpgroups, tile.rows, width, dtype)
+  pass_by = _tiles_in_smem(tile.stages, tile.block, width, dtype)
+  return _launch(
+    kernel, schedule, tile, [query.shape], dtype,
+    [
+      stay, None if d_out is None else stay, stay, pass_by, pass_by,
+      plgpu.Barrier(
+        num_barriers=tile.warpgroups, num_arrivals=1 if d_out is None else 2
+      ),
+      *[plgpu.Barrier(num_barriers=tile.stages)] * 2,
+      *[plgpu.Barrier(
+        num_barriers=tile.stages, num_arrivals=tile.warpgroups
+      )] * 2,
+    ],
+  )(*given.values())  # fmt: skip
+
+
+_QUERY_ARRAYS = (
+  "query", "key", "value", "d_out", "scalars", "plan", "query_ids", "key_ids",
+  "query_lengths",
+)  # fmt: skip
+
+
+def _output(
+  form, tile, dtype, mine, ring_k, ring_v, count, steps, weigh, accumulator,
+  queries_are_read,
+):  # fmt: skip
+  """Adds p v of all blocks.
+
+  The product with the values of a step runs while the weights of the next are
+  computed: the scores of step e and the values of step e - 1 are started
+  together, and only the scores are waited for.
+  """
+  queries, _ = mine
+  shape = tile.rows, tile.block
+
+  def skip(e, _):
+    ring_k.wait(count + e)
+    ring_k.release(count + e)
+    ring_v.wait(count + e)
+    ring_v.release(count + e)
+
+  def scores(e, ref):
+    plgpu.wgmma(ref, queries, ring_k.block(count + e).transpose((1, 0)))
+
+  def weights(e, ref, masked, in_flight):
+    s = _read(ref, in_flight)
+    ring_k.release(count + e)
+    p, _ = weigh(s, e, masked)
+    return _round(p, form.weight_scale, dtype)
+
+  def values(e, p):
+    plgpu.wgmma(accumulator, p, ring_v.block(count + e))
+
+  def finish(e):
+    plgpu.wgmma_wait(0)
+    ring_v.release(count + e)
+
+  def alone(e, masked):
+    """The weights of a step, with nothing else running."""
+
+    def run(ref):
+      ring_k.wait(count + e)
+      scores(e, ref)
+      return weights(e, ref, masked, 0)
+
+    return pl.run_scoped(run, _accumulator(*shape))
+
+  def step(e, _, masked):
+    p = alone(e, masked)
+    ring_v.wait(count + e)
+    values(e, p)
+    finish(e)
+
+  def overlapping(e, p):
+    def run(ref):
+      ring_k.wait(count + e)
+      ring_v.wait(count + e - 1)
+      scores(e, ref)
+      values(e - 1, p)
+      next_p = weights(e, ref, False, 1)
+      finish(e - 1)
+      return next_p
+
+    return pl.run_scoped(run, _accumulator(*shape))
+
+  if not tile.overlap:
+    _loops(form, steps, step, skip=skip)
+    queries_are_read()
+    return
+  first = _int(0)
+  if form.masked:  # All masked steps but one, which opens the chain.
+    first = jnp.maximum(steps.masked - 1, 0)
+    lax.fori_loop(0, first, functools.partial(step, masked=True), None)
+  p = lax.fori_loop(first + 1, steps.count, overlapping, alone(first, True))
+  queries_are_read()
+  last = steps.count - 1
+  ring_v.wait(count + last)
+  values(last, p)
+  finish(last)
+
+
+def _query_gradient(
+  form, tile, dtype, mine, ring_k, ring_v, count, steps, weigh, accumulator,
+  queries_are_read,
+):  # fmt: skip
+  """Adds dz k of all blocks, dz = phi'(z) (do v^T)."""
+  queries, d_out = mine
+
+  def step(e, _, masked):
+    c = count + e
+
+    def run(s_ref, dp_ref):
+      ring_k.wait(c)
+      ring_v.wait(c)
+      plgpu.wgmma(s_ref, queries, ring_k.block(c).transpose((1, 0)))
+      plgpu.wgmma(dp_ref, d_out, ring_v.block(c).transpose((1, 0)))
+      _, slope = weigh(_read(s_ref, 1), e, masked)
+      dz = slope() * _read(dp_ref, 0)
+      ring_v.release(c)
+      return _round(dz, form.slope_scale, dtype)
+
+    shape = _accumulator(tile.rows, tile.block)
+    dz = pl.run_scoped(run, shape, shape)
+    plgpu.wgmma(accumulator, dz, ring_k.block(c))
+    plgpu.wgmma_wait(0)
+    ring_k.release(c)
+
+  def skip(e, _):
+    ring_k.wait(count + e)
+    ring_k.release(count + e)
+    ring_v.wait(count + e)
+    ring_v.release(count + e)
+
+  _loops(form, steps, step, skip=skip)
+  queries_are_read()
+
+
+def _loops(form, steps, step, carry=None, skip=None):
+  """carry = step(e, carry, masked) for all steps: with a mask, then without.
+
+  skip(e, None): for the first steps.skipped, which another warpgroup needs.
+  """
+  full = _int(0)
+  if form.masked:
+    first, full = _int(0), steps.masked
+    if skip is not None:
+      first = jnp.minimum(steps.skipped, full)
+      lax.fori_loop(0, first, skip, None)
+    carry = lax.fori_loop(
+      first, full, functools.partial(step, masked=True), carry
+    )
+  return lax.fori_loop(
+    full, steps.count, functools.partial(step, masked=False), carry
+  )
+
+
+def _tiles_in_smem(count, rows, width, dtype):
+  """Room for `count` tiles, laid out for the tensor cores and copy engine."""
+  bits = jnp.finfo(dtype).bits
+  swizzle = plgpu.find_swizzle(width * bits)
+  return plgpu.SMEM(
+    (count, rows, width),
+    dtype,
+    transforms=(
+      plgpu.TilingTransform((8, 8 * swizzle // bits)),
+      plgpu.SwizzleTransform(swizzle),
+    ),
+  )
+
+
+def _launch(kernel, schedule, tile, shapes, dtype, scratch, *floats):
+  """The kernel as a function; outputs of `shapes` in dtype, `floats` float32."""
+  out = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+  out += [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in floats]
+  return plgpu.kernel(
+    kernel,
+    out_type=out,
+    grid=(schedule.programs,),
+    grid_names=("program",),
+    num_threads=tile.warpgroups + 1,
+    thread_name="warpgroup",
+    scratch_types=scratch,
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
+  )
+
+
+# The keys stay.
+
+
+def by_keys(
+  form,
+  tile,
+  schedule,
+  query,
+  key,
+  value,
+  d_out,
+  d_query=None,
+  *,
+  scales,
+  parts=("key", "value"),
+  sums=False,
+  scalars=None,
+  plan=None,
+  query_ids=None,
+  key_ids=None,
+  key_lengths=None,
+):
+  """[dk, dv, and with `sums` those of dz]: dz^T q and p^T do, times `scales`.
+
+  parts: of dk and dv, what is computed; both only as long as the registers
+  hold both.
+  d_query: a Ref of float32 zeros (B, T, N, H), to which dz k is added, in the
+  order in which programs come to it; None: not computed.
+  sums: of dz over the queries, and of -dz distance with ALiBi: float32 (1 or 2,
+  B, N, S and the rest of a tile).
+  key_lengths: (B,) int32; rows of dv from there on are 0.
+  The rest is as in by_queries.
+  """
+  heads, width = query.shape[2:]
+  kv_heads = key.shape[2]
+  group = heads // kv_heads
+  rows = tile.rows * tile.warpgroups
+  dtype = query.dtype
+  given = dict(
+    query=query, key=key, value=value, d_out=d_out, d_query=d_query,
+    scalars=scalars, plan=plan, query_ids=query_ids, key_ids=key_ids,
+    key_lengths=key_lengths,
+  )  # fmt: skip
+  given = {name: x for name, x in given.items() if x is not None}
+  num_sums = (1 + form.alibi) if sums else 0
+
+  def kernel(*refs):
+    gmem = dict.fromkeys(_KEY_ARRAYS)
+    gmem |= zip(given, refs, strict=False)
+    refs = refs[len(given) :]
+    out_gmem = refs[: len(parts)]
+    sums_gmem = refs[len(parts)] if sums else None
+    (
+      k_smem, v_smem, q_smem, do_smem, dz_smem, dq_smem, sums_smem,
+      kv_full, q_full, do_full, q_free, do_free, meet,
+    ) = refs[len(parts) + sums :]  # fmt: skip
+    ring_q = _Ring(q_smem, q_full, q_free, tile.stages)
+    ring_do = _Ring(do_smem, do_full, do_free, tile.stages)
+    warpgroup = lax.axis_index("warpgroup")
+    tiles = schedule.count()
+
+    def locate(i):
+      """(batch, key head, first row, steps) of this program's i-th tile."""
+      head, index = schedule.tile(i)
+      batch, head = _div(head, kv_heads), _rem(head, kv_heads)
+      steps = _steps(
+        form, gmem["plan"], batch, index, rows, form.right, form.left,
+        tile.block, query.shape[1],
+      )  # fmt: skip
+      return batch, head, index * rows, steps
+
+    def rendezvous():
+      """Of the compute warpgroups, which read each other's dz and keys."""
+      if d_query is not None:
+        plgpu.barrier_arrive(meet)
+        plgpu.barrier_wait(meet)
+
+    @pl.when(warpgroup < tile.warpgroups)
+    def _():
+      plgpu.set_max_registers(tile.registers, action="increase")
+      keys, values = k_smem.at[warpgroup], v_smem.at[warpgroup]
+
+      def load(i):
+        batch, head, first, _ = locate(i)
+        at = batch, pl.ds(first + warpgroup * tile.rows, tile.rows), head
+        plgpu.copy_gmem_to_smem(gmem["key"].at[at], keys, kv_full.at[warpgroup])
+        plgpu.copy_gmem_to_smem(
+          gmem["value"].at[at], values, kv_full.at[warpgroup]
+        )
+
+      def one(i, count):
+        batch, kv_head, first, steps = locate(i)
+        first += warpgroup * tile.rows
+        row_ids = _load_ids(
+          form, gmem["key_ids"], batch, first, tile.rows, _ROW
+        )
+
+        def one_head(g, accumulators):
+          head = kv_head * group + g
+          bias, slope = _scalars(form, gmem["scalars"], batch, head)
+
+          def step(e, totals, masked):
+            c = count + g * steps.count + e
+            start = steps.block(e) * tile.block
+            shape = tile.rows, tile.block
+            place = _Place(first, start, shape, form.offset, False)
+            ids = None
+            if masked:
+              columns = _load_ids(
+                form, gmem["query_ids"], batch, start, tile.block, _COLUMN
+              )
+              ids = row_ids, columns
+            q, do = ring_q.block(c), ring_do.block(c)
+
+            def run(s_ref, dp_ref=None):
+              ring_q.wait(c)
+              ring_do.wait(c)
+              plgpu.wgmma(s_ref, keys, q.transpose((1, 0)))
+              if dp_ref is not None:
+                plgpu.wgmma(dp_ref, values, do.transpose((1, 0)))
+              s = _read(s_ref, int(dp_ref is not None))
+              p, derivative = _weights(form, s, bias, slope, place, ids, masked)
+              if "value" in parts:
+                p = _round(p, form.weight_scale, dtype)
+                plgpu.wgmma(accumulators["value"], p, do)
+              if dp_ref is not None:
+                return derivative() * _read(dp_ref, int("value" in parts))
+              return None
+
+            products = 1 + ("key" in parts)
+            dz = pl.run_scoped(run, *[_accumulator(*shape)] * products)
+            if dz is not None:
+              dz16 = _round(dz, form.slope_scale, dtype)
+              plgpu.wgmma(accumulators["key"], dz16, q)
+            if sums:
+              found = [dz.sum(1)]
+              if form.alibi:
+                found.append(-(dz * place.distance()).sum(1))
+              totals = [t + x for t, x in zip(totals, found, strict=True)]
+            if d_query is None:
+              plgpu.wgmma_wait(0)
+              ring_do.release(c)
+              ring_q.release(c)
+              return totals
+            # Two rooms for dz: that of the step before may still be read.
+            room = _rem(c, 2) * tile.warpgroups
+            dz_smem.at[room + warpgroup][...] = dz16
+            plgpu.commit_smem()
+            plgpu.wgmma_wait(1)
+            ring_do.release(c)
+            rendezvous()
+
+            # The warpgroups take turns.
+            @pl.when(_rem(c, tile.warpgroups) == warpgroup)
+            def _():
+              def product(ref):
+                for other in range(tile.warpgroups):
+                  plgpu.wgmma(
+                    ref,
+                    dz_smem.at[room + other].transpose((1, 0)),
+                    k_smem.at[other],
+                  )
+                return ref[...]
+
+              dq = pl.run_scoped(product, _accumulator(tile.block, width))
+              plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+              dq_smem.at[warpgroup][...] = dq
+              plgpu.commit_smem()
+              plgpu.copy_smem_to_gmem(
+                dq_smem.at[warpgroup],
+                gmem["d_query"].at[batch, pl.ds(start, tile.block), head],
+                reduction_op="add",
+              )
+
+            ring_q.release(c)
+            return totals
+
+          zeros = plgpu.layout_cast(jnp.zeros((tile.rows,), jnp.float32), _ROW)
+          totals = _loops(form, steps, step, [zeros] * num_sums)
+          for index, total in enumerate(totals):
+            _store(
+              total,
+              sums_smem.at[warpgroup, index],
+              sums_gmem.at[index, batch, head, pl.ds(first, tile.rows)],
+            )
+
+        def body(*accumulators):
+          accumulators = dict(zip(parts, accumulators, strict=True))
+          plgpu.barrier_wait(kv_full.at[warpgroup])
+          if group == 1:
+            one_head(_int(0), accumulators)
+          else:
+            pl.loop(0, group)(lambda g: one_head(g, accumulators))
+          return {name: x[...] for name, x in accumulators.items()}
+
+        shapes = [_accumulator(tile.rows, width)] * len(parts)
+        found = pl.run_scoped(body, *shapes)
+        if key_lengths is not None and "value" in parts:
+          shape = tile.rows, width
+          row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA)
+          left = gmem["key_lengths"][batch] - first
+          found["value"] = jnp.where(row < left, found["value"], 0.0)
+        rendezvous()  # The keys' room is about to be written.
+        rooms = dict(key=keys, value=values)
+        for name, gmem_out in zip(parts, out_gmem, strict=True):
+          _store(
+            (found[name] * scales[name]).astype(dtype),
+            rooms[name],
+            gmem_out.at[batch, pl.ds(first, tile.rows), kv_head],
+          )
+        plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(i + 1 < tiles)
+        def _():
+          load(i + 1)
+
+        rendezvous()
+        return count + group * steps.count
+
+      load(_int(0))
+      lax.fori_loop(0, tiles, one, _int(0))
+
+    @pl.when(warpgroup == tile.warpgroups)
+    def _():
+      plgpu.set_max_registers(24, action="decrease")
+
+      def one(i, count):
+        batch, kv_head, _, steps = locate(i)
+
+        def step(x, _):
+          g, e = lax.div(x, steps.count), lax.rem(x, steps.count)
+          at = batch, pl.ds(steps.block(e) * tile.block, tile.block)
+          at = *at, kv_head * group + g
+          ring_q.fill(count + x, gmem["query"].at[at])
+          ring_do.fill(count + x, gmem["d_out"].at[at])
+
+        lax.fori_loop(0, group * steps.count, step, None)
+        return count + group * steps.count
+
+      count = lax.fori_loop(0, tiles, one, _int(0))
+      ring_q.drain(count)
+      ring_do.drain(count)
+
+  stay = _tiles_in_smem(tile.warpgroups, tile.rows, width, dtype)
+  pass_by = _tiles_in_smem(tile.stages, tile.block, width, dtype)
+  fused = d_query is not None
+  free = plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
+  full = plgpu.Barrier(num_barriers=tile.stages)
+  padded = pl.cdiv(key.shape[1], rows) * rows
+  dz_room = _tiles_in_smem(2 * tile.warpgroups, tile.rows, tile.block, dtype)
+  return _launch(
+    kernel, schedule, tile, [key.shape] * len(parts), dtype,
+    [
+      stay, stay, pass_by, pass_by,
+      dz_room if fused else None,
+      _tiles_in_smem(tile.warpgroups, tile.block, width, jnp.float32)
+      if fused else None,
+      plgpu.SMEM((tile.warpgroups, num_sums, tile.rows), jnp.float32)
+      if sums else None,
+      plgpu.Barrier(num_barriers=tile.warpgroups, num_arrivals=2),
+      full, full, free, free,
+      plgpu.Barrier(num_arrivals=tile.warpgroups),
+    ],
+    *[(num_sums, query.shape[0], heads, padded)] * sums,
+  )(*given.values())  # fmt: skip
+
+
+_KEY_ARRAYS = (
+  "query", "key", "value", "d_out", "d_query", "scalars", "plan", "query_ids",
+  "key_ids", "key_lengths",
+)  # fmt: skip
