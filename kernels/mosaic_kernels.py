@@ -649,7 +649,7 @@ def _tiles_in_smem(count, rows, width, dtype):
 
 
 def _launch(kernel, schedule, tile, shapes, dtype, scratch, *floats):
-  """The kernel as a function; outputs of `shapes` in dtype, `floats` float32."""
+  """The kernel as a function; outputs of dtype, and `floats` float32."""
   out = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
   out += [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in floats]
   return plgpu.kernel(
@@ -680,7 +680,6 @@ def by_keys(
   d_query=None,
   *,
   scales,
-  parts=("key", "value"),
   sums=False,
   scalars=None,
   plan=None,
@@ -690,8 +689,6 @@ def by_keys(
 ):
   """[dk, dv, and with `sums` those of dz]: dz^T q and p^T do, times `scales`.
 
-  parts: of dk and dv, what is computed; both only as long as the registers
-  hold both.
   d_query: a Ref of float32 zeros (B, T, N, H), to which dz k is added, in the
   order in which programs come to it; None: not computed.
   sums: of dz over the queries, and of -dz distance with ALiBi: float32 (1 or 2,
@@ -716,12 +713,12 @@ def by_keys(
     gmem = dict.fromkeys(_KEY_ARRAYS)
     gmem |= zip(given, refs, strict=False)
     refs = refs[len(given) :]
-    out_gmem = refs[: len(parts)]
-    sums_gmem = refs[len(parts)] if sums else None
+    dk_gmem, dv_gmem = refs[:2]
+    sums_gmem = refs[2] if sums else None
     (
       k_smem, v_smem, q_smem, do_smem, dz_smem, dq_smem, sums_smem,
       kv_full, q_full, do_full, q_free, do_free, meet,
-    ) = refs[len(parts) + sums :]  # fmt: skip
+    ) = refs[2 + sums :]  # fmt: skip
     ring_q = _Ring(q_smem, q_full, q_free, tile.stages)
     ring_do = _Ring(do_smem, do_full, do_free, tile.stages)
     warpgroup = lax.axis_index("warpgroup")
@@ -763,7 +760,7 @@ def by_keys(
           form, gmem["key_ids"], batch, first, tile.rows, _ROW
         )
 
-        def one_head(g, accumulators):
+        def one_head(g, dk, dv):
           head = kv_head * group + g
           bias, slope = _scalars(form, gmem["scalars"], batch, head)
 
@@ -780,26 +777,19 @@ def by_keys(
               ids = row_ids, columns
             q, do = ring_q.block(c), ring_do.block(c)
 
-            def run(s_ref, dp_ref=None):
+            def run(s_ref, dp_ref):
               ring_q.wait(c)
               ring_do.wait(c)
               plgpu.wgmma(s_ref, keys, q.transpose((1, 0)))
-              if dp_ref is not None:
-                plgpu.wgmma(dp_ref, values, do.transpose((1, 0)))
-              s = _read(s_ref, int(dp_ref is not None))
+              plgpu.wgmma(dp_ref, values, do.transpose((1, 0)))
+              s = _read(s_ref, 1)
               p, derivative = _weights(form, s, bias, slope, place, ids, masked)
-              if "value" in parts:
-                p = _round(p, form.weight_scale, dtype)
-                plgpu.wgmma(accumulators["value"], p, do)
-              if dp_ref is not None:
-                return derivative() * _read(dp_ref, int("value" in parts))
-              return None
+              plgpu.wgmma(dv, _round(p, form.weight_scale, dtype), do)
+              return derivative() * _read(dp_ref, 1)
 
-            products = 1 + ("key" in parts)
-            dz = pl.run_scoped(run, *[_accumulator(*shape)] * products)
-            if dz is not None:
-              dz16 = _round(dz, form.slope_scale, dtype)
-              plgpu.wgmma(accumulators["key"], dz16, q)
+            dz = pl.run_scoped(run, *[_accumulator(*shape)] * 2)
+            dz16 = _round(dz, form.slope_scale, dtype)
+            plgpu.wgmma(dk, dz16, q)
             if sums:
               found = [dz.sum(1)]
               if form.alibi:
@@ -852,30 +842,25 @@ def by_keys(
               sums_gmem.at[index, batch, head, pl.ds(first, tile.rows)],
             )
 
-        def body(*accumulators):
-          accumulators = dict(zip(parts, accumulators, strict=True))
+        def body(dk, dv):
           plgpu.barrier_wait(kv_full.at[warpgroup])
           if group == 1:
-            one_head(_int(0), accumulators)
+            one_head(_int(0), dk, dv)
           else:
-            pl.loop(0, group)(lambda g: one_head(g, accumulators))
-          return {name: x[...] for name, x in accumulators.items()}
+            pl.loop(0, group)(lambda g: one_head(g, dk, dv))
+          return dk[...], dv[...]
 
-        shapes = [_accumulator(tile.rows, width)] * len(parts)
-        found = pl.run_scoped(body, *shapes)
-        if key_lengths is not None and "value" in parts:
-          shape = tile.rows, width
-          row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA)
+        shape = _accumulator(tile.rows, width)
+        dk, dv = pl.run_scoped(body, shape, shape)
+        if key_lengths is not None:
+          row = plgpu.broadcasted_iota(jnp.int32, dv.shape, 0, layout=_WGMMA)
           left = gmem["key_lengths"][batch] - first
-          found["value"] = jnp.where(row < left, found["value"], 0.0)
+          dv = jnp.where(row < left, dv, 0.0)
         rendezvous()  # The keys' room is about to be written.
-        rooms = dict(key=keys, value=values)
-        for name, gmem_out in zip(parts, out_gmem, strict=True):
-          _store(
-            (found[name] * scales[name]).astype(dtype),
-            rooms[name],
-            gmem_out.at[batch, pl.ds(first, tile.rows), kv_head],
-          )
+        at = batch, pl.ds(first, tile.rows), kv_head
+        dk, dv = dk * scales["key"], dv * scales["value"]
+        _store(dk.astype(dtype), keys, dk_gmem.at[at])
+        _store(dv.astype(dtype), values, dv_gmem.at[at])
         plgpu.wait_smem_to_gmem(0)
 
         @pl.when(i + 1 < tiles)
@@ -917,7 +902,7 @@ def by_keys(
   padded = pl.cdiv(key.shape[1], rows) * rows
   dz_room = _tiles_in_smem(2 * tile.warpgroups, tile.rows, tile.block, dtype)
   return _launch(
-    kernel, schedule, tile, [key.shape] * len(parts), dtype,
+    kernel, schedule, tile, [key.shape] * 2, dtype,
     [
       stay, stay, pass_by, pass_by,
       dz_room if fused else None,
