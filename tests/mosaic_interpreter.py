@@ -1,0 +1,100 @@
+"""Runs cases of the Hopper kernels in Pallas's interpreter: slow, but exact.
+
+  python -m tests.mosaic_interpreter 64 all_but_dense ...
+
+prints how much each output and gradient errs, and exits with 1 where one errs
+more than twice as much as plain bfloat16. A barrier that is waited for in vain
+hangs: give it a time limit. With more than three warpgroups the interpreter
+runs out of threads on a small machine, so that two compute here.
+"""
+
+import dataclasses
+import sys
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax._src.pallas.mosaic_gpu import core
+from jax._src.pallas.mosaic_gpu.interpret import (
+  gpu_callbacks,
+  jaxpr_interpret,
+  shared_memory,
+)
+from jax._src.state import types
+
+import kernels
+from kernels import device, mosaic_attn, transforms
+from tests import cases, test_kernels
+
+
+def _let_products_read_registers():
+  """The interpreter's wgmma wants both factors in memory: lend it some."""
+  interpreter = next(
+    x
+    for x in vars(jaxpr_interpret).values()
+    if hasattr(x, "_interpret_wgmma_ref_p")
+  )
+  product = interpreter._interpret_wgmma_ref_p
+  registers = shared_memory.get_memory_space_idx(core.MemorySpace.REGS)
+
+  def lent(self, eqn, token, get_invals):
+    values = list(get_invals())
+    if isinstance(eqn.invars[1].aval, types.AbstractRef):
+      return product(self, eqn, token, lambda: values)
+    place = dict(mesh_location=self.mesh_location, thread=self.thread)
+    token, request = gpu_callbacks.call_make_allocation_request_array(
+      token=token, compute_unit=self.thread, memory_space_id=registers,
+      initial_ref_count=1,
+    )  # fmt: skip
+    token, values[1] = gpu_callbacks.call_allocate_buffer(
+      token=token, allocation_request_as_array=request, value=values[1],
+      source_info=eqn.source_info, **place,
+    )  # fmt: skip
+    token, out = product(self, eqn, token, lambda: values)
+    token = gpu_callbacks.call_deallocate_buffer(
+      token=token, allocation_key_as_array=values[1],
+      source_info=eqn.source_info, **place,
+    )  # fmt: skip
+    return token, out
+
+  interpreter._interpret_wgmma_ref_p = lent
+
+
+def _pretend():
+  """An H100 of three multiprocessors, and no copy that adds."""
+  kernels.IMPLEMENTATIONS = {"mosaic": "kernels.mosaic_attn"}
+  device.current = lambda: device.Device("NVIDIA H100", 90)
+  mosaic_attn._programs = lambda: 3
+  mosaic_attn._ADDED = ()
+  mosaic_attn._TILES = {
+    width: tuple(dataclasses.replace(x, warpgroups=2) for x in tiles)
+    for width, tiles in mosaic_attn._TILES.items()
+  }
+  # The interpreter's effects go through neither custom_vmap nor partitioning.
+  transforms.over_batch = lambda compute, _, *arguments: compute(*arguments)
+
+
+def main(width, names):
+  _let_products_read_registers()
+  _pretend()
+  table = {case.name: case for case in cases.CASES + cases.BLOCKS}
+  wrong = False
+  for name in names:
+    case = dataclasses.replace(table[name], width=width)
+    arrays, options, cotangent = cases.draw(case, "bfloat16")
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+      found = test_kernels.run(arrays, options, cotangent)
+      jax.block_until_ready(found)
+    wanted = cases.exact(case, arrays, options, cotangent)
+    plain = test_kernels.plain_16_bit(case, arrays, options, cotangent)
+    unit = float(jnp.finfo("bfloat16").eps)
+    for key, value in wanted.items():
+      theirs = test_kernels.error(plain[key], value) if key in plain else unit
+      ours = test_kernels.error(found[key], value)
+      print(f"{name} {key}: {ours:.1e}, plain bfloat16 {theirs:.1e}")
+      wrong |= not ours <= 2 * theirs + 0.2 * unit
+  sys.exit(wrong)
+
+
+if __name__ == "__main__":
+  main(int(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,81 @@
+"""The Hopper kernels without a GPU: interpreted, lowered, declined."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from kernels import device, mosaic_attn, tuning
+from kernels import problem as problems
+from tests import test_kernels
+
+if jax.default_backend() != "cpu":
+  pytest.skip("the kernels are not interpreted here", allow_module_level=True)
+
+H100 = device.Device("NVIDIA H100", 90)
+
+
+@pytest.mark.parametrize(
+  ("width", "names"),
+  [(64, ["all_but_dense", "blocks_causal"]), (128, ["blocks_window", "seven"])],
+)
+def test_interpreted_output_and_gradients(width, names):
+  """In a process of its own: what waits in vain would hang."""
+  subprocess.run(
+    [sys.executable, "-m", "tests.mosaic_interpreter", str(width), *names],
+    env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"},
+    timeout=250,
+    check=True,
+  )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("width", mosaic_attn._TILES)
+def test_tiles_are_lowered_for_cuda(width, is_causal):
+  """Shapes, layouts and shared memory fit: 0.3 s a kernel."""
+  problem = dataclasses.replace(
+    tuning.example(width, "bfloat16"), is_causal=is_causal
+  )
+  shape = problem.batch, problem.query_len, problem.num_heads, width
+  x = jax.ShapeDtypeStruct(shape, "bfloat16")
+
+  def both(query, key, value, d_out):
+    operands = problems.Operands()
+    return (
+      mosaic_attn._forward(problem, query, key, value, operands),
+      mosaic_attn._backward(problem, query, key, value, operands, d_out),
+    )
+
+  lowered = jax.jit(both).trace(x, x, x, x).lower(lowering_platforms=("cuda",))
+  # Forward, keys, and at 128 the queries.
+  kernels = lowered.as_text().count("custom_call @mosaic_gpu")
+  assert kernels == (2 if width in mosaic_attn._ADDED else 3)
+
+
+@pytest.mark.parametrize(
+  ("capability", "change", "reason"),
+  [
+    (90, {}, ""),
+    (90, {"head_dim": 80}, "head_dim=80; one of [64, 128]"),
+    (90, {"dtype": "float32"}, "float32 is not implemented"),
+    (80, {}, "needs a Hopper GPU (9.0), device is Testing"),
+    (100, {}, "needs a Hopper GPU (9.0), device is Testing"),
+    (None, {}, "needs a Hopper GPU (9.0), device is Testing"),
+  ],
+)
+def test_what_it_declines(capability, change, reason, monkeypatch):
+  found = device.Device("Testing", capability)
+  test_kernels.use_only(monkeypatch, "mosaic", found)
+  problem = dataclasses.replace(tuning.example(64, "bfloat16"), **change)
+  assert mosaic_attn.unsupported(problem) == reason
+
+
+def test_determinism_is_xlas_flag(monkeypatch):
+  problem = tuning.example(64, "bfloat16")
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
+  assert mosaic_attn._adds_in_any_order(problem)
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+  assert not mosaic_attn._adds_in_any_order(problem)
