@@ -1,5 +1,7 @@
 """Refusing a bad config: its path, its value and what would be right."""
 
+import math
+
 
 def choice(config, path, choices, optional=False):
   """ValueError unless the value at `path` is one of `choices` (or None)."""
@@ -27,6 +29,29 @@ def number(config, path, low=None, high=None, above=None, optional=False):
   # NaN compares false, so it is refused wherever there is a bound.
   if value is None or not all(ok() for given, _, ok in bounds if given):
     raise ValueError(f"config.{path}={value!r}; must be {' and '.join(wanted)}")
+
+
+def divides(config, path, whole_path):
+  """ValueError unless the value at `path` divides the one at `whole_path`."""
+  value, whole = _value(config, path), _value(config, whole_path)
+  if whole % value:
+    raise ValueError(
+      f"config.{path}={value!r}; must divide config.{whole_path}={whole!r}"
+    )
+
+
+def finite(config, path):
+  """ValueError for an infinity or NaN at `path`; None is well."""
+  value = _value(config, path)
+  if value is not None and not math.isfinite(value):
+    raise ValueError(f"config.{path}={value!r}; must be finite")
+
+
+def below_one(config, path):
+  """ValueError unless 0 <= value < 1."""
+  value = _value(config, path)
+  if not 0 <= value < 1:
+    raise ValueError(f"config.{path}={value!r}; must be >= 0 and < 1")
 
 
 def _value(config, path):

@@ -2,7 +2,8 @@
 
 Parameters are float32 and start from
 
-  kernel              Xavier uniform over all inputs and all outputs, as in ViT
+  kernel              argument `kernel_init`, over all inputs and all outputs;
+                      Xavier uniform, as in ViT
   bias                0, of linear layers and of LayerNorm
   norm's scale        1
   LayerScale's scale  its argument `init`, everywhere
@@ -12,6 +13,7 @@ Activations have the constructor's `dtype`; norms compute in float32.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,7 @@ QK_NORMS = ("none", *NORMS)
 # unrolled, at the price of a program as long as the depth.
 MAX_UNROLLED = 6
 
-_kernel_init = nnx.initializers.xavier_uniform()
+KERNEL_INIT = nnx.initializers.xavier_uniform()
 
 
 def _choose(name, value, choices):
@@ -48,6 +50,16 @@ def normalize(norm, x):
   return norm(x).astype(x.dtype)
 
 
+class Cache(NamedTuple):
+  """Keys and values of the tokens so far, in the dtype of the activations.
+
+  Of one layer, or of all of a Stack's with an axis of layers in front.
+  """
+
+  key_BSKH: Any
+  value_BSKH: Any
+
+
 class SelfAttention(nnx.Module):
   """x W_v weighted by kind(q k^T / sqrt(H) + bias), then W_out (2409.04431).
 
@@ -60,7 +72,8 @@ class SelfAttention(nnx.Module):
     for each head, starting from it. Neither goes with softmax: ValueError.
   qk_norm: none, layernorm or rmsnorm of q and k over the head width.
   alibi: adds ALiBi's distance penalty (2108.12409) to the logits.
-  rotate: None or a function of x_BTNH, applied to q and to k: RoPE, say.
+  rotate: None or a function of x_BTNH, applied to q and to k: RoPE, say. It
+    takes `positions` too where the call has them.
   implementation: see attention.dot_product_attention.
   """
 
@@ -78,6 +91,7 @@ class SelfAttention(nnx.Module):
     alibi=False,
     is_causal=False,
     use_bias=True,
+    kernel_init=KERNEL_INIT,
     rotate=None,
     implementation=None,
     dtype=jnp.float32,
@@ -94,7 +108,7 @@ class SelfAttention(nnx.Module):
     head_width = width // num_heads
     linear = functools.partial(
       nnx.LinearGeneral,
-      kernel_init=_kernel_init,
+      kernel_init=kernel_init,
       use_bias=use_bias,
       dtype=dtype,
       rngs=rngs,
@@ -113,38 +127,96 @@ class SelfAttention(nnx.Module):
       else logit_bias
     )
 
-  def __call__(self, x_BTD, *, mask=None, seq_lengths=None, segment_ids=None):
-    """(B, T, D) -> (B, T, D).
+  def __call__(
+    self,
+    x_BTD,
+    *,
+    mask=None,
+    seq_lengths=None,
+    segment_ids=None,
+    positions=None,
+    cache=None,
+    place=None,
+  ):
+    """(B, T, D) -> (B, T, D); with a cache, the filled one too.
 
     mask: bool, True where a query may see a key, (B or 1, N or 1, T, T).
     seq_lengths: (B,), the rest is padding. segment_ids: (B, T), tokens see
-    those of their own segment.
+    those of their own segment. positions: what `rotate` turns by.
+    cache: a Cache of S slots. Without `place` the tokens fill its first T and
+    see each other alone. With it, an int32 scalar, they fill the slots from
+    there on, and `mask`, (B or 1, N or 1, T, S), says which slots they see;
+    is_causal, seq_lengths and segment_ids are then of no effect.
     """
     q_BTNH, k_BTKH = self.query(x_BTD), self.key(x_BTD)
     if self.has_qk_norm:
       q_BTNH = normalize(self.query_norm, q_BTNH)
       k_BTKH = normalize(self.key_norm, k_BTKH)
     if self.rotate is not None:
-      q_BTNH, k_BTKH = self.rotate(q_BTNH), self.rotate(k_BTKH)
-    num_heads = q_BTNH.shape[-2]
+      where = {} if positions is None else {"positions": positions}
+      q_BTNH = self.rotate(q_BTNH, **where)
+      k_BTKH = self.rotate(k_BTKH, **where)
+    v_BTKH = self.value(x_BTD)
+    if cache is not None:
+      cache = _write(cache, k_BTKH, v_BTKH, 0 if place is None else place)
+    if place is None:
+      out_BTNH = self._attend(
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        mask=mask,
+        alibi_slopes=self._slopes(q_BTNH),
+        is_causal=self.is_causal,
+        query_seq_lengths=seq_lengths,
+        key_value_seq_lengths=seq_lengths,
+        query_segment_ids=segment_ids,
+        key_value_segment_ids=segment_ids,
+      )
+    else:
+      out_BTNH = self._attend(
+        q_BTNH, *cache, mask=mask, bias=self._distances(q_BTNH, cache, place)
+      )
+    y_BTD = self.out(out_BTNH)
+    return y_BTD if cache is None else (y_BTD, cache)
+
+  def _attend(self, q_BTNH, k_BSKH, v_BSKH, **options):
     bias = self.logit_bias
-    out_BTNH = attention.dot_product_attention(
+    return attention.dot_product_attention(
       q_BTNH,
-      k_BTKH,
-      self.value(x_BTD),
-      mask=mask,
+      k_BSKH,
+      v_BSKH,
       kind=self.kind,
       logit_bias=bias[...] if isinstance(bias, nnx.Param) else bias,
       n=self.max_length,
-      alibi_slopes=positions.alibi_slopes(num_heads) if self.alibi else None,
-      is_causal=self.is_causal,
-      query_seq_lengths=seq_lengths,
-      key_value_seq_lengths=seq_lengths,
-      query_segment_ids=segment_ids,
-      key_value_segment_ids=segment_ids,
       implementation=self.implementation,
+      **options,
     )
-    return self.out(out_BTNH)
+
+  def _slopes(self, q_BTNH):
+    return positions.alibi_slopes(q_BTNH.shape[2]) if self.alibi else None
+
+  def _distances(self, q_BTNH, cache, place):
+    """ALiBi's penalty by slot, (1, N, T, S): the cache is longer than filled.
+
+    Hence not alibi_slopes, which takes the last slot for the last token's.
+    """
+    if not self.alibi:
+      return None
+    i = place + jnp.arange(q_BTNH.shape[1])[:, None]
+    distance_TS = abs(i - jnp.arange(cache.key_BSKH.shape[1])[None])
+    return -self._slopes(q_BTNH)[None, :, None, None] * distance_TS[None, None]
+
+
+def _write(cache, k_BTKH, v_BTKH, place):
+  """The cache with these in its slots from `place` on."""
+  return Cache(
+    *(
+      jax.lax.dynamic_update_slice_in_dim(
+        slots, new.astype(slots.dtype), place, axis=1
+      )
+      for slots, new in zip(cache, (k_BTKH, v_BTKH), strict=True)
+    )
+  )
 
 
 def _check_heads(width, num_heads, num_kv_heads):
@@ -176,13 +248,21 @@ class Mlp(nnx.Module):
   """
 
   def __init__(
-    self, width, hidden, kind="gelu", *, dtype=jnp.float32, use_bias=True, rngs
+    self,
+    width,
+    hidden,
+    kind="gelu",
+    *,
+    use_bias=True,
+    kernel_init=KERNEL_INIT,
+    dtype=jnp.float32,
+    rngs,
   ):
     _choose("kind", kind, MLPS)
     self.kind = kind
     linear = functools.partial(
       nnx.Linear,
-      kernel_init=_kernel_init,
+      kernel_init=kernel_init,
       use_bias=use_bias,
       dtype=dtype,
       rngs=rngs,
@@ -289,16 +369,24 @@ class Block(nnx.Module):
     )
     self.attn_residual, self.mlp_residual = residual(), residual()
 
-  def __call__(self, x_BTD, rng=None, rate=0.0, **attn_args):
-    """(B, T, D) -> (B, T, D).
+  def __call__(self, x_BTD, rng=None, rate=0.0, *, cache=None, **attn_args):
+    """(B, T, D) -> (B, T, D); with a cache, the filled one too.
 
-    rng: of drop_path with `rate`; None drops nothing. attn_args: mask,
-    seq_lengths, segment_ids as in SelfAttention.
+    rng: of drop_path with `rate`; None drops nothing. cache, attn_args: as in
+    SelfAttention.
     """
     rngs = (None, None) if rng is None else jax.random.split(rng)
-    attn = functools.partial(self.attn, **attn_args)
+
+    def attn(x_BTD):
+      nonlocal cache
+      if cache is None:
+        return self.attn(x_BTD, **attn_args)
+      y_BTD, cache = self.attn(x_BTD, cache=cache, **attn_args)
+      return y_BTD
+
     x_BTD = self.attn_residual(x_BTD, attn, rngs[0], rate)
-    return self.mlp_residual(x_BTD, self.mlp, rngs[1], rate)
+    x_BTD = self.mlp_residual(x_BTD, self.mlp, rngs[1], rate)
+    return x_BTD if cache is None else (x_BTD, cache)
 
 
 class Stack(nnx.Module):
@@ -324,22 +412,25 @@ class Stack(nnx.Module):
     keys = jax.random.split(rngs.params(), depth)
     self.blocks = nnx.merge(graphdef, jax.vmap(state)(keys))
 
-  def __call__(self, x_BTD, rng=None, **attn_args):
+  def __call__(self, x_BTD, rng=None, *, cache=None, **attn_args):
     """Arguments as Block's; rng None: deterministic, nothing is dropped."""
     graphdef, states = nnx.split(self.blocks)
 
     def layer(x_BTD, slices):
-      state, rng, rate = slices
-      return nnx.merge(graphdef, state)(x_BTD, rng, rate, **attn_args), None
+      state, rng, rate, cache = slices
+      block = nnx.merge(graphdef, state)
+      found = block(x_BTD, rng, rate, cache=cache, **attn_args)
+      return (found, None) if cache is None else found
 
     if self.remat:
       # The scan's loop already keeps the two passes apart.
       layer = jax.checkpoint(layer, prevent_cse=False)
     dropping = rng is not None and self.drop_path > 0
     rngs = jax.random.split(rng, self.depth) if dropping else None
-    xs = (states, rngs, self._rates())
+    xs = (states, rngs, self._rates(), cache)
     unroll = self.depth <= MAX_UNROLLED and not self.remat
-    return jax.lax.scan(layer, x_BTD, xs, unroll=unroll)[0]
+    x_BTD, cache = jax.lax.scan(layer, x_BTD, xs, unroll=unroll)
+    return x_BTD if cache is None else (x_BTD, cache)
 
   def _rates(self):
     if self.depth == 1:

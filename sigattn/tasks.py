@@ -6,16 +6,21 @@ A task is a module with
   build(config, rngs)             the model, an nnx.Module of nnx.Param alone
   loss(config, model, batch, rng) scalar loss and a dict of scalar metrics
   evaluate(config, model, batch)  a dict of sums over the batch, with "weight"
+and, where metrics are no means over the examples or need more than arrays,
+  score(config, found)            sums, on the host, of what evaluate found
+  summarize(sums)                 the metrics of the sums over all batches
 """
+
+import functools
 
 import jax
 from flax import nnx
 
 from sigattn import check as checks
-from sigattn import mesh, optim, vit
+from sigattn import mesh, optim, speech, vit
 from sigattn.data import loader
 
-TASKS = {"vit": vit}
+TASKS = {"vit": vit, "speech": speech}
 
 
 def check(config):
@@ -86,26 +91,32 @@ def model(config, params):
 
 
 def evaluator(config, devices):
-  """A function (params, batches) -> metrics, each a mean over the examples.
+  """A function (params, batches) -> metrics.
 
   devices: the mesh over which each batch is split.
   """
   task = TASKS[config.task]
   static = graphdef(config)
 
-  @jax.jit
-  def sums(params, batch):
+  score = getattr(task, "score", lambda _, found: found)
+  summarize = getattr(task, "summarize", _means)
+
+  # Replicated, so that each process has all of it.
+  @functools.partial(jax.jit, out_shardings=mesh.replicated(devices))
+  def found(params, batch):
     return task.evaluate(config, nnx.merge(static, params), batch)
 
   def evaluate(params, batches):
-    total = None
+    total = {}
     for batch in batches:
-      part = sums(params, mesh.put(batch, devices))
-      total = (
-        part if total is None else jax.tree.map(jax.numpy.add, total, part)
-      )
-    total = jax.device_get(total)
-    weight = total.pop("weight")
-    return {name: float(value / weight) for name, value in total.items()}
+      part = jax.device_get(found(params, mesh.put(batch, devices)))
+      for name, value in score(config, part).items():
+        total[name] = total.get(name, 0.0) + float(value)
+    return summarize(total)
 
   return evaluate
+
+
+def _means(sums):
+  weight = sums["weight"]
+  return {k: x / weight for k, x in sums.items() if k != "weight"}

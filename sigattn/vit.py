@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from sigattn import attention, layers, positions
+from sigattn import blocks, layers, positions
 from sigattn import check as checks
 
 UNIT = "images"
@@ -126,12 +126,12 @@ def _fixed_table(name, grid, width):
 
 def check(config):
   """ValueError for a bad value in model, attn, or an augmentation made here."""
+  blocks.check(config)
   _check_model(config)
-  _check_attention(config)
   for name in ("mixup", "cutmix"):
     checks.number(config, f"augment.{name}", low=0)
-    _finite(f"augment.{name}", config.augment[name])
-  _below_one("augment.label_smoothing", config.augment.label_smoothing)
+    checks.finite(config, f"augment.{name}")
+  checks.below_one(config, "augment.label_smoothing")
   best, classes = config.ckpt.best_metric, config.data.num_classes
   if best == "accuracy_top5" and not _has_top5(config):
     raise ValueError(
@@ -141,22 +141,13 @@ def check(config):
 
 
 def _check_model(config):
-  for key in ("width", "depth", "num_heads", "mlp_dim", "patch_size"):
-    checks.number(config, f"model.{key}", low=1)
-  model, side = config.model, config.data.image_size
-  _divides("model.num_heads", model.num_heads, "model.width", model.width)
-  _divides("model.patch_size", model.patch_size, "data.image_size", side)
+  checks.number(config, "model.patch_size", low=1)
+  checks.divides(config, "model.patch_size", "data.image_size")
   checks.choice(config, "model.pool", POOLS)
   checks.choice(config, "model.positions", POSITIONS)
   checks.number(config, "model.position_std", low=0)
-  _finite("model.position_std", model.position_std)
-  checks.choice(config, "model.mlp", layers.MLPS)
-  checks.choice(config, "model.norm", layers.NORM_PLACES)
-  checks.choice(config, "model.norm_kind", layers.NORMS)
-  checks.number(config, "model.layer_scale", above=0, optional=True)
-  _finite("model.layer_scale", model.layer_scale)
-  _below_one("model.drop_path", model.drop_path)
-  _check_positions(model)
+  checks.finite(config, "model.position_std")
+  _check_positions(config.model)
 
 
 def _check_positions(model):
@@ -174,58 +165,14 @@ def _check_positions(model):
     )
 
 
-def _check_attention(config):
-  attn = config.attn
-  checks.choice(config, "attn.kind", attention.KINDS)
-  checks.choice(config, "attn.qk_norm", layers.QK_NORMS)
-  implementations = attention.implementations(attn.kind)
-  checks.choice(config, "attn.implementation", implementations, optional=True)
-  checks.number(config, "attn.num_kv_heads", low=1, optional=True)
-  if attn.num_kv_heads is not None:
-    heads = config.model.num_heads
-    _divides("attn.num_kv_heads", attn.num_kv_heads, "model.num_heads", heads)
-  _finite("attn.logit_bias", attn.logit_bias)
-  unset = {"logit_bias": None, "learn_logit_bias": False}
-  for key, value in unset.items():
-    if attn.kind == "softmax" and attn[key] != value:
-      raise ValueError(
-        f"config.attn.{key}={attn[key]!r}; must be {value} with "
-        "config.attn.kind='softmax', which a logit bias does not change"
-      )
-
-
-def _divides(path, value, whole_path, whole):
-  if whole % value:
-    raise ValueError(
-      f"config.{path}={value!r}; must divide config.{whole_path}={whole!r}"
-    )
-
-
-def _finite(path, value):
-  if value is not None and not math.isfinite(value):
-    raise ValueError(f"config.{path}={value!r}; must be finite")
-
-
-def _below_one(path, value):
-  if not 0 <= value < 1:
-    raise ValueError(f"config.{path}={value!r}; must be >= 0 and < 1")
-
-
 def build(config, rngs):
   """The VisionTransformer of a config, its sigmoid's n the token count."""
   model, data = config.model, config.data
   side = data.image_size // model.patch_size
   grid, dtype = (side, side), jnp.dtype(config.dtype)
   tokens = side**2 + (model.pool == "class")
-  make_block = functools.partial(
-    _block, config, tokens=tokens, rotate=_rotate(model, grid), dtype=dtype
-  )
-  encoder = layers.Stack(
-    model.depth,
-    make_block,
-    drop_path=model.drop_path,
-    remat=model.remat,
-    rngs=rngs,
+  encoder = blocks.make(
+    config, max_length=tokens, rotate=_rotate(model, grid), rngs=rngs
   )
   return VisionTransformer(
     encoder,
@@ -240,37 +187,6 @@ def build(config, rngs):
     # A post-norm block ends in a norm.
     norm=None if model.norm == "post" else model.norm_kind,
     dtype=dtype,
-    rngs=rngs,
-  )
-
-
-def _block(config, rngs, *, tokens, rotate, dtype):
-  model, attn = config.model, config.attn
-  attention_layer = layers.SelfAttention(
-    model.width,
-    model.num_heads,
-    max_length=tokens,
-    kind=attn.kind,
-    num_kv_heads=attn.num_kv_heads,
-    logit_bias=attn.logit_bias,
-    learn_logit_bias=attn.learn_logit_bias,
-    qk_norm=attn.qk_norm,
-    alibi=attn.alibi,
-    rotate=rotate,
-    implementation=attn.implementation,
-    dtype=dtype,
-    rngs=rngs,
-  )
-  mlp = layers.Mlp(
-    model.width, model.mlp_dim, model.mlp, dtype=dtype, rngs=rngs
-  )
-  return layers.Block(
-    model.width,
-    attention_layer,
-    mlp,
-    norm=model.norm,
-    norm_kind=model.norm_kind,
-    layer_scale=model.layer_scale,
     rngs=rngs,
   )
 

@@ -1,9 +1,10 @@
 """Batches for training and evaluation, through grain.
 
-A source (sigattn/data/image.py) says how to read; here are the order, the
+A source (a module of SOURCES) says how to read; here are the order, the
 batches, the shares of the processes and the worker processes.
 """
 
+import bisect
 import functools
 import math
 import multiprocessing
@@ -18,11 +19,15 @@ import numpy as np
 from absl import flags
 
 from sigattn import check as checks
-from sigattn.data import image
+from sigattn.data import image, speech
+
+SOURCES = {"vit": image, "speech": speech}  # by config.task
 
 # Batches of a source that decodes, at work at once where no worker
 # processes are asked for. Pillow decodes and resizes without the GIL.
 _THREADS = 4
+
+_MANY_EPOCHS = 2**40  # more than any run has
 
 
 def check(config):
@@ -32,18 +37,21 @@ def check(config):
   """
   checks.number(config, "seed", low=0)
   checks.number(config, "data.num_workers", low=0)
-  image.check(config)
+  SOURCES[config.task].check(config)
 
 
 def train_iterator(config):
-  """Endless batches: uint8 `image` (B, H, W, C) and int32 `label` (B,).
+  """Endless batches, each a dict of NumPy arrays, as the source makes them.
 
-  B is this process's share of config.batch_size. All of it follows from
+  They hold this process's share of the examples. All of it follows from
   config.seed, and each epoch has an order of its own. The iterator's state is
   saved and restored exactly by grain.checkpoint.
   """
-  source = image.open_source(config, config.data.train_split)
-  order = _Shuffled(len(source), _chunk(config, source), config.seed)
+  source = _open(config, config.data.train_split)
+  if source.buckets is None:
+    order = _Shuffled(len(source), _chunk(config, source), config.seed)
+  else:
+    order = _ShuffledBuckets(source.buckets, config)
   chunks = grain.MapDataset.source(order).random_map(
     source.train, seed=config.seed
   )
@@ -56,8 +64,11 @@ def eval_batches(config, split):
   Every example of the split once, in order, with weight 1; the last batch is
   filled up with examples of weight 0. Raises ValueError for an unknown split.
   """
-  source = image.open_source(config, split)
-  order = _InOrder(len(source), _chunk(config, source), config.batch_size)
+  source = _open(config, split)
+  if source.buckets is None:
+    order = _InOrder(len(source), _chunk(config, source), config.batch_size)
+  else:
+    order = _BucketsInOrder(source.buckets, config)
   chunks = grain.MapDataset.source(order).map(
     functools.partial(_evaluate, source)
   )
@@ -66,9 +77,14 @@ def eval_batches(config, split):
   return _batches(config, source, chunks, workers)
 
 
+def _open(config, split):
+  return SOURCES[config.task].open_source(config, split)
+
+
 def _evaluate(source, indices_B):
+  """An index beyond the end stands for padding with the example modulo it."""
   real = indices_B < len(source)
-  batch = source.evaluate(np.where(real, indices_B, 0))
+  batch = source.evaluate(indices_B % len(source))
   return batch | {"weight": real.astype(np.float32)}
 
 
@@ -78,7 +94,8 @@ def _batch_size(config):
 
 def _chunk(config, source):
   """Examples read and augmented at once."""
-  return _batch_size(config) if source.in_memory else 1
+  whole = source.in_memory or source.buckets is not None
+  return _batch_size(config) if whole else 1
 
 
 def _batches(config, source, chunks, workers):
@@ -88,7 +105,9 @@ def _batches(config, source, chunks, workers):
   """
   parts = _batch_size(config) // _chunk(config, source)
   batches = chunks.batch(parts, batch_fn=_concatenate)
-  share = batches[jax.process_index() :: jax.process_count()]
+  share = batches
+  if source.buckets is None:  # the processes share each batch of a bucket
+    share = batches[jax.process_index() :: jax.process_count()]
   threads = 1 if workers or source.in_memory else _THREADS
   if workers and not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # grain reads flags: a notebook parses none
@@ -161,3 +180,97 @@ class _InOrder:
 
   def __getitem__(self, i):
     return np.arange(i * self._chunk, (i + 1) * self._chunk)
+
+
+class _Buckets:
+  """What the orders of a bucketed source have in common.
+
+  buckets: arrays of indices, one for each of config.data.bucket_seconds. The
+  longest's batch is config.batch_size examples, a shorter one's as many times
+  that as its seconds fit in the longest's: a batch of each is as much work.
+  """
+
+  def __init__(self, buckets, config):
+    seconds = config.data.bucket_seconds
+    pairs = [
+      (indices, config.batch_size * int(seconds[-1] / edge))
+      for indices, edge in zip(buckets, seconds, strict=True)
+      if len(indices)
+    ]
+    self._buckets, self._sizes = zip(*pairs, strict=True)
+
+  def _share(self, indices):
+    """This process's part of a batch."""
+    return indices[jax.process_index() :: jax.process_count()]
+
+
+class _ShuffledBuckets(_Buckets):
+  """Whole batches of indices, from each bucket in its turn.
+
+  By the end of epoch e, bucket b has given floor((e + 1) len_b / size_b)
+  batches: each example comes once an epoch, but for what does not fill a
+  batch, which comes in the next. Within an epoch the batches are shuffled.
+  """
+
+  def __init__(self, buckets, config):
+    super().__init__(buckets, config)
+    self._seed = config.seed
+    self._streams = [
+      _Shuffled(len(indices), size, config.seed)
+      for indices, size in zip(self._buckets, self._sizes, strict=True)
+    ]
+    self._bucket_order = functools.lru_cache(maxsize=2)(self._bucket_order)
+
+  def __len__(self):
+    # At least one batch comes in so many epochs.
+    return _MANY_EPOCHS // max(self._sizes)
+
+  def __getitem__(self, i):
+    epochs = range(_MANY_EPOCHS)
+    epoch = bisect.bisect_right(epochs, i, key=self._start) - 1
+    place = i - self._start(epoch)
+    order = self._bucket_order(epoch)
+    bucket = order[place]
+    batch = self._batches(epoch)[bucket] + int((order[:place] == bucket).sum())
+    chosen = self._streams[bucket][batch]
+    return self._share(self._buckets[bucket][chosen])
+
+  def _batches(self, epoch):
+    """What each bucket has given before the epoch."""
+    return [
+      epoch * len(indices) // size
+      for indices, size in zip(self._buckets, self._sizes, strict=True)
+    ]
+
+  def _start(self, epoch):
+    return sum(self._batches(epoch))
+
+  def _bucket_order(self, epoch):
+    """The bucket of each of the epoch's batches."""
+    before, after = self._batches(epoch), self._batches(epoch + 1)
+    counts = np.subtract(after, before)
+    order = np.repeat(np.arange(len(counts)), counts)
+    # 1: not the numbers that shuffle the examples.
+    return np.random.default_rng((self._seed, epoch, 1)).permutation(order)
+
+
+class _BucketsInOrder(_Buckets):
+  """Every example once, bucket by bucket, the last batch of each filled up.
+
+  An example beyond the number of all stands for padding.
+  """
+
+  def __init__(self, buckets, config):
+    super().__init__(buckets, config)
+    total = sum(map(len, self._buckets))
+    self._chunks = []
+    for indices, size in zip(self._buckets, self._sizes, strict=True):
+      padding = np.full(-len(indices) % size, indices[0] + total)
+      chunks = np.concatenate([indices, padding]).reshape(-1, size)
+      self._chunks += list(chunks)
+
+  def __len__(self):
+    return len(self._chunks)
+
+  def __getitem__(self, i):
+    return self._share(self._chunks[i])

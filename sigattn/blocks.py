@@ -1,0 +1,96 @@
+"""The stack of blocks that a config describes, the same for every task.
+
+Reads config.model (width, depth, num_heads, mlp_dim, mlp, norm, norm_kind,
+layer_scale, drop_path, remat) and all of config.attn.
+"""
+
+import jax.numpy as jnp
+
+from sigattn import attention, layers
+from sigattn import check as checks
+
+
+def make(
+  config,
+  *,
+  max_length,
+  is_causal=False,
+  use_bias=True,
+  kernel_init=layers.KERNEL_INIT,
+  rotate=None,
+  rngs,
+):
+  """The layers.Stack of a config; the arguments are those of its layers."""
+  model, attn = config.model, config.attn
+  shared = dict(
+    use_bias=use_bias, kernel_init=kernel_init, dtype=jnp.dtype(config.dtype)
+  )
+
+  def block(rngs):
+    attention_layer = layers.SelfAttention(
+      model.width,
+      model.num_heads,
+      max_length=max_length,
+      kind=attn.kind,
+      num_kv_heads=attn.num_kv_heads,
+      logit_bias=attn.logit_bias,
+      learn_logit_bias=attn.learn_logit_bias,
+      qk_norm=attn.qk_norm,
+      alibi=attn.alibi,
+      is_causal=is_causal,
+      rotate=rotate,
+      implementation=attn.implementation,
+      rngs=rngs,
+      **shared,
+    )
+    mlp = layers.Mlp(model.width, model.mlp_dim, model.mlp, rngs=rngs, **shared)
+    return layers.Block(
+      model.width,
+      attention_layer,
+      mlp,
+      norm=model.norm,
+      norm_kind=model.norm_kind,
+      layer_scale=model.layer_scale,
+      rngs=rngs,
+    )
+
+  return layers.Stack(
+    model.depth,
+    block,
+    drop_path=model.drop_path,
+    remat=model.remat,
+    rngs=rngs,
+  )
+
+
+def check(config):
+  """ValueError for a bad value of what `make` reads."""
+  for key in ("width", "depth", "num_heads", "mlp_dim"):
+    checks.number(config, f"model.{key}", low=1)
+  checks.divides(config, "model.num_heads", "model.width")
+  checks.choice(config, "model.mlp", layers.MLPS)
+  checks.choice(config, "model.norm", layers.NORM_PLACES)
+  checks.choice(config, "model.norm_kind", layers.NORMS)
+  checks.number(config, "model.layer_scale", above=0, optional=True)
+  checks.finite(config, "model.layer_scale")
+  checks.below_one(config, "model.drop_path")
+  _check_attention(config)
+
+
+def _check_attention(config):
+  attn = config.attn
+  checks.choice(config, "attn.kind", attention.KINDS)
+  checks.choice(config, "attn.qk_norm", layers.QK_NORMS)
+  implementations = attention.implementations(attn.kind)
+  checks.choice(config, "attn.implementation", implementations, optional=True)
+  checks.number(config, "attn.num_kv_heads", low=1, optional=True)
+  if attn.num_kv_heads is not None:
+    checks.divides(config, "attn.num_kv_heads", "model.num_heads")
+  checks.finite(config, "attn.logit_bias")
+  unset = {"logit_bias": None, "learn_logit_bias": False}
+  for key, value in unset.items():
+    if attn.kind == "softmax" and attn[key] != value:
+      raise ValueError(
+        f"config.attn.{key}={attn[key]!r}; must be {value} with "
+        "config.attn.kind='softmax', which a logit bias does not change"
+      )
