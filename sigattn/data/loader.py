@@ -51,7 +51,7 @@ def train_iterator(config):
   if source.buckets is None:
     order = _Shuffled(len(source), _chunk(config, source), config.seed)
   else:
-    order = _ShuffledBuckets(source.buckets, config)
+    order = _ShuffledBuckets(source, config)
   chunks = grain.MapDataset.source(order).random_map(
     source.train, seed=config.seed
   )
@@ -68,7 +68,7 @@ def eval_batches(config, split):
   if source.buckets is None:
     order = _InOrder(len(source), _chunk(config, source), config.batch_size)
   else:
-    order = _BucketsInOrder(source.buckets, config)
+    order = _BucketsInOrder(source, config)
   chunks = grain.MapDataset.source(order).map(
     functools.partial(_evaluate, source)
   )
@@ -185,18 +185,23 @@ class _InOrder:
 class _Buckets:
   """What the orders of a bucketed source have in common.
 
-  buckets: arrays of indices, one for each of config.data.bucket_seconds. The
-  longest's batch is config.batch_size examples, a shorter one's as many times
-  that as its seconds fit in the longest's: a batch of each is as much work.
+  source.buckets: arrays of indices, one for each of config.data.
+  bucket_seconds. The longest's batch is config.batch_size examples, a shorter
+  one's as many times that as its seconds fit in the longest's: a batch of each
+  is about as much work.
   """
 
-  def __init__(self, buckets, config):
+  def __init__(self, source, config):
     seconds = config.data.bucket_seconds
     pairs = [
       (indices, config.batch_size * int(seconds[-1] / edge))
-      for indices, edge in zip(buckets, seconds, strict=True)
+      for indices, edge in zip(source.buckets, seconds, strict=True)
       if len(indices)
     ]
+    if not pairs:
+      raise ValueError(
+        f"config.data.bucket_seconds={seconds!r}; every recording is longer"
+      )
     self._buckets, self._sizes = zip(*pairs, strict=True)
 
   def _share(self, indices):
@@ -212,8 +217,8 @@ class _ShuffledBuckets(_Buckets):
   batch, which comes in the next. Within an epoch the batches are shuffled.
   """
 
-  def __init__(self, buckets, config):
-    super().__init__(buckets, config)
+  def __init__(self, source, config):
+    super().__init__(source, config)
     self._seed = config.seed
     self._streams = [
       _Shuffled(len(indices), size, config.seed)
@@ -260,12 +265,16 @@ class _BucketsInOrder(_Buckets):
   An example beyond the number of all stands for padding.
   """
 
-  def __init__(self, buckets, config):
-    super().__init__(buckets, config)
-    total = sum(map(len, self._buckets))
+  def __init__(self, source, config):
+    super().__init__(source, config)
+    if left := len(source) - sum(map(len, self._buckets)):
+      raise ValueError(
+        f"config.data.bucket_seconds={config.data.bucket_seconds!r}; {left} of "
+        f"{len(source)} recordings to evaluate are longer"
+      )
     self._chunks = []
     for indices, size in zip(self._buckets, self._sizes, strict=True):
-      padding = np.full(-len(indices) % size, indices[0] + total)
+      padding = np.full(-len(indices) % size, indices[0] + len(source))
       chunks = np.concatenate([indices, padding]).reshape(-1, size)
       self._chunks += list(chunks)
 

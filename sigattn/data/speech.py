@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet
 import scipy.signal
 import soundfile
+from absl import logging
 
 from sigattn import check as checks
 from sigattn import ctc
@@ -217,6 +218,11 @@ class Source:
     self.buckets = [
       np.flatnonzero(self._bucket == b) for b in range(len(self._edges))
     ]
+    if left := int((self._bucket == len(self._edges)).sum()):
+      logging.warning(
+        "%s: %d of %d recordings are longer than config.data.bucket_seconds "
+        "and left out of training", self._where, left, len(self)
+      )  # fmt: skip
     self._read = functools.cache(self._decode) if in_memory else self._decode
     if in_memory:
       self._at_speed = functools.cache(self._at_speed)
