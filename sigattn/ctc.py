@@ -66,19 +66,19 @@ def prefix_beam(log_probs_TV, alphabet, width):
   return spell(prefix, alphabet)
 
 
-def errors(reference, hypothesis):
-  """Edits and lengths: {"character_errors", "characters", "word_errors", ...}.
+COUNTS = ("character_errors", "characters", "word_errors", "words")
 
-  Error rates are the sums' quotients, over as many utterances as one likes.
+
+def errors(reference, hypothesis):
+  """What COUNTS names: edits, and the reference's characters and words.
+
+  An error rate is the quotient of sums over as many utterances as one likes.
   """
-  found = {}
-  for unit, process in (
-    ("character", jiwer.process_characters),
-    ("word", jiwer.process_words),
-  ):
+  counts = []
+  for process in (jiwer.process_characters, jiwer.process_words):
     edits = process(reference, hypothesis)
-    found[f"{unit}_errors"] = (
-      edits.substitutions + edits.deletions + edits.insertions
-    )
-    found[f"{unit}s"] = edits.hits + edits.substitutions + edits.deletions
-  return found
+    counts += [
+      edits.substitutions + edits.deletions + edits.insertions,
+      edits.hits + edits.substitutions + edits.deletions,
+    ]
+  return dict(zip(COUNTS, counts, strict=True))

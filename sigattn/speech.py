@@ -1,7 +1,7 @@
 """Acoustic encoder with CTC (2106.03143, 2409.04431) and its task: speech.
 
-`check`, `build`, `loss`, `evaluate`, `score`, `summarize`, UNIT and METRICS
-are what sigattn.tasks wants of a task.
+`check`, `build`, `loss`, `evaluate`, `score`, `results`, UNIT and METRICS are
+what sigattn.tasks wants of a task.
 """
 
 import jax
@@ -235,44 +235,47 @@ def evaluate(config, model, batch):
   batch: as in `loss`, "seconds" (B,), and "weight" (B,), 0 for padding.
   """
   logits_BTV, tokens_B = model(*hear(config, batch))
-  found = {
+  loss_B = ctc_loss(logits_BTV, tokens_B, batch["label"], batch["characters"])
+  given = {
     name: batch[name] for name in ("label", "characters", "seconds", "weight")
   }
-  found["tokens"] = tokens_B
-  found["loss"] = ctc_loss(
-    logits_BTV, tokens_B, batch["label"], batch["characters"]
-  )
+  return given | _said(config, logits_BTV, tokens_B) | {"loss": loss_B}
+
+
+def say(config, model, batch):
+  """What `decode` wants of each utterance.
+
+  batch: "audio" (B, S) float32 in -1..1, "samples" (B,).
+  """
+  return _said(config, *model(*hear(config, batch)))
+
+
+def _said(config, logits_BTV, tokens_B):
   if config.eval.beam_width > 1:
-    found["log_probs"] = jax.nn.log_softmax(logits_BTV)
-  else:
-    found["path"] = logits_BTV.argmax(-1)
-  return found
+    return {"tokens": tokens_B, "log_probs": jax.nn.log_softmax(logits_BTV)}
+  return {"tokens": tokens_B, "path": logits_BTV.argmax(-1)}
 
 
 def score(config, found):
   """Sums over a batch's utterances: losses, edits, characters, words.
 
-  found: of `evaluate`, NumPy arrays. The edits by length have the keys
-  "character_errors_10_20" and so on.
+  found: of `evaluate`, NumPy arrays. All but the losses are arrays (4,) over
+  the groups of length.
   """
-  sums = {}
-
-  def add(name, value):
-    sums[name] = sums.get(name, 0.0) + float(value)
-
+  sums = {"loss": 0.0} | {name: np.zeros(len(_LENGTHS)) for name in ctc.COUNTS}
   for i in np.flatnonzero(found["weight"]):
     label_U = found["label"][i][: found["characters"][i]]
-    said = decode(config, {k: v[i] for k, v in found.items()})
+    said = decode(config, {name: x[i] for name, x in found.items()})
+    sums["loss"] += float(found["loss"][i])
+    group = np.searchsorted(_LENGTHS, found["seconds"][i], side="right") - 1
     text = ctc.spell(label_U, config.data.alphabet)
-    add("loss", found["loss"][i])
-    for name, value in ctc.errors(text, said).items():
-      add(name, value)
-      add(f"{name}_{_length(found['seconds'][i])}", value)
+    for name, count in ctc.errors(text, said).items():
+      sums[name][group] += count
   return sums
 
 
 def decode(config, found):
-  """The text of one utterance's "path" or "log_probs", by config.eval."""
+  """The text of one utterance of `say` or `evaluate`."""
   tokens, alphabet = found["tokens"], config.data.alphabet
   if config.eval.beam_width > 1:
     log_probs_TV = found["log_probs"][:tokens]
@@ -280,19 +283,17 @@ def decode(config, found):
   return ctc.greedy(found["path"][:tokens], alphabet)
 
 
-def _length(seconds):
-  """The name of the group: 0_10, 10_20, 20_30 or 30_up."""
-  last = np.searchsorted(_LENGTHS, seconds, side="right") - 1
+def results(config, sums):
+  """Loss in nats a character, CER and WER, of all and by length: cer_10_20."""
+  del config
+  found = {"loss": sums["loss"] / sums["characters"].sum()}
   ends = (*_LENGTHS[1:], "up")
-  return f"{_LENGTHS[last]}_{ends[last]}"
-
-
-def summarize(sums):
-  """Loss in nats a character, CER and WER, of all and by length."""
-  results = {"loss": sums["loss"] / sums["characters"]}
-  groups = ["", *sorted(k[len("words") :] for k in sums if "words_" in k)]
-  for group in groups:
-    for rate, unit in (("cer", "character"), ("wer", "word")):
-      count = sums[f"{unit}s{group}"]
-      results[rate + group] = sums[f"{unit}_errors{group}"] / count
-  return results
+  for rate, unit in (("cer", "character"), ("wer", "word")):
+    errors, counts = sums[f"{unit}_errors"], sums[f"{unit}s"]
+    found[rate] = errors.sum() / counts.sum()
+    for start, end, part, count in zip(
+      _LENGTHS, ends, errors, counts, strict=True
+    ):
+      if count:
+        found[f"{rate}_{start}_{end}"] = part / count
+  return found

@@ -6,12 +6,16 @@ A task is a module with
   build(config, rngs)             the model, an nnx.Module of nnx.Param alone
   loss(config, model, batch, rng) scalar loss and a dict of scalar metrics
   evaluate(config, model, batch)  a dict of sums over the batch, with "weight"
-and, where metrics are no means over the examples or need more than arrays,
-  score(config, found)            sums, on the host, of what evaluate found
-  summarize(sums)                 the metrics of the sums over all batches
+
+and may have
+  score(config, found)            the sums, made of what evaluate found where
+                                  they take more than arrays: NumPy and strings
+  results(config, sums)           metrics of the sums over all batches, NumPy
+                                  arrays; by default each over the weight
 """
 
 import functools
+import operator
 
 import jax
 from flax import nnx
@@ -91,32 +95,35 @@ def model(config, params):
 
 
 def evaluator(config, devices):
-  """A function (params, batches) -> metrics.
+  """A function (params, batches) -> metrics, as the task's `results` says.
 
   devices: the mesh over which each batch is split.
   """
   task = TASKS[config.task]
   static = graphdef(config)
 
-  score = getattr(task, "score", lambda _, found: found)
-  summarize = getattr(task, "summarize", _means)
+  score = getattr(task, "score", None)
+  results = getattr(task, "results", _means)
 
   # Replicated, so that each process has all of it.
   @functools.partial(jax.jit, out_shardings=mesh.replicated(devices))
-  def found(params, batch):
+  def sums(params, batch):
     return task.evaluate(config, nnx.merge(static, params), batch)
 
   def evaluate(params, batches):
-    total = {}
+    total = None
     for batch in batches:
-      part = jax.device_get(found(params, mesh.put(batch, devices)))
-      for name, value in score(config, part).items():
-        total[name] = total.get(name, 0.0) + float(value)
-    return summarize(total)
+      part = sums(params, mesh.put(batch, devices))
+      if score is not None:
+        part = score(config, jax.device_get(part))
+      total = part if total is None else jax.tree.map(operator.add, total, part)
+    found = results(config, jax.device_get(total))
+    return {name: float(value) for name, value in found.items()}
 
   return evaluate
 
 
-def _means(sums):
-  weight = sums["weight"]
-  return {k: x / weight for k, x in sums.items() if k != "weight"}
+def _means(config, sums):
+  del config
+  weight = sums.pop("weight")
+  return {name: value / weight for name, value in sums.items()}
