@@ -8,7 +8,6 @@ from ml_collections import config_dict
 
 from configs import common
 
-
 # Hours of LibriSpeech (Panayotov et al., 2015) and their splits on the Hub.
 HOURS = {
   "100h": "train.clean.100",

@@ -224,7 +224,6 @@ class _ShuffledBuckets(_Buckets):
       _Shuffled(len(indices), size, config.seed)
       for indices, size in zip(self._buckets, self._sizes, strict=True)
     ]
-    self._bucket_order = functools.lru_cache(maxsize=2)(self._bucket_order)
 
   def __len__(self):
     # At least one batch comes in so many epochs.
@@ -234,7 +233,8 @@ class _ShuffledBuckets(_Buckets):
     epochs = range(_MANY_EPOCHS)
     epoch = bisect.bisect_right(epochs, i, key=self._start) - 1
     place = i - self._start(epoch)
-    order = self._bucket_order(epoch)
+    counts = np.subtract(self._batches(epoch + 1), self._batches(epoch))
+    order = _bucket_order((*counts.tolist(),), self._seed, epoch)
     bucket = order[place]
     batch = self._batches(epoch)[bucket] + int((order[:place] == bucket).sum())
     chosen = self._streams[bucket][batch]
@@ -250,13 +250,13 @@ class _ShuffledBuckets(_Buckets):
   def _start(self, epoch):
     return sum(self._batches(epoch))
 
-  def _bucket_order(self, epoch):
-    """The bucket of each of the epoch's batches."""
-    before, after = self._batches(epoch), self._batches(epoch + 1)
-    counts = np.subtract(after, before)
-    order = np.repeat(np.arange(len(counts)), counts)
-    # 1: not the numbers that shuffle the examples.
-    return np.random.default_rng((self._seed, epoch, 1)).permutation(order)
+
+@functools.lru_cache(maxsize=2)
+def _bucket_order(counts, seed, epoch):
+  """The bucket of each of an epoch's batches, counts[b] of bucket b."""
+  order = np.repeat(np.arange(len(counts)), counts)
+  # 1: not the numbers that shuffle the examples.
+  return np.random.default_rng((seed, epoch, 1)).permutation(order)
 
 
 class _BucketsInOrder(_Buckets):

@@ -118,11 +118,6 @@ def resample(audio_S, rate, new_rate):
   return scipy.signal.resample_poly(audio_S, up, down).astype(np.float32)
 
 
-def _faster(audio_S, speed):
-  """As if played at another speed, higher or lower (Ko et al., 2015)."""
-  return resample(audio_S, round(100 * speed), 100)
-
-
 class _Rows:
   """Encoded recordings, their transcripts and lengths, by index."""
 
@@ -223,9 +218,7 @@ class Source:
         "%s: %d of %d recordings are longer than config.data.bucket_seconds "
         "and left out of training", self._where, left, len(self)
       )  # fmt: skip
-    self._read = functools.cache(self._decode) if in_memory else self._decode
-    if in_memory:
-      self._at_speed = functools.cache(self._at_speed)
+    self._kept = {}  # what is in memory, by index and speed
 
   def __len__(self):
     return len(self._texts)
@@ -245,13 +238,19 @@ class Source:
 
   def evaluate(self, indices_B):
     """The same as recorded, and float32 `seconds` (B,)."""
-    audio = [self._read(i) for i in indices_B.tolist()]
+    audio = [self._at_speed(i, 1.0) for i in indices_B.tolist()]
     batch = self._batch(indices_B, audio, 1.0)
     seconds = self._seconds[indices_B].astype(np.float32)
     return batch | {"seconds": seconds}
 
   def _at_speed(self, i, speed):
-    return _faster(self._read(i), speed)
+    """As if played at another speed, higher or lower (Ko et al., 2015)."""
+    if (i, speed) in self._kept:
+      return self._kept[i, speed]
+    audio_S = resample(self._decode(i), round(100 * speed), 100)
+    if self.in_memory:
+      self._kept[i, speed] = audio_S
+    return audio_S
 
   def _decode(self, i):
     encoded = self._rows[i]
