@@ -39,10 +39,9 @@ def _base():
   config = common.base()
   config.task = "speech"
   config.data = dict(
-    # An embedded set (spoken_prompts), a Hugging Face name (owner/name), or a
-    # local folder of parquet files.
+    # An embedded set (spoken_prompts), a local folder of parquet files, or a
+    # Hugging Face name: owner/name or owner/name:subset.
     source="spoken_prompts",
-    subset=config_dict.placeholder(str),  # of a Hugging Face data set
     train_split="train",  # several: a+b
     eval_split="test",
     sample_rate=8000,  # Hz; recordings at another one are resampled
@@ -51,7 +50,7 @@ def _base():
     # A batch is of utterances up to so long and longer than the edge before.
     # batch_size is that of the longest; a shorter bucket's is as many times
     # that as it fits in the longest.
-    bucket_seconds=(2.0, 4.0, 8.0, 16.0),
+    bucket_seconds=(1.25, 2.5, 5.0, 15.0),
     num_workers=0,  # processes that decode and resample; 0: threads
   )
   config.augment = dict(
@@ -116,8 +115,7 @@ def _librispeech(hours):
   config.dtype = "bfloat16"
   config.attn.alibi = True
   config.data.update(
-    source="openslr/librispeech_asr",
-    subset="all",
+    source="openslr/librispeech_asr:all",
     train_split=HOURS[hours],
     eval_split="validation.clean",
     sample_rate=16000,

@@ -5,27 +5,28 @@ import pathlib
 import re
 
 
-def builder(source, embedded, subset=None):
+def builder(source, embedded):
   """What in `datasets` knows the files of a folder or of a Hub name.
 
-  embedded: the names of the embedded sets, for the message. subset: one of the
-  data set's configurations; None: its only or default one. ValueError where
+  source: a path, owner/name, or owner/name:subset where a data set has several.
+  embedded: the names of the embedded sets, for the message. ValueError where
   there is nothing that can be read.
   """
   import datasets  # Takes two seconds, which an embedded set need not pay.
 
-  path = pathlib.Path(source).expanduser()
+  path, subset = pathlib.Path(source).expanduser(), ""
   if source and path.is_dir():
     name = str(path.resolve())
-  elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-    name = source
+  elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
+    name, _, subset = source.partition(":")
   else:
     raise ValueError(
       f"config.data.source={source!r}; choose an embedded set "
-      f"({sorted(embedded)}), a local folder, or a Hugging Face name owner/name"
+      f"({sorted(embedded)}), a local folder, or a Hugging Face name: "
+      "owner/name or owner/name:subset"
     )
   with readable(source):
-    return datasets.load_dataset_builder(name, subset)
+    return datasets.load_dataset_builder(name, subset or None)
 
 
 @contextlib.contextmanager

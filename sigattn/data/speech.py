@@ -73,7 +73,7 @@ def _splits(config):
 
 
 def _builder(config):
-  return hub.builder(config.data.source, EMBEDDED, config.data.subset)
+  return hub.builder(config.data.source, EMBEDDED)
 
 
 def open_source(config, split):
