@@ -671,6 +671,7 @@ BAD = [
   ("model.positions", "learned"),
   ("model.cape_scale", 0.5),
   ("augment.speeds", (1.1, 0.9)),
+  ("augment.speeds", (0.333,)),
   ("augment.time_masks", -1),
   ("augment.time_share", 1.5),
   ("eval.beam_width", 0),

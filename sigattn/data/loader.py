@@ -194,7 +194,8 @@ class _Buckets:
   def __init__(self, source, config):
     seconds = config.data.bucket_seconds
     pairs = [
-      (indices, config.batch_size * int(seconds[-1] / edge))
+      # 1e-9: 0.3 / 0.1 is a little less than 3.
+      (indices, config.batch_size * int(seconds[-1] / edge + 1e-9))
       for indices, edge in zip(source.buckets, seconds, strict=True)
       if len(indices)
     ]

@@ -43,7 +43,10 @@ def check(config):
       f"config.data.alphabet={alphabet!r}; must be characters, each once"
     )
   _check_rising("data.bucket_seconds", config.data.bucket_seconds)
-  _check_rising("augment.speeds", config.augment.speeds)
+  speeds = config.augment.speeds
+  _check_rising("augment.speeds", speeds)
+  if any(abs(100 * speed - round(100 * speed)) > 1e-6 for speed in speeds):
+    raise ValueError(f"config.augment.speeds={speeds!r}; must be hundredths")
   splits = _splits(config)
   for path in ("train_split", "eval_split"):
     value = config.data[path]
@@ -264,8 +267,14 @@ class Source:
     bucket = self._bucket[indices_B[0]]
     # A recording may be a sample longer than the seconds of its header say.
     samples = math.ceil(self._edges[bucket] * self._rate / slowest) + 1
-    characters = max(len(self._labels[i]) for i in self.buckets[bucket])
+    characters = max(1, *(len(self._labels[i]) for i in self.buckets[bucket]))
     labels = [self._labels[i] for i in indices_B]
+    for i, audio_S in zip(indices_B.tolist(), audio, strict=True):
+      if len(audio_S) > samples:
+        raise ValueError(
+          f"{self._where}, row {i}: longer than the {self._seconds[i]:.2f} "
+          "seconds of its header"
+        )
     return {
       "audio": _padded(audio, samples, np.float32),
       "samples": _lengths(audio),
