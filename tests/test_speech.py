@@ -625,7 +625,9 @@ def test_trains_evaluates_and_transcribes(tmp_path, monkeypatch):
 # Configs.
 
 
-ARGS = (None, "runlocal", "librispeech", "100h", "librispeech,960h,runlocal")
+ARGS = (
+  None, "runlocal", "h200", "librispeech", "100h", "librispeech,960h,runlocal",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("arg", ARGS)
@@ -658,7 +660,7 @@ def test_librispeech_encoder_is_the_papers():
   assert sum(kernels) == 36 * 12 * 768**2
 
 
-@pytest.mark.parametrize("arg", ["librispech", "100h,960h"])
+@pytest.mark.parametrize("arg", ["librispech", "100h,960h", "h200,librispeech"])
 def test_bad_argument_is_refused(arg):
   with pytest.raises(ValueError, match=f"configs/speech.py:{arg}"):
     speech_config.get_config(arg)
