@@ -91,7 +91,7 @@ def train(config, workdir=None):
         break
       batch = mesh.put(next(data), devices)
       state, step_metrics = step_fn(state, batch)
-      log.step(step + 1, step_metrics)
+      log.step(step + 1, step_metrics, len(jax.tree.leaves(batch)[0]))
 
   if workdir is not None:
     report.finish(
@@ -175,15 +175,15 @@ class _Log:
     self._mean = metrics.Mean()
     self._pending = None
 
-  def step(self, step, step_metrics):
-    """A step has been given to the devices."""
+  def step(self, step, step_metrics, examples):
+    """A step of so many examples has been given to the devices."""
     self._fetch()
-    self._pending = step, step_metrics
+    self._pending = step, step_metrics, examples
 
   def _fetch(self):
     if self._pending is None:
       return
-    step, values = self._pending
+    step, values, examples = self._pending
     self._pending = None
     values = {k: float(v) for k, v in jax.device_get(values).items()}
     if not math.isfinite(values["loss"]):
@@ -194,7 +194,7 @@ class _Log:
         "smaller config.optim.clip_norm or config.attn.qk_norm=layernorm help"
       )
     self._mean.add(values)
-    self._progress.step(step, values, self._config.batch_size)
+    self._progress.step(step, values, examples)
     if _due(step, self._config.log.every_steps):
       means = self._mean.take()
       means["per_second"] = self._progress.rate()

@@ -1,5 +1,8 @@
-"""Where a token stands: sine tables, rotary embedding, ALiBi's slopes."""
+"""Where a token stands: sine tables, rotary embedding, CAPE, ALiBi's slopes."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,13 +40,52 @@ def grid(height, width_):
 
 
 def _sincos(positions, width):
+  angles = np.outer(positions, _frequencies(width))
+  table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+  return table.astype(np.float32)
+
+
+def _frequencies(width):
   if width % 2:
     raise ValueError(f"{width=}; must be even")
   half = width // 2
-  frequencies = 10000.0 ** (-np.arange(half) / half)
-  angles = np.outer(positions, frequencies)
-  table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-  return table.astype(np.float32)
+  return 10000.0 ** (-np.arange(half) / half)
+
+
+def sincos(positions, width):
+  """sincos_1d's row at each position, whole or not, of an array on a device.
+
+  Returns (*positions.shape, width) float32. Raises ValueError for odd widths.
+  """
+  angles = positions[..., None] * jnp.asarray(
+    _frequencies(width), jnp.float32
+  ).reshape((1,) * positions.ndim + (-1,))
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def cape(rng, lengths_B, length, max_shift, max_local_shift, max_scale):
+  """Continuous augmented positions (CAPE, 2106.03143), to be given to sincos.
+
+  (t - mean + global shift + local shift_t) * scale, where t = 0..length - 1
+  and the mean is over the lengths_B tokens that are not padding. An example's
+  shift is uniform in +-max_shift, a token's in +-max_local_shift, and the
+  scale's logarithm in +-log(max_scale). rng None: no shifts, and scale 1.
+
+  Returns (B, length) float32.
+  """
+  t_BT = jnp.arange(length, dtype=jnp.float32)[None]
+  t_BT = t_BT - (lengths_B[:, None].astype(jnp.float32) - 1) / 2
+  if rng is None:
+    return t_BT
+  keys = jax.random.split(rng, 3)
+
+  def uniform(key, shape, limit):
+    return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+
+  one_B1 = (len(lengths_B), 1)
+  t_BT = t_BT + uniform(keys[0], one_B1, max_shift)
+  t_BT = t_BT + uniform(keys[1], t_BT.shape, max_local_shift)
+  return t_BT * jnp.exp(uniform(keys[2], one_B1, math.log(max_scale)))
 
 
 def rope(x_BTNH, positions, base=10000.0):

@@ -107,14 +107,14 @@ def format_value(value):
 
 
 def curves(groups, path):
-  """Draws loss and accuracy against the step, training and held out.
+  """Draws loss, accuracy and CER against the step, training and held out.
 
   groups: {label: [lines of one run, of another seed, ...]}: the mean of a
   group's runs is the line, their range the band.
   """
   import matplotlib.figure  # 0.3 s that only a finished run needs
 
-  names = [name for name in ("loss", "accuracy") if _has(groups, name)]
+  names = [n for n in ("loss", "accuracy", "cer") if _has(groups, n)]
   figure = matplotlib.figure.Figure(
     figsize=(5.2 * len(names), 3.6), layout="constrained"
   )

@@ -8,19 +8,24 @@ A task is a module with
   evaluate(config, model, batch)  a dict of sums over the batch, with "weight"
 
 and may have
+  score(config, found)            the sums, made of what evaluate found where
+                                  they take more than arrays: NumPy and strings
   results(config, sums)           metrics of the sums over all batches, NumPy
                                   arrays; by default each over the weight
   studies(config)                 {name: config} of what eval.py evaluates too
 """
 
+import functools
+import operator
+
 import jax
 from flax import nnx
 
 from sigattn import check as checks
-from sigattn import lm, mesh, optim, vit
+from sigattn import lm, mesh, optim, speech, vit
 from sigattn.data import loader
 
-TASKS = {"lm": lm, "vit": vit}
+TASKS = {"lm": lm, "speech": speech, "vit": vit}
 
 
 def check(config):
@@ -97,9 +102,12 @@ def evaluator(config, devices):
   """
   task = TASKS[config.task]
   static = graphdef(config)
+
+  score = getattr(task, "score", None)
   results = getattr(task, "results", _means)
 
-  @jax.jit
+  # Replicated, so that each process has all of it.
+  @functools.partial(jax.jit, out_shardings=mesh.replicated(devices))
   def sums(params, batch):
     return task.evaluate(config, nnx.merge(static, params), batch)
 
@@ -107,9 +115,9 @@ def evaluator(config, devices):
     total = None
     for batch in batches:
       part = sums(params, mesh.put(batch, devices))
-      total = (
-        part if total is None else jax.tree.map(jax.numpy.add, total, part)
-      )
+      if score is not None:
+        part = score(config, jax.device_get(part))
+      total = part if total is None else jax.tree.map(operator.add, total, part)
     found = results(config, jax.device_get(total))
     return {name: float(value) for name, value in found.items()}
 

@@ -4,17 +4,15 @@ Three kinds of config.data.source: an embedded set, a local folder of images
 or of parquet files, and a data set of the Hugging Face Hub.
 """
 
-import contextlib
 import io
 import math
 import pathlib
-import re
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from sigattn import check as checks
-from sigattn.data import augment
+from sigattn.data import augment, hub
 
 _FOLDER = pathlib.Path(__file__).parent / "embedded"
 EMBEDDED = {  # name: file, splits, classes
@@ -73,46 +71,13 @@ def _offers(source):
   """The names of the splits, and the number of classes or None if unknown."""
   if source in EMBEDDED:
     return EMBEDDED[source][1:]
-  builder = _builder(source)
+  builder = hub.builder(source, EMBEDDED)
   features = builder.info.features
   if features is None:
-    return _splits(builder), None
-  return _splits(builder), features[_columns(source, features)[1]].num_classes
-
-
-def _builder(source):
-  """What in `datasets` knows the files of a folder or of a Hub name."""
-  import datasets  # Takes two seconds, which an embedded set need not pay.
-
-  path = pathlib.Path(source).expanduser()
-  if source and path.is_dir():
-    name = str(path.resolve())
-  elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-    name = source
-  else:
-    raise ValueError(
-      f"config.data.source={source!r}; choose an embedded set "
-      f"({sorted(EMBEDDED)}), a local folder, or a Hugging Face name owner/name"
-    )
-  with _readable(source):
-    return datasets.load_dataset_builder(name)
-
-
-@contextlib.contextmanager
-def _readable(source):
-  """Says which source it was that `datasets` could not read."""
-  import datasets
-
-  try:
-    yield
-  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-    raise ValueError(
-      f"config.data.source={source!r}; cannot be read: {error}"
-    ) from error
-
-
-def _splits(builder):
-  return [str(x) for x in builder.info.splits or builder.config.data_files]
+    return hub.splits(builder), None
+  return hub.splits(builder), features[
+    _columns(source, features)[1]
+  ].num_classes
 
 
 def _columns(source, features):
@@ -120,21 +85,8 @@ def _columns(source, features):
   import datasets
 
   return (
-    _column(source, features, datasets.Image, ("image", "img")),
-    _column(source, features, datasets.ClassLabel, ("label",)),
-  )
-
-
-def _column(source, features, kind, usual):
-  """The only column of its kind, or the one with a usual name."""
-  found = [name for name, value in features.items() if isinstance(value, kind)]
-  named = [name for name in found if name in usual]
-  if len(found) == 1 or len(named) == 1:
-    return (named or found)[0]
-  raise ValueError(
-    f"config.data.source={source!r}; needs one column of the kind "
-    f"{kind.__name__}, or one of them called {' or '.join(usual)}; its columns "
-    f"are {dict(features)}"
+    hub.column(source, features, datasets.Image, ("image", "img")),
+    hub.column(source, features, datasets.ClassLabel, ("label",)),
   )
 
 
@@ -142,25 +94,18 @@ def open_source(config, split):
   """The Source of a split. ValueError where there is no such split."""
   source = config.data.source
   if source in EMBEDDED:
-    _check_split(source, split, EMBEDDED[source][1])
+    hub.check_split(source, split, EMBEDDED[source][1])
     return _Embedded(config, split)
-  builder = _builder(source)
-  _check_split(source, split, _splits(builder))
-  with _readable(source):
-    builder.download_and_prepare()
-    table = builder.as_dataset(split)
-  return _Decoded(config, split, table)
-
-
-def _check_split(source, split, splits):
-  if split not in splits:
-    raise ValueError(f"{split=} of {source!r}; choose from {sorted(splits)}")
+  builder = hub.builder(source, EMBEDDED)
+  hub.check_split(source, split, hub.splits(builder))
+  return _Decoded(config, split, hub.table(source, builder, split))
 
 
 class Source:
   """A split of images, cropped, resized and augmented as the config says."""
 
   in_memory: bool  # else images are read and decoded, one at a time
+  buckets = None  # all have one shape
 
   def __init__(self, config):
     self._size = config.data.image_size

@@ -1,10 +1,11 @@
 """Batches for training and evaluation, through grain.
 
-A source (image.py, text.py) says how to read; here are the order, the batches,
-the shares of the processes and the worker processes. A stream of texts has an
-order of its own, and brings its batches.
+A source (a module of SOURCES) says how to read; here are the order, the
+batches, the shares of the processes and the worker processes. A stream of texts
+has an order of its own, and brings its batches.
 """
 
+import bisect
 import functools
 import math
 import multiprocessing
@@ -19,14 +20,16 @@ import numpy as np
 from absl import flags
 
 from sigattn import check as checks
-from sigattn.data import image, text
+from sigattn.data import image, speech, text
 
 # Batches of a source that decodes, at work at once where no worker
 # processes are asked for. Pillow decodes and resizes without the GIL.
 _THREADS = 4
 
+_MANY_EPOCHS = 2**40  # more than any run has
 
-SOURCES = {"lm": text, "vit": image}  # of each task
+
+SOURCES = {"lm": text, "speech": speech, "vit": image}  # of each task
 
 
 def check(config):
@@ -40,16 +43,19 @@ def check(config):
 
 
 def train_iterator(config):
-  """Endless batches of what the source says, (B, ...) each.
+  """Endless batches, each a dict of NumPy arrays, as the source makes them.
 
-  B is this process's share of config.batch_size. All of it follows from
+  They hold this process's share of the examples. All of it follows from
   config.seed, and each epoch has an order of its own. The iterator's state is
   saved and restored exactly by grain.checkpoint.
   """
-  source = SOURCES[config.task].open_source(config, config.data.train_split)
+  source = _open(config, config.data.train_split)
   if isinstance(source, text.Stream):
     return iter(source.train_batches(_batch_size(config)))
-  order = _Shuffled(len(source), _chunk(config, source), config.seed)
+  if source.buckets is None:
+    order = _Shuffled(len(source), _chunk(config, source), config.seed)
+  else:
+    order = _ShuffledBuckets(source, config)
   chunks = grain.MapDataset.source(order).random_map(
     source.train, seed=config.seed
   )
@@ -62,10 +68,13 @@ def eval_batches(config, split):
   Every example of the split once, in order, with weight 1; the last batch is
   filled up with examples of weight 0. Raises ValueError for an unknown split.
   """
-  source = SOURCES[config.task].open_source(config, split)
+  source = _open(config, split)
   if isinstance(source, text.Stream):
     return source.eval_batches(config.batch_size)
-  order = _InOrder(len(source), _chunk(config, source), config.batch_size)
+  if source.buckets is None:
+    order = _InOrder(len(source), _chunk(config, source), config.batch_size)
+  else:
+    order = _BucketsInOrder(source, config)
   chunks = grain.MapDataset.source(order).map(
     functools.partial(_evaluate, source)
   )
@@ -74,9 +83,14 @@ def eval_batches(config, split):
   return _batches(config, source, chunks, workers)
 
 
+def _open(config, split):
+  return SOURCES[config.task].open_source(config, split)
+
+
 def _evaluate(source, indices_B):
+  """An index beyond the end stands for padding with the example modulo it."""
   real = indices_B < len(source)
-  batch = source.evaluate(np.where(real, indices_B, 0))
+  batch = source.evaluate(indices_B % len(source))
   return batch | {"weight": real.astype(np.float32)}
 
 
@@ -86,7 +100,8 @@ def _batch_size(config):
 
 def _chunk(config, source):
   """Examples read and augmented at once."""
-  return _batch_size(config) if source.in_memory else 1
+  whole = source.in_memory or source.buckets is not None
+  return _batch_size(config) if whole else 1
 
 
 def _batches(config, source, chunks, workers):
@@ -96,7 +111,9 @@ def _batches(config, source, chunks, workers):
   """
   parts = _batch_size(config) // _chunk(config, source)
   batches = chunks.batch(parts, batch_fn=_concatenate)
-  share = batches[jax.process_index() :: jax.process_count()]
+  share = batches
+  if source.buckets is None:  # the processes share each batch of a bucket
+    share = batches[jax.process_index() :: jax.process_count()]
   threads = 1 if workers or source.in_memory else _THREADS
   if workers and not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # grain reads flags: a notebook parses none
@@ -169,3 +186,107 @@ class _InOrder:
 
   def __getitem__(self, i):
     return np.arange(i * self._chunk, (i + 1) * self._chunk)
+
+
+class _Buckets:
+  """What the orders of a bucketed source have in common.
+
+  source.buckets: arrays of indices, one for each of config.data.
+  bucket_seconds. The longest's batch is config.batch_size examples, a shorter
+  one's as many times that as its seconds fit in the longest's: a batch of each
+  is about as much work.
+  """
+
+  def __init__(self, source, config):
+    seconds = config.data.bucket_seconds
+    pairs = [
+      # 1e-9: 0.3 / 0.1 is a little less than 3.
+      (indices, config.batch_size * int(seconds[-1] / edge + 1e-9))
+      for indices, edge in zip(source.buckets, seconds, strict=True)
+      if len(indices)
+    ]
+    if not pairs:
+      raise ValueError(
+        f"config.data.bucket_seconds={seconds!r}; every recording is longer"
+      )
+    self._buckets, self._sizes = zip(*pairs, strict=True)
+
+  def _share(self, indices):
+    """This process's part of a batch."""
+    return indices[jax.process_index() :: jax.process_count()]
+
+
+class _ShuffledBuckets(_Buckets):
+  """Whole batches of indices, from each bucket in its turn.
+
+  By the end of epoch e, bucket b has given floor((e + 1) len_b / size_b)
+  batches: each example comes once an epoch, but for what does not fill a
+  batch, which comes in the next. Within an epoch the batches are shuffled.
+  """
+
+  def __init__(self, source, config):
+    super().__init__(source, config)
+    self._seed = config.seed
+    self._streams = [
+      _Shuffled(len(indices), size, config.seed)
+      for indices, size in zip(self._buckets, self._sizes, strict=True)
+    ]
+
+  def __len__(self):
+    # At least one batch comes in so many epochs.
+    return _MANY_EPOCHS // max(self._sizes)
+
+  def __getitem__(self, i):
+    epochs = range(_MANY_EPOCHS)
+    epoch = bisect.bisect_right(epochs, i, key=self._start) - 1
+    place = i - self._start(epoch)
+    counts = np.subtract(self._batches(epoch + 1), self._batches(epoch))
+    order = _bucket_order((*counts.tolist(),), self._seed, epoch)
+    bucket = order[place]
+    batch = self._batches(epoch)[bucket] + int((order[:place] == bucket).sum())
+    chosen = self._streams[bucket][batch]
+    return self._share(self._buckets[bucket][chosen])
+
+  def _batches(self, epoch):
+    """What each bucket has given before the epoch."""
+    return [
+      epoch * len(indices) // size
+      for indices, size in zip(self._buckets, self._sizes, strict=True)
+    ]
+
+  def _start(self, epoch):
+    return sum(self._batches(epoch))
+
+
+@functools.lru_cache(maxsize=2)
+def _bucket_order(counts, seed, epoch):
+  """The bucket of each of an epoch's batches, counts[b] of bucket b."""
+  order = np.repeat(np.arange(len(counts)), counts)
+  # 1: not the numbers that shuffle the examples.
+  return np.random.default_rng((seed, epoch, 1)).permutation(order)
+
+
+class _BucketsInOrder(_Buckets):
+  """Every example once, bucket by bucket, the last batch of each filled up.
+
+  An example beyond the number of all stands for padding.
+  """
+
+  def __init__(self, source, config):
+    super().__init__(source, config)
+    if left := len(source) - sum(map(len, self._buckets)):
+      raise ValueError(
+        f"config.data.bucket_seconds={config.data.bucket_seconds!r}; {left} of "
+        f"{len(source)} recordings to evaluate are longer"
+      )
+    self._chunks = []
+    for indices, size in zip(self._buckets, self._sizes, strict=True):
+      padding = np.full(-len(indices) % size, indices[0] + len(source))
+      chunks = np.concatenate([indices, padding]).reshape(-1, size)
+      self._chunks += list(chunks)
+
+  def __len__(self):
+    return len(self._chunks)
+
+  def __getitem__(self, i):
+    return self._share(self._chunks[i])

@@ -199,6 +199,7 @@ class _Embedded:
   """
 
   in_memory = True
+  buckets = None  # all have one shape
 
   def __init__(self, config, split):
     self._length = config.data.length

@@ -1,0 +1,294 @@
+"""Transcribed speech: where it comes from, and how it becomes arrays.
+
+Three kinds of config.data.source: the embedded set, a local folder of parquet
+files, and a data set of the Hugging Face Hub.
+"""
+
+import functools
+import io
+import math
+import pathlib
+import unicodedata
+import zlib
+
+import numpy as np
+import pyarrow.parquet
+import scipy.signal
+import soundfile
+from absl import logging
+
+from sigattn import check as checks
+from sigattn import ctc
+from sigattn.data import hub
+
+_FOLDER = pathlib.Path(__file__).parent / "embedded"
+# 535 prompts of one speaker, 18.6 minutes; licence and credit lie beside it.
+EMBEDDED = {"spoken_prompts": _FOLDER / "spoken_prompts.parquet"}
+_SPLITS = ("train", "test")
+# Of the embedded set: by transcript, so that none is in both splits.
+_HELD_OUT = 10  # one transcript in so many
+_TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
+
+
+def check(config):
+  """ValueError for a bad value of config.data or of what changes the speed.
+
+  Looks up what the source offers, without loading it. Its columns are known
+  only once it is opened.
+  """
+  checks.number(config, "data.sample_rate", low=1000)
+  alphabet = config.data.alphabet
+  if not alphabet or len(set(alphabet)) < len(alphabet):
+    raise ValueError(
+      f"config.data.alphabet={alphabet!r}; must be characters, each once"
+    )
+  _check_rising("data.bucket_seconds", config.data.bucket_seconds)
+  speeds = config.augment.speeds
+  _check_rising("augment.speeds", speeds)
+  if any(abs(100 * speed - round(100 * speed)) > 1e-6 for speed in speeds):
+    raise ValueError(f"config.augment.speeds={speeds!r}; must be hundredths")
+  splits = _splits(config)
+  for path in ("train_split", "eval_split"):
+    value = config.data[path]
+    for part in value.split("+"):
+      if part not in splits:
+        raise ValueError(
+          f"config.data.{path}={value!r}; choose from {sorted(splits)}, or "
+          "join several by +"
+        )
+
+
+def _check_rising(path, values):
+  ordered = tuple(sorted(set(values)))
+  if not values or tuple(values) != ordered or not values[0] > 0:
+    raise ValueError(
+      f"config.{path}={values!r}; must be positive, each greater than the one "
+      "before"
+    )
+  if not math.isfinite(values[-1]):
+    raise ValueError(f"config.{path}={values!r}; must be finite")
+
+
+def _splits(config):
+  if config.data.source in EMBEDDED:
+    return _SPLITS
+  return hub.splits(_builder(config))
+
+
+def _builder(config):
+  return hub.builder(config.data.source, EMBEDDED)
+
+
+def open_source(config, split):
+  """The Source of a split. ValueError where there is no such split."""
+  for part in split.split("+"):
+    hub.check_split(config.data.source, part, _splits(config))
+  if config.data.source in EMBEDDED:
+    return Source(config, split, _embedded(config.data.source, split), True)
+  return Source(config, split, _Table(config, split), False)
+
+
+def transcript(text, alphabet):
+  """The text in the alphabet's characters: what is said, as it is learned.
+
+  Lower case where the alphabet has no upper case; accents, punctuation and all
+  else that is not in the alphabet dropped; words one space apart.
+  """
+  if alphabet == alphabet.lower():
+    text = text.lower()
+  text = unicodedata.normalize("NFKD", text).replace("\u2019", "'")
+  kept = "".join(
+    c if c in alphabet else " " if c.isspace() or c == "-" else "" for c in text
+  )
+  return " ".join(kept.split())
+
+
+def read(file, sample_rate):
+  """float32 samples in -1..1 of a path or file object, at `sample_rate`.
+
+  Channels are averaged. Whatever libsndfile reads: WAV, FLAC, Opus, MP3, ...
+  """
+  audio_SC, rate = soundfile.read(file, dtype="float32", always_2d=True)
+  return resample(audio_SC.mean(axis=1), rate, sample_rate)
+
+
+def resample(audio_S, rate, new_rate):
+  """The same sound with another number of samples a second."""
+  if rate == new_rate:
+    return audio_S
+  common = math.gcd(rate, new_rate)
+  up, down = new_rate // common, rate // common
+  return scipy.signal.resample_poly(audio_S, up, down).astype(np.float32)
+
+
+class _Rows:
+  """Encoded recordings, their transcripts and lengths, by index."""
+
+  def __init__(self, recordings, texts, seconds):
+    self._recordings, self.texts, self.seconds = recordings, texts, seconds
+
+  def __getitem__(self, i):
+    return self._recordings[i]
+
+
+def _embedded(name, split):
+  table = pyarrow.parquet.read_table(EMBEDDED[name])
+  rows = [
+    row
+    for row in table.to_pylist()
+    if _SPLITS[zlib.crc32(row["text"].encode()) % _HELD_OUT == 0]
+    in split.split("+")
+  ]
+  return _Rows(
+    [row["audio"] for row in rows],
+    [row["text"] for row in rows],
+    [row["duration"] for row in rows],
+  )
+
+
+class _Table(_Rows):
+  """A split that `datasets` reads; the lengths are read once and cached."""
+
+  def __init__(self, config, split):
+    import datasets
+
+    source = config.data.source
+    self._where = f"config.data.source={source!r}, split {split!r}"
+    table = hub.table(source, _builder(config), split)
+    audio = hub.column(source, table.features, datasets.Audio, ("audio",))
+    text = _text_column(source, table.features)
+    # Undecoded: `datasets` would decode with torchcodec, and so want torch.
+    table = table.select_columns([audio, text]).cast_column(
+      audio, datasets.Audio(decode=False)
+    )
+    lengths = table.map(
+      functools.partial(_seconds, audio=audio, where=self._where),
+      with_indices=True,
+      remove_columns=table.column_names,
+      desc="lengths of the recordings",
+    )
+    super().__init__(table, table[text][:], lengths["seconds"][:])
+    self._audio = audio
+
+  def __getitem__(self, i):
+    return self._recordings[int(i)][self._audio]
+
+
+def _text_column(source, columns):
+  names = [name for name in _TEXT_COLUMNS if name in columns]
+  if len(names) == 1:
+    return names[0]
+  raise ValueError(
+    f"config.data.source={source!r}; needs one column called "
+    f"{' or '.join(_TEXT_COLUMNS)}; its columns are {dict(columns)}"
+  )
+
+
+def _seconds(example, row, audio, where):
+  try:
+    return {"seconds": soundfile.info(_open(example[audio])).duration}
+  except Exception as error:  # libsndfile's, and those of files.
+    path = example[audio] and example[audio]["path"]
+    raise ValueError(f"{where}, row {row}, {path=}: {error!r}") from error
+
+
+def _open(encoded):
+  content = encoded["bytes"]
+  return encoded["path"] if content is None else io.BytesIO(content)
+
+
+class Source:
+  """A split of recordings in buckets of similar length.
+
+  buckets: the indices of the utterances in each, longest last; a batch is of
+  one bucket, and all of a bucket's batches have one shape.
+  """
+
+  def __init__(self, config, split, rows, in_memory):
+    data, self._rows, self.in_memory = config.data, rows, in_memory
+    self._rate, self._speeds = data.sample_rate, tuple(config.augment.speeds)
+    self._where = f"config.data.source={data.source!r}, split {split!r}"
+    self._texts = [transcript(text, data.alphabet) for text in rows.texts]
+    self._labels = [ctc.encode(text, data.alphabet) for text in self._texts]
+    self._seconds = np.array(rows.seconds, np.float64)
+    self._edges = np.array(data.bucket_seconds)
+    self._bucket = np.searchsorted(self._edges, self._seconds)
+    self.buckets = [
+      np.flatnonzero(self._bucket == b) for b in range(len(self._edges))
+    ]
+    if left := int((self._bucket == len(self._edges)).sum()):
+      logging.warning(
+        "%s: %d of %d recordings are longer than config.data.bucket_seconds "
+        "and left out of training", self._where, left, len(self)
+      )  # fmt: skip
+    self._kept = {}  # what is in memory, by index and speed
+
+  def __len__(self):
+    return len(self._texts)
+
+  def train(self, indices_B, rng):
+    """A batch, each utterance at one of the speeds of config.augment.
+
+    float32 `audio` (B, S) in -1..1, int32 `samples` (B,) of it that are no
+    padding, int32 `label` (B, U) and `characters` (B,), likewise.
+    """
+    speeds = rng.choice(self._speeds, len(indices_B))
+    audio = [
+      self._at_speed(i, speed)
+      for i, speed in zip(indices_B.tolist(), speeds.tolist(), strict=True)
+    ]
+    return self._batch(indices_B, audio, min(*self._speeds, 1.0))
+
+  def evaluate(self, indices_B):
+    """The same as recorded, and float32 `seconds` (B,)."""
+    audio = [self._at_speed(i, 1.0) for i in indices_B.tolist()]
+    batch = self._batch(indices_B, audio, 1.0)
+    seconds = self._seconds[indices_B].astype(np.float32)
+    return batch | {"seconds": seconds}
+
+  def _at_speed(self, i, speed):
+    """As if played at another speed, higher or lower (Ko et al., 2015)."""
+    if (i, speed) in self._kept:
+      return self._kept[i, speed]
+    audio_S = resample(self._decode(i), round(100 * speed), 100)
+    if self.in_memory:
+      self._kept[i, speed] = audio_S
+    return audio_S
+
+  def _decode(self, i):
+    encoded = self._rows[i]
+    try:
+      return read(_open(encoded), self._rate)
+    except Exception as error:  # libsndfile's, and those of files.
+      path = encoded and encoded["path"]
+      raise ValueError(f"{self._where}, row {i}, {path=}: {error!r}") from error
+
+  def _batch(self, indices_B, audio, slowest):
+    bucket = self._bucket[indices_B[0]]
+    # A recording may be a sample longer than the seconds of its header say.
+    samples = math.ceil(self._edges[bucket] * self._rate / slowest) + 1
+    characters = max(1, *(len(self._labels[i]) for i in self.buckets[bucket]))
+    labels = [self._labels[i] for i in indices_B]
+    for i, audio_S in zip(indices_B.tolist(), audio, strict=True):
+      if len(audio_S) > samples:
+        raise ValueError(
+          f"{self._where}, row {i}: longer than the {self._seconds[i]:.2f} "
+          "seconds of its header"
+        )
+    return {
+      "audio": _padded(audio, samples, np.float32),
+      "samples": _lengths(audio),
+      "label": _padded(labels, characters, np.int32),
+      "characters": _lengths(labels),
+    }
+
+
+def _padded(rows, length, dtype):
+  batch = np.zeros((len(rows), length), dtype)
+  for row, values in zip(batch, rows, strict=True):
+    row[: len(values)] = values
+  return batch
+
+
+def _lengths(rows):
+  return np.array([len(row) for row in rows], np.int32)
