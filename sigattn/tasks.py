@@ -17,10 +17,10 @@ import jax
 from flax import nnx
 
 from sigattn import check as checks
-from sigattn import lm, mesh, optim, vit
+from sigattn import lm, mesh, optim, synthetic, vit
 from sigattn.data import loader
 
-TASKS = {"lm": lm, "vit": vit}
+TASKS = {"lm": lm, "synthetic": synthetic, "vit": vit}
 
 
 def check(config):

@@ -19,14 +19,14 @@ import numpy as np
 from absl import flags
 
 from sigattn import check as checks
-from sigattn.data import image, text
+from sigattn.data import image, synthetic, text
 
 # Batches of a source that decodes, at work at once where no worker
 # processes are asked for. Pillow decodes and resizes without the GIL.
 _THREADS = 4
 
 
-SOURCES = {"lm": text, "vit": image}  # of each task
+SOURCES = {"lm": text, "synthetic": synthetic, "vit": image}  # of each task
 
 
 def check(config):
