@@ -22,10 +22,10 @@ import jax
 from flax import nnx
 
 from sigattn import check as checks
-from sigattn import lm, mesh, optim, speech, vit
+from sigattn import lm, mesh, optim, speech, synthetic, vit
 from sigattn.data import loader
 
-TASKS = {"lm": lm, "speech": speech, "vit": vit}
+TASKS = {"lm": lm, "speech": speech, "synthetic": synthetic, "vit": vit}
 
 
 def check(config):

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from sigattn import check as checks
-from sigattn.data import image, speech, text
+from sigattn.data import image, speech, synthetic, text
 
 # Batches of a source that decodes, at work at once where no worker
 # processes are asked for. Pillow decodes and resizes without the GIL.
@@ -29,7 +29,13 @@ _THREADS = 4
 _MANY_EPOCHS = 2**40  # more than any run has
 
 
-SOURCES = {"lm": text, "speech": speech, "vit": image}  # of each task
+# Of each task.
+SOURCES = {
+  "lm": text,
+  "speech": speech,
+  "synthetic": synthetic,
+  "vit": image,
+}
 
 
 def check(config):

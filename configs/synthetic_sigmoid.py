@@ -1,0 +1,13 @@
+"""Synthetic tasks with sigmoid attention (2409.04431): synthetic.py's twin.
+
+  python train.py --config=configs/synthetic_sigmoid.py:recall
+
+The arguments and the sweeps are those of synthetic.py.
+"""
+
+from configs import common, synthetic
+from configs.synthetic import sweep_attn, sweep_lr, sweep_seed  # noqa: F401
+
+
+def get_config(arg="recall"):
+  return common.sigmoid(synthetic.get_config(arg))

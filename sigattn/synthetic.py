@@ -1,0 +1,158 @@
+"""Small tasks that attention alone can solve, in a transformer of few layers.
+
+sigattn/data/synthetic.py says what they are. `check`, `build`, `loss`,
+`evaluate`, `results`, `studies`, UNIT and METRICS are what sigattn.tasks wants
+of a task.
+"""
+
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from sigattn import blocks, layers, positions
+from sigattn import check as checks
+from sigattn.data import synthetic as data
+
+UNIT = "examples"
+METRICS = ("loss", "accuracy")
+POSITIONS = ("sincos", "rope", "none")
+CAUSAL = ("recall", "copy")  # a token sees those before it alone
+NUMBERS = ("summation",)  # real numbers in and out; the others: symbols
+
+
+class Solver(nnx.Module):
+  """Embedding + positions -> stack -> norm -> linear head, for every token.
+
+  Symbols are embedded by a table, numbers by a linear layer. classes: of the
+  output; 1 for a number.
+  """
+
+  def __init__(
+    self, stack, *, symbols, classes, width, norm, table, rotates, dtype, rngs
+  ):
+    """symbols: of the input, None for numbers. table: adds sines."""
+    self.stack, self.width, self.dtype = stack, width, dtype
+    self.table, self.rotates = table, rotates
+    self.embed = (
+      nnx.Linear(1, width, rngs=rngs)
+      if symbols is None
+      else nnx.Embed(symbols, width, rngs=rngs)
+    )
+    self.has_norm = norm is not None
+    if self.has_norm:
+      self.norm = layers.make_norm(norm, width, rngs)
+    self.head = nnx.Linear(width, classes, rngs=rngs)
+
+  def __call__(self, input_BT, rng=None):
+    """(B, T, classes), float32; rng: of what drops at random."""
+    is_number = jnp.issubdtype(input_BT.dtype, jnp.floating)
+    x_BTD = self.embed(input_BT[..., None] if is_number else input_BT)
+    length = input_BT.shape[1]
+    if self.table:
+      x_BTD = x_BTD + positions.sincos_1d(length, self.width)[None]
+    where = {"positions": jnp.arange(length)} if self.rotates else {}
+    x_BTD = self.stack(x_BTD.astype(self.dtype), rng, **where)
+    if self.has_norm:
+      x_BTD = layers.normalize(self.norm, x_BTD)
+    return self.head(x_BTD.astype(jnp.float32))
+
+
+def check(config):
+  """ValueError for a bad value in model, attn or eval."""
+  blocks.check(config)
+  checks.choice(config, "model.positions", POSITIONS)
+  checks.number(config, "model.max_length", low=1, optional=True)
+  width = config.model.width // config.model.num_heads
+  if config.model.positions == "rope" and width % 2:
+    raise ValueError(
+      f"config.model.positions='rope'; needs config.model.width="
+      f"{config.model.width} / config.model.num_heads="
+      f"{config.model.num_heads} to be even"
+    )
+  if config.model.positions == "sincos" and config.model.width % 2:
+    raise ValueError(
+      f"config.model.positions='sincos'; needs config.model.width="
+      f"{config.model.width} to be even"
+    )
+  factors = config.eval.length_factors
+  if not all(isinstance(x, int) and x >= 1 for x in factors):
+    raise ValueError(
+      f"config.eval.length_factors={factors!r}; must be whole numbers >= 1"
+    )
+
+
+def build(config, rngs):
+  """The Solver of a config, its sigmoid's n the training length."""
+  model, name = config.model, config.data.name
+  is_number = name in NUMBERS
+  max_length = model.max_length or data.width(config.data)
+  stack = blocks.make(
+    config,
+    max_length=max_length,
+    is_causal=name in CAUSAL,
+    rotate=positions.rope if model.positions == "rope" else None,
+    rngs=rngs,
+  )
+  return Solver(
+    stack,
+    symbols=None if is_number else config.data.vocab_size,
+    classes=1 if is_number else config.data.vocab_size,
+    width=model.width,
+    norm=None if model.norm == "post" else model.norm_kind,
+    table=model.positions == "sincos",
+    rotates=model.positions == "rope",
+    dtype=jnp.dtype(config.dtype),
+    rngs=rngs,
+  )
+
+
+def _score(config, model, batch, rng=None):
+  """Loss and 1 where right of each token, (B, T)."""
+  out_BTV, target_BT = model(batch["input"], rng), batch["target"]
+  if config.data.name in NUMBERS:
+    # Divided by the target's variance: 1 is what knowing nothing costs.
+    gap_BT = (out_BTV[..., 0] - target_BT) ** 2 / config.data.size
+    return gap_BT, gap_BT < 0.01
+  loss_BT = optax.softmax_cross_entropy_with_integer_labels(out_BTV, target_BT)
+  return loss_BT, out_BTV.argmax(-1) == target_BT
+
+
+def loss(config, model, batch, rng):
+  """The mean over the tokens that count: (loss, {"loss", "accuracy"}).
+
+  Symbols: cross-entropy, and the share that was likeliest. Numbers: squared
+  error over the target's variance, and the share with less than a hundredth.
+  """
+  loss_BT, right_BT = _score(config, model, batch, rng)
+  scored_BT = batch["scored"]
+  count = scored_BT.sum()
+  value = jnp.where(scored_BT, loss_BT, 0).sum() / count
+  accuracy = (right_BT & scored_BT).sum() / count
+  return value, {"loss": value, "accuracy": accuracy}
+
+
+def evaluate(config, model, batch):
+  """Sums over the tokens that count, and their number."""
+  loss_BT, right_BT = _score(config, model, batch)
+  weight_BT = batch["weight"][:, None] * batch["scored"]
+  return {
+    "loss": jnp.vdot(weight_BT, loss_BT),
+    "accuracy": jnp.vdot(weight_BT, right_BT.astype(jnp.float32)),
+    "weight": weight_BT.sum(),
+  }
+
+
+def studies(config):
+  """What eval.py evaluates beside the run's own length: {name: config}.
+
+  Each of config.eval.length_factors times the training length. The model stays
+  that of the training length, its sigmoid's n too, unless
+  config.model.max_length says otherwise.
+  """
+  found = {}
+  for factor in config.eval.length_factors:
+    other = config.copy_and_resolve_references().unlock()
+    other.model.max_length = config.model.max_length or data.width(config.data)
+    other.data.length = factor * config.data.length
+    found[f"{factor} x {config.data.length}"] = other.lock()
+  return found
