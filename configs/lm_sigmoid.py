@@ -1,7 +1,6 @@
 """A language model with sigmoid attention (2409.04431): lm.py's twin.
 
   python train.py --config=configs/lm_sigmoid.py
-  python train.py --config=configs/lm_sigmoid.py:h200
   python train.py --config=configs/lm_sigmoid.py:85m
   python -m sigattn.sweep --config=configs/lm_sigmoid.py --sweep=attn,seed
 

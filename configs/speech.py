@@ -1,7 +1,8 @@
 """An acoustic encoder with CTC and softmax attention: speech_sigmoid's twin.
 
-python train.py --config=configs/speech.py                      prompts, CPU
-python train.py --config=configs/speech.py:runlocal             two tiny steps
+python train.py --config=configs/speech.py                 prompts, CPU
+python train.py --config=configs/speech.py:librispeech     the paper's encoder
+python train.py --config=configs/speech.py:runlocal        two tiny steps
 """
 
 from ml_collections import config_dict
@@ -16,23 +17,18 @@ HOURS = {
 
 
 def get_config(arg=None):
-  """arg: words joined by commas: h200, librispeech, one of HOURS, runlocal."""
+  """arg: words joined by commas: librispeech, one of HOURS, runlocal."""
   words = [word for word in (arg or "").split(",") if word]
-  choices = ("h200", "librispeech", "runlocal", *HOURS)
+  choices = ("librispeech", "runlocal", *HOURS)
   if unknown := [word for word in words if word not in choices]:
     raise ValueError(
       f"configs/speech.py:{arg}: unknown {unknown[0]!r}; choose from {choices}"
     )
   hours = [word for word in words if word in HOURS]
   large = hours or "librispeech" in words
-  if len(hours) > 1 or (large and "h200" in words):
+  if len(hours) > 1:
     raise ValueError(f"configs/speech.py:{arg}: more than one recipe: {words}")
-  if large:
-    config = _librispeech(hours[0] if hours else "960h")
-  elif "h200" in words:
-    config = _h200()
-  else:
-    config = _prompts()
+  config = _librispeech(*hours or ["960h"]) if large else _prompts()
   if "runlocal" in words:
     _shrink(config)
   return config.lock()
@@ -92,25 +88,12 @@ def _base():
 
 
 def _prompts():
-  """The embedded default."""
+  """The embedded default: 9:43 on two CPU cores, a CER of 0.39."""
   config = _base()
   config.total_steps = 2500
   config.batch_size = 2
   config.attn.update(alibi=True, qk_norm="layernorm")
   config.optim.update(lr=2e-3, weight_decay=0.1, b2=0.98)
-  return config
-
-
-def _h200():
-  """The embedded prompts on one GPU."""
-  config = _prompts()
-  config.total_steps = 4000
-  config.batch_size = 8
-  config.augment.update(
-    speeds=(0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2), time_masks=3
-  )
-  config.model.update(width=256, depth=6, mlp_dim=1024, drop_path=0.1)
-  config.optim.lr = 1e-3
   return config
 
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels import device, mosaic_kernels, transforms, triton_attn
+from kernels import device, mosaic_kernels, segments, transforms
 from kernels import problem as problems
 from kernels.mosaic_kernels import Form, Tile, visible_blocks
 
@@ -65,8 +65,8 @@ def attention(query, key, value, operands, problem):
 
   Sigmoid weights come from the hardware's tanh where that is exact enough, see
   problem.exact_sigmoid. float16 weights are multiplied by a power of two, so
-  that they do not underflow. The gradient of query is a sum in no fixed order
-  unless XLA is asked for determinism; see above.
+  that they do not underflow. At head width 64 the gradient of query is a sum in
+  no fixed order unless XLA is asked for determinism; see above.
   """
   return _attention(problem, query, key, value, operands)
 
@@ -95,8 +95,8 @@ def _pull_back(problem, saved, d_out):
     problem, query, key, value, operands, d_out,
   )  # fmt: skip
   d_operands = problems.Operands()._replace(
-    logit_bias=triton_attn._of_operand(d_bias_BN, operands.logit_bias),
-    alibi_slopes=triton_attn._of_operand(d_slopes_BN, operands.alibi_slopes),
+    logit_bias=transforms.head_cotangent(d_bias_BN, operands.logit_bias),
+    alibi_slopes=transforms.head_cotangent(d_slopes_BN, operands.alibi_slopes),
   )
   inputs = query, key, value
   return *map(transforms.cotangent, d_inputs, inputs), d_operands
@@ -341,7 +341,7 @@ def _plan(form, problem, operands, rows, block, of_queries):
   if lengths[0] is not None:
     high = jnp.where(first < lengths[0][:, None], high, 0)
   if ids[0] is not None:
-    spans = triton_attn._spans(*ids, rows)
+    spans = segments.spans(*ids, rows)
     begin, end, full_end = (spans[..., i] for i in range(3))
     low = jnp.maximum(low, begin // block)
     high = jnp.minimum(high, pl.cdiv(end, block))

@@ -49,7 +49,7 @@ class Tile:
   stages: int  # blocks in shared memory
   warpgroups: int  # that compute
   registers: int  # of a thread of those; all warpgroups' must fit in 512
-  overlap: bool = False  # a step's second product with the next one's weights
+  overlap: bool = False  # start a step's second product with the next's first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +152,19 @@ class _Steps:
   """
 
   def __init__(self, low, full_low, full_high, high):
-    self._low, self._full_low, self.high = low, full_low, high
+    self._low, self._full_low, self._high = low, full_low, high
     self._upper = high - full_high
+    self.skipped = _int(0)  # of the first, which only other warpgroups need
     self.masked = self._upper + full_low - low
     self.count = high - low
 
+  def skip_from(self, high):
+    """Skips the blocks from `high` on, which pass first, and no others."""
+    self.skipped = jnp.clip(self._high - high, 0, self._upper)
+
   def block(self, step):
     edge = jnp.where(
-      step < self._upper, self.high - 1 - step, self._low + step - self._upper
+      step < self._upper, self._high - 1 - step, self._low + step - self._upper
     )
     return jnp.where(
       step < self.masked, edge, self._full_low + step - self.masked
@@ -414,7 +419,7 @@ def by_queries(
           first, first + tile.rows - 1, form.left, form.right, tile.block,
           key.shape[1],
         )  # fmt: skip
-        steps.skipped = jnp.maximum(steps.high - high, 0)
+        steps.skip_from(high)
         bias, slope = _scalars(form, gmem["scalars"], batch, head)
         row_ids = _load_ids(
           form, gmem["query_ids"], batch, first, tile.rows, _ROW
@@ -506,18 +511,13 @@ def _output(
 ):  # fmt: skip
   """Adds p v of all blocks.
 
-  The product with the values of a step runs while the weights of the next are
-  computed: the scores of step e and the values of step e - 1 are started
-  together, and only the scores are waited for.
+  With tile.overlap the scores of step e and the values of step e - 1 are
+  started together, and only the scores are waited for before the weights of
+  step e. In the machine code the other wait comes ahead of the weights too
+  (benchmarks/NOTES.md): what is left is one round of products a step.
   """
   queries, _ = mine
   shape = tile.rows, tile.block
-
-  def skip(e, _):
-    ring_k.wait(count + e)
-    ring_k.release(count + e)
-    ring_v.wait(count + e)
-    ring_v.release(count + e)
 
   def scores(e, ref):
     plgpu.wgmma(ref, queries, ring_k.block(count + e).transpose((1, 0)))
@@ -564,7 +564,7 @@ def _output(
     return pl.run_scoped(run, _accumulator(*shape))
 
   if not tile.overlap:
-    _loops(form, steps, step, skip=skip)
+    _loops(form, steps, step, skip=_skip(ring_k, ring_v, count))
     queries_are_read()
     return
   first = _int(0)
@@ -605,14 +605,19 @@ def _query_gradient(
     plgpu.wgmma_wait(0)
     ring_k.release(c)
 
-  def skip(e, _):
-    ring_k.wait(count + e)
-    ring_k.release(count + e)
-    ring_v.wait(count + e)
-    ring_v.release(count + e)
-
-  _loops(form, steps, step, skip=skip)
+  _loops(form, steps, step, skip=_skip(ring_k, ring_v, count))
   queries_are_read()
+
+
+def _skip(ring_k, ring_v, count):
+  """A step in which the blocks only pass."""
+
+  def skip(e, _):
+    for ring in (ring_k, ring_v):
+      ring.wait(count + e)
+      ring.release(count + e)
+
+  return skip
 
 
 def _loops(form, steps, step, carry=None, skip=None):
@@ -624,7 +629,7 @@ def _loops(form, steps, step, carry=None, skip=None):
   if form.masked:
     first, full = _int(0), steps.masked
     if skip is not None:
-      first = jnp.minimum(steps.skipped, full)
+      first = steps.skipped
       lax.fori_loop(0, first, skip, None)
     carry = lax.fori_loop(
       first, full, functools.partial(step, masked=True), carry

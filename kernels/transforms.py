@@ -101,6 +101,15 @@ def cotangent(grad, x):
   return grad.reshape(x.shape).astype(x.dtype)
 
 
+def head_cotangent(grad_BN, operand):
+  """cotangent of an operand (B or 1, N) or None, from its share per example."""
+  if operand is None:
+    return None
+  if operand.shape[0] == 1:
+    grad_BN = grad_BN.sum(0, keepdims=True)
+  return cotangent(grad_BN, operand)
+
+
 # Meshes.
 
 

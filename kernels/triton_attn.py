@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kernels import device, transforms, tuning
+from kernels import device, segments, transforms, tuning
 from kernels import problem as problems
 
 _PACKAGES = {"triton": "triton", "jax_triton": "jax-triton"}
@@ -83,21 +83,13 @@ def _pull_back(problem, precision, saved, d_out):
   )  # fmt: skip
   inputs = query, key, value
   d_operands = problems.Operands()._replace(
-    logit_bias=_of_operand(d_bias_BN, operands.logit_bias),
-    alibi_slopes=_of_operand(d_slopes_BN, operands.alibi_slopes),
+    logit_bias=transforms.head_cotangent(d_bias_BN, operands.logit_bias),
+    alibi_slopes=transforms.head_cotangent(d_slopes_BN, operands.alibi_slopes),
   )
   return *map(transforms.cotangent, d_inputs, inputs), d_operands
 
 
 _attention.defvjp(_save_inputs, _pull_back)
-
-
-def _of_operand(grad_BN, operand):
-  if operand is None:
-    return None
-  if operand.shape[0] == 1:
-    grad_BN = grad_BN.sum(0, keepdims=True)
-  return transforms.cotangent(grad_BN, operand)
 
 
 def _forward(precision, problem, query, key, value, operands):
@@ -287,7 +279,7 @@ def _operands(problem, operands, block, of_queries):
     rows, others = operands.query_segment_ids, operands.key_value_segment_ids
     if not of_queries:
       rows, others = others, rows
-    spans = _spans(rows, others, block)
+    spans = segments.spans(rows, others, block)
   return (
     given(operands.logit_bias, jnp.float32),
     given(operands.alibi_slopes, jnp.float32),
@@ -297,40 +289,3 @@ def _operands(problem, operands, block, of_queries):
     given(operands.key_value_segment_ids, jnp.int32),
     spans,
   )
-
-
-def _spans(rows, others, block):
-  """What each block of rows has to look at: (B, blocks, 3) int32.
-
-  The first and one past the last of the other side with a segment of the
-  block's; then the latter again where the block sees all in between, else 0.
-
-  Args:
-    rows: (B, R) segment ids.
-    others: (B, O) segment ids of the other side.
-    block: number of rows.
-  """
-  batch, length = rows.shape
-  order = jnp.argsort(others, axis=1, stable=True)
-  ids = jnp.take_along_axis(others, order, axis=1)
-  left = jax.vmap(functools.partial(jnp.searchsorted, side="left"))(ids, rows)
-  right = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(ids, rows)
-  nothing, end = left == right, others.shape[1]
-
-  def place(index):
-    index = jnp.clip(index, 0, end - 1)
-    return jnp.take_along_axis(order, index, axis=1)
-
-  first = jnp.where(nothing, end, place(left))
-  last = jnp.where(nothing, 0, place(right - 1) + 1)
-  gaps = (last - first != right - left) | nothing
-
-  def blocks(x):
-    pad = -length % block
-    return jnp.pad(x, ((0, 0), (0, pad)), "edge").reshape(batch, -1, block)
-
-  first, last, gaps = blocks(first), blocks(last), blocks(gaps)
-  low, high = first.min(-1), last.max(-1)
-  alike = (low == first.max(-1)) & (high == last.min(-1)) & ~gaps.any(-1)
-  spans = jnp.stack([low, high, jnp.where(alike, high, 0)], -1)
-  return spans.astype(jnp.int32)

@@ -98,6 +98,10 @@ BLOCKS = [
     "blocks_causal_window", batch=1, queries=90, heads=1, causal=True,
     window=(50, 3),
   ),
+  Case(  # Narrower than a tile: no block is full.
+    "blocks_narrow_window", batch=1, queries=150, heads=1, causal=True,
+    window=(9, 0),
+  ),
   Case(
     "blocks_segments", batch=2, queries=70, heads=1, segments=True,
     bias_per_head=("N",),
