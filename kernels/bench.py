@@ -1,29 +1,42 @@
 """Measures attention: python -m kernels.bench
 
-Prints, for each length, the peak memory of one forward and backward pass of
+On a GPU: the time of our kernels and of every rival that is installed, forward
+alone, backward alone and both, bfloat16, 16,384 tokens and N H = 2,048, and
+ViT-B's 196 tokens; then batches of which part is padding; then the memory of a
+forward and backward pass. One table, and benchmarks/kernels_<device>.json.
+
+On a CPU: for each length, the peak memory of one forward and backward pass of
 sigmoid attention (B=1, N=4, H=64, float32) above what the process held before
 it, beside the size of one matrix of weights, of which the plain form keeps
-several. Writes the table to benchmarks/memory_cpu.json.
+several. benchmarks/memory_cpu.json.
+
+  python -m kernels.bench --lengths 1024 8192 --rivals mosaic cuDNN
 """
 
 import argparse
 import concurrent.futures
 import datetime
+import functools
 import json
 import math
 import multiprocessing
+import os
 import pathlib
 import platform
 import re
+import statistics
 import subprocess
 
 import jax
 import jax.numpy as jnp
 
 import kernels
+from kernels import rivals, tuning
+from kernels.rivals import Cell
 
-HEADS, WIDTH = 4, 64
-LENGTHS = tuple(1024 * 2**i for i in range(6))
+HEADS, WIDTH = 4, 64  # of the CPU's table
+LENGTHS = tuple(1024 * 2**i for i in range(6))  # the GPU's but the last
+TOKENS, CHANNELS = 16384, 2048  # of the GPU's: B n and N H
 _FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
@@ -75,13 +88,127 @@ def _commit():
   return done.stdout.strip() or None
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-  lengths = parser.parse_args().lengths
-  if jax.default_backend() != "cpu":
-    parser.error("the peak of a process says nothing of a GPU's memory: run "
-                 "it with JAX_PLATFORMS=cpu")  # fmt: skip
+def cells(lengths, widths):
+  """Of the GPU's table."""
+  table = [
+    Cell(width, length, max(TOKENS // length, 1), CHANNELS // width, causal)
+    for width in widths
+    for length in lengths
+    for causal in (False, True)
+  ]
+  return table + [Cell(64, 196, 256, 12, False)]
+
+
+PADDED = tuple(
+  Cell(128, 2048, 8, 16, False, padding) for padding in (0.25, 0.5)
+)
+
+
+def _matmul_tflops():
+  """The ceiling: a product of 8192 x 8192 bfloat16 matrices."""
+  x = jax.random.normal(jax.random.key(0), (8192, 8192), "bfloat16")
+  product = jax.jit(jnp.matmul)
+  return 2 * 8192**3 / tuning.milliseconds(lambda: product(x, x)) / 1e9
+
+
+def speed(cell, field):
+  """Yields a row for each rival of `field` and pass."""
+  times = {}
+  for rival in field:
+    if not rival.can(cell):
+      continue
+    try:
+      calls = rival.calls(cell)
+      for direction in rivals.PASSES:
+        times[rival, direction] = tuning.milliseconds(
+          calls[direction], rival.wait
+        )
+    # Of others' code, which may refuse a size or run out of memory.
+    except Exception as error:
+      reason = str(error).strip().splitlines() or [""]
+      print(f"{rival.name}, {cell}: {type(error).__name__} {reason[0][:100]}")
+  for (rival, direction), found in times.items():
+    softmax = [t for (r, d), t in times.items() if r.softmax and d == direction]
+    yield {
+      "implementation": rival.name,
+      "pass": direction,
+      "head_dim": cell.width,
+      "seq_len": cell.length,
+      "batch": cell.batch,
+      "heads": cell.heads,
+      "causal": cell.causal,
+      "padding": cell.padding,
+      "dtype": "bfloat16",
+      "milliseconds": round(found, 4),
+      "tflops": round(cell.flops(direction) / found / 1e9, 1),
+      "ratio_to_best_softmax": round(min(softmax) / found, 3)
+      if softmax
+      else None,
+    }
+
+
+def _gpu(lengths, widths, field, save):
+  """The whole result; what there is of it is saved after each cell."""
+  kind = jax.devices()[0].device_kind
+  ceiling = _matmul_tflops()
+  print(f"{kind}: a product of matrices at {ceiling:.0f} TFLOP/s")
+  columns = (
+    "implementation", "pass", "head_dim", "seq_len", "causal", "padding",
+    "milliseconds", "tflops", "ratio_to_best_softmax",
+  )  # fmt: skip
+  print("{:18}{:>10}{:>9}{:>8}{:>7}{:>8}{:>13}{:>8} {}".format(*columns))
+  result = {
+    "matmul_tflops": round(ceiling, 1),
+    "method": "median of 5 host timings of up to 200 calls in a row",
+    "rows": [],
+  }
+  for cell in (*cells(lengths, widths), *PADDED):
+    for row in speed(cell, field):
+      row["share_of_matmul_ceiling"] = round(row["tflops"] / ceiling, 3)
+      result["rows"].append(row)
+      print(
+        "{:18}{:>10}{:9}{:8}{:7}{:8}{:13.3f}{:8.1f} {}".format(
+          *(row[x] if x != "causal" else str(row[x]) for x in columns)
+        ),
+        flush=True,
+      )
+    save(result)
+  result["memory"] = [
+    {"implementation": rival.name, "head_dim": width, "seq_len": 4096}
+    | rivals.memory(rival, cell)
+    for width in widths
+    for rival in field
+    if rival.can(cell := Cell(width, 4096, 4, CHANNELS // width, False))
+  ]
+  print("memory of a forward and backward pass, full, 16,384 tokens:")
+  for row in result["memory"]:
+    print("{:18} H{} n{}: saved {} MiB, peak {} MiB".format(*row.values()))
+  result["ratios"] = list(_means(result["rows"]))
+  print("time of the fastest softmax by ours, over the cells without padding:")
+  for row in result["ratios"]:
+    print("{:18}{:>10} H{}: mean {:.3f}, least {:.3f}".format(*row.values()))
+  return result
+
+
+def _means(rows):
+  """Geometric mean and least of ratio_to_best_softmax."""
+  groups = {}
+  for row in rows:
+    ratio = row["ratio_to_best_softmax"]
+    if ratio is not None and row["implementation"].startswith("sigattn"):
+      key = row["implementation"], row["pass"], row["head_dim"]
+      groups.setdefault(key, []).append(ratio)
+  for (name, direction, width), ratios in groups.items():
+    yield {
+      "implementation": name,
+      "pass": direction,
+      "head_dim": width,
+      "mean": round(statistics.geometric_mean(ratios), 3),
+      "least": min(ratios),
+    }
+
+
+def _cpu(lengths):
   print(f"{'length':>8} {'peak MiB':>10} {'one matrix MiB':>15}")
   rows = []
   for length in lengths:
@@ -90,18 +217,56 @@ def main():
       f"{length:8,} {row['peak_mib']:10,.1f} {row['weights_mib']:15,.1f}",
       flush=True,
     )
-  result = {
-    "device": f"CPU, {platform.machine()}, {multiprocessing.cpu_count()} cores",
-    "date": datetime.date.today().isoformat(),
-    "commit": _commit(),
-    "jax": jax.__version__,
+  return {
     "pass": "forward and backward, sigmoid, B=1, N=4, H=64, float32",
     "rows": rows,
   }
-  path = _FOLDER / "memory_cpu.json"
+
+
+def _write(name, device, found):
+  result = {
+    "device": device,
+    "date": datetime.date.today().isoformat(),
+    "commit": _commit(),
+    "jax": jax.__version__,
+  }
+  path = _FOLDER / f"{name}.json"
   path.parent.mkdir(exist_ok=True)
-  path.write_text(json.dumps(result, indent=2) + "\n")
-  print(f"written to {path.relative_to(_FOLDER.parent)}")
+  path.write_text(json.dumps(result | found, indent=1) + "\n")
+  return path.relative_to(_FOLDER.parent)
+
+
+def main():
+  # Room for what comes from torch. Read when JAX first looks for a GPU.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--lengths", type=int, nargs="+")
+  parser.add_argument("--widths", type=int, nargs="+", default=(64, 128))
+  parser.add_argument(
+    "--rivals", nargs="+", default=[""], metavar="NAME",
+    help="parts of their names; all that are installed",
+  )  # fmt: skip
+  arguments = parser.parse_args()
+  if jax.default_backend() == "cpu":
+    device = f"CPU, {platform.machine()}, {multiprocessing.cpu_count()} cores"
+    path = _write("memory_cpu", device, _cpu(arguments.lengths or LENGTHS))
+    print(f"written to {path}")
+    return
+  field = []
+  for rival in rivals.RIVALS:
+    if not any(x.lower() in rival.name.lower() for x in arguments.rivals):
+      continue
+    if rival.installed:
+      field.append(rival)
+    else:
+      print(f"{rival.name}: {rival.package} is not installed")
+  kind = jax.devices()[0].device_kind
+  save = functools.partial(
+    _write, f"kernels_{kind.replace(' ', '_').lower()}", kind
+  )
+  lengths = arguments.lengths or LENGTHS[:-1]
+  path = save(_gpu(lengths, arguments.widths, field, save))
+  print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,18 @@ from kernels.mosaic_kernels import Form, Tile, visible_blocks
 
 # By head width: tiles of queries for the output and for dq, and of keys.
 _TILES = {
+  32: (
+    Tile(64, 128, 3, 3, 160),
+    Tile(64, 128, 2, 2, 240),
+    Tile(64, 64, 2, 2, 240),
+  ),
   64: (
     Tile(64, 64, 6, 4, 112),
+    Tile(64, 128, 2, 2, 240),
+    Tile(64, 128, 2, 2, 240),
+  ),
+  96: (
+    Tile(64, 128, 2, 2, 240, overlap=True),
     Tile(64, 128, 2, 2, 240),
     Tile(64, 64, 2, 2, 240),
   ),
@@ -38,8 +48,19 @@ _TILES = {
     Tile(64, 128, 2, 2, 240),
     Tile(64, 64, 2, 2, 240),
   ),
+  192: (
+    Tile(64, 64, 2, 2, 240),
+    Tile(64, 32, 2, 2, 240),
+    Tile(64, 64, 2, 2, 240),
+  ),
+  256: (
+    Tile(64, 32, 2, 2, 240),
+    Tile(64, 32, 1, 2, 240),
+    Tile(64, 32, 2, 2, 240),
+  ),
 }
-_ADDED = (64,)  # head widths whose dq is added by the copy engine
+_ADDED = (64, 128)  # head widths whose dq is added by the copy engine
+_BOTH = 128  # The head width up to which registers hold dk and dv at once.
 _ALIGNED = 8  # rows: sequences are padded to a multiple for the copy engine
 
 
@@ -178,17 +199,22 @@ def _backward_aligned(form, problem, query, key, value, operands, d_out):
   by_keys = functools.partial(
     mosaic_kernels.by_keys,
     form, key_tile, _schedule(problem, operands, key_tile, False), *arrays,
-    scales=dict(
-      key=dz_scale, value=1 / (problem.normalizer * form.weight_scale)
-    ),
     **_operands(form, problem, operands, key_tile, False),
   )  # fmt: skip
   sums = form.alibi or form.logit_bias is None
 
-  d_query = None
+  scales = dict(
+    key=dz_scale, value=1 / (problem.normalizer * form.weight_scale)
+  )
+
+  d_query, dv = None, None
   if _adds_in_any_order(problem):
     d_query = jax.new_ref(jnp.zeros(query.shape, jnp.float32))
-  dk, dv, *totals = by_keys(d_query, sums=sums)
+  if problem.head_dim > _BOTH:
+    (dv,) = by_keys(scales={"value": scales.pop("value")})
+  dk, *rest = by_keys(d_query, scales=scales, sums=sums)
+  if dv is None:
+    dv, *rest = rest
   if d_query is None:
     (dq,) = mosaic_kernels.by_queries(
       form, query_tile, _schedule(problem, operands, query_tile, True), *arrays,
@@ -196,7 +222,7 @@ def _backward_aligned(form, problem, query, key, value, operands, d_out):
     )  # fmt: skip
   else:
     dq = (jax.freeze(d_query) * dz_scale).astype(query.dtype)
-  return dq, dk, dv, *_totals(problem, totals)
+  return dq, dk, dv, *_totals(problem, rest)
 
 
 def _totals(problem, totals):

@@ -38,6 +38,7 @@ from jax import lax
 _WGMMA = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)  # one number a row, a column
 _LOG2_E = math.log2(math.e)
+_SHARE = 64  # queries and columns of dq that a warpgroup adds for a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,8 +483,8 @@ def by_queries(
       ring_k.drain(count)
       ring_v.drain(count)
 
-  stay = _tiles_in_smem(tile.warpgroups, tile.rows, width, dtype)
-  pass_by = _tiles_in_smem(tile.stages, tile.block, width, dtype)
+  stay = _tiles_in_smem(tile, tile.warpgroups, tile.rows, width, dtype)
+  pass_by = _tiles_in_smem(tile, tile.stages, tile.block, width, dtype)
   return _launch(
     kernel, schedule, tile, [query.shape], dtype,
     [
@@ -539,10 +540,10 @@ def _output(
     """The weights of a step, with nothing else running."""
 
     def run(ref):
-      ring_k.wait(count + e)
       scores(e, ref)
       return weights(e, ref, masked, 0)
 
+    ring_k.wait(count + e)
     return pl.run_scoped(run, _accumulator(*shape))
 
   def step(e, _, masked):
@@ -553,14 +554,14 @@ def _output(
 
   def overlapping(e, p):
     def run(ref):
-      ring_k.wait(count + e)
-      ring_v.wait(count + e - 1)
       scores(e, ref)
       values(e - 1, p)
       next_p = weights(e, ref, False, 1)
       finish(e - 1)
       return next_p
 
+    ring_k.wait(count + e)
+    ring_v.wait(count + e - 1)
     return pl.run_scoped(run, _accumulator(*shape))
 
   if not tile.overlap:
@@ -590,8 +591,6 @@ def _query_gradient(
     c = count + e
 
     def run(s_ref, dp_ref):
-      ring_k.wait(c)
-      ring_v.wait(c)
       plgpu.wgmma(s_ref, queries, ring_k.block(c).transpose((1, 0)))
       plgpu.wgmma(dp_ref, d_out, ring_v.block(c).transpose((1, 0)))
       _, slope = weigh(_read(s_ref, 1), e, masked)
@@ -599,6 +598,8 @@ def _query_gradient(
       ring_v.release(c)
       return _round(dz, form.slope_scale, dtype)
 
+    ring_k.wait(c)
+    ring_v.wait(c)
     shape = _accumulator(tile.rows, tile.block)
     dz = pl.run_scoped(run, shape, shape)
     plgpu.wgmma(accumulator, dz, ring_k.block(c))
@@ -639,10 +640,11 @@ def _loops(form, steps, step, carry=None, skip=None):
   )
 
 
-def _tiles_in_smem(count, rows, width, dtype):
+def _tiles_in_smem(tile, count, rows, width, dtype):
   """Room for `count` tiles, laid out for the tensor cores and copy engine."""
   bits = jnp.finfo(dtype).bits
-  swizzle = plgpu.find_swizzle(width * bits)
+  # Products take as many rows of a block at once as the swizzle is wide.
+  swizzle = plgpu.find_swizzle(math.gcd(width, tile.block) * bits)
   return plgpu.SMEM(
     (count, rows, width),
     dtype,
@@ -694,6 +696,8 @@ def by_keys(
 ):
   """[dk, dv, and with `sums` those of dz]: dz^T q and p^T do, times `scales`.
 
+  scales: of those of dk ("key") and dv ("value") that are wanted.
+
   d_query: a Ref of float32 zeros (B, T, N, H), to which dz k is added, in the
   order in which programs come to it; None: not computed.
   sums: of dz over the queries, and of -dz distance with ALiBi: float32 (1 or 2,
@@ -718,12 +722,12 @@ def by_keys(
     gmem = dict.fromkeys(_KEY_ARRAYS)
     gmem |= zip(given, refs, strict=False)
     refs = refs[len(given) :]
-    dk_gmem, dv_gmem = refs[:2]
-    sums_gmem = refs[2] if sums else None
+    found_gmem = refs[: len(scales)]
+    sums_gmem = refs[len(scales)] if sums else None
     (
       k_smem, v_smem, q_smem, do_smem, dz_smem, dq_smem, sums_smem,
       kv_full, q_full, do_full, q_free, do_free, meet,
-    ) = refs[2 + sums :]  # fmt: skip
+    ) = refs[len(scales) + sums :]  # fmt: skip
     ring_q = _Ring(q_smem, q_full, q_free, tile.stages)
     ring_do = _Ring(do_smem, do_full, do_free, tile.stages)
     warpgroup = lax.axis_index("warpgroup")
@@ -749,6 +753,13 @@ def by_keys(
     def _():
       plgpu.set_max_registers(tile.registers, action="increase")
       keys, values = k_smem.at[warpgroup], v_smem.at[warpgroup]
+      # This warpgroup's share of a block's dq, one of `tile.warpgroups`.
+      of_block, of_width = pl.ds(0, _SHARE), pl.ds(0, _SHARE)
+      mine = pl.ds(warpgroup * _SHARE, _SHARE)
+      if tile.block > _SHARE:
+        of_block = mine
+      else:
+        of_width = mine
 
       def load(i):
         batch, head, first, _ = locate(i)
@@ -782,59 +793,67 @@ def by_keys(
               ids = row_ids, columns
             q, do = ring_q.block(c), ring_do.block(c)
 
-            def run(s_ref, dp_ref):
-              ring_q.wait(c)
-              ring_do.wait(c)
-              plgpu.wgmma(s_ref, keys, q.transpose((1, 0)))
-              plgpu.wgmma(dp_ref, values, do.transpose((1, 0)))
-              s = _read(s_ref, 1)
-              p, derivative = _weights(form, s, bias, slope, place, ids, masked)
-              plgpu.wgmma(dv, _round(p, form.weight_scale, dtype), do)
-              return derivative() * _read(dp_ref, 1)
+            def passed():
+              plgpu.wgmma_wait(0)
+              ring_do.release(c)
+              ring_q.release(c)
+              return totals
 
-            dz = pl.run_scoped(run, *[_accumulator(*shape)] * 2)
+            def run(s_ref, dp_ref):
+              plgpu.wgmma(s_ref, keys, q.transpose((1, 0)))
+              if dp_ref is not None:
+                plgpu.wgmma(dp_ref, values, do.transpose((1, 0)))
+              s = _read(s_ref, int(dk is not None))
+              p, derivative = _weights(form, s, bias, slope, place, ids, masked)
+              if dv is not None:
+                plgpu.wgmma(dv, _round(p, form.weight_scale, dtype), do)
+              if dp_ref is None:
+                return None
+              return derivative() * _read(dp_ref, int(dv is not None))
+
+            ring_q.wait(c)
+            ring_do.wait(c)
+            logits = _accumulator(*shape)
+            dz = pl.run_scoped(run, logits, None if dk is None else logits)
+            if dz is None:
+              return passed()
             dz16 = _round(dz, form.slope_scale, dtype)
-            plgpu.wgmma(dk, dz16, q)
             if sums:
               found = [dz.sum(1)]
               if form.alibi:
                 found.append(-(dz * place.distance()).sum(1))
               totals = [t + x for t, x in zip(totals, found, strict=True)]
             if d_query is None:
-              plgpu.wgmma_wait(0)
-              ring_do.release(c)
-              ring_q.release(c)
-              return totals
+              plgpu.wgmma(dk, dz16, q)
+              return passed()
             # Two rooms for dz: that of the step before may still be read.
             room = _rem(c, 2) * tile.warpgroups
             dz_smem.at[room + warpgroup][...] = dz16
             plgpu.commit_smem()
-            plgpu.wgmma_wait(1)
-            ring_do.release(c)
             rendezvous()
 
-            # The warpgroups take turns.
-            @pl.when(_rem(c, tile.warpgroups) == warpgroup)
-            def _():
-              def product(ref):
-                for other in range(tile.warpgroups):
-                  plgpu.wgmma(
-                    ref,
-                    dz_smem.at[room + other].transpose((1, 0)),
-                    k_smem.at[other],
-                  )
-                return ref[...]
-
-              dq = pl.run_scoped(product, _accumulator(tile.block, width))
+            def share(ref):
+              for other in range(tile.warpgroups):
+                plgpu.wgmma(
+                  ref,
+                  dz_smem.at[room + other, :, of_block].transpose((1, 0)),
+                  k_smem.at[other, :, of_width],
+                )
+              plgpu.wgmma(dk, dz16, q)  # Runs while dq is written.
+              dq = _read(ref, 1)
+              ring_do.release(c)
               plgpu.wait_smem_to_gmem(0, wait_read_only=True)
               dq_smem.at[warpgroup][...] = dq
               plgpu.commit_smem()
-              plgpu.copy_smem_to_gmem(
-                dq_smem.at[warpgroup],
-                gmem["d_query"].at[batch, pl.ds(start, tile.block), head],
-                reduction_op="add",
-              )
 
+            pl.run_scoped(share, _accumulator(_SHARE, _SHARE))
+            begin = pl.multiple_of(start + of_block.start, _SHARE)
+            plgpu.copy_smem_to_gmem(
+              dq_smem.at[warpgroup],
+              gmem["d_query"].at[batch, pl.ds(begin, _SHARE), head, of_width],
+              reduction_op="add",
+            )
+            plgpu.wgmma_wait(0)
             ring_q.release(c)
             return totals
 
@@ -853,19 +872,22 @@ def by_keys(
             one_head(_int(0), dk, dv)
           else:
             pl.loop(0, group)(lambda g: one_head(g, dk, dv))
-          return dk[...], dv[...]
+          return [None if x is None else x[...] for x in (dk, dv)]
 
         shape = _accumulator(tile.rows, width)
-        dk, dv = pl.run_scoped(body, shape, shape)
-        if key_lengths is not None:
+        dk, dv = pl.run_scoped(
+          body, *(shape if x in scales else None for x in ("key", "value"))
+        )
+        if key_lengths is not None and dv is not None:
           row = plgpu.broadcasted_iota(jnp.int32, dv.shape, 0, layout=_WGMMA)
           left = gmem["key_lengths"][batch] - first
           dv = jnp.where(row < left, dv, 0.0)
         rendezvous()  # The keys' room is about to be written.
         at = batch, pl.ds(first, tile.rows), kv_head
-        dk, dv = dk * scales["key"], dv * scales["value"]
-        _store(dk.astype(dtype), keys, dk_gmem.at[at])
-        _store(dv.astype(dtype), values, dv_gmem.at[at])
+        found = {"key": (dk, keys), "value": (dv, values)}
+        for out, (name, scale) in zip(found_gmem, scales.items(), strict=True):
+          value, room = found[name]
+          _store((value * scale).astype(dtype), room, out.at[at])
         plgpu.wait_smem_to_gmem(0)
 
         @pl.when(i + 1 < tiles)
@@ -899,19 +921,21 @@ def by_keys(
       ring_q.drain(count)
       ring_do.drain(count)
 
-  stay = _tiles_in_smem(tile.warpgroups, tile.rows, width, dtype)
-  pass_by = _tiles_in_smem(tile.stages, tile.block, width, dtype)
+  stay = _tiles_in_smem(tile, tile.warpgroups, tile.rows, width, dtype)
+  pass_by = _tiles_in_smem(tile, tile.stages, tile.block, width, dtype)
   fused = d_query is not None
   free = plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
   full = plgpu.Barrier(num_barriers=tile.stages)
   padded = pl.cdiv(key.shape[1], rows) * rows
-  dz_room = _tiles_in_smem(2 * tile.warpgroups, tile.rows, tile.block, dtype)
+  dz_room = _tiles_in_smem(
+    tile, 2 * tile.warpgroups, tile.rows, tile.block, dtype
+  )
   return _launch(
-    kernel, schedule, tile, [key.shape] * 2, dtype,
+    kernel, schedule, tile, [key.shape] * len(scales), dtype,
     [
       stay, stay, pass_by, pass_by,
       dz_room if fused else None,
-      _tiles_in_smem(tile.warpgroups, tile.block, width, jnp.float32)
+      _tiles_in_smem(tile, tile.warpgroups, _SHARE, _SHARE, jnp.float32)
       if fused else None,
       plgpu.SMEM((tile.warpgroups, num_sums, tile.rows), jnp.float32)
       if sums else None,

@@ -212,12 +212,12 @@ def candidates(direction, width, dtype):
       yield Tile(q, k, warps, stages)
 
 
-def milliseconds(function, *arrays, repeats=5):
+def milliseconds(call, wait=jax.block_until_ready, repeats=5):
   """Median time of a call, of as many at once as hide the start of one."""
 
   def run(count):
     begin = time.perf_counter()
-    jax.block_until_ready([function(*arrays) for _ in range(count)])
+    wait([call() for _ in range(count)])
     return (time.perf_counter() - begin) / count * 1e3
 
   run(1)
@@ -259,7 +259,7 @@ def _measure(job):
     with _lock:
       keys = jax.random.split(jax.random.key(0), count)
       arrays = [jax.random.normal(key, shape, job.dtype) for key in keys]
-      return job, milliseconds(compiled, *arrays)
+      return job, milliseconds(functools.partial(compiled, *arrays))
   except Exception as error:  # Too much for the card or for the compiler.
     return job, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
 

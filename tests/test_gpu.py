@@ -1,6 +1,6 @@
-"""The Triton kernels on a GPU:
+"""The kernels on a GPU:
 
-JAX_PLATFORMS=cuda python -m pytest -n 8 tests/test_triton_gpu.py
+JAX_PLATFORMS=cuda python -m pytest -n 8 tests/test_gpu.py
 """
 
 import dataclasses
@@ -15,35 +15,53 @@ from tests import cases, test_kernels
 if jax.default_backend() != "gpu":
   pytest.skip("needs a GPU", allow_module_level=True)
 
-WIDTHS = (32, 64, 96, 128, 256)
+# Of the cases of many blocks, in turn.
+WIDTHS = {
+  "mosaic": (32, 64, 96, 128, 192, 256),
+  "triton": (32, 64, 96, 128, 256),
+}
+# More tiles than a GPU has multiprocessors: a persistent kernel goes round.
+ROUNDS = [
+  cases.Case("rounds", batch=4, queries=900, heads=24, kv_heads=12, width=64),
+  cases.Case("rounds_causal", queries=2048, heads=16, width=128, causal=True),
+]
 
 
-@pytest.fixture(autouse=True)
-def triton_alone(monkeypatch):
-  test_kernels.use_only(monkeypatch, "triton", device.current())
+@pytest.fixture(params=WIDTHS, autouse=True)
+def implementation(request, monkeypatch):
+  test_kernels.use_only(monkeypatch, request.param, device.current())
+  return request.param
 
 
-def larger(case, times):
+def larger(case, times, implementation):
   """The case with `times` as many tokens and one of WIDTHS."""
+  widths = WIDTHS[implementation]
   return dataclasses.replace(
     case,
     queries=case.queries * times,
     keys=case.keys and case.keys * times,
-    width=WIDTHS[len(case.name) % len(WIDTHS)],
+    width=widths[len(case.name) % len(widths)],
     window=case.window and tuple(times * x for x in case.window),
   )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
-def test_16_bit_output_and_gradients(case, dtype):
+def test_16_bit_output_and_gradients(case, dtype, implementation):
+  if implementation == "mosaic":
+    case = dataclasses.replace(case, width=64)
   test_kernels.check_16_bit(case, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
-def test_16_bit_of_many_blocks(case, dtype):
-  test_kernels.check_16_bit(larger(case, 13), dtype)
+def test_16_bit_of_many_blocks(case, dtype, implementation):
+  test_kernels.check_16_bit(larger(case, 13, implementation), dtype)
+
+
+@pytest.mark.parametrize("case", ROUNDS, ids=str)
+def test_16_bit_of_many_tiles(case):
+  test_kernels.check_16_bit(case, "bfloat16")
 
 
 @pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
@@ -56,12 +74,15 @@ def test_float32_output_and_gradients(case):
 
 
 @pytest.mark.parametrize("name", ["lengths", "lengths_cross_grouped"])
-def test_nan_in_padding_leaks_nowhere(name):
-  test_kernels.check_nan_in_padding(name)
+def test_nan_in_padding_leaks_nowhere(name, implementation):
+  changes = (64, "bfloat16") if implementation == "mosaic" else ()
+  test_kernels.check_nan_in_padding(name, *changes)
 
 
-def test_the_same_bits_at_every_run():
-  case = larger(cases.BLOCKS[0], 40)
+@pytest.mark.parametrize("index", range(3))
+def test_the_same_bits_at_every_run(index, implementation, monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+  case = larger(cases.BLOCKS[index], 40, implementation)
   found = [test_kernels.run(*cases.draw(case, "bfloat16")) for _ in range(2)]
   for name, value in found[0].items():
     np.testing.assert_array_equal(value, found[1][name], name)
