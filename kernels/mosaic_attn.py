@@ -302,7 +302,7 @@ def _without_padding(x_BLNH, lengths):
   if lengths is None:
     return x_BLNH
   place = jnp.arange(x_BLNH.shape[1])
-  seen = (place < lengths[:, None])[:, :, None, None]
+  seen = (place[None] < lengths[:, None])[:, :, None, None]
   return jnp.where(seen, x_BLNH, jnp.zeros((), x_BLNH.dtype))
 
 
@@ -365,7 +365,7 @@ def _plan(form, problem, operands, rows, block, of_queries):
   if lengths[1] is not None:  # Zeros follow: none of them needs a mask.
     high = jnp.minimum(high, pl.cdiv(lengths[1], block)[:, None])
   if lengths[0] is not None:
-    high = jnp.where(first < lengths[0][:, None], high, 0)
+    high = jnp.where(first[None] < lengths[0][:, None], high, 0)
   if ids[0] is not None:
     spans = segments.spans(*ids, rows)
     begin, end, full_end = (spans[..., i] for i in range(3))

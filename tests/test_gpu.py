@@ -22,8 +22,10 @@ WIDTHS = {
 }
 # More tiles than a GPU has multiprocessors: a persistent kernel goes round.
 ROUNDS = [
-  cases.Case("rounds", batch=4, queries=900, heads=24, kv_heads=12, width=64),
-  cases.Case("rounds_causal", queries=2048, heads=16, width=128, causal=True),
+  cases.Case("rounds", batch=4, queries=520, heads=24, kv_heads=12, width=64),
+  cases.Case(
+    "rounds_causal", batch=4, queries=400, heads=24, width=128, causal=True
+  ),
 ]
 
 

@@ -65,6 +65,7 @@ def use_only(monkeypatch, name, found):
   module = kernels.IMPLEMENTATIONS[name]
   monkeypatch.setattr(kernels, "IMPLEMENTATIONS", {name: module})
   monkeypatch.setattr(device, "current", lambda: found)
+  kernels._choose.cache_clear()
 
 
 def error(found, wanted):

@@ -204,20 +204,29 @@ def test_tiles_compile_without_spills():
 
 
 @pytest.mark.parametrize(
-  ("bias", "alibi", "exact"),
+  ("bias", "alibi", "change", "exact"),
   [
-    (-8.0, False, False), (-11.0, False, False), (-11.1, False, True),
-    (-16.0, False, True), (-8.0, True, False), (-9.1, True, True),
-    (None, False, True),
+    (-8.0, False, {}, False), (-11.0, False, {}, False),
+    (-11.1, False, {}, True), (-16.0, False, {}, True),
+    (-8.0, True, {}, False), (-9.1, True, {}, True), (None, False, {}, True),
+    (-8.0, False, dict(dtype="float16"), False),
+    (-9.1, False, dict(dtype="float16"), True),
+    (-3.0, True, dict(dtype="float16"), True),
+    # Only keys that ALiBi puts far away are visible.
+    (-3.0, True, dict(is_causal=True), False),
+    (-3.0, True, dict(is_causal=True, query_len=64), True),
+    (-3.0, True, dict(window=(99, 0), key_len=64), True),
+    (-3.0, True, dict(window=(99, 0), key_len=4000), False),
   ],
 )  # fmt: skip
-def test_which_biases_take_the_exact_sigmoid(bias, alibi, exact):
+def test_which_biases_take_the_exact_sigmoid(bias, alibi, change, exact):
   heads = jax.ShapeDtypeStruct((1, 32), "float32")
   operands = kernels.Operands(
     alibi_slopes=heads if alibi else None,
     logit_bias=heads if bias is None else None,
   )
   problem = tuning.example(64, "bfloat16", operands=operands, logit_bias=bias)
+  problem = dataclasses.replace(problem, **change)
   assert kernels.problem.exact_sigmoid(problem) == exact
 
 
