@@ -15,6 +15,7 @@ several. benchmarks/memory_cpu.json.
 
 import argparse
 import concurrent.futures
+import contextlib
 import datetime
 import functools
 import json
@@ -90,18 +91,15 @@ def _commit():
 
 def cells(lengths, widths):
   """Of the GPU's table."""
-  table = [
+  table = [Cell(64, 196, 256, 12, False)] if 64 in widths else []
+  if 128 in widths:
+    table += [Cell(128, 2048, 8, 16, False, part) for part in (0.25, 0.5)]
+  return table + [
     Cell(width, length, max(TOKENS // length, 1), CHANNELS // width, causal)
     for width in widths
     for length in lengths
     for causal in (False, True)
   ]
-  return table + [Cell(64, 196, 256, 12, False)]
-
-
-PADDED = tuple(
-  Cell(128, 2048, 8, 16, False, padding) for padding in (0.25, 0.5)
-)
 
 
 def _matmul_tflops():
@@ -111,22 +109,42 @@ def _matmul_tflops():
   return 2 * 8192**3 / tuning.milliseconds(lambda: product(x, x)) / 1e9
 
 
+def _able(field, cell):
+  return (rival for rival in field if rival.can(cell))
+
+
+@contextlib.contextmanager
+def _reported(rival, cell):
+  """Prints what goes wrong in others' code, which may refuse a size."""
+  try:
+    yield
+  except Exception as error:
+    reason = str(error).strip().splitlines() or [""]
+    print(f"{rival.name}, {cell}: {type(error).__name__} {reason[0][:100]}")
+
+
+def _memory_on_gpu(widths, field):
+  for width in widths:
+    cell = Cell(width, 4096, 4, CHANNELS // width, False)
+    for rival in _able(field, cell):
+      with _reported(rival, cell):
+        yield {
+          "implementation": rival.name,
+          "head_dim": width,
+          "seq_len": cell.length,
+        } | rivals.memory(rival, cell)
+
+
 def speed(cell, field):
   """Yields a row for each rival of `field` and pass."""
   times = {}
-  for rival in field:
-    if not rival.can(cell):
-      continue
-    try:
+  for rival in _able(field, cell):
+    with _reported(rival, cell):
       calls = rival.calls(cell)
       for direction in rivals.PASSES:
         times[rival, direction] = tuning.milliseconds(
           calls[direction], rival.wait
         )
-    # Of others' code, which may refuse a size or run out of memory.
-    except Exception as error:
-      reason = str(error).strip().splitlines() or [""]
-      print(f"{rival.name}, {cell}: {type(error).__name__} {reason[0][:100]}")
   for (rival, direction), found in times.items():
     softmax = [t for (r, d), t in times.items() if r.softmax and d == direction]
     yield {
@@ -156,33 +174,27 @@ def _gpu(lengths, widths, field, save):
     "implementation", "pass", "head_dim", "seq_len", "causal", "padding",
     "milliseconds", "tflops", "ratio_to_best_softmax",
   )  # fmt: skip
-  print("{:18}{:>10}{:>9}{:>8}{:>7}{:>8}{:>13}{:>8} {}".format(*columns))
   result = {
     "matmul_tflops": round(ceiling, 1),
     "method": "median of 5 host timings of up to 200 calls in a row",
-    "rows": [],
   }
-  for cell in (*cells(lengths, widths), *PADDED):
+  result["memory"] = list(_memory_on_gpu(widths, field))
+  print("memory of a forward and backward pass, full, 16,384 tokens:")
+  for row in result["memory"]:
+    print("{:18} H{} n{}: saved {} MiB, peak {} MiB".format(*row.values()))
+  result["rows"] = []
+  print("{:18}{:>10}{:>9}{:>8}{:>7}{:>8}{:>13}{:>8} {}".format(*columns))
+  for cell in cells(lengths, widths):
     for row in speed(cell, field):
       row["share_of_matmul_ceiling"] = round(row["tflops"] / ceiling, 3)
       result["rows"].append(row)
       print(
-        "{:18}{:>10}{:9}{:8}{:7}{:8}{:13.3f}{:8.1f} {}".format(
+        "{:18}{:>10}{:9}{:8}{:>7}{:8}{:13.3f}{:8.1f} {}".format(
           *(row[x] if x != "causal" else str(row[x]) for x in columns)
         ),
         flush=True,
       )
     save(result)
-  result["memory"] = [
-    {"implementation": rival.name, "head_dim": width, "seq_len": 4096}
-    | rivals.memory(rival, cell)
-    for width in widths
-    for rival in field
-    if rival.can(cell := Cell(width, 4096, 4, CHANNELS // width, False))
-  ]
-  print("memory of a forward and backward pass, full, 16,384 tokens:")
-  for row in result["memory"]:
-    print("{:18} H{} n{}: saved {} MiB, peak {} MiB".format(*row.values()))
   result["ratios"] = list(_means(result["rows"]))
   print("time of the fastest softmax by ours, over the cells without padding:")
   for row in result["ratios"]:
@@ -243,6 +255,9 @@ def main():
   parser.add_argument("--lengths", type=int, nargs="+")
   parser.add_argument("--widths", type=int, nargs="+", default=(64, 128))
   parser.add_argument(
+    "--out", help="name of the file in benchmarks/; the device's"
+  )
+  parser.add_argument(
     "--rivals", nargs="+", default=[""], metavar="NAME",
     help="parts of their names; all that are installed",
   )  # fmt: skip
@@ -261,9 +276,8 @@ def main():
     else:
       print(f"{rival.name}: {rival.package} is not installed")
   kind = jax.devices()[0].device_kind
-  save = functools.partial(
-    _write, f"kernels_{kind.replace(' ', '_').lower()}", kind
-  )
+  name = arguments.out or f"kernels_{kind.replace(' ', '_').lower()}"
+  save = functools.partial(_write, name, kind)
   lengths = arguments.lengths or LENGTHS[:-1]
   path = save(_gpu(lengths, arguments.widths, field, save))
   print(f"written to {path}")

@@ -3,14 +3,15 @@
 The host side: what can be done, with which constants, and the derivative. The
 kernels are in mosaic_kernels. Forward saves query, key and value alone.
 
-The backward pass computes dk and dv with the keys at rest. At head width 128 dq
-comes from a kernel of its own with the queries at rest: seven products of
-matrices in all, the same bits at every run. At 64 the kernel of the keys adds
-each block's share of dq through the copy engine: five products, and a sum whose
-order, and so whose last bits, differ from run to run, unless XLA is asked for
-determinism (XLA_FLAGS=--xla_gpu_deterministic_ops=true). Both forms measured on
-an H100, n = 8,192, TFLOP/s by five products: 537 and 457 at 128, 393 and 447 at
-64 (cuDNN's softmax 517 and 416).
+The backward pass computes dk and dv with the keys at rest. For short sequences
+dq comes from a kernel of its own with the queries at rest: seven products of
+matrices in all, the same bits at every run. For long ones (_ADDED says from
+where) the kernel of the keys adds each block's share of dq through the copy
+engine: five products, and a sum whose order, and so whose last bits, differ
+from run to run, unless XLA is asked for determinism
+(XLA_FLAGS=--xla_gpu_deterministic_ops=true). Both forms measured on an H100,
+n = 8,192 without a mask, TFLOP/s by five products: 519 and 554 at head width
+128, 424 and 476 at 64 (benchmarks/NOTES.md).
 """
 
 import dataclasses
@@ -34,9 +35,9 @@ _TILES = {
     Tile(64, 64, 2, 2, 240),
   ),
   64: (
-    Tile(64, 64, 6, 4, 112),
+    Tile(64, 64, 4, 4, 112),
     Tile(64, 128, 2, 2, 240),
-    Tile(64, 128, 2, 2, 240),
+    Tile(64, 64, 2, 2, 240),
   ),
   96: (
     Tile(64, 128, 2, 2, 240, overlap=True),
@@ -59,7 +60,24 @@ _TILES = {
     Tile(64, 32, 2, 2, 240),
   ),
 }
-_ADDED = (64, 128)  # head widths whose dq is added by the copy engine
+# Of the output, where most blocks are full and all are computed alike.
+_LONG_TILES = {64: Tile(64, 192, 2, 3, 160)}
+_LONG = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class _Added:
+  """Where dq is added by the copy engine: from so many keys on."""
+
+  tile: Tile  # of keys
+  open: float  # without masks
+  masked: float
+
+
+_ADDED = {
+  64: _Added(Tile(64, 128, 2, 2, 240), open=2048, masked=4096),
+  128: _Added(Tile(64, 64, 2, 2, 240), open=4096, masked=math.inf),
+}
 _BOTH = 128  # The head width up to which registers hold dk and dv at once.
 _ALIGNED = 8  # rows: sequences are padded to a multiple for the copy engine
 
@@ -86,8 +104,8 @@ def attention(query, key, value, operands, problem):
 
   Sigmoid weights come from the hardware's tanh where that is exact enough, see
   problem.exact_sigmoid. float16 weights are multiplied by a power of two, so
-  that they do not underflow. At head width 64 the gradient of query is a sum in
-  no fixed order unless XLA is asked for determinism; see above.
+  that they do not underflow. For long sequences the gradient of query is a sum
+  in no fixed order unless XLA is asked for determinism; see above.
   """
   return _attention(problem, query, key, value, operands)
 
@@ -138,6 +156,9 @@ def _forward(problem, query, key, value, operands):
 
 def _forward_aligned(form, problem, query, key, value, operands):
   tile = _TILES[problem.head_dim][0]
+  plain = not (form.masked or form.alibi or _by_data(operands))
+  if plain and problem.key_len >= _LONG:
+    tile = _LONG_TILES.get(problem.head_dim, tile)
   key, value = (
     _without_padding(x, operands.key_value_seq_lengths) for x in (key, value)
   )
@@ -191,6 +212,9 @@ def _aligned(problem, operands, query, key, value, *d_out):
 
 def _backward_aligned(form, problem, query, key, value, operands, d_out):
   _, query_tile, key_tile = _TILES[problem.head_dim]
+  adds = _adds_in_any_order(form, problem)
+  if adds:
+    key_tile = _ADDED[problem.head_dim].tile
   lengths = operands.query_seq_lengths, operands.key_value_seq_lengths
   query, d_out = (_without_padding(x, lengths[0]) for x in (query, d_out))
   key, value = (_without_padding(x, lengths[1]) for x in (key, value))
@@ -208,7 +232,7 @@ def _backward_aligned(form, problem, query, key, value, operands, d_out):
   )
 
   d_query, dv = None, None
-  if _adds_in_any_order(problem):
+  if adds:
     d_query = jax.new_ref(jnp.zeros(query.shape, jnp.float32))
   if problem.head_dim > _BOTH:
     (dv,) = by_keys(scales={"value": scales.pop("value")})
@@ -234,13 +258,17 @@ def _totals(problem, totals):
   return totals[0], totals[1] if len(totals) > 1 else none
 
 
-def _adds_in_any_order(problem):
+def _adds_in_any_order(form, problem):
+  """Whether dq is a sum in no fixed order, which long sequences make faster."""
   flags = os.environ.get("XLA_FLAGS", "").split()
   asked = any(
     flag in ("--xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=true")
     for flag in flags
   )
-  return not asked and problem.head_dim in _ADDED
+  added = _ADDED.get(problem.head_dim)
+  if asked or added is None:
+    return False
+  return problem.key_len >= (added.masked if form.masked else added.open)
 
 
 def _form(problem):

@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import os
+import tempfile
 from collections.abc import Callable
 
 import jax
@@ -174,6 +176,9 @@ def _triton_sigmoid(cell):
   import torch
   import triton_sigmoid
 
+  # jax-triton takes Triton's cache away, without which this does not run.
+  if not os.environ.get("TRITON_CACHE_DIR"):
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
   attend = functools.partial(
     triton_sigmoid.sigmoid_attention, is_causal=cell.causal
   )
@@ -189,8 +194,8 @@ def _triton_sigmoid(cell):
 
 
 def _fits_in_memory(cell):
-  """Whether some n x n matrices of each head do."""
-  return not cell.padding and cell.batch * cell.heads * cell.length**2 < 2**32
+  """Whether some n x n matrices of each head do, and take no age."""
+  return not cell.padding and cell.batch * cell.heads * cell.length**2 < 2**30
 
 
 def _any(cell):

@@ -65,7 +65,7 @@ def _pretend():
   kernels.IMPLEMENTATIONS = {"mosaic": "kernels.mosaic_attn"}
   device.current = lambda: device.Device("NVIDIA H100", 90)
   mosaic_attn._programs = lambda: 3
-  mosaic_attn._ADDED = ()
+  mosaic_attn._ADDED = {}
   mosaic_attn._TILES = {
     width: tuple(dataclasses.replace(x, warpgroups=2) for x in tiles)
     for width, tiles in mosaic_attn._TILES.items()

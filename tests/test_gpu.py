@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from kernels import device
+from kernels import device, mosaic_attn
 from tests import cases, test_kernels
 
 if jax.default_backend() != "gpu":
@@ -59,6 +59,23 @@ def test_16_bit_output_and_gradients(case, dtype, implementation):
 @pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
 def test_16_bit_of_many_blocks(case, dtype, implementation):
   test_kernels.check_16_bit(larger(case, 13, implementation), dtype)
+
+
+@pytest.mark.parametrize("width", mosaic_attn._ADDED)
+@pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
+def test_16_bit_of_what_long_sequences_take(
+  case, width, implementation, monkeypatch
+):
+  if implementation != "mosaic":
+    pytest.skip("has one way")
+  monkeypatch.setattr(mosaic_attn, "_LONG", 0)
+  added = {
+    width: dataclasses.replace(x, open=0, masked=0)
+    for width, x in mosaic_attn._ADDED.items()
+  }
+  monkeypatch.setattr(mosaic_attn, "_ADDED", added)
+  case = dataclasses.replace(larger(case, 13, implementation), width=width)
+  test_kernels.check_16_bit(case, "bfloat16")
 
 
 @pytest.mark.parametrize("case", ROUNDS, ids=str)

@@ -35,13 +35,14 @@ def test_interpreted_output_and_gradients(width, names):
   )
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("width", mosaic_attn._TILES)
-def test_tiles_are_lowered_for_cuda(width, is_causal):
+@pytest.mark.parametrize(
+  ("width", "length", "is_causal"),
+  [(width, 1024, True) for width in mosaic_attn._TILES]
+  + [(width, 4096, False) for width in mosaic_attn._ADDED],
+)
+def test_tiles_are_lowered_for_cuda(width, length, is_causal):
   """Shapes, layouts and shared memory fit: 0.3 s a kernel."""
-  problem = dataclasses.replace(
-    tuning.example(width, "bfloat16"), is_causal=is_causal
-  )
+  problem = tuning.example(width, "bfloat16", length, is_causal=is_causal)
   shape = problem.batch, problem.query_len, problem.num_heads, width
   x = jax.ShapeDtypeStruct(shape, "bfloat16")
 
@@ -53,16 +54,19 @@ def test_tiles_are_lowered_for_cuda(width, is_causal):
     )
 
   lowered = jax.jit(both).trace(x, x, x, x).lower(lowering_platforms=("cuda",))
-  # Forward, keys, and at 128 the queries.
-  kernels = lowered.as_text().count("custom_call @mosaic_gpu")
-  assert kernels == (2 if width in mosaic_attn._ADDED else 3)
+  # The output; dk and dv, one after the other in wide heads; dq.
+  kernels = 2 + (width > mosaic_attn._BOTH)
+  kernels += not mosaic_attn._adds_in_any_order(
+    mosaic_attn._form(problem), problem
+  )
+  assert lowered.as_text().count("custom_call @mosaic_gpu") == kernels
 
 
 @pytest.mark.parametrize(
   ("capability", "change", "reason"),
   [
     (90, {}, ""),
-    (90, {"head_dim": 80}, "head_dim=80; one of [64, 128]"),
+    (90, {"head_dim": 80}, "head_dim=80; one of [32, 64, 96, 128, 192, 256]"),
     (90, {"dtype": "float32"}, "float32 is not implemented"),
     (80, {}, "needs a Hopper GPU (9.0), device is Testing"),
     (100, {}, "needs a Hopper GPU (9.0), device is Testing"),
@@ -76,9 +80,20 @@ def test_what_it_declines(capability, change, reason, monkeypatch):
   assert mosaic_attn.unsupported(problem) == reason
 
 
-def test_determinism_is_xlas_flag(monkeypatch):
-  problem = tuning.example(64, "bfloat16")
+@pytest.mark.parametrize(
+  ("width", "length", "is_causal", "adds"),
+  [
+    (64, 1024, False, False), (64, 2048, False, True), (64, 2048, True, False),
+    (64, 4096, True, True), (128, 4096, False, True), (128, 8192, True, False),
+    (96, 8192, False, False),
+  ],
+)  # fmt: skip
+def test_dq_is_added_in_any_order_where_that_is_faster(
+  width, length, is_causal, adds, monkeypatch
+):
+  problem = tuning.example(width, "bfloat16", length, is_causal=is_causal)
+  form = mosaic_attn._form(problem)
   monkeypatch.delenv("XLA_FLAGS", raising=False)
-  assert mosaic_attn._adds_in_any_order(problem)
+  assert mosaic_attn._adds_in_any_order(form, problem) == adds
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
-  assert not mosaic_attn._adds_in_any_order(problem)
+  assert not mosaic_attn._adds_in_any_order(form, problem)
