@@ -325,6 +325,20 @@ def test_the_choice_and_its_reasons(monkeypatch, caplog):
   kernels._choose.cache_clear()
 
 
+@pytest.mark.parametrize(
+  ("lengths", "names"),
+  [
+    ((196, 196), ["triton", "mosaic", "xla"]),
+    ((1, 2048), ["mosaic", "triton", "xla"]),
+    ((2048, 2048), ["mosaic", "triton", "xla"]),
+  ],
+)
+def test_short_sequences_go_to_triton_first(lengths, names):
+  queries, keys = lengths
+  found = dataclasses.replace(problem(), query_len=queries, key_len=keys)
+  assert kernels._fastest_first(found) == names
+
+
 def test_kernels_stand_alone():
   code = (
     "import sys, kernels, kernels.xla_attn; "
