@@ -1,7 +1,7 @@
 """Decoder-only language model and its task: predicting the next token.
 
-`check`, `build`, `loss`, `evaluate`, `results`, `studies`, UNIT and METRICS are
-what sigattn.tasks wants of a task.
+`check`, `build`, `real_tokens`, `loss`, `evaluate`, `results`, `studies`, UNIT
+and METRICS are what sigattn.tasks wants of a task.
 """
 
 import math
@@ -161,6 +161,12 @@ def build(config, rngs):
     dtype=jnp.dtype(config.dtype),
     rngs=rngs,
   )
+
+
+def real_tokens(config, batch):
+  """bool (B, T): which inputs are no padding."""
+  del config
+  return batch["token"][:, :-1] >= 0
 
 
 def loss(config, model, batch, rng):
