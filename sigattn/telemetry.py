@@ -5,27 +5,15 @@ leave a line of the split "telemetry" in its metrics, measured just before by
 programs of their own: training itself compiles and computes the same as
 without. A name is quantity/place: entropy/encoder/layer0/head3, say.
 
-Of attention, for each layer and head, on the first config.telemetry.examples
-held-out examples (see `statistics`):
+QUANTITIES says what they are. Those of attention are of each layer and head, on
+the first config.telemetry.examples held-out examples. Those of the update are
+of each top-level module of the model and of each layer of a stack.
 
-  attention_norm     ||A||, Frobenius, of the weights A of an example
-  attention_v_norm   ||A V||
-  projection_norm    ||A V W_out||, the head's share of the output, no bias
-  row_sum_mean, row_sum_max    of A's rows, all 1 with softmax
-  logit_max, logit_std         of z = q k^T / sqrt(H) + b + ALiBi
-  entropy            of a row in nats: -sum_j p_j log p_j, p_j = A_j / sum_k A_k
-  saturated          share of the weights that no longer follow their logit
-
-The entropy of softmax's rows is that of the weights themselves. A row of
-another kind is divided by its sum first, which leaves how widely it looks:
-e^entropy keys; 0 for a row of zeros. Saturated: sigmoid and softmax: A > 0.99,
-where d log A / dz = 1 - A < 0.01; ReLU kinds: A = 0, where nothing flows back.
-
-Of the update, for each top-level module of the model and each layer of a stack,
-Frobenius norms: params_norm before the update, grads_norm of the gradient
-before it is clipped, updates_norm of what is added to the parameters, and of
-the optimizer's state after it: mu_norm and nu_norm, Adam's first and second
-moment (Lion has mu alone, SGD trace).
+Entropy: softmax's rows are distributions. A row of another kind is divided by
+its sum first, which leaves how widely it looks: e^entropy keys; a row of zeros
+has 0. Saturated is a weight that no longer follows its logit z: with sigmoid
+and softmax A > 0.99, where d log A / dz = 1 - A < 0.01; with the ReLU kinds
+A = 0, where nothing flows back.
 """
 
 import functools
@@ -38,6 +26,23 @@ from flax import nnx
 from sigattn import attention, layers, mesh, tasks
 
 SPLIT = "telemetry"
+QUANTITIES = {
+  "attention_norm": "|A|, Frobenius, of an example's weights A",
+  "attention_v_norm": "|A V|",
+  "projection_norm": "|A V W_out|, a head's share of the output, no bias",
+  "row_sum_mean": "of the rows of A, 1 with softmax",
+  "row_sum_max": "the largest row of A",
+  "logit_max": "of z = q k / sqrt(H) + b + ALiBi, where visible",
+  "logit_std": "standard deviation of z",
+  "entropy": "of a row of A over its sum, in nats",
+  "saturated": "share of the weights that no longer follow their logit",
+  "params_norm": "of the parameters before the update",
+  "grads_norm": "of the gradient before it is clipped",
+  "updates_norm": "of what is added to the parameters",
+  "mu_norm": "of Adam's first moment after the update (or Lion's)",
+  "nu_norm": "of Adam's second moment after the update",
+  "trace_norm": "of SGD's momentum after the update",
+}
 
 _MOMENTS = ("mu", "nu", "trace")  # as optax names them
 _SATURATED = 0.99
@@ -170,7 +175,7 @@ def _run(stack, look, found, path, x_BTD, rng=None, **attn_args):
 
 
 def statistics(attn, query, key, value, *, real_BT, **options):
-  """The module's quantities of attention, each (N,) float32.
+  """The QUANTITIES of attention, each (N,) float32.
 
   Over the real rows that see a key, and the keys that they see. Norms are of
   an example, of which the mean is taken; row_sum_max and logit_max are of all
