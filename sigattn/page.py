@@ -29,18 +29,20 @@ th, td { padding: .25rem .8rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 thead th { border-bottom: 2px solid var(--ink); }
 td.number, th.number { text-align: right; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: .6rem 0; max-width: 100%; }
+.figures { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
+.figures.wide { grid-template-columns: 100%; }
+figure { margin: .4rem 0; }
 svg { max-width: 100%; height: auto; }
 @media print {
   @page { margin: 16mm; }
   :root { --ink: #000; --paper: #fff; --faint: #444; --line: #bbb; }
   body { margin: 0; max-width: none; padding: 0; font-size: 10pt; }
   .scroll { overflow: visible; }
-  h2 { break-after: avoid; }
+  h2, p { break-after: avoid; break-inside: avoid; }
   figure, tr { break-inside: avoid; }
-  .figures figure { max-width: 48%; }
-  .figures figure.wide { max-width: 100%; }
+  .figures { grid-template-columns: 1fr 1fr; }
+  svg { max-height: 64mm; }
 }
 """
 
@@ -97,18 +99,18 @@ def _text(cell):
 def figures(named, meanings=None, wide=False):
   """{name: figure}, beside each other where there is room.
 
-  meanings: {name: what the caption says beside the name}. wide: on paper, one
-  figure has the whole width.
+  meanings: {name: what the caption says beside the name}. wide: each figure
+  has the whole width.
   """
-  size = ' class="wide"' if wide else ""
   parts = []
   for name, figure in named.items():
     caption = f"{name}: {meanings[name]}" if meanings else name
     parts.append(
-      f"<figure{size}>{_svg(figure, name)}\n"
+      f"<figure>{_svg(figure, name)}\n"
       f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
-  return '<div class="figures">' + "\n".join(parts) + "</div>\n"
+  size = " wide" if wide else ""
+  return f'<div class="figures{size}">' + "\n".join(parts) + "</div>\n"
 
 
 def _svg(figure, name):

@@ -25,7 +25,8 @@ _STYLE = {
   "axes.spines.right": False,
   "axes.spines.top": False,
   "axes.grid": True,
-  "grid.alpha": 0.3,
+  "grid.alpha": 0.25,
+  "grid.color": "grey",
   "legend.frameon": False,
   "legend.fontsize": "small",
   "svg.fonttype": "none",
@@ -145,7 +146,7 @@ def layers_by_step(groups, quantity):
   """A figure of one quantity of telemetry: a plot a group, a line a layer.
 
   The line is the mean over heads and runs, the band their range. Layers go
-  from dark to bright; other modules are grey.
+  from purple to yellow; other modules are grey.
   """
   groups = {k: v for k, v in groups.items() if _telemetry_lines({k: v})}
   columns = min(len(groups), 3)
@@ -190,9 +191,9 @@ def _by_place(groups, quantity):
 def _line_styles(places):
   layered = [place for place in places if re.search(r"layer\d+$", place)]
   others = [place for place in places if place not in layered]
-  shades = np.linspace(0.05, 0.85, len(layered))
+  shades = np.linspace(0.3, 0.9, len(layered))  # seen on white and on black
   styles = {
-    place: dict(color=mpl.colormaps["viridis"](shade))
+    place: dict(color=mpl.colormaps["plasma"](shade))
     for place, shade in zip(layered, shades, strict=True)
   }
   dashes = itertools.cycle(["--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))])
@@ -201,3 +202,60 @@ def _line_styles(places):
     for place, dash in zip(others, dashes, strict=False)
   }
   return [styles[place] for place in places]
+
+
+# Attention of one example.
+
+
+def overlays(image_HWC, looked_at_LNRC):
+  """A figure of an image under how much each patch is looked at.
+
+  A row a layer, a column a head. Bright is the most of the plot, whose number
+  stands above it. image_HWC: uint8. looked_at_LNRC: of vit.looked_at.
+  """
+  layers, heads = looked_at_LNRC.shape[:2]
+  height, width = image_HWC.shape[:2]
+  place = dict(extent=(0, width, height, 0))
+  with mpl.rc_context(_STYLE):
+    figure, axes = _figure(layers, heads + 1, (1.5, 1.65))
+    for layer, row in enumerate(axes):
+      for ax in row:
+        ax.imshow(image_HWC.squeeze(), cmap="grey", **place)
+        ax.set_axis_off()
+      row[0].set_title(f"layer {layer}", fontsize="small")
+      for head, map_RC in enumerate(looked_at_LNRC[layer]):
+        ax = row[head + 1]
+        ax.imshow(map_RC, cmap="inferno", alpha=0.6, vmin=0, **place)
+        ax.set_title(f"head {head}, to {map_RC.max():.3g}", fontsize="small")
+  return figure
+
+
+def matrices(weights_NTS, labels, title):
+  """A figure of a layer's weights: a plot a head, keys across, queries down.
+
+  labels: strings of the tokens. Bright is the plot's largest, whose number
+  stands above it.
+  """
+  count = len(labels)
+  weights_NTS = weights_NTS[:, :count, :count]
+  columns = min(len(weights_NTS), 4)
+  rows = -(-len(weights_NTS) // columns)
+  side = max(2.5, 0.13 * count + 0.6)
+  # A space would be no label at all.
+  labels = [label if label.strip() else "\u2423" for label in labels]
+  with mpl.rc_context(_STYLE | {"axes.grid": False}):
+    figure, axes = _figure(rows, columns, (side, side))
+    figure.suptitle(title)
+    for ax in axes.flat[len(weights_NTS) :]:
+      ax.remove()
+    for head, (ax, weights_TS) in enumerate(
+      zip(axes.flat, weights_NTS, strict=False)
+    ):
+      ax.imshow(weights_TS, cmap="magma", vmin=0)
+      ax.set_title(f"head {head}, to {weights_TS.max():.3g}", fontsize="small")
+      ticks = dict(fontsize=7, family="monospace", parse_math=False)
+      turned = 90 if max(map(len, labels)) > 1 else 0
+      ax.set_xticks(range(count), labels, rotation=turned, **ticks)
+      ax.set_yticks(range(count), labels, **ticks)
+      ax.tick_params(length=0)
+  return figure

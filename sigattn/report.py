@@ -185,7 +185,7 @@ def group(runs):
   keys, groups = differing(runs), {}
   for run in runs:
     label = workdirs.name({key: run.config.get(key) for key in keys})
-    groups.setdefault(label, []).append(run)
+    groups.setdefault(label if keys else "all", []).append(run)
   return groups
 
 
@@ -227,12 +227,13 @@ def write(folders, out=None):
     ("Curves", _CURVES, page.figures(curves)),
   ]
   if measured:
-    body = page.figures(measured, telemetry.QUANTITIES, wide=True)
+    wide = len(groups) > 1
+    body = page.figures(measured, telemetry.QUANTITIES, wide)
     sections.append(("Telemetry, layer by step", _TELEMETRY, body))
   path = out / "index.html"
   title = f"Report of {', '.join(map(str, folders))}"
   count = sum(map(len, groups.values()))
-  note = f"{count} runs in {len(groups)} groups; a group's differ in the seed."
+  note = f"{count} runs; those that differ in the seed alone are one group."
   path.write_text(page.document(title, note, sections))
   return path
 
@@ -241,15 +242,16 @@ _RUNS = "The values of the config that differ, and the runs of each group."
 _FINAL = (
   "The last evaluation of each run: mean and standard deviation (sd) over the "
   "runs of a group, and the 95 % confidence interval of the mean by Student's "
-  "t distribution with one degree of freedom less than runs."
+  "t distribution with one degree of freedom less than runs. Runs that have "
+  "not come as far as others of their group are left out."
 )
 _CURVES = (
   "Line: mean over the runs of a group. Band: their range. Thick: held out. "
   "Thin: training, means since the line before."
 )
 _TELEMETRY = (
-  "Line: mean over heads and runs. Band: their range. Layers go from dark to "
-  "bright; other modules of the model are grey."
+  "Line: mean over heads and runs. Band: their range. Layers go from purple to "
+  "yellow; other modules of the model are grey."
 )
 
 
@@ -278,20 +280,22 @@ def _runs_table(groups):
 
 
 def _final_table(groups):
-  """A row a metric and group; a run without an evaluation is left out."""
+  """A row a metric and group, of the runs that have come furthest in it."""
   found = {}
   for label, runs in groups.items():
-    last = [run.evaluation for run in runs if run.evaluation]
-    steps = sorted({line["step"] for line in last})
+    step = max((run.evaluation or {"step": -1})["step"] for run in runs)
+    last = [
+      run.evaluation
+      for run in runs
+      if run.evaluation and run.evaluation["step"] == step
+    ]
+    count = (
+      f"{len(last)} of {len(runs)}" if len(last) < len(runs) else len(runs)
+    )
     for name in last[0] if last else ():
       if name not in ("step", "split"):
-        values = [line[name] for line in last]
-        row = [
-          label,
-          "–".join(map(str, steps[:: len(steps) - 1 or 1])),
-          len(last),
-        ]
-        found.setdefault(name, []).append([*row, *interval(values)])
+        row = [label, step, count, *interval([line[name] for line in last])]
+        found.setdefault(name, []).append(row)
   columns = ["metric", "group", "step", "runs", "mean", "sd", "95 % from", "to"]
   rows = [[name, *row] for name, rows in found.items() for row in rows]
   return columns, rows

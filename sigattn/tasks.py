@@ -15,6 +15,8 @@ and may have
   studies(config)                 {name: config} of what eval.py evaluates too
   real_tokens(config, batch)      bool (B, T): which of the tokens that attend
                                   are no padding, where attention does not know
+  labels(config, batch)           what to write beside the tokens that attend:
+                                  strings, of a batch of one
 """
 
 import functools

@@ -14,16 +14,25 @@ its sum first, which leaves how widely it looks: e^entropy keys; a row of zeros
 has 0. Saturated is a weight that no longer follows its logit z: with sigmoid
 and softmax A > 0.99, where d log A / dz = 1 - A < 0.01; with the ReLU kinds
 A = 0, where nothing flows back.
+
+And the weights of one example, as pictures:
+
+  python -m sigattn.telemetry --workdir=runs/vit_sigmoid/default --example=3
 """
 
 import functools
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from absl import app, flags
 from flax import nnx
 
-from sigattn import attention, layers, mesh, tasks
+from sigattn import attention, checkpoint, layers, mesh, metrics, tasks
+from sigattn.data import loader
 
 SPLIT = "telemetry"
 QUANTITIES = {
@@ -253,3 +262,100 @@ def norms(tree, stacks=()):
     square = jnp.square(x.astype(jnp.float32)).sum(axes)
     squares[place] = squares.get(place, 0.0) + square
   return {"/".join(k): jnp.sqrt(x) for k, x in squares.items()}
+
+
+# Pictures of an example.
+
+
+def maps(config, params, batch):
+  """The weights of every layer: {path of the stack: (L, B, N, T, S)}, NumPy."""
+
+  @jax.jit
+  def run(params, batch):
+    return observe(config, params, batch, _weights)
+
+  return jax.device_get(run(params, batch))
+
+
+def _weights(attn, query, key, value, *, real_BT, **options):
+  del attn, value, real_BT
+  return attention.attention_weights(query, key, **options).weights_BNTS
+
+
+def example(config, index):
+  """Held-out example number `index`, from 0 on, as a batch of one.
+
+  Raises ValueError where there are fewer.
+  """
+  config = config.copy_and_resolve_references().unlock()
+  config.batch_size = 1
+  left = index
+  for batch in loader.eval_batches(config, config.data.eval_split):
+    rows = np.flatnonzero(batch["weight"])
+    if 0 <= left < len(rows):
+      row = rows[left]
+      return {name: x[row : row + 1] for name, x in batch.items()}
+    left -= len(rows)
+  raise ValueError(
+    f"example={index}; {config.data.eval_split!r} has {index - left}, from 0 on"
+  )
+
+
+def draw(workdir, index, step=None, tokens=40):
+  """Draws the attention of a run on a held-out example; returns the paths.
+
+  Images: one PNG, what each head of each layer looks at. Else a PNG a layer,
+  with the weights between the first `tokens` tokens. They lie in workdir/maps.
+  step: as in checkpoint.load. Raises ValueError for what is not there.
+  """
+  from sigattn import plots  # 0.5 s that only a picture needs
+
+  config, params, step = checkpoint.load(workdir, step)
+  task, batch = tasks.TASKS[config.task], example(config, index)
+  figures = {}
+  for stack, weights_LBNTS in maps(config, params, batch).items():
+    weights_LNTS = weights_LBNTS[:, 0]
+    if hasattr(task, "looked_at"):
+      figures[stack] = plots.overlays(
+        batch["image"][0], task.looked_at(config, weights_LNTS)
+      )
+      continue
+    labels = task.labels(config, batch)[:tokens]
+    for layer, weights_NTS in enumerate(weights_LNTS):
+      title = f"example {index}, step {step}, layer {layer}: query by key"
+      figures[f"{stack}_layer{layer}"] = plots.matrices(
+        weights_NTS, labels, title
+      )
+  folder = pathlib.Path(workdir) / "maps"
+  folder.mkdir(exist_ok=True)
+  paths = []
+  for name, figure in figures.items():
+    name = name.replace("/", "_")
+    paths.append(folder / f"example{index}_{name}.png")
+    plots.save(figure, paths[-1], "png")
+  return paths
+
+
+def _main(argv):
+  if argv[1:]:
+    raise app.UsageError(f"not understood: {argv[1:]}")
+  metrics.set_up_logs()
+  values = flags.FLAGS.flag_values_dict()
+  step = values["step"]
+  try:
+    if step is not None and step != "best":
+      step = int(step)
+    paths = draw(values["workdir"], values["example"], step, values["tokens"])
+  except ValueError as error:
+    sys.exit(f"sigattn.telemetry: {error}")
+  for path in paths:
+    metrics.log(f"map: {path}")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "The folder of the run.")
+  flags.DEFINE_integer("example", 0, "Number of a held-out example.")
+  flags.DEFINE_string("step", None, "A number or best; by default the newest.")
+  flags.DEFINE_integer("tokens", 40, "Of a text, so many are drawn.", 1)
+  flags.mark_flag_as_required("workdir")
+  app.run(_main)

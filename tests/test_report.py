@@ -152,6 +152,16 @@ def test_one_group_and_a_folder_of_its_own(tmp_path):
   assert report.differing(report.find([tmp_path])) == ["total_steps"]
 
 
+def test_run_that_is_behind_its_group_is_left_out(runs):
+  path = runs / "b" / "metrics.jsonl"
+  lines = path.read_text().splitlines()
+  path.write_text("\n".join(lines[:3]) + "\n")
+  _, rows = report._final_table(report.group(report.find([runs])))
+  assert rows[2] == [
+    "accuracy", "attn.kind=sigmoid", 4, "1 of 2", 0.4, None, None, None,
+  ]  # fmt: skip
+
+
 def test_folder_without_runs_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"empty: holds no run"):
     report.write([tmp_path / "empty"])

@@ -5,9 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
-from configs import lm_sigmoid, vit_sigmoid
-from sigattn import attention, layers, metrics, positions, tasks, telemetry
+from configs import lm_sigmoid, speech_sigmoid, synthetic_sigmoid, vit_sigmoid
+from sigattn import (
+  attention,
+  checkpoint,
+  layers,
+  metrics,
+  plots,
+  positions,
+  tasks,
+  telemetry,
+)
 from sigattn.data import loader
 from train import train
 
@@ -307,3 +317,88 @@ def test_a_run_with_telemetry_computes_what_it_does_without(
     rel=1e-4,
   )
   assert int(state.step) == 5
+
+
+def test_example_is_the_one_of_its_number():
+  config = vit()
+  [batch] = [next(iter(loader.eval_batches(config, "test")))]
+  found = telemetry.example(config, 3)
+  np.testing.assert_array_equal(found["image"], batch["image"][3:4])
+  assert config.batch_size == 8
+  with pytest.raises(ValueError, match=r"example=2000; 'test' has 2000"):
+    telemetry.example(config, 2000)
+  with pytest.raises(ValueError, match=r"example=-1"):
+    telemetry.example(config, -1)
+
+
+@pytest.mark.parametrize("pool", ["mean", "class"])
+def test_what_an_image_is_looked_at_by(pool):
+  config = vit(**{"model.pool": pool})
+  tokens = 16 + (pool == "class")
+  weights = np.random.default_rng(0).random((2, 2, tokens, tokens))
+  found = tasks.TASKS["vit"].looked_at(config, weights)
+  assert found.shape == (2, 2, 4, 4)
+  row_T = weights[1, 0].mean(0) if pool == "mean" else weights[1, 0, 0, 1:]
+  assert found[1, 0, 2, 3] == pytest.approx(row_T[2 * 4 + 3])
+
+
+@pytest.mark.parametrize(
+  ("module", "arg"),
+  [
+    (lm_sigmoid, "runlocal"),
+    (speech_sigmoid, "runlocal"),
+    (synthetic_sigmoid, "summation,runlocal"),
+    (synthetic_sigmoid, "recall,runlocal"),
+  ],
+)
+def test_every_token_that_attends_has_a_label(module, arg):
+  config = module.get_config(arg)
+  task, batch = tasks.TASKS[config.task], telemetry.example(config, 1)
+  labels = task.labels(config, batch)
+  params = jax.eval_shape(lambda: tasks.init(config)[1])
+  found = jax.eval_shape(
+    lambda *args: telemetry.observe(config, *args, telemetry._weights),
+    params,
+    batch,
+  )
+  [shape] = [x.shape for x in found.values()]
+  assert shape[1] == 1
+  # Utterances are padded up to the length of their bucket.
+  assert len(labels) == shape[-1] or config.task == "speech"
+  assert 0 < len(labels) <= shape[-1]
+  assert all(isinstance(label, str) for label in labels)
+
+
+def test_maps_are_drawn_of_a_run(tmp_path, monkeypatch):
+  config = lm_sigmoid.get_config("runlocal")
+  _, params = tasks.init(config)
+  monkeypatch.setattr(checkpoint, "load", lambda *_: (config, params, 2))
+  drawn = []
+  monkeypatch.setattr(
+    plots,
+    "matrices",
+    lambda *args: drawn.append(args) or plots._figure(1, 1)[0],
+  )
+  paths = telemetry.draw(tmp_path, 1, tokens=5)
+  names = [f"example1_stack_layer{i}.png" for i in range(2)]
+  assert [path.name for path in paths] == names
+  assert Image.open(paths[0]).size[0] > 100
+  weights_NTS, labels, _ = drawn[1]
+  assert len(labels) == 5
+  # Causal: the first token sees itself alone.
+  assert weights_NTS.shape == (2, 32, 32)
+  assert (weights_NTS[:, 0, 0] > 0).all()
+  assert not weights_NTS[:, 0, 1:].any()
+
+
+def test_pictures_show_every_head():
+  weights = np.random.default_rng(0).random((5, 4, 4))
+  figure = plots.matrices(weights, ["a", "$", " "], "title")
+  shown = [ax.images[0].get_array() for ax in figure.axes]
+  assert len(shown) == 5
+  np.testing.assert_array_equal(shown[4], weights[4, :3, :3])
+  ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+  assert ticks == ["a", "$", "\u2423"]
+  image = np.zeros((8, 8, 3), np.uint8)
+  figure = plots.overlays(image, weights.reshape(5, 4, 2, 2))
+  assert [len(ax.images) for ax in figure.axes] == 5 * [1, 2, 2, 2, 2]
