@@ -233,7 +233,7 @@ def write(folders, out=None):
   path = out / "index.html"
   title = f"Report of {', '.join(map(str, folders))}"
   count = sum(map(len, groups.values()))
-  note = f"{count} runs; those that differ in the seed alone are one group."
+  note = f"Runs: {count}. Those that differ in the seed alone are one group."
   path.write_text(page.document(title, note, sections))
   return path
 
