@@ -177,7 +177,7 @@ def differing(runs):
   ]
 
 
-def group(runs):
+def by_config(runs):
   """{label: [Run, ...]}: one group are the runs that differ in the seed alone.
 
   The label says what differs: attn.kind=sigmoid.
@@ -211,7 +211,7 @@ def write(folders, out=None):
   """
   from sigattn import page, plots
 
-  groups = group(find(folders))
+  groups = by_config(find(folders))
   out = pathlib.Path(out or pathlib.Path(folders[0]) / "report")
   out.mkdir(parents=True, exist_ok=True)
   lines = {k: [run.lines for run in runs] for k, runs in groups.items()}

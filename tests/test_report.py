@@ -117,7 +117,7 @@ def test_each_layer_is_a_line_over_its_heads(runs):
 
   lines = {
     label: [run.lines for run in runs]
-    for label, runs in report.group(report.find([runs])).items()
+    for label, runs in report.by_config(report.find([runs])).items()
   }
   figure = plots.layers_by_step(lines, "entropy")
   assert [ax.get_title() for ax in figure.axes] == [*lines]
@@ -156,7 +156,7 @@ def test_run_that_is_behind_its_group_is_left_out(runs):
   path = runs / "b" / "metrics.jsonl"
   lines = path.read_text().splitlines()
   path.write_text("\n".join(lines[:3]) + "\n")
-  _, rows = report._final_table(report.group(report.find([runs])))
+  _, rows = report._final_table(report.by_config(report.find([runs])))
   assert rows[2] == [
     "accuracy", "attn.kind=sigmoid", 4, "1 of 2", 0.4, None, None, None,
   ]  # fmt: skip
