@@ -21,7 +21,16 @@ from absl import app, flags
 from flax import nnx
 from ml_collections import config_flags
 
-from sigattn import checkpoint, mesh, metrics, optim, report, tasks, workdirs
+from sigattn import (
+  checkpoint,
+  mesh,
+  metrics,
+  optim,
+  report,
+  tasks,
+  telemetry,
+  workdirs,
+)
 from sigattn.data import loader
 
 
@@ -51,8 +60,12 @@ def train(config, workdir=None):
   eval_batches = loader.eval_batches(config, split)
   devices = mesh.make()
   static, tx, state = _init(config, devices)
-  step_fn = _make_step(config, task, static, tx)
+  update = _make_update(config, task, static, tx)
+  step_fn = _make_step(update)
   evaluate = tasks.evaluator(config, devices)
+  measure = telemetry.make(
+    config, lambda *args: update(*args)[:3], eval_batches, devices
+  )
 
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
@@ -90,6 +103,9 @@ def train(config, workdir=None):
       if last or stopping:
         break
       batch = mesh.put(next(data), devices)
+      if telemetry.is_due(config, step + 1):
+        log.finish()
+        writer.write(step + 1, telemetry.SPLIT, measure(state, batch))
       state, step_metrics = step_fn(state, batch)
       log.step(step + 1, step_metrics, len(jax.tree.leaves(batch)[0]))
 
@@ -118,8 +134,8 @@ def _init(config, devices):
   return static, tx, state(params)
 
 
-def _make_step(config, task, static, tx):
-  """(state, batch) -> (state, metrics), jitted, with the old state donated."""
+def _make_update(config, task, static, tx):
+  """(state, batch) -> (gradients, what is added, new state, metrics)."""
   schedule = optim.schedule(config)
   decay = config.optim.ema_decay
 
@@ -127,8 +143,7 @@ def _make_step(config, task, static, tx):
   def gradients(params, batch, rng):
     return task.loss(config, nnx.merge(static, params), batch, rng)
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step_fn(state, batch):
+  def update(state, batch):
     # 0 is the initialisation's.
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step + 1)
     (_, step_metrics), grads = _accumulate(
@@ -143,7 +158,18 @@ def _make_step(config, task, static, tx):
       "lr": schedule(state.step),
       "grad_norm": optax.tree.norm(grads),
     }
-    return State(state.step + 1, params, opt_state, ema), step_metrics
+    new = State(state.step + 1, params, opt_state, ema)
+    return grads, updates, new, step_metrics
+
+  return update
+
+
+def _make_step(update):
+  """(state, batch) -> (state, metrics), jitted, with the old state donated."""
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step_fn(state, batch):
+    return update(state, batch)[2:]
 
   return step_fn
 

@@ -63,6 +63,14 @@ def base():
     every_steps=50,  # a line of metrics: means since the line before
     tensorboard=True,
   )
+
+  # Norms and statistics of attention and of the update: sigattn/telemetry.py.
+  config.telemetry = config_dict.create(
+    every_steps=0,  # updates between two lines; 0: none
+    # Held-out examples whose attention is measured: several times
+    # heads * length^2 floats each.
+    examples=8,
+  )
   return config
 
 

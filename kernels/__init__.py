@@ -10,11 +10,13 @@ import functools
 import importlib
 import logging
 
-from kernels import device
+from kernels import device, xla_attn
 from kernels import problem as problems
 from kernels.problem import Operands, Problem
 
-__all__ = ["IMPLEMENTATIONS", "Operands", "Problem", "attention", "choose"]
+__all__ = [
+  "IMPLEMENTATIONS", "Operands", "Problem", "attention", "choose", "weights",
+]  # fmt: skip
 
 # Fastest first for long sequences. xla takes every problem, and so is the last.
 IMPLEMENTATIONS = {
@@ -79,6 +81,18 @@ def attention(
   )
   module = _module(choose(problem, implementation))
   return module.attention(query, key, value, operands, problem)
+
+
+def weights(query, key, operands, *, local_window_size=None, **options):
+  """(logits, weights, visible) of `attention`, each (B, N, T, S): to look at.
+
+  The specification's, in float32 and all at once. The arguments are those of
+  `attention`, without the values and the implementation.
+  """
+  problem = problems.make(
+    query, key, key, operands, window=local_window_size, **options
+  )
+  return xla_attn.weights(query, key, operands, problem)
 
 
 def choose(problem: Problem, implementation=None):

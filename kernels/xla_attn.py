@@ -42,16 +42,35 @@ def reference(query, key, value, operands, problem):
   keeps all the weights, and JAX differentiates it in both modes.
   """
   with jax.default_matmul_precision("highest"):
-    q_BTKGH, k_BSKH, v_BSKH = (
-      x.astype(_logits_dtype(problem))
-      for x in (_group(query, problem), key, value)
-    )
-    block = _Block(0, problem.query_len, 0, problem.key_len)
-    z_BKGTS = _logits(q_BTKGH, k_BSKH, operands, problem, block)
-    p_BKGTS, _ = _activation(z_BKGTS, problem)
-    p_BKGTS = _only(_visible(operands, problem, block), p_BKGTS)
+    _, p_BKGTS, _ = _all_weights(query, key, operands, problem)
+    v_BSKH = value.astype(_logits_dtype(problem))
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS, v_BSKH)
   return out_BTKGH.reshape(query.shape).astype(query.dtype)
+
+
+def weights(query, key, operands, problem):
+  """What `reference` multiplies the values with, and what it is made of.
+
+  Returns (logits, weights, visible), each (B, N, T, S): logits before the
+  activation, in float32, of hidden pairs too; weights 0 where not visible.
+  """
+  with jax.default_matmul_precision("highest"):
+    z_BKGTS, p_BKGTS, visible = _all_weights(query, key, operands, problem)
+  visible = True if visible is None else visible
+  arrays = z_BKGTS, p_BKGTS, jnp.broadcast_to(visible, z_BKGTS.shape)
+  shape = problem.batch, problem.num_heads, problem.query_len, problem.key_len
+  return tuple(x.reshape(shape) for x in arrays)
+
+
+def _all_weights(query, key, operands, problem):
+  q_BTKGH, k_BSKH = (
+    x.astype(_logits_dtype(problem)) for x in (_group(query, problem), key)
+  )
+  block = _Block(0, problem.query_len, 0, problem.key_len)
+  z_BKGTS = _logits(q_BTKGH, k_BSKH, operands, problem, block)
+  p_BKGTS, _ = _activation(z_BKGTS, problem)
+  visible = _visible(operands, problem, block)
+  return z_BKGTS, _only(visible, p_BKGTS), visible
 
 
 def attention(query, key, value, operands, problem):

@@ -13,6 +13,7 @@ H head width.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,27 +123,116 @@ def dot_product_attention(
     )
   if mask is not None and deterministic is not None:
     mask = jnp.asarray(mask) != 0
-  heads = query.shape[0], query.shape[2]
-  operands = kernels.Operands(
-    bias=_unsqueeze(bias, 4),
-    mask=_unsqueeze(mask, 4),
-    alibi_slopes=_per_head("alibi_slopes", alibi_slopes, heads),
-    query_seq_lengths=_unsqueeze(query_seq_lengths, 1),
-    key_value_seq_lengths=_unsqueeze(key_value_seq_lengths, 1),
-    query_segment_ids=_unsqueeze(query_segment_ids, 2),
-    key_value_segment_ids=_unsqueeze(key_value_segment_ids, 2),
+  operands = _operands(
+    query,
+    bias=bias,
+    mask=mask,
+    alibi_slopes=alibi_slopes,
+    query_seq_lengths=query_seq_lengths,
+    key_value_seq_lengths=key_value_seq_lengths,
+    query_segment_ids=query_segment_ids,
+    key_value_segment_ids=key_value_segment_ids,
   )
   masks = dict(is_causal=is_causal, local_window_size=local_window_size)
-  scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+  attend = _softmax if kind == "softmax" else _pointwise
+  out = attend(
+    query, key, value, operands, kind=kind, logit_bias=logit_bias,
+    n=_length(n, key), scale=_scale(scale, query),
+    implementation=implementation, **masks,
+  )  # fmt: skip
+  return out.reshape(shape)
+
+
+class Weights(NamedTuple):
+  """All that dot_product_attention computes before the values come in."""
+
+  logits_BNTS: Any  # float32: scale q k^T + bias + alibi + b, hidden pairs too
+  weights_BNTS: Any  # float32: phi of them, 0 where hidden
+  visible_BNTS: Any  # bool
+
+
+def attention_weights(
+  query,
+  key,
+  *,
+  kind="sigmoid",
+  logit_bias=None,
+  n=None,
+  scale=None,
+  is_causal=False,
+  local_window_size=None,
+  **operands,
+):
+  """The Weights A of which dot_product_attention's output is A v: to look at.
+
+  They are held all at once. The arguments are dot_product_attention's, with a
+  batch axis; operands: its arrays, from `bias` to `key_value_segment_ids`.
+  """
+  operands = _operands(query, **operands)
+  is_softmax = kind == "softmax"
+  if is_softmax:
+    _check_no_bias(kind, logit_bias)
+    kind, logit_bias = "sigmoid", 0.0  # of the same logits
+  operands, numbers = _bias_and_divisor(
+    query, operands, kind, logit_bias, _length(n, key)
+  )
+  found = Weights(
+    *kernels.weights(
+      query,
+      key,
+      operands,
+      kind=kind,
+      scale=_scale(scale, query),
+      is_causal=is_causal,
+      local_window_size=local_window_size,
+      **numbers,
+    )
+  )
+  if not is_softmax:
+    return found
+  weights_BNTS = jax.nn.softmax(found.logits_BNTS, where=found.visible_BNTS)
+  # Of a row that sees nothing, jax.nn's are NaN.
+  weights_BNTS = jnp.where(found.visible_BNTS, weights_BNTS, 0)
+  return found._replace(weights_BNTS=weights_BNTS)
+
+
+def _check_no_bias(kind, logit_bias):
+  if logit_bias is not None:
+    raise ValueError(
+      f"{logit_bias=} with {kind=}: softmax cancels a constant of the row; "
+      "give None"
+    )
+
+
+def _scale(scale, query):
+  return 1 / math.sqrt(query.shape[3]) if scale is None else scale
+
+
+def _length(n, key):
   n = key.shape[1] if n is None else n
   if not n > 0:
     raise ValueError(f"{n=}; must be > 0")
-  attend = _softmax if kind == "softmax" else _pointwise
-  out = attend(
-    query, key, value, operands, kind=kind, logit_bias=logit_bias, n=n,
-    scale=scale, implementation=implementation, **masks,
-  )  # fmt: skip
-  return out.reshape(shape)
+  return n
+
+
+def _operands(
+  query, *, bias=None, mask=None, alibi_slopes=None, **lengths_and_segments
+):
+  """kernels.Operands of arrays that may lack axes in front."""
+  return kernels.Operands(
+    bias=_unsqueeze(bias, 4),
+    mask=_unsqueeze(mask, 4),
+    alibi_slopes=_per_head("alibi_slopes", alibi_slopes, _heads(query)),
+    **{
+      name: _unsqueeze(x, 1 if name.endswith("lengths") else 2)
+      for name, x in lengths_and_segments.items()
+    },
+  )
+
+
+def _heads(query):
+  """(B, N)."""
+  return query.shape[0], query.shape[2]
 
 
 def default_logit_bias(kind, n):
@@ -151,31 +241,29 @@ def default_logit_bias(kind, n):
 
 
 def _pointwise(query, key, value, operands, *, kind, logit_bias, n, **options):
+  operands, numbers = _bias_and_divisor(query, operands, kind, logit_bias, n)
+  return kernels.attention(
+    query, key, value, operands, kind=kind, **numbers, **options
+  )
+
+
+def _bias_and_divisor(query, operands, kind, logit_bias, n):
+  """b and what the activation is divided by, as `kernels` takes them.
+
+  Returns (operands, {"logit_bias", "normalizer"}).
+  """
   if logit_bias is None:
     logit_bias = default_logit_bias(kind, n)
   elif not isinstance(logit_bias, (int, float, np.number)):
-    heads = query.shape[0], query.shape[2]
-    array = _per_head("logit_bias", logit_bias, heads)
+    array = _per_head("logit_bias", logit_bias, _heads(query))
     operands, logit_bias = operands._replace(logit_bias=array), None
-  return kernels.attention(
-    query,
-    key,
-    value,
-    operands,
-    kind=kind,
-    logit_bias=logit_bias,
-    normalizer=1.0 if kind == "sigmoid" else n,
-    **options,
-  )
+  normalizer = 1.0 if kind == "sigmoid" else n
+  return operands, dict(logit_bias=logit_bias, normalizer=normalizer)
 
 
 def _softmax(query, key, value, operands, *, kind, logit_bias, n, **options):
   del n  # Softmax normalises by itself.
-  if logit_bias is not None:
-    raise ValueError(
-      f"{logit_bias=} with {kind=}: softmax cancels a constant of the row; "
-      "give None"
-    )
+  _check_no_bias(kind, logit_bias)
   bias, mask = operands.bias, operands.mask
   if operands.alibi_slopes is not None:
     length, keys = query.shape[1], key.shape[1]

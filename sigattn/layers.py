@@ -109,6 +109,8 @@ class SelfAttention(nnx.Module):
     self.kind, self.max_length = kind, max_length
     self.alibi, self.is_causal = alibi, is_causal
     self.rotate, self.implementation = rotate, implementation
+    # Replaced by telemetry, which thus hears what every layer is given.
+    self.attention_fn = attention.dot_product_attention
     head_width = width // num_heads
     linear = functools.partial(
       nnx.LinearGeneral,
@@ -185,7 +187,7 @@ class SelfAttention(nnx.Module):
 
   def _attend(self, q_BTNH, k_BSKH, v_BSKH, **options):
     bias = self.logit_bias
-    return attention.dot_product_attention(
+    return self.attention_fn(
       q_BTNH,
       k_BSKH,
       v_BSKH,

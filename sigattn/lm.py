@@ -1,7 +1,7 @@
 """Decoder-only language model and its task: predicting the next token.
 
-`check`, `build`, `loss`, `evaluate`, `results`, `studies`, UNIT and METRICS are
-what sigattn.tasks wants of a task.
+`check`, `build`, `real_tokens`, `labels`, `loss`, `evaluate`, `results`,
+`studies`, UNIT and METRICS are what sigattn.tasks wants of a task.
 """
 
 import math
@@ -161,6 +161,19 @@ def build(config, rngs):
     dtype=jnp.dtype(config.dtype),
     rngs=rngs,
   )
+
+
+def real_tokens(config, batch):
+  """bool (B, T): which inputs are no padding."""
+  del config
+  return batch["token"][:, :-1] >= 0
+
+
+def labels(config, batch):
+  """The text of each input of a batch of one row, padding left out."""
+  token_T = batch["token"][0, :-1]
+  decode = text.tokenizer(config).decode
+  return [decode([int(x)]) for x in token_T[token_T >= 0]]
 
 
 def loss(config, model, batch, rng):

@@ -1,12 +1,24 @@
-"""Tables and pictures of runs."""
+"""Reports of runs: tables on the terminal, and a page of any set of them.
 
+  python -m sigattn.report runs/vit_sigmoid [more folders] [--out=folder]
+
+makes one HTML page, which needs nothing beside itself, and its figures as PNG.
+Every run in or below the folders is in it; runs that differ in the seed alone
+are one group. The interval is Student's: mean +- t s / sqrt(n), s the standard
+deviation of n runs and t the 97.5 % quantile of their n - 1 degrees of freedom.
+"""
+
+import math
 import pathlib
 import statistics
+import sys
+from typing import NamedTuple
 
 import jax
 import rich.table
+from absl import app, flags
 
-from sigattn import metrics, optim, workdirs
+from sigattn import metrics, optim, telemetry, workdirs
 
 
 def parameter_table(params):
@@ -36,7 +48,7 @@ def finish(workdir, split, best_metric, best_mode):
   )
   metrics.log(table)
   path = pathlib.Path(workdir) / "curves.png"
-  curves({str(workdir): [lines]}, path)
+  _curves({str(workdir): [lines]}, path)
   metrics.log(f"curves: {path}")
 
 
@@ -71,14 +83,14 @@ def sweep(runs, root, config):
   split, groups = config.data.eval_split, {}
   for delta, workdir in runs:
     lines = metrics.read(workdir)
-    if any(line["split"] == split for line in lines):
+    if _last(lines, split):
       label = workdirs.name({k: v for k, v in delta.items() if k != "seed"})
       groups.setdefault(label, []).append(lines)
   if not groups:
     return
   table, rows = rich.table.Table("", "runs", title=f"{root}: {split}"), {}
   for label, group in groups.items():
-    last = [[x for x in run if x["split"] == split][-1] for run in group]
+    last = [_last(run, split) for run in group]
     names = [key for key in last[0] if key not in ("step", "split")]
     if not rows:
       for key in names:
@@ -88,8 +100,19 @@ def sweep(runs, root, config):
   metrics.log(table)
   workdirs.write_json(pathlib.Path(root) / "sweep.json", rows)
   path = pathlib.Path(root) / "sweep.png"
-  curves(groups, path)
+  _curves(groups, path)
   metrics.log(f"curves: {path}")
+
+
+def _last(lines, split):
+  """The last evaluation of a run, or None."""
+  return next((x for x in reversed(lines) if x["split"] == split), None)
+
+
+def _curves(groups, path):
+  from sigattn import plots  # 0.5 s that only a finished run needs
+
+  plots.curves(groups, path)
 
 
 def _spread(values):
@@ -106,62 +129,190 @@ def format_value(value):
   return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
-def curves(groups, path):
-  """Draws loss, accuracy and CER against the step, training and held out.
-
-  groups: {label: [lines of one run, of another seed, ...]}: the mean of a
-  group's runs is the line, their range the band.
-  """
-  import matplotlib.figure  # 0.3 s that only a finished run needs
-
-  names = [n for n in ("loss", "accuracy", "cer") if _has(groups, n)]
-  figure = matplotlib.figure.Figure(
-    figsize=(5.2 * len(names), 3.6), layout="constrained"
-  )
-  for axes, name in zip(
-    figure.subplots(1, len(names), squeeze=False)[0], names, strict=True
-  ):
-    for index, (label, runs) in enumerate(groups.items()):
-      _draw(axes, runs, name, label, f"C{index}")
-    axes.set(xlabel="step", ylabel=name)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
-  figure.savefig(path, dpi=120)
+# The page.
 
 
-def _has(groups, name):
-  return any(name in line for g in groups.values() for r in g for line in r)
+class Run(NamedTuple):
+  """A run's folder, read."""
+
+  workdir: str
+  config: dict  # flat: {"attn.kind": "sigmoid", ...}
+  lines: list  # of metrics
+
+  @property
+  def evaluation(self):
+    return _last(self.lines, self.config["data.eval_split"])
 
 
-def _draw(axes, runs, name, label, color):
-  splits = dict.fromkeys(line["split"] for run in runs for line in run)
-  for split in splits:
-    by_step = {}
-    for run in runs:
-      for line in run:
-        if line["split"] == split and name in line:
-          by_step.setdefault(line["step"], []).append(line[name])
-    if not by_step:
-      continue
-    steps = sorted(by_step)
-    held_out = split != "train"
-    axes.plot(
-      steps,
-      [statistics.fmean(by_step[step]) for step in steps],
-      color=color,
-      marker="o" if held_out else "",
-      markersize=3,
-      linewidth=1.5 if held_out else 0.8,
-      alpha=1.0 if held_out else 0.5,
-      label=f"{label} ({split})",
+def find(folders):
+  """Every Run in or below the folders; ValueError for one that has none."""
+  found = {}
+  for folder in folders:
+    paths = [
+      path.parent
+      for path in sorted(pathlib.Path(folder).rglob("config.json"))
+      if (path.parent / "metrics.jsonl").exists()
+    ]
+    if not paths:
+      raise ValueError(f"{folder}: holds no run (config.json, metrics.jsonl)")
+    found |= dict.fromkeys(paths)
+  return [
+    Run(
+      str(path),
+      workdirs.flatten(workdirs.read_config(path)),
+      metrics.read(path),
     )
-    if held_out and len(runs) > 1:
-      axes.fill_between(
-        steps,
-        [min(by_step[step]) for step in steps],
-        [max(by_step[step]) for step in steps],
-        color=color,
-        alpha=0.15,
-        linewidth=0,
-      )
+    for path in found
+  ]
+
+
+def differing(runs):
+  """The keys of the config, but for the seed, that not all runs agree on."""
+  keys = dict.fromkeys(key for run in runs for key in run.config)
+  return [
+    key
+    for key in keys
+    if key != "seed"
+    and any(run.config.get(key) != runs[0].config.get(key) for run in runs)
+  ]
+
+
+def by_config(runs):
+  """{label: [Run, ...]}: one group are the runs that differ in the seed alone.
+
+  The label says what differs: attn.kind=sigmoid.
+  """
+  keys, groups = differing(runs), {}
+  for run in runs:
+    label = workdirs.name({key: run.config.get(key) for key in keys})
+    groups.setdefault(label if keys else "all", []).append(run)
+  return groups
+
+
+def interval(values):
+  """(mean, standard deviation, low, high) with the 95 % interval of the mean.
+
+  Student's t, see the module; one value alone has neither: None.
+  """
+  import scipy.stats  # 0.4 s that only a page needs
+
+  mean, n = statistics.fmean(values), len(values)
+  if n == 1:
+    return mean, None, None, None
+  deviation = statistics.stdev(values)
+  half = scipy.stats.t.ppf(0.975, n - 1) * deviation / math.sqrt(n)
+  return mean, deviation, mean - half, mean + half
+
+
+def write(folders, out=None):
+  """Writes the page of all runs in the folders, and PNGs; returns its path.
+
+  out: a folder, by default `report` in the first of them.
+  """
+  from sigattn import page, plots
+
+  groups = by_config(find(folders))
+  out = pathlib.Path(out or pathlib.Path(folders[0]) / "report")
+  out.mkdir(parents=True, exist_ok=True)
+  lines = {k: [run.lines for run in runs] for k, runs in groups.items()}
+  curves = {name: plots.curve(lines, name) for name in _drawn(groups)}
+  measured = {
+    name: plots.layers_by_step(lines, name) for name in plots.measured(lines)
+  }
+  for name, figure in (curves | measured).items():
+    plots.save(figure, out / f"{name}.png", "png")
+  sections = [
+    ("Runs", _RUNS, page.table(*_runs_table(groups))),
+    ("Final evaluation", _FINAL, page.table(*_final_table(groups))),
+    ("Curves", _CURVES, page.figures(curves)),
+  ]
+  if measured:
+    wide = len(groups) > 1
+    body = page.figures(measured, telemetry.QUANTITIES, wide)
+    sections.append(("Telemetry, layer by step", _TELEMETRY, body))
+  path = out / "index.html"
+  title = f"Report of {', '.join(map(str, folders))}"
+  count = sum(map(len, groups.values()))
+  note = f"Runs: {count}. Those that differ in the seed alone are one group."
+  path.write_text(page.document(title, note, sections))
+  return path
+
+
+_RUNS = "The values of the config that differ, and the runs of each group."
+_FINAL = (
+  "The last evaluation of each run: mean and standard deviation (sd) over the "
+  "runs of a group, and the 95 % confidence interval of the mean by Student's "
+  "t distribution with one degree of freedom less than runs. Runs that have "
+  "not come as far as others of their group are left out."
+)
+_CURVES = (
+  "Line: mean over the runs of a group. Band: their range. Thick: held out. "
+  "Thin: training, means since the line before."
+)
+_TELEMETRY = (
+  "Line: mean over heads and runs. Band: their range. Layers go from purple to "
+  "yellow; other modules of the model are grey."
+)
+
+
+def _drawn(groups):
+  """Metrics to draw: what is evaluated, and the gradient's norm."""
+  names = {}
+  for run in _all(groups):
+    names |= dict.fromkeys(run.evaluation or ())
+  names = [x for x in names if x not in ("step", "split") and "@" not in x]
+  return [*names, "grad_norm"]
+
+
+def _all(groups):
+  return [run for runs in groups.values() for run in runs]
+
+
+def _runs_table(groups):
+  keys = differing(_all(groups))
+  rows = []
+  for runs in groups.values():
+    values = [str(runs[0].config.get(key)) for key in keys]
+    seeds = ", ".join(str(run.config["seed"]) for run in runs)
+    places = ", ".join(run.workdir for run in runs)
+    rows.append([*values, len(runs), seeds, places])
+  return [*keys, "runs", "seeds", "folders"], rows
+
+
+def _final_table(groups):
+  """A row a metric and group, of the runs that have come furthest in it."""
+  found = {}
+  for label, runs in groups.items():
+    step = max((run.evaluation or {"step": -1})["step"] for run in runs)
+    last = [
+      run.evaluation
+      for run in runs
+      if run.evaluation and run.evaluation["step"] == step
+    ]
+    count = (
+      f"{len(last)} of {len(runs)}" if len(last) < len(runs) else len(runs)
+    )
+    for name in last[0] if last else ():
+      if name not in ("step", "split"):
+        row = [label, step, count, *interval([line[name] for line in last])]
+        found.setdefault(name, []).append(row)
+  columns = ["metric", "group", "step", "runs", "mean", "sd", "95 % from", "to"]
+  rows = [[name, *row] for name, rows in found.items() for row in rows]
+  return columns, rows
+
+
+def _main(argv):
+  if not argv[1:]:
+    raise app.UsageError("name the folders of the runs")
+  try:
+    path = write(argv[1:], flags.FLAGS.out)
+  except ValueError as error:
+    sys.exit(f"sigattn.report: {error}")
+  metrics.log(f"report: {path}")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string(
+    "out", None, "A folder; by default `report` in the first."
+  )
+  app.run(_main)

@@ -1,8 +1,10 @@
 """Acoustic encoder with CTC (2106.03143, 2409.04431) and its task: speech.
 
-`check`, `build`, `loss`, `evaluate`, `score`, `results`, UNIT and METRICS are
-what sigattn.tasks wants of a task.
+`check`, `build`, `labels`, `loss`, `evaluate`, `score`, `results`, UNIT and
+METRICS are what sigattn.tasks wants of a task.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +195,14 @@ def hear(config, batch):
   x_BTM = features.log_mel(batch["audio"], rate, config.model.mel_bins)
   frames_B = jnp.maximum(features.frames(batch["samples"], rate), 1)
   return features.normalize(x_BTM, frames_B), frames_B
+
+
+def labels(config, batch):
+  """The second at which each token begins, of a batch of one."""
+  stride = math.prod(stride for _, stride in config.model.convolutions)
+  frames = features.frames(int(batch["samples"][0]), config.data.sample_rate)
+  starts = range(0, frames, stride)
+  return [f"{start * features.HOP_MS / 1000:.2f}" for start in starts]
 
 
 def loss(config, model, batch, rng):

@@ -1,7 +1,7 @@
 """Small tasks that attention alone can solve, in a transformer of few layers.
 
 sigattn/data/synthetic.py says what they are. `check`, `build`, `loss`,
-`evaluate`, `results`, `studies`, UNIT and METRICS are what sigattn.tasks wants
+`evaluate`, `labels`, `studies`, UNIT and METRICS are what sigattn.tasks wants
 of a task.
 """
 
@@ -115,6 +115,12 @@ def _score(config, model, batch, rng=None):
     return gap_BT, gap_BT < 0.01
   loss_BT = optax.softmax_cross_entropy_with_integer_labels(out_BTV, target_BT)
   return loss_BT, out_BTV.argmax(-1) == target_BT
+
+
+def labels(config, batch):
+  """The symbol or number of each token, of a batch of one."""
+  form = "{:.2f}" if config.data.name in NUMBERS else "{}"
+  return [form.format(x) for x in batch["input"][0]]
 
 
 def loss(config, model, batch, rng):

@@ -13,6 +13,10 @@ and may have
   results(config, sums)           metrics of the sums over all batches, NumPy
                                   arrays; by default each over the weight
   studies(config)                 {name: config} of what eval.py evaluates too
+  real_tokens(config, batch)      bool (B, T): which of the tokens that attend
+                                  are no padding, where attention does not know
+  labels(config, batch)           what to write beside the tokens that attend:
+                                  strings, of a batch of one
 """
 
 import functools
@@ -43,6 +47,8 @@ def check(config):
   checks.number(config, "ckpt.keep", low=1)
   checks.choice(config, "ckpt.best_mode", ("max", "min"))
   checks.number(config, "log.every_steps", low=1)
+  checks.number(config, "telemetry.every_steps", low=0)
+  checks.number(config, "telemetry.examples", low=1)
   task = TASKS[config.task]
   checks.choice(config, "ckpt.best_metric", task.METRICS)
   mesh.check(config)

@@ -201,6 +201,20 @@ def _rotate(model, grid):
   return functools.partial(positions.rope_2d, positions=place_T2)
 
 
+def looked_at(config, weights_LNTS):
+  """How much each patch is looked at, (L, N, rows, columns).
+
+  By the class token where it is the pool, else by all tokens in the mean.
+  weights_LNTS: attention of an image, by layer and head.
+  """
+  side = config.data.image_size // config.model.patch_size
+  if config.model.pool == "class":
+    patches_LNP = weights_LNTS[:, :, 0, 1:]
+  else:
+    patches_LNP = weights_LNTS.mean(2)
+  return patches_LNP.reshape(*patches_LNP.shape[:2], side, side)
+
+
 def loss(config, model, batch, rng):
   """Mean cross-entropy with label smoothing, mixup and cutmix.
 

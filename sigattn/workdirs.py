@@ -19,6 +19,7 @@ _FREE = (
   "eval.",
   "ckpt.",
   "log.",
+  "telemetry.",
   "data.num_workers",
   "attn.implementation",
 )

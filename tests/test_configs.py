@@ -99,6 +99,8 @@ BAD = [
   ("ckpt.best_metric", "acuracy"),
   ("ckpt.best_mode", "maximum"),
   ("log.every_steps", 0),
+  ("telemetry.every_steps", -1),
+  ("telemetry.examples", 0),
 ]
 
 

@@ -40,6 +40,11 @@ def few_images(monkeypatch):
   monkeypatch.setattr(loader, "eval_batches", one)
 
 
+def step_function(config, static, tx):
+  update = train_lib._make_update(config, tasks.TASKS["vit"], static, tx)
+  return train_lib._make_step(update)
+
+
 def equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -65,7 +70,7 @@ def test_loss_falls_when_it_learns_one_batch():
   config = small(total_steps=30)
   config.optim.update(lr=3e-3, schedule="constant")
   static, tx, state = train_lib._init(config, train_lib.mesh.make())
-  step = train_lib._make_step(config, tasks.TASKS["vit"], static, tx)
+  step = step_function(config, static, tx)
   batch = next(loader.train_iterator(config))
   losses = []
   for _ in range(30):
@@ -238,7 +243,7 @@ def test_accumulated_gradient_equals_the_whole_batchs():
   for parts in (1, 3):
     config.optim.accumulate = parts
     static, tx, state = train_lib._init(config, train_lib.mesh.make())
-    step = train_lib._make_step(config, tasks.TASKS["vit"], static, tx)
+    step = step_function(config, static, tx)
     found.append(step(state, batch)[1])
   for name in ("loss", "accuracy", "grad_norm"):
     np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-5)

@@ -1,0 +1,361 @@
+"""What attention and the optimizer do in a run, measured beside its steps.
+
+With config.telemetry.every_steps = k, the first update of a run and every k-th
+leave a line of the split "telemetry" in its metrics, measured just before by
+programs of their own: training itself compiles and computes the same as
+without. A name is quantity/place: entropy/encoder/layer0/head3, say.
+
+QUANTITIES says what they are. Those of attention are of each layer and head, on
+the first config.telemetry.examples held-out examples. Those of the update are
+of each top-level module of the model and of each layer of a stack.
+
+Entropy: softmax's rows are distributions. A row of another kind is divided by
+its sum first, which leaves how widely it looks: e^entropy keys; a row of zeros
+has 0. Saturated is a weight that no longer follows its logit z: with sigmoid
+and softmax A > 0.99, where d log A / dz = 1 - A < 0.01; with the ReLU kinds
+A = 0, where nothing flows back.
+
+And the weights of one example, as pictures:
+
+  python -m sigattn.telemetry --workdir=runs/vit_sigmoid/default --example=3
+"""
+
+import functools
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from flax import nnx
+
+from sigattn import attention, checkpoint, layers, mesh, metrics, tasks
+from sigattn.data import loader
+
+SPLIT = "telemetry"
+QUANTITIES = {
+  "attention_norm": "|A|, Frobenius, of an example's weights A",
+  "attention_v_norm": "|A V|",
+  "projection_norm": "|A V W_out|, a head's share of the output, no bias",
+  "row_sum_mean": "of the rows of A, 1 with softmax",
+  "row_sum_max": "the largest row of A",
+  "logit_max": "of z = q k / sqrt(H) + b + ALiBi, where visible",
+  "logit_std": "standard deviation of z",
+  "entropy": "of a row of A over its sum, in nats",
+  "saturated": "share of the weights that no longer follow their logit",
+  "params_norm": "of the parameters before the update",
+  "grads_norm": "of the gradient before it is clipped",
+  "updates_norm": "of what is added to the parameters",
+  "mu_norm": "of Adam's first moment after the update (or Lion's)",
+  "nu_norm": "of Adam's second moment after the update",
+  "trace_norm": "of SGD's momentum after the update",
+}
+
+_MOMENTS = ("mu", "nu", "trace")  # as optax names them
+_SATURATED = 0.99
+
+
+def is_due(config, step):
+  """Whether update number `step`, from 1 on, is measured."""
+  every = config.telemetry.every_steps
+  return every > 0 and (step == 1 or step % every == 0)
+
+
+def make(config, update, batches, devices):
+  """A function (state, batch) -> {name: float}; see the module.
+
+  update: (state, batch) -> (gradients, updates, new state), what a step does
+  with train.State. batches: held out, the first is taken. devices: the mesh.
+  """
+  jit = functools.partial(jax.jit, out_shardings=mesh.replicated(devices))
+  held_out = functools.cache(lambda: mesh.put(next(iter(batches)), devices))
+
+  @jit
+  def update_norms(state, batch):
+    grads, updates, new = update(state, batch)
+    stacks = _stacks(tasks.model(config, state.params))
+    trees = {"params": state.params, "grads": grads, "updates": updates}
+    for name in _MOMENTS:
+      if (moment := optax.tree.get(new.opt_state, name)) is not None:
+        trees[name] = moment
+    return {f"{k}_norm": norms(tree, stacks) for k, tree in trees.items()}
+
+  @jit
+  def attention_statistics(params, batch):
+    batch = jax.tree.map(lambda x: x[: config.telemetry.examples], batch)
+    return observe(config, params, batch, statistics)
+
+  def measure(state, batch):
+    found = jax.device_get(
+      (
+        attention_statistics(state.params, held_out()),
+        update_norms(state, batch),
+      )
+    )
+    return _flatten(*found)
+
+  return measure
+
+
+def _flatten(by_stack, by_tree):
+  """{name: float} of {stack: {quantity: (L, N)}} and {quantity: norms}."""
+  flat = {}
+  for stack, quantities in by_stack.items():
+    for quantity, x_LN in quantities.items():
+      for layer, x_N in enumerate(x_LN):
+        for head, x in enumerate(x_N):
+          flat[f"{quantity}/{stack}/layer{layer}/head{head}"] = float(x)
+  for quantity, places in by_tree.items():
+    for place, x in places.items():
+      if x.ndim == 0:
+        flat[f"{quantity}/{place}"] = float(x)
+      else:
+        for layer, value in enumerate(x):
+          flat[f"{quantity}/{place}/layer{layer}"] = float(value)
+  return flat
+
+
+# Looking into the layers.
+
+
+def observe(config, params, batch, look):
+  """What `look` finds in every attention layer, {path of the stack: tree}.
+
+  The arrays of a tree have an axis of layers in front. batch: of evaluation.
+
+  look: a function (attn, query, key, value, real_BT, **options) -> tree, of
+  the layers.SelfAttention, what it gives to dot_product_attention, and which
+  queries are tokens of an example, not padding.
+  """
+  task, model = tasks.TASKS[config.task], tasks.model(config, params)
+  found = {}
+  look = functools.partial(look, real_BT=_real(config, task, batch))
+  for path, stack in _stacks(model).items():
+    *parents, name = path
+    parent = functools.reduce(getattr, parents, model)
+    # In the stack's place, a function that runs it.
+    setattr(parent, name, functools.partial(_run, stack, look, found, path))
+  task.evaluate(config, model, batch)
+  return {"/".join(path): tree for path, tree in found.items()}
+
+
+def _stacks(model):
+  return {
+    path: module
+    for path, module in nnx.iter_modules(model)
+    if isinstance(module, layers.Stack)
+  }
+
+
+def _real(config, task, batch):
+  """bool (B, T or 1): the tokens of examples that are no padding."""
+  real_BT = batch["weight"][:, None] > 0
+  if hasattr(task, "real_tokens"):
+    real_BT = real_BT & task.real_tokens(config, batch)
+  return real_BT
+
+
+def _run(stack, look, found, path, x_BTD, rng=None, **attn_args):
+  """stack(x_BTD, **attn_args), and into found[path] what `look` returns."""
+  del rng  # evaluation drops nothing
+  graphdef, states = nnx.split(stack.blocks)
+
+  def layer(x_BTD, state):
+    block = nnx.merge(graphdef, state)
+    seen = None
+
+    def listen(query, key, value, *, implementation, **options):
+      nonlocal seen
+      seen = look(block.attn, query, key, value, **options)
+      return attention.dot_product_attention(
+        query, key, value, implementation=implementation, **options
+      )
+
+    block.attn.attention_fn = listen
+    return block(x_BTD, **attn_args), seen
+
+  x_BTD, found[path] = jax.lax.scan(layer, x_BTD, states)
+  return x_BTD
+
+
+# The numbers.
+
+
+def statistics(attn, query, key, value, *, real_BT, **options):
+  """The QUANTITIES of attention, each (N,) float32.
+
+  Over the real rows that see a key, and the keys that they see. Norms are of
+  an example, of which the mean is taken; row_sum_max and logit_max are of all
+  examples; the rest are means over the rows or the pairs of a head.
+
+  attn: the layers.SelfAttention. query, key, value, options: the arguments of
+  dot_product_attention. real_BT: bool, (B, T or 1).
+  """
+  found = attention.attention_weights(query, key, **options)
+  seen_BNTS = found.visible_BNTS & real_BT[:, None, :, None]
+  weights_BNTS = jnp.where(seen_BNTS, found.weights_BNTS, 0)
+  z_BNTS = found.logits_BNTS
+  rows_BNT, sums_BNT = seen_BNTS.any(-1), weights_BNTS.sum(-1)
+  values = _values(attn, value, weights_BNTS)
+  norm_BN = {
+    "attention_norm": _norm(weights_BNTS),
+    "attention_v_norm": _norm(values["attention_v"]),
+    "projection_norm": _norm(values["projection"]),
+  }
+  means = {k: _mean(x, rows_BNT.any(-1), (0,)) for k, x in norm_BN.items()}
+  p_BNTS = weights_BNTS / jnp.where(sums_BNT > 0, sums_BNT, 1)[..., None]
+  entropy_BNT = jax.scipy.special.entr(p_BNTS).sum(-1)
+  pairs, rows = (0, 2, 3), (0, 2)
+  centre_N = _mean(z_BNTS, seen_BNTS, pairs)[None, :, None, None]
+  variance_N = _mean(jnp.square(z_BNTS - centre_N), seen_BNTS, pairs)
+  return means | {
+    "row_sum_mean": _mean(sums_BNT, rows_BNT, rows),
+    "row_sum_max": sums_BNT.max(rows),
+    "logit_max": jnp.where(seen_BNTS, z_BNTS, -jnp.inf).max(pairs),
+    "logit_std": jnp.sqrt(variance_N),
+    "entropy": _mean(entropy_BNT, rows_BNT, rows),
+    "saturated": _mean(_saturated(attn.kind, weights_BNTS), seen_BNTS, pairs),
+  }
+
+
+def _values(attn, value, weights_BNTS):
+  """A V and A V W_out of each head, (B, N, T, H) and (B, N, T, D)."""
+  with jax.default_matmul_precision("highest"):
+    repeats = weights_BNTS.shape[1] // value.shape[2]
+    v_BSNH = jnp.repeat(value.astype(jnp.float32), repeats, axis=2)
+    out_BNTH = jnp.einsum("BNTS,BSNH->BNTH", weights_BNTS, v_BSNH)
+    kernel_NHD = attn.out.kernel[...].astype(jnp.float32)
+    projected = jnp.einsum("BNTH,NHD->BNTD", out_BNTH, kernel_NHD)
+  return {"attention_v": out_BNTH, "projection": projected}
+
+
+def _saturated(kind, weights_BNTS):
+  if kind in ("sigmoid", "softmax"):
+    return weights_BNTS > _SATURATED
+  return weights_BNTS == 0
+
+
+def _norm(x_BNTX):
+  return jnp.sqrt(jnp.square(x_BNTX).sum((2, 3)))
+
+
+def _mean(x, where, axes):
+  """0 where there is nothing."""
+  total = jnp.where(where, x, 0).sum(axes, dtype=jnp.float32)
+  return total / jnp.maximum(where.sum(axes), 1)
+
+
+def norms(tree, stacks=()):
+  """Frobenius norms of a tree like the parameters, {place: array}.
+
+  A scalar for each top-level module, and (L,) for the blocks of a stack, under
+  its path. stacks: their paths.
+  """
+  squares = {}
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    names = tuple(entry.key for entry in path)
+    inside = [s for s in stacks if names[: len(s) + 1] == (*s, "blocks")]
+    place = inside[0] if inside else names[:1]
+    axes = tuple(range(1 if inside else 0, x.ndim))
+    square = jnp.square(x.astype(jnp.float32)).sum(axes)
+    squares[place] = squares.get(place, 0.0) + square
+  return {"/".join(k): jnp.sqrt(x) for k, x in squares.items()}
+
+
+# Pictures of an example.
+
+
+def maps(config, params, batch):
+  """The weights of every layer: {path of the stack: (L, B, N, T, S)}, NumPy."""
+
+  @jax.jit
+  def run(params, batch):
+    return observe(config, params, batch, _weights)
+
+  return jax.device_get(run(params, batch))
+
+
+def _weights(attn, query, key, value, *, real_BT, **options):
+  del attn, value, real_BT
+  return attention.attention_weights(query, key, **options).weights_BNTS
+
+
+def example(config, index):
+  """Held-out example number `index`, from 0 on, as a batch of one.
+
+  Raises ValueError where there are fewer.
+  """
+  config = config.copy_and_resolve_references().unlock()
+  config.batch_size = 1
+  left = index
+  for batch in loader.eval_batches(config, config.data.eval_split):
+    rows = np.flatnonzero(batch["weight"])
+    if 0 <= left < len(rows):
+      row = rows[left]
+      return {name: x[row : row + 1] for name, x in batch.items()}
+    left -= len(rows)
+  raise ValueError(
+    f"example={index}; {config.data.eval_split!r} has {index - left}, from 0 on"
+  )
+
+
+def draw(workdir, index, step=None, tokens=40):
+  """Draws the attention of a run on a held-out example; returns the paths.
+
+  Images: one PNG, what each head of each layer looks at. Else a PNG a layer,
+  with the weights between the first `tokens` tokens. They lie in workdir/maps.
+  step: as in checkpoint.load. Raises ValueError for what is not there.
+  """
+  from sigattn import plots  # 0.5 s that only a picture needs
+
+  config, params, step = checkpoint.load(workdir, step)
+  task, batch = tasks.TASKS[config.task], example(config, index)
+  figures = {}
+  for stack, weights_LBNTS in maps(config, params, batch).items():
+    weights_LNTS = weights_LBNTS[:, 0]
+    if hasattr(task, "looked_at"):
+      figures[stack] = plots.overlays(
+        batch["image"][0], task.looked_at(config, weights_LNTS)
+      )
+      continue
+    labels = task.labels(config, batch)[:tokens]
+    for layer, weights_NTS in enumerate(weights_LNTS):
+      title = f"example {index}, step {step}, layer {layer}: query by key"
+      figures[f"{stack}_layer{layer}"] = plots.matrices(
+        weights_NTS, labels, title
+      )
+  folder = pathlib.Path(workdir) / "maps"
+  folder.mkdir(exist_ok=True)
+  paths = []
+  for name, figure in figures.items():
+    name = name.replace("/", "_")
+    paths.append(folder / f"example{index}_{name}.png")
+    plots.save(figure, paths[-1], "png")
+  return paths
+
+
+def _main(argv):
+  if argv[1:]:
+    raise app.UsageError(f"not understood: {argv[1:]}")
+  metrics.set_up_logs()
+  values = flags.FLAGS.flag_values_dict()
+  step = values["step"]
+  try:
+    if step is not None and step != "best":
+      step = int(step)
+    paths = draw(values["workdir"], values["example"], step, values["tokens"])
+  except ValueError as error:
+    sys.exit(f"sigattn.telemetry: {error}")
+  for path in paths:
+    metrics.log(f"map: {path}")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "The folder of the run.")
+  flags.DEFINE_integer("example", 0, "Number of a held-out example.")
+  flags.DEFINE_string("step", None, "A number or best; by default the newest.")
+  flags.DEFINE_integer("tokens", 40, "Of a text, so many are drawn.", 1)
+  flags.mark_flag_as_required("workdir")
+  app.run(_main)
