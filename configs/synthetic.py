@@ -20,7 +20,9 @@ def get_config(arg="recall"):
   words = common.words("synthetic.py", arg, (*TASKS, "runlocal"))
   names = [word for word in words if word in TASKS]
   if len(names) != 1:
-    raise ValueError(f"configs/synthetic.py:{arg}: one task, not {names}")
+    raise ValueError(
+      f"configs/synthetic.py:{arg}: one of {(*TASKS,)}, not {names}"
+    )
   config = _base()
   config.data.name = names[0]
   TASKS[names[0]](config)
