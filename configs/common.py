@@ -1,4 +1,7 @@
-"""What every config shares, and the paper's difference as one function."""
+"""What every config shares, and the paper's difference as one function.
+
+The sweeps below are of every config that imports them.
+"""
 
 from ml_collections import config_dict
 
@@ -81,3 +84,43 @@ def sigmoid(config):
   """
   config.attn.kind = "sigmoid"
   return config
+
+
+def words(file, arg, choices):
+  """The words of a config's argument, which are joined by commas.
+
+  Raises ValueError, which names the config file, for one not in choices.
+  """
+  found = [word for word in (arg or "").split(",") if word]
+  if unknown := [word for word in found if word not in choices]:
+    raise ValueError(
+      f"configs/{file}:{arg}: unknown {unknown[0]!r}; choose from {choices}"
+    )
+  return found
+
+
+def shrink(config):
+  """Two small steps of the same program, for tests and for a laptop."""
+  config.total_steps = 2
+  config.batch_size = 8
+  config.model.update(width=16, depth=2, num_heads=2, mlp_dim=32)
+  config.optim.warmup_steps = 1
+  config.eval.every_steps = 2
+  config.ckpt.every_steps = 1
+  config.log.every_steps = 1
+  config.data.num_workers = 0
+
+
+def sweep_attn():
+  for kind in ("sigmoid", "softmax"):
+    yield {"attn.kind": kind}
+
+
+def sweep_lr():
+  for lr in (5e-4, 1e-3, 2e-3, 4e-3):
+    yield {"optim.lr": lr}
+
+
+def sweep_seed():
+  for seed in range(3):
+    yield {"seed": seed}

@@ -12,6 +12,7 @@ seed.
 from ml_collections import config_dict
 
 from configs import common
+from configs.common import sweep_attn, sweep_seed  # noqa: F401
 
 # The published models (AXLearn's gala): width, depth, heads, MLP width,
 # sequences an update, updates.
@@ -24,12 +25,7 @@ SIZES = {
 
 def get_config(arg=None):
   """arg: words joined by commas: a name of SIZES, runlocal."""
-  words = [word for word in (arg or "").split(",") if word]
-  choices = ("runlocal", *SIZES)
-  if unknown := [word for word in words if word not in choices]:
-    raise ValueError(
-      f"configs/lm.py:{arg}: unknown {unknown[0]!r}; choose from {choices}"
-    )
+  words = common.words("lm.py", arg, ("runlocal", *SIZES))
   recipes = [word for word in words if word != "runlocal"]
   if len(recipes) > 1:
     raise ValueError(f"configs/lm.py:{arg}: more than one of {recipes}")
@@ -37,7 +33,8 @@ def get_config(arg=None):
   if recipes:
     _published(config, recipes[0])
   if "runlocal" in words:
-    _shrink(config)
+    common.shrink(config)
+    config.data.update(length=32, shuffle_window=4, packing_window=4)
   return config.lock()
 
 
@@ -142,28 +139,6 @@ def _published(config, size):
   config.ckpt.every_steps = 5000
 
 
-def _shrink(config):
-  """Two small steps of the same program, for tests and for a laptop."""
-  config.total_steps = 2
-  config.batch_size = 8
-  config.model.update(width=16, depth=2, num_heads=2, mlp_dim=32)
-  config.data.update(length=32, shuffle_window=4, packing_window=4)
-  config.optim.warmup_steps = 1
-  config.eval.every_steps = 2
-  config.ckpt.every_steps = 1
-  config.log.every_steps = 1
-
-
-def sweep_attn():
-  for kind in ("sigmoid", "softmax"):
-    yield {"attn.kind": kind}
-
-
 def sweep_lr():
   for lr in (1e-3, 2e-3, 4e-3, 8e-3):
     yield {"optim.lr": lr}
-
-
-def sweep_seed():
-  for seed in range(3):
-    yield {"seed": seed}

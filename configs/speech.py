@@ -8,6 +8,7 @@ python train.py --config=configs/speech.py:runlocal        two tiny steps
 from ml_collections import config_dict
 
 from configs import common
+from configs.common import sweep_attn, sweep_lr, sweep_seed  # noqa: F401
 
 # Hours of LibriSpeech (Panayotov et al., 2015) and their splits on the Hub.
 HOURS = {
@@ -18,19 +19,16 @@ HOURS = {
 
 def get_config(arg=None):
   """arg: words joined by commas: librispeech, one of HOURS, runlocal."""
-  words = [word for word in (arg or "").split(",") if word]
   choices = ("librispeech", "runlocal", *HOURS)
-  if unknown := [word for word in words if word not in choices]:
-    raise ValueError(
-      f"configs/speech.py:{arg}: unknown {unknown[0]!r}; choose from {choices}"
-    )
+  words = common.words("speech.py", arg, choices)
   hours = [word for word in words if word in HOURS]
   large = hours or "librispeech" in words
   if len(hours) > 1:
     raise ValueError(f"configs/speech.py:{arg}: more than one recipe: {words}")
   config = _librispeech(*hours or ["960h"]) if large else _prompts()
   if "runlocal" in words:
-    _shrink(config)
+    common.shrink(config)
+    config.batch_size = 1
   return config.lock()
 
 
@@ -142,30 +140,3 @@ def _librispeech(hours):
   config.ckpt.every_steps = 5000
   config.log.every_steps = 100
   return config
-
-
-def _shrink(config):
-  """Two small steps of the same program, for tests and for a laptop."""
-  config.total_steps = 2
-  config.batch_size = 1
-  config.model.update(width=16, depth=2, num_heads=2, mlp_dim=32)
-  config.optim.warmup_steps = 1
-  config.eval.every_steps = 2
-  config.ckpt.every_steps = 1
-  config.log.every_steps = 1
-  config.data.num_workers = 0
-
-
-def sweep_attn():
-  for kind in ("sigmoid", "softmax"):
-    yield {"attn.kind": kind}
-
-
-def sweep_lr():
-  for lr in (5e-4, 1e-3, 2e-3, 4e-3):
-    yield {"optim.lr": lr}
-
-
-def sweep_seed():
-  for seed in range(3):
-    yield {"seed": seed}

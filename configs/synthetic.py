@@ -12,26 +12,24 @@ seed.
 from ml_collections import config_dict
 
 from configs import common
-from configs.vit import sweep_lr, sweep_seed  # noqa: F401
+from configs.common import sweep_attn, sweep_lr, sweep_seed  # noqa: F401
 
 
 def get_config(arg="recall"):
   """arg: a task of TASKS, and runlocal, joined by commas."""
-  words = (arg or "").split(",")
-  choices = (*TASKS, "runlocal")
-  if unknown := [word for word in words if word not in choices]:
-    raise ValueError(
-      f"configs/synthetic.py:{arg}: unknown {unknown[0]!r}; choose from "
-      f"{choices}"
-    )
+  words = common.words("synthetic.py", arg, (*TASKS, "runlocal"))
   names = [word for word in words if word in TASKS]
   if len(names) != 1:
-    raise ValueError(f"configs/synthetic.py:{arg}: one task, not {names}")
+    raise ValueError(
+      f"configs/synthetic.py:{arg}: one of {(*TASKS,)}, not {names}"
+    )
   config = _base()
   config.data.name = names[0]
   TASKS[names[0]](config)
   if "runlocal" in words:
-    _shrink(config)
+    common.shrink(config)
+    config.model.depth = 1
+    config.data.eval_examples = 20
   return config.lock()
 
 
@@ -98,20 +96,3 @@ TASKS = {
   "recall": _recall,
   "copy": _copy,
 }
-
-
-def _shrink(config):
-  """Two small steps of the same program, for tests and for a laptop."""
-  config.total_steps = 2
-  config.batch_size = 8
-  config.data.eval_examples = 20
-  config.model.update(width=16, depth=1, num_heads=2, mlp_dim=32)
-  config.optim.warmup_steps = 1
-  config.eval.every_steps = 2
-  config.ckpt.every_steps = 1
-  config.log.every_steps = 1
-
-
-def sweep_attn():
-  for kind in ("sigmoid", "softmax"):
-    yield {"attn.kind": kind}

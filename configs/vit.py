@@ -11,6 +11,7 @@ Sweeps, for `python -m sigattn.sweep`: attn, lr, seed.
 from ml_collections import config_dict
 
 from configs import common
+from configs.common import sweep_lr, sweep_seed  # noqa: F401
 
 # Dosovitskiy et al. (2010.11929), Table 1; Ti and S from DeiT (2012.12877).
 SIZES = {  # name: width, depth, heads, MLP width
@@ -23,12 +24,7 @@ SIZES = {  # name: width, depth, heads, MLP width
 
 def get_config(arg=None):
   """arg: words joined by commas: imagenet, a name of SIZES, runlocal."""
-  words = [word for word in (arg or "").split(",") if word]
-  choices = ("imagenet", "runlocal", *SIZES)
-  if unknown := [word for word in words if word not in choices]:
-    raise ValueError(
-      f"configs/vit.py:{arg}: unknown {unknown[0]!r}; choose from {choices}"
-    )
+  words = common.words("vit.py", arg, ("imagenet", "runlocal", *SIZES))
   sizes = [word for word in words if word in SIZES]
   if len(sizes) > 1:
     raise ValueError(f"configs/vit.py:{arg}: more than one size: {sizes}")
@@ -37,7 +33,7 @@ def get_config(arg=None):
   else:
     config = _fashion_mnist()
   if "runlocal" in words:
-    _shrink(config)
+    common.shrink(config)
   return config.lock()
 
 
@@ -157,28 +153,6 @@ def _imagenet(size):
   return config
 
 
-def _shrink(config):
-  """Two small steps of the same program, for tests and for a laptop."""
-  config.total_steps = 2
-  config.batch_size = 8
-  config.model.update(width=16, depth=2, num_heads=2, mlp_dim=32)
-  config.optim.warmup_steps = 1
-  config.eval.every_steps = 2
-  config.ckpt.every_steps = 1
-  config.log.every_steps = 1
-  config.data.num_workers = 0
-
-
 def sweep_attn():
   for kind in ("sigmoid", "softmax", "relu"):
     yield {"attn.kind": kind}
-
-
-def sweep_lr():
-  for lr in (5e-4, 1e-3, 2e-3, 4e-3):
-    yield {"optim.lr": lr}
-
-
-def sweep_seed():
-  for seed in range(3):
-    yield {"seed": seed}

@@ -5,6 +5,7 @@ where the config asks for them), `train` (optimizer and step) and `data` (the
 place of the data iterator). Evaluation restores one of the first two alone.
 """
 
+import math
 import pathlib
 
 import grain.checkpoint
@@ -17,15 +18,15 @@ from sigattn import tasks, workdirs
 
 def _manager(workdir, config, read_only=False):
   ckpt = config.ckpt
+  worst = math.inf if ckpt.best_mode == "min" else -math.inf
 
-  def metric(metrics):
-    return metrics[ckpt.best_metric]
+  def metric(metrics):  # a step that was not evaluated has none
+    return metrics.get(ckpt.best_metric, worst)
 
   best = checkpoint_managers.BestN(
     get_metric_fn=metric,
     reverse=ckpt.best_mode == "min",
     n=1,
-    keep_checkpoints_without_metrics=False,
   )
   newest = checkpoint_managers.LatestN(ckpt.keep)
   options = ocp.CheckpointManagerOptions(
@@ -83,7 +84,10 @@ class Checkpoints:
     }
     if state.ema is not None:
       items["ema"] = ocp.args.StandardSave(state.ema)
-    self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+    # Not None, of which Orbax warns each time.
+    self._manager.save(
+      step, args=ocp.args.Composite(**items), metrics=metrics or {}
+    )
 
   def restore(self, state, data):
     """The newest state, or `state` itself where there is none; sets `data`."""
@@ -124,6 +128,8 @@ def load(workdir, step=None):
       step = steps[-1]
     elif step == "best":
       step = manager.best_step()
+      if not manager.metrics(step):
+        raise ValueError(f"step='best': {workdir} was evaluated at no {steps=}")
     if step not in steps:
       raise ValueError(f"{step=}: {workdir} holds the steps {steps}")
     params = jax.eval_shape(lambda: tasks.init(config)[1])

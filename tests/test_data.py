@@ -71,6 +71,11 @@ def test_batch_is_what_the_contract_says():
   assert batch["label"].dtype == np.int32
 
 
+def test_batch_may_be_of_one_example():
+  [batch] = take(make(batch_size=1), 1)
+  assert batch["image"].shape[0] == 1
+
+
 def test_seed_decides_order_and_augmentation():
   for values in ({}, ALL):
     equal(take(make(**values), 3), take(make(**values), 3))

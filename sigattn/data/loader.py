@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 
 import grain
@@ -26,7 +25,7 @@ from sigattn.data import image, speech, synthetic, text
 # processes are asked for. Pillow decodes and resizes without the GIL.
 _THREADS = 4
 
-_MANY_EPOCHS = 2**40  # more than any run has
+_MANY = 2**40  # more epochs, and more examples, than any run has
 
 
 # Of each task.
@@ -161,7 +160,7 @@ class _Shuffled:
     self._length, self._chunk, self._seed = length, chunk, seed
 
   def __len__(self):
-    return sys.maxsize // self._chunk
+    return _MANY // self._chunk
 
   def __getitem__(self, i):
     places = np.arange(i * self._chunk, (i + 1) * self._chunk)
@@ -240,10 +239,10 @@ class _ShuffledBuckets(_Buckets):
 
   def __len__(self):
     # At least one batch comes in so many epochs.
-    return _MANY_EPOCHS // max(self._sizes)
+    return _MANY // max(self._sizes)
 
   def __getitem__(self, i):
-    epochs = range(_MANY_EPOCHS)
+    epochs = range(_MANY)
     epoch = bisect.bisect_right(epochs, i, key=self._start) - 1
     place = i - self._start(epoch)
     counts = np.subtract(self._batches(epoch + 1), self._batches(epoch))
