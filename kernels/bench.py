@@ -11,6 +11,7 @@ it, beside the size of one matrix of weights, of which the plain form keeps
 several. benchmarks/memory_cpu.json.
 
   python -m kernels.bench --lengths 1024 8192 --rivals mosaic cuDNN
+  python -m kernels.bench --plot benchmarks/kernels_h100_64.json  # x.png
 """
 
 import argparse
@@ -220,6 +221,52 @@ def _means(rows):
     }
 
 
+def plot(path):
+  """Draws TFLOP/s against the length, of a file of the GPU's; returns x.png."""
+  from matplotlib import pyplot
+
+  found = json.loads(path.read_text())
+  rows = [r for r in found["rows"] if not r["padding"] and r["seq_len"] >= 512]
+  names = list(dict.fromkeys(r["implementation"] for r in rows))
+  panels = [
+    (width, direction)
+    for width in sorted({r["head_dim"] for r in rows})
+    for direction in ("forward", "backward")
+  ]
+  figure, axes = pyplot.subplots(
+    len(panels) // 2, 2, figsize=(10, 2 * len(panels)), squeeze=False,
+    layout="constrained",
+  )  # fmt: skip
+  for ax, (width, direction) in zip(axes.flat, panels, strict=True):
+    for index, name in enumerate(names):
+      for causal, style in ((False, "-o"), (True, "--o")):
+        points = [
+          (r["seq_len"], r["tflops"])
+          for r in rows
+          if (r["implementation"], r["head_dim"], r["pass"], r["causal"])
+          == (name, width, direction, causal)
+        ]
+        if points:
+          ours = name.startswith("sigattn")
+          ax.plot(
+            *zip(*points, strict=True), style, color=f"C{index}", markersize=3,
+            linewidth=2.2 if ours else 1.1, label=None if causal else name,
+          )  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.set(
+      title=f"{direction}, head width {width}", xlabel="tokens of a sequence",
+      ylabel="TFLOP/s", ylim=0,
+    )  # fmt: skip
+    ax.grid(alpha=0.3)
+  axes[0, 0].legend(fontsize="small", loc="lower right")
+  figure.suptitle(
+    f"{found['device']}, bfloat16, 16,384 tokens; dashed: causal", fontsize=11
+  )
+  figure.savefig(path.with_suffix(".png"), dpi=110)
+  return path.with_suffix(".png")
+
+
 def _cpu(lengths):
   print(f"{'length':>8} {'peak MiB':>10} {'one matrix MiB':>15}")
   rows = []
@@ -261,7 +308,13 @@ def main():
     "--rivals", nargs="+", default=[""], metavar="NAME",
     help="parts of their names; all that are installed",
   )  # fmt: skip
+  parser.add_argument(
+    "--plot", type=pathlib.Path, help="draws this file, and measures nothing"
+  )
   arguments = parser.parse_args()
+  if arguments.plot:
+    print(f"drawn to {plot(arguments.plot)}")
+    return
   if jax.default_backend() == "cpu":
     device = f"CPU, {platform.machine()}, {multiprocessing.cpu_count()} cores"
     path = _write("memory_cpu", device, _cpu(arguments.lengths or LENGTHS))
