@@ -110,6 +110,36 @@ BLOCKS = [
 ]  # fmt: skip
 
 
+def arbitrary(seed):
+  """A Case of any sizes and options, without dense operands."""
+  rng = np.random.default_rng(seed)
+
+  def maybe(value):
+    return value if rng.random() < 0.4 else None
+
+  kv_heads, group = (int(rng.integers(1, 4)) for _ in range(2))
+  kind = str(rng.choice(["sigmoid", "sigmoid", "relu", "relu2"]))
+  return Case(
+    f"arbitrary{seed}",
+    batch=int(rng.integers(1, 4)),
+    queries=int(rng.integers(1, 50)),
+    keys=maybe(int(rng.integers(1, 50))),
+    heads=kv_heads * group,
+    kv_heads=kv_heads,
+    kind=kind,
+    logit_bias=maybe(float(rng.uniform(-16, 2))) if kind == "sigmoid" else None,
+    scale=maybe(float(rng.uniform(0.1, 1))),
+    causal=bool(rng.random() < 0.4),
+    window=maybe(tuple(int(x) for x in rng.integers(0, 30, 2))),
+    alibi=bool(rng.random() < 0.4),
+    lengths=bool(rng.random() < 0.3),
+    segments=bool(rng.random() < 0.3),
+  )
+
+
+ARBITRARY = [arbitrary(seed) for seed in range(12)]
+
+
 def draw(case, dtype="float32", seed=0):
   """(query, key, value), the other arguments, and a cotangent of the output.
 

@@ -15,6 +15,7 @@ from tests import cases, test_kernels
 if jax.default_backend() != "gpu":
   pytest.skip("needs a GPU", allow_module_level=True)
 
+CASES = cases.CASES + cases.BLOCKS + cases.ARBITRARY
 # Of the cases of many blocks, in turn.
 WIDTHS = {
   "mosaic": (32, 64, 96, 128, 192, 256),
@@ -48,7 +49,7 @@ def larger(case, times, implementation):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_16_bit_output_and_gradients(case, dtype, implementation):
   if implementation == "mosaic":
     case = dataclasses.replace(case, width=64)
@@ -56,13 +57,13 @@ def test_16_bit_output_and_gradients(case, dtype, implementation):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_16_bit_of_many_blocks(case, dtype, implementation):
   test_kernels.check_16_bit(larger(case, 13, implementation), dtype)
 
 
 @pytest.mark.parametrize("width", mosaic_attn._ADDED)
-@pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_16_bit_of_what_long_sequences_take(
   case, width, implementation, monkeypatch
 ):
@@ -83,7 +84,7 @@ def test_16_bit_of_many_tiles(case):
   test_kernels.check_16_bit(case, "bfloat16")
 
 
-@pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32_output_and_gradients(case):
   arrays, options, cotangent = cases.draw(case)
   found = test_kernels.run_or_skip(arrays, options, cotangent)
