@@ -292,6 +292,27 @@ def test_command_line_refuses_without_a_trace_of_a_run(words, said, tmp_path):
   assert said in done.stdout + done.stderr
 
 
+FAULTS = """
+import resource, jax, train
+train._keep_freed_memory()
+x = jax.numpy.ones((128, 128))
+# A buffer of 125 MiB, of which none but the first should fetch pages.
+step = jax.jit(lambda x: (jax.numpy.tile(x, (2000, 1)) @ x).sum())
+for _ in range(3):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_steps_on_a_cpu_reuse_the_memory_of_the_one_before():
+  done = subprocess.run(
+    [sys.executable, "-c", FAULTS], cwd=ROOT,
+    capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  assert int(done.stdout) < 2000  # of 32,000 pages
+
+
 def test_two_seeds_differ_and_one_repeats(few_images):
   runs = [train(small(seed=seed)).params for seed in (0, 0, 1)]
   equal(runs[0], runs[1])
