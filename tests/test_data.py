@@ -610,7 +610,7 @@ def test_the_imagenet_recipe_trains_and_resumes_on_a_folder(folder, tmp_path):
   config = vit_sigmoid.get_config("imagenet,Ti/16,runlocal")
   config.data.update(
     source=str(folder), eval_split="test", num_classes=2, image_size=32,
-    num_workers=1,
+    num_workers=0,
   )  # fmt: skip
   assert config.augment.randaugment_layers == 2
   config.total_steps = 1

@@ -22,7 +22,7 @@ H100 = device.Device("NVIDIA H100", 90)
   ("width", "names"),
   [
     (64, ["all_but_dense", "blocks_narrow_window"]),
-    (128, ["blocks_window", "seven"]),
+    (128, ["blocks_window"]),
   ],
 )
 def test_interpreted_output_and_gradients(width, names):

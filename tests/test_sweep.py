@@ -55,14 +55,14 @@ def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path):
 def test_runs_compares_and_skips_what_is_finished(tmp_path):
   config = tmp_path / "mine.py"
   config.write_text("""
-from configs.vit_sigmoid import get_config
+from configs.synthetic_sigmoid import get_config
 
 def sweep_kind():
   yield {"attn.kind": "sigmoid"}
   yield {"attn.kind": "relu"}
 """)
   root = tmp_path / "root"
-  words = f"--config={config}:runlocal", "--sweep=kind", f"--root={root}"
+  words = f"--config={config}:copy,runlocal", "--sweep=kind", f"--root={root}"
   first = run(*words)
   assert first.returncode == 0, first.stdout + first.stderr
   for kind in ("sigmoid", "relu"):
