@@ -35,6 +35,7 @@ def get_config():
   config.optim.warmup_steps = config.get_ref("total_steps") // 16
   config.eval.every_steps = config.get_ref("total_steps") // 5
   config.log.every_steps = 25
+  config.telemetry.every_steps = 100
   return config.lock()
 
 
