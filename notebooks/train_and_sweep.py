@@ -74,8 +74,8 @@ except ValueError as error:
 # ## A sweep
 #
 # The generators beside `get_config` are those that `python -m sigattn.sweep`
-# takes. In a folder, a run keeps its metrics as lines of JSON. The training loss
-# is the higher one, since it is of images that are mixed up (mixup).
+# takes. In a folder, a run keeps its metrics as lines of JSON. The training
+# loss is the higher one, since it is of images that are mixed up (mixup).
 
 # %%
 metrics.console.quiet = True  # no tables and progress of each run
