@@ -4,11 +4,14 @@ Later work reports that sigmoid matches softmax's loss and loses its retrieval
 (2605.20798). Multi-query associative recall (sigattn/data/synthetic.py): 16
 pairs of a key and a value, then eight of the keys; two layers of width 64. The
 paper has no such task. Either kind with QK norm, hybrid norm, other positions
-and learning rates; then sigmoid with other biases than its -log 40 = -3.7.
+and learning rates; sigmoid with other biases than its -log 40 = -3.7; and both
+with fewer pairs.
 
   python -m sigattn.sweep --config=configs/studies/recall.py \
     --sweep=attn,variant,seed
   python -m sigattn.sweep --config=configs/studies/recall.py --sweep=bias,seed
+  python -m sigattn.sweep --config=configs/studies/recall.py \
+    --sweep=attn,pairs,seed
 
 MINUTES
 """
@@ -32,6 +35,15 @@ def sweep_variant():
   for lr in (3e-3, 1e-2):
     yield {"optim.lr": lr}
     yield {"optim.lr": lr, "model.positions": "rope"}
+
+
+def sweep_pairs():
+  for pairs in (4, 8, 12, 16):
+    yield {
+      "data.length": pairs,
+      "data.size": pairs // 2,
+      "data.vocab_size": 4 * pairs,
+    }
 
 
 def sweep_bias():
