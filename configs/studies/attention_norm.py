@@ -10,7 +10,8 @@ King James text, n = 512, its recipe otherwise.
   python -m sigattn.sweep --config=configs/studies/attention_norm.py \
     --sweep=positions,bias,seed
 
-MINUTES
+A run takes about 4 minutes on two CPU cores, and took 46 s on an H100 that 16
+runs shared.
 """
 
 from configs import lm

@@ -10,7 +10,8 @@ softmax beside it.
 
 Add lr for the sensitivity to the learning rate.
 
-MINUTES
+A run takes about 9 minutes on two CPU cores, and took 71 s on an H100 that 16
+runs shared.
 """
 
 from configs import vit

@@ -12,7 +12,7 @@ rates from 3e-4 to 0.3. Here: the King James text, n = 128, 600 steps.
 
 A run that diverges stops, and counts with the initial loss.
 
-MINUTES
+A run of the smallest takes a quarter of a minute on two CPU cores.
 """
 
 from configs import lm
