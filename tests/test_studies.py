@@ -23,21 +23,21 @@ def load(file):
   return importlib.import_module(f"configs.studies.{file.stem}")
 
 
-def named_sweeps(module):
-  """The sweeps of the command in the docstring."""
-  file = module.__name__.replace(".", "/")
-  command = rf"sigattn\.sweep --config={file}\.py \\\n *--sweep=(\S+)"
-  [names] = re.findall(command, module.__doc__)
-  return names.split(",")
+def deltas(file):
+  """What the runs of the docstring's commands change."""
+  path = file.relative_to(ROOT)
+  command = rf"sigattn\.sweep --config={path}[\s\\]+--sweep=(\S+)"
+  found = re.findall(command, load(file).__doc__)
+  assert found
+  return [x for names in found for x in sweep.deltas(file, names.split(","))]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_run_is_a_config_that_passes_its_check(file):
-  module = load(file)
-  deltas = sweep.deltas(file, named_sweeps(module))
-  assert len(deltas) > 3
-  for delta in deltas:
-    config = module.get_config()
+  found = deltas(file)
+  assert len(found) > 3
+  for delta in found:
+    config = load(file).get_config()
     config.update_from_flattened_dict(delta)
     tasks.check(config)
 
@@ -48,11 +48,8 @@ def test_a_small_one_trains(file, monkeypatch):
   monkeypatch.setattr(
     loader, "eval_batches", lambda *args: [next(iter(whole(*args)))]
   )
-  module = load(file)
-  config = module.get_config()
-  config.update_from_flattened_dict(
-    sweep.deltas(file, named_sweeps(module))[-1]
-  )
+  config = load(file).get_config()
+  config.update_from_flattened_dict(deltas(file)[-1])
   config.update_from_flattened_dict(SMALL[config.task])
   config.model.update(width=24, depth=1, mlp_dim=32)
   config.total_steps, config.batch_size = 1, 8
