@@ -4,8 +4,8 @@ Later work reports that sigmoid matches softmax's loss and loses its retrieval
 (2605.20798). Multi-query associative recall (sigattn/data/synthetic.py): 16
 pairs of a key and a value, then eight of the keys; two layers of width 64. The
 paper has no such task. Either kind with QK norm, hybrid norm, other positions
-and learning rates; sigmoid with other biases than its -log 40 = -3.7; and both
-with fewer pairs.
+and learning rates; sigmoid with other biases than its -log 40 = -3.7, and with
+rows divided by the number of keys that they see; and both with fewer pairs.
 
   python -m sigattn.sweep --config=configs/studies/recall.py \
     --sweep=attn,variant,seed
@@ -51,3 +51,4 @@ def sweep_bias():
   for bias in (0.0, -1.0, -2.0):
     yield {"attn.logit_bias": bias}
   yield {"attn.learn_logit_bias": True}
+  yield {"attn.logit_bias": 0.0, "attn.row_power": 1.0}
