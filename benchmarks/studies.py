@@ -30,7 +30,7 @@ def main(argv):
         "loss": [run.evaluation["loss"] for run in group],
         "accuracy": [run.evaluation["accuracy"] for run in group],
       }
-      for label, group in report.group(runs).items()
+      for label, group in report.by_config(runs).items()
     }
     OUT.mkdir(exist_ok=True)
     workdirs.write_json(
@@ -122,9 +122,8 @@ def layer_scale(runs):
 
 def activations(runs):
   figure, axes = _figure(7, 3.8)
-  scaled = {0.5: ", rows / sqrt(i)", 1.0: ", rows / i", 0.0: ""}
   for run in runs:
-    label = _kind(run.config) + scaled[run.config["attn.row_power"]]
+    label = _kind(run.config) + SCALED[run.config["attn.row_power"]]
     axes[0, 0].plot(
       *_split(run, "train", _loss),
       color=COLORS[label],
@@ -137,36 +136,37 @@ def activations(runs):
 
 
 def recall(runs):
-  """Accuracy on new examples: 16 pairs, every variant; then fewer pairs."""
+  """Accuracy on new examples: 16 pairs, every variant; then 8 pairs."""
   figure, axes = _figure(10.5, 3.4, 1, 2, sharex=True, sharey=True)
-  dashes = {4: ":", 8: "--", 12: "-"}
+  kinds = {"softmax": "C1", "sigmoid": "C0", "relu": "C2"}
   for run in runs:
-    kind, pairs = run.config["attn.kind"], run.config["data.length"]
-    is_first = pairs == 16
-    axes[0, int(not is_first)].plot(
+    kind, is_long = run.config["attn.kind"], run.config["data.length"] == 16
+    label = _kind(run.config) + SCALED[run.config["attn.row_power"]]
+    axes[0, 0 if is_long else 1].plot(
       *_split(run, "train", lambda line: line["accuracy"]),
-      color=COLORS["softmax" if kind == "softmax" else "b = -log n"],
-      linestyle="-" if is_first else dashes[pairs],
+      color=kinds[kind] if is_long else COLORS[label],
       linewidth=0.9,
-      label=kind if is_first else f"{kind}, {pairs} pairs",
+      label=kind if is_long else label,
     )
   axes[0, 0].set(ylabel="accuracy", title="16 pairs, all variants")
-  axes[0, 1].set(title="fewer pairs")
+  axes[0, 1].set(title="8 pairs")
   for ax in axes[0]:
     ax.set_xlabel("step")
-  _legend(figure, axes)
+  _legend(axes[0, 0], axes[:, :1], loc="center right")
+  _legend(figure, axes[:, 1:])
   return figure
 
 
-def _legend(figure, axes):
-  """One for all, outside, with each label once."""
+def _legend(place, axes, loc="outside right upper"):
+  """One for all the axes, with each label once; place: a figure or axes."""
   found = {}
   for ax in axes.flat:
     handles, labels = ax.get_legend_handles_labels()
     found |= dict(zip(labels, handles, strict=True))
-  figure.legend(found.values(), found, loc="outside right upper", frameon=False)
+  place.legend(found.values(), found, loc=loc, frameon=False)
 
 
+SCALED = {0.0: "", 0.5: ", rows / sqrt(i)", 1.0: ", rows / i"}
 COLORS = {
   "softmax": "C1",
   "b = -log n": "C0",

@@ -81,6 +81,7 @@ class SelfAttention(nnx.Module):
   row_power: p of the row scaling i^-p, i the keys that row i sees, as an
     alternative to sigmoid's bias; 0: none. It needs is_causal, and `positions`
     in the call, from which i follows in packed and in decoded rows too.
+    Telemetry measures A as it is without it.
   implementation: see attention.dot_product_attention.
   """
 
