@@ -27,6 +27,9 @@ def base():
     qk_norm="none",  # none, layernorm or rmsnorm, over the head width
     alibi=False,  # linear distance penalty with the usual slope per head
     num_kv_heads=config_dict.placeholder(int),  # None: num_heads
+    # Divides what a token gathers by the number of those it sees to this power;
+    # causal tasks alone. 0 is off, 1 and 0.5 are ablations.
+    row_power=0.0,
     implementation=config_dict.placeholder(str),  # None: the fastest that can
   )
 

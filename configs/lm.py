@@ -68,7 +68,7 @@ def _base():
     depth=4,
     num_heads=4,
     mlp_dim=344,  # 8/3 of the width, as of the published models
-    positions="none",  # rope or none; ALiBi is config.attn.alibi
+    positions="none",  # sincos (added), rope or none; ALiBi is attn.alibi
     mlp="swiglu",  # gelu or swiglu
     norm="hybrid",  # pre, post, or hybrid: x + norm(f(norm(x)))
     norm_kind="rmsnorm",  # layernorm or rmsnorm
@@ -89,6 +89,8 @@ def _base():
   config.eval.by_position = False
   # eval.py evaluates at so many times the training length, too.
   config.eval.length_factors = (1, 2, 4, 8)
+  # Whose length is sigmoid's n there: training, test, or both in turn.
+  config.eval.n_of = ("training",)
   config.ckpt.update(best_metric="loss", best_mode="min")
   config.log.every_steps = 100
   return config

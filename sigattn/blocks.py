@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from sigattn import attention, layers
 from sigattn import check as checks
 
+N_OF = {"training": "", "test": ", n of the test"}  # how the results say it
+
 
 def make(
   config,
@@ -39,6 +41,7 @@ def make(
       alibi=attn.alibi,
       is_causal=is_causal,
       rotate=rotate,
+      row_power=attn.row_power,
       implementation=attn.implementation,
       rngs=rngs,
       **shared,
@@ -63,7 +66,7 @@ def make(
   )
 
 
-def check(config):
+def check(config, is_causal=False):
   """ValueError for a bad value of what `make` reads."""
   for key in ("width", "depth", "num_heads", "mlp_dim"):
     checks.number(config, f"model.{key}", low=1)
@@ -75,6 +78,54 @@ def check(config):
   checks.finite(config, "model.layer_scale")
   checks.below_one(config, "model.drop_path")
   _check_attention(config)
+  checks.number(config, "attn.row_power", low=0)
+  checks.finite(config, "attn.row_power")
+  if config.attn.row_power and not is_causal:
+    raise ValueError(
+      f"config.attn.row_power={config.attn.row_power!r}; must be 0 where "
+      f"attention is not causal, as in config.task={config.task!r}"
+    )
+
+
+def check_positions(config):
+  """ValueError unless the widths fit config.model.positions, sincos or rope."""
+  model = config.model
+  if model.positions == "rope" and model.width // model.num_heads % 2:
+    raise ValueError(
+      f"config.model.positions='rope'; needs config.model.width={model.width} "
+      f"/ config.model.num_heads={model.num_heads} to be even"
+    )
+  if model.positions == "sincos" and model.width % 2:
+    raise ValueError(
+      f"config.model.positions='sincos'; needs config.model.width="
+      f"{model.width} to be even"
+    )
+
+
+def check_lengths(config):
+  """ValueError for a bad value of what `lengths` reads."""
+  factors, owners = config.eval.length_factors, config.eval.n_of
+  if not all(isinstance(x, int) and x >= 1 for x in factors):
+    raise ValueError(
+      f"config.eval.length_factors={factors!r}; must be whole numbers >= 1"
+    )
+  if not owners or not set(owners) <= set(N_OF):
+    raise ValueError(
+      f"config.eval.n_of={owners!r}; must be some of {list(N_OF)}"
+    )
+
+
+def lengths(config):
+  """[(name, factor, n_of)]: the other lengths that eval.py evaluates.
+
+  Each of config.eval.length_factors times config.data.length, with each of
+  config.eval.n_of: sigmoid's n is the training length, or the test's own.
+  """
+  return [
+    (f"{factor} x {config.data.length}{N_OF[n_of]}", factor, n_of)
+    for factor in config.eval.length_factors
+    for n_of in config.eval.n_of
+  ]
 
 
 def _check_attention(config):

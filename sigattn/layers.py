@@ -78,6 +78,10 @@ class SelfAttention(nnx.Module):
   alibi: adds ALiBi's distance penalty (2108.12409) to the logits.
   rotate: None or a function of x_BTNH, applied to q and to k: RoPE, say. It
     takes `positions` too where the call has them.
+  row_power: p of the row scaling i^-p, i the keys that row i sees, as an
+    alternative to sigmoid's bias; 0: none. It needs is_causal, and `positions`
+    in the call, from which i follows in packed and in decoded rows too.
+    Telemetry measures A as it is without it.
   implementation: see attention.dot_product_attention.
   """
 
@@ -97,6 +101,7 @@ class SelfAttention(nnx.Module):
     use_bias=True,
     kernel_init=KERNEL_INIT,
     rotate=None,
+    row_power=0.0,
     implementation=None,
     dtype=jnp.float32,
     rngs,
@@ -106,9 +111,12 @@ class SelfAttention(nnx.Module):
     _choose("kind", kind, attention.KINDS)
     _choose("qk_norm", qk_norm, QK_NORMS)
     _check_logit_bias(kind, logit_bias, learn_logit_bias)
+    if row_power and not is_causal:
+      raise ValueError(f"{row_power=}; must be 0 where {is_causal=}")
     self.kind, self.max_length = kind, max_length
     self.alibi, self.is_causal = alibi, is_causal
-    self.rotate, self.implementation = rotate, implementation
+    self.rotate, self.row_power = rotate, row_power
+    self.implementation = implementation
     # Replaced by telemetry, which thus hears what every layer is given.
     self.attention_fn = attention.dot_product_attention
     head_width = width // num_heads
@@ -148,7 +156,8 @@ class SelfAttention(nnx.Module):
 
     mask: bool, True where a query may see a key, (B or 1, N or 1, T, T).
     seq_lengths: (B,), the rest is padding. segment_ids: (B, T), tokens see
-    those of their own segment. positions: what `rotate` turns by.
+    those of their own segment. positions: (T,) or (B, T), what `rotate` turns
+    by and row_power counts from; 0 is the first of a row or segment.
     cache: a Cache of S slots. Without `place` the tokens fill its first T and
     see each other alone. With it, an int32 scalar, they fill the slots from
     there on, and `mask`, (B or 1, N or 1, T, S), says which slots they see;
@@ -182,6 +191,10 @@ class SelfAttention(nnx.Module):
       out_BTNH = self._attend(
         q_BTNH, *cache, mask=mask, bias=self._distances(q_BTNH, cache, place)
       )
+    if self.row_power:
+      if positions is None:
+        raise ValueError(f"{positions=}; needed by row_power={self.row_power}")
+      out_BTNH = _scale_rows(out_BTNH, positions, self.row_power)
     y_BTD = self.out(out_BTNH)
     return y_BTD if cache is None else (y_BTD, cache)
 
@@ -211,6 +224,13 @@ class SelfAttention(nnx.Module):
     i = place + jnp.arange(q_BTNH.shape[1])[:, None]
     distance_TS = abs(i - jnp.arange(cache.key_BSKH.shape[1])[None])
     return -self._slopes(q_BTNH)[None, :, None, None] * distance_TS[None, None]
+
+
+def _scale_rows(x_BTNH, positions, power):
+  """x / (positions + 1)^power: a causal row sees itself and those before."""
+  seen_BT = jnp.atleast_2d(jnp.asarray(positions, jnp.float32)) + 1
+  scale_BT11 = (seen_BT**-power)[:, :, None, None]
+  return x_BTNH * scale_BT11.astype(x_BTNH.dtype)
 
 
 def _write(cache, k_BTKH, v_BTKH, place):

@@ -17,7 +17,7 @@ from sigattn.data import text
 
 UNIT = "rows"
 METRICS = ("loss", "accuracy", "bits_per_byte", "perplexity")
-POSITIONS = ("rope", "none")
+POSITIONS = ("sincos", "rope", "none")
 
 
 class LanguageModel(nnx.Module):
@@ -26,6 +26,8 @@ class LanguageModel(nnx.Module):
   Input and output share the embedding (1608.05859); no biases.
 
   stack: layers.Stack. norm: kind of the norm before the logits, None for none.
+  table: adds sines to the embedding, with the weight against it of 1706.03762,
+    which multiplies an embedding of variance 1 / width by sqrt(width).
   has_positions: whether the stack takes `positions`.
 
   Initialisation, as of the models that 2409.04431 published:
@@ -33,9 +35,10 @@ class LanguageModel(nnx.Module):
   """
 
   def __init__(
-    self, stack, *, vocab_size, width, norm, has_positions, dtype, rngs
+    self, stack, *, vocab_size, width, norm, table, has_positions, dtype, rngs
   ):
-    self.stack, self.has_positions = stack, has_positions
+    self.stack, self.table = stack, table
+    self.has_positions = has_positions
     self.dtype = dtype
     normal = nnx.initializers.normal(width**-0.5)
     self.embed = nnx.Param(normal(rngs.params(), (vocab_size, width)))
@@ -50,7 +53,7 @@ class LanguageModel(nnx.Module):
     nothing does. segment_ids: (B, T), tokens see those of their own segment.
     """
     positions_BT = offsets(token_BT, segment_ids)
-    x_BTD = self._embed(token_BT)
+    x_BTD = self._embed(token_BT, positions_BT)
     x_BTD = self.stack(
       x_BTD, rng, segment_ids=segment_ids, **self._positions(positions_BT)
     )
@@ -63,11 +66,12 @@ class LanguageModel(nnx.Module):
     segment is 0.
     """
     cache = self._empty_cache(token_BT.shape[0], slots)
+    positions_BT = offsets(token_BT, segment_ids)
     x_BTD, cache = self.stack(
-      self._embed(token_BT),
+      self._embed(token_BT, positions_BT),
       segment_ids=segment_ids,
       cache=cache,
-      **self._positions(offsets(token_BT, segment_ids)),
+      **self._positions(positions_BT),
     )
     return self._logits(x_BTD[:, -1:])[:, 0], cache
 
@@ -79,17 +83,22 @@ class LanguageModel(nnx.Module):
     """
     slot_S = jnp.arange(cache.key_BSKH.shape[2])[None]  # behind the layers
     seen_BS = (slot_S >= start_B[:, None]) & (slot_S <= place)
+    positions_BT = (place - start_B)[:, None]
     x_BTD, cache = self.stack(
-      self._embed(token_B[:, None]),
+      self._embed(token_B[:, None], positions_BT),
       cache=cache,
       place=place,
       mask=seen_BS[:, None, None],
-      **self._positions((place - start_B)[:, None]),
+      **self._positions(positions_BT),
     )
     return self._logits(x_BTD)[:, 0], cache
 
-  def _embed(self, token_BT):
-    return self.embed[...].at[token_BT].get(mode="clip").astype(self.dtype)
+  def _embed(self, token_BT, positions_BT):
+    x_BTD = self.embed[...].at[token_BT].get(mode="clip")
+    if self.table:
+      width = x_BTD.shape[-1]
+      x_BTD += width**-0.5 * positions.sincos(positions_BT, width)
+    return x_BTD.astype(self.dtype)
 
   def _positions(self, positions_BT):
     return {"positions": positions_BT} if self.has_positions else {}
@@ -123,21 +132,12 @@ def offsets(token_BT, segment_ids=None):
 
 def check(config):
   """ValueError for a bad value in model, attn, eval or data.length."""
-  blocks.check(config)
+  blocks.check(config, is_causal=True)
   checks.number(config, "data.length", low=1)
   checks.choice(config, "model.positions", POSITIONS)
   checks.number(config, "model.max_length", low=1)
-  model = config.model
-  if model.positions == "rope" and model.width // model.num_heads % 2:
-    raise ValueError(
-      f"config.model.positions='rope'; needs config.model.width={model.width} "
-      f"/ config.model.num_heads={model.num_heads} to be even"
-    )
-  factors = config.eval.length_factors
-  if not all(isinstance(x, int) and x >= 1 for x in factors):
-    raise ValueError(
-      f"config.eval.length_factors={factors!r}; must be whole numbers >= 1"
-    )
+  blocks.check_positions(config)
+  blocks.check_lengths(config)
 
 
 def build(config, rngs):
@@ -157,7 +157,9 @@ def build(config, rngs):
     vocab_size=config.data.vocab_size,
     width=model.width,
     norm=None if model.norm == "post" else model.norm_kind,
-    has_positions=model.positions == "rope",
+    table=model.positions == "sincos",
+    # By which RoPE turns, and the row scaling counts.
+    has_positions=model.positions == "rope" or config.attn.row_power > 0,
     dtype=jnp.dtype(config.dtype),
     rngs=rngs,
   )
@@ -258,16 +260,18 @@ def _by_position(loss_T, weight_T):
 def studies(config):
   """What eval.py evaluates beside the run's own length: {name: config}.
 
-  Each of config.eval.length_factors times the training length, by position.
-  The text is the same in rows of another length, but for documents of a
-  stream, which end where they end.
+  Each of config.eval.length_factors times the training length, by position,
+  with each n of config.eval.n_of. The text is the same in rows of another
+  length, but for documents of a stream, which end where they end.
   """
   found = {}
-  for factor in config.eval.length_factors:
+  for name, factor, n_of in blocks.lengths(config):
     other = config.copy_and_resolve_references().unlock()
     other.data.length = factor * config.data.length
+    if n_of == "test":
+      other.model.max_length = other.data.length
     other.batch_size = max(config.batch_size // factor, jax.device_count())
     other.batch_size -= other.batch_size % jax.device_count()
     other.eval.by_position = True
-    found[f"{factor} x {config.data.length}"] = other.lock()
+    found[name] = other.lock()
   return found

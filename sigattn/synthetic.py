@@ -28,11 +28,24 @@ class Solver(nnx.Module):
   """
 
   def __init__(
-    self, stack, *, symbols, classes, width, norm, table, rotates, dtype, rngs
+    self,
+    stack,
+    *,
+    symbols,
+    classes,
+    width,
+    norm,
+    table,
+    has_positions,
+    dtype,
+    rngs,
   ):
-    """symbols: of the input, None for numbers. table: adds sines."""
+    """symbols: of the input, None for numbers. table: adds sines.
+
+    has_positions: whether the stack takes `positions`.
+    """
     self.stack, self.width, self.dtype = stack, width, dtype
-    self.table, self.rotates = table, rotates
+    self.table, self.has_positions = table, has_positions
     self.embed = (
       nnx.Linear(1, width, rngs=rngs)
       if symbols is None
@@ -50,7 +63,7 @@ class Solver(nnx.Module):
     length = input_BT.shape[1]
     if self.table:
       x_BTD = x_BTD + positions.sincos_1d(length, self.width)[None]
-    where = {"positions": jnp.arange(length)} if self.rotates else {}
+    where = {"positions": jnp.arange(length)} if self.has_positions else {}
     x_BTD = self.stack(x_BTD.astype(self.dtype), rng, **where)
     if self.has_norm:
       x_BTD = layers.normalize(self.norm, x_BTD)
@@ -59,26 +72,11 @@ class Solver(nnx.Module):
 
 def check(config):
   """ValueError for a bad value in model, attn or eval."""
-  blocks.check(config)
+  blocks.check(config, is_causal=config.data.name in CAUSAL)
   checks.choice(config, "model.positions", POSITIONS)
   checks.number(config, "model.max_length", low=1, optional=True)
-  width = config.model.width // config.model.num_heads
-  if config.model.positions == "rope" and width % 2:
-    raise ValueError(
-      f"config.model.positions='rope'; needs config.model.width="
-      f"{config.model.width} / config.model.num_heads="
-      f"{config.model.num_heads} to be even"
-    )
-  if config.model.positions == "sincos" and config.model.width % 2:
-    raise ValueError(
-      f"config.model.positions='sincos'; needs config.model.width="
-      f"{config.model.width} to be even"
-    )
-  factors = config.eval.length_factors
-  if not all(isinstance(x, int) and x >= 1 for x in factors):
-    raise ValueError(
-      f"config.eval.length_factors={factors!r}; must be whole numbers >= 1"
-    )
+  blocks.check_positions(config)
+  blocks.check_lengths(config)
 
 
 def build(config, rngs):
@@ -100,7 +98,8 @@ def build(config, rngs):
     width=model.width,
     norm=None if model.norm == "post" else model.norm_kind,
     table=model.positions == "sincos",
-    rotates=model.positions == "rope",
+    # By which RoPE turns, and the row scaling counts.
+    has_positions=model.positions == "rope" or config.attn.row_power > 0,
     dtype=jnp.dtype(config.dtype),
     rngs=rngs,
   )
@@ -152,13 +151,17 @@ def studies(config):
   """What eval.py evaluates beside the run's own length: {name: config}.
 
   Each of config.eval.length_factors times the training length. The model stays
-  that of the training length, its sigmoid's n too, unless
+  that of the training length, its sigmoid's n too, unless config.eval.n_of or
   config.model.max_length says otherwise.
   """
   found = {}
-  for factor in config.eval.length_factors:
+  for name, factor, n_of in blocks.lengths(config):
     other = config.copy_and_resolve_references().unlock()
-    other.model.max_length = config.model.max_length or data.width(config.data)
     other.data.length = factor * config.data.length
-    found[f"{factor} x {config.data.length}"] = other.lock()
+    other.model.max_length = (
+      data.width(other.data)
+      if n_of == "test"
+      else config.model.max_length or data.width(config.data)
+    )
+    found[name] = other.lock()
   return found

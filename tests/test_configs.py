@@ -59,6 +59,7 @@ BAD = [
   ("attn.kind", "sigmiod"),
   ("attn.qk_norm", "layer"),
   ("attn.logit_bias", float("nan")),
+  ("attn.row_power", 1.0),
   ("attn.num_kv_heads", 4),
   ("attn.implementation", "cuda"),
   ("model.width", 97),

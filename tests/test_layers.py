@@ -133,6 +133,18 @@ def test_attention_is_its_formula(qk_norm, alibi):
   np.testing.assert_allclose(layer(inputs()), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_row_scaling_divides_by_a_power_of_the_keys_seen():
+  options = dict(is_causal=True, use_bias=False)
+  plain = fill(lambda: make_attention(**options))
+  scaled = fill(lambda: make_attention(row_power=0.5, **options))
+  where = jnp.array([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]])
+  expected = compiled(plain, inputs()) / jnp.sqrt(where + 1)[:, :, None]
+  found = compiled(scaled, inputs(), positions=where)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+  with pytest.raises(ValueError, match="positions=None; needed"):
+    scaled(inputs())
+
+
 @pytest.mark.parametrize("kind", attention.KINDS)
 def test_every_kind_has_the_same_parameters_and_another_output(kind):
   first, layer = make_attention(kind="sigmoid"), make_attention(kind=kind)
@@ -425,6 +437,7 @@ def test_stack_hands_masks_to_every_layer():
       lambda: make_attention(kind="softmax", learn_logit_bias=True),
       "learn_logit_bias=True",
     ),
+    (lambda: make_attention(row_power=1.0), "row_power=1.0; must be 0"),
     (lambda: layers.Mlp(D, F, "relu", rngs=nnx.Rngs(0)), "kind='relu'; choose"),
     (lambda: make_block(nnx.Rngs(0), norm="both"), "norm='both'; choose"),
     (lambda: make_block(nnx.Rngs(0), norm_kind="l"), "norm_kind='l'; choose"),

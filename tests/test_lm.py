@@ -12,13 +12,16 @@ from flax import nnx
 from configs import lm as lm_config
 from configs import lm_sigmoid
 from eval import evaluate
-from sigattn import generate, lm, tasks
+from sigattn import generate, lm, positions, tasks
 from sigattn.data import loader, text
 from tests.test_layers import fill
 from train import train
 
 V = 64
 ROPE = {"model.positions": "rope", "attn.alibi": False}
+SINES = {
+  "model.positions": "sincos", "attn.alibi": False, "attn.row_power": 0.5,
+}  # fmt: skip
 
 
 def small(depth=1, **values):
@@ -88,7 +91,7 @@ def test_parameters_are_named_for_their_groups_and_start_as_published():
   assert out.std() == pytest.approx(64**-0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("values", [{}, ROPE, {"attn.kind": "softmax"}])
+@pytest.mark.parametrize("values", [{}, ROPE, SINES, {"attn.kind": "softmax"}])
 def test_a_token_changes_nothing_before_it(values):
   model = make(small(**values))
   token_BT = tokens(2, 12)
@@ -99,7 +102,7 @@ def test_a_token_changes_nothing_before_it(values):
   assert (a[:, 7:] != b[:, 7:]).any((0, 2)).all()
 
 
-@pytest.mark.parametrize("values", [{}, ROPE, {"attn.kind": "softmax"}])
+@pytest.mark.parametrize("values", [{}, ROPE, SINES, {"attn.kind": "softmax"}])
 def test_packed_documents_are_as_if_alone(values):
   model = make(small(**values))
   first, second = tokens(1, 5), tokens(1, 8, seed=1)
@@ -166,6 +169,23 @@ def test_studies_are_longer_rows_with_the_same_n():
   assert model.stack.blocks.attn.max_length == 32
 
 
+def test_n_of_the_test_is_the_evaluated_length():
+  config = small(**{"eval.length_factors": (2,)})
+  config.eval.n_of = ("training", "test")
+  found = {k: x.model.max_length for k, x in lm.studies(config).items()}
+  assert found == {"2 x 32": 32, "2 x 32, n of the test": 64}
+
+
+def test_sines_have_the_weight_of_the_embedding():
+  model = lm.build(small(**SINES), nnx.Rngs(0))
+  token_BT = tokens(1, 32)
+  at = lambda first: model._embed(token_BT, first + jnp.arange(32)[None])  # noqa: E731
+  table = positions.sincos_1d(40, 16)
+  np.testing.assert_allclose(
+    at(8) - at(0), (table[8:] - table[:32])[None] / 4, atol=1e-6
+  )
+
+
 def test_run_is_evaluated_at_other_lengths_and_continues_texts(
   tmp_path, monkeypatch
 ):
@@ -198,8 +218,16 @@ def reference(model, ids, count):
   return np.array(found), ids[-count:]
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("values", [{}, ROPE], ids=["alibi", "rope"])
+@pytest.mark.parametrize(
+  ("kind", "values"),
+  [
+    ("sigmoid", {}),
+    ("softmax", {}),
+    ("sigmoid", ROPE),
+    ("softmax", ROPE),
+    ("sigmoid", SINES),
+  ],
+)
 def test_decoding_equals_the_full_forward_pass(kind, values):
   config = small(depth=2, **{"attn.kind": kind, **values})
   model = make(config)
@@ -317,6 +345,10 @@ BAD = [
   ("data.packing_window", 0),
   ("eval.rows", 0),
   ("eval.length_factors", (1, 0)),
+  ("eval.n_of", ("training", "tset")),
+  ("eval.n_of", ()),
+  ("attn.row_power", -1.0),
+  ("attn.row_power", float("inf")),
   ("ckpt.best_metric", "accuracy_top5"),
 ]
 

@@ -115,6 +115,14 @@ def test_it_trains_and_is_evaluated_at_other_lengths(name, tmp_path):
     assert np.isfinite(found["loss"])
 
 
+def test_n_of_the_test_is_the_evaluated_length():
+  config = small("pair_repeat")
+  config.eval.n_of = ("training", "test")
+  found = {k: x.model.max_length for k, x in synthetic.studies(config).items()}
+  assert found["2 x 32"] == 33
+  assert found["2 x 32, n of the test"] == 65
+
+
 def test_another_length_keeps_the_training_n():
   config = small("pair_repeat")
   for other in synthetic.studies(config).values():
@@ -157,6 +165,7 @@ def test_score_of_numbers_is_relative_to_the_variance():
     ("copy", "model.max_length", 0),
     ("copy", "attn.kind", "sigmiod"),
     ("copy", "eval.length_factors", (0.5,)),
+    ("pair_repeat", "attn.row_power", 1.0),
   ],
 )
 def test_bad_value_is_refused_with_its_path(name, path, value):

@@ -1,0 +1,30 @@
+r"""Study 5: softmax, sigmoid, ReLU and ReLU squared, and scaled rows.
+
+The claim: ReLU-like activations are about on par in vision (2409.04431, Figure
+11), and a factor on each row, sigmoid(q k^T / sqrt(d)) v / i or / sqrt(i) in
+row i, is not needed beside the bias (its Appendix G, and its code). Here: the
+one-block language model of attention_norm.py, with RoPE, where a causal row
+sees i keys. ReLU kinds are divided by n, as in 2309.08586.
+
+  python -m sigattn.sweep --config=configs/studies/activations.py \
+    --sweep=attn,seed
+
+A run takes about 4 minutes on two CPU cores, and took 42 s on an H100 that 16
+runs shared.
+"""
+
+from configs.lm import sweep_seed  # noqa: F401
+from configs.studies import attention_norm
+
+
+def get_config():
+  config = attention_norm.get_config().unlock()
+  config.model.positions = "rope"
+  return config.lock()
+
+
+def sweep_attn():
+  for kind in ("softmax", "sigmoid", "relu", "relu2"):
+    yield {"attn.kind": kind}
+  for power in (0.0, 0.5, 1.0):
+    yield {"attn.logit_bias": 0.0, "attn.row_power": power}

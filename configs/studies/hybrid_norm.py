@@ -1,0 +1,32 @@
+r"""Study 4: the norm behind each branch, at short and at long sequences.
+
+The claim: at a billion parameters and n = 4096, sigmoid with ALiBi falls a
+little behind softmax; hybrid norm, x + norm(f(norm(x))), closes the gap
+(2409.04431, Table 3). Here: the language model's default of four layers on the
+King James text, 2048 tokens an update, as rows of 128 and of 2048.
+
+  python -m sigattn.sweep --config=configs/studies/hybrid_norm.py \
+    --sweep=attn,norm,length,seed
+
+A run of the short rows takes about 7 minutes on two CPU cores.
+"""
+
+from configs import lm
+from configs.lm import sweep_attn, sweep_seed  # noqa: F401
+
+
+def get_config():
+  config = lm.get_config().unlock()
+  config.attn.kind = "sigmoid"
+  config.total_steps = 1000
+  return config.lock()
+
+
+def sweep_norm():
+  for norm in ("pre", "hybrid"):
+    yield {"model.norm": norm}
+
+
+def sweep_length():
+  for length in (128, 2048):
+    yield {"data.length": length, "batch_size": 2048 // length}

@@ -1,0 +1,59 @@
+r"""Study 3: how much the loss depends on the learning rate, over widths.
+
+The claim: language models with either attention are sensitive to the learning
+rate without QK norm, and much less so with it (2409.04431, Appendix; the
+protocol of 2309.14322). Models k = 1, 2, 4: k heads of width 64, 2 k layers,
+MLPs of 256 k. Sensitivity is the mean over the learning rates of min(final
+loss, initial loss) - best loss. There: k up to 16 on C4, n = 512, 16,384 steps,
+rates from 3e-4 to 0.3. Here: the King James text, n = 128, 600 steps.
+
+  python -m sigattn.sweep --config=configs/studies/learning_rate.py \
+    --sweep=attn,qk_norm,width,lr
+
+A run that diverges stops, and counts with the initial loss.
+
+A run of the smallest takes a quarter of a minute on two CPU cores.
+"""
+
+from configs import lm
+from configs.lm import sweep_attn, sweep_seed  # noqa: F401
+
+
+def get_config():
+  """The smallest of the models."""
+  config = lm.get_config().unlock()
+  config.attn.update(kind="sigmoid", alibi=False, qk_norm="none")
+  config.total_steps = 600
+  config.model.update(
+    width=64,
+    depth=2,
+    num_heads=1,
+    mlp_dim=256,
+    positions="rope",
+    mlp="gelu",
+    norm="pre",
+    norm_kind="layernorm",
+  )
+  config.optim.update(b2=0.95, weight_decay=0.0)
+  config.optim.warmup_steps = config.get_ref("total_steps") // 16
+  return config.lock()
+
+
+def sweep_qk_norm():
+  for name in ("none", "layernorm"):
+    yield {"attn.qk_norm": name}
+
+
+def sweep_width():
+  for k in (1, 2, 4):
+    yield {
+      "model.width": 64 * k,
+      "model.depth": 2 * k,
+      "model.num_heads": k,
+      "model.mlp_dim": 256 * k,
+    }
+
+
+def sweep_lr():
+  for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1):
+    yield {"optim.lr": lr}

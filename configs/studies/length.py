@@ -1,0 +1,29 @@
+r"""Study 8: longer texts than trained on, and whose n the bias is made for.
+
+The paper's models keep the bias of training, -log of the training length, when
+what they evaluate is longer (2409.04431; AXLearn's code); a bias of the test's
+own length is the other choice. Here: the language model's default, ALiBi or
+RoPE, trained on rows of 128 and evaluated on rows of 128 to 1024 with either.
+
+  python -m sigattn.sweep --config=configs/studies/length.py \
+    --sweep=attn,positions,seed
+  for run in runs/length/default/*/; do python eval.py --workdir=$run; done
+
+A run takes about 5 minutes on two CPU cores, its evaluation a few more.
+"""
+
+from configs import lm
+from configs.lm import sweep_attn, sweep_seed  # noqa: F401
+
+
+def get_config():
+  config = lm.get_config().unlock()
+  config.attn.kind = "sigmoid"
+  config.total_steps = 1500
+  config.eval.n_of = ("training", "test")
+  return config.lock()
+
+
+def sweep_positions():
+  yield {"attn.alibi": True}
+  yield {"attn.alibi": False, "model.positions": "rope"}
