@@ -18,7 +18,7 @@ from tests.test_layers import fill
 from train import train
 
 V = 64
-ROPE = {"model.positions": "rope", "attn.alibi": False}
+ALIBI = {"model.positions": "none", "attn.alibi": True}
 
 
 def small(depth=1, **values):
@@ -88,7 +88,7 @@ def test_parameters_are_named_for_their_groups_and_start_as_published():
   assert out.std() == pytest.approx(64**-0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("values", [{}, ROPE, {"attn.kind": "softmax"}])
+@pytest.mark.parametrize("values", [{}, ALIBI, {"attn.kind": "softmax"}])
 def test_a_token_changes_nothing_before_it(values):
   model = make(small(**values))
   token_BT = tokens(2, 12)
@@ -99,7 +99,7 @@ def test_a_token_changes_nothing_before_it(values):
   assert (a[:, 7:] != b[:, 7:]).any((0, 2)).all()
 
 
-@pytest.mark.parametrize("values", [{}, ROPE, {"attn.kind": "softmax"}])
+@pytest.mark.parametrize("values", [{}, ALIBI, {"attn.kind": "softmax"}])
 def test_packed_documents_are_as_if_alone(values):
   model = make(small(**values))
   first, second = tokens(1, 5), tokens(1, 8, seed=1)
@@ -199,7 +199,7 @@ def reference(model, ids, count):
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("values", [{}, ROPE], ids=["alibi", "rope"])
+@pytest.mark.parametrize("values", [{}, ALIBI], ids=["rope", "alibi"])
 def test_decoding_equals_the_full_forward_pass(kind, values):
   config = small(depth=2, **{"attn.kind": kind, **values})
   model = make(config)
