@@ -18,10 +18,8 @@ from tests.test_layers import fill
 from train import train
 
 V = 64
-ROPE = {"model.positions": "rope", "attn.alibi": False}
-SINES = {
-  "model.positions": "sincos", "attn.alibi": False, "attn.row_power": 0.5,
-}  # fmt: skip
+ALIBI = {"model.positions": "none", "attn.alibi": True}
+SINES = {"model.positions": "sincos", "attn.row_power": 0.5}
 
 
 def small(depth=1, **values):
@@ -91,7 +89,7 @@ def test_parameters_are_named_for_their_groups_and_start_as_published():
   assert out.std() == pytest.approx(64**-0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("values", [{}, ROPE, SINES, {"attn.kind": "softmax"}])
+@pytest.mark.parametrize("values", [{}, ALIBI, SINES, {"attn.kind": "softmax"}])
 def test_a_token_changes_nothing_before_it(values):
   model = make(small(**values))
   token_BT = tokens(2, 12)
@@ -102,7 +100,7 @@ def test_a_token_changes_nothing_before_it(values):
   assert (a[:, 7:] != b[:, 7:]).any((0, 2)).all()
 
 
-@pytest.mark.parametrize("values", [{}, ROPE, SINES, {"attn.kind": "softmax"}])
+@pytest.mark.parametrize("values", [{}, ALIBI, SINES, {"attn.kind": "softmax"}])
 def test_packed_documents_are_as_if_alone(values):
   model = make(small(**values))
   first, second = tokens(1, 5), tokens(1, 8, seed=1)
@@ -223,8 +221,8 @@ def reference(model, ids, count):
   [
     ("sigmoid", {}),
     ("softmax", {}),
-    ("sigmoid", ROPE),
-    ("softmax", ROPE),
+    ("sigmoid", ALIBI),
+    ("softmax", ALIBI),
     ("sigmoid", SINES),
   ],
 )

@@ -22,14 +22,13 @@ from configs.lm import sweep_attn, sweep_seed  # noqa: F401
 def get_config():
   """The smallest of the models."""
   config = lm.get_config().unlock()
-  config.attn.update(kind="sigmoid", alibi=False, qk_norm="none")
+  config.attn.update(kind="sigmoid", qk_norm="none")
   config.total_steps = 600
   config.model.update(
     width=64,
     depth=2,
     num_heads=1,
     mlp_dim=256,
-    positions="rope",
     mlp="gelu",
     norm="pre",
     norm_kind="layernorm",

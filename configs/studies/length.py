@@ -25,5 +25,5 @@ def get_config():
 
 
 def sweep_positions():
-  yield {"attn.alibi": True}
-  yield {"attn.alibi": False, "model.positions": "rope"}
+  yield {"attn.alibi": True, "model.positions": "none"}
+  yield {"model.positions": "rope"}
