@@ -17,7 +17,8 @@ from configs.lm import sweep_attn, sweep_seed  # noqa: F401
 
 def get_config():
   config = lm.get_config().unlock()
-  config.attn.kind = "sigmoid"
+  config.attn.update(kind="sigmoid", alibi=True)
+  config.model.positions = "none"
   config.total_steps = 1000
   return config.lock()
 
