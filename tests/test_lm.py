@@ -18,7 +18,7 @@ from tests.test_layers import fill
 from train import train
 
 V = 64
-ALIBI = {"model.positions": "none", "attn.alibi": True}
+ALIBI = {"model.positions": "none"}
 
 
 def small(depth=1, **values):
