@@ -18,8 +18,10 @@ from tests.test_layers import fill
 from train import train
 
 V = 64
-ALIBI = {"model.positions": "none", "attn.alibi": True}
-SINES = {"model.positions": "sincos", "attn.row_power": 0.5}
+ALIBI = {"model.positions": "none"}
+SINES = {
+  "model.positions": "sincos", "attn.alibi": False, "attn.row_power": 0.5,
+}  # fmt: skip
 
 
 def small(depth=1, **values):
@@ -253,7 +255,7 @@ def test_decoding_equals_the_full_forward_pass(kind, values):
 
 
 def test_generator_continues_a_batch_as_each_alone_and_streams_the_same():
-  config = small()
+  config = small(**ALIBI)  # By chance it does not end its text.
   _, params = tasks.init(config)
   generator = generate.Generator(config, params)
   prompts = ["And God said, ", "Let"]

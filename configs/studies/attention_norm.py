@@ -32,7 +32,7 @@ def get_config():
     norm="pre",
     norm_kind="layernorm",
   )
-  config.attn.update(kind="sigmoid", qk_norm="none")
+  config.attn.update(kind="sigmoid", alibi=False, qk_norm="none")
   config.optim.update(lr=3e-3, b2=0.95, weight_decay=0.0)
   config.optim.warmup_steps = config.get_ref("total_steps") // 16
   config.eval.every_steps = config.get_ref("total_steps") // 5

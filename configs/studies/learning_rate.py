@@ -22,7 +22,7 @@ from configs.lm import sweep_attn, sweep_seed  # noqa: F401
 def get_config():
   """The smallest of the models."""
   config = lm.get_config().unlock()
-  config.attn.update(kind="sigmoid", qk_norm="none")
+  config.attn.update(kind="sigmoid", alibi=False, qk_norm="none")
   config.total_steps = 600
   config.model.update(
     width=64,

@@ -3,7 +3,7 @@ r"""Study 8: longer texts than trained on, and whose n the bias is made for.
 The paper's models keep the bias of training, -log of the training length, when
 what they evaluate is longer (2409.04431; AXLearn's code); a bias of the test's
 own length is the other choice. Here: the language model's default, ALiBi or
-RoPE, trained on rows of 128 and evaluated on rows of 128 to 1024 with either.
+RoPE, trained on rows of 256 and evaluated on rows of 256 to 2048 with either.
 
   python -m sigattn.sweep --config=configs/studies/length.py \
     --sweep=attn,positions,seed
@@ -26,4 +26,4 @@ def get_config():
 
 def sweep_positions():
   yield {"attn.alibi": True, "model.positions": "none"}
-  yield {"model.positions": "rope"}
+  yield {"attn.alibi": False, "model.positions": "rope"}
