@@ -90,7 +90,7 @@ def _prompts():
 
   Decided on single runs whose training loss and held-out CER were watched
   (benchmarks/NOTES.md): batches half as large, a second convolution and the
-  hybrid norm each learn faster in the same time.
+  hybrid norm each learn faster from the same audio.
   """
   config = _base()
   config.total_steps = 5000
