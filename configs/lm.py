@@ -128,8 +128,8 @@ def _published(config, size):
     vocab_size=32768,
     length=4096,
   )
-  config.eval.every_steps = config.get_ref("total_steps") // 4
   config.eval.rows = 5000
+  config.attn.alibi = True
   config.model.update(
     width=width,
     depth=depth,

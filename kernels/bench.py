@@ -222,7 +222,10 @@ def _means(rows):
 
 
 def plot(path):
-  """Draws TFLOP/s against the length, of a file of the GPU's; returns x.png."""
+  """Draws TFLOP/s against lengths from 512 on, of a file of the GPU's.
+
+  path: x.json; returns x.png.
+  """
   from matplotlib import pyplot
 
   found = json.loads(path.read_text())
