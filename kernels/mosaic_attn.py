@@ -75,8 +75,8 @@ class _Added:
 
 
 _ADDED = {
-  64: _Added(Tile(64, 128, 2, 2, 240), open=2048, masked=4096),
-  128: _Added(Tile(64, 64, 2, 2, 240), open=4096, masked=math.inf),
+  64: _Added(Tile(64, 128, 3, 2, 240), open=1024, masked=1024),
+  128: _Added(Tile(64, 64, 3, 2, 240, overlap=True), open=2048, masked=4096),
 }
 _BOTH = 128  # The head width up to which registers hold dk and dv at once.
 _ALIGNED = 8  # rows: sequences are padded to a multiple for the copy engine

@@ -50,7 +50,9 @@ class Tile:
   stages: int  # blocks in shared memory
   warpgroups: int  # that compute
   registers: int  # of a thread of those; all warpgroups' must fit in 512
-  overlap: bool = False  # start a step's second product with the next's first
+  # By queries: start a step's second product with the next's first. By keys:
+  # write a step's share of dq as the first product of the next but one runs.
+  overlap: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +269,15 @@ def _visible(form, place, ids):
       == lax.broadcast_in_dim(column, place.shape, [1])
     )
   return functools.reduce(jnp.logical_and, parts)
+
+
+def _at_step(index, step):
+  """The index, in a form that no compiler computes before the loop of steps.
+
+  It would compute the addresses of every slice that the products take, keep
+  them in registers, and spill those.
+  """
+  return index + jnp.minimum(lax.optimization_barrier(step), 0)
 
 
 def _round(x, factor, dtype):
@@ -621,19 +632,19 @@ def _skip(ring_k, ring_v, count):
   return skip
 
 
-def _loops(form, steps, step, carry=None, skip=None):
-  """carry = step(e, carry, masked) for all steps: with a mask, then without.
+def _loops(form, steps, step, carry=None, skip=None, begin=0):
+  """carry = step(e, carry, masked) from `begin` on: with a mask, then without.
 
   skip(e, None): for the first steps.skipped, which another warpgroup needs.
   """
-  full = _int(0)
+  begin = full = _int(begin)
   if form.masked:
-    first, full = _int(0), steps.masked
+    full = jnp.maximum(begin, steps.masked)
     if skip is not None:
-      first = steps.skipped
-      lax.fori_loop(0, first, skip, None)
+      lax.fori_loop(begin, steps.skipped, skip, None)
+      begin = steps.skipped
     carry = lax.fori_loop(
-      first, full, functools.partial(step, masked=True), carry
+      begin, full, functools.partial(step, masked=True), carry
     )
   return lax.fori_loop(
     full, steps.count, functools.partial(step, masked=False), carry
@@ -780,85 +791,168 @@ def by_keys(
           head = kv_head * group + g
           bias, slope = _scalars(form, gmem["scalars"], batch, head)
 
-          def step(e, totals, masked):
-            c = count + g * steps.count + e
+          def weigh(s, e, masked):
             start = steps.block(e) * tile.block
-            shape = tile.rows, tile.block
-            place = _Place(first, start, shape, form.offset, False)
+            place = _Place(first, start, s.shape, form.offset, False)
             ids = None
             if masked:
               columns = _load_ids(
                 form, gmem["query_ids"], batch, start, tile.block, _COLUMN
               )
               ids = row_ids, columns
+            return *_weights(form, s, bias, slope, place, ids, masked), place
+
+          def gradient_of_logits(e, totals, masked, meanwhile=lambda: None):
+            """(dz of a step or None, totals), with dv's product running.
+
+            meanwhile: called as the first products run.
+            """
+            c = count + g * steps.count + e
             q, do = ring_q.block(c), ring_do.block(c)
+            here = _at_step(warpgroup, c)
+            keys, values = k_smem.at[here], v_smem.at[here]
 
-            def passed():
-              plgpu.wgmma_wait(0)
-              ring_do.release(c)
-              ring_q.release(c)
-              return totals
-
-            def run(s_ref, dp_ref):
+            def start(s_ref):
               plgpu.wgmma(s_ref, keys, q.transpose((1, 0)))
+              meanwhile()
+              return pl.run_scoped(
+                functools.partial(finish, s_ref), None if dk is None else logits
+              )
+
+            def finish(s_ref, dp_ref):
               if dp_ref is not None:
                 plgpu.wgmma(dp_ref, values, do.transpose((1, 0)))
               s = _read(s_ref, int(dk is not None))
-              p, derivative = _weights(form, s, bias, slope, place, ids, masked)
+              p, derivative, place = weigh(s, e, masked)
               if dv is not None:
                 plgpu.wgmma(dv, _round(p, form.weight_scale, dtype), do)
               if dp_ref is None:
-                return None
-              return derivative() * _read(dp_ref, int(dv is not None))
-
-            ring_q.wait(c)
-            ring_do.wait(c)
-            logits = _accumulator(*shape)
-            dz = pl.run_scoped(run, logits, None if dk is None else logits)
-            if dz is None:
-              return passed()
-            dz16 = _round(dz, form.slope_scale, dtype)
-            if sums:
+                return None, totals
+              dz = derivative() * _read(dp_ref, int(dv is not None))
+              if not sums:
+                return dz, totals
               found = [dz.sum(1)]
               if form.alibi:
                 found.append(-(dz * place.distance()).sum(1))
-              totals = [t + x for t, x in zip(totals, found, strict=True)]
-            if d_query is None:
-              plgpu.wgmma(dk, dz16, q)
-              return passed()
-            # Two rooms for dz: that of the step before may still be read.
-            room = _rem(c, 2) * tile.warpgroups
-            dz_smem.at[room + warpgroup][...] = dz16
-            plgpu.commit_smem()
-            rendezvous()
+              return dz, [t + x for t, x in zip(totals, found, strict=True)]
 
-            def share(ref):
-              for other in range(tile.warpgroups):
-                plgpu.wgmma(
-                  ref,
-                  dz_smem.at[room + other, :, of_block].transpose((1, 0)),
-                  k_smem.at[other, :, of_width],
-                )
-              plgpu.wgmma(dk, dz16, q)  # Runs while dq is written.
-              dq = _read(ref, 1)
-              ring_do.release(c)
-              plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-              dq_smem.at[warpgroup][...] = dq
-              plgpu.commit_smem()
+            ring_q.wait(c)
+            ring_do.wait(c)
+            logits = _accumulator(tile.rows, tile.block)
+            return pl.run_scoped(start, logits)
 
-            pl.run_scoped(share, _accumulator(_SHARE, _SHARE))
-            begin = pl.multiple_of(start + of_block.start, _SHARE)
-            plgpu.copy_smem_to_gmem(
-              dq_smem.at[warpgroup],
-              gmem["d_query"].at[batch, pl.ds(begin, _SHARE), head, of_width],
-              reduction_op="add",
-            )
+          def step(e, totals, masked):
+            c = count + g * steps.count + e
+            dz, totals = gradient_of_logits(e, totals, masked)
+            if dz is not None:
+              dz = _round(dz, form.slope_scale, dtype)
+              plgpu.wgmma(dk, dz, ring_q.block(c))
             plgpu.wgmma_wait(0)
+            ring_do.release(c)
             ring_q.release(c)
             return totals
 
+          # A mask leaves no registers to keep a share of dq for a step.
+          late = tile.overlap and not form.masked
+
+          def sharing_step(e, carry, masked):
+            """A step with the share of dq of the step before.
+
+            carry: the share before that, if it is written `late`, as this
+            step's first product runs; and totals.
+            """
+            c = count + g * steps.count + e
+            *share, totals = carry
+            meanwhile = [
+              functools.partial(write_share, x, e - 2) for x in share
+            ]
+            dz, totals = gradient_of_logits(e, totals, masked, *meanwhile)
+
+            plgpu.barrier_wait(meet)
+            found = pl.run_scoped(
+              lambda ref: share_dz(c, dz, ref), _accumulator(_SHARE, _SHARE)
+            )
+            if not late:
+              write_share(found, e - 1)
+            plgpu.wgmma_wait(0)
+            ring_q.release(c)
+            return *([found] if late else []), totals
+
+          def opening_step(totals):
+            e = _int(0)
+            dz, totals = gradient_of_logits(e, totals, form.masked)
+            share_dz(count + g * steps.count, dz, None)
+            plgpu.wgmma_wait(0)
+            ring_q.release(count + g * steps.count)
+            return totals
+
+          def share_dz(c, dz, share_ref):
+            """Adds to dk and hands dz to the others; the share before it."""
+            dz = _round(dz, form.slope_scale, dtype)
+            if share_ref is not None:
+              start_share(share_ref, c - 1)
+            # Two rooms for dz: that of the step before is being read.
+            dz_smem.at[_rem(c, 2) * tile.warpgroups + warpgroup][...] = dz
+            plgpu.commit_smem()
+            plgpu.wgmma(dk, dz, ring_q.block(c))
+            found = None
+            if share_ref is None:
+              plgpu.wgmma_wait(1)
+            else:
+              found = _read(share_ref, 1)
+            ring_do.release(c)
+            plgpu.barrier_arrive(meet)
+            return found
+
+          def start_share(ref, c):
+            """Starts the products of this warpgroup's share of dq."""
+            room = _rem(c, 2) * tile.warpgroups
+            for other in range(tile.warpgroups):
+              plgpu.wgmma(
+                ref,
+                dz_smem.at[room + other, :, of_block].transpose((1, 0)),
+                k_smem.at[_at_step(other, c), :, of_width],
+              )
+
+          def write_share(dq, e):
+            """Adds a share of step e to dq. Before the first step: of zeros."""
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            dq_smem.at[warpgroup][...] = dq
+            plgpu.commit_smem()
+            begin = steps.block(jnp.maximum(e, 0)) * tile.block + of_block.start
+            at = batch, pl.ds(pl.multiple_of(begin, _SHARE), _SHARE), head
+            plgpu.copy_smem_to_gmem(
+              dq_smem.at[warpgroup],
+              gmem["d_query"].at[*at, of_width],
+              reduction_op="add",
+            )
+
+          def last_shares(*share):
+            for x in share:
+              write_share(x, steps.count - 2)
+
+            def run(ref):
+              start_share(ref, count + (g + 1) * steps.count - 1)
+              return _read(ref, 0)
+
+            plgpu.barrier_wait(meet)
+            dq = pl.run_scoped(run, _accumulator(_SHARE, _SHARE))
+            write_share(dq, steps.count - 1)
+
           zeros = plgpu.layout_cast(jnp.zeros((tile.rows,), jnp.float32), _ROW)
-          totals = _loops(form, steps, step, [zeros] * num_sums)
+          totals = [zeros] * num_sums
+          if d_query is None:
+            totals = _loops(form, steps, step, totals)
+          else:
+            totals = opening_step(totals)
+            share = []
+            if late:
+              zeros = jnp.zeros((_SHARE, _SHARE), jnp.float32)
+              share.append(plgpu.layout_cast(zeros, _WGMMA))
+            *share, totals = _loops(
+              form, steps, sharing_step, (*share, totals), begin=1
+            )
+            last_shares(*share)
           for index, total in enumerate(totals):
             _store(
               total,

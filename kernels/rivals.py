@@ -60,6 +60,11 @@ class Rival:
   can: Callable = lambda cell: not cell.padding
 
   @property
+  def compiled(self):
+    """Whether XLA alone compiles it: long, but safely in many threads."""
+    return self.wait is _ready and self.package != "jax_triton"
+
+  @property
   def installed(self):
     return importlib.util.find_spec(self.package) is not None
 

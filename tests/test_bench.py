@@ -33,7 +33,8 @@ def test_flops_and_lengths_of_a_cell():
 
 
 def test_a_row_for_each_rival_and_pass_that_can(field):
-  full, padded = (list(bench.speed(cell, field)) for cell in CELLS)
+  prepared = bench.prepare(CELLS, field)
+  full, padded = (list(bench.speed(cell, field, prepared)) for cell in CELLS)
   assert [(row["implementation"], row["pass"]) for row in full] == [
     (rival.name, direction) for rival in field for direction in rivals.PASSES
   ]
@@ -52,9 +53,10 @@ def test_a_rival_that_fails_is_named_and_left_out(field, capsys):
     raise RuntimeError("out of memory\nand more")
 
   field[0] = Rival("other", True, "jax", fail, jax.block_until_ready)
-  rows = list(bench.speed(CELLS[0], field))
+  rows = list(bench.speed(CELLS[0], field, bench.prepare(CELLS, field)))
   assert {row["implementation"] for row in rows} == {"XLA (jax.nn)"}
-  assert "other, Cell(width=16" in (said := capsys.readouterr().out)
+  said = capsys.readouterr().out
+  assert said.count("other, Cell(width=16") == 1
   assert "RuntimeError out of memory\n" in said
 
 
