@@ -10,8 +10,8 @@ where) the kernel of the keys adds each block's share of dq through the copy
 engine: five products, and a sum whose order, and so whose last bits, differ
 from run to run, unless XLA is asked for determinism
 (XLA_FLAGS=--xla_gpu_deterministic_ops=true). Both forms measured on an H100,
-n = 8,192 without a mask, TFLOP/s by five products: 519 and 554 at head width
-128, 424 and 476 at 64 (benchmarks/NOTES.md).
+n = 8,192 without a mask, TFLOP/s by five products: 507 and 585 at head width
+128, 398 and 537 at 64 (benchmarks/NOTES.md).
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ class _Added:
 
 _ADDED = {
   64: _Added(Tile(64, 128, 3, 2, 240), open=1024, masked=1024),
-  128: _Added(Tile(64, 64, 3, 2, 240, overlap=True), open=2048, masked=4096),
+  128: _Added(Tile(64, 64, 3, 2, 240), open=2048, masked=2048),
 }
 _BOTH = 128  # The head width up to which registers hold dk and dv at once.
 _ALIGNED = 8  # rows: sequences are padded to a multiple for the copy engine

@@ -50,9 +50,7 @@ class Tile:
   stages: int  # blocks in shared memory
   warpgroups: int  # that compute
   registers: int  # of a thread of those; all warpgroups' must fit in 512
-  # By queries: start a step's second product with the next's first. By keys:
-  # write a step's share of dq as the first product of the next but one runs.
-  overlap: bool = False
+  overlap: bool = False  # start a step's second product with the next's first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -802,11 +800,8 @@ def by_keys(
               ids = row_ids, columns
             return *_weights(form, s, bias, slope, place, ids, masked), place
 
-          def gradient_of_logits(e, totals, masked, meanwhile=lambda: None):
-            """(dz of a step or None, totals), with dv's product running.
-
-            meanwhile: called as the first products run.
-            """
+          def gradient_of_logits(e, totals, masked):
+            """(dz of a step or None, totals), with dv's product running."""
             c = count + g * steps.count + e
             q, do = ring_q.block(c), ring_do.block(c)
             here = _at_step(warpgroup, c)
@@ -814,7 +809,6 @@ def by_keys(
 
             def start(s_ref):
               plgpu.wgmma(s_ref, keys, q.transpose((1, 0)))
-              meanwhile()
               return pl.run_scoped(
                 functools.partial(finish, s_ref), None if dk is None else logits
               )
@@ -852,42 +846,31 @@ def by_keys(
             ring_q.release(c)
             return totals
 
-          # A mask leaves no registers to keep a share of dq for a step.
-          late = tile.overlap and not form.masked
+          def sharing_step(e, totals, masked, opens=False):
+            """A step that also adds the dq of the step before, if there is one.
 
-          def sharing_step(e, carry, masked):
-            """A step with the share of dq of the step before.
-
-            carry: the share before that, if it is written `late`, as this
-            step's first product runs; and totals.
+            So none waits for dz of the step itself: the warpgroups keep half a
+            step apart, and one's products run while the other computes weights.
             """
             c = count + g * steps.count + e
-            *share, totals = carry
-            meanwhile = [
-              functools.partial(write_share, x, e - 2) for x in share
-            ]
-            dz, totals = gradient_of_logits(e, totals, masked, *meanwhile)
-
-            plgpu.barrier_wait(meet)
-            found = pl.run_scoped(
-              lambda ref: share_dz(c, dz, ref), _accumulator(_SHARE, _SHARE)
-            )
-            if not late:
-              write_share(found, e - 1)
+            dz, totals = gradient_of_logits(e, totals, masked)
+            hand_over = functools.partial(end_step, c, dz)
+            if opens:
+              hand_over(None)
+            else:
+              plgpu.barrier_wait(meet)
+              dq = pl.run_scoped(hand_over, _accumulator(_SHARE, _SHARE))
+              write_share(dq, e - 1)
             plgpu.wgmma_wait(0)
             ring_q.release(c)
-            return *([found] if late else []), totals
-
-          def opening_step(totals):
-            e = _int(0)
-            dz, totals = gradient_of_logits(e, totals, form.masked)
-            share_dz(count + g * steps.count, dz, None)
-            plgpu.wgmma_wait(0)
-            ring_q.release(count + g * steps.count)
             return totals
 
-          def share_dz(c, dz, share_ref):
-            """Adds to dk and hands dz to the others; the share before it."""
+          def end_step(c, dz, share_ref):
+            """Starts dk's product and hands dz to the other warpgroups.
+
+            Returns this one's share of dq of the step before, with dk's product
+            running.
+            """
             dz = _round(dz, form.slope_scale, dtype)
             if share_ref is not None:
               start_share(share_ref, c - 1)
@@ -895,14 +878,14 @@ def by_keys(
             dz_smem.at[_rem(c, 2) * tile.warpgroups + warpgroup][...] = dz
             plgpu.commit_smem()
             plgpu.wgmma(dk, dz, ring_q.block(c))
-            found = None
+            dq = None
             if share_ref is None:
               plgpu.wgmma_wait(1)
             else:
-              found = _read(share_ref, 1)
+              dq = _read(share_ref, 1)
             ring_do.release(c)
             plgpu.barrier_arrive(meet)
-            return found
+            return dq
 
           def start_share(ref, c):
             """Starts the products of this warpgroup's share of dq."""
@@ -915,11 +898,10 @@ def by_keys(
               )
 
           def write_share(dq, e):
-            """Adds a share of step e to dq. Before the first step: of zeros."""
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             dq_smem.at[warpgroup][...] = dq
             plgpu.commit_smem()
-            begin = steps.block(jnp.maximum(e, 0)) * tile.block + of_block.start
+            begin = steps.block(e) * tile.block + of_block.start
             at = batch, pl.ds(pl.multiple_of(begin, _SHARE), _SHARE), head
             plgpu.copy_smem_to_gmem(
               dq_smem.at[warpgroup],
@@ -927,10 +909,7 @@ def by_keys(
               reduction_op="add",
             )
 
-          def last_shares(*share):
-            for x in share:
-              write_share(x, steps.count - 2)
-
+          def last_share():
             def run(ref):
               start_share(ref, count + (g + 1) * steps.count - 1)
               return _read(ref, 0)
@@ -944,15 +923,9 @@ def by_keys(
           if d_query is None:
             totals = _loops(form, steps, step, totals)
           else:
-            totals = opening_step(totals)
-            share = []
-            if late:
-              zeros = jnp.zeros((_SHARE, _SHARE), jnp.float32)
-              share.append(plgpu.layout_cast(zeros, _WGMMA))
-            *share, totals = _loops(
-              form, steps, sharing_step, (*share, totals), begin=1
-            )
-            last_shares(*share)
+            totals = sharing_step(_int(0), totals, form.masked, opens=True)
+            totals = _loops(form, steps, sharing_step, totals, begin=1)
+            last_share()
           for index, total in enumerate(totals):
             _store(
               total,

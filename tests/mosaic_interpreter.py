@@ -1,17 +1,20 @@
 """Runs cases of the Hopper kernels in Pallas's interpreter: slow, but exact.
 
-  python -m tests.mosaic_interpreter 64 all_but_dense ...
+  python -m tests.mosaic_interpreter 64 two all_but_dense ...
+  python -m tests.mosaic_interpreter 64 added all_but_dense ...
 
-prints how much each output and gradient errs, and exits with 1 where one errs
-more than twice as much as plain bfloat16. A barrier that is waited for in vain
-hangs: give it a time limit. With more than three warpgroups the interpreter
-runs out of threads on a small machine, so that two compute here.
+with dq in a kernel of its own, or added by that of the keys. Prints how much
+each output and gradient errs, and exits with 1 where one errs more than twice
+as much as plain bfloat16. A barrier that is waited for in vain hangs: give it a
+time limit. With more than three warpgroups the interpreter runs out of threads
+on a small machine, so that two compute here.
 """
 
 import dataclasses
 import sys
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax._src.pallas.mosaic_gpu import core
@@ -60,12 +63,45 @@ def _let_products_read_registers():
   interpreter._interpret_wgmma_ref_p = lent
 
 
-def _pretend():
-  """An H100 of three multiprocessors, and no copy that adds."""
+def _let_copies_add(copy):
+  """copy_smem_to_gmem that can add, which the interpreter's cannot."""
+
+  def copy_or_add(room, destination, reduction_op=None):
+    if reduction_op is None:
+      copy(room, destination)
+      return
+    count, width = room.shape
+    length = destination.ref.shape[1]
+    (first,) = (
+      x.indices[1].start
+      for x in destination.transforms
+      if len(getattr(x, "indices", ())) == 4
+    )
+    # Sequences end after a multiple of eight rows, and nothing lies beyond.
+    for rows in range(8, count + 1, 8):
+      fits = first + rows == length
+      if rows == count:
+        fits |= first + rows < length
+
+      @pl.when(fits)
+      def _(rows=rows):
+        place = pl.ds(0, rows), pl.ds(0, width)
+        destination.at[place][...] += room.at[place][...]
+
+  return copy_or_add
+
+
+def _pretend(form):
+  """An H100 of three multiprocessors; of one where dq is added."""
   kernels.IMPLEMENTATIONS = {"mosaic": "kernels.mosaic_attn"}
   device.current = lambda: device.Device("NVIDIA H100", 90)
-  mosaic_attn._programs = lambda: 3
-  mosaic_attn._ADDED = {}
+  mosaic_attn._programs = lambda: 3 if form == "two" else 1
+  mosaic_attn._ADDED = {
+    width: dataclasses.replace(x, open=0, masked=0)
+    for width, x in mosaic_attn._ADDED.items()
+    if form == "added"
+  }
+  plgpu.copy_smem_to_gmem = _let_copies_add(plgpu.copy_smem_to_gmem)
   mosaic_attn._TILES = {
     width: tuple(dataclasses.replace(x, warpgroups=2) for x in tiles)
     for width, tiles in mosaic_attn._TILES.items()
@@ -74,9 +110,9 @@ def _pretend():
   transforms.over_batch = lambda compute, _, *arguments: compute(*arguments)
 
 
-def main(width, names):
+def main(width, form, names):
   _let_products_read_registers()
-  _pretend()
+  _pretend(form)
   table = {case.name: case for case in cases.CASES + cases.BLOCKS}
   wrong = False
   for name in names:
@@ -97,4 +133,4 @@ def main(width, names):
 
 
 if __name__ == "__main__":
-  main(int(sys.argv[1]), sys.argv[2:])
+  main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
