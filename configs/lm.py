@@ -24,13 +24,15 @@ SIZES = {
 
 
 def get_config(arg=None):
-  """arg: words joined by commas: a name of SIZES, runlocal."""
-  words = common.words("lm.py", arg, ("runlocal", *SIZES))
+  """arg: words joined by commas: gpu or a name of SIZES, runlocal."""
+  words = common.words("lm.py", arg, ("runlocal", "gpu", *SIZES))
   recipes = [word for word in words if word != "runlocal"]
   if len(recipes) > 1:
     raise ValueError(f"configs/lm.py:{arg}: more than one of {recipes}")
   config = _base()
-  if recipes:
+  if recipes == ["gpu"]:
+    _gpu(config)
+  elif recipes:
     _published(config, recipes[0])
   if "runlocal" in words:
     common.shrink(config)
@@ -97,6 +99,18 @@ def _base():
   config.ckpt.update(best_metric="loss", best_mode="min")
   config.log.every_steps = 100
   return config
+
+
+def _gpu(config):
+  """The embedded text on one GPU."""
+  config.total_steps = 1500
+  config.batch_size = 64
+  config.dtype = "bfloat16"
+  config.data.length = 512
+  config.model.update(
+    width=384, depth=8, num_heads=6, mlp_dim=1024, drop_path=0.2
+  )
+  config.optim.update(lr=2e-3, weight_decay=0.3)
 
 
 def _published(config, size):

@@ -18,14 +18,16 @@ HOURS = {
 
 
 def get_config(arg=None):
-  """arg: words joined by commas: librispeech, one of HOURS, runlocal."""
-  choices = ("librispeech", "runlocal", *HOURS)
+  """arg: words joined by commas: gpu, librispeech, one of HOURS, runlocal."""
+  choices = ("gpu", "librispeech", "runlocal", *HOURS)
   words = common.words("speech.py", arg, choices)
   hours = [word for word in words if word in HOURS]
   large = hours or "librispeech" in words
-  if len(hours) > 1:
+  if len(hours) > 1 or (large and "gpu" in words):
     raise ValueError(f"configs/speech.py:{arg}: more than one recipe: {words}")
   config = _librispeech(*hours or ["960h"]) if large else _prompts()
+  if "gpu" in words:
+    _gpu(config)
   if "runlocal" in words:
     common.shrink(config)
     config.batch_size = 1
@@ -99,6 +101,18 @@ def _prompts():
   config.attn.update(alibi=True, qk_norm="layernorm")
   config.optim.update(lr=2e-3, weight_decay=0.1, b2=0.98)
   return config
+
+
+def _gpu(config):
+  """The prompts on one GPU."""
+  config.total_steps = 3000
+  config.batch_size = 8
+  config.dtype = "bfloat16"
+  config.augment.update(
+    speeds=(0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15), time_masks=4
+  )
+  config.model.update(width=256, depth=8, mlp_dim=1024, drop_path=0.2)
+  config.optim.update(lr=1e-3, ema_decay=0.999)
 
 
 def _librispeech(hours):
