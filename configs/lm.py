@@ -79,6 +79,7 @@ def _base():
     norm_kind="rmsnorm",  # layernorm or rmsnorm
     # Initial factor on each branch, 1e-4 in the paper's code; None: no factor.
     layer_scale=config_dict.placeholder(float),
+    dropout=0.0,  # of the numbers that a branch adds
     drop_path=0.0,  # of the last layer's branches; linear in the depth
     remat=False,  # recompute activations in the backward pass
   )
@@ -103,12 +104,12 @@ def _base():
 
 def _gpu(config):
   """The embedded text on one GPU."""
-  config.total_steps = 1500
+  config.total_steps = 1000
   config.batch_size = 64
   config.dtype = "bfloat16"
   config.data.length = 512
   config.model.update(
-    width=384, depth=8, num_heads=6, mlp_dim=1024, drop_path=0.2
+    width=384, depth=8, num_heads=6, mlp_dim=1024, drop_path=0.3
   )
   config.optim.update(lr=2e-3, weight_decay=0.3)
 

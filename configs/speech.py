@@ -79,6 +79,7 @@ def _base():
     norm_kind="layernorm",  # layernorm or rmsnorm
     # Initial factor on each branch; None: no factor.
     layer_scale=config_dict.placeholder(float),
+    dropout=0.0,  # of the numbers that a branch adds
     drop_path=0.0,  # of the last layer's branches; linear in the depth
     remat=False,  # recompute activations in the backward pass
   )
@@ -105,14 +106,25 @@ def _prompts():
 
 def _gpu(config):
   """The prompts on one GPU."""
-  config.total_steps = 3000
-  config.batch_size = 8
+  config.total_steps = 4000
+  config.batch_size = 16
   config.dtype = "bfloat16"
+  # Each bucket is compiled twice, to train and to evaluate.
+  config.data.bucket_seconds = (5.0, 15.0)
   config.augment.update(
-    speeds=(0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15), time_masks=4
+    speeds=(0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2),
+    freq_width=27,
+    time_masks=4,
   )
-  config.model.update(width=256, depth=8, mlp_dim=1024, drop_path=0.2)
-  config.optim.update(lr=1e-3, ema_decay=0.999)
+  config.model.update(
+    width=256,
+    depth=8,
+    mlp_dim=1024,
+    positions="rope",
+    dropout=0.1,
+    drop_path=0.2,
+  )
+  config.optim.update(weight_decay=0.3, ema_decay=0.999)
 
 
 def _librispeech(hours):

@@ -60,6 +60,7 @@ def _base():
     norm="pre",  # pre, post, or hybrid: x + norm(f(norm(x)))
     norm_kind="layernorm",  # layernorm or rmsnorm
     layer_scale=config_dict.placeholder(float),
+    dropout=0.0,
     drop_path=0.0,
     remat=False,
   )

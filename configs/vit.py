@@ -78,6 +78,7 @@ def _base():
     norm_kind="layernorm",  # layernorm or rmsnorm
     # Initial factor on each branch, 1e-4 in the paper's code; None: no factor.
     layer_scale=config_dict.placeholder(float),
+    dropout=0.0,  # of the numbers that a branch adds
     drop_path=0.0,  # of the last layer's branches; linear in the depth
     remat=False,  # recompute activations in the backward pass
   )

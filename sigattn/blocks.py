@@ -1,7 +1,7 @@
 """The stack of blocks that a config describes, the same for every task.
 
 Reads config.model (width, depth, num_heads, mlp_dim, mlp, norm, norm_kind,
-layer_scale, drop_path, remat) and all of config.attn.
+layer_scale, dropout, drop_path, remat) and all of config.attn.
 """
 
 import jax.numpy as jnp
@@ -54,6 +54,7 @@ def make(
       norm=model.norm,
       norm_kind=model.norm_kind,
       layer_scale=model.layer_scale,
+      dropout=model.dropout,
       rngs=rngs,
     )
 
@@ -76,6 +77,7 @@ def check(config, is_causal=False):
   checks.choice(config, "model.norm_kind", layers.NORMS)
   checks.number(config, "model.layer_scale", above=0, optional=True)
   checks.finite(config, "model.layer_scale")
+  checks.below_one(config, "model.dropout")
   checks.below_one(config, "model.drop_path")
   _check_attention(config)
   checks.number(config, "attn.row_power", low=0)

@@ -332,6 +332,12 @@ def drop_path(x_BTD, rng, rate):
   return x_BTD * factor
 
 
+def dropout(x, rng, rate):
+  """Each number 0 with probability `rate`, else divided by 1 - rate."""
+  keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
+  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
 class Residual(nnx.Module):
   """A branch f around the residual stream, with its norms.
 
@@ -340,12 +346,14 @@ class Residual(nnx.Module):
   hybrid: x + norm_out(f(norm_in(x)))      (2409.04431: needed at 1B, n = 4096)
 
   layer_scale, unless None, is LayerScale's init: the factor is on what is
-  added to x, and drop_path drops the same.
+  added to x, and drop_path drops the same, `dropout` numbers of it.
   """
 
-  def __init__(self, width, norm, norm_kind, layer_scale, *, rngs):
+  def __init__(
+    self, width, norm, norm_kind, layer_scale, dropout=0.0, *, rngs
+  ):
     _choose("norm", norm, NORM_PLACES)
-    self.norm = norm
+    self.norm, self.dropout = norm, dropout
     if norm in ("pre", "hybrid"):
       self.norm_in = make_norm(norm_kind, width, rngs)
     if norm in ("post", "hybrid"):
@@ -354,8 +362,9 @@ class Residual(nnx.Module):
     if self.has_layer_scale:
       self.layer_scale = LayerScale(width, layer_scale)
 
-  def __call__(self, x_BTD, branch, rng=None, rate=0.0):
-    """branch: a function of x_BTD. rng: None keeps every example."""
+  def __call__(self, x_BTD, branch, rng=None, rate=None):
+    """branch: a function of x_BTD. rng: None drops nothing. rate: drop_path's,
+    None where there is none."""
     y_BTD = x_BTD
     if self.norm in ("pre", "hybrid"):
       y_BTD = normalize(self.norm_in, y_BTD)
@@ -364,7 +373,9 @@ class Residual(nnx.Module):
       y_BTD = normalize(self.norm_out, y_BTD)
     if self.has_layer_scale:
       y_BTD = self.layer_scale(y_BTD)
-    if rng is not None:
+    if rng is not None and self.dropout:
+      y_BTD = dropout(y_BTD, jax.random.fold_in(rng, 0), self.dropout)
+    if rng is not None and rate is not None:
       y_BTD = drop_path(y_BTD, rng, rate)
     y_BTD = x_BTD + y_BTD
     return normalize(self.norm_out, y_BTD) if self.norm == "post" else y_BTD
@@ -375,7 +386,7 @@ class Block(nnx.Module):
 
   attn, mlp: SelfAttention and Mlp of this width.
   norm: pre, post or hybrid. norm_kind: layernorm or rmsnorm. layer_scale: its
-  init, or None for no factor.
+  init, or None for no factor. dropout: rate of the numbers of a branch.
   """
 
   def __init__(
@@ -387,19 +398,20 @@ class Block(nnx.Module):
     norm="pre",
     norm_kind="layernorm",
     layer_scale=None,
+    dropout=0.0,
     rngs,
   ):
     self.attn, self.mlp = attn, mlp
     residual = functools.partial(
-      Residual, width, norm, norm_kind, layer_scale, rngs=rngs
+      Residual, width, norm, norm_kind, layer_scale, dropout, rngs=rngs
     )
     self.attn_residual, self.mlp_residual = residual(), residual()
 
-  def __call__(self, x_BTD, rng=None, rate=0.0, *, cache=None, **attn_args):
+  def __call__(self, x_BTD, rng=None, rate=None, *, cache=None, **attn_args):
     """(B, T, D) -> (B, T, D); with a cache, the filled one too.
 
-    rng: of drop_path with `rate`; None drops nothing. cache, attn_args: as in
-    SelfAttention.
+    rng: of dropout, and of drop_path with `rate` unless that is None; None
+    drops nothing. cache, attn_args: as in SelfAttention.
     """
     rngs = (None, None) if rng is None else jax.random.split(rng)
 
@@ -452,14 +464,15 @@ class Stack(nnx.Module):
     if self.remat:
       # The scan's loop already keeps the two passes apart.
       layer = jax.checkpoint(layer, prevent_cse=False)
-    dropping = rng is not None and self.drop_path > 0
-    rngs = jax.random.split(rng, self.depth) if dropping else None
+    rngs = None if rng is None else jax.random.split(rng, self.depth)
     xs = (states, rngs, self._rates(), cache)
     unroll = self.depth <= MAX_UNROLLED and not self.remat
     x_BTD, cache = jax.lax.scan(layer, x_BTD, xs, unroll=unroll)
     return x_BTD if cache is None else (x_BTD, cache)
 
   def _rates(self):
+    if not self.drop_path:
+      return None
     if self.depth == 1:
       return jnp.full((1,), self.drop_path)
     return jnp.linspace(0.0, self.drop_path, self.depth)
