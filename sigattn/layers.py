@@ -349,9 +349,7 @@ class Residual(nnx.Module):
   added to x, and drop_path drops the same, `dropout` numbers of it.
   """
 
-  def __init__(
-    self, width, norm, norm_kind, layer_scale, dropout=0.0, *, rngs
-  ):
+  def __init__(self, width, norm, norm_kind, layer_scale, dropout=0.0, *, rngs):
     _choose("norm", norm, NORM_PLACES)
     self.norm, self.dropout = norm, dropout
     if norm in ("pre", "hybrid"):

@@ -362,7 +362,7 @@ def test_bad_value_is_refused_with_its_path_and_value(path, value):
   assert repr(value) in str(error.value)
 
 
-@pytest.mark.parametrize("arg", [None, "85m", "1b", "7b", "runlocal"])
+@pytest.mark.parametrize("arg", [None, "gpu", "85m", "1b", "7b", "runlocal"])
 def test_sigmoid_differs_from_its_softmax_twin_by_the_kind_alone(arg):
   softmax, sigmoid = lm_config.get_config(arg), lm_sigmoid.get_config(arg)
   assert sigmoid.attn.kind == "sigmoid"

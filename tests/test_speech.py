@@ -626,7 +626,7 @@ def test_trains_evaluates_and_transcribes(tmp_path, monkeypatch):
 
 
 ARGS = (
-  None, "runlocal", "librispeech", "100h", "librispeech,960h,runlocal",
+  None, "gpu", "runlocal", "librispeech", "100h", "librispeech,960h,runlocal",
 )  # fmt: skip
 
 
@@ -660,7 +660,7 @@ def test_librispeech_encoder_is_the_papers():
   assert sum(kernels) == 36 * 12 * 768**2
 
 
-@pytest.mark.parametrize("arg", ["librispech", "100h,960h", "h200"])
+@pytest.mark.parametrize("arg", ["librispech", "100h,960h", "gpu,100h", "h200"])
 def test_bad_argument_is_refused(arg):
   with pytest.raises(ValueError, match=f"configs/speech.py:{arg}"):
     speech_config.get_config(arg)
