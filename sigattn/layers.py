@@ -81,7 +81,6 @@ class SelfAttention(nnx.Module):
   row_power: p of the row scaling i^-p, i the keys that row i sees, as an
     alternative to sigmoid's bias; 0: none. It needs is_causal, and `positions`
     in the call, from which i follows in packed and in decoded rows too.
-    Telemetry measures A as it is without it.
   implementation: see attention.dot_product_attention.
   """
 
@@ -194,7 +193,8 @@ class SelfAttention(nnx.Module):
     if self.row_power:
       if positions is None:
         raise ValueError(f"{positions=}; needed by row_power={self.row_power}")
-      out_BTNH = _scale_rows(out_BTNH, positions, self.row_power)
+      scale_BT = row_scale(positions, self.row_power)
+      out_BTNH *= scale_BT[:, :, None, None].astype(out_BTNH.dtype)
     y_BTD = self.out(out_BTNH)
     return y_BTD if cache is None else (y_BTD, cache)
 
@@ -226,11 +226,13 @@ class SelfAttention(nnx.Module):
     return -self._slopes(q_BTNH)[None, :, None, None] * distance_TS[None, None]
 
 
-def _scale_rows(x_BTNH, positions, power):
-  """x / (positions + 1)^power: a causal row sees itself and those before."""
+def row_scale(positions, power):
+  """(positions + 1)^-power: a causal row sees itself and those before.
+
+  positions: (T,) or (B, T). Returns float32, (1 or B, T).
+  """
   seen_BT = jnp.atleast_2d(jnp.asarray(positions, jnp.float32)) + 1
-  scale_BT11 = (seen_BT**-power)[:, :, None, None]
-  return x_BTNH * scale_BT11.astype(x_BTNH.dtype)
+  return seen_BT**-power
 
 
 def _write(cache, k_BTKH, v_BTKH, place):
@@ -363,6 +365,11 @@ class Residual(nnx.Module):
   def __call__(self, x_BTD, branch, rng=None, rate=None):
     """branch: a function of x_BTD. rng: None drops nothing. rate: drop_path's,
     None where there is none."""
+    y_BTD = x_BTD + self.added(x_BTD, branch, rng, rate)
+    return normalize(self.norm_out, y_BTD) if self.norm == "post" else y_BTD
+
+  def added(self, x_BTD, branch, rng=None, rate=None):
+    """What is added to x_BTD; arguments as of the call."""
     y_BTD = x_BTD
     if self.norm in ("pre", "hybrid"):
       y_BTD = normalize(self.norm_in, y_BTD)
@@ -375,8 +382,7 @@ class Residual(nnx.Module):
       y_BTD = dropout(y_BTD, jax.random.fold_in(rng, 0), self.dropout)
     if rng is not None and rate is not None:
       y_BTD = drop_path(y_BTD, rng, rate)
-    y_BTD = x_BTD + y_BTD
-    return normalize(self.norm_out, y_BTD) if self.norm == "post" else y_BTD
+    return y_BTD
 
 
 class Block(nnx.Module):

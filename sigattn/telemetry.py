@@ -5,15 +5,21 @@ leave a line of the split "telemetry" in its metrics, measured just before by
 programs of their own: training itself compiles and computes the same as
 without. A name is quantity/place: entropy/encoder/layer0/head3, say.
 
-QUANTITIES says what they are. Those of attention are of each layer and head, on
-the first config.telemetry.examples held-out examples. Those of the update are
-of each top-level module of the model and of each layer of a stack.
+QUANTITIES says what they are. Those of attention are of each layer and head,
+those of the residual stream of each layer, both on the first
+config.telemetry.examples held-out examples. Those of the update are of each
+top-level module of the model and of each layer of a stack.
+
+A is what the layer multiplies V by, with the factor of attn.row_power. A block
+adds to the residual stream x (T, D) twice: attn_added_norm and mlp_added_norm
+are |y| of x + y, with hybrid norm's second norm and LayerScale in y.
+residual_norm is |x| behind the block, with post-norm behind its last norm.
 
 Entropy: softmax's rows are distributions. A row of another kind is divided by
 its sum first, which leaves how widely it looks: e^entropy keys; a row of zeros
 has 0. Saturated is a weight that no longer follows its logit z: with sigmoid
-and softmax A > 0.99, where d log A / dz = 1 - A < 0.01; with the ReLU kinds
-A = 0, where nothing flows back.
+and softmax A > 0.99 before attn.row_power, where d log A / dz = 1 - A < 0.01;
+with the ReLU kinds A = 0, where nothing flows back.
 
 And the weights of one example, as pictures:
 
@@ -45,6 +51,9 @@ QUANTITIES = {
   "logit_std": "standard deviation of z",
   "entropy": "of a row of A over its sum, in nats",
   "saturated": "share of the weights that no longer follow their logit",
+  "attn_added_norm": "of what attention adds to the residual stream",
+  "mlp_added_norm": "of what the MLP adds to the residual stream",
+  "residual_norm": "of the residual stream behind the block",
   "params_norm": "of the parameters before the update",
   "grads_norm": "of the gradient before it is clipped",
   "updates_norm": "of what is added to the parameters",
@@ -100,13 +109,13 @@ def make(config, update, batches, devices):
 
 
 def _flatten(by_stack, by_tree):
-  """{name: float} of {stack: {quantity: (L, N)}} and {quantity: norms}."""
+  """{name: float} of {stack: {quantity: (L,) or (L, N)}}, {quantity: norms}."""
   flat = {}
   for stack, quantities in by_stack.items():
     for quantity, x_LN in quantities.items():
-      for layer, x_N in enumerate(x_LN):
-        for head, x in enumerate(x_N):
-          flat[f"{quantity}/{stack}/layer{layer}/head{head}"] = float(x)
+      for (layer, *head), x in np.ndenumerate(x_LN):
+        places = [stack, f"layer{layer}", *(f"head{i}" for i in head)]
+        flat["/".join([quantity, *places])] = float(x)
   for quantity, places in by_tree.items():
     for place, x in places.items():
       if x.ndim == 0:
@@ -125,9 +134,11 @@ def observe(config, params, batch, look):
 
   The arrays of a tree have an axis of layers in front. batch: of evaluation.
 
-  look: a function (attn, query, key, value, real_BT, **options) -> tree, of
-  the layers.SelfAttention, what it gives to dot_product_attention, and which
-  queries are tokens of an example, not padding.
+  look: a function (attn, query, key, value, *, real_BT, positions, streams,
+  **options) -> tree, of the layers.SelfAttention, what it gives to
+  dot_product_attention, which queries are tokens of an example, not padding,
+  the positions that it is called with, or None, and the stream's (B, T, D):
+  attn_added, mlp_added, residual.
   """
   task, model = tasks.TASKS[config.task], tasks.model(config, params)
   found = {}
@@ -164,17 +175,26 @@ def _run(stack, look, found, path, x_BTD, rng=None, **attn_args):
 
   def layer(x_BTD, state):
     block = nnx.merge(graphdef, state)
-    seen = None
+    given, options, streams = [], {}, {}
 
-    def listen(query, key, value, *, implementation, **options):
-      nonlocal seen
-      seen = look(block.attn, query, key, value, **options)
+    def listen(*qkv, implementation, **rest):
+      given.extend(qkv)
+      options.update(rest)
       return attention.dot_product_attention(
-        query, key, value, implementation=implementation, **options
+        *qkv, implementation=implementation, **rest
       )
 
+    def keep(name, added, *args):
+      streams[name] = added(*args)
+      return streams[name]
+
     block.attn.attention_fn = listen
-    return block(x_BTD, **attn_args), seen
+    for name in ("attn", "mlp"):
+      residual = getattr(block, f"{name}_residual")
+      residual.added = functools.partial(keep, f"{name}_added", residual.added)
+    streams["residual"] = x_BTD = block(x_BTD, **attn_args)
+    options |= {"positions": attn_args.get("positions"), "streams": streams}
+    return x_BTD, look(block.attn, *given, **options)
 
   x_BTD, found[path] = jax.lax.scan(layer, x_BTD, states)
   return x_BTD
@@ -183,19 +203,22 @@ def _run(stack, look, found, path, x_BTD, rng=None, **attn_args):
 # The numbers.
 
 
-def statistics(attn, query, key, value, *, real_BT, **options):
-  """The QUANTITIES of attention, each (N,) float32.
+def statistics(
+  attn, query, key, value, *, real_BT, positions=None, streams=(), **options
+):
+  """The QUANTITIES of attention, (N,) float32, and of the stream, scalars.
 
   Over the real rows that see a key, and the keys that they see. Norms are of
   an example, of which the mean is taken; row_sum_max and logit_max are of all
   examples; the rest are means over the rows or the pairs of a head.
 
-  attn: the layers.SelfAttention. query, key, value, options: the arguments of
-  dot_product_attention. real_BT: bool, (B, T or 1).
+  The arguments are those of `look` in observe.
   """
   found = attention.attention_weights(query, key, **options)
   seen_BNTS = found.visible_BNTS & real_BT[:, None, :, None]
-  weights_BNTS = jnp.where(seen_BNTS, found.weights_BNTS, 0)
+  flat_BNTS = _saturated(attn.kind, found.weights_BNTS)
+  applied_BNTS = _applied(attn, found.weights_BNTS, positions)
+  weights_BNTS = jnp.where(seen_BNTS, applied_BNTS, 0)
   z_BNTS = found.logits_BNTS
   rows_BNT, sums_BNT = seen_BNTS.any(-1), weights_BNTS.sum(-1)
   values = _values(attn, value, weights_BNTS)
@@ -205,6 +228,9 @@ def statistics(attn, query, key, value, *, real_BT, **options):
     "projection_norm": _norm(values["projection"]),
   }
   means = {k: _mean(x, rows_BNT.any(-1), (0,)) for k, x in norm_BN.items()}
+  for name, x_BTD in dict(streams).items():
+    norm_B = _norm(jnp.where(real_BT[:, :, None], x_BTD, 0), (1, 2))
+    means[f"{name}_norm"] = _mean(norm_B, real_BT.any(-1), (0,))
   p_BNTS = weights_BNTS / jnp.where(sums_BNT > 0, sums_BNT, 1)[..., None]
   entropy_BNT = jax.scipy.special.entr(p_BNTS).sum(-1)
   pairs, rows = (0, 2, 3), (0, 2)
@@ -216,8 +242,16 @@ def statistics(attn, query, key, value, *, real_BT, **options):
     "logit_max": jnp.where(seen_BNTS, z_BNTS, -jnp.inf).max(pairs),
     "logit_std": jnp.sqrt(variance_N),
     "entropy": _mean(entropy_BNT, rows_BNT, rows),
-    "saturated": _mean(_saturated(attn.kind, weights_BNTS), seen_BNTS, pairs),
+    "saturated": _mean(flat_BNTS, seen_BNTS, pairs),
   }
+
+
+def _applied(attn, weights_BNTS, positions):
+  """The weights with the layer's factor on each row."""
+  if not attn.row_power:
+    return weights_BNTS
+  scale_BT = layers.row_scale(positions, attn.row_power)
+  return weights_BNTS * scale_BT[:, None, :, None]
 
 
 def _values(attn, value, weights_BNTS):
@@ -237,8 +271,8 @@ def _saturated(kind, weights_BNTS):
   return weights_BNTS == 0
 
 
-def _norm(x_BNTX):
-  return jnp.sqrt(jnp.square(x_BNTX).sum((2, 3)))
+def _norm(x, axes=(2, 3)):
+  return jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(axes))
 
 
 def _mean(x, where, axes):
@@ -277,9 +311,12 @@ def maps(config, params, batch):
   return jax.device_get(run(params, batch))
 
 
-def _weights(attn, query, key, value, *, real_BT, **options):
-  del attn, value, real_BT
-  return attention.attention_weights(query, key, **options).weights_BNTS
+def _weights(
+  attn, query, key, value, *, real_BT, positions, streams, **options
+):
+  del value, real_BT, streams
+  found = attention.attention_weights(query, key, **options)
+  return _applied(attn, found.weights_BNTS, positions)
 
 
 def example(config, index):

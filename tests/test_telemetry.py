@@ -226,6 +226,77 @@ def test_every_layer_is_seen_with_what_it_is_given():
     np.testing.assert_allclose(v_LBTNH[i], v_BTNH, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_have_the_factor_that_the_layer_puts_on_its_rows():
+  config = lm_sigmoid.get_config("runlocal")
+  config.attn.row_power = 0.5
+  config.model.norm = "pre"  # so that A V W_out is what attention adds
+  _, params = tasks.init(config)
+  token = np.random.default_rng(0).integers(1, 50, (2, 13))
+  segment = np.array([[1] * 8 + [2] * 5, [1] * 13])
+  batch = {"token": token, "segment": segment, "weight": np.ones(2)}
+
+  def look(attn, query, key, value, *, streams, **options):
+    weights_BNTS = telemetry._weights(
+      attn, query, key, value, streams=streams, **options
+    )
+    projected = telemetry._values(attn, value, weights_BNTS)["projection"]
+    sums = telemetry.statistics(attn, query, key, value, **options)
+    return (
+      projected.sum(1), streams["attn_added"],
+      weights_BNTS.sum(3).mean((0, 2)), sums["row_sum_mean"],
+    )  # fmt: skip
+
+  again, added, rows, measured = jax.jit(
+    lambda *args: telemetry.observe(config, *args, look)
+  )(params, batch)["stack"]
+  np.testing.assert_allclose(again, added, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(measured, rows, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", layers.NORM_PLACES)
+def test_what_a_block_adds_to_the_stream_and_what_comes_of_it(norm):
+  config = vit(**{"model.norm": norm, "model.layer_scale": 0.3})
+  _, params = tasks.init(config)
+  batch = next(iter(loader.eval_batches(config, "test")))
+  batch["weight"] = np.r_[np.ones(5), np.zeros(3)]
+
+  @jax.jit
+  def both(params, batch):
+    found = telemetry.observe(config, params, batch, telemetry.statistics)
+    model = tasks.model(config, params)
+    graphdef, states = nnx.split(model.encoder.blocks)
+    by_hand = []
+
+    def stack(x_BTD, rng):
+      for i in range(config.model.depth):
+        block = nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], states))
+        parts = {}
+        for part in ("attn", "mlp"):
+          residual = getattr(block, f"{part}_residual")
+          y_BTD = x_BTD if norm == "post" else residual.norm_in(x_BTD)
+          y_BTD = getattr(block, part)(y_BTD)
+          if norm == "hybrid":
+            y_BTD = residual.norm_out(y_BTD)
+          y_BTD = 0.3 * y_BTD
+          x_BTD = x_BTD + y_BTD
+          if norm == "post":
+            x_BTD = residual.norm_out(x_BTD)
+          parts[f"{part}_added"] = y_BTD
+        by_hand.append(parts | {"residual": x_BTD})
+      return x_BTD
+
+    model.encoder = stack
+    tasks.TASKS["vit"].evaluate(config, model, batch)
+    return found["encoder"], by_hand
+
+  found, by_hand = both(params, batch)
+  for layer, parts in enumerate(by_hand):
+    for name, x_BTD in parts.items():
+      expected = np.mean([np.linalg.norm(x_TD) for x_TD in x_BTD[:5]])
+      measured = found[f"{name}_norm"][layer]
+      np.testing.assert_allclose(measured, expected, rtol=1e-4, err_msg=name)
+
+
 def test_padding_of_packed_rows_does_not_count():
   config = lm_sigmoid.get_config("runlocal")
   _, params = tasks.init(config)
@@ -309,6 +380,8 @@ def test_a_run_with_telemetry_computes_what_it_does_without(
     grads = [v for k, v in numbers.items() if k.startswith("grads_norm/")]
     total = np.linalg.norm(grads)
     assert total == pytest.approx(plain[step]["grad_norm"], rel=1e-5)
+  stream = [k for k in found[1] if k.startswith("residual_norm/")]
+  assert stream == [f"residual_norm/encoder/layer{i}" for i in range(2)]
   # two layers of two heads; the classifier starts from zero
   assert len([k for k in found[1] if k.startswith("entropy/encoder/")]) == 4
   assert found[1]["params_norm/head"] == 0.0 < found[2]["params_norm/head"]

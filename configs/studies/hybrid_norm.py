@@ -2,11 +2,12 @@ r"""Study 4: the norm behind each branch, at short and at long sequences.
 
 The claim: at a billion parameters and n = 4096, sigmoid with ALiBi falls a
 little behind softmax; hybrid norm, x + norm(f(norm(x))), closes the gap
-(2409.04431, Table 3). Here: the language model's default of four layers on the
-King James text, 2048 tokens an update, as rows of 128 and of 2048.
+(2409.04431, Table 3). Here: the language model's default of four layers, with
+ALiBi alone, on the King James text, 2048 tokens an update, as rows of 128 and
+of 2048. Its learning rate was found with hybrid norm; a lower one is there too.
 
   python -m sigattn.sweep --config=configs/studies/hybrid_norm.py \
-    --sweep=attn,norm,length,seed
+    --sweep=attn,norm,length,lr,seed
 
 A run of the short rows takes about 7 minutes on two CPU cores.
 """
@@ -31,3 +32,8 @@ def sweep_norm():
 def sweep_length():
   for length in (128, 2048):
     yield {"data.length": length, "batch_size": 2048 // length}
+
+
+def sweep_lr():
+  for lr in (5e-3, 2e-3):
+    yield {"optim.lr": lr}

@@ -5,14 +5,15 @@ rate without QK norm, and much less so with it (2409.04431, Appendix; the
 protocol of 2309.14322). Models k = 1, 2, 4: k heads of width 64, 2 k layers,
 MLPs of 256 k. Sensitivity is the mean over the learning rates of min(final
 loss, initial loss) - best loss. There: k up to 16 on C4, n = 512, 16,384 steps,
-rates from 3e-4 to 0.3. Here: the King James text, n = 128, 600 steps.
+rates from 3e-4 to 0.3. Here: the King James text, RoPE, n = 128, 1,000 steps.
 
   python -m sigattn.sweep --config=configs/studies/learning_rate.py \
     --sweep=attn,qk_norm,width,lr
 
-A run that diverges stops, and counts with the initial loss.
+The first line of a run's metrics is its initial loss. A run that diverges
+stops, and counts with it.
 
-A run of the smallest takes a quarter of a minute on two CPU cores.
+A run of the smallest takes half a minute on two CPU cores.
 """
 
 from configs import lm
@@ -23,12 +24,16 @@ def get_config():
   """The smallest of the models."""
   config = lm.get_config().unlock()
   config.attn.update(kind="sigmoid", alibi=False, qk_norm="none")
-  config.total_steps = 600
+  config.total_steps = 1000
+  config.batch_size = 16
+  config.data.length = 128
+  config.log.every_steps = 1
   config.model.update(
     width=64,
     depth=2,
     num_heads=1,
     mlp_dim=256,
+    positions="rope",
     mlp="gelu",
     norm="pre",
     norm_kind="layernorm",
