@@ -4,10 +4,12 @@
 
 A folder is named for its study and holds its runs. For each, the last
 evaluation of every run goes to benchmarks/studies/STUDY.json, beside the
-device and date that --ran says, and a figure to STUDY.png.
+device and date that --ran says and the runs that did not end, and a figure to
+STUDY.png where the study has one.
 """
 
 import itertools
+import json
 import pathlib
 
 from absl import app, flags
@@ -21,24 +23,48 @@ OUT = pathlib.Path(__file__).parent / "studies"
 def main(argv):
   for folder in argv[1:]:
     study = pathlib.Path(folder).name
-    if study not in FIGURES:
-      raise app.UsageError(f"{folder}: no figure; choose from {[*FIGURES]}")
+    if study not in STUDIES:
+      raise app.UsageError(f"{folder}: no study; choose from {[*STUDIES]}")
     runs = report.find([folder])
-    rows = {
-      label: {
-        "seed": [run.config["seed"] for run in group],
-        "loss": [run.evaluation["loss"] for run in group],
-        "accuracy": [run.evaluation["accuracy"] for run in group],
-      }
-      for label, group in report.by_config(runs).items()
+    ended = [run for run in runs if _file(run, "DONE.json").exists()]
+    cut_off = [
+      pathlib.Path(run.workdir).name for run in runs if run not in ended
+    ]
+    found = {"ran": flags.FLAGS.ran, "cut_off": cut_off}
+    found["runs"] = {
+      label: {"seed": [run.config["seed"] for run in group]}
+      | _columns([_numbers(run) for run in group])
+      for label, group in report.by_config(ended).items()
     }
     OUT.mkdir(exist_ok=True)
-    workdirs.write_json(
-      OUT / f"{study}.json", {"ran": flags.FLAGS.ran, "runs": rows}
-    )
-    figure = FIGURES[study](runs)
-    figure.savefig(OUT / f"{study}.png", dpi=110)
-    metrics.log(f"{study}: {len(runs)} runs")
+    workdirs.write_json(OUT / f"{study}.json", found)
+    if study in FIGURES:
+      FIGURES[study](ended).savefig(OUT / f"{study}.png", dpi=110)
+    metrics.log(f"{study}: {len(ended)} runs, {len(cut_off)} cut off")
+
+
+def _file(run, name):
+  return pathlib.Path(run.workdir) / name
+
+
+def _numbers(run):
+  """What is kept of a run: its loss and accuracy, at other lengths too."""
+  found = {name: run.evaluation[name] for name in ("loss", "accuracy")}
+  return found | {
+    f"loss, {name}": x["loss"] for name, x in _other_lengths(run).items()
+  }
+
+
+def _other_lengths(run):
+  """What eval.py found: "4 x 256, n of the test" and so on."""
+  path = _file(run, "eval.json")
+  return (
+    json.loads(path.read_text()).get("studies", {}) if path.exists() else {}
+  )
+
+
+def _columns(rows):
+  return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _figure(width, height, rows=1, columns=1, **options):
@@ -157,6 +183,74 @@ def recall(runs):
   return figure
 
 
+def learning_rate(runs):
+  """The last loss by rate, for each width; QK norm in columns."""
+  norms = {"none": "no QK norm", "layernorm": "QK norm"}
+  figure, axes = _figure(9, 3.6, 1, 2, sharey=True)
+  widths = sorted({run.config["model.width"] for run in runs})
+  styles = dict(zip(widths, (":", "--", "-"), strict=True))
+  lines = {}
+  for run in runs:
+    config = run.config
+    key = config["attn.qk_norm"], _kind(config), config["model.width"]
+    point = config["optim.lr"], run.evaluation["loss"]
+    lines.setdefault(key, []).append(point)
+  for (norm, label, width), points in sorted(lines.items()):
+    axes[0, list(norms).index(norm)].semilogx(
+      *zip(*sorted(points), strict=True),
+      styles[width] + "o",
+      color=COLORS[label],
+      markersize=3,
+      linewidth=1.2,
+      label=f"{label}, width {width}",
+    )
+  for ax, title in zip(axes[0], norms.values(), strict=True):
+    ax.set(title=title, xlabel="learning rate")
+  axes[0, 0].set_ylabel("held-out loss")
+  _legend(figure, axes)
+  return figure
+
+
+def length(runs):
+  """Loss at multiples of the training length; positions in columns."""
+  places = {
+    (True, "rope"): "RoPE and ALiBi",
+    (True, "none"): "ALiBi",
+    (False, "rope"): "RoPE",
+  }
+  figure, axes = _figure(10.5, 3.4, 1, 3, sharey=True)
+  for run in runs:
+    config = run.config
+    column = list(places).index(
+      (config["attn.alibi"], config["model.positions"])
+    )
+    points = {}
+    for name, found in _other_lengths(run).items():
+      times, _, rest = name.partition(" x ")
+      points.setdefault("n of the test" in rest, []).append(
+        (int(times), found["loss"])
+      )
+    for of_test, line in points.items():
+      label = "softmax" if config["attn.kind"] == "softmax" else "sigmoid"
+      if of_test and label == "softmax":
+        continue  # It has no n.
+      axes[0, column].loglog(
+        *zip(*sorted(line), strict=True),
+        "--" if of_test else "-",
+        color="C0" if label == "sigmoid" else COLORS[label],
+        linewidth=1.2,
+        label=label + (", n of the test" if of_test else ""),
+      )
+  for ax, title in zip(axes[0], places.values(), strict=True):
+    ax.set(title=title, xlabel="length / training length")
+    ax.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    ax.set_yticks([1.2, 1.5, 2, 3], ["1.2", "1.5", "2", "3"])
+    ax.minorticks_off()
+  axes[0, 0].set_ylabel("held-out loss")
+  _legend(figure, axes)
+  return figure
+
+
 def _legend(place, axes, loc="outside right upper"):
   """One for all the axes, with each label once; place: a figure or axes."""
   found = {}
@@ -181,8 +275,11 @@ FIGURES = {
   "activations": activations,
   "attention_norm": attention_norm,
   "layer_scale": layer_scale,
+  "learning_rate": learning_rate,
+  "length": length,
   "recall": recall,
 }
+STUDIES = (*FIGURES, "hybrid_norm", "logit_bias", "multi_query")
 
 
 if __name__ == "__main__":
