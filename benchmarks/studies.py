@@ -4,13 +4,14 @@
 
 A folder is named for its study and holds its runs. For each, the last
 evaluation of every run goes to benchmarks/studies/STUDY.json, beside the
-device and date that --ran says and the runs that did not end, and a figure to
-STUDY.png where the study has one.
+device and date that --ran says, and a figure to STUDY.png. Runs that have not
+come to their end are listed with the step that they came to, and not drawn.
 """
 
 import itertools
 import json
 import pathlib
+import statistics
 
 from absl import app, flags
 from matplotlib import figure as figures
@@ -23,48 +24,43 @@ OUT = pathlib.Path(__file__).parent / "studies"
 def main(argv):
   for folder in argv[1:]:
     study = pathlib.Path(folder).name
-    if study not in STUDIES:
-      raise app.UsageError(f"{folder}: no study; choose from {[*STUDIES]}")
+    if study not in FIGURES:
+      raise app.UsageError(f"{folder}: no figure; choose from {[*FIGURES]}")
     runs = report.find([folder])
-    ended = [run for run in runs if _file(run, "DONE.json").exists()]
-    cut_off = [
-      pathlib.Path(run.workdir).name for run in runs if run not in ended
-    ]
-    found = {"ran": flags.FLAGS.ran, "cut_off": cut_off}
-    found["runs"] = {
-      label: {"seed": [run.config["seed"] for run in group]}
-      | _columns([_numbers(run) for run in group])
-      for label, group in report.by_config(ended).items()
+    written = {
+      "ran": flags.FLAGS.ran,
+      "runs": {k: _row(group) for k, group in report.by_config(runs).items()},
     }
+    finished = [run for run in runs if _is_finished(run)]
+    if study in DERIVED:
+      written[DERIVED[study].__name__] = DERIVED[study](finished)
     OUT.mkdir(exist_ok=True)
-    workdirs.write_json(OUT / f"{study}.json", found)
-    if study in FIGURES:
-      FIGURES[study](ended).savefig(OUT / f"{study}.png", dpi=110)
-    metrics.log(f"{study}: {len(ended)} runs, {len(cut_off)} cut off")
+    workdirs.write_json(OUT / f"{study}.json", written)
+    figure = FIGURES[study](finished)
+    figure.savefig(OUT / f"{study}.png", dpi=110)
+    metrics.log(f"{study}: {len(finished)} of {len(runs)} runs finished")
 
 
-def _file(run, name):
-  return pathlib.Path(run.workdir) / name
+def _is_finished(run):
+  last = run.evaluation
+  return last is not None and last["step"] == run.config["total_steps"]
 
 
-def _numbers(run):
-  """What is kept of a run: its loss and accuracy, at other lengths too."""
-  found = {name: run.evaluation[name] for name in ("loss", "accuracy")}
-  return found | {
-    f"loss, {name}": x["loss"] for name, x in _other_lengths(run).items()
+def _row(group):
+  """What the JSON says of runs that differ in the seed alone."""
+  finished = [run for run in group if _is_finished(run)]
+  row = {
+    "seed": [run.config["seed"] for run in finished],
+    "loss": [run.evaluation["loss"] for run in finished],
+    "accuracy": [run.evaluation["accuracy"] for run in finished],
   }
-
-
-def _other_lengths(run):
-  """What eval.py found: "4 x 256, n of the test" and so on."""
-  path = _file(run, "eval.json")
-  return (
-    json.loads(path.read_text()).get("studies", {}) if path.exists() else {}
-  )
-
-
-def _columns(rows):
-  return {name: [row[name] for row in rows] for name in rows[0]}
+  cut_off = [run for run in group if not _is_finished(run)]
+  if cut_off:
+    row["cut_off"] = {
+      "seed": [run.config["seed"] for run in cut_off],
+      "step": [run.lines[-1]["step"] for run in cut_off],
+    }
+  return row
 
 
 def _figure(width, height, rows=1, columns=1, **options):
@@ -123,27 +119,203 @@ def attention_norm(runs):
   return figure
 
 
-def layer_scale(runs):
+def _dots(runs, ticks, tick, value, ylabel, label=_kind):
+  """A dot for each run. ticks: {what tick(config) returns: its name}.
+
+  Places that no run has are left out.
+  """
   figure, axes = _figure(7, 3.4)
-  norms, scales = ("none", "layernorm"), (None, 1e-4)
-  ticks = list(itertools.product(scales, norms))
-  kinds = ("softmax", "b = -log n", "b = 0")
+  order = list(COLORS).index
+  runs = sorted(runs, key=lambda run: order(label(run.config)))
+  labels = list(dict.fromkeys(label(run.config) for run in runs))
+  found = {tick(run.config) for run in runs}
+  ticks = {place: name for place, name in ticks.items() if place in found}
   for run in runs:
-    config, label = run.config, _kind(run.config)
-    place = ticks.index((config["model.layer_scale"], config["attn.qk_norm"]))
+    name = label(run.config)
+    shift = labels.index(name) - (len(labels) - 1) / 2
     axes[0, 0].plot(
-      place + 0.2 * (kinds.index(label) - 1),
-      100 * run.evaluation["accuracy"],
+      list(ticks).index(tick(run.config)) + 0.15 * shift,
+      value(run.evaluation),
       "o",
-      color=COLORS[label],
+      color=COLORS[name],
       alpha=0.8,
-      label=label,
+      label=name,
     )
-  names = [f"LayerScale {scale}\nQK norm {norm}" for scale, norm in ticks]
-  axes[0, 0].set_xticks(range(len(ticks)), names, fontsize="small")
-  axes[0, 0].set_ylabel("held-out accuracy, %")
+  axes[0, 0].set_xticks(range(len(ticks)), ticks.values(), fontsize="small")
+  axes[0, 0].set(xlim=(-0.5, len(ticks) - 0.5), ylabel=ylabel)
+  axes[0, 0].grid(visible=False, axis="x")
   _legend(figure, axes)
   return figure
+
+
+def _accuracy(line):
+  return 100 * line["accuracy"]
+
+
+def layer_scale(runs):
+  scales = {None: "no LayerScale", 1e-4: "LayerScale 1e-4"}
+  return _dots(
+    runs,
+    {
+      (scale, norm): f"{scales[scale]}\n{QK_NORMS[norm]}"
+      for scale, norm in itertools.product(scales, QK_NORMS)
+    },
+    lambda config: (config["model.layer_scale"], config["attn.qk_norm"]),
+    _accuracy,
+    "held-out accuracy, %",
+  )
+
+
+def multi_query(runs):
+  return _dots(
+    runs,
+    {6: "6 heads of keys", 2: "2 heads", 1: "1 head"},
+    lambda config: config["attn.num_kv_heads"],
+    _accuracy,
+    "held-out accuracy, %",
+  )
+
+
+def logit_bias(runs):
+  return _dots(
+    runs,
+    {-6.238: "from -log n", 0.0: "from 0", -10.0: "from -10"},
+    lambda config: config["attn.logit_bias"],
+    _loss,
+    "held-out loss",
+    lambda config: "trained" if config["attn.learn_logit_bias"] else "constant",
+  )
+
+
+def hybrid_norm(runs):
+  return _dots(
+    runs,
+    {
+      (length, lr, norm): f"n = {length}\nlr {lr:g}\n{norm}"
+      for length, lr, norm in itertools.product(
+        (128, 2048), (5e-3, 2e-3), ("pre", "hybrid")
+      )
+    },
+    lambda config: (
+      config["data.length"],
+      config["optim.lr"],
+      config["model.norm"],
+    ),
+    _loss,
+    "held-out loss",
+  )
+
+
+def learning_rate(runs):
+  """Loss over the rate for each width, and the sensitivity over the widths."""
+  figure, axes = _figure(11, 3.2, 1, 4)
+  widths = (64, 128, 256)
+  for (label, width, _), group in _by_width(runs).items():
+    kind, qk_norm = label.split(", ")
+    axes[0, widths.index(width)].semilogx(
+      [run.config["optim.lr"] for run in group],
+      [run.evaluation["loss"] for run in group],
+      LINES[qk_norm],
+      color=COLORS[kind],
+      markersize=4,
+      label=label,
+    )
+  for label, values in sensitivity(runs).items():
+    kind, qk_norm = label.split(", ")
+    axes[0, 3].plot(
+      range(len(widths)),
+      [statistics.fmean(values[f"width {width}"]) for width in widths],
+      LINES[qk_norm],
+      color=COLORS[kind],
+      markersize=4,
+    )
+  for ax, width in zip(axes[0], widths, strict=False):
+    ax.set(title=f"width {width}", xlabel="learning rate", ylim=(1.2, 2.9))
+  axes[0, 0].set_ylabel("held-out loss")
+  axes[0, 3].set(title="sensitivity", xlabel="width", ylim=(0, None))
+  axes[0, 3].set_xticks(range(len(widths)), widths)
+  _legend(figure, axes)
+  return figure
+
+
+def sensitivity(runs):
+  """{model: {width: [a value for each seed]}}; the study's docstring has it."""
+  found = {}
+  for (label, width, _), group in _by_width(runs).items():
+    final = [min(run.evaluation["loss"], run.lines[0]["loss"]) for run in group]
+    value = statistics.fmean(final) - min(final)
+    found.setdefault(label, {}).setdefault(f"width {width}", []).append(value)
+  return found
+
+
+def _by_width(runs):
+  """{(model, width, seed): its runs, by learning rate}."""
+  found, keys = {}, ("model.width", "optim.lr")
+  for run in sorted(runs, key=lambda run: [run.config[x] for x in keys]):
+    config = run.config
+    label = f"{_kind(config)}, {QK_NORMS[config['attn.qk_norm']]}"
+    key = label, config["model.width"], config["seed"]
+    found.setdefault(key, []).append(run)
+  return found
+
+
+def length(runs):
+  places = {
+    (True, "rope"): "ALiBi and RoPE",
+    (True, "none"): "ALiBi",
+    (False, "rope"): "RoPE",
+  }
+  figure, axes = _figure(10.5, 3.2, 1, 3)
+  for run in runs:
+    place = run.config["attn.alibi"], run.config["model.positions"]
+    ax = axes[0, list(places).index(place)]
+    for owner, losses in _longer(run).items():
+      if run.config["attn.kind"] == "softmax" and owner == "n of the test":
+        continue  # it has no n
+      name = _kind(run.config)
+      ax.semilogx(
+        losses.keys(),
+        losses.values(),
+        "--o" if owner == "n of the test" else "-o",
+        color=COLORS[name],
+        linewidth=1,
+        markersize=3,
+        label=f"{name}, {owner}" if name != "softmax" else name,
+      )
+  for ax, place in zip(axes[0], places.values(), strict=True):
+    ax.set(title=place, xlabel="length of the test")
+    ticks = [256, 512, 1024, 2048]
+    ax.set_xticks(ticks, ticks)
+    ax.minorticks_off()
+  for ax in axes[0, :2]:
+    ax.set_ylim(1.18, 1.32)
+  axes[0, 0].set_ylabel("held-out loss")
+  _legend(figure, axes)
+  return figure
+
+
+def longer(runs):
+  """{model: {whose n: {length: [the loss of each seed]}}}."""
+  found = {}
+  for label, group in report.by_config(runs).items():
+    each = [_longer(run) for run in group]
+    found[label] = {
+      owner: {size: [x[owner][size] for x in each] for size in sizes}
+      for owner, sizes in each[0].items()
+    }
+  return found
+
+
+def _longer(run):
+  """{whose n: {length: loss}} of what eval.py wrote of a run."""
+  path = pathlib.Path(run.workdir) / "eval.json"
+  found = {}
+  for name, values in json.loads(path.read_text())["studies"].items():
+    lengths, _, owner = name.partition(", ")
+    factor, trained = map(int, lengths.split(" x "))
+    losses = found.setdefault(owner or "n of the training", {})
+    losses[factor * trained] = values["loss"]
+  return found
 
 
 def activations(runs):
@@ -183,74 +355,6 @@ def recall(runs):
   return figure
 
 
-def learning_rate(runs):
-  """The last loss by rate, for each width; QK norm in columns."""
-  norms = {"none": "no QK norm", "layernorm": "QK norm"}
-  figure, axes = _figure(9, 3.6, 1, 2, sharey=True)
-  widths = sorted({run.config["model.width"] for run in runs})
-  styles = dict(zip(widths, (":", "--", "-"), strict=True))
-  lines = {}
-  for run in runs:
-    config = run.config
-    key = config["attn.qk_norm"], _kind(config), config["model.width"]
-    point = config["optim.lr"], run.evaluation["loss"]
-    lines.setdefault(key, []).append(point)
-  for (norm, label, width), points in sorted(lines.items()):
-    axes[0, list(norms).index(norm)].semilogx(
-      *zip(*sorted(points), strict=True),
-      styles[width] + "o",
-      color=COLORS[label],
-      markersize=3,
-      linewidth=1.2,
-      label=f"{label}, width {width}",
-    )
-  for ax, title in zip(axes[0], norms.values(), strict=True):
-    ax.set(title=title, xlabel="learning rate")
-  axes[0, 0].set_ylabel("held-out loss")
-  _legend(figure, axes)
-  return figure
-
-
-def length(runs):
-  """Loss at multiples of the training length; positions in columns."""
-  places = {
-    (True, "rope"): "RoPE and ALiBi",
-    (True, "none"): "ALiBi",
-    (False, "rope"): "RoPE",
-  }
-  figure, axes = _figure(10.5, 3.4, 1, 3, sharey=True)
-  for run in runs:
-    config = run.config
-    column = list(places).index(
-      (config["attn.alibi"], config["model.positions"])
-    )
-    points = {}
-    for name, found in _other_lengths(run).items():
-      times, _, rest = name.partition(" x ")
-      points.setdefault("n of the test" in rest, []).append(
-        (int(times), found["loss"])
-      )
-    for of_test, line in points.items():
-      label = "softmax" if config["attn.kind"] == "softmax" else "sigmoid"
-      if of_test and label == "softmax":
-        continue  # It has no n.
-      axes[0, column].loglog(
-        *zip(*sorted(line), strict=True),
-        "--" if of_test else "-",
-        color="C0" if label == "sigmoid" else COLORS[label],
-        linewidth=1.2,
-        label=label + (", n of the test" if of_test else ""),
-      )
-  for ax, title in zip(axes[0], places.values(), strict=True):
-    ax.set(title=title, xlabel="length / training length")
-    ax.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
-    ax.set_yticks([1.2, 1.5, 2, 3], ["1.2", "1.5", "2", "3"])
-    ax.minorticks_off()
-  axes[0, 0].set_ylabel("held-out loss")
-  _legend(figure, axes)
-  return figure
-
-
 def _legend(place, axes, loc="outside right upper"):
   """One for all the axes, with each label once; place: a figure or axes."""
   found = {}
@@ -270,16 +374,23 @@ COLORS = {
   "b = 0, rows / i": "C6",
   "relu": "C2",
   "relu2": "C8",
+  "constant": "C0",
+  "trained": "C3",
 }
+QK_NORMS = {"none": "no QK norm", "layernorm": "QK norm"}
+LINES = {"no QK norm": "--o", "QK norm": "-o"}
+DERIVED = {"learning_rate": sensitivity, "length": longer}
 FIGURES = {
   "activations": activations,
   "attention_norm": attention_norm,
+  "hybrid_norm": hybrid_norm,
   "layer_scale": layer_scale,
   "learning_rate": learning_rate,
   "length": length,
+  "logit_bias": logit_bias,
+  "multi_query": multi_query,
   "recall": recall,
 }
-STUDIES = (*FIGURES, "hybrid_norm", "logit_bias", "multi_query")
 
 
 if __name__ == "__main__":
