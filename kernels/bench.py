@@ -267,7 +267,7 @@ def plot(path):
     for direction in ("forward", "backward")
   ]
   figure, axes = pyplot.subplots(
-    len(panels) // 2, 2, figsize=(10, 2 * len(panels)), squeeze=False,
+    len(panels) // 2, 2, figsize=(11, 2 * len(panels)), squeeze=False,
     layout="constrained",
   )  # fmt: skip
   for ax, (width, direction) in zip(axes.flat, panels, strict=True):
@@ -292,7 +292,10 @@ def plot(path):
       ylabel="TFLOP/s", ylim=0,
     )  # fmt: skip
     ax.grid(alpha=0.3)
-  axes[0, 0].legend(fontsize="small", loc="lower right")
+  figure.legend(
+    *axes[0, 0].get_legend_handles_labels(), loc="outside right upper",
+    frameon=False,
+  )  # fmt: skip
   figure.suptitle(
     f"{found['device']}, bfloat16, 16,384 tokens; dashed: causal", fontsize=11
   )
