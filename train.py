@@ -79,6 +79,7 @@ def train(config, workdir=None):
     stop = enter(_stop_signals())
     enter(jax.transfer_guard("disallow"))  # every copy to a device is meant
     finished = workdirs.done(workdir, total)
+    compiled = set()  # shapes of a batch
 
     for step in range(start, total + 1):
       last, stopping = step == total, stop.is_set()
@@ -106,6 +107,10 @@ def train(config, workdir=None):
       if telemetry.is_due(config, step + 1):
         log.finish()
         writer.write(step + 1, telemetry.SPLIT, measure(state, batch))
+      shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+      if shapes not in compiled:
+        compiled.add(shapes)
+        log.finish()  # compiling is not time at work
       state, step_metrics = step_fn(state, batch)
       log.step(step + 1, step_metrics, len(jax.tree.leaves(batch)[0]))
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -208,6 +209,40 @@ def test_what_a_run_leaves(tmp_path):
     evaluate(tmp_path, step=7)
   with pytest.raises(ValueError, match="no run here"):
     evaluate(tmp_path / "nothing")
+
+
+def test_rate_does_not_count_what_compiles(monkeypatch, few_images):
+  """A clock on which a step takes 1 second, and to compile takes 1000."""
+  clock, lines, sizes = [0], [], set()
+  time = types.SimpleNamespace(perf_counter=lambda: clock[0])
+  monkeypatch.setattr(metrics, "time", time)
+  monkeypatch.setattr(metrics.Writer, "write", lambda _, *x: lines.append(x))
+  fetch = train_lib._Log._fetch
+
+  def step(state, batch):
+    size = len(batch["label"])
+    clock[0] += 0 if size in sizes else 1000
+    sizes.add(size)
+    values = {"loss": np.ones(()), "lr": np.ones(()), "grad_norm": np.ones(())}
+    return state, values
+
+  def wait(log):
+    clock[0] += 1
+    fetch(log)
+
+  monkeypatch.setattr(train_lib, "_make_step", lambda update: step)
+  monkeypatch.setattr(train_lib._Log, "_fetch", wait)
+  every = {f"{name}.every_steps": 0 for name in ("eval", "ckpt")}
+  config = small(total_steps=5, **every, **{"log.every_steps": 5})
+  batch = next(loader.train_iterator(config))
+  half = {name: x[: len(x) // 2] for name, x in batch.items()}
+  batches = [batch, batch, half, batch, half]
+  monkeypatch.setattr(loader, "train_iterator", lambda _: iter(batches))
+  train(config)
+  rates = [x["per_second"] for _, split, x in lines if split == "train"]
+  # The first step of each size compiles.
+  whole = len(batch["label"])
+  assert rates == [pytest.approx((whole + whole + whole // 2) / 3)]
 
 
 def test_evaluation_averages_over_the_examples_not_the_padding(tmp_path):
