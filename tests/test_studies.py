@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from sigattn import sweep, tasks
+from benchmarks import studies
+from sigattn import report, sweep, tasks
 from sigattn.data import loader
 from train import train
 
@@ -55,3 +56,34 @@ def test_a_small_one_trains(file, monkeypatch):
   config.total_steps, config.batch_size = 1, 8
   config.optim.warmup_steps = 1
   assert int(train(config).step) == 1
+
+
+def run_of(loss, seed=0, step=10, **config):
+  """A run of ten steps that began at a loss of 4 and came to `step`."""
+  base = {
+    "seed": seed,
+    "total_steps": 10,
+    "data.eval_split": "test",
+    "attn.kind": "softmax",
+    "attn.qk_norm": "none",
+    "model.width": 64,
+  }
+  first = {"step": 1, "split": "train", "loss": 4.0}
+  last = {"step": step, "split": "test", "loss": loss, "accuracy": 0.5}
+  return report.Run("", base | config, [first, last])
+
+
+def test_a_run_that_was_cut_off_is_listed_and_has_no_value():
+  assert studies._row([run_of(1.0, 0), run_of(2.0, 1, step=7)]) == {
+    "seed": [0],
+    "loss": [1.0],
+    "accuracy": [0.5],
+    "cut_off": {"seed": [1], "step": [7]},
+  }
+
+
+def test_sensitivity_is_the_mean_over_the_rates_above_the_best():
+  losses = {1e-3: 2.0, 1e-2: 1.0, 1e-1: 9.0}  # the last is worse than 4
+  runs = [run_of(loss, **{"optim.lr": lr}) for lr, loss in losses.items()]
+  found = studies.sensitivity(runs)
+  assert found == {"softmax, no QK norm": {"width 64": [(2 + 1 + 4) / 3 - 1]}}
