@@ -11,7 +11,7 @@ engine: five products, and a sum whose order, and so whose last bits, differ
 from run to run, unless XLA is asked for determinism
 (XLA_FLAGS=--xla_gpu_deterministic_ops=true). Both forms measured on an H100,
 n = 8,192 without a mask, TFLOP/s by five products: 507 and 585 at head width
-128, 398 and 537 at 64 (benchmarks/NOTES.md).
+128; 398 and, on another machine, 537 at 64 (benchmarks/NOTES.md).
 """
 
 import dataclasses

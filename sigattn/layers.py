@@ -334,12 +334,6 @@ def drop_path(x_BTD, rng, rate):
   return x_BTD * factor
 
 
-def dropout(x, rng, rate):
-  """Each number 0 with probability `rate`, else divided by 1 - rate."""
-  keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
-  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
 class Residual(nnx.Module):
   """A branch f around the residual stream, with its norms.
 
@@ -353,7 +347,8 @@ class Residual(nnx.Module):
 
   def __init__(self, width, norm, norm_kind, layer_scale, dropout=0.0, *, rngs):
     _choose("norm", norm, NORM_PLACES)
-    self.norm, self.dropout = norm, dropout
+    self.norm = norm
+    self.dropout = nnx.Dropout(dropout, deterministic=False)
     if norm in ("pre", "hybrid"):
       self.norm_in = make_norm(norm_kind, width, rngs)
     if norm in ("post", "hybrid"):
@@ -378,8 +373,8 @@ class Residual(nnx.Module):
       y_BTD = normalize(self.norm_out, y_BTD)
     if self.has_layer_scale:
       y_BTD = self.layer_scale(y_BTD)
-    if rng is not None and self.dropout:
-      y_BTD = dropout(y_BTD, jax.random.fold_in(rng, 0), self.dropout)
+    if rng is not None:
+      y_BTD = self.dropout(y_BTD, rngs=jax.random.fold_in(rng, 0))
     if rng is not None and rate is not None:
       y_BTD = drop_path(y_BTD, rng, rate)
     return y_BTD

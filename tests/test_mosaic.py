@@ -55,7 +55,11 @@ def test_interpreted_output_and_gradients(width, form, names):
 @pytest.mark.parametrize(
   ("width", "length", "is_causal"),
   [(width, 1024, True) for width in mosaic_attn._TILES]
-  + [(width, 4096, False) for width in mosaic_attn._ADDED],
+  + [
+    (width, 4096, is_causal)
+    for width in mosaic_attn._ADDED
+    for is_causal in (False, True)
+  ],
 )
 def test_tiles_are_lowered_for_cuda(width, length, is_causal):
   """Shapes, layouts and shared memory fit: 0.3 s a kernel."""
