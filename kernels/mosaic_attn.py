@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels import device, mosaic_kernels, segments, transforms
+from kernels import device, mosaic_kernels, mosaic_sums, segments, transforms
 from kernels import problem as problems
 from kernels.mosaic_kernels import Form, Tile, visible_blocks
 
@@ -233,7 +233,10 @@ def _backward_aligned(form, problem, query, key, value, operands, d_out):
 
   d_query, dv = None, None
   if adds:
-    d_query = jax.new_ref(jnp.zeros(query.shape, jnp.float32))
+    # Blocks may reach beyond the sequence.
+    batch, length, heads, width = query.shape
+    length = pl.cdiv(length, key_tile.block) * key_tile.block
+    d_query = jax.new_ref(mosaic_sums.zeros(batch, length, heads, width))
   if problem.head_dim > _BOTH:
     (dv,) = by_keys(scales={"value": scales.pop("value")})
   dk, *rest = by_keys(d_query, scales=scales, sums=sums)
@@ -245,7 +248,8 @@ def _backward_aligned(form, problem, query, key, value, operands, d_out):
       scale=dz_scale, **_operands(form, problem, operands, query_tile, True),
     )  # fmt: skip
   else:
-    dq = (jax.freeze(d_query) * dz_scale).astype(query.dtype)
+    dq = mosaic_sums.in_rows(jax.freeze(d_query))[:, : query.shape[1]]
+    dq = (dq * dz_scale).astype(query.dtype)
   return dq, dk, dv, *_totals(problem, rest)
 
 

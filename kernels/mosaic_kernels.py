@@ -35,10 +35,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from kernels import mosaic_sums
+
 _WGMMA = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)  # one number a row, a column
 _LOG2_E = math.log2(math.e)
-_SHARE = 64  # queries and columns of dq that a warpgroup adds for a block
+_SHARE = mosaic_sums.SIDE  # queries and columns of dq that a warpgroup adds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,11 +233,12 @@ class _Place:
     )
 
 
-def _weights(form, s, bias, slope, place, ids, masked):
+def _weights(form, s, bias, slope, place, load_ids, masked):
   """The weights phi(z) of logits z = scale s + bias - slope distance, and phi'.
 
-  phi' is a function, to be called only where it is needed. ids: of the rows
-  and of the columns, or None.
+  phi' is a function, to be called only where it is needed. load_ids(): those of
+  the rows and of the columns. masked: whether some are hidden, if the form hides
+  any; a bool, or a traced one, on which the kernel branches.
   """
   unit = 1.0
   if form.kind == "sigmoid":
@@ -243,10 +246,13 @@ def _weights(form, s, bias, slope, place, ids, masked):
   z = s * (unit * form.scale) + unit * bias
   if form.alibi:
     z = z - (unit * slope) * place.distance()
-  if masked and form.masked:
+  if form.masked and masked is not False:
     # Before the activation: hiding the weights themselves lets the compiler
     # move work between the products, which then wait for each other.
-    z = jnp.where(_visible(form, place, ids), z, -math.inf * unit)
+    def hide(z):
+      return jnp.where(_visible(form, place, load_ids()), z, -math.inf * unit)
+
+    z = hide(z) if masked is True else lax.cond(masked, hide, lambda z: z, z)
   if form.kind == "relu":
     return jnp.maximum(z, 0.0), lambda: jnp.where(z > 0, 1.0, 0.0)
   if form.kind == "relu2":
@@ -438,13 +444,13 @@ def by_queries(
         def weigh(s, step, masked):
           start = steps.block(step) * tile.block
           place = _Place(first, start, s.shape, form.offset, True)
-          ids = None
-          if masked:
-            columns = _load_ids(
+
+          def load_ids():
+            return row_ids, _load_ids(
               form, gmem["key_ids"], batch, start, tile.block, _COLUMN
             )
-            ids = row_ids, columns
-          return _weights(form, s, bias, slope, place, ids, masked)
+
+          return _weights(form, s, bias, slope, place, load_ids, masked)
 
         def body(accumulator):
           plgpu.barrier_wait(q_full.at[warpgroup])
@@ -630,14 +636,14 @@ def _skip(ring_k, ring_v, count):
   return skip
 
 
-def _loops(form, steps, step, carry=None, skip=None, begin=0):
-  """carry = step(e, carry, masked) from `begin` on: with a mask, then without.
+def _loops(form, steps, step, carry=None, skip=None):
+  """carry = step(e, carry, masked) of all steps: with a mask, then without.
 
   skip(e, None): for the first steps.skipped, which another warpgroup needs.
   """
-  begin = full = _int(begin)
+  begin = full = _int(0)
   if form.masked:
-    full = jnp.maximum(begin, steps.masked)
+    full = steps.masked
     if skip is not None:
       lax.fori_loop(begin, steps.skipped, skip, None)
       begin = steps.skipped
@@ -664,7 +670,7 @@ def _tiles_in_smem(tile, count, rows, width, dtype):
   )
 
 
-def _launch(kernel, schedule, tile, shapes, dtype, scratch, *floats):
+def _launch(kernel, schedule, tile, shapes, dtype, scratch, *floats, barriers=True):
   """The kernel as a function; outputs of dtype, and `floats` float32."""
   out = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
   out += [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in floats]
@@ -677,7 +683,8 @@ def _launch(kernel, schedule, tile, shapes, dtype, scratch, *floats):
     thread_name="warpgroup",
     scratch_types=scratch,
     compiler_params=plgpu.CompilerParams(
-      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane,
+      unsafe_no_auto_barriers=not barriers,
     ),
   )
 
@@ -707,8 +714,8 @@ def by_keys(
 
   scales: of those of dk ("key") and dv ("value") that are wanted.
 
-  d_query: a Ref of float32 zeros (B, T, N, H), to which dz k is added, in the
-  order in which programs come to it; None: not computed.
+  d_query: a Ref of mosaic_sums, to which dz k is added, in the order in which
+  programs come to it; None: not computed.
   sums: of dz over the queries, and of -dz distance with ALiBi: float32 (1 or 2,
   B, N, S and the rest of a tile).
   key_lengths: (B,) int32; rows of dv from there on are 0.
@@ -726,6 +733,8 @@ def by_keys(
   )  # fmt: skip
   given = {name: x for name, x in given.items() if x is not None}
   num_sums = (1 + form.alibi) if sums else 0
+  fused = d_query is not None
+  behind = tile.stages - 1
 
   def kernel(*refs):
     gmem = dict.fromkeys(_KEY_ARRAYS)
@@ -734,8 +743,8 @@ def by_keys(
     found_gmem = refs[: len(scales)]
     sums_gmem = refs[len(scales)] if sums else None
     (
-      k_smem, v_smem, q_smem, do_smem, dz_smem, dq_smem, sums_smem,
-      kv_full, q_full, do_full, q_free, do_free, meet,
+      k_smem, v_smem, q_smem, do_smem, dz_smem, sums_smem,
+      kv_full, q_full, do_full, q_free, do_free, meet, dz_written, dz_ready,
     ) = refs[len(scales) + sums :]  # fmt: skip
     ring_q = _Ring(q_smem, q_full, q_free, tile.stages)
     ring_do = _Ring(do_smem, do_full, do_free, tile.stages)
@@ -754,7 +763,7 @@ def by_keys(
 
     def rendezvous():
       """Of the compute warpgroups, which read each other's dz and keys."""
-      if d_query is not None:
+      if fused:
         plgpu.barrier_arrive(meet)
         plgpu.barrier_wait(meet)
 
@@ -762,13 +771,11 @@ def by_keys(
     def _():
       plgpu.set_max_registers(tile.registers, action="increase")
       keys, values = k_smem.at[warpgroup], v_smem.at[warpgroup]
-      # This warpgroup's share of a block's dq, one of `tile.warpgroups`.
-      of_block, of_width = pl.ds(0, _SHARE), pl.ds(0, _SHARE)
-      mine = pl.ds(warpgroup * _SHARE, _SHARE)
+      # This warpgroup's share of a block's dq, one of `tile.warpgroups`: which
+      # 64 of its rows, and which of its columns.
+      share_row, share_column = _int(0), warpgroup
       if tile.block > _SHARE:
-        of_block = mine
-      else:
-        of_width = mine
+        share_row, share_column = share_column, share_row
 
       def load(i):
         batch, head, first, _ = locate(i)
@@ -792,13 +799,14 @@ def by_keys(
           def weigh(s, e, masked):
             start = steps.block(e) * tile.block
             place = _Place(first, start, s.shape, form.offset, False)
-            ids = None
-            if masked:
-              columns = _load_ids(
+
+            def load_ids():
+              return row_ids, _load_ids(
                 form, gmem["query_ids"], batch, start, tile.block, _COLUMN
               )
-              ids = row_ids, columns
-            return *_weights(form, s, bias, slope, place, ids, masked), place
+
+            found = _weights(form, s, bias, slope, place, load_ids, masked)
+            return *found, place
 
           def gradient_of_logits(e, totals, masked):
             """(dz of a step or None, totals), with dv's product running."""
@@ -846,21 +854,24 @@ def by_keys(
             ring_q.release(c)
             return totals
 
-          def sharing_step(e, totals, masked, opens=False):
+          def sharing_step(e, totals, opens=False):
             """A step that also adds the dq of the step before, if there is one.
 
             So none waits for dz of the step itself: the warpgroups keep half a
             step apart, and one's products run while the other computes weights.
+
+            One loop, with a branch about the mask: between two, the compiler
+            moves dk and dv to other registers, and runs out of them.
             """
             c = count + g * steps.count + e
-            dz, totals = gradient_of_logits(e, totals, masked)
+            dz, totals = gradient_of_logits(e, totals, e < steps.masked)
             hand_over = functools.partial(end_step, c, dz)
             if opens:
               hand_over(None)
             else:
-              plgpu.barrier_wait(meet)
+              plgpu.barrier_wait(dz_ready)
               dq = pl.run_scoped(hand_over, _accumulator(_SHARE, _SHARE))
-              write_share(dq, e - 1)
+              add_share(dq, e - 1)
             plgpu.wgmma_wait(0)
             ring_q.release(c)
             return totals
@@ -876,7 +887,6 @@ def by_keys(
               start_share(share_ref, c - 1)
             # Two rooms for dz: that of the step before is being read.
             dz_smem.at[_rem(c, 2) * tile.warpgroups + warpgroup][...] = dz
-            plgpu.commit_smem()
             plgpu.wgmma(dk, dz, ring_q.block(c))
             dq = None
             if share_ref is None:
@@ -884,12 +894,14 @@ def by_keys(
             else:
               dq = _read(share_ref, 1)
             ring_do.release(c)
-            plgpu.barrier_arrive(meet)
+            plgpu.barrier_arrive(dz_written)
             return dq
 
           def start_share(ref, c):
             """Starts the products of this warpgroup's share of dq."""
             room = _rem(c, 2) * tile.warpgroups
+            of_block = pl.ds(share_row * _SHARE, _SHARE)
+            of_width = pl.ds(share_column * _SHARE, _SHARE)
             for other in range(tile.warpgroups):
               plgpu.wgmma(
                 ref,
@@ -897,16 +909,10 @@ def by_keys(
                 k_smem.at[_at_step(other, c), :, of_width],
               )
 
-          def write_share(dq, e):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            dq_smem.at[warpgroup][...] = dq
-            plgpu.commit_smem()
-            begin = steps.block(e) * tile.block + of_block.start
-            at = batch, pl.ds(pl.multiple_of(begin, _SHARE), _SHARE), head
-            plgpu.copy_smem_to_gmem(
-              dq_smem.at[warpgroup],
-              gmem["d_query"].at[*at, of_width],
-              reduction_op="add",
+          def add_share(dq, e):
+            row = steps.block(e) * (tile.block // _SHARE) + share_row
+            mosaic_sums.add(
+              dq, gmem["d_query"].at[batch, head, row, share_column]
             )
 
           def last_share():
@@ -914,17 +920,17 @@ def by_keys(
               start_share(ref, count + (g + 1) * steps.count - 1)
               return _read(ref, 0)
 
-            plgpu.barrier_wait(meet)
+            plgpu.barrier_wait(dz_ready)
             dq = pl.run_scoped(run, _accumulator(_SHARE, _SHARE))
-            write_share(dq, steps.count - 1)
+            add_share(dq, steps.count - 1)
 
           zeros = plgpu.layout_cast(jnp.zeros((tile.rows,), jnp.float32), _ROW)
           totals = [zeros] * num_sums
-          if d_query is None:
+          if not fused:
             totals = _loops(form, steps, step, totals)
           else:
-            totals = sharing_step(_int(0), totals, form.masked, opens=True)
-            totals = _loops(form, steps, sharing_step, totals, begin=1)
+            totals = sharing_step(_int(0), totals, opens=True)
+            totals = lax.fori_loop(1, steps.count, sharing_step, totals)
             last_share()
           for index, total in enumerate(totals):
             _store(
@@ -971,6 +977,16 @@ def by_keys(
     def _():
       plgpu.set_max_registers(24, action="decrease")
 
+      def publish_dz(*_):
+        """Makes dz of a step visible to the tensor cores.
+
+        Not by those who wrote it: they would wait at the fence until what they
+        added to dq has arrived in memory.
+        """
+        plgpu.barrier_wait(dz_written)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(dz_ready)
+
       def one(i, count):
         batch, kv_head, _, steps = locate(i)
 
@@ -980,19 +996,23 @@ def by_keys(
           at = *at, kv_head * group + g
           ring_q.fill(count + x, gmem["query"].at[at])
           ring_do.fill(count + x, gmem["d_out"].at[at])
+          if fused:  # The step whose end the next copies wait for.
+            pl.when(count + x >= behind)(publish_dz)
 
         lax.fori_loop(0, group * steps.count, step, None)
         return count + group * steps.count
 
       count = lax.fori_loop(0, tiles, one, _int(0))
+      if fused:
+        lax.fori_loop(0, jnp.minimum(behind, count), publish_dz, None)
       ring_q.drain(count)
       ring_do.drain(count)
 
   stay = _tiles_in_smem(tile, tile.warpgroups, tile.rows, width, dtype)
   pass_by = _tiles_in_smem(tile, tile.stages, tile.block, width, dtype)
-  fused = d_query is not None
   free = plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
   full = plgpu.Barrier(num_barriers=tile.stages)
+  meet = plgpu.Barrier(num_arrivals=tile.warpgroups)
   padded = pl.cdiv(key.shape[1], rows) * rows
   dz_room = _tiles_in_smem(
     tile, 2 * tile.warpgroups, tile.rows, tile.block, dtype
@@ -1002,15 +1022,14 @@ def by_keys(
     [
       stay, stay, pass_by, pass_by,
       dz_room if fused else None,
-      _tiles_in_smem(tile, tile.warpgroups, _SHARE, _SHARE, jnp.float32)
-      if fused else None,
       plgpu.SMEM((tile.warpgroups, num_sums, tile.rows), jnp.float32)
       if sums else None,
       plgpu.Barrier(num_barriers=tile.warpgroups, num_arrivals=2),
       full, full, free, free,
-      plgpu.Barrier(num_arrivals=tile.warpgroups),
+      meet, meet, plgpu.Barrier(),
     ],
     *[(num_sums, query.shape[0], heads, padded)] * sums,
+    barriers=not fused,
   )(*given.values())  # fmt: skip
 
 
