@@ -27,6 +27,7 @@ Shapes: as in problem.py. rows: of a tile, what stays. block: what passes.
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -344,12 +345,18 @@ def _read(accumulator, in_flight):
   return lax.optimization_barrier(value)
 
 
-def _store(value, room, destination):
-  """Writes a tile through shared memory; the copy runs on."""
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # The copy before this.
-  room[...] = value
+def _store(values, rooms):
+  """Writes (tile, destination)s through rooms in shared memory.
+
+  The copies run on.
+  """
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # The copies before these.
+  values = list(zip(values, rooms, strict=False))
+  for (value, _), room in values:
+    room[...] = value
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(room, destination)
+  for (_, destination), room in values:
+    plgpu.copy_smem_to_gmem(room, destination)
 
 
 # The queries stay.
@@ -467,11 +474,8 @@ def by_queries(
           row = plgpu.broadcasted_iota(jnp.int32, out.shape, 0, layout=_WGMMA)
           left = gmem["query_lengths"][batch] - first
           out = jnp.where(row < left, out, 0.0)
-        _store(
-          out.astype(dtype),
-          out_smem.at[warpgroup],
-          out_gmem.at[batch, pl.ds(first, tile.rows), head],
-        )
+        destination = out_gmem.at[batch, pl.ds(first, tile.rows), head]
+        _store([(out.astype(dtype), destination)], [out_smem.at[warpgroup]])
         return count + steps.count
 
       load(_int(0))
@@ -743,8 +747,8 @@ def by_keys(
     found_gmem = refs[: len(scales)]
     sums_gmem = refs[len(scales)] if sums else None
     (
-      k_smem, v_smem, q_smem, do_smem, dz_smem, sums_smem,
-      kv_full, q_full, do_full, q_free, do_free, meet, dz_written, dz_ready,
+      k_smem, v_smem, q_smem, do_smem, dz_smem, out_smem, sums_smem,
+      kv_full, kv_free, q_full, do_full, q_free, do_free, dz_written, dz_ready,
     ) = refs[len(scales) + sums :]  # fmt: skip
     ring_q = _Ring(q_smem, q_full, q_free, tile.stages)
     ring_do = _Ring(do_smem, do_full, do_free, tile.stages)
@@ -761,12 +765,6 @@ def by_keys(
       )  # fmt: skip
       return batch, head, index * rows, steps
 
-    def rendezvous():
-      """Of the compute warpgroups, which read each other's dz and keys."""
-      if fused:
-        plgpu.barrier_arrive(meet)
-        plgpu.barrier_wait(meet)
-
     @pl.when(warpgroup < tile.warpgroups)
     def _():
       plgpu.set_max_registers(tile.registers, action="increase")
@@ -776,14 +774,6 @@ def by_keys(
       share_row, share_column = _int(0), warpgroup
       if tile.block > _SHARE:
         share_row, share_column = share_column, share_row
-
-      def load(i):
-        batch, head, first, _ = locate(i)
-        at = batch, pl.ds(first + warpgroup * tile.rows, tile.rows), head
-        plgpu.copy_gmem_to_smem(gmem["key"].at[at], keys, kv_full.at[warpgroup])
-        plgpu.copy_gmem_to_smem(
-          gmem["value"].at[at], values, kv_full.at[warpgroup]
-        )
 
       def one(i, count):
         batch, kv_head, first, steps = locate(i)
@@ -860,11 +850,14 @@ def by_keys(
             So none waits for dz of the step itself: the warpgroups keep half a
             step apart, and one's products run while the other computes weights.
 
-            One loop, with a branch about the mask: between two, the compiler
-            moves dk and dv to other registers, and runs out of them.
+            One loop: between two, the compiler moves dk and dv to other
+            registers, and runs out of them. Every block is masked by position,
+            which costs nothing beside the products; ids are loaded for those
+            that need them.
             """
             c = count + g * steps.count + e
-            dz, totals = gradient_of_logits(e, totals, e < steps.masked)
+            masked = e < steps.masked if form.segments else form.masked
+            dz, totals = gradient_of_logits(e, totals, masked)
             hand_over = functools.partial(end_step, c, dz)
             if opens:
               hand_over(None)
@@ -932,12 +925,11 @@ def by_keys(
             totals = sharing_step(_int(0), totals, opens=True)
             totals = lax.fori_loop(1, steps.count, sharing_step, totals)
             last_share()
-          for index, total in enumerate(totals):
-            _store(
-              total,
-              sums_smem.at[warpgroup, index],
-              sums_gmem.at[index, batch, head, pl.ds(first, tile.rows)],
-            )
+          at = batch, head, pl.ds(first, tile.rows)
+          _store(
+            [(total, sums_gmem.at[n, *at]) for n, total in enumerate(totals)],
+            [sums_smem.at[warpgroup, n] for n in range(num_sums)],
+          )
 
         def body(dk, dv):
           plgpu.barrier_wait(kv_full.at[warpgroup])
@@ -955,23 +947,22 @@ def by_keys(
           row = plgpu.broadcasted_iota(jnp.int32, dv.shape, 0, layout=_WGMMA)
           left = gmem["key_lengths"][batch] - first
           dv = jnp.where(row < left, dv, 0.0)
-        rendezvous()  # The keys' room is about to be written.
+        if fused:
+          plgpu.barrier_arrive(kv_free)
         at = batch, pl.ds(first, tile.rows), kv_head
-        found = {"key": (dk, keys), "value": (dv, values)}
+        room = {"key": keys, "value": values}
+        found = {"key": dk, "value": dv}
         for out, (name, scale) in zip(found_gmem, scales.items(), strict=True):
-          value, room = found[name]
-          _store((value * scale).astype(dtype), room, out.at[at])
-        plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(i + 1 < tiles)
-        def _():
-          load(i + 1)
-
-        rendezvous()
+          value = (found[name] * scale).astype(dtype)
+          mine = out_smem.at[warpgroup] if fused else room[name]
+          _store([(value, out.at[at])], [mine])
+        if not fused:
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          plgpu.barrier_arrive(kv_free)
         return count + group * steps.count
 
-      load(_int(0))
       lax.fori_loop(0, tiles, one, _int(0))
+      plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == tile.warpgroups)
     def _():
@@ -988,23 +979,38 @@ def by_keys(
         plgpu.barrier_arrive(dz_ready)
 
       def one(i, count):
-        batch, kv_head, _, steps = locate(i)
+        batch, kv_head, first, steps = locate(i)
 
-        def step(x, _):
+        def fill(x):
           g, e = lax.div(x, steps.count), lax.rem(x, steps.count)
           at = batch, pl.ds(steps.block(e) * tile.block, tile.block)
           at = *at, kv_head * group + g
           ring_q.fill(count + x, gmem["query"].at[at])
           ring_do.fill(count + x, gmem["d_out"].at[at])
-          if fused:  # The step whose end the next copies wait for.
-            pl.when(count + x >= behind)(publish_dz)
 
-        lax.fori_loop(0, group * steps.count, step, None)
+        def step(x, _):
+          fill(x)
+          if fused:  # The step whose end the next copies wait for.
+            pl.when(x >= behind)(publish_dz)
+
+        fill(_int(0))  # While the tile before ends.
+
+        @pl.when(i > 0)
+        def _():
+          plgpu.barrier_wait(kv_free)
+
+        for n in range(tile.warpgroups):
+          at = batch, pl.ds(first + n * tile.rows, tile.rows), kv_head
+          for name, room in (("key", k_smem), ("value", v_smem)):
+            plgpu.copy_gmem_to_smem(gmem[name].at[at], room.at[n], kv_full.at[n])
+        lax.fori_loop(1, group * steps.count, step, None)
+        if fused:
+          rest = jnp.minimum(behind, group * steps.count)
+          lax.fori_loop(0, rest, publish_dz, None)
         return count + group * steps.count
 
       count = lax.fori_loop(0, tiles, one, _int(0))
-      if fused:
-        lax.fori_loop(0, jnp.minimum(behind, count), publish_dz, None)
+      plgpu.barrier_wait(kv_free)
       ring_q.drain(count)
       ring_do.drain(count)
 
@@ -1022,11 +1028,11 @@ def by_keys(
     [
       stay, stay, pass_by, pass_by,
       dz_room if fused else None,
+      stay if fused else None,
       plgpu.SMEM((tile.warpgroups, num_sums, tile.rows), jnp.float32)
       if sums else None,
       plgpu.Barrier(num_barriers=tile.warpgroups, num_arrivals=2),
-      full, full, free, free,
-      meet, meet, plgpu.Barrier(),
+      meet, full, full, free, free, meet, plgpu.Barrier(),
     ],
     *[(num_sums, query.shape[0], heads, padded)] * sums,
     barriers=not fused,
