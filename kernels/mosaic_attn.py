@@ -6,8 +6,8 @@ kernels are in mosaic_kernels. Forward saves query, key and value alone.
 The backward pass computes dk and dv with the keys at rest. For short sequences
 dq comes from a kernel of its own with the queries at rest: seven products of
 matrices in all, the same bits at every run. For long ones (_ADDED says from
-where) the kernel of the keys adds each block's share of dq through the copy
-engine: five products, and a sum whose order, and so whose last bits, differ
+where) the kernel of the keys adds each block's share of dq to float32 sums in
+memory: five products, and a sum whose order, and so whose last bits, differ
 from run to run, unless XLA is asked for determinism
 (XLA_FLAGS=--xla_gpu_deterministic_ops=true). Both forms measured on an H100,
 n = 8,192 without a mask, TFLOP/s by five products: 507 and 585 at head width
@@ -67,7 +67,7 @@ _LONG = 4096
 
 @dataclasses.dataclass(frozen=True)
 class _Added:
-  """Where dq is added by the copy engine: from so many keys on."""
+  """Where shares of dq are added in memory: from so many keys on."""
 
   tile: Tile  # of keys
   open: float  # without masks
@@ -76,7 +76,7 @@ class _Added:
 
 _ADDED = {
   64: _Added(Tile(64, 128, 3, 2, 240), open=1024, masked=1024),
-  128: _Added(Tile(64, 64, 3, 2, 240), open=2048, masked=2048),
+  128: _Added(Tile(64, 64, 3, 2, 240), open=1024, masked=2048),
 }
 _BOTH = 128  # The head width up to which registers hold dk and dv at once.
 _ALIGNED = 8  # rows: sequences are padded to a multiple for the copy engine
@@ -118,19 +118,26 @@ def _attention(problem, query, key, value, operands):
   return out
 
 
-def _save_inputs(problem, query, key, value, operands):
-  return _attention(problem, query, key, value, operands), (
-    query,
-    key,
-    value,
-    operands,
-  )
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+  """Whether anyone wants the gradients of logit_bias and slopes."""
+
+  operands: bool
+
+
+def _save_inputs(problem, *inputs):
+  # Leaves are pairs of a value and whether it is differentiated.
+  trained = any(x.perturbed for x in jax.tree.leaves(inputs[-1]))
+  inputs = jax.tree.map(lambda x: x.value, inputs)
+  return _attention(problem, *inputs), (_Trained(trained), *inputs)
 
 
 def _pull_back(problem, saved, d_out):
-  query, key, value, operands = saved
+  trained, query, key, value, operands = saved
   *d_inputs, d_bias_BN, d_slopes_BN = transforms.over_batch(
-    _backward, ("BTNH", "BSKH", "BSKH", "BN", "BN"),
+    functools.partial(_backward, trained.operands),
+    ("BTNH", "BSKH", "BSKH", "BN", "BN"),
     problem, query, key, value, operands, d_out,
   )  # fmt: skip
   d_operands = problems.Operands()._replace(
@@ -141,7 +148,7 @@ def _pull_back(problem, saved, d_out):
   return *map(transforms.cotangent, d_inputs, inputs), d_operands
 
 
-_attention.defvjp(_save_inputs, _pull_back)
+_attention.defvjp(_save_inputs, _pull_back, symbolic_zeros=True)
 
 
 def _forward(problem, query, key, value, operands):
@@ -169,14 +176,17 @@ def _forward_aligned(form, problem, query, key, value, operands):
   )  # fmt: skip
 
 
-def _backward(problem, query, key, value, operands, d_out):
-  """(dq, dk, dv, dlogit_bias (B, N), dslopes (B, N)), the last two float32."""
+def _backward(sums, problem, query, key, value, operands, d_out):
+  """(dq, dk, dv, dlogit_bias (B, N), dslopes (B, N)), the last two float32.
+
+  Without `sums` those two are zeros.
+  """
   lengths, form = (problem.query_len, problem.key_len), _form(problem)
   problem, operands, query, key, value, d_out = _aligned(
     problem, operands, query, key, value, d_out.astype(query.dtype)
   )
   dq, dk, dv, *totals = _backward_aligned(
-    form, problem, query, key, value, operands, d_out
+    sums, form, problem, query, key, value, operands, d_out
   )
   return dq[:, : lengths[0]], dk[:, : lengths[1]], dv[:, : lengths[1]], *totals
 
@@ -210,7 +220,7 @@ def _aligned(problem, operands, query, key, value, *d_out):
   )  # fmt: skip
 
 
-def _backward_aligned(form, problem, query, key, value, operands, d_out):
+def _backward_aligned(sums, form, problem, query, key, value, operands, d_out):
   _, query_tile, key_tile = _TILES[problem.head_dim]
   adds = _adds_in_any_order(form, problem)
   if adds:
@@ -225,8 +235,6 @@ def _backward_aligned(form, problem, query, key, value, operands, d_out):
     form, key_tile, _schedule(problem, operands, key_tile, False), *arrays,
     **_operands(form, problem, operands, key_tile, False),
   )  # fmt: skip
-  sums = form.alibi or form.logit_bias is None
-
   scales = dict(
     key=dz_scale, value=1 / (problem.normalizer * form.weight_scale)
   )

@@ -27,7 +27,6 @@ Shapes: as in problem.py. rows: of a tile, what stays. block: what passes.
 
 import dataclasses
 import functools
-import itertools
 import math
 
 import jax
@@ -41,6 +40,7 @@ from kernels import mosaic_sums
 _WGMMA = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)  # one number a row, a column
 _LOG2_E = math.log2(math.e)
+_FULL = 128  # the head width at which dk and dv leave few registers
 _SHARE = mosaic_sums.SIDE  # queries and columns of dq that a warpgroup adds
 
 
@@ -238,8 +238,8 @@ def _weights(form, s, bias, slope, place, load_ids, masked):
   """The weights phi(z) of logits z = scale s + bias - slope distance, and phi'.
 
   phi' is a function, to be called only where it is needed. load_ids(): those of
-  the rows and of the columns. masked: whether some are hidden, if the form hides
-  any; a bool, or a traced one, on which the kernel branches.
+  the rows and of the columns. masked: whether some may be hidden; a bool, or a
+  traced one, on which the kernel branches.
   """
   unit = 1.0
   if form.kind == "sigmoid":
@@ -640,14 +640,14 @@ def _skip(ring_k, ring_v, count):
   return skip
 
 
-def _loops(form, steps, step, carry=None, skip=None):
-  """carry = step(e, carry, masked) of all steps: with a mask, then without.
+def _loops(form, steps, step, carry=None, skip=None, begin=0):
+  """carry = step(e, carry, masked) from `begin` on: with a mask, then without.
 
   skip(e, None): for the first steps.skipped, which another warpgroup needs.
   """
-  begin = full = _int(0)
+  begin = full = _int(begin)
   if form.masked:
-    full = steps.masked
+    full = jnp.maximum(begin, steps.masked)
     if skip is not None:
       lax.fori_loop(begin, steps.skipped, skip, None)
       begin = steps.skipped
@@ -674,7 +674,9 @@ def _tiles_in_smem(tile, count, rows, width, dtype):
   )
 
 
-def _launch(kernel, schedule, tile, shapes, dtype, scratch, *floats, barriers=True):
+def _launch(
+  kernel, schedule, tile, shapes, dtype, scratch, *floats, barriers=True
+):
   """The kernel as a function; outputs of dtype, and `floats` float32."""
   out = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
   out += [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in floats]
@@ -687,8 +689,10 @@ def _launch(kernel, schedule, tile, shapes, dtype, scratch, *floats, barriers=Tr
     thread_name="warpgroup",
     scratch_types=scratch,
     compiler_params=plgpu.CompilerParams(
-      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane,
+      approx_math=True,
+      lowering_semantics=plgpu.LoweringSemantics.Lane,
       unsafe_no_auto_barriers=not barriers,
+      reduction_scratch_bytes=0,  # Sums over rows stay in a warp.
     ),
   )
 
@@ -844,19 +848,14 @@ def by_keys(
             ring_q.release(c)
             return totals
 
-          def sharing_step(e, totals, opens=False):
+          def sharing_step(e, totals, masked, opens=False):
             """A step that also adds the dq of the step before, if there is one.
 
             So none waits for dz of the step itself: the warpgroups keep half a
             step apart, and one's products run while the other computes weights.
 
-            One loop: between two, the compiler moves dk and dv to other
-            registers, and runs out of them. Every block is masked by position,
-            which costs nothing beside the products; ids are loaded for those
-            that need them.
             """
             c = count + g * steps.count + e
-            masked = e < steps.masked if form.segments else form.masked
             dz, totals = gradient_of_logits(e, totals, masked)
             hand_over = functools.partial(end_step, c, dz)
             if opens:
@@ -868,6 +867,17 @@ def by_keys(
             plgpu.wgmma_wait(0)
             ring_q.release(c)
             return totals
+
+          def any_step(e, totals):
+            """sharing_step, of one loop for all.
+
+            For where registers are scarce: between two loops the compiler moves
+            dk and dv to others, and runs out of them. Positions are compared in
+            every block, which is hidden behind the products; ids are loaded
+            only where they are needed.
+            """
+            masked = e < steps.masked if form.segments else form.masked
+            return sharing_step(e, totals, masked)
 
           def end_step(c, dz, share_ref):
             """Starts dk's product and hands dz to the other warpgroups.
@@ -922,8 +932,11 @@ def by_keys(
           if not fused:
             totals = _loops(form, steps, step, totals)
           else:
-            totals = sharing_step(_int(0), totals, opens=True)
-            totals = lax.fori_loop(1, steps.count, sharing_step, totals)
+            totals = sharing_step(_int(0), totals, form.masked, opens=True)
+            if width < _FULL and not form.alibi:
+              totals = _loops(form, steps, sharing_step, totals, begin=1)
+            else:
+              totals = lax.fori_loop(1, steps.count, any_step, totals)
             last_share()
           at = batch, head, pl.ds(first, tile.rows)
           _store(
@@ -1002,7 +1015,9 @@ def by_keys(
         for n in range(tile.warpgroups):
           at = batch, pl.ds(first + n * tile.rows, tile.rows), kv_head
           for name, room in (("key", k_smem), ("value", v_smem)):
-            plgpu.copy_gmem_to_smem(gmem[name].at[at], room.at[n], kv_full.at[n])
+            plgpu.copy_gmem_to_smem(
+              gmem[name].at[at], room.at[n], kv_full.at[n]
+            )
         lax.fori_loop(1, group * steps.count, step, None)
         if fused:
           rest = jnp.minimum(behind, group * steps.count)

@@ -5,9 +5,8 @@ The tensor cores leave a tile of 64 x 64 numbers spread over a warpgroup: thread
 8 j + 2 c + k, for i, k < 2 and j < 8. The sums lie in memory in that order, j
 first, then the threads, then i and k: one instruction adds a thread's four
 numbers of a j, and a warp's lie side by side (512 bytes). In rows they would
-fall into eight sectors of as many rows, at half the speed; through shared memory
-and the copy engine they would be written, fenced and read once more
-(benchmarks/NOTES.md).
+fall into eight sectors of as many rows, at half the speed; through shared
+memory and the copy engine it is no faster (benchmarks/NOTES.md).
 
   total = zeros(B, T, N, H)  # in that order: (B, N, T / 64, H / 64, 8, 128, 4)
   add(tile, total_ref.at[b, n, t, h])  # in a kernel

@@ -8,7 +8,8 @@ import sys
 import jax
 import pytest
 
-from kernels import device, mosaic_attn, tuning
+import sigattn
+from kernels import device, mosaic_attn, mosaic_kernels, tuning
 from kernels import problem as problems
 from tests import test_kernels
 
@@ -52,6 +53,7 @@ def test_interpreted_output_and_gradients(width, form, names):
   )
 
 
+@pytest.mark.parametrize("has_slopes", [False, True])
 @pytest.mark.parametrize(
   ("width", "length", "is_causal"),
   [(width, 1024, True) for width in mosaic_attn._TILES]
@@ -61,20 +63,30 @@ def test_interpreted_output_and_gradients(width, form, names):
     for is_causal in (False, True)
   ],
 )
-def test_tiles_are_lowered_for_cuda(width, length, is_causal):
-  """Shapes, layouts and shared memory fit: 0.3 s a kernel."""
+def test_tiles_are_lowered_for_cuda(width, length, is_causal, has_slopes):
+  """Shapes, layouts and shared memory fit: 0.3 s a kernel.
+
+  Most shared memory is needed where ALiBi's slopes are trained too.
+  """
   problem = tuning.example(width, "bfloat16", length, is_causal=is_causal)
+  slopes = None
+  if has_slopes:
+    slopes = jax.ShapeDtypeStruct((1, problem.num_heads), "float32")
+    shapes = problems.Operands(alibi_slopes=slopes.shape)
+    problem = dataclasses.replace(problem, shapes=shapes)
   shape = problem.batch, problem.query_len, problem.num_heads, width
   x = jax.ShapeDtypeStruct(shape, "bfloat16")
 
-  def both(query, key, value, d_out):
-    operands = problems.Operands()
+  def both(query, key, value, d_out, slopes):
+    inputs = query, key, value, problems.Operands(alibi_slopes=slopes)
     return (
-      mosaic_attn._forward(problem, query, key, value, operands),
-      mosaic_attn._backward(problem, query, key, value, operands, d_out),
+      mosaic_attn._forward(problem, *inputs),
+      mosaic_attn._backward(has_slopes, problem, *inputs, d_out),
     )
 
-  lowered = jax.jit(both).trace(x, x, x, x).lower(lowering_platforms=("cuda",))
+  lowered = (
+    jax.jit(both).trace(x, x, x, x, slopes).lower(lowering_platforms=("cuda",))
+  )
   # The output; dk and dv, one after the other in wide heads; dq.
   kernels = 2 + (width > mosaic_attn._BOTH)
   kernels += not mosaic_attn._adds_in_any_order(
@@ -105,7 +117,8 @@ def test_what_it_declines(capability, change, reason, monkeypatch):
   ("width", "length", "is_causal", "adds"),
   [
     (64, 512, False, False), (64, 1024, False, True), (64, 1024, True, True),
-    (128, 1024, False, False), (128, 2048, True, True),
+    (128, 512, False, False), (128, 1024, False, True),
+    (128, 1024, True, False), (128, 2048, True, True),
     (96, 8192, False, False),
   ],
 )  # fmt: skip
@@ -118,3 +131,28 @@ def test_dq_is_added_in_any_order_where_that_is_faster(
   assert mosaic_attn._adds_in_any_order(form, problem) == adds
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
   assert not mosaic_attn._adds_in_any_order(form, problem)
+
+
+@pytest.mark.parametrize("argnums", [(0,), (0, 3)])
+def test_gradients_of_slopes_are_summed_only_where_they_are_wanted(
+  argnums, monkeypatch
+):
+  test_kernels.use_only(monkeypatch, "mosaic", H100)
+  asked = []
+  by_keys = mosaic_kernels.by_keys
+
+  def spy(*args, sums, **options):
+    asked.append(sums)
+    return by_keys(*args, sums=sums, **options)
+
+  monkeypatch.setattr(mosaic_kernels, "by_keys", spy)
+
+  def loss(query, key, value, slopes):
+    out = sigattn.dot_product_attention(query, key, value, alibi_slopes=slopes)
+    return out.astype("float32").sum()
+
+  x = jax.ShapeDtypeStruct((1, 512, 2, 64), "bfloat16")
+  slopes = jax.ShapeDtypeStruct((2,), "float32")
+  gradients = jax.jit(jax.grad(loss, argnums))
+  gradients.trace(x, x, x, slopes).lower(lowering_platforms=("cuda",))
+  assert set(asked) == {3 in argnums}
