@@ -21,6 +21,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from kernels import device, mosaic_kernels, mosaic_sums, segments, transforms
@@ -315,16 +316,36 @@ def _form(problem):
 
 
 def _schedule(problem, operands, tile, of_queries):
-  heads, length = problem.num_heads, problem.query_len
+  heads, length, others = problem.num_heads, problem.query_len, problem.key_len
+  form = _form(problem)
+  before, after = form.left, form.right
   if not of_queries:
-    heads, length = problem.num_kv_heads, problem.key_len
-  tiles = pl.cdiv(length, tile.rows * tile.warpgroups)
-  programs = _programs()
+    heads, length, others = problem.num_kv_heads, others, length
+    before, after = after, before
+  rows = tile.rows * tile.warpgroups
+  tiles = pl.cdiv(length, rows)
+  programs, costs = _programs(), None
   if _by_data(operands):  # As heavy as its data: let the hardware balance.
     programs = tiles * problem.batch * heads
+  elif before is not None or after is not None:
+    costs = _blocks_seen(tiles, rows, before, after, tile.block, others) + 1
   return mosaic_kernels.Schedule(
-    tiles, problem.batch * heads, programs, of_queries
+    tiles, problem.batch * heads, programs, of_queries, costs
   )
+
+
+def _blocks_seen(tiles, rows, before, after, block, length):
+  """(tiles,) how many blocks each tile sees, as visible_blocks has it."""
+  first = np.arange(tiles) * rows
+  count = pl.cdiv(length, block)
+  low, high = np.zeros_like(first), np.full_like(first, count)
+  if before is not None:
+    low = np.minimum(np.maximum(first - before, 0) // block, count - 1)
+  if after is not None:
+    high = np.minimum(
+      np.maximum(first + rows - 1 + after, 0) // block + 1, count
+    )
+  return np.maximum(high - low, 1)
 
 
 def _programs():

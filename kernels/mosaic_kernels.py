@@ -33,6 +33,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kernels import mosaic_sums
@@ -40,7 +41,6 @@ from kernels import mosaic_sums
 _WGMMA = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)  # one number a row, a column
 _LOG2_E = math.log2(math.e)
-_FULL = 128  # the head width at which dk and dv leave few registers
 _SHARE = mosaic_sums.SIDE  # queries and columns of dq that a warpgroup adds
 
 
@@ -120,12 +120,35 @@ class Schedule:
   Head after head, so that a head's blocks stay in the second-level cache, and
   the heaviest tile of a head first. Rounds go to and fro over the programs, so
   that each gets as much.
+
+  Under a mask that fails where a head has nearly as many tiles as there are
+  programs: one program then gets the heaviest of every head. There the heaviest
+  tiles of all heads come first. Of 128 tiles for 132 programs, 16 heads and a
+  causal mask, the busiest program had 1.53 times its share, and has 1.002.
   """
 
-  def __init__(self, tiles, heads, programs, heavy_last):
-    self._tiles, self._heavy_last = tiles, heavy_last
+  def __init__(self, tiles, heads, programs, heavy_last, costs=None):
+    """costs: (tiles,) work of each, where it differs between them."""
+    self._tiles, self._heads, self._heavy_last = tiles, heads, heavy_last
     self._total, self.programs = tiles * heads, min(programs, tiles * heads)
     self._rounds = pl.cdiv(self._total, self.programs)
+    self._across = False
+    if costs is not None:
+      loads = [self.loads(costs, across).max() for across in (False, True)]
+      # Not for little: the cache counts too.
+      self._across = bool(loads[1] < 0.9 * loads[0])
+
+  def loads(self, costs, across=None):
+    """(programs,) the sum of costs of each program's tiles."""
+    across = self._across if across is None else across
+    positions = np.arange(self._rounds * self.programs)
+    positions = positions.reshape(self._rounds, self.programs)
+    positions[1::2] = positions[1::2, ::-1]
+    tile = positions // self._heads if across else positions % self._tiles
+    if self._heavy_last:
+      tile = self._tiles - 1 - tile
+    work = np.asarray(costs)[tile % self._tiles]
+    return np.where(positions < self._total, work, 0).sum(0)
 
   def _position(self, i):
     program = lax.axis_index("program")
@@ -142,6 +165,11 @@ class Schedule:
   def tile(self, i):
     """(head, tile) of this program's i-th; head counts over the batch too."""
     position = self._position(i)
+    if self._across:
+      head, tile = _rem(position, self._heads), _div(position, self._heads)
+      # Not returned as they are: where a program can tell the head's bounds
+      # the compiler prepares more than the registers hold.
+      position = head * self._tiles + tile
     tile = _rem(position, self._tiles)
     if self._heavy_last:
       tile = self._tiles - 1 - tile
@@ -640,14 +668,14 @@ def _skip(ring_k, ring_v, count):
   return skip
 
 
-def _loops(form, steps, step, carry=None, skip=None, begin=0):
-  """carry = step(e, carry, masked) from `begin` on: with a mask, then without.
+def _loops(form, steps, step, carry=None, skip=None):
+  """carry = step(e, carry, masked) of all steps: with a mask, then without.
 
   skip(e, None): for the first steps.skipped, which another warpgroup needs.
   """
-  begin = full = _int(begin)
+  begin = full = _int(0)
   if form.masked:
-    full = jnp.maximum(begin, steps.masked)
+    full = steps.masked
     if skip is not None:
       lax.fori_loop(begin, steps.skipped, skip, None)
       begin = steps.skipped
@@ -848,13 +876,18 @@ def by_keys(
             ring_q.release(c)
             return totals
 
-          def sharing_step(e, totals, masked, opens=False):
+          def sharing_step(e, totals, opens=False):
             """A step that also adds the dq of the step before, if there is one.
 
             So none waits for dz of the step itself: the warpgroups keep half a
             step apart, and one's products run while the other computes weights.
 
+            One loop, with and without masks: between two the compiler moves dk
+            and dv to other registers, and runs out of them. Positions are
+            compared in every block, mostly hidden behind the products; ids are
+            loaded only where they are needed.
             """
+            masked = e < steps.masked if form.segments else form.masked
             c = count + g * steps.count + e
             dz, totals = gradient_of_logits(e, totals, masked)
             hand_over = functools.partial(end_step, c, dz)
@@ -867,17 +900,6 @@ def by_keys(
             plgpu.wgmma_wait(0)
             ring_q.release(c)
             return totals
-
-          def any_step(e, totals):
-            """sharing_step, of one loop for all.
-
-            For where registers are scarce: between two loops the compiler moves
-            dk and dv to others, and runs out of them. Positions are compared in
-            every block, which is hidden behind the products; ids are loaded
-            only where they are needed.
-            """
-            masked = e < steps.masked if form.segments else form.masked
-            return sharing_step(e, totals, masked)
 
           def end_step(c, dz, share_ref):
             """Starts dk's product and hands dz to the other warpgroups.
@@ -932,11 +954,8 @@ def by_keys(
           if not fused:
             totals = _loops(form, steps, step, totals)
           else:
-            totals = sharing_step(_int(0), totals, form.masked, opens=True)
-            if width < _FULL and not form.alibi:
-              totals = _loops(form, steps, sharing_step, totals, begin=1)
-            else:
-              totals = lax.fori_loop(1, steps.count, any_step, totals)
+            totals = sharing_step(_int(0), totals, opens=True)
+            totals = lax.fori_loop(1, steps.count, sharing_step, totals)
             last_share()
           at = batch, head, pl.ds(first, tile.rows)
           _store(

@@ -58,11 +58,15 @@ class Rival:
   calls: Callable  # of a Cell: {pass: call}
   wait: Callable  # for what a call gave
   can: Callable = lambda cell: not cell.padding
+  cudnn: bool = False
 
   @property
   def compiled(self):
-    """Whether XLA alone compiles it: long, but safely in many threads."""
-    return self.wait is _ready and self.package != "jax_triton"
+    """Whether XLA alone compiles it: long, but safely in many threads.
+
+    Not cuDNN: what another thread starts breaks the graph that it captures.
+    """
+    return self.package in ("jax", "flash_attn3_jax") and not self.cudnn
 
   @property
   def installed(self):
@@ -216,7 +220,7 @@ RIVALS = (
   Rival("TritonSigmoid", False, "triton_sigmoid", _triton_sigmoid, _torch_wait,
         _any),
   Rival("cuDNN (jax.nn)", True, "jax", functools.partial(_jax_nn, "cudnn"),
-        _ready),
+        _ready, cudnn=True),
   Rival("cuDNN (torch)", True, "torch",
         functools.partial(_torch_softmax, "CUDNN_ATTENTION"), _torch_wait),
   Rival("FlashAttention-3", True, "flash_attn3_jax", _flash_3, _ready,

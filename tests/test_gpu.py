@@ -4,11 +4,16 @@ JAX_PLATFORMS=cuda python -m pytest -n 8 tests/test_gpu.py
 """
 
 import dataclasses
+import functools
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+import sigattn
 from kernels import device, mosaic_attn
 from tests import cases, test_kernels
 
@@ -118,3 +123,55 @@ def test_small_weights_keep_their_sum(bias, dtype):
   lost = np.mean(np.asarray(found, np.float64) / wanted - 1)
   print(f"{bias=} {dtype} {lost=:.1e}")
   assert abs(lost) < 1e-3
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs several GPUs")
+@pytest.mark.parametrize("axis", ["batch", "heads"])
+@pytest.mark.parametrize("manual", [False, True])
+def test_each_gpu_of_a_mesh_computes_its_part(axis, manual):
+  """In jit and in shard_map, without moving anything between them."""
+  count = 2
+  rng = np.random.default_rng(0)
+  query, key, value, d_out = (
+    jnp.asarray(rng.standard_normal((4, 512, 4, 64)), "bfloat16")
+    for _ in range(4)
+  )
+  arrays = query, key, value, jnp.full((4,), -6.0), jnp.array([9, 512, 77, 300])
+
+  def attend(query, key, value, bias, lengths):
+    return sigattn.dot_product_attention(
+      query, key, value, logit_bias=bias, is_causal=True,
+      key_value_seq_lengths=lengths,
+    )  # fmt: skip
+
+  mesh = jax.make_mesh(
+    (count,), (axis,), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  names = ("batch", None, "heads"), ("heads",), ("batch",)
+  split, heads, batch = (
+    PartitionSpec(*(name if name == axis else None for name in x))
+    for x in names
+  )
+  specs = split, split, split, heads, batch
+  spread = attend
+  if manual:
+    spread = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=split)
+
+  def gradients(attend, query, key, value, bias, lengths, d_out):
+    out, pull_back = jax.vjp(
+      lambda *x: attend(*x, lengths), query, key, value, bias
+    )
+    return out, *pull_back(d_out)
+
+  wanted = jax.jit(functools.partial(gradients, attend))(*arrays, d_out)
+  sharded = [
+    jax.device_put(x, NamedSharding(mesh, spec))
+    for x, spec in zip((*arrays, d_out), (*specs, split), strict=True)
+  ]
+  compiled = (
+    jax.jit(functools.partial(gradients, spread)).lower(*sharded).compile()
+  )
+  text = compiled.as_text()
+  assert not re.findall("all-gather|all-to-all|collective-permute", text)
+  for x, y in zip(compiled(*sharded), wanted, strict=True):
+    assert test_kernels.error(x, y) < 1e-3

@@ -334,17 +334,24 @@ def test_the_choice_and_its_reasons(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
-  ("lengths", "names"),
+  ("lengths", "width", "alibi", "first"),
   [
-    ((196, 196), ["triton", "mosaic", "xla"]),
-    ((1, 2048), ["mosaic", "triton", "xla"]),
-    ((2048, 2048), ["mosaic", "triton", "xla"]),
+    ((196, 196), 64, False, "triton"),
+    ((1, 2048), 64, False, "mosaic"),
+    ((2048, 2048), 64, False, "mosaic"),
+    ((2048, 2048), 64, True, "triton"),
+    ((2048, 2048), 128, True, "mosaic"),
   ],
 )
-def test_short_sequences_go_to_triton_first(lengths, names):
+def test_problems_go_first_to_what_is_fastest(lengths, width, alibi, first):
   queries, keys = lengths
-  found = dataclasses.replace(problem(), query_len=queries, key_len=keys)
-  assert kernels._fastest_first(found) == names
+  shapes = kernels.Operands(alibi_slopes=(1, 2) if alibi else None)
+  found = dataclasses.replace(
+    problem(), query_len=queries, key_len=keys, head_dim=width, shapes=shapes
+  )
+  names = kernels._fastest_first(found)
+  assert (names[0], names[-1]) == (first, "xla")
+  assert sorted(names) == ["mosaic", "triton", "xla"]
 
 
 def test_kernels_stand_alone():
