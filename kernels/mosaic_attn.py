@@ -10,8 +10,8 @@ where) the kernel of the keys adds each block's share of dq to float32 sums in
 memory: five products, and a sum whose order, and so whose last bits, differ
 from run to run, unless XLA is asked for determinism
 (XLA_FLAGS=--xla_gpu_deterministic_ops=true). Both forms measured on an H100,
-n = 8,192 without a mask, TFLOP/s by five products: 507 and 585 at head width
-128; 398 and, on another machine, 537 at 64 (benchmarks/NOTES.md).
+n = 8,192 without a mask, TFLOP/s by five products: 512 and 607 at head width
+128, 398 and 551 at 64 (benchmarks/NOTES.md).
 """
 
 import dataclasses
