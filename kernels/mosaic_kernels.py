@@ -14,6 +14,9 @@ compute, and the next tile's blocks are on their way).
   memory warpgroup:   wait free[slot] -> start the copy engine -> full[slot]
   compute warpgroup:  wait full[slot] -> products -> arrive free[slot]
 
+Where dq is added, dz goes from each compute warpgroup to all by shared memory,
+and the memory warpgroup fences it in between.
+
 A tile sees a range of blocks. Those at its edges, where only part is visible,
 come first and are masked; all others follow in a loop without a mask, and those
 that nothing sees are neither loaded nor computed. Sigmoid needs no order: the
@@ -379,7 +382,7 @@ def _store(values, rooms):
   The copies run on.
   """
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # The copies before these.
-  values = list(zip(values, rooms, strict=False))
+  values = list(zip(values, rooms, strict=True))
   for (value, _), room in values:
     room[...] = value
   plgpu.commit_smem()
@@ -957,11 +960,12 @@ def by_keys(
             totals = sharing_step(_int(0), totals, opens=True)
             totals = lax.fori_loop(1, steps.count, sharing_step, totals)
             last_share()
-          at = batch, head, pl.ds(first, tile.rows)
-          _store(
-            [(total, sums_gmem.at[n, *at]) for n, total in enumerate(totals)],
-            [sums_smem.at[warpgroup, n] for n in range(num_sums)],
-          )
+          if sums:
+            at = batch, head, pl.ds(first, tile.rows)
+            _store(
+              [(total, sums_gmem.at[n, *at]) for n, total in enumerate(totals)],
+              [sums_smem.at[warpgroup, n] for n in range(num_sums)],
+            )
 
         def body(dk, dv):
           plgpu.barrier_wait(kv_full.at[warpgroup])
@@ -1052,7 +1056,7 @@ def by_keys(
   pass_by = _tiles_in_smem(tile, tile.stages, tile.block, width, dtype)
   free = plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
   full = plgpu.Barrier(num_barriers=tile.stages)
-  meet = plgpu.Barrier(num_arrivals=tile.warpgroups)
+  by_all = plgpu.Barrier(num_arrivals=tile.warpgroups)
   padded = pl.cdiv(key.shape[1], rows) * rows
   dz_room = _tiles_in_smem(
     tile, 2 * tile.warpgroups, tile.rows, tile.block, dtype
@@ -1066,10 +1070,10 @@ def by_keys(
       plgpu.SMEM((tile.warpgroups, num_sums, tile.rows), jnp.float32)
       if sums else None,
       plgpu.Barrier(num_barriers=tile.warpgroups, num_arrivals=2),
-      meet, full, full, free, free, meet, plgpu.Barrier(),
+      by_all, full, full, free, free, by_all, plgpu.Barrier(),
     ],
     *[(num_sums, query.shape[0], heads, padded)] * sums,
-    barriers=not fused,
+    barriers=not fused,  # dz is written and awaited by barriers of its own.
   )(*given.values())  # fmt: skip
 
 
