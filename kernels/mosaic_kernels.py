@@ -376,18 +376,12 @@ def _read(accumulator, in_flight):
   return lax.optimization_barrier(value)
 
 
-def _store(values, rooms):
-  """Writes (tile, destination)s through rooms in shared memory.
-
-  The copies run on.
-  """
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # The copies before these.
-  values = list(zip(values, rooms, strict=True))
-  for (value, _), room in values:
-    room[...] = value
+def _store(value, room, destination):
+  """Writes a tile through shared memory; the copy runs on."""
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # The copy before this.
+  room[...] = value
   plgpu.commit_smem()
-  for (_, destination), room in values:
-    plgpu.copy_smem_to_gmem(room, destination)
+  plgpu.copy_smem_to_gmem(room, destination)
 
 
 # The queries stay.
@@ -505,8 +499,11 @@ def by_queries(
           row = plgpu.broadcasted_iota(jnp.int32, out.shape, 0, layout=_WGMMA)
           left = gmem["query_lengths"][batch] - first
           out = jnp.where(row < left, out, 0.0)
-        destination = out_gmem.at[batch, pl.ds(first, tile.rows), head]
-        _store([(out.astype(dtype), destination)], [out_smem.at[warpgroup]])
+        _store(
+          out.astype(dtype),
+          out_smem.at[warpgroup],
+          out_gmem.at[batch, pl.ds(first, tile.rows), head],
+        )
         return count + steps.count
 
       load(_int(0))
@@ -960,11 +957,11 @@ def by_keys(
             totals = sharing_step(_int(0), totals, opens=True)
             totals = lax.fori_loop(1, steps.count, sharing_step, totals)
             last_share()
-          if sums:
-            at = batch, head, pl.ds(first, tile.rows)
+          for index, total in enumerate(totals):
             _store(
-              [(total, sums_gmem.at[n, *at]) for n, total in enumerate(totals)],
-              [sums_smem.at[warpgroup, n] for n in range(num_sums)],
+              total,
+              sums_smem.at[warpgroup, index],
+              sums_gmem.at[index, batch, head, pl.ds(first, tile.rows)],
             )
 
         def body(dk, dv):
@@ -986,12 +983,12 @@ def by_keys(
         if fused:
           plgpu.barrier_arrive(kv_free)
         at = batch, pl.ds(first, tile.rows), kv_head
-        room = {"key": keys, "value": values}
-        found = {"key": dk, "value": dv}
+        found = {"key": (dk, keys), "value": (dv, values)}
         for out, (name, scale) in zip(found_gmem, scales.items(), strict=True):
-          value = (found[name] * scale).astype(dtype)
-          mine = out_smem.at[warpgroup] if fused else room[name]
-          _store([(value, out.at[at])], [mine])
+          value, room = found[name]
+          if fused:
+            room = out_smem.at[warpgroup]
+          _store((value * scale).astype(dtype), room, out.at[at])
         if not fused:
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
           plgpu.barrier_arrive(kv_free)
