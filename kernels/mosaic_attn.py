@@ -36,7 +36,7 @@ _TILES = {
     Tile(64, 64, 2, 2, 240),
   ),
   64: (
-    Tile(64, 64, 4, 4, 112),
+    Tile(64, 64, 4, 4, 112, paced=True),
     Tile(64, 128, 2, 2, 240),
     Tile(64, 64, 2, 2, 240),
   ),
@@ -62,8 +62,8 @@ _TILES = {
   ),
 }
 # Of the output, where most blocks are full and all are computed alike.
-_LONG_TILES = {64: Tile(64, 192, 2, 3, 160)}
-_LONG = 4096
+_LONG_TILES = {64: Tile(64, 192, 2, 3, 160, paced=True)}
+_LONG = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _forward_aligned(form, problem, query, key, value, operands):
   )
   return mosaic_kernels.by_queries(
     form, tile, _schedule(problem, operands, tile, True), query, key, value,
-    scale=1 / (problem.normalizer * form.weight_scale),
+    scale=1 / (problem.normalizer * form.weight_scale * form.output_unit),
     **_operands(form, problem, operands, tile, True),
   )  # fmt: skip
 

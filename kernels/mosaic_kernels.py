@@ -39,11 +39,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kernels import mosaic_sums
+from kernels import mosaic_sums, mosaic_tanh
 
 _WGMMA = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)  # one number a row, a column
 _LOG2_E = math.log2(math.e)
+_PART = 64  # keys whose values are started at once
 _SHARE = mosaic_sums.SIDE  # queries and columns of dq that a warpgroup adds
 
 
@@ -57,6 +58,7 @@ class Tile:
   warpgroups: int  # that compute
   registers: int  # of a thread of those; all warpgroups' must fit in 512
   overlap: bool = False  # start a step's second product with the next's first
+  paced: bool = False  # tanh by mosaic_tanh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,18 @@ class Form:
   offset: int  # S - T, by which ALiBi's distances are shifted
   weight_scale: float  # of weights rounded to 16 bits
   slope_scale: float  # of gradients of logits rounded to 16 bits
+
+  @property
+  def tanh(self):
+    return self.kind == "sigmoid" and not self.exact
+
+  @property
+  def output_unit(self):
+    """How many times the weights the output is summed with: 1 + tanh is twice.
+
+    Halving it would read more registers than adding 1 (mosaic_tanh).
+    """
+    return 2.0 if self.tanh else 1.0
 
   @property
   def masked(self):
@@ -189,13 +203,19 @@ class _Steps:
   def __init__(self, low, full_low, full_high, high):
     self._low, self._full_low, self._high = low, full_low, high
     self._upper = high - full_high
+    self._lower = full_low - low
     self.skipped = _int(0)  # of the first, which only other warpgroups need
-    self.masked = self._upper + full_low - low
+    self.masked = self._upper + self._lower
     self.count = high - low
 
   def skip_from(self, high):
     """Skips the blocks from `high` on, which pass first, and no others."""
     self.skipped = jnp.clip(self._high - high, 0, self._upper)
+
+  def mask_from(self, full_high):
+    """Masks no blocks below `full_high`, unless there is a lower edge."""
+    upper = jnp.clip(self._high - full_high, 0, self._upper)
+    self.masked = jnp.where(self._lower == 0, upper, self.masked)
 
   def block(self, step):
     edge = jnp.where(
@@ -265,32 +285,49 @@ class _Place:
     )
 
 
-def _weights(form, s, bias, slope, place, load_ids, masked):
+def _weights(
+  form, s, bias, slope, place, load_ids, masked, paced=False, twice=False
+):
   """The weights phi(z) of logits z = scale s + bias - slope distance, and phi'.
 
   phi' is a function, to be called only where it is needed. load_ids(): those of
   the rows and of the columns. masked: whether some may be hidden; a bool, or a
-  traced one, on which the kernel branches.
+  traced one, on which the kernel branches. paced: tanh by mosaic_tanh. twice:
+  weights in Form.output_unit.
   """
   unit = 1.0
   if form.kind == "sigmoid":
     unit = -_LOG2_E if form.exact else 0.5
-  z = s * (unit * form.scale) + unit * bias
-  if form.alibi:
-    z = z - (unit * slope) * place.distance()
-  if form.masked and masked is not False:
+
+  def hide(x, hidden):
+    if not form.masked or masked is False:
+      return x
+
     # Before the activation: hiding the weights themselves lets the compiler
     # move work between the products, which then wait for each other.
-    def hide(z):
-      return jnp.where(_visible(form, place, load_ids()), z, -math.inf * unit)
+    def cover(x):
+      return jnp.where(_visible(form, place, load_ids()), x, hidden)
 
-    z = hide(z) if masked is True else lax.cond(masked, hide, lambda z: z, z)
-  if form.kind == "relu":
-    return jnp.maximum(z, 0.0), lambda: jnp.where(z > 0, 1.0, 0.0)
-  if form.kind == "relu2":
-    p = jnp.maximum(z, 0.0)
-    return p * p, lambda: 2 * p
-  p = 1 / (1 + jnp.exp2(z)) if form.exact else 0.5 * jnp.tanh(z) + 0.5
+    return (
+      cover(x) if masked is True else lax.cond(masked, cover, lambda x: x, x)
+    )
+
+  if paced and form.tanh and form.scale > 0 and not form.alibi:
+    t = mosaic_tanh.tanh(hide(s, -math.inf), unit * form.scale, unit * bias)
+  else:
+    z = s * (unit * form.scale) + unit * bias
+    if form.alibi:
+      z = z - (unit * slope) * place.distance()
+    z = hide(z, -math.inf * unit)
+    if form.kind == "relu":
+      return jnp.maximum(z, 0.0), lambda: jnp.where(z > 0, 1.0, 0.0)
+    if form.kind == "relu2":
+      p = jnp.maximum(z, 0.0)
+      return p * p, lambda: 2 * p
+    t = None if form.exact else jnp.tanh(z)
+  if twice and form.tanh:
+    return 1 + t, None
+  p = 1 / (1 + jnp.exp2(z)) if form.exact else 0.5 * t + 0.5
   return p, lambda: p - p * p
 
 
@@ -463,26 +500,31 @@ def by_queries(
       def one(i, count):
         batch, head, first, steps = locate(i)
         first += warpgroup * tile.rows
-        *_, high = visible_blocks(
+        *_, full_high, high = visible_blocks(
           first, first + tile.rows - 1, form.left, form.right, tile.block,
           key.shape[1],
         )  # fmt: skip
         steps.skip_from(high)
+        if gmem["plan"] is None:  # Else more than positions may be masked.
+          steps.mask_from(full_high)
         bias, slope = _scalars(form, gmem["scalars"], batch, head)
         row_ids = _load_ids(
           form, gmem["query_ids"], batch, first, tile.rows, _ROW
         )
 
-        def weigh(s, step, masked):
-          start = steps.block(step) * tile.block
+        def weigh(s, step, masked, column=0):
+          start = steps.block(step) * tile.block + column
           place = _Place(first, start, s.shape, form.offset, True)
 
           def load_ids():
             return row_ids, _load_ids(
-              form, gmem["key_ids"], batch, start, tile.block, _COLUMN
+              form, gmem["key_ids"], batch, start, s.shape[1], _COLUMN
             )
 
-          return _weights(form, s, bias, slope, place, load_ids, masked)
+          return _weights(
+            form, s, bias, slope, place, load_ids, masked,
+            paced=tile.paced, twice=d_out is None,
+          )  # fmt: skip
 
         def body(accumulator):
           plgpu.barrier_wait(q_full.at[warpgroup])
@@ -566,14 +608,18 @@ def _output(
   """
   queries, _ = mine
   shape = tile.rows, tile.block
+  part = _PART if tile.block % _PART == 0 else tile.block
 
   def scores(e, ref):
     plgpu.wgmma(ref, queries, ring_k.block(count + e).transpose((1, 0)))
 
-  def weights(e, ref, masked, in_flight):
+  def read(e, ref, in_flight):
     s = _read(ref, in_flight)
     ring_k.release(count + e)
-    p, _ = weigh(s, e, masked)
+    return s
+
+  def weights(e, s, masked, column=0):
+    p, _ = weigh(s, e, masked, column)
     return _round(p, form.weight_scale, dtype)
 
   def values(e, p):
@@ -583,27 +629,31 @@ def _output(
     plgpu.wgmma_wait(0)
     ring_v.release(count + e)
 
-  def alone(e, masked):
-    """The weights of a step, with nothing else running."""
+  def alone(e):
+    """The scores of a step, with nothing else running."""
 
     def run(ref):
       scores(e, ref)
-      return weights(e, ref, masked, 0)
+      return read(e, ref, 0)
 
     ring_k.wait(count + e)
     return pl.run_scoped(run, _accumulator(*shape))
 
   def step(e, _, masked):
-    p = alone(e, masked)
+    """The products of the first keys run during the activation of the next."""
+    s = alone(e)
     ring_v.wait(count + e)
-    values(e, p)
+    for start in range(0, tile.block, part):
+      p = weights(e, s[:, start : start + part], masked, start)
+      block = ring_v.block(count + e).at[pl.ds(start, part)]
+      plgpu.wgmma(accumulator, p, block)
     finish(e)
 
   def overlapping(e, p):
     def run(ref):
       scores(e, ref)
       values(e - 1, p)
-      next_p = weights(e, ref, False, 1)
+      next_p = weights(e, read(e, ref, 1), False)
       finish(e - 1)
       return next_p
 
@@ -619,7 +669,8 @@ def _output(
   if form.masked:  # All masked steps but one, which opens the chain.
     first = jnp.maximum(steps.masked - 1, 0)
     lax.fori_loop(0, first, functools.partial(step, masked=True), None)
-  p = lax.fori_loop(first + 1, steps.count, overlapping, alone(first, True))
+  p = weights(first, alone(first), True)
+  p = lax.fori_loop(first + 1, steps.count, overlapping, p)
   queries_are_read()
   last = steps.count - 1
   ring_v.wait(count + last)

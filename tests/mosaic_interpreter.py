@@ -25,7 +25,7 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 from jax._src.state import types
 
 import kernels
-from kernels import device, mosaic_attn, mosaic_sums, transforms
+from kernels import device, mosaic_attn, mosaic_sums, mosaic_tanh, transforms
 from tests import cases, test_kernels
 
 
@@ -68,6 +68,11 @@ def _add(tile, total):
   total[...] += rows_and_columns.transpose(3, 0, 2, 4, 1, 5).reshape(8, 128, 4)
 
 
+def _tanh(x, scale, bias):
+  """mosaic_tanh.tanh, likewise."""
+  return jnp.tanh(scale * x + bias)
+
+
 def _pretend(form):
   """An H100 of three multiprocessors; of one where dq is added."""
   kernels.IMPLEMENTATIONS = {"mosaic": "kernels.mosaic_attn"}
@@ -79,6 +84,7 @@ def _pretend(form):
     if form == "added"
   }
   mosaic_sums.add = _add
+  mosaic_tanh.tanh = _tanh
   mosaic_attn._TILES = {
     width: tuple(dataclasses.replace(x, warpgroups=2) for x in tiles)
     for width, tiles in mosaic_attn._TILES.items()
