@@ -460,9 +460,7 @@ def by_queries(
   def kernel(*refs):
     gmem = dict.fromkeys(_QUERY_ARRAYS)
     gmem |= zip(given, refs, strict=False)
-    out_gmem, q_smem, do_smem, out_smem, k_smem, v_smem, *barriers = refs[
-      len(given) :
-    ]
+    out_gmem, q_smem, do_smem, k_smem, v_smem, *barriers = refs[len(given) :]
     q_full, k_full, v_full, k_free, v_free = barriers
     ring_k = _Ring(k_smem, k_full, k_free, tile.stages)
     ring_v = _Ring(v_smem, v_full, v_free, tile.stages)
@@ -482,20 +480,26 @@ def by_queries(
     @pl.when(warpgroup < tile.warpgroups)
     def _():
       plgpu.set_max_registers(tile.registers, action="increase")
-      mine = [None if x is None else x.at[warpgroup] for x in (q_smem, do_smem)]
 
-      def load(i):
-        batch, head, first, _ = locate(i)
-        at = batch, pl.ds(first + warpgroup * tile.rows, tile.rows), head
-        for name, room in zip(("query", "d_out"), mine, strict=True):
-          if room is not None:
-            plgpu.copy_gmem_to_smem(
-              gmem[name].at[at], room, q_full.at[warpgroup]
-            )
+      def place(i):
+        """Of a tile's queries, and of its output after them."""
+        return _rem(i, 2) * tile.warpgroups + warpgroup
 
-      def next_load(i):
-        """Once the products have read the queries: those of the next tile."""
-        pl.when(i + 1 < tiles)(lambda: load(i + 1))
+      def load(i, name, room):
+        """Of the i-th tile, if there is one."""
+
+        @pl.when(i < tiles)
+        def _():
+          batch, head, first, _ = locate(i)
+          at = batch, pl.ds(first + warpgroup * tile.rows, tile.rows), head
+          plgpu.copy_gmem_to_smem(gmem[name].at[at], room, q_full.at[place(i)])
+
+      def load_queries(i):
+        load(i, "query", q_smem.at[place(i)])
+
+      def load_d_out(i):
+        if do_smem is not None:
+          load(i, "d_out", do_smem.at[warpgroup])
 
       def one(i, count):
         batch, head, first, steps = locate(i)
@@ -526,13 +530,19 @@ def by_queries(
             paced=tile.paced, twice=d_out is None,
           )  # fmt: skip
 
+        room = q_smem.at[place(i)]
+
         def body(accumulator):
-          plgpu.barrier_wait(q_full.at[warpgroup])
-          run = _output if d_out is None else _query_gradient
-          run(
-            form, tile, dtype, mine, ring_k, ring_v, count, steps, weigh,
-            accumulator, lambda: next_load(i),
-          )  # fmt: skip
+          plgpu.barrier_wait(q_full.at[place(i)])
+          # The last tile's output lies where the next one's queries will.
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          load_queries(i + 1)
+          given = form, tile, dtype, ring_k, ring_v, count, steps, weigh, room
+          if d_out is None:
+            _output(*given, accumulator)
+          else:
+            _query_gradient(*given, do_smem.at[warpgroup], accumulator)
+          load_d_out(i + 1)
           return accumulator[...]
 
         out = pl.run_scoped(body, _accumulator(tile.rows, width))
@@ -543,12 +553,13 @@ def by_queries(
           out = jnp.where(row < left, out, 0.0)
         _store(
           out.astype(dtype),
-          out_smem.at[warpgroup],
+          room,
           out_gmem.at[batch, pl.ds(first, tile.rows), head],
         )
         return count + steps.count
 
-      load(_int(0))
+      load_queries(_int(0))
+      load_d_out(_int(0))
       lax.fori_loop(0, tiles, one, _int(0))
       plgpu.wait_smem_to_gmem(0)
 
@@ -572,14 +583,18 @@ def by_queries(
       ring_k.drain(count)
       ring_v.drain(count)
 
-  stay = _tiles_in_smem(tile, tile.warpgroups, tile.rows, width, dtype)
+  stay, twice = (
+    _tiles_in_smem(tile, count * tile.warpgroups, tile.rows, width, dtype)
+    for count in (1, 2)
+  )
   pass_by = _tiles_in_smem(tile, tile.stages, tile.block, width, dtype)
   return _launch(
     kernel, schedule, tile, [query.shape], dtype,
     [
-      stay, None if d_out is None else stay, stay, pass_by, pass_by,
+      twice, None if d_out is None else stay, pass_by, pass_by,
       plgpu.Barrier(
-        num_barriers=tile.warpgroups, num_arrivals=1 if d_out is None else 2
+        num_barriers=2 * tile.warpgroups,
+        num_arrivals=1 if d_out is None else 2,
       ),
       *[plgpu.Barrier(num_barriers=tile.stages)] * 2,
       *[plgpu.Barrier(
@@ -596,9 +611,8 @@ _QUERY_ARRAYS = (
 
 
 def _output(
-  form, tile, dtype, mine, ring_k, ring_v, count, steps, weigh, accumulator,
-  queries_are_read,
-):  # fmt: skip
+  form, tile, dtype, ring_k, ring_v, count, steps, weigh, queries, accumulator
+):
   """Adds p v of all blocks.
 
   With tile.overlap the scores of step e and the values of step e - 1 are
@@ -606,7 +620,6 @@ def _output(
   step e. In the machine code the other wait comes ahead of the weights too
   (benchmarks/NOTES.md): what is left is one round of products a step.
   """
-  queries, _ = mine
   shape = tile.rows, tile.block
   part = _PART if tile.block % _PART == 0 else tile.block
 
@@ -663,7 +676,6 @@ def _output(
 
   if not tile.overlap:
     _loops(form, steps, step, skip=_skip(ring_k, ring_v, count))
-    queries_are_read()
     return
   first = _int(0)
   if form.masked:  # All masked steps but one, which opens the chain.
@@ -671,7 +683,6 @@ def _output(
     lax.fori_loop(0, first, functools.partial(step, masked=True), None)
   p = weights(first, alone(first), True)
   p = lax.fori_loop(first + 1, steps.count, overlapping, p)
-  queries_are_read()
   last = steps.count - 1
   ring_v.wait(count + last)
   values(last, p)
@@ -679,11 +690,10 @@ def _output(
 
 
 def _query_gradient(
-  form, tile, dtype, mine, ring_k, ring_v, count, steps, weigh, accumulator,
-  queries_are_read,
+  form, tile, dtype, ring_k, ring_v, count, steps, weigh, queries, d_out,
+  accumulator,
 ):  # fmt: skip
   """Adds dz k of all blocks, dz = phi'(z) (do v^T)."""
-  queries, d_out = mine
 
   def step(e, _, masked):
     c = count + e
@@ -705,7 +715,6 @@ def _query_gradient(
     ring_k.release(c)
 
   _loops(form, steps, step, skip=_skip(ring_k, ring_v, count))
-  queries_are_read()
 
 
 def _skip(ring_k, ring_v, count):
