@@ -203,9 +203,9 @@ class _Steps:
   def __init__(self, low, full_low, full_high, high):
     self._low, self._full_low, self._high = low, full_low, high
     self._upper = high - full_high
-    self._lower = full_low - low
+    self._edges = self._upper + full_low - low
     self.skipped = _int(0)  # of the first, which only other warpgroups need
-    self.masked = self._upper + self._lower
+    self.masked = self._edges
     self.count = high - low
 
   def skip_from(self, high):
@@ -215,14 +215,15 @@ class _Steps:
   def mask_from(self, full_high):
     """Masks no blocks below `full_high`, unless there is a lower edge."""
     upper = jnp.clip(self._high - full_high, 0, self._upper)
-    self.masked = jnp.where(self._lower == 0, upper, self.masked)
+    one_edge = self._edges == self._upper
+    self.masked = jnp.where(one_edge, upper, self._edges)
 
   def block(self, step):
     edge = jnp.where(
       step < self._upper, self._high - 1 - step, self._low + step - self._upper
     )
     return jnp.where(
-      step < self.masked, edge, self._full_low + step - self.masked
+      step < self._edges, edge, self._full_low + step - self._edges
     )
 
 

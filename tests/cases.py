@@ -90,6 +90,10 @@ CASES = [
 BLOCKS = [
   dataclasses.replace(CASES[-1], name="all_but_dense", mask=None, bias=None),
   Case("blocks_causal", batch=1, queries=70, heads=2, causal=True),
+  Case(  # A warpgroup masks fewer blocks than its tile has at the edge.
+    "blocks_causal_alibi", batch=1, queries=200, heads=1, causal=True,
+    alibi=True,
+  ),
   Case("blocks_cross", batch=1, queries=40, keys=70, heads=2, kv_heads=1),
   Case(
     "blocks_window", batch=1, queries=90, heads=1, window=(40, 35), alibi=True

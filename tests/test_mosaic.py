@@ -23,7 +23,8 @@ H100 = device.Device("NVIDIA H100", 90)
 @pytest.mark.parametrize(
   ("width", "form", "names"),
   [
-    (64, "two", ["all_but_dense", "blocks_narrow_window"]),
+    (64, "two", ["all_but_dense", "blocks_causal_alibi"]),
+    (64, "two", ["blocks_narrow_window"]),
     (128, "two", ["blocks_window"]),
     (64, "added", ["all_but_dense", "grouped"]),
     (128, "added", ["vit_197", "blocks_causal"]),
