@@ -4,9 +4,10 @@
   python -m kernels.tuning --check   compiles the table's for every card
 
 The first tries many tiles for each pass, head width and size of the numbers,
-and writes the fastest that does not spill to kernels/tuning.json. Nothing is
-tuned when a program runs: a card that is not in the table takes the tiles of
-the next older one. The second needs no GPU.
+and writes the fastest that does not spill to kernels/tuning.json; with
+--lengths up to 256, as tiles of short sequences, which take the others where
+there are none. Nothing is tuned when a program runs: a card that is not in the
+table takes the tiles of the next older one. The second needs no GPU.
 """
 
 import argparse
@@ -34,6 +35,7 @@ _TABLE = pathlib.Path(__file__).with_name("tuning.json")
 PASSES = ("forward", "backward_q", "backward_kv")
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
+SHORT = 256  # tokens up to which a sequence takes short tiles
 # What one program may have of a multiprocessor's shared memory.
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 
@@ -49,8 +51,13 @@ def tile(problem, direction, capability):
   """The tile of a pass, one of PASSES, on a card."""
   table = _table()
   cards = [x for x in sorted(map(int, table)) if x <= capability]
-  widths = table[str(cards[-1])]["tiles"][_bits(problem.dtype)][direction]
-  found = Tile(*widths[str(padded(problem.head_dim))])
+  card = table[str(cards[-1])]
+  bits, width = _bits(problem.dtype), str(padded(problem.head_dim))
+  found = card["tiles"][bits][direction][width]
+  if max(problem.query_len, problem.key_len) <= SHORT:
+    short = card.get("short", {}).get(bits, {}).get(direction, {})
+    found = short.get(width, found)
+  found = Tile(*found)
   if problem.window or problem.shapes.query_segment_ids is not None:
     # Masks that keep more in registers: halve what is gone over.
     name = "block_q" if direction == "backward_kv" else "block_k"
@@ -160,6 +167,7 @@ def example_of_everything(width, dtype):
 
 EXAMPLES = {
   "full": example,
+  "short": functools.partial(example, length=196),
   "causal": functools.partial(example, is_causal=True),
   "everything": example_of_everything,
 }
@@ -295,18 +303,19 @@ def fastest(times):
   return chosen
 
 
-def write(chosen, path=_TABLE):
+def write(chosen, short=False, path=_TABLE):
   """Puts the tiles into the table of the card at hand."""
   found = device.current()
   table = json.loads(_TABLE.read_text())
   near = max(x for x in map(int, table) if x <= found.capability)
-  tiles = json.loads(json.dumps(table[str(near)]["tiles"]))
+  card = json.loads(json.dumps(table[str(near)]))
   for (bits, direction, width), best in chosen.items():
-    tiles[bits][direction][str(width)] = best
-  table[str(found.capability)] = {
+    tiles = card.setdefault("short", {}) if short else card["tiles"]
+    passes = tiles.setdefault(bits, {}).setdefault(direction, {})
+    passes[str(width)] = best
+  table[str(found.capability)] = card | {
     "device": found.kind,
     "date": datetime.date.today().isoformat(),
-    "tiles": tiles,
   }
   text = json.dumps(table, indent=2)
   text = re.sub(
@@ -323,7 +332,10 @@ def main():
   parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
   parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
   parser.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
-  parser.add_argument("--lengths", type=int, nargs="+", default=(4096,))
+  parser.add_argument(
+    "--lengths", type=int, nargs="+", default=(4096,),
+    help=f"tokens; up to {SHORT} for short tiles, or all beyond",
+  )  # fmt: skip
   parser.add_argument(
     "--cards", type=int, nargs="+", default=tuple(SHARED_KIB),
     help="with --check: compute capabilities, 90 for 9.0",
@@ -337,6 +349,9 @@ def main():
   if args.check:
     given = args.cards, args.dtypes, args.widths, args.passes, args.examples
     sys.exit(not check(*given))
+  short = max(args.lengths) <= SHORT
+  if not short and min(args.lengths) <= SHORT:
+    parser.error(f"--lengths: all of at most {SHORT}, or all of more")
   if device.current().capability is None:
     parser.error(f"no NVIDIA GPU here, but {device.current().kind}")
   jobs = [
@@ -354,7 +369,7 @@ def main():
     print(*job[:-1], *job.tile, f"{found:.4f} ms" if ok else found, flush=True)
     if ok:
       times[job] = found
-  write(fastest(times))
+  write(fastest(times), short)
   print(f"written to {_TABLE}")
 
 

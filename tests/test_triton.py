@@ -5,6 +5,7 @@ kernel is either interpreted or compiled.
 """
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -193,12 +194,31 @@ def test_it_names_the_package_that_is_missing(monkeypatch):
   assert reason == "needs the package no-such (requirements-gpu.txt)"
 
 
+def test_short_sequences_have_tiles_of_their_own(tmp_path, monkeypatch):
+  """They are written beside the others, and taken up to 256 tokens."""
+  monkeypatch.setattr(device, "current", lambda: device.Device("A10", 86))
+  path, found = tmp_path / "tuning.json", tuning.Tile(64, 32, 2, 2)
+  tuning.write({("16", "forward", 64): found}, short=True, path=path)
+  table = json.loads(path.read_text())
+  assert table["86"]["device"] == "A10"
+  assert table["90"] == tuning._table()["90"]
+  monkeypatch.setattr(tuning, "_table", lambda: table)
+
+  def tile(direction, length):
+    problem = tuning.example(64, "bfloat16", length)
+    return tuning.tile(problem, direction, 86)
+
+  assert tile("forward", 256) == found
+  assert tile("forward", 257) != found
+  assert tile("backward_q", 256) == tile("backward_q", 257)
+
+
 def test_tiles_compile_without_spills():
   """Some; python -m kernels.tuning --check compiles all."""
   environment = {k: v for k, v in os.environ.items() if "INTERPRET" not in k}
   command = "kernels.tuning --check --cards 86 90 --dtypes bfloat16 --widths 64"
   subprocess.run(
-    [sys.executable, "-m", *command.split(), "--examples", "causal"],
+    [sys.executable, "-m", *command.split(), "--examples", "causal", "short"],
     env=environment, check=True,
   )  # fmt: skip
 
