@@ -6,8 +6,8 @@
 // Two warpgroups run products of matrices without end, of factors in shared
 // memory (64 x 192 x 64, as scores are) or with the left one in registers
 // (64 x 64 x 192, as values are); two more compute on 32 numbers a thread.
-// Cycles are those of one warp's instruction sequence for one number, times the
-// two warps that share a quarter of the multiprocessor.
+// Cycles of a number: elapsed ones, over the numbers that the two computing warps
+// of a quarter of the multiprocessor go through, a lane each.
 
 #include <cstdio>
 
