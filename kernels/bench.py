@@ -360,7 +360,13 @@ def main():
     "--plot", type=pathlib.Path, help="draws this file, and measures nothing"
   )
   arguments = parser.parse_args()
+  names = [rival.name for rival in rivals.RIVALS]
+  for part in arguments.rivals:
+    if not any(part.lower() in name.lower() for name in names):
+      parser.error(f"--rivals {part}: no part of {', '.join(names)}")
   if arguments.plot:
+    if not arguments.plot.is_file():
+      parser.error(f"--plot {arguments.plot}: there is no such file")
     print(f"drawn to {plot(arguments.plot)}")
     return
   if jax.default_backend() == "cpu":

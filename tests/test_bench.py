@@ -48,6 +48,20 @@ def test_a_row_for_each_rival_and_pass_that_can(field):
   ]
 
 
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (["--rivals", "mosaic", "FA3"], "--rivals FA3: no part of sigattn mosaic,"),
+    (["--plot", "x.json"], "--plot x.json: there is no such file"),
+  ],
+)
+def test_what_it_refuses(arguments, said, monkeypatch, capsys):
+  monkeypatch.setattr("sys.argv", ["bench", *arguments])
+  with pytest.raises(SystemExit):
+    bench.main()
+  assert said in capsys.readouterr().err
+
+
 def test_a_rival_that_fails_is_named_and_left_out(field, capsys):
   def fail(cell):
     raise RuntimeError("out of memory\nand more")
