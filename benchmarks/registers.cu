@@ -1,7 +1,9 @@
 // What arithmetic costs while the tensor cores run, on a Hopper multiprocessor.
 //
 //   nvcc -std=c++17 -gencode arch=compute_90a,code=sm_90a -o /tmp/registers \
-//     benchmarks/registers.cu && /tmp/registers > benchmarks/registers_h100.json
+//     benchmarks/registers.cu && /tmp/registers
+//
+// prints JSON; registers_h100.json adds the date and the commit.
 //
 // Two warpgroups run products of matrices without end, of factors in shared
 // memory (64 x 192 x 64, as scores are) or with the left one in registers

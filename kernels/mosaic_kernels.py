@@ -79,6 +79,7 @@ class Form:
 
   @property
   def tanh(self):
+    """Whether the weights are (1 + tanh(z / 2)) / 2, by the hardware's tanh."""
     return self.kind == "sigmoid" and not self.exact
 
   @property
@@ -538,11 +539,11 @@ def by_queries(
           # The last tile's output lies where the next one's queries will.
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
           load_queries(i + 1)
-          given = form, tile, dtype, ring_k, ring_v, count, steps, weigh, room
+          common = form, tile, dtype, ring_k, ring_v, count, steps, weigh, room
           if d_out is None:
-            _output(*given, accumulator)
+            _output(*common, accumulator)
           else:
-            _query_gradient(*given, do_smem.at[warpgroup], accumulator)
+            _query_gradient(*common, do_smem.at[warpgroup], accumulator)
           load_d_out(i + 1)
           return accumulator[...]
 
@@ -584,7 +585,7 @@ def by_queries(
       ring_k.drain(count)
       ring_v.drain(count)
 
-  stay, twice = (
+  stay, stay_twice = (
     _tiles_in_smem(tile, count * tile.warpgroups, tile.rows, width, dtype)
     for count in (1, 2)
   )
@@ -592,7 +593,7 @@ def by_queries(
   return _launch(
     kernel, schedule, tile, [query.shape], dtype,
     [
-      twice, None if d_out is None else stay, pass_by, pass_by,
+      stay_twice, None if d_out is None else stay, pass_by, pass_by,
       plgpu.Barrier(
         num_barriers=2 * tile.warpgroups,
         num_arrivals=1 if d_out is None else 2,

@@ -3,11 +3,11 @@
 Products of matrices and arithmetic share a multiprocessor's registers: while
 the tensor cores run, a warp's tanh takes 10.7 cycles for 8, and what stands
 before it costs two to three more (benchmarks/NOTES.md, "What the registers
-give"). Left alone, the compiler computes the arguments of a
-whole tile first, while the special-function unit idles, and reads two registers
-for each. Here the arguments of the next few elements wait for the first tanh of
-the last few, since their bias is made to depend on it: both units work at the
-same time, and the bias stays in the operand cache.
+give"). Left alone, the compiler computes the arguments of a whole tile first,
+while the special-function unit idles, and reads two registers for each. Here
+the arguments of the next few elements wait for the first tanh of the last few,
+since their bias is made to depend on it: both units work at the same time, and
+the bias stays in the operand cache.
 """
 
 import struct

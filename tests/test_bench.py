@@ -74,6 +74,23 @@ def test_a_rival_that_fails_is_named_and_left_out(field, capsys):
   assert "RuntimeError out of memory\n" in said
 
 
+def test_a_rival_that_fails_when_it_is_timed_has_no_rows(field, capsys):
+  asked = []
+
+  def call():
+    asked.append(1)
+    if len(asked) > len(rivals.PASSES):
+      raise RuntimeError("out of memory")
+
+  def calls(cell):
+    return dict.fromkeys(rivals.PASSES, call)
+
+  field[0] = Rival("other", True, "torch", calls, lambda found: None)
+  rows = list(bench.speed(CELLS[0], field, bench.prepare(CELLS, field)))
+  assert {row["implementation"] for row in rows} == {"XLA (jax.nn)"}
+  assert "other, Cell(width=16" in capsys.readouterr().out
+
+
 def test_ours_saves_query_key_and_value_alone(field):
   ours, softmax = (
     rivals._jax_memory(rival.calls(CELLS[0]))[0] for rival in field
