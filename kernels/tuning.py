@@ -225,7 +225,10 @@ def milliseconds(call, wait=jax.block_until_ready, repeats=5):
 
   def run(count):
     begin = time.perf_counter()
-    wait([call() for _ in range(count)])
+    for _ in range(count):
+      # A GPU works in order. Results that are kept would fill its memory.
+      last = call()
+    wait(last)
     return (time.perf_counter() - begin) / count * 1e3
 
   run(1)
@@ -276,28 +279,26 @@ def fastest(times):
   """{(bits, pass, width): tile} of those that fit, by their times in ms.
 
   Args:
-    times: {job: milliseconds}; of jobs that differ in causal alone, the sum
+    times: {job: milliseconds}; of jobs of the same pass, width and bits the sum
       counts.
   """
-  totals = {}
+  groups = {}
   for job, found in times.items():
-    key = (_bits(job.dtype), job.direction, job.width)
-    tiles = totals.setdefault(key, {})
-    tiles.setdefault(job.tile, []).append(found)
+    key = _bits(job.dtype), job.direction, job.width
+    case = job.dtype, job.length, job.causal
+    groups.setdefault(key, {}).setdefault(job.tile, {})[case] = found
   capability = device.current().capability
   chosen = {}
-  for (bits, direction, width), tiles in totals.items():
-    most = max(map(len, tiles.values()))
-    whole = {t: sum(x) for t, x in tiles.items() if len(x) == most}
-    dtype = "float32" if bits == "32" else "bfloat16"
+  for (bits, direction, width), tiles in groups.items():
+    cases = max(tiles.values(), key=len).keys()
+    examples = [
+      example(width, dtype, length, is_causal=causal)
+      for dtype, length, causal in cases
+    ] + [example_of_everything(width, dtype) for dtype, *_ in cases]
+    whole = {t: sum(x.values()) for t, x in tiles.items() if x.keys() == cases}
     for candidate in sorted(whole, key=whole.get):
-      if all(
-        resources(problem, direction, candidate, capability).fit(capability)
-        for problem in (
-          example(width, dtype, is_causal=True),
-          example_of_everything(width, dtype),
-        )
-      ):
+      needs = (resources(x, direction, candidate, capability) for x in examples)
+      if all(found.fit(capability) for found in needs):
         chosen[bits, direction, width] = candidate
         break
   return chosen
