@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from kernels import device, mosaic_kernels, mosaic_sums, segments, transforms
 from kernels import problem as problems
 from kernels.mosaic_kernels import Form, Tile, visible_blocks
+from kernels.mosaic_schedule import Schedule
 
 # By head width: tiles of queries for the output and for dq, and of keys.
 _TILES = {
@@ -329,9 +330,7 @@ def _schedule(problem, operands, tile, of_queries):
     programs = tiles * problem.batch * heads
   elif before is not None or after is not None:
     costs = _blocks_seen(tiles, rows, before, after, tile.block, others) + 1
-  return mosaic_kernels.Schedule(
-    tiles, problem.batch * heads, programs, of_queries, costs
-  )
+  return Schedule(tiles, problem.batch * heads, programs, of_queries, costs)
 
 
 def _blocks_seen(tiles, rows, before, after, block, length):

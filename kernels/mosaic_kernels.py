@@ -36,10 +36,10 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from kernels import mosaic_sums, mosaic_tanh
+from kernels import mosaic_place, mosaic_sums, mosaic_tanh
+from kernels.mosaic_schedule import div, rem
 
 _WGMMA = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)  # one number a row, a column
@@ -99,14 +99,6 @@ def _int(x):
   return jnp.asarray(x, jnp.int32)
 
 
-def _div(a, b):
-  return lax.div(a, lax.full_like(a, b))  # Of what is not negative.
-
-
-def _rem(a, b):
-  return lax.rem(a, lax.full_like(a, b))
-
-
 def visible_blocks(first, last, before, after, block, length):
   """(low, full_low, full_high, high): blocks that rows first..last see.
 
@@ -118,80 +110,18 @@ def visible_blocks(first, last, before, after, block, length):
   low, full_low = _int(0), _int(0)
   high, full_high = _int(count), _int(count)
   if before is not None:
-    low = jnp.minimum(_div(jnp.maximum(first - before, 0), block), count - 1)
-    full_low = _div(jnp.maximum(last - before, 0) + block - 1, block)
+    low = jnp.minimum(div(jnp.maximum(first - before, 0), block), count - 1)
+    full_low = div(jnp.maximum(last - before, 0) + block - 1, block)
   if after is not None:
-    high = jnp.minimum(_div(jnp.maximum(last + after, 0), block) + 1, count)
+    high = jnp.minimum(div(jnp.maximum(last + after, 0), block) + 1, count)
     full_high = jnp.where(
       first + after >= length - 1,
       count,
-      _div(jnp.maximum(first + after + 1, 0), block),
+      div(jnp.maximum(first + after + 1, 0), block),
     )
   high = jnp.maximum(high, low + 1)
   full_low = jnp.clip(full_low, low, high)
   return low, full_low, jnp.clip(full_high, full_low, high), high
-
-
-class Schedule:
-  """Which tiles a program works off, and in which order.
-
-  Head after head, so that a head's blocks stay in the second-level cache, and
-  the heaviest tile of a head first. Rounds go to and fro over the programs, so
-  that each gets as much.
-
-  Under a mask that fails where a head has nearly as many tiles as there are
-  programs: one program then gets the heaviest of every head. There the heaviest
-  tiles of all heads come first. Of 128 tiles for 132 programs, 16 heads and a
-  causal mask, the busiest program had 1.53 times its share, and has 1.002.
-  """
-
-  def __init__(self, tiles, heads, programs, heavy_last, costs=None):
-    """costs: (tiles,) work of each, where it differs between them."""
-    self._tiles, self._heads, self._heavy_last = tiles, heads, heavy_last
-    self._total, self.programs = tiles * heads, min(programs, tiles * heads)
-    self._rounds = pl.cdiv(self._total, self.programs)
-    self._across = False
-    if costs is not None:
-      loads = [self.loads(costs, across).max() for across in (False, True)]
-      # Not for little: the cache counts too.
-      self._across = bool(loads[1] < 0.9 * loads[0])
-
-  def loads(self, costs, across=None):
-    """(programs,) the sum of costs of each program's tiles."""
-    across = self._across if across is None else across
-    positions = np.arange(self._rounds * self.programs)
-    positions = positions.reshape(self._rounds, self.programs)
-    positions[1::2] = positions[1::2, ::-1]
-    tile = positions // self._heads if across else positions % self._tiles
-    if self._heavy_last:
-      tile = self._tiles - 1 - tile
-    work = np.asarray(costs)[tile % self._tiles]
-    return np.where(positions < self._total, work, 0).sum(0)
-
-  def _position(self, i):
-    program = lax.axis_index("program")
-    if self._rounds == 1:
-      return program
-    back = self.programs - 1 - program
-    return i * self.programs + jnp.where(_rem(i, 2) == 1, back, program)
-
-  def count(self):
-    """How many are this program's."""
-    last = self._position(_int(self._rounds - 1))
-    return self._rounds - (last >= self._total).astype(jnp.int32)
-
-  def tile(self, i):
-    """(head, tile) of this program's i-th; head counts over the batch too."""
-    position = self._position(i)
-    if self._across:
-      head, tile = _rem(position, self._heads), _div(position, self._heads)
-      # Not returned as they are: where a program can tell the head's bounds
-      # the compiler prepares more than the registers hold.
-      position = head * self._tiles + tile
-    tile = _rem(position, self._tiles)
-    if self._heavy_last:
-      tile = self._tiles - 1 - tile
-    return _div(position, self._tiles), tile
 
 
 class _Steps:
@@ -228,14 +158,27 @@ class _Steps:
     )
 
 
-def _steps(form, plan_ref, batch, tile, rows, before, after, block, length):
-  """The _Steps of a tile, from the plan where it depends on data."""
+class _StepsInOrder:
+  """The blocks of a tile one after the other, masked ones where they come."""
+
+  def __init__(self, low, full_low, full_high, high):
+    self._low, self._full_low, self._full_high = low, full_low, full_high
+    self.count = high - low
+
+  def block(self, step):
+    return self._low + step
+
+  def masked(self, step):
+    block = self.block(step)
+    return (block < self._full_low) | (block >= self._full_high)
+
+
+def _visible_blocks(plan_ref, batch, tile, rows, before, after, block, length):
+  """visible_blocks of a tile, from the plan where they depend on data."""
   if plan_ref is not None:
-    return _Steps(*(plan_ref[batch, tile, i] for i in range(4)))
+    return [plan_ref[batch, tile, i] for i in range(4)]
   first = tile * rows
-  return _Steps(
-    *visible_blocks(first, first + rows - 1, before, after, block, length)
-  )
+  return visible_blocks(first, first + rows - 1, before, after, block, length)
 
 
 # The mathematics of a block.
@@ -251,40 +194,32 @@ def _scalars(form, ref, batch, head):
   return bias, slope
 
 
+@dataclasses.dataclass(frozen=True)
 class _Place:
   """Where a tile's rows and a block's columns stand in their sequences."""
 
-  def __init__(self, rows, columns, shape, offset, of_queries):
-    # Of the first row and column. Row r sees column c by c - r, or by r - c.
-    self.rows, self.columns, self.shape = rows, columns, shape
-    self._offset, self._of_queries = offset, of_queries
+  rows: jax.Array  # the first
+  columns: jax.Array  # the first
+  of_queries: bool  # the rows; else of keys
 
-  def within(self, left, right):
-    """Where query - left <= key <= query + right; None: no bound."""
-    row = plgpu.broadcasted_iota(jnp.int32, self.shape, 0, layout=_WGMMA)
-    column = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=_WGMMA)
-    if not self._of_queries:
+  def bounds(self, left, right):
+    """(low, high): row + low <= column <= row + high is what a row sees.
+
+    Where query - left <= key <= query + right; None: no bound.
+    """
+    if not self.of_queries:
       left, right = right, left  # Key - right <= query <= key + left.
-    # The columns alone on one side: registers for a number a row suffice.
     shift = self.rows - self.columns
-    parts = []
-    if right is not None:
-      parts.append(column <= row + (shift + right))
-    if left is not None:
-      parts.append(column >= row + (shift - left))
-    return parts
-
-  def distance(self):
-    """|query + S - T - key|, float32."""
-    count, width = self.shape
-    row = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=_ROW)
-    column = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=_COLUMN)
-    offset = self._offset if self._of_queries else -self._offset
-    row = (row + (self.rows - self.columns + offset)).astype(jnp.float32)
-    return jnp.abs(
-      lax.broadcast_in_dim(row, self.shape, [0])
-      - lax.broadcast_in_dim(column.astype(jnp.float32), self.shape, [1])
+    return (
+      None if left is None else shift - left,
+      None if right is None else shift + right,
     )
+
+  def distance(self, x, offset):
+    """|query + offset - key|, float32, of the shape of x."""
+    if not self.of_queries:
+      offset = -offset
+    return mosaic_place.distance(x, self.rows - self.columns + offset)
 
 
 def _weights(
@@ -308,7 +243,16 @@ def _weights(
     # Before the activation: hiding the weights themselves lets the compiler
     # move work between the products, which then wait for each other.
     def cover(x):
-      return jnp.where(_visible(form, place, load_ids()), x, hidden)
+      if form.left is not None or form.right is not None:
+        low, high = place.bounds(form.left, form.right)
+        x = mosaic_place.hide(x, low, high, hidden)
+      if form.segments:
+        row, column = load_ids()
+        same = lax.broadcast_in_dim(row, x.shape, [0]) == lax.broadcast_in_dim(
+          column, x.shape, [1]
+        )
+        x = jnp.where(same, x, hidden)
+      return x
 
     return (
       cover(x) if masked is True else lax.cond(masked, cover, lambda x: x, x)
@@ -319,7 +263,7 @@ def _weights(
   else:
     z = s * (unit * form.scale) + unit * bias
     if form.alibi:
-      z = z - (unit * slope) * place.distance()
+      z = z - (unit * slope) * place.distance(z, form.offset)
     z = hide(z, -math.inf * unit)
     if form.kind == "relu":
       return jnp.maximum(z, 0.0), lambda: jnp.where(z > 0, 1.0, 0.0)
@@ -331,19 +275,6 @@ def _weights(
     return 1 + t, None
   p = 1 / (1 + jnp.exp2(z)) if form.exact else 0.5 * t + 0.5
   return p, lambda: p - p * p
-
-
-def _visible(form, place, ids):
-  parts = []
-  if form.left is not None or form.right is not None:
-    parts = place.within(form.left, form.right)
-  if form.segments:
-    row, column = ids
-    parts.append(
-      lax.broadcast_in_dim(row, place.shape, [0])
-      == lax.broadcast_in_dim(column, place.shape, [1])
-    )
-  return functools.reduce(jnp.logical_and, parts)
 
 
 def _at_step(index, step):
@@ -374,7 +305,7 @@ class _Ring:
     self._stages = stages
 
   def _slot(self, step):
-    return _rem(step, self._stages)
+    return rem(step, self._stages)
 
   def fill(self, step, source):
     """Memory warpgroup: starts to copy a block in, once its room is free."""
@@ -456,6 +387,7 @@ def by_queries(
   given = dict(
     query=query, key=key, value=value, d_out=d_out, scalars=scalars, plan=plan,
     query_ids=query_ids, key_ids=key_ids, query_lengths=query_lengths,
+    table=schedule.table,
   )  # fmt: skip
   given = {name: x for name, x in given.items() if x is not None}
 
@@ -467,17 +399,17 @@ def by_queries(
     ring_k = _Ring(k_smem, k_full, k_free, tile.stages)
     ring_v = _Ring(v_smem, v_full, v_free, tile.stages)
     warpgroup = lax.axis_index("warpgroup")
-    tiles = schedule.count()
+    tiles = schedule.count(gmem["table"])
 
     def locate(i):
       """(batch, head, first row, steps) of this program's i-th tile."""
-      head, index = schedule.tile(i)
-      batch, head = _div(head, heads), _rem(head, heads)
-      steps = _steps(
-        form, gmem["plan"], batch, index, rows, form.left, form.right,
-        tile.block, key.shape[1],
+      head, index = schedule.tile(gmem["table"], i)
+      batch, head = div(head, heads), rem(head, heads)
+      blocks = _visible_blocks(
+        gmem["plan"], batch, index, rows, form.left, form.right, tile.block,
+        key.shape[1],
       )  # fmt: skip
-      return batch, head, index * rows, steps
+      return batch, head, index * rows, _Steps(*blocks)
 
     @pl.when(warpgroup < tile.warpgroups)
     def _():
@@ -485,7 +417,7 @@ def by_queries(
 
       def place(i):
         """Of a tile's queries, and of its output after them."""
-        return _rem(i, 2) * tile.warpgroups + warpgroup
+        return rem(i, 2) * tile.warpgroups + warpgroup
 
       def load(i, name, room):
         """Of the i-th tile, if there is one."""
@@ -520,7 +452,7 @@ def by_queries(
 
         def weigh(s, step, masked, column=0):
           start = steps.block(step) * tile.block + column
-          place = _Place(first, start, s.shape, form.offset, True)
+          place = _Place(first, start, of_queries=True)
 
           def load_ids():
             return row_ids, _load_ids(
@@ -574,7 +506,7 @@ def by_queries(
 
         def step(e, _):
           at = batch, pl.ds(steps.block(e) * tile.block, tile.block)
-          at = *at, _div(head, group)
+          at = *at, div(head, group)
           ring_k.fill(count + e, gmem["key"].at[at])
           ring_v.fill(count + e, gmem["value"].at[at])
 
@@ -608,7 +540,7 @@ def by_queries(
 
 _QUERY_ARRAYS = (
   "query", "key", "value", "d_out", "scalars", "plan", "query_ids", "key_ids",
-  "query_lengths",
+  "query_lengths", "table",
 )  # fmt: skip
 
 
@@ -827,7 +759,7 @@ def by_keys(
   given = dict(
     query=query, key=key, value=value, d_out=d_out, d_query=d_query,
     scalars=scalars, plan=plan, query_ids=query_ids, key_ids=key_ids,
-    key_lengths=key_lengths,
+    key_lengths=key_lengths, table=schedule.table,
   )  # fmt: skip
   given = {name: x for name, x in given.items() if x is not None}
   num_sums = (1 + form.alibi) if sums else 0
@@ -847,16 +779,17 @@ def by_keys(
     ring_q = _Ring(q_smem, q_full, q_free, tile.stages)
     ring_do = _Ring(do_smem, do_full, do_free, tile.stages)
     warpgroup = lax.axis_index("warpgroup")
-    tiles = schedule.count()
+    tiles = schedule.count(gmem["table"])
 
     def locate(i):
       """(batch, key head, first row, steps) of this program's i-th tile."""
-      head, index = schedule.tile(i)
-      batch, head = _div(head, kv_heads), _rem(head, kv_heads)
-      steps = _steps(
-        form, gmem["plan"], batch, index, rows, form.right, form.left,
-        tile.block, query.shape[1],
+      head, index = schedule.tile(gmem["table"], i)
+      batch, head = div(head, kv_heads), rem(head, kv_heads)
+      blocks = _visible_blocks(
+        gmem["plan"], batch, index, rows, form.right, form.left, tile.block,
+        query.shape[1],
       )  # fmt: skip
+      steps = _StepsInOrder(*blocks) if fused else _Steps(*blocks)
       return batch, head, index * rows, steps
 
     @pl.when(warpgroup < tile.warpgroups)
@@ -882,7 +815,7 @@ def by_keys(
 
           def weigh(s, e, masked):
             start = steps.block(e) * tile.block
-            place = _Place(first, start, s.shape, form.offset, False)
+            place = _Place(first, start, of_queries=False)
 
             def load_ids():
               return row_ids, _load_ids(
@@ -919,7 +852,7 @@ def by_keys(
                 return dz, totals
               found = [dz.sum(1)]
               if form.alibi:
-                found.append(-(dz * place.distance()).sum(1))
+                found.append(-(dz * place.distance(dz, form.offset)).sum(1))
               return dz, [t + x for t, x in zip(totals, found, strict=True)]
 
             ring_q.wait(c)
@@ -949,7 +882,7 @@ def by_keys(
             compared in every block, mostly hidden behind the products; ids are
             loaded only where they are needed.
             """
-            masked = e < steps.masked if form.segments else form.masked
+            masked = steps.masked(e) if form.segments else form.masked
             c = count + g * steps.count + e
             dz, totals = gradient_of_logits(e, totals, masked)
             hand_over = functools.partial(end_step, c, dz)
@@ -973,7 +906,7 @@ def by_keys(
             if share_ref is not None:
               start_share(share_ref, c - 1)
             # Two rooms for dz: that of the step before is being read.
-            dz_smem.at[_rem(c, 2) * tile.warpgroups + warpgroup][...] = dz
+            dz_smem.at[rem(c, 2) * tile.warpgroups + warpgroup][...] = dz
             plgpu.wgmma(dk, dz, ring_q.block(c))
             dq = None
             if share_ref is None:
@@ -986,7 +919,7 @@ def by_keys(
 
           def start_share(ref, c):
             """Starts the products of this warpgroup's share of dq."""
-            room = _rem(c, 2) * tile.warpgroups
+            room = rem(c, 2) * tile.warpgroups
             of_block = pl.ds(share_row * _SHARE, _SHARE)
             of_width = pl.ds(share_column * _SHARE, _SHARE)
             for other in range(tile.warpgroups):
@@ -1138,5 +1071,5 @@ def by_keys(
 
 _KEY_ARRAYS = (
   "query", "key", "value", "d_out", "d_query", "scalars", "plan", "query_ids",
-  "key_ids", "key_lengths",
+  "key_ids", "key_lengths", "table",
 )  # fmt: skip

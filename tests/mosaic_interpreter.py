@@ -16,6 +16,7 @@ import sys
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 from jax._src.pallas.mosaic_gpu import core
 from jax._src.pallas.mosaic_gpu.interpret import (
   gpu_callbacks,
@@ -25,7 +26,14 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 from jax._src.state import types
 
 import kernels
-from kernels import device, mosaic_attn, mosaic_sums, mosaic_tanh, transforms
+from kernels import (
+  device,
+  mosaic_attn,
+  mosaic_place,
+  mosaic_sums,
+  mosaic_tanh,
+  transforms,
+)
 from tests import cases, test_kernels
 
 
@@ -73,6 +81,25 @@ def _tanh(x, scale, bias):
   return jnp.tanh(scale * x + bias)
 
 
+def _columns_less_rows(x):
+  row, column = (lax.broadcasted_iota(jnp.int32, x.shape, i) for i in (0, 1))
+  return column - row
+
+
+def _hide(x, low, high, hidden):
+  """mosaic_place.hide, likewise."""
+  apart = _columns_less_rows(x)
+  for bound, sign in ((low, 1), (high, -1)):
+    if bound is not None:
+      x = jnp.where(sign * apart >= sign * bound, x, hidden)
+  return x
+
+
+def _distance(x, offset):
+  """mosaic_place.distance, likewise."""
+  return jnp.abs(_columns_less_rows(x) - offset).astype(jnp.float32)
+
+
 def _pretend(form):
   """An H100 of three multiprocessors; of one where dq is added."""
   kernels.IMPLEMENTATIONS = {"mosaic": "kernels.mosaic_attn"}
@@ -85,6 +112,7 @@ def _pretend(form):
   }
   mosaic_sums.add = _add
   mosaic_tanh.tanh = _tanh
+  mosaic_place.hide, mosaic_place.distance = _hide, _distance
   mosaic_attn._TILES = {
     width: tuple(dataclasses.replace(x, warpgroups=2) for x in tiles)
     for width, tiles in mosaic_attn._TILES.items()

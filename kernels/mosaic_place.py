@@ -1,0 +1,102 @@
+"""Masks and distances of a tile in registers, by constants of the instructions.
+
+The tensor cores leave a tile of 64 rows spread over a warpgroup: thread
+32 w + 4 r + c holds the numbers of the rows 16 w + r + 8 i and the columns
+2 c + 8 j + k, for i, k < 2. Row less column is then a number of the thread, for
+each of two i, less a constant, 8 j + k, which a comparison or an addition takes
+as an immediate. Written with an array of column numbers instead, the compiler
+computes that array before the loop over blocks and keeps all of it, up to 64
+numbers a thread, where the products leave no register.
+"""
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, math, vector
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+
+_SPLAT = plgpu.Layout.WG_SPLAT(())
+
+
+def hide(x, low, high, hidden):
+  """x where row + low <= column <= row + high, else `hidden`.
+
+  x: (64, columns) float32, in registers as the tensor cores leave it. low,
+  high: int32 scalars, or None: no bound. hidden: a number.
+  """
+  bounds = [b for b in (low, high) if b is not None]
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WGMMA, *[_SPLAT] * len(bounds)),
+    return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, plgpu.Layout.WGMMA),
+  )
+  def cover(_, x, *bounds):
+    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+    limits = iter([_of_rows(b.registers.item()) for b in bounds])
+    lows = None if low is None else next(limits)
+    highs = None if high is None else next(limits)
+
+    def one(value, i, column):
+      seen = None
+      for bound, predicate in (
+        (lows, arith.CmpIPredicate.sle), (highs, arith.CmpIPredicate.sge),
+      ):  # fmt: skip
+        if bound is not None:
+          part = arith.cmpi(predicate, bound[i], utils.c(column, i32))
+          seen = part if seen is None else arith.andi(seen, part)
+      return arith.select(seen, value, utils.c(hidden, f32))
+
+    return _map(one, x)
+
+  return cover(x, *bounds)
+
+
+def distance(x, offset):
+  """|row + offset - column|, float32, of the shape of x. offset: int32."""
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WGMMA, _SPLAT),
+    return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, plgpu.Layout.WGMMA),
+  )
+  def compute(_, x, offset):
+    f32 = ir.F32Type.get()
+    rows = [arith.sitofp(f32, r) for r in _of_rows(offset.registers.item())]
+
+    def one(_, i, column):
+      return math.absf(arith.subf(rows[i], utils.c(float(column), f32)))
+
+    return _map(one, x)
+
+  return compute(x, jnp.asarray(offset, jnp.int32))
+
+
+def _of_rows(offset):
+  """[16 w + r + 8 i - 2 c + offset for i in (0, 1)] of this thread."""
+  i32 = ir.IntegerType.get_signless(32)
+
+  def number(x):
+    return utils.c(x, i32)
+
+  thread = arith.remui(utils.thread_idx(), number(128))
+  warp = arith.divui(thread, number(32))
+  row = arith.divui(arith.remui(thread, number(32)), number(4))
+  column = arith.muli(arith.remui(thread, number(4)), number(2))
+  row = arith.addi(row, arith.muli(warp, number(16)))
+  first = arith.addi(arith.subi(row, column), offset)
+  return first, arith.addi(first, number(8))
+
+
+def _map(function, x):
+  """function(number, i, 8 j + k) of each of a thread's numbers."""
+  registers = np.empty(x.registers.shape, object)
+  for index, (place, pair) in enumerate(np.ndenumerate(x.registers)):
+    j, i = divmod(index, 2)
+    numbers = [
+      function(vector.extract(pair, [], [k]), i, 8 * j + k) for k in range(2)
+    ]
+    registers[place] = vector.from_elements(pair.type, numbers)
+  return mgpu.FragmentedArray(
+    _registers=registers, _layout=x.layout, _is_signed=None
+  )
