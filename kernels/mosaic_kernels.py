@@ -215,11 +215,30 @@ class _Place:
       None if right is None else shift + right,
     )
 
-  def distance(self, x, offset):
-    """|query + offset - key|, float32, of the shape of x."""
+  def apart(self, offset):
+    """|query + offset - key| is |row + apart - column|."""
     if not self.of_queries:
       offset = -offset
-    return mosaic_place.distance(x, self.rows - self.columns + offset)
+    return self.rows - self.columns + offset
+
+  def side(self, form):
+    """s where all that is visible has a distance of s (row + apart - column).
+
+    None: not the same everywhere.
+    """
+    if form.right is None or form.right > form.offset:
+      return None
+    return 1.0 if self.of_queries else -1.0
+
+  def sides(self, offset, shape):
+    """(whether a block has both signs, the sign if it has one)."""
+    apart = self.apart(offset)
+    above, below = apart >= shape[1] - 1, apart <= 1 - shape[0]
+    return ~(above | below), jnp.where(above, 1.0, -1.0)
+
+  def distance(self, x, offset):
+    """|query + offset - key|, float32, of the shape of x."""
+    return mosaic_place.distance(x, self.apart(offset))
 
 
 def _weights(
@@ -258,22 +277,46 @@ def _weights(
       cover(x) if masked is True else lax.cond(masked, cover, lambda x: x, x)
     )
 
-  if paced and form.tanh and form.scale > 0 and not form.alibi:
-    t = mosaic_tanh.tanh(hide(s, -math.inf), unit * form.scale, unit * bias)
-  else:
-    z = s * (unit * form.scale) + unit * bias
-    if form.alibi:
-      z = z - (unit * slope) * place.distance(z, form.offset)
+  paced = paced and form.tanh and form.scale > 0
+  scale, bias = unit * form.scale, unit * bias
+  x = hide(s, -math.inf) if paced else s
+
+  def activation(z):
     z = hide(z, -math.inf * unit)
-    if form.kind == "relu":
-      return jnp.maximum(z, 0.0), lambda: jnp.where(z > 0, 1.0, 0.0)
-    if form.kind == "relu2":
-      p = jnp.maximum(z, 0.0)
-      return p * p, lambda: 2 * p
-    t = None if form.exact else jnp.tanh(z)
-  if twice and form.tanh:
-    return 1 + t, None
-  p = 1 / (1 + jnp.exp2(z)) if form.exact else 0.5 * t + 0.5
+    return jnp.tanh(z) if form.tanh else z
+
+  def straight(_=None, sign=1.0):
+    """With distances that are sign (row + apart - column), or no slope."""
+    plane = ()
+    if form.alibi:
+      plane = -unit * sign * slope, place.apart(form.offset)
+    if paced:
+      return mosaic_tanh.tanh(x, scale, bias, *plane)
+    if form.alibi:
+      return activation(x * scale + mosaic_place.plane(x, bias, *plane))
+    return activation(x * scale + bias)
+
+  def bent(_=None):
+    far = place.distance(x, form.offset)
+    z = x * scale + bias - (unit * slope) * far
+    return jnp.tanh(z) if paced else activation(z)
+
+  sign = place.side(form)
+  if not form.alibi or sign is not None:
+    z = straight(sign=sign)
+  elif place.of_queries:
+    both, sign = place.sides(form.offset, x.shape)
+    z = lax.cond(both, bent, functools.partial(straight, sign=sign), None)
+  else:
+    z = bent()  # by_keys has no registers for a branch.
+  if form.kind == "relu":
+    return jnp.maximum(z, 0.0), lambda: jnp.where(z > 0, 1.0, 0.0)
+  if form.kind == "relu2":
+    p = jnp.maximum(z, 0.0)
+    return p * p, lambda: 2 * p
+  if form.tanh and twice:
+    return 1 + z, None
+  p = 0.5 * z + 0.5 if form.tanh else 1 / (1 + jnp.exp2(z))
   return p, lambda: p - p * p
 
 

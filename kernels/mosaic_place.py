@@ -34,7 +34,7 @@ def hide(x, low, high, hidden):
   )
   def cover(_, x, *bounds):
     f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-    limits = iter([_of_rows(b.registers.item()) for b in bounds])
+    limits = iter([_rows(b.registers.item()) for b in bounds])
     lows = None if low is None else next(limits)
     highs = None if high is None else next(limits)
 
@@ -62,17 +62,58 @@ def distance(x, offset):
   )
   def compute(_, x, offset):
     f32 = ir.F32Type.get()
-    rows = [arith.sitofp(f32, r) for r in _of_rows(offset.registers.item())]
+    firsts = [arith.sitofp(f32, r) for r in _rows(offset.registers.item())]
 
     def one(_, i, column):
-      return math.absf(arith.subf(rows[i], utils.c(float(column), f32)))
+      return math.absf(arith.subf(firsts[i], utils.c(float(column), f32)))
 
     return _map(one, x)
 
   return compute(x, jnp.asarray(offset, jnp.int32))
 
 
-def _of_rows(offset):
+def plane(x, first, slope, offset):
+  """first + slope (row + offset - column), float32, of the shape of x.
+
+  first, slope: numbers or float32 scalars. offset: int32.
+  """
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WGMMA, _SPLAT, _SPLAT, _SPLAT),
+    return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, plgpu.Layout.WGMMA),
+  )
+  def compute(_, x, *given):
+    f32 = ir.F32Type.get()
+    first, slope, offset = (s.registers.item() for s in given)
+    firsts = on_plane(first, slope, offset)
+
+    def one(_, i, column):
+      # One instruction: products would be computed before the loop, and kept.
+      return math.fma(slope, utils.c(float(-column), f32), firsts[i])
+
+    return _map(one, x)
+
+  return compute(x, *scalars(first, slope, offset))
+
+
+def scalars(first, slope, offset):
+  return (
+    jnp.asarray(first, jnp.float32),
+    jnp.asarray(slope, jnp.float32),
+    jnp.asarray(offset, jnp.int32),
+  )
+
+
+def on_plane(first, slope, offset):
+  """[first + slope (16 w + r + 8 i - 2 c + offset) for i in (0, 1)]."""
+  f32 = ir.F32Type.get()
+  return [
+    arith.addf(first, arith.mulf(slope, arith.sitofp(f32, row)))
+    for row in _rows(offset)
+  ]
+
+
+def _rows(offset):
   """[16 w + r + 8 i - 2 c + offset for i in (0, 1)] of this thread."""
   i32 = ir.IntegerType.get_signless(32)
 

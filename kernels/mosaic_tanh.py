@@ -19,21 +19,27 @@ from jax._src.lib.mlir.dialects import llvm, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 
+from kernels import mosaic_place
+
 _PAIRS = 4  # of elements at a time
 
 
-def tanh(x, scale, bias):
-  """tanh(scale x + bias) by the hardware's tanh.
+def tanh(x, scale, bias, slope=None, offset=None):
+  """tanh(scale x + bias + slope (row + offset - column)) by the hardware.
 
-  x: float32, in registers as the tensor cores leave it. scale: a number. bias:
-  a number or a float32 scalar.
+  x: (64, columns) float32, in registers as the tensor cores leave it. scale: a
+  number. bias, slope: numbers or float32 scalars; without a slope it is 0.
+  offset: int32.
   """
-  out = plgpu.ShapeDtypeStruct(x.shape, x.dtype, plgpu.Layout.WGMMA)
+  given = [bias]
+  if slope is not None:
+    given = mosaic_place.scalars(bias, slope, offset)
 
   @plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(())), return_type=out
+    arg_types=(plgpu.Layout.WGMMA, *[plgpu.Layout.WG_SPLAT(())] * len(given)),
+    return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, plgpu.Layout.WGMMA),
   )
-  def compute(_, x, bias):
+  def compute(_, x, *given):
     f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
 
     def instructions(*arguments):
@@ -46,7 +52,26 @@ def tanh(x, scale, bias):
       " or.b32 $0, row, 0x3210; }",
       "=r",
     )  # fmt: skip
-    bias = bias.registers.item()
+    given = [s.registers.item() for s in given]
+    bias = given[0] if len(given) == 1 else given[1]
+    firsts = None if len(given) == 1 else mosaic_place.on_plane(*given)
+
+    def one(number, here, i, column):
+      operands = [number, here]
+      argument = f"fma.rn.f32 z, $1, {_float(scale)}, $2;"
+      if firsts is not None:
+        operands.append(firsts[i])
+        argument = (
+          f"fma.rn.f32 z, $2, {_float(-column)}, $3;"
+          f" fma.rn.f32 z, $1, {_float(scale)}, z;"
+        )
+      return instructions(
+        f32, operands,
+        f"{{ .reg .f32 z; {argument} tanh.approx.f32 $0, z; }}",
+        "=f" + ",f" * len(operands),
+      )  # fmt: skip
+
+    # What waits: the bias, or with slopes the slope.
     here, first = bias, None
     registers = np.empty_like(x.registers)
     for index, (place, pair) in enumerate(np.ndenumerate(x.registers)):
@@ -54,15 +79,11 @@ def tanh(x, scale, bias):
         here = instructions(
           f32, [bias, first, copy], "prmt.b32 $0, $1, $2, $3;", "=f,f,f,r"
         )
+      j, i = divmod(index, 2)  # as mosaic_place has it
       found = [
-        instructions(
-          f32, [llvm.extractelement(pair, utils.c(k, i32)), here],
-          f"{{ .reg .f32 z; fma.rn.f32 z, $1, {_float(scale)}, $2;"
-          " tanh.approx.f32 $0, z; }",
-          "=f,f,f",
-        )
+        one(llvm.extractelement(pair, utils.c(k, i32)), here, i, 8 * j + k)
         for k in range(2)
-      ]  # fmt: skip
+      ]
       if index % _PAIRS == 0:
         first = found[0]
       registers[place] = vector.from_elements(pair.type, found)
@@ -70,7 +91,7 @@ def tanh(x, scale, bias):
       _registers=registers, _layout=x.layout, _is_signed=None
     )
 
-  return compute(x, bias)
+  return compute(x, *given)
 
 
 def _float(x):

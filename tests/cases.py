@@ -94,6 +94,12 @@ BLOCKS = [
     "blocks_causal_alibi", batch=1, queries=200, heads=1, causal=True,
     alibi=True,
   ),
+  # Keys before, around and behind a block of queries.
+  Case("blocks_alibi", batch=1, queries=200, heads=1, alibi=True),
+  Case(  # What is visible lies on both sides of distance 0.
+    "blocks_causal_alibi_cross", batch=1, queries=200, keys=90, heads=1,
+    causal=True, alibi=True,
+  ),
   Case("blocks_cross", batch=1, queries=40, keys=70, heads=2, kv_heads=1),
   Case(
     "blocks_window", batch=1, queries=90, heads=1, window=(40, 35), alibi=True

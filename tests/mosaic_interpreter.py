@@ -76,9 +76,14 @@ def _add(tile, total):
   total[...] += rows_and_columns.transpose(3, 0, 2, 4, 1, 5).reshape(8, 128, 4)
 
 
-def _tanh(x, scale, bias):
+def _plane(x, first, slope, offset):
+  """mosaic_place.plane, likewise."""
+  return first + slope * (offset - _columns_less_rows(x)).astype(jnp.float32)
+
+
+def _tanh(x, scale, bias, slope=0.0, offset=0):
   """mosaic_tanh.tanh, likewise."""
-  return jnp.tanh(scale * x + bias)
+  return jnp.tanh(scale * x + _plane(x, bias, slope, offset))
 
 
 def _columns_less_rows(x):
@@ -113,6 +118,7 @@ def _pretend(form):
   mosaic_sums.add = _add
   mosaic_tanh.tanh = _tanh
   mosaic_place.hide, mosaic_place.distance = _hide, _distance
+  mosaic_place.plane = _plane
   mosaic_attn._TILES = {
     width: tuple(dataclasses.replace(x, warpgroups=2) for x in tiles)
     for width, tiles in mosaic_attn._TILES.items()

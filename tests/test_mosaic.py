@@ -24,9 +24,9 @@ H100 = device.Device("NVIDIA H100", 90)
   ("width", "form", "names"),
   [
     (64, "two", ["all_but_dense", "blocks_causal_alibi"]),
-    (64, "two", ["blocks_narrow_window"]),
+    (64, "two", ["blocks_narrow_window", "blocks_causal_alibi_cross"]),
     (128, "two", ["blocks_window"]),
-    (64, "added", ["all_but_dense", "grouped"]),
+    (64, "added", ["all_but_dense", "grouped", "blocks_alibi"]),
     (128, "added", ["vit_197", "blocks_causal"]),
   ],
 )
