@@ -339,8 +339,8 @@ def test_the_choice_and_its_reasons(monkeypatch, caplog):
     ((196, 196), 64, False, "triton"),
     ((1, 2048), 64, False, "mosaic"),
     ((2048, 2048), 64, False, "mosaic"),
-    ((2048, 2048), 64, True, "triton"),
-    ((2048, 2048), 128, True, "mosaic"),
+    ((2048, 2048), 32, True, "triton"),
+    ((2048, 2048), 64, True, "mosaic"),
   ],
 )
 def test_problems_go_first_to_what_is_fastest(lengths, width, alibi, first):
