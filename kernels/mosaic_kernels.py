@@ -430,7 +430,7 @@ def by_queries(
   given = dict(
     query=query, key=key, value=value, d_out=d_out, scalars=scalars, plan=plan,
     query_ids=query_ids, key_ids=key_ids, query_lengths=query_lengths,
-    table=schedule.table,
+    table=schedule.array(),
   )  # fmt: skip
   given = {name: x for name, x in given.items() if x is not None}
 
@@ -802,7 +802,7 @@ def by_keys(
   given = dict(
     query=query, key=key, value=value, d_out=d_out, d_query=d_query,
     scalars=scalars, plan=plan, query_ids=query_ids, key_ids=key_ids,
-    key_lengths=key_lengths, table=schedule.table,
+    key_lengths=key_lengths, table=schedule.array(),
   )  # fmt: skip
   given = {name: x for name, x in given.items() if x is not None}
   num_sums = (1 + form.alibi) if sums else 0

@@ -2,6 +2,7 @@
 
 import heapq
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -45,8 +46,15 @@ class Schedule:
       row[: len(found) + 1] = len(found), *found
     return table
 
+  def array(self):
+    """The table as an array, or None."""
+    if self.table is None:
+      return None
+    # Of a jit of its own: custom_partitioning takes no function with constants.
+    return jax.jit(lambda: jnp.asarray(self.table))()
+
   def count(self, table):
-    """How many are this program's. table: a Ref of self.table, or None."""
+    """How many are this program's. table: a Ref of the array, or None."""
     program = lax.axis_index("program")
     if table is not None:
       return table[program, 0]

@@ -97,6 +97,34 @@ def test_tiles_are_lowered_for_cuda(width, length, is_causal, has_slopes):
   assert lowered.as_text().count("custom_call @mosaic_gpu") == kernels
 
 
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize(
+  "options", [{"is_causal": True}, {"local_window_size": 64}, {}], ids=str
+)
+def test_what_users_call_is_lowered(options, manual, monkeypatch):
+  """With what is around the kernels: derivatives, vmap, partitioning."""
+  test_kernels.use_only(monkeypatch, "mosaic", H100)
+
+  def attend(query, key, value):
+    return sigattn.dot_product_attention(query, key, value, **options)
+
+  attend, sharding = jax.vmap(attend), None
+  if manual:
+    mesh = jax.make_mesh((1,), ("batch",))
+    split = jax.sharding.PartitionSpec(None, "batch")
+    sharding = jax.sharding.NamedSharding(mesh, split)
+    attend = jax.shard_map(attend, mesh=mesh, in_specs=split, out_specs=split)
+
+  def loss(*arrays):
+    return attend(*arrays).astype("float32").sum()
+
+  shape = 2, 2, 1024, 2, 64
+  x = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=sharding)
+  gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
+  lowered = gradients.trace(x, x, x).lower(lowering_platforms=("cuda",))
+  assert "mosaic_gpu" in lowered.as_text()
+
+
 @pytest.mark.parametrize(
   ("capability", "change", "reason"),
   [
