@@ -58,7 +58,11 @@ class Schedule:
     program = lax.axis_index("program")
     if table is not None:
       return table[program, 0]
-    return div(self._total - 1 - program, self.programs) + 1
+    # All rounds but the last are full. Not by a division, which registers that
+    # threads share cannot do: all in a loop so long would be kept by each.
+    rounds = -(-self._total // self.programs)
+    last = (rounds - 1) * self.programs + program
+    return rounds - (last >= self._total).astype(jnp.int32)
 
   def tile(self, table, i):
     """(head, tile) of this program's i-th; head counts over the batch too."""
