@@ -10,7 +10,7 @@ import functools
 import importlib
 import logging
 
-from kernels import device, xla_attn
+from kernels import device, transforms, xla_attn
 from kernels import problem as problems
 from kernels.problem import Operands, Problem
 
@@ -67,18 +67,23 @@ def attention(
     ValueError: for arguments that make no sense for any implementation.
     NotImplementedError: where the named implementation cannot.
   """
-  problem = problems.make(
-    query,
-    key,
-    value,
-    operands,
+  options = dict(
     kind=kind,
     scale=scale,
     logit_bias=logit_bias,
     normalizer=normalizer,
     is_causal=is_causal,
-    window=local_window_size,
   )
+  problem = problems.make(
+    query, key, value, operands, window=local_window_size, **options
+  )
+  split = transforms.shards(query, key, value, operands)
+  if split:
+    local = functools.partial(
+      attention, local_window_size=local_window_size,
+      implementation=implementation, **options,
+    )  # fmt: skip
+    return transforms.over_shards(local, *split)(query, key, value, operands)
   module = _module(choose(problem, implementation))
   return module.attention(query, key, value, operands, problem)
 

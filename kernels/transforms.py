@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels.problem import Operands
 
+_NAMES = ("query", "key", "value")
 # The axes of each argument; those of _FREE may be 1 and stay so.
 _INPUTS = ("BTNH", "BSKH", "BSKH")
 _OPERANDS = Operands("BNTS", "BNTS", "BN", "BN", "B", "B", "BT", "BS")
@@ -111,6 +112,62 @@ def head_cotangent(grad_BN, operand):
 
 
 # Meshes.
+
+
+def shards(query, key, value, operands):
+  """(mesh, specs of these, spec of the output) of an explicit mesh.
+
+  Such a mesh has its axes in the types of arrays, and what XLA cannot split
+  fails. None where it splits none of query, key and value.
+
+  Raises:
+    ValueError: where it splits anything but batch and heads, or not alike.
+  """
+  types = [jax.typeof(x).sharding for x in (query, key, value)]
+  if not any(name for sharding in types for name in sharding.spec):
+    return None
+  batch, _, heads, _ = types[0].spec
+  of_queries = PartitionSpec(batch, None, heads, None)
+  # Groups of queries stay with their key; of one key head, all groups have it.
+  of_keys = PartitionSpec(
+    batch, None, heads if key.shape[2] > 1 else None, None
+  )
+  inputs = of_queries, of_keys, of_keys
+  for name, found, spec in zip(_NAMES, types, inputs, strict=True):
+    if found.spec != spec:
+      raise ValueError(
+        f"{name} is sharded as {found.spec}, not {spec}: only batch and heads"
+        " may be split, and are alike in query, key and value (jax.reshard)"
+      )
+  names = {"B": batch, "N": heads}
+
+  def of_operand(axes, x):
+    if x is None:
+      return None
+    parts = zip(axes, x.shape, strict=True)
+    return PartitionSpec(
+      *(names.get(axis) if n > 1 else None for axis, n in parts)
+    )
+
+  of_operands = Operands(*map(of_operand, _OPERANDS, operands))
+  return types[0].mesh, (*inputs, of_operands), of_queries
+
+
+def over_shards(attend, mesh, in_specs, out_spec):
+  """attend(query, key, value, operands) of what each device holds."""
+
+  def move(x, spec):  # Operands may lie anywhere: they are small.
+    return jax.reshard(x, NamedSharding(mesh, spec))
+
+  # Outside of a jit an abstract mesh has no devices.
+  @jax.jit
+  def spread(query, key, value, operands):
+    operands = jax.tree.map(move, operands, in_specs[-1])
+    return jax.shard_map(
+      attend, mesh=mesh, in_specs=in_specs, out_specs=out_spec
+    )(query, key, value, operands)
+
+  return spread
 
 
 def _partitioned(local, problem, axes, outputs, arrays):

@@ -1,4 +1,4 @@
-"""Triton attention on meshes, its kernels replaced by plain JAX.
+"""Attention on meshes, Triton's kernels replaced by plain JAX.
 
 A process of its own, for test_triton.py: the others have one device. Prints
 what is wrong.
@@ -75,9 +75,7 @@ def check_meshes(kv_heads):
     return attend("triton", *arrays)
 
   wanted = with_gradients(lambda *x: attend("xla", *x), *arrays)
-  mesh = jax.make_mesh(
-    (2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
-  )
+  mesh = make_mesh(jax.sharding.AxisType.Auto)
   split = PartitionSpec("data", None, "model")
   heads, batch = PartitionSpec("model"), PartitionSpec("data")
   specs = split, split, split, heads, heads, batch
@@ -86,17 +84,34 @@ def check_meshes(kv_heads):
     for x, spec in zip(arrays, specs, strict=True)
   ]
 
-  automatic = jax.jit(functools.partial(with_gradients, ours))
-  compiled = automatic.lower(*sharded).compile()
-  check("automatic", compiled(*sharded), wanted)
-  moved = re.findall("all-gather|all-to-all|permute", compiled.as_text())
-  if moved:
-    raise SystemExit(f"automatic: {moved}")
+  check_without_moving("automatic", ours, sharded, wanted)
 
   manual = jax.shard_map(ours, mesh=mesh, in_specs=specs, out_specs=split)
   check(
     "shard_map", jax.jit(lambda *x: with_gradients(manual, *x))(*arrays), wanted
   )
+
+  # Explicit: the mesh is in the types of query, key and value.
+  mesh = make_mesh(jax.sharding.AxisType.Explicit)
+  typed = jax.device_put(arrays[:3], NamedSharding(mesh, split))
+  for name in "triton", "xla":
+    check_without_moving(
+      f"explicit, {name}", functools.partial(attend, name),
+      [*typed, *arrays[3:]], wanted,
+    )  # fmt: skip
+
+
+def make_mesh(axis_type):
+  return jax.make_mesh((2, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+
+
+def check_without_moving(name, attend, arrays, wanted):
+  jitted = jax.jit(functools.partial(with_gradients, attend))
+  compiled = jitted.lower(*arrays).compile()
+  check(name, compiled(*arrays), wanted)
+  moved = re.findall("all-gather|all-to-all|permute", compiled.as_text())
+  if moved:
+    raise SystemExit(f"{name}: {moved}")
 
 
 if __name__ == "__main__":

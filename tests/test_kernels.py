@@ -354,6 +354,26 @@ def test_problems_go_first_to_what_is_fastest(lengths, width, alibi, first):
   assert sorted(names) == ["mosaic", "triton", "xla"]
 
 
+@pytest.mark.parametrize(
+  ("query", "key", "reason"),
+  [
+    ((None, "a"), (None, "a"), r"query is sharded as P.None, 'a'.* alike"),
+    (("a",), (None,), r"key is sharded as P.None.*, not P.'a', None"),
+    ((None, None, "a"), (), "key is sharded as"),
+  ],
+)
+def test_a_mesh_that_splits_what_belongs_together(query, key, reason):
+  mesh = jax.make_mesh((1,), ("a",))
+
+  def put(spec):
+    spec = jax.sharding.PartitionSpec(*spec)
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    return jax.device_put(jnp.ones((2, 4, 2, 8)), sharding)
+
+  with pytest.raises(ValueError, match=reason):
+    attention.dot_product_attention(put(query), put(key), put(key))
+
+
 def test_kernels_stand_alone():
   code = (
     "import sys, kernels, kernels.xla_attn; "

@@ -97,11 +97,11 @@ def test_tiles_are_lowered_for_cuda(width, length, is_causal, has_slopes):
   assert lowered.as_text().count("custom_call @mosaic_gpu") == kernels
 
 
-@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("around", ["jit", "shard_map", "explicit mesh"])
 @pytest.mark.parametrize(
   "options", [{"is_causal": True}, {"local_window_size": 64}, {}], ids=str
 )
-def test_what_users_call_is_lowered(options, manual, monkeypatch):
+def test_what_users_call_is_lowered(options, around, monkeypatch):
   """With what is around the kernels: derivatives, vmap, partitioning."""
   test_kernels.use_only(monkeypatch, "mosaic", H100)
 
@@ -109,10 +109,11 @@ def test_what_users_call_is_lowered(options, manual, monkeypatch):
     return sigattn.dot_product_attention(query, key, value, **options)
 
   attend, sharding = jax.vmap(attend), None
-  if manual:
+  if around != "jit":
     mesh = jax.make_mesh((1,), ("batch",))
     split = jax.sharding.PartitionSpec(None, "batch")
     sharding = jax.sharding.NamedSharding(mesh, split)
+  if around == "shard_map":
     attend = jax.shard_map(attend, mesh=mesh, in_specs=split, out_specs=split)
 
   def loss(*arrays):
