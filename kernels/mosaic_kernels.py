@@ -19,8 +19,9 @@ and the memory warpgroup fences it in between.
 
 A tile sees a range of blocks. Those at its edges, where only part is visible,
 come first and are masked; all others follow in a loop without a mask, and those
-that nothing sees are neither loaded nor computed. Sigmoid needs no order: the
-shares of blocks are added.
+that nothing sees are neither loaded nor computed. Where dq is added one loop
+takes all, one after the other. Sigmoid needs no order: the shares of blocks are
+added.
 
 Rows beyond a sequence's end are read as zeros, and zeros add nothing: to out
 and dk, dq because v or k is zero there; to dv because do is.

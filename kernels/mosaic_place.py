@@ -97,6 +97,7 @@ def plane(x, first, slope, offset):
 
 
 def scalars(first, slope, offset):
+  """The numbers of a plane as arrays, of the types that on_plane takes."""
   return (
     jnp.asarray(first, jnp.float32),
     jnp.asarray(slope, jnp.float32),
