@@ -245,7 +245,7 @@ def exact(case, arrays, options, cotangent):
     offset = -math.log(s) if case.kind == "sigmoid" else 0.0
   z = z + np.asarray(offset, np.float64).reshape(*np.shape(offset), 1, 1)
   if case.kind == "sigmoid":
-    p = 1 / (1 + np.exp(-z))
+    p = np.exp(-np.logaddexp(0, -z))  # which does not overflow
     slope = p / (1 + np.exp(z))
   elif case.kind == "relu":
     p, slope = np.maximum(z, 0) / s, (z > 0) / s
