@@ -182,7 +182,7 @@ def speed(cell, field, prepared):
   rounds = {key: [] for key in calls}
   for _ in range(_ROUNDS):
     for (rival, direction), call in calls.items():
-      with _reported(rival, cell):  # Many calls may want too much memory.
+      with _reported(rival, cell):
         time = tuning.milliseconds(call, rival.wait, repeats=1)
         rounds[rival, direction].append(time)
   times = {key: statistics.median(x) for key, x in rounds.items() if x}

@@ -9,6 +9,8 @@ computes that array before the loop over blocks and keeps all of it, up to 64
 numbers a thread, where the products leave no register.
 """
 
+import functools
+
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,11 @@ def hide(x, low, high, hidden):
   x: (64, columns) float32, in registers as the tensor cores leave it. low,
   high: int32 scalars, or None: no bound. hidden: a number.
   """
-  bounds = [b for b in (low, high) if b is not None]
+  sides = (low, arith.CmpIPredicate.sle), (high, arith.CmpIPredicate.sge)
+  sides = [
+    (bound, predicate) for bound, predicate in sides if bound is not None
+  ]
+  bounds, predicates = zip(*sides, strict=True)
 
   @plgpu.inline_mgpu(
     arg_types=(plgpu.Layout.WGMMA, *[_SPLAT] * len(bounds)),
@@ -34,18 +40,15 @@ def hide(x, low, high, hidden):
   )
   def cover(_, x, *bounds):
     f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-    limits = iter([_rows(b.registers.item()) for b in bounds])
-    lows = None if low is None else next(limits)
-    highs = None if high is None else next(limits)
+    limits = [_rows(bound.registers.item()) for bound in bounds]
 
     def one(value, i, column):
-      seen = None
-      for bound, predicate in (
-        (lows, arith.CmpIPredicate.sle), (highs, arith.CmpIPredicate.sge),
-      ):  # fmt: skip
-        if bound is not None:
-          part = arith.cmpi(predicate, bound[i], utils.c(column, i32))
-          seen = part if seen is None else arith.andi(seen, part)
+      column = utils.c(column, i32)
+      seen = [
+        arith.cmpi(predicate, limit[i], column)
+        for predicate, limit in zip(predicates, limits, strict=True)
+      ]
+      seen = functools.reduce(arith.andi, seen)
       return arith.select(seen, value, utils.c(hidden, f32))
 
     return _map(one, x)

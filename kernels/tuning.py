@@ -294,7 +294,9 @@ def fastest(times):
     examples = [
       example(width, dtype, length, is_causal=causal)
       for dtype, length, causal in cases
-    ] + [example_of_everything(width, dtype) for dtype, *_ in cases]
+    ]
+    dtypes = dict.fromkeys(dtype for dtype, *_ in cases)
+    examples += [example_of_everything(width, dtype) for dtype in dtypes]
     whole = {t: sum(x.values()) for t, x in tiles.items() if x.keys() == cases}
     for candidate in sorted(whole, key=whole.get):
       needs = (resources(x, direction, candidate, capability) for x in examples)

@@ -213,6 +213,34 @@ def test_short_sequences_have_tiles_of_their_own(tmp_path, monkeypatch):
   assert tile("backward_q", 256) == tile("backward_q", 257)
 
 
+def test_the_fastest_tile_that_fits_what_it_was_timed_on(monkeypatch):
+  monkeypatch.setattr(device, "current", lambda: device.Device("A10", 86))
+  spilling, half_timed, first, second = (
+    tuning.Tile(block, 32, 4, 2) for block in (16, 32, 64, 128)
+  )
+  compiled = []
+
+  def resources(problem, direction, tile, capability):
+    compiled.append((problem.query_len, problem.is_causal, tile))
+    short = problem.query_len == 196
+    return tuning.Resources(99, 8 * (short and tile == spilling), 0)
+
+  monkeypatch.setattr(tuning, "resources", resources)
+  full, causal = (
+    tuning.Job("forward", 64, "bfloat16", is_causal, 196, None)
+    for is_causal in (False, True)
+  )
+  times = {
+    full._replace(tile=spilling): 1.0, causal._replace(tile=spilling): 1.0,
+    full._replace(tile=half_timed): 1.0,
+    full._replace(tile=second): 2.0, causal._replace(tile=second): 4.0,
+    full._replace(tile=first): 3.0, causal._replace(tile=first): 2.0,
+  }  # fmt: skip
+  assert tuning.fastest(times) == {("16", "forward", 64): first}
+  assert len(compiled) == len(set(compiled)), "one compiled twice"
+  assert {tile for *_, tile in compiled} == {spilling, first}
+
+
 def test_tiles_compile_without_spills():
   """Some; python -m kernels.tuning --check compiles all."""
   environment = {k: v for k, v in os.environ.items() if "INTERPRET" not in k}
