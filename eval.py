@@ -5,20 +5,27 @@
 or, in a notebook: `from eval import evaluate; evaluate(workdir)`.
 """
 
+import os
 import pathlib
-import sys
+from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from sigattn import checkpoint, mesh, metrics, report, tasks, workdirs
-from sigattn.data import loader
+from sigattn import cli, tasks
+from sigattn.analysis import report
+from sigattn.training import checkpoint, mesh, metrics, run_dir
+from sigattn.training import evaluate as evaluation
 
 
-def evaluate(workdir, split=None, step=None):
+def evaluate(
+  workdir: str | os.PathLike[str],
+  split: str | None = None,
+  step: int | str | None = None,
+) -> dict[str, Any]:
   """Metrics of a run's checkpoint, as a dict; also in workdir/eval.json.
 
-  What the task studies besides, another length say, is a dict of metrics by
-  name in `studies`.
+  What the task evaluates besides, another length say, is a dict of metrics by
+  name in `variants`.
 
   split: one of the data's, by default config.data.eval_split. step: a number,
   "best", or None for the newest. Raises ValueError where there is no such run,
@@ -29,38 +36,31 @@ def evaluate(workdir, split=None, step=None):
   devices = mesh.make()
 
   def run(config):
-    batches = loader.eval_batches(config, split)
-    return tasks.evaluator(config, devices)(params, batches)
+    batches = tasks.eval_batches(config, split)
+    return evaluation.evaluator(config, devices)(params, batches)
 
   results = {"step": step, "split": split, **run(config)}
-  if studies := tasks.studies(config):
-    results["studies"] = {name: run(x) for name, x in studies.items()}
-  workdirs.write_json(pathlib.Path(workdir) / "eval.json", results)
+  if variants := evaluation.variants(config):
+    results["variants"] = {name: run(x) for name, x in variants.items()}
+  run_dir.write_json(pathlib.Path(workdir) / "eval.json", results)
   return results
 
 
-def _main(argv):
-  if argv[1:]:
-    raise app.UsageError(f"not understood: {argv[1:]}")
+def _define_flags():
+  flags.DEFINE_string("split", None, "By default the run's own held-out one.")
+
+
+def _main(given):
   metrics.set_up_logs()
-  workdir, step = flags.FLAGS.workdir, flags.FLAGS.step
-  try:
-    if step is not None and step != "best":
-      step = int(step)
-    results = evaluate(workdir, flags.FLAGS.split, step)
-  except ValueError as error:
-    sys.exit(f"eval.py: {error}")
-  studies = results.pop("studies", {})
+  with cli.refusing("eval.py"):
+    results = evaluate(given.workdir, given.split, given.step)
+  variants = results.pop("variants", {})
   metrics.log(
-    report.evaluation_table({results["split"]: results}, title=workdir)
+    report.evaluation_table({results["split"]: results}, title=given.workdir)
   )
-  if studies:
-    metrics.log(report.studies_table(studies))
+  if variants:
+    metrics.log(report.variants_table(variants))
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "The folder of the run.")
-  flags.DEFINE_string("split", None, "By default the run's own held-out one.")
-  flags.DEFINE_string("step", None, "A number or best; by default the newest.")
-  flags.mark_flag_as_required("workdir")
-  app.run(_main)
+  cli.start(_main, _define_flags, ("workdir", "step"))

@@ -3,9 +3,9 @@
   python -m benchmarks.studies runs/attention_norm --ran="H100, 2026-11-25"
 
 A folder is named for its study and holds its runs. For each, the last
-evaluation of every run goes to benchmarks/studies/STUDY.json, beside the
-device and date that --ran says, and a figure to STUDY.png. Runs that have not
-come to their end are listed with the step that they came to, and not drawn.
+evaluation of every run goes to benchmarks/results/studies/STUDY.json, beside
+the device and date that --ran says, and a figure to STUDY.png. Runs that have
+not come to their end are listed with the step that they came to, and not drawn.
 """
 
 import itertools
@@ -16,9 +16,10 @@ import statistics
 from absl import app, flags
 from matplotlib import figure as figures
 
-from sigattn import metrics, report, telemetry, workdirs
+from sigattn.analysis import report, telemetry
+from sigattn.training import metrics, run_dir
 
-OUT = pathlib.Path(__file__).parent / "studies"
+OUT = pathlib.Path(__file__).parent / "results" / "studies"
 
 
 def main(argv):
@@ -35,7 +36,7 @@ def main(argv):
     if study in DERIVED:
       written[DERIVED[study].__name__] = DERIVED[study](finished)
     OUT.mkdir(exist_ok=True)
-    workdirs.write_json(OUT / f"{study}.json", written)
+    run_dir.write_json(OUT / f"{study}.json", written)
     figure = FIGURES[study](finished)
     figure.savefig(OUT / f"{study}.png", dpi=110)
     metrics.log(f"{study}: {len(finished)} of {len(runs)} runs finished")
@@ -310,7 +311,7 @@ def _longer(run):
   """{whose n: {length: loss}} of what eval.py wrote of a run."""
   path = pathlib.Path(run.workdir) / "eval.json"
   found = {}
-  for name, values in json.loads(path.read_text())["studies"].items():
+  for name, values in json.loads(path.read_text())["variants"].items():
     lengths, _, owner = name.partition(", ")
     factor, trained = map(int, lengths.split(" x "))
     losses = found.setdefault(owner or "n of the training", {})

@@ -97,7 +97,7 @@ def _base():
   # eval.py evaluates at so many times the training length, too.
   config.eval.length_factors = (1, 2, 4, 8)
   # Whose length is sigmoid's n there: training, test, or both in turn.
-  config.eval.n_of = ("training",)
+  config.eval.max_length_of = ("training",)
   config.ckpt.update(best_metric="loss", best_mode="min")
   config.log.every_steps = 100
   return config

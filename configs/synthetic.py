@@ -65,7 +65,7 @@ def _base():
     remat=False,
   )
   config.eval.length_factors = ()  # eval.py evaluates these lengths too
-  config.eval.n_of = ("training",)  # there: training, test, or both
+  config.eval.max_length_of = ("training",)  # there: training, test, or both
   config.optim.update(lr=1e-3, b2=0.98)
   config.log.every_steps = 100
   return config

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import sigattn
-from sigattn import theory
+from sigattn.analysis import theory
 
 lengths = np.array([16, 64, 256, 1024, 4096])
 biases = {

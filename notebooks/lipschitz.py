@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from sigattn import theory
+from sigattn.analysis import theory
 
 # %% [markdown]
 # ## The bound holds

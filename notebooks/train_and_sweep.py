@@ -15,8 +15,8 @@ import tempfile
 import matplotlib.pyplot as plt
 
 from configs import vit_sigmoid
-from sigattn import metrics, tasks
-from sigattn.data import loader
+from sigattn import tasks
+from sigattn.training import metrics, setup
 from train import train
 
 # %% [markdown]
@@ -44,14 +44,14 @@ def small(**changes):
 state = train(small())  # without a folder it writes nothing
 
 # %% [markdown]
-# The state holds the parameters; `tasks.model` makes a callable model of them.
+# The state holds the parameters; `setup.model` makes a callable model of them.
 
 # %%
 config = small()
-model = tasks.model(config, state.params)
-batch = next(iter(loader.eval_batches(config, "test")))
+model = setup.model(config, state.params)
+batch = next(iter(tasks.eval_batches(config, "test")))
 images = batch["image"][:8]
-guesses = model(tasks.TASKS["vit"].normalize(config.data, images)).argmax(-1)
+guesses = model(tasks.get("vit").normalize(config.data, images)).argmax(-1)
 figure, row = plt.subplots(1, 8, figsize=(8, 1.4), layout="constrained")
 for axes, image, guess, label in zip(
   row, images, guesses, batch["label"], strict=False

@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import kernels
+from sigattn.kernels import dispatch
 
 KINDS = ("sigmoid", "softmax", "relu", "relu2")
 
 
 def implementations(kind):
   """The names that `implementation` may have, besides None, for a kind."""
-  return ("xla", "cudnn") if kind == "softmax" else (*kernels.IMPLEMENTATIONS,)
+  return ("xla", "cudnn") if kind == "softmax" else (*dispatch.IMPLEMENTATIONS,)
 
 
 def dot_product_attention(
@@ -177,7 +177,7 @@ def attention_weights(
     query, operands, kind, logit_bias, _length(n, key)
   )
   found = Weights(
-    *kernels.weights(
+    *dispatch.weights(
       query,
       key,
       operands,
@@ -218,8 +218,8 @@ def _length(n, key):
 def _operands(
   query, *, bias=None, mask=None, alibi_slopes=None, **lengths_and_segments
 ):
-  """kernels.Operands of arrays that may lack axes in front."""
-  return kernels.Operands(
+  """dispatch.Operands of arrays that may lack axes in front."""
+  return dispatch.Operands(
     bias=_unsqueeze(bias, 4),
     mask=_unsqueeze(mask, 4),
     alibi_slopes=_per_head("alibi_slopes", alibi_slopes, _heads(query)),
@@ -242,7 +242,7 @@ def default_logit_bias(kind, n):
 
 def _pointwise(query, key, value, operands, *, kind, logit_bias, n, **options):
   operands, numbers = _bias_and_divisor(query, operands, kind, logit_bias, n)
-  return kernels.attention(
+  return dispatch.attention(
     query, key, value, operands, kind=kind, **numbers, **options
   )
 

@@ -17,10 +17,10 @@ import shlex
 import subprocess
 import sys
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
-from sigattn import metrics, report, tasks, workdirs
+from sigattn.analysis import report
+from sigattn.training import metrics, run_dir, setup
 
 _TRAIN = pathlib.Path(__file__).parent.parent / "train.py"
 
@@ -52,6 +52,11 @@ def deltas(config_file, names):
 def command(config_file, overrides, workdir):
   """The train.py command of one run, as a list of words."""
   words = [f"--config.{key}={value}" for key, value in overrides.items()]
+  if not _TRAIN.is_file():
+    raise ValueError(
+      "a sweep runs train.py, which is part of a checkout of the repository, "
+      "not of the installed package: work in a checkout"
+    )
   train = os.path.relpath(_TRAIN)
   return [
     sys.executable, train, f"--config={config_file}", *words,
@@ -66,31 +71,35 @@ def _configured(config, delta):
     run.update_from_flattened_dict(delta)
   except (KeyError, TypeError) as error:
     raise ValueError(f"sweep {delta}: {error}") from error
-  tasks.check(run)
+  setup.validate_config(run)
   return run
 
 
-def main(argv):
-  if argv[1:]:
-    raise app.UsageError(f"not understood: {argv[1:]}")
+def define_flags() -> None:
+  """The flags of `python -m sigattn sweep`, besides --config."""
+  flags.DEFINE_list("sweep", None, "Sweeps of the config file: attn,lr,seed.")
+  flags.DEFINE_string("root", None, "Holds the runs; by default below runs/.")
+  flags.DEFINE_bool("dry_run", False, "Print the commands, run nothing.")
+  flags.mark_flag_as_required("sweep")
+
+
+def run(given: flags.FlagValues) -> None:
+  """Trains every run of the sweeps that the flags name, and compares them."""
   metrics.set_up_logs()
-  flag = flags.FLAGS["config"]
-  file, config = flag.config_filename, flags.FLAGS.config
-  root = flags.FLAGS.root or workdirs.default(file, flag.override_values)
-  try:
-    runs = [
-      (delta, _configured(config, delta), f"{root}/{workdirs.name(delta)}")
-      for delta in deltas(file, flags.FLAGS.sweep)
-    ]
-  except ValueError as error:
-    sys.exit(f"sigattn.sweep: {error}")
+  flag = given["config"]
+  file, config = flag.config_filename, given.config
+  root = given.root or run_dir.default(file, flag.override_values)
+  runs = [
+    (delta, _configured(config, delta), f"{root}/{run_dir.name(delta)}")
+    for delta in deltas(file, given.sweep)
+  ]
   failed = []
-  for index, (delta, run, workdir) in enumerate(runs, 1):
+  for index, (delta, one, workdir) in enumerate(runs, 1):
     words = command(file, flag.override_values | delta, workdir)
-    if flags.FLAGS.dry_run:
+    if given.dry_run:
       print(shlex.join(words))
       continue
-    if workdirs.done(workdir, run.total_steps):
+    if run_dir.done(workdir, one.total_steps):
       metrics.log(f"run {index}/{len(runs)}: {workdir} is finished")
       continue
     metrics.log(f"run {index}/{len(runs)}: {shlex.join(words)}")
@@ -99,18 +108,13 @@ def main(argv):
       sys.exit(code)
     if code:
       failed.append(workdir)
-  if not flags.FLAGS.dry_run:
+  if not given.dry_run:
     report.sweep([(delta, workdir) for delta, _, workdir in runs], root, config)
   if failed:
     sys.exit(f"failed, and left out of the table: {failed}")
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file(
-    "config", None, "configs/vit_sigmoid.py, say.", lock_config=True
-  )
-  flags.DEFINE_list("sweep", None, "Sweeps of the config file: attn,lr,seed.")
-  flags.DEFINE_string("root", None, "Holds the runs; by default below runs/.")
-  flags.DEFINE_bool("dry_run", False, "Print the commands, run nothing.")
-  flags.mark_flags_as_required(["config", "sweep"])
-  app.run(main)
+  from sigattn import cli
+
+  cli.main([sys.argv[0], "sweep", *sys.argv[1:]])

@@ -11,7 +11,7 @@ from flax import nnx
 
 import sigattn
 from sigattn.attention import KINDS, dot_product_attention
-from tests import cases
+from tests.kernels import cases
 
 POINTWISE = [kind for kind in KINDS if kind != "softmax"]
 SMALL = cases.Case("small", queries=6, keys=9, heads=4, width=8)

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from configs import vit, vit_sigmoid
-from sigattn import tasks
+from sigattn.training import setup
 
 ARGS = (None, "runlocal", "imagenet", "Ti/16", "imagenet,S/16", "L/16,runlocal")
 
@@ -16,13 +16,13 @@ def test_config_passes_its_check(module, arg):
   config = module.get_config(arg)
   assert config.is_locked
   if config.data.source == "fashion_mnist":
-    tasks.check(config)
+    setup.validate_config(config)
   else:  # All but the data: there is no Hub in a test.
     local = copy.deepcopy(config)
     local.data.source = "fashion_mnist"
     local.data.update(channels=1, num_classes=10, mean=(0.3,), std=(0.4,))
     local.data.eval_split = "test"
-    tasks.check(local)
+    setup.validate_config(local)
 
 
 @pytest.mark.parametrize("arg", ARGS)
@@ -112,7 +112,7 @@ def test_bad_value_is_refused_with_its_path_and_value(path, value):
   config = vit_sigmoid.get_config()
   config.update_from_flattened_dict({path: value})
   with pytest.raises(ValueError, match=rf"config\.{path}") as error:
-    tasks.check(config)
+    setup.validate_config(config)
   assert repr(value) in str(error.value)
 
 
@@ -120,8 +120,8 @@ def test_softmax_refuses_a_logit_bias():
   config = vit.get_config()
   config.attn.logit_bias = -3.0
   with pytest.raises(ValueError, match=r"config\.attn\.logit_bias=-3\.0"):
-    tasks.check(config)
+    setup.validate_config(config)
   config = vit.get_config()
   config.attn.learn_logit_bias = True
   with pytest.raises(ValueError, match=r"config\.attn\.learn_logit_bias=True"):
-    tasks.check(config)
+    setup.validate_config(config)

@@ -7,8 +7,9 @@ import re
 import pytest
 
 from benchmarks import studies
-from sigattn import report, sweep, tasks
-from sigattn.data import loader
+from sigattn import sweep, tasks
+from sigattn.analysis import report
+from sigattn.training import setup
 from train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -40,14 +41,14 @@ def test_every_run_is_a_config_that_passes_its_check(file):
   for delta in found:
     config = load(file).get_config()
     config.update_from_flattened_dict(delta)
-    tasks.check(config)
+    setup.validate_config(config)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_small_one_trains(file, monkeypatch):
-  whole = loader.eval_batches
+  whole = tasks.eval_batches
   monkeypatch.setattr(
-    loader, "eval_batches", lambda *args: [next(iter(whole(*args)))]
+    tasks, "eval_batches", lambda *args: [next(iter(whole(*args)))]
   )
   config = load(file).get_config()
   config.update_from_flattened_dict(deltas(file)[-1])

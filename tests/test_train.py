@@ -13,11 +13,18 @@ import jax
 import numpy as np
 import pytest
 
-import train as train_lib
 from configs import vit, vit_sigmoid
 from eval import evaluate
-from sigattn import checkpoint, metrics, tasks, workdirs
-from sigattn.data import loader
+from sigattn import tasks
+from sigattn.training import (
+  checkpoint,
+  mesh,
+  metrics,
+  run_dir,
+  setup,
+  step,
+)
+from sigattn.training import evaluate as evaluation
 from train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -33,17 +40,12 @@ def small(kind="sigmoid", **values):
 @pytest.fixture
 def few_images(monkeypatch):
   """Evaluates one batch instead of all: the loop is the same."""
-  whole = loader.eval_batches
+  whole = tasks.eval_batches
 
   def one(config, split):
     return [next(iter(whole(config, split)))]
 
-  monkeypatch.setattr(loader, "eval_batches", one)
-
-
-def step_function(config, static, tx):
-  update = train_lib._make_update(config, tasks.TASKS["vit"], static, tx)
-  return train_lib._make_step(update)
+  monkeypatch.setattr(tasks, "eval_batches", one)
 
 
 def equal(a, b):
@@ -59,10 +61,10 @@ def test_every_kind_trains_and_writes_nothing_without_a_workdir(
   state = train(config)
   assert int(state.step) == 2
   assert not list(tmp_path.iterdir())
-  _, start = tasks.init(config)
+  _, start = setup.init(config)
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, start)
   assert all(jax.tree.leaves(moved["head"]))
-  model = tasks.model(config, state.params)
+  model = setup.model(config, state.params)
   logits = model(np.zeros((3, 28, 28, 1), np.float32))
   assert logits.shape == (3, 10)
 
@@ -70,12 +72,12 @@ def test_every_kind_trains_and_writes_nothing_without_a_workdir(
 def test_loss_falls_when_it_learns_one_batch():
   config = small(total_steps=30)
   config.optim.update(lr=3e-3, schedule="constant")
-  static, tx, state = train_lib._init(config, train_lib.mesh.make())
-  step = step_function(config, static, tx)
-  batch = next(loader.train_iterator(config))
+  state, update = step.init(config, mesh.make())
+  step_fn = step.jitted(update)
+  batch = next(tasks.train_batches(config))
   losses = []
   for _ in range(30):
-    state, values = step(state, batch)
+    state, values = step_fn(state, batch)
     losses.append(float(values["loss"]))
   assert losses[0] == pytest.approx(np.log(10), rel=0.05)
   assert losses[-1] < 0.7 * losses[0]
@@ -140,9 +142,9 @@ def test_kill_9_and_the_same_command_again_equals_one_run(tmp_path):
   subprocess.run(
     command(tmp_path / "whole"), cwd=ROOT, capture_output=True, check=True
   )
-  _, killed_params, step = checkpoint.load(tmp_path / "killed")
+  _, killed_params, last = checkpoint.load(tmp_path / "killed")
   _, whole_params, _ = checkpoint.load(tmp_path / "whole")
-  assert step == 120
+  assert last == 120
   equal(killed_params, whole_params)
   steps = [x["step"] for x in metrics.read(tmp_path / "killed")]
   assert steps == [x["step"] for x in metrics.read(tmp_path / "whole")]
@@ -163,13 +165,13 @@ def test_interrupt_saves_and_the_same_call_goes_on(tmp_path):
   assert run.wait(60) == 130
   assert "the same command goes on" in output
   assert "Traceback" not in output
-  step = checkpoint.load(tmp_path)[2]
-  assert 5 <= step < 100000
+  last = checkpoint.load(tmp_path)[2]
+  assert 5 <= last < 100000
   state = train(
-    small(total_steps=step, **{"ckpt.every_steps": 0, "eval.every_steps": 0}),
+    small(total_steps=last, **{"ckpt.every_steps": 0, "eval.every_steps": 0}),
     tmp_path,
   )
-  assert int(state.step) == step
+  assert int(state.step) == last
 
 
 def test_finished_run_is_read_back_not_trained_again(tmp_path, few_images):
@@ -190,7 +192,7 @@ def test_another_config_in_the_same_workdir_is_refused(tmp_path, few_images):
 def test_what_a_run_leaves(tmp_path):
   config = small(**{"batch_size": 256, "eval.every_steps": 1})
   train(config, tmp_path)
-  assert workdirs.read_config(tmp_path).attn.kind == "sigmoid"
+  assert run_dir.read_config(tmp_path).attn.kind == "sigmoid"
   lines = metrics.read(tmp_path)
   assert [(x["step"], x["split"]) for x in lines] == [
     (1, "train"), (1, "test"), (2, "train"), (2, "test"),
@@ -217,9 +219,9 @@ def test_rate_does_not_count_what_compiles(monkeypatch, few_images):
   time = types.SimpleNamespace(perf_counter=lambda: clock[0])
   monkeypatch.setattr(metrics, "time", time)
   monkeypatch.setattr(metrics.Writer, "write", lambda _, *x: lines.append(x))
-  fetch = train_lib._Log._fetch
+  fetch = metrics.StepLog._fetch
 
-  def step(state, batch):
+  def step_fn(state, batch):
     size = len(batch["label"])
     clock[0] += 0 if size in sizes else 1000
     sizes.add(size)
@@ -230,14 +232,14 @@ def test_rate_does_not_count_what_compiles(monkeypatch, few_images):
     clock[0] += 1
     fetch(log)
 
-  monkeypatch.setattr(train_lib, "_make_step", lambda update: step)
-  monkeypatch.setattr(train_lib._Log, "_fetch", wait)
+  monkeypatch.setattr(step, "jitted", lambda update: step_fn)
+  monkeypatch.setattr(metrics.StepLog, "_fetch", wait)
   every = {f"{name}.every_steps": 0 for name in ("eval", "ckpt")}
   config = small(total_steps=5, **every, **{"log.every_steps": 5})
-  batch = next(loader.train_iterator(config))
+  batch = next(tasks.train_batches(config))
   half = {name: x[: len(x) // 2] for name, x in batch.items()}
   batches = [batch, batch, half, batch, half]
-  monkeypatch.setattr(loader, "train_iterator", lambda _: iter(batches))
+  monkeypatch.setattr(tasks, "train_batches", lambda _: iter(batches))
   train(config)
   rates = [x["per_second"] for _, split, x in lines if split == "train"]
   # The first step of each size compiles.
@@ -247,11 +249,11 @@ def test_rate_does_not_count_what_compiles(monkeypatch, few_images):
 
 def test_evaluation_averages_over_the_examples_not_the_padding(tmp_path):
   config = small(batch_size=192)  # 2000 images: the last batch is padded
-  _, params = tasks.init(config)
-  evaluator = tasks.evaluator(config, train_lib.mesh.make())
-  found = evaluator(params, loader.eval_batches(config, "test"))
+  _, params = setup.init(config)
+  evaluator = evaluation.evaluator(config, mesh.make())
+  found = evaluator(params, tasks.eval_batches(config, "test"))
   config.batch_size = 250
-  whole = evaluator(params, loader.eval_batches(config, "test"))
+  whole = evaluator(params, tasks.eval_batches(config, "test"))
   assert found["accuracy"] == pytest.approx(whole["accuracy"], abs=1e-6)
   assert found["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
@@ -261,7 +263,7 @@ def test_best_checkpoint_is_kept_beside_the_newest(
 ):
   accuracies = iter([0.1, 0.5, 0.3])
   monkeypatch.setattr(
-    tasks,
+    evaluation,
     "evaluator",
     lambda *_: lambda *_: {"loss": 1.0, "accuracy": next(accuracies)},
   )
@@ -277,13 +279,12 @@ def test_best_checkpoint_is_kept_beside_the_newest(
 def test_accumulated_gradient_equals_the_whole_batchs():
   # Mixup would mix other pairs in each part.
   config = small(batch_size=12, **{"augment.mixup": 0.0})
-  batch = next(loader.train_iterator(config))
+  batch = next(tasks.train_batches(config))
   found = []
   for parts in (1, 3):
     config.optim.accumulate = parts
-    static, tx, state = train_lib._init(config, train_lib.mesh.make())
-    step = step_function(config, static, tx)
-    found.append(step(state, batch)[1])
+    state, update = step.init(config, mesh.make())
+    found.append(step.jitted(update)(state, batch)[1])
   for name in ("loss", "accuracy", "grad_norm"):
     np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-5)
 
@@ -330,8 +331,9 @@ def test_command_line_refuses_without_a_trace_of_a_run(words, said, tmp_path):
 # A step's buffer of 125 MiB is where that of the step before was, unless
 # something small has settled there since: now and then, in any process.
 FAULTS = """
-import resource, statistics, jax, train
-train._keep_freed_memory()
+import resource, statistics, jax
+from sigattn.training import process
+process.keep_freed_memory()
 x = jax.numpy.ones((128, 128))
 step = jax.jit(lambda x: (jax.numpy.tile(x, (2000, 1)) @ x).sum())
 
@@ -360,5 +362,5 @@ def test_two_seeds_differ_and_one_repeats(few_images):
 
 def test_kinds_start_from_the_same_parameters():
   equal(
-    tasks.init(vit.get_config())[1], tasks.init(vit_sigmoid.get_config())[1]
+    setup.init(vit.get_config())[1], setup.init(vit_sigmoid.get_config())[1]
   )

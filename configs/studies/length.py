@@ -23,7 +23,7 @@ def get_config():
   config.attn.kind = "sigmoid"
   config.total_steps = 1500
   config.data.length = 256
-  config.eval.n_of = ("training", "test")
+  config.eval.max_length_of = ("training", "test")
   return config.lock()
 
 

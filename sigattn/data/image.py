@@ -5,46 +5,39 @@ or of parquet files, and a data set of the Hugging Face Hub.
 """
 
 import io
-import math
-import pathlib
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from sigattn import check as checks
-from sigattn.data import augment, hub
+from sigattn.data import augment, hub, loader
+from sigattn.validate import choice, flag, real, sequence, text, whole
 
-_FOLDER = pathlib.Path(__file__).parent / "embedded"
 EMBEDDED = {  # name: file, splits, classes
   # 10,000 and 2,000 of its images; its licence lies beside it.
-  "fashion_mnist": (_FOLDER / "fashion_mnist.npz", ("train", "test"), 10),
+  "fashion_mnist": ("fashion_mnist.npz", ("train", "test"), 10),
 }
 _MODES = {1: "L", 3: "RGB"}  # Pillow's names, by the number of channels
 
 
-def check(config):
-  """ValueError for a bad value of config.data or of what augments an image.
-
-  Looks up what the source offers, without loading it. The columns and classes
-  of a folder are known only once it is opened.
-  """
-  checks.number(config, "data.image_size", low=1)
-  checks.choice(config, "data.channels", _MODES)
-  checks.number(config, "data.num_classes", low=1)
-  _check_moments(config)
-  checks.choice(config, "augment.crop", augment.CROPS)
-  checks.number(config, "augment.pad", low=0)
-  checks.number(config, "augment.min_area", above=0, high=1)
-  checks.number(config, "augment.randaugment_layers", low=0)
-  checks.number(config, "augment.randaugment_magnitude", low=0, high=10)
-  splits, classes = _offers(config.data.source)
-  checks.choice(config, "data.train_split", splits)
-  checks.choice(config, "data.eval_split", splits)
-  if classes is not None:
-    _check_classes(config, classes)
+FIELDS = {
+  "data.source": text(),
+  "data.train_split": text(),
+  "data.eval_split": text(),
+  "data.image_size": whole(low=1),
+  "data.channels": choice(_MODES),
+  "data.num_classes": whole(low=1),
+  "data.mean": sequence(real(), "finite numbers"),
+  "data.std": sequence(real(above=0), "finite numbers > 0"),
+  "augment.crop": choice(augment.CROPS),
+  "augment.pad": whole(low=0),
+  "augment.min_area": real(above=0, high=1),
+  "augment.flip": flag(),
+  "augment.randaugment_layers": whole(low=0),
+  "augment.randaugment_magnitude": real(low=0, high=10),
+}
 
 
-def _check_moments(config):
+def _a_moment_for_each_channel(config):
   channels = config.data.channels
   for name in ("mean", "std"):
     values = config.data[name]
@@ -53,13 +46,27 @@ def _check_moments(config):
         f"config.data.{name}={values!r}; must be {channels} numbers, one for "
         "each of config.data.channels"
       )
-    low = -math.inf if name == "mean" else 0
-    if not all(low < value < math.inf for value in values):
-      wanted = "finite" if name == "mean" else "finite and > 0"
-      raise ValueError(f"config.data.{name}={values!r}; must be {wanted}")
 
 
-def _check_classes(config, classes):
+def _source_offers_it(config):
+  """Looks up what the source offers, without loading it.
+
+  The columns and classes of a folder are known only once it is opened.
+  """
+  splits, classes = _offers(config.data.source)
+  for key in ("train_split", "eval_split"):
+    if config.data[key] not in splits:
+      raise ValueError(
+        f"config.data.{key}={config.data[key]!r}; choose from {sorted(splits)}"
+      )
+  if classes is not None:
+    _validate_classes(config, classes)
+
+
+RULES = (_a_moment_for_each_channel, _source_offers_it)
+
+
+def _validate_classes(config, classes):
   if config.data.num_classes != classes:
     raise ValueError(
       f"config.data.num_classes={config.data.num_classes!r}; must be "
@@ -70,7 +77,9 @@ def _check_classes(config, classes):
 def _offers(source):
   """The names of the splits, and the number of classes or None if unknown."""
   if source in EMBEDDED:
-    return EMBEDDED[source][1:]
+    file, *offers = EMBEDDED[source]
+    hub.embedded(source, file)
+    return offers
   builder = hub.builder(source, EMBEDDED)
   features = builder.info.features
   if features is None:
@@ -94,18 +103,15 @@ def open_source(config, split):
   """The Source of a split. ValueError where there is no such split."""
   source = config.data.source
   if source in EMBEDDED:
-    hub.check_split(source, split, EMBEDDED[source][1])
+    hub.validate_split(source, split, EMBEDDED[source][1])
     return _Embedded(config, split)
   builder = hub.builder(source, EMBEDDED)
-  hub.check_split(source, split, hub.splits(builder))
+  hub.validate_split(source, split, hub.splits(builder))
   return _Decoded(config, split, hub.table(source, builder, split))
 
 
-class Source:
+class Source(loader.ExampleSource):
   """A split of images, cropped, resized and augmented as the config says."""
-
-  in_memory: bool  # else images are read and decoded, one at a time
-  buckets = None  # all have one shape
 
   def __init__(self, config):
     self._size = config.data.image_size
@@ -130,7 +136,8 @@ class _Embedded(Source):
 
   def __init__(self, config, split):
     super().__init__(config)
-    with np.load(EMBEDDED[config.data.source][0]) as arrays:
+    name = config.data.source
+    with np.load(hub.embedded(name, EMBEDDED[name][0])) as arrays:
       images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
     # Grey copied to each channel where three are asked for.
     self._images = np.repeat(images[..., None], config.data.channels, axis=-1)
@@ -154,7 +161,7 @@ class _Decoded(Source):
     self._image, self._label = _columns(source, features)
     self._channels = config.data.channels
     self._classes = features[self._label].num_classes
-    _check_classes(config, self._classes)
+    _validate_classes(config, self._classes)
     # Undecoded: Pillow is at work in grain's processes, with our errors.
     self._table = table.select_columns([self._image, self._label]).cast_column(
       self._image, datasets.Image(decode=False)

@@ -1,8 +1,12 @@
 """Batches for training and evaluation, through grain.
 
-A source (a module of SOURCES) says how to read; here are the order, the
-batches, the shares of the processes and the worker processes. A stream of texts
-has an order of its own, and brings its batches.
+A source module (image, text, speech, synthetic) says how to read; here are the
+order, the batches, the shares of the processes and the worker processes. A
+source module has
+
+  FIELDS, RULES               its part of the config, see sigattn.validate
+  open_source(config, split)  a split: an ExampleSource, or anything else with
+                              its methods train_batches and eval_batches
 """
 
 import bisect
@@ -12,14 +16,15 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterable, Iterator
 
 import grain
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
-from sigattn import check as checks
-from sigattn.data import image, speech, synthetic, text
+from sigattn.validate import whole
 
 # Batches of a source that decodes, at work at once where no worker
 # processes are asked for. Pillow decodes and resizes without the GIL.
@@ -27,69 +32,64 @@ _THREADS = 4
 
 _MANY = 2**40  # more epochs, and more examples, than any run has
 
+Batch = dict[str, np.ndarray]
 
-# Of each task.
-SOURCES = {
-  "lm": text,
-  "speech": speech,
-  "synthetic": synthetic,
-  "vit": image,
+FIELDS = {
+  "seed": whole(low=0),
+  "batch_size": whole(low=1),
+  "data.num_workers": whole(low=0),
 }
+RULES = ()
 
 
-def check(config):
-  """Refuses bad values of config.data and of its part of config.augment.
+class ExampleSource:
+  """A split whose examples are asked for by their index.
 
-  Raises ValueError.
+  A subclass has `__len__`, and for arrays of indices (B,)
+    train(indices_B, rng)  a batch, with randomness from a NumPy Generator
+    evaluate(indices_B)    the same without randomness
+
+  in_memory: whether reading is so cheap that whole batches are read at once;
+    else examples are read and decoded one at a time.
+  buckets: arrays of indices, one for each of config.data.bucket_seconds, whose
+    examples make batches of one shape; None where all have one shape.
   """
-  checks.number(config, "seed", low=0)
-  checks.number(config, "data.num_workers", low=0)
-  SOURCES[config.task].check(config)
 
+  in_memory: bool
+  buckets: list[np.ndarray] | None = None
 
-def train_iterator(config):
-  """Endless batches, each a dict of NumPy arrays, as the source makes them.
+  def train_batches(self, config: ConfigDict) -> Iterator[Batch]:
+    """Endless batches, each a dict of NumPy arrays, as `train` makes them.
 
-  They hold this process's share of the examples. All of it follows from
-  config.seed, and each epoch has an order of its own. The iterator's state is
-  saved and restored exactly by grain.checkpoint.
-  """
-  source = _open(config, config.data.train_split)
-  if isinstance(source, text.Stream):
-    return iter(source.train_batches(_batch_size(config)))
-  if source.buckets is None:
-    order = _Shuffled(len(source), _chunk(config, source), config.seed)
-  else:
-    order = _ShuffledBuckets(source, config)
-  chunks = grain.MapDataset.source(order).random_map(
-    source.train, seed=config.seed
-  )
-  return iter(_batches(config, source, chunks, config.data.num_workers))
+    They hold this process's share of the examples. All of it follows from
+    config.seed, and each epoch has an order of its own. The iterator's state
+    is saved and restored exactly by grain.checkpoint.
+    """
+    if self.buckets is None:
+      order = _Shuffled(len(self), _chunk(config, self), config.seed)
+    else:
+      order = _ShuffledBuckets(self, config)
+    chunks = grain.MapDataset.source(order).random_map(
+      self.train, seed=config.seed
+    )
+    return iter(_batches(config, self, chunks, config.data.num_workers))
 
+  def eval_batches(self, config: ConfigDict) -> Iterable[Batch]:
+    """Batches and float32 `weight` (B,), as often as iterated.
 
-def eval_batches(config, split):
-  """Batches as in training and float32 `weight` (B,), as often as iterated.
-
-  Every example of the split once, in order, with weight 1; the last batch is
-  filled up with examples of weight 0. Raises ValueError for an unknown split.
-  """
-  source = _open(config, split)
-  if isinstance(source, text.Stream):
-    return source.eval_batches(config.batch_size)
-  if source.buckets is None:
-    order = _InOrder(len(source), _chunk(config, source), config.batch_size)
-  else:
-    order = _BucketsInOrder(source, config)
-  chunks = grain.MapDataset.source(order).map(
-    functools.partial(_evaluate, source)
-  )
-  # To start workers takes longer than to copy a whole set in memory.
-  workers = 0 if source.in_memory else config.data.num_workers
-  return _batches(config, source, chunks, workers)
-
-
-def _open(config, split):
-  return SOURCES[config.task].open_source(config, split)
+    Every example of the split once, in order, with weight 1; the last batch is
+    filled up with examples of weight 0.
+    """
+    if self.buckets is None:
+      order = _InOrder(len(self), _chunk(config, self), config.batch_size)
+    else:
+      order = _BucketsInOrder(self, config)
+    chunks = grain.MapDataset.source(order).map(
+      functools.partial(_evaluate, self)
+    )
+    # To start workers takes longer than to copy a whole set in memory.
+    workers = 0 if self.in_memory else config.data.num_workers
+    return _batches(config, self, chunks, workers)
 
 
 def _evaluate(source, indices_B):
@@ -99,14 +99,15 @@ def _evaluate(source, indices_B):
   return batch | {"weight": real.astype(np.float32)}
 
 
-def _batch_size(config):
+def batch_size(config: ConfigDict) -> int:
+  """Examples of a batch that are this process's."""
   return config.batch_size // jax.process_count()
 
 
 def _chunk(config, source):
   """Examples read and augmented at once."""
   whole = source.in_memory or source.buckets is not None
-  return _batch_size(config) if whole else 1
+  return batch_size(config) if whole else 1
 
 
 def _batches(config, source, chunks, workers):
@@ -114,7 +115,7 @@ def _batches(config, source, chunks, workers):
 
   Each worker makes whole batches, so their number changes nothing but speed.
   """
-  parts = _batch_size(config) // _chunk(config, source)
+  parts = batch_size(config) // _chunk(config, source)
   batches = chunks.batch(parts, batch_fn=_concatenate)
   share = batches
   if source.buckets is None:  # the processes share each batch of a bucket

@@ -7,7 +7,6 @@ files, and a data set of the Hugging Face Hub.
 import functools
 import io
 import math
-import pathlib
 import unicodedata
 import zlib
 
@@ -17,36 +16,55 @@ import scipy.signal
 import soundfile
 from absl import logging
 
-from sigattn import check as checks
-from sigattn import ctc
-from sigattn.data import hub
+from sigattn.data import hub, loader
+from sigattn.validate import Field, real, sequence, text, whole
 
-_FOLDER = pathlib.Path(__file__).parent / "embedded"
 # 535 prompts of one speaker, 18.6 minutes; licence and credit lie beside it.
-EMBEDDED = {"spoken_prompts": _FOLDER / "spoken_prompts.parquet"}
+EMBEDDED = {"spoken_prompts": "spoken_prompts.parquet"}
 _SPLITS = ("train", "test")
 # Of the embedded set: by transcript, so that none is in both splits.
 _HELD_OUT = 10  # one transcript in so many
 _TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
+BLANK = 0  # CTC's; character i of the alphabet has the index i + 1
 
 
-def check(config):
-  """ValueError for a bad value of config.data or of what changes the speed.
+def _rising():
+  """Positive numbers, each greater than the one before."""
+  positive = sequence(real(above=0), "positive numbers")
 
-  Looks up what the source offers, without loading it. Its columns are known
-  only once it is opened.
-  """
-  checks.number(config, "data.sample_rate", low=1000)
-  alphabet = config.data.alphabet
-  if not alphabet or len(set(alphabet)) < len(alphabet):
-    raise ValueError(
-      f"config.data.alphabet={alphabet!r}; must be characters, each once"
-    )
-  _check_rising("data.bucket_seconds", config.data.bucket_seconds)
+  def is_right(values):
+    return positive.is_right(values) and list(values) == sorted(set(values))
+
+  return Field(
+    is_right, "must be finite, positive and each greater than the one before"
+  )
+
+
+FIELDS = {
+  "data.source": text(),
+  "data.train_split": text(),
+  "data.eval_split": text(),
+  "data.sample_rate": whole(low=1000),
+  "data.alphabet": Field(
+    lambda x: isinstance(x, str) and 0 < len(x) == len(set(x)),
+    "must be characters, each once",
+  ),
+  "data.bucket_seconds": _rising(),
+  "augment.speeds": _rising(),
+}
+
+
+def _speeds_are_hundredths(config):
   speeds = config.augment.speeds
-  _check_rising("augment.speeds", speeds)
   if any(abs(100 * speed - round(100 * speed)) > 1e-6 for speed in speeds):
     raise ValueError(f"config.augment.speeds={speeds!r}; must be hundredths")
+
+
+def _source_offers_it(config):
+  """Looks up what the source offers, without loading it.
+
+  The columns of a folder are known only once it is opened.
+  """
   splits = _splits(config)
   for path in ("train_split", "eval_split"):
     value = config.data[path]
@@ -58,19 +76,13 @@ def check(config):
         )
 
 
-def _check_rising(path, values):
-  ordered = tuple(sorted(set(values)))
-  if not values or tuple(values) != ordered or not values[0] > 0:
-    raise ValueError(
-      f"config.{path}={values!r}; must be positive, each greater than the one "
-      "before"
-    )
-  if not math.isfinite(values[-1]):
-    raise ValueError(f"config.{path}={values!r}; must be finite")
+RULES = (_speeds_are_hundredths, _source_offers_it)
 
 
 def _splits(config):
-  if config.data.source in EMBEDDED:
+  source = config.data.source
+  if source in EMBEDDED:
+    hub.embedded(source, EMBEDDED[source])
     return _SPLITS
   return hub.splits(_builder(config))
 
@@ -82,7 +94,7 @@ def _builder(config):
 def open_source(config, split):
   """The Source of a split. ValueError where there is no such split."""
   for part in split.split("+"):
-    hub.check_split(config.data.source, part, _splits(config))
+    hub.validate_split(config.data.source, part, _splits(config))
   if config.data.source in EMBEDDED:
     return Source(config, split, _embedded(config.data.source, split), True)
   return Source(config, split, _Table(config, split), False)
@@ -101,6 +113,19 @@ def transcript(text, alphabet):
     c if c in alphabet else " " if c.isspace() or c == "-" else "" for c in text
   )
   return " ".join(kept.split())
+
+
+def encode(text, alphabet):
+  """int32 indices of the characters; ValueError for one that is unknown."""
+  try:
+    return np.array([alphabet.index(c) + 1 for c in text], np.int32)
+  except ValueError as error:
+    raise ValueError(f"{text=}; must be of {alphabet=}") from error
+
+
+def spell(indices, alphabet):
+  """The text of indices without blanks."""
+  return "".join(alphabet[i - 1] for i in indices)
 
 
 def read(file, sample_rate):
@@ -132,7 +157,7 @@ class _Rows:
 
 
 def _embedded(name, split):
-  table = pyarrow.parquet.read_table(EMBEDDED[name])
+  table = pyarrow.parquet.read_table(hub.embedded(name, EMBEDDED[name]))
   rows = [
     row
     for row in table.to_pylist()
@@ -197,7 +222,7 @@ def _open(encoded):
   return encoded["path"] if content is None else io.BytesIO(content)
 
 
-class Source:
+class Source(loader.ExampleSource):
   """A split of recordings in buckets of similar length.
 
   buckets: the indices of the utterances in each, longest last; a batch is of
@@ -209,7 +234,7 @@ class Source:
     self._rate, self._speeds = data.sample_rate, tuple(config.augment.speeds)
     self._where = f"config.data.source={data.source!r}, split {split!r}"
     self._texts = [transcript(text, data.alphabet) for text in rows.texts]
-    self._labels = [ctc.encode(text, data.alphabet) for text in self._texts]
+    self._labels = [encode(text, data.alphabet) for text in self._texts]
     self._seconds = np.array(rows.seconds, np.float64)
     self._edges = np.array(data.bucket_seconds)
     self._bucket = np.searchsorted(self._edges, self._seconds)

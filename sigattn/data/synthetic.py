@@ -12,34 +12,16 @@ the held-out ones are a fixed set, drawn from other seeds.
 
 import numpy as np
 
-from sigattn import check as checks
+from sigattn.data import loader
+from sigattn.validate import choice, whole
 
 TRAIN = 2**20  # examples an epoch: what their order is drawn over, not stored
 
 
-def check(config):
-  """ValueError for a bad value of config.data."""
-  checks.choice(config, "data.name", TASKS)
-  checks.number(config, "data.length", low=1)
-  checks.number(config, "data.size", low=1)
-  checks.number(config, "data.vocab_size", low=3)
-  checks.number(config, "data.eval_examples", low=1)
-  checks.choice(config, "data.train_split", ("train",))
-  checks.choice(config, "data.eval_split", ("test",))
-  _, needed = TASKS[config.data.name]
-  data = config.data
-  for text, holds in needed(data):
-    if not holds:
-      raise ValueError(
-        f"config.data.length={data.length}, config.data.size={data.size}, "
-        f"config.data.vocab_size={data.vocab_size}; {data.name} needs {text}"
-      )
-
-
-class Source:
+class Source(loader.ExampleSource):
   """A split: examples drawn when asked for, or the fixed held-out ones."""
 
-  in_memory, buckets = True, None
+  in_memory = True
 
   def __init__(self, config, split):
     self._data = config.data.copy_and_resolve_references()
@@ -172,3 +154,26 @@ TASKS = {  # name: its examples, and what they need
   ),
   "copy": (copy, lambda d: []),
 }
+
+
+def _sizes_fit_the_task(config):
+  data = config.data
+  _, needs = TASKS[data.name]
+  for text, holds in needs(data):
+    if not holds:
+      raise ValueError(
+        f"config.data.length={data.length}, config.data.size={data.size}, "
+        f"config.data.vocab_size={data.vocab_size}; {data.name} needs {text}"
+      )
+
+
+FIELDS = {
+  "data.name": choice(TASKS),
+  "data.length": whole(low=1),
+  "data.size": whole(low=1),
+  "data.vocab_size": whole(low=3),
+  "data.eval_examples": whole(low=1),
+  "data.train_split": choice(("train",)),
+  "data.eval_split": choice(("test",)),
+}
+RULES = (_sizes_fit_the_task,)

@@ -13,24 +13,21 @@ or not), a local folder of those, and a data set of the Hugging Face Hub,
 owner/name or owner/name:subset.
 """
 
-import contextlib
 import functools
 import itertools
 import lzma
 import pathlib
-import re
 
 import grain
 import grain.experimental
 import jax
 import numpy as np
 
-from sigattn import check as checks
-from sigattn.data import tokens
+from sigattn.data import hub, loader, tokenizers
+from sigattn.validate import items, real, sequence, text, whole
 
-_FOLDER = pathlib.Path(__file__).parent / "embedded"
 # The King James Bible, a verse a line; its licence lies beside it.
-EMBEDDED = {"kjv": _FOLDER / "kjv.txt.xz"}
+EMBEDDED = {"kjv": "kjv.txt.xz"}
 _SPLITS = ("train", "test")  # of an embedded text: its end is held out
 _HELD_OUT = 0.05
 _SUFFIXES = {  # of local files: the builder in `datasets`
@@ -43,19 +40,36 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _ENCODED_AT_ONCE = 64  # documents, by the threads of the tokenizers library
 
 
-def check(config):
-  """ValueError for a bad value of config.data, or of config.eval.rows.
+FIELDS = {
+  "data.source": text(),
+  "data.mixture": sequence(
+    items(text(), real(above=0)), "(source, share > 0) pairs", empty=True
+  ),
+  "data.eval_source": text(optional=True),
+  "data.train_split": text(),
+  "data.eval_split": text(),
+  "data.text_column": text(),
+  "data.tokenizer": text(),
+  "data.vocab_size": whole(low=1),
+  "data.length": whole(low=1),
+  "data.shuffle_window": whole(low=1),
+  "data.packing_window": whole(low=1),
+  "eval.rows": whole(low=1, optional=True),
+}
 
-  Whether a stream has the split and the column is known once it is read.
-  """
-  data = config.data
-  for key in ("vocab_size", "shuffle_window", "packing_window"):
-    checks.number(config, f"data.{key}", low=1)
-  checks.number(config, "eval.rows", low=1, optional=True)
+
+def _sources_offer_it(config):
+  """Whether a stream has the split and the column is known once it is read."""
   for key, source in _sources(config):
-    _check_source(source)
-    if source in EMBEDDED:
-      checks.choice(config, f"data.{key}", _SPLITS)
+    _validate_source(source)
+    if source in EMBEDDED and config.data[key] not in _SPLITS:
+      raise ValueError(
+        f"config.data.{key}={config.data[key]!r}; choose from {sorted(_SPLITS)}"
+      )
+
+
+def _vocabulary_holds_the_tokenizer(config):
+  data = config.data
   size = tokenizer(config).size
   if data.vocab_size < size:
     raise ValueError(
@@ -64,17 +78,16 @@ def check(config):
     )
 
 
+RULES = (_sources_offer_it, _vocabulary_holds_the_tokenizer)
+
+
 def _sources(config):
   """(key of the split, source) of everything that a run reads."""
   data, mixture = config.data, _mixture(config)
-  for name, weight in data.mixture:
+  for name, _ in data.mixture:
     if name in EMBEDDED:
       raise ValueError(
         f"config.data.mixture: {name!r} is no stream of documents"
-      )
-    if not 0 < weight < float("inf"):
-      raise ValueError(
-        f"config.data.mixture: the share of {name!r} is {weight}; must be > 0"
       )
   if data.source in EMBEDDED and not data.mixture:
     if data.eval_source is not None:
@@ -110,18 +123,14 @@ def _mixture(config):
   return config.data.mixture or ((config.data.source, 1.0),)
 
 
-def _check_source(source):
+def _validate_source(source):
   path = pathlib.Path(source).expanduser()
-  if source in EMBEDDED or path.is_dir():
-    return
-  if path.is_file():
+  if source in EMBEDDED:
+    hub.embedded(source, EMBEDDED[source])
+  elif path.is_file():
     _builder(path)
-  elif not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
-    raise ValueError(
-      f"config.data.source={source!r}; choose an embedded text "
-      f"({sorted(EMBEDDED)}), a local file or folder, or a Hugging Face name "
-      "owner/name or owner/name:subset"
-    )
+  elif not path.is_dir() and not hub.is_name(source):
+    raise hub.unknown_source(source, EMBEDDED, "file or ")
 
 
 def _builder(path):
@@ -137,41 +146,42 @@ def _builder(path):
 
 @functools.lru_cache(maxsize=1)
 def _embedded(source):
-  with lzma.open(EMBEDDED[source], "rt", encoding="utf-8") as file:
+  path = hub.embedded(source, EMBEDDED[source])
+  with lzma.open(path, "rt", encoding="utf-8") as file:
     return file.read()
 
 
 def _embedded_split(source, split):
-  if split not in _SPLITS:
-    raise ValueError(f"{split=} of {source!r}; choose from {sorted(_SPLITS)}")
-  text = _embedded(source)
-  cut = len(text) - int(_HELD_OUT * len(text))
-  return text[:cut] if split == "train" else text[cut:]
+  hub.validate_split(source, split, _SPLITS)
+  whole_text = _embedded(source)
+  cut = len(whole_text) - int(_HELD_OUT * len(whole_text))
+  return whole_text[:cut] if split == "train" else whole_text[cut:]
 
 
 def tokenizer(config):
-  """The tokenizer of a config (sigattn.data.tokens)."""
+  """The tokenizer of a config (sigattn.data.tokenizers)."""
   return _tokenizer(config.data.tokenizer, config.data.source)
 
 
 @functools.lru_cache(maxsize=4)
 def _tokenizer(name, source):
   if name == "bytes":
-    return tokens.Bytes()
+    return tokenizers.Bytes()
   if name == "characters":
     if source not in EMBEDDED:
       raise ValueError(
         f"config.data.tokenizer={name!r} is of the embedded texts "
-        f"{sorted(EMBEDDED)}; take bytes, or train one (sigattn.data.tokens)"
+        f"{sorted(EMBEDDED)}; take bytes, or train one (`python -m sigattn "
+        "train_tokenizer`)"
       )
-    return tokens.Characters("".join(sorted(set(_embedded(source)))))
+    return tokenizers.Characters("".join(sorted(set(_embedded(source)))))
   path = pathlib.Path(name).expanduser()
   if not path.is_file():
     raise ValueError(
       f"config.data.tokenizer={name!r}; choose characters, bytes, or a "
-      "tokenizer.json (`python -m sigattn.data.tokens` trains one)"
+      "tokenizer.json (`python -m sigattn train_tokenizer` trains one)"
     )
-  return tokens.File(path)
+  return tokenizers.File(path)
 
 
 def open_source(config, split):
@@ -191,7 +201,7 @@ def documents(source, split, column):
   return _Documents(source, split, column, endless=False)
 
 
-class _Embedded:
+class _Embedded(loader.ExampleSource):
   """Rows cut from one long text: a map from indices to examples.
 
   An epoch's row i begins somewhere in i L .. (i + 1) L; an evaluation has
@@ -199,12 +209,11 @@ class _Embedded:
   """
 
   in_memory = True
-  buckets = None  # all have one shape
 
   def __init__(self, config, split):
     self._length = config.data.length
-    text = _embedded_split(config.data.source, split)
-    [self._tokens] = tokenizer(config).encode([text])
+    whole_text = _embedded_split(config.data.source, split)
+    [self._tokens] = tokenizer(config).encode([whole_text])
 
   def __len__(self):
     return -(-(len(self._tokens) - 1) // self._length)
@@ -233,8 +242,8 @@ class Stream:
     self._config, self._split = config, split
     self._tokenizer = tokenizer(config)
 
-  def train_batches(self, batch_size):
-    """An endless grain.IterDataset of batches; each process has its own share.
+  def train_batches(self, config):
+    """Endless batches; each process has its own share.
 
     Documents are shuffled within config.data.shuffle_window of them, sources
     by their shares of the rows.
@@ -244,19 +253,21 @@ class Stream:
       self._rows(source, self._split, train=True) for source, _ in mixture
     ]
     mixed = grain.IterDataset.mix(rows, [weight for _, weight in mixture])
-    batches = mixed.batch(batch_size, drop_remainder=True)
-    return grain.experimental.ThreadPrefetchIterDataset(
-      batches, prefetch_buffer_size=2
+    batches = mixed.batch(loader.batch_size(config), drop_remainder=True)
+    return iter(
+      grain.experimental.ThreadPrefetchIterDataset(
+        batches, prefetch_buffer_size=2
+      )
     )
 
-  def eval_batches(self, batch_size):
+  def eval_batches(self, config):
     """Batches with float32 `weight` (B,), as often as iterated.
 
     The first config.eval.rows rows (None: all) in order, the last batch filled
-    up with rows of weight 0. batch_size: of all processes, each of which reads
-    everything and returns its part.
+    up with rows of weight 0. Each process reads everything and returns its
+    part.
     """
-    return _EvalBatches(self, batch_size)
+    return _EvalBatches(self, config.batch_size)
 
   def eval_rows(self):
     """An iterator of the rows that are evaluated."""
@@ -350,7 +361,7 @@ class _DocumentIterator(grain.DatasetIterator):
     import datasets.distributed
 
     self._epoch = epoch
-    with _readable(self._source):
+    with hub.readable(self._source):
       self._stream = _open(self._source, self._split)
       if self._endless:  # An evaluation's rows are shared, not its documents.
         self._stream = datasets.distributed.split_dataset_by_node(
@@ -369,16 +380,16 @@ class _DocumentIterator(grain.DatasetIterator):
         raise ValueError(f"{self._source!r}: holds no document")
     if example is None:
       raise StopIteration
-    text = example.get(self._column)
-    if not isinstance(text, str):
+    document = example.get(self._column)
+    if not isinstance(document, str):
       raise ValueError(
-        f"config.data.text_column={self._column!r}: {text!r} is no text; the "
-        f"columns of {self._source!r} are {sorted(example)}"
+        f"config.data.text_column={self._column!r}: {document!r} is no text; "
+        f"the columns of {self._source!r} are {sorted(example)}"
       )
-    return text
+    return document
 
   def _next(self):
-    with _readable(self._source):
+    with hub.readable(self._source):
       return next(self._examples, None)
 
   def get_state(self):
@@ -405,14 +416,3 @@ def _open(source, split):
   return datasets.load_dataset(
     name, subset or None, split=split, streaming=True
   )
-
-
-@contextlib.contextmanager
-def _readable(source):
-  """Says which source it was that `datasets` could not read."""
-  import datasets
-
-  try:
-    yield
-  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-    raise ValueError(f"{source!r}: cannot be read: {error}") from error

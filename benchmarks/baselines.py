@@ -1,0 +1,317 @@
+"""Attention of others, to be measured beside ours; none of it is required.
+
+A Baseline builds, for a problem size (a Cell), one callable per pass: a
+function without arguments that starts the work on the GPU.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+import tempfile
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sigattn.kernels import dispatch
+
+PASSES = ("forward", "backward", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """A problem size: B = batch, T = S = length, N = heads, H = width."""
+
+  width: int
+  length: int
+  batch: int
+  heads: int
+  causal: bool
+  padding: float = 0.0  # share of the tokens that lie beyond their length
+
+  @property
+  def shape(self):
+    return self.batch, self.length, self.heads, self.width
+
+  @property
+  def lengths(self):
+    """(B,): evenly from all to what leaves `padding`; None without padding."""
+    if not self.padding:
+      return None
+    spread = jnp.linspace(0.0, 2 * self.padding, self.batch)
+    return jnp.round(self.length * (1 - spread)).astype(jnp.int32)
+
+  def flops(self, direction):
+    """4 B n^2 N H, half of it if causal; backward counts 2.5 times."""
+    times = {"forward": 1.0, "backward": 2.5, "both": 3.5}[direction]
+    square = self.batch * self.length**2 * self.heads * self.width
+    return 4 * square * times * (0.5 if self.causal else 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+  name: str
+  softmax: bool
+  package: str  # that must be there
+  calls: Callable  # of a Cell: {pass: call}
+  wait: Callable  # for what a call gave
+  can: Callable = lambda cell: not cell.padding
+  cudnn: bool = False
+
+  @property
+  def compiled(self):
+    """Whether XLA alone compiles it: long, but safely in many threads.
+
+    Not cuDNN: what another thread starts breaks the graph that it captures.
+    """
+    return self.package in ("jax", "flash_attn3_jax") and not self.cudnn
+
+  @property
+  def installed(self):
+    return importlib.util.find_spec(self.package) is not None
+
+
+def _inputs(cell):
+  keys = jax.random.split(jax.random.key(0), 4)
+  return [jax.random.normal(key, cell.shape, "bfloat16") for key in keys]
+
+
+def _jax_calls(attend, cell):
+  """attend: of query, key, value."""
+  *inputs, d_out = _inputs(cell)
+  forward = jax.jit(attend)
+  _, pullback = jax.vjp(forward, *inputs)
+
+  @jax.jit
+  def backward(pullback, d_out):
+    return pullback(d_out)
+
+  @jax.jit
+  def both(d_out, *inputs):
+    out, pullback = jax.vjp(attend, *inputs)
+    return out, pullback(d_out)
+
+  return {
+    "forward": functools.partial(forward, *inputs),
+    "backward": functools.partial(backward, pullback, d_out),
+    "both": functools.partial(both, d_out, *inputs),
+  }
+
+
+def _ours(implementation, cell):
+  lengths = cell.lengths
+  operands = dispatch.Operands(
+    query_seq_lengths=lengths, key_value_seq_lengths=lengths
+  )
+
+  def attend(query, key, value):
+    return dispatch.attention(
+      query, key, value, operands, kind="sigmoid", scale=cell.width**-0.5,
+      logit_bias=-math.log(cell.length), is_causal=cell.causal,
+      implementation=implementation,
+    )  # fmt: skip
+
+  return _jax_calls(attend, cell)
+
+
+def _jax_nn(implementation, cell):
+  return _jax_calls(
+    functools.partial(
+      jax.nn.dot_product_attention,
+      is_causal=cell.causal,
+      implementation=implementation,
+    ),
+    cell,
+  )
+
+
+def _flash_3(cell):
+  import flash_attn3_jax
+
+  return _jax_calls(
+    functools.partial(flash_attn3_jax.flash_mha, is_causal=cell.causal), cell
+  )
+
+
+def _torch_calls(attend, cell):
+  """attend: of query, key, value, (B, n, N, H) each."""
+  import torch
+
+  torch.manual_seed(0)
+  *inputs, d_out = (
+    torch.randn(cell.shape, device="cuda", dtype=torch.bfloat16)
+    for _ in range(4)
+  )
+  for x in inputs:
+    x.requires_grad_()
+  out = attend(*inputs)
+
+  def forward():
+    with torch.no_grad():
+      return attend(*inputs)
+
+  def backward():
+    return torch.autograd.grad(out, inputs, d_out, retain_graph=True)
+
+  def both():
+    out = attend(*inputs)
+    return out, torch.autograd.grad(out, inputs, d_out)
+
+  return {"forward": forward, "backward": backward, "both": both}
+
+
+def _torch_wait(_):
+  import torch
+
+  torch.cuda.synchronize()
+
+
+def _torch_softmax(backend, cell):
+  from torch.nn import attention
+  from torch.nn.functional import scaled_dot_product_attention
+
+  def attend(*inputs):
+    inputs = [x.transpose(1, 2) for x in inputs]
+    with attention.sdpa_kernel(getattr(attention.SDPBackend, backend)):
+      out = scaled_dot_product_attention(*inputs, is_causal=cell.causal)
+    return out.transpose(1, 2)
+
+  return _torch_calls(attend, cell)
+
+
+def _triton_sigmoid(cell):
+  import torch
+  import triton_sigmoid
+
+  # jax-triton takes Triton's cache away, without which this does not run.
+  if not os.environ.get("TRITON_CACHE_DIR"):
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+  attend = functools.partial(
+    triton_sigmoid.sigmoid_attention, is_causal=cell.causal
+  )
+  if cell.padding:
+    lengths = torch.tensor(
+      cell.lengths.tolist(), device="cuda", dtype=torch.int32
+    )
+    attend = functools.partial(
+      triton_sigmoid.sigmoid_attention_padded, seq_lens_k=lengths,
+      seq_lens_q=lengths, is_causal=cell.causal,
+    )  # fmt: skip
+  return _torch_calls(attend, cell)
+
+
+def _fits_in_memory(cell):
+  """Whether some n x n matrices of each head do, and take no age."""
+  return not cell.padding and cell.batch * cell.heads * cell.length**2 < 2**30
+
+
+def _any(cell):
+  return True
+
+
+_ready = jax.block_until_ready
+BASELINES = (
+  Baseline(
+    "sigattn mosaic",
+    False,
+    "jax",
+    functools.partial(_ours, "mosaic"),
+    _ready,
+    _any,
+  ),
+  Baseline(
+    "sigattn triton",
+    False,
+    "jax_triton",
+    functools.partial(_ours, "triton"),
+    _ready,
+    _any,
+  ),
+  Baseline(
+    "TritonSigmoid", False, "triton_sigmoid", _triton_sigmoid, _torch_wait, _any
+  ),
+  Baseline(
+    "cuDNN (jax.nn)",
+    True,
+    "jax",
+    functools.partial(_jax_nn, "cudnn"),
+    _ready,
+    cudnn=True,
+  ),
+  Baseline(
+    "cuDNN (torch)",
+    True,
+    "torch",
+    functools.partial(_torch_softmax, "CUDNN_ATTENTION"),
+    _torch_wait,
+  ),
+  Baseline(
+    "FlashAttention-3",
+    True,
+    "flash_attn3_jax",
+    _flash_3,
+    _ready,
+    lambda cell: not cell.padding and cell.width == 128,
+  ),
+  Baseline(
+    "FlashAttention-2",
+    True,
+    "torch",
+    functools.partial(_torch_softmax, "FLASH_ATTENTION"),
+    _torch_wait,
+  ),
+  Baseline(
+    "XLA (jax.nn)",
+    True,
+    "jax",
+    functools.partial(_jax_nn, "xla"),
+    _ready,
+    _fits_in_memory,
+  ),
+)
+
+
+def memory(baseline, cell):
+  """{saved_mib, peak_mib} of a forward and backward pass, beyond its inputs.
+
+  saved: what is kept from the forward to the backward pass besides query, key
+  and value. peak: the output, the gradients and all room that is needed at
+  once.
+  """
+  measure = _torch_memory if baseline.wait is _torch_wait else _jax_memory
+  saved, peak = measure(baseline.calls(cell))
+  inputs = 3 * math.prod(cell.shape) * 2
+  return {
+    "saved_mib": round((saved - inputs) / 2**20, 1),
+    "peak_mib": round(peak / 2**20, 1),
+  }
+
+
+def _jax_memory(calls):
+  both = calls["both"]
+  needs = both.func.lower(*both.args).compile().memory_analysis()
+  pullback = calls["backward"].args[0]
+  saved = sum(x.nbytes for x in jax.tree.leaves(pullback))
+  return saved, needs.temp_size_in_bytes + needs.output_size_in_bytes
+
+
+def _torch_memory(calls):
+  import torch
+
+  saved = {}
+
+  def keep(x):
+    saved[x.data_ptr()] = x.nbytes
+    return x
+
+  both = calls["both"]
+  both()
+  torch.cuda.synchronize()
+  before = torch.cuda.memory_allocated()
+  torch.cuda.reset_peak_memory_stats()
+  with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    both()
+  torch.cuda.synchronize()
+  return sum(saved.values()), torch.cuda.max_memory_allocated() - before

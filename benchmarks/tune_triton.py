@@ -1,0 +1,319 @@
+"""Tiles of the Triton kernels.
+
+  python -m benchmarks.tune_triton          times tiles on the card at hand
+  python -m benchmarks.tune_triton --check  compiles the table's for every card
+
+The first tries many tiles for each pass, head width and size of the numbers,
+and writes the fastest that does not spill to kernels/triton/tiles.json; with
+--lengths up to 256, as tiles of short sequences, which take the others where
+there are none. Nothing is tuned when a program runs: a card that is not in the
+table takes the tiles of the next older one. The second needs no GPU.
+"""
+
+import argparse
+import datetime
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+import jax
+
+from benchmarks.timing import milliseconds
+from sigattn.kernels import device
+from sigattn.kernels.problem import Operands, make_problem
+from sigattn.kernels.triton import FLOATS, INTEGERS, constants, tiles
+from sigattn.kernels.triton.tiles import (
+  DTYPES,
+  PASSES,
+  SHORT,
+  TABLE,
+  WIDTHS,
+  Tile,
+)
+
+# What one program may have of a multiprocessor's shared memory.
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+
+
+# Compiling.
+
+
+class Resources(NamedTuple):
+  registers: int  # of a thread, at most 255
+  spilled: int  # bytes of a thread
+  shared: int  # bytes of a program
+
+  def fit(self, capability):
+    shared = SHARED_KIB.get(capability, min(SHARED_KIB.values())) * 1024
+    return not self.spilled and self.shared <= shared
+
+
+def resources(problem, direction, tile, capability):
+  """What the machine code of a kernel needs; no GPU is asked."""
+  import triton
+  from triton.backends.compiler import GPUTarget
+  from triton.compiler import ASTSource
+
+  from sigattn.kernels.triton import kernels
+
+  kernel = getattr(kernels, direction)
+  names = kernel.arg_names
+  told = constants(direction, problem, "ieee", tile)
+  short = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+  types = dict.fromkeys(names, short[problem.dtype])
+  types |= dict.fromkeys(FLOATS, "*fp32")
+  types |= dict.fromkeys(INTEGERS, "*i32")
+  types |= dict.fromkeys(told, "constexpr")
+  aligned = [["tt.divisibility", 16]]
+  compiled = triton.compile(
+    ASTSource(
+      kernel,
+      {name: types[name] for name in names},
+      told,
+      {(i,): aligned for i, x in enumerate(names) if x not in told},
+    ),
+    target=GPUTarget("cuda", capability, 32),
+    options=dict(num_warps=tile.num_warps, num_stages=tile.num_stages),
+  )
+  with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    file.write(compiled.asm["cubin"])
+    file.flush()
+    usage = subprocess.run(
+      [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+      capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+  registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+  return Resources(int(registers), int(stack), compiled.metadata.shared)
+
+
+def example(width, dtype, length=4096, **options):
+  """Sigmoid attention of 16,384 tokens and 2,048 / width heads."""
+  shape = (max(16384 // length, 1), length, max(2048 // width, 1), width)
+  x = jax.ShapeDtypeStruct(shape, dtype)
+  options = dict(is_causal=False, window=None, logit_bias=-8.0) | options
+  operands = options.pop("operands", Operands())
+  return make_problem(
+    x, x, x, operands, kind="sigmoid", scale=width**-0.5, normalizer=1.0,
+    **options,
+  )  # fmt: skip
+
+
+def example_of_everything(width, dtype):
+  """An example with every operand and mask that there is."""
+  shape = example(width, dtype)
+  batch, length = shape.batch, shape.query_len
+  heads = jax.ShapeDtypeStruct((batch, shape.num_heads), "float32")
+  lengths = jax.ShapeDtypeStruct((batch,), "int32")
+  ids = jax.ShapeDtypeStruct((batch, length), "int32")
+  operands = Operands(None, None, heads, heads, lengths, lengths, ids, ids)
+  return example(
+    width, dtype, operands=operands, logit_bias=None, window=(256, 256)
+  )
+
+
+EXAMPLES = {
+  "full": example,
+  "short": functools.partial(example, length=196),
+  "causal": functools.partial(example, is_causal=True),
+  "everything": example_of_everything,
+}
+
+
+def check(cards, dtypes, widths, passes, examples):
+  """Prints what each tile of the table needs; False where one does not fit."""
+  good = True
+  for capability, dtype, width, direction, name in itertools.product(
+    cards, dtypes, widths, passes, examples
+  ):
+    problem = EXAMPLES[name](width, dtype)
+    chosen = tiles.tile(problem, direction, capability)
+    found = resources(problem, direction, chosen, capability)
+    good &= (fits := found.fit(capability))
+    print(
+      f"sm_{capability} {dtype:8} {width:3} {direction:11} {name:10} "
+      f"{' x '.join(map(str, chosen)):18} {found.registers:3} registers, "
+      f"{found.spilled} B spilled, {found.shared / 1024:.0f} KiB shared"
+      f"{'' if fits else '  DOES NOT FIT'}",
+      flush=True,
+    )
+  return good
+
+
+# Timing.
+
+
+class Job(NamedTuple):
+  direction: str
+  width: int
+  dtype: str
+  causal: bool
+  length: int
+  tile: Tile
+
+
+def candidates(direction, width, dtype):
+  """Every tile worth a try."""
+  rows, others = (64, 128), (32, 64, 128)
+  if width >= 256:
+    others = (16, 32, 64)
+  if dtype == "float32":
+    rows = others = (16, 32, 64)
+  for row, other in itertools.product(rows, others):
+    if dtype == "float32" and max(row, other) * width > 2**12:
+      continue  # Its products are unrolled: compiling takes minutes.
+    for warps, stages in itertools.product((4, 8), (2, 3, 4)):
+      q, k = (other, row) if direction == "backward_kv" else (row, other)
+      yield Tile(q, k, warps, stages)
+
+
+def measure(jobs, processes):
+  """(job, milliseconds or why not) of each.
+
+  They are compiled side by side, and timed one at a time.
+  """
+  os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+  context = multiprocessing.get_context("spawn")
+  with context.Pool(processes, _begin, (context.Lock(),)) as pool:
+    yield from pool.imap_unordered(_measure, jobs)
+
+
+def _begin(lock):
+  global _lock
+  _lock = lock
+
+
+def _measure(job):
+  from sigattn.kernels import triton as triton_attention
+
+  problem = example(job.width, job.dtype, job.length, is_causal=job.causal)
+  function = getattr(triton_attention, job.direction)
+  shape = (problem.batch, job.length, problem.num_heads, job.width)
+
+  def call(query, key, value, *d_out):
+    arrays = query, key, value, Operands(), *d_out
+    return function(problem, "ieee", job.tile, *arrays)
+
+  count = 3 if job.direction == "forward" else 4
+  shapes = [jax.ShapeDtypeStruct(shape, job.dtype)] * count
+  try:
+    compiled = jax.jit(call).lower(*shapes).compile()
+    with _lock:
+      keys = jax.random.split(jax.random.key(0), count)
+      arrays = [jax.random.normal(key, shape, job.dtype) for key in keys]
+      return job, milliseconds(functools.partial(compiled, *arrays))
+  except Exception as error:  # Too much for the card or for the compiler.
+    return job, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+
+
+def fastest(times):
+  """{(bits, pass, width): tile} of those that fit, by their times in ms.
+
+  Args:
+    times: {job: milliseconds}; of jobs of the same pass, width and bits the sum
+      counts.
+  """
+  groups = {}
+  for job, found in times.items():
+    key = tiles.bits_of(job.dtype), job.direction, job.width
+    case = job.dtype, job.length, job.causal
+    groups.setdefault(key, {}).setdefault(job.tile, {})[case] = found
+  capability = device.current().capability
+  chosen = {}
+  for (bits, direction, width), by_tile in groups.items():
+    cases = max(by_tile.values(), key=len).keys()
+    examples = [
+      example(width, dtype, length, is_causal=causal)
+      for dtype, length, causal in cases
+    ]
+    dtypes = dict.fromkeys(dtype for dtype, *_ in cases)
+    examples += [example_of_everything(width, dtype) for dtype in dtypes]
+    whole = {
+      t: sum(x.values()) for t, x in by_tile.items() if x.keys() == cases
+    }
+    for candidate in sorted(whole, key=whole.get):
+      needs = (resources(x, direction, candidate, capability) for x in examples)
+      if all(found.fit(capability) for found in needs):
+        chosen[bits, direction, width] = candidate
+        break
+  return chosen
+
+
+def write(chosen, short=False, path=TABLE):
+  """Puts the tiles into the table of the card at hand."""
+  found = device.current()
+  table = json.loads(TABLE.read_text())
+  near = max(x for x in map(int, table) if x <= found.capability)
+  card = json.loads(json.dumps(table[str(near)]))
+  for (bits, direction, width), best in chosen.items():
+    table_of = card.setdefault("short", {}) if short else card["tiles"]
+    passes = table_of.setdefault(bits, {}).setdefault(direction, {})
+    passes[str(width)] = best
+  table[str(found.capability)] = card | {
+    "device": found.kind,
+    "date": datetime.date.today().isoformat(),
+  }
+  text = json.dumps(table, indent=2)
+  text = re.sub(
+    r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3, \4]", text
+  )
+  path.write_text(text + "\n")
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--check", action="store_true")
+  parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+  parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+  parser.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
+  parser.add_argument(
+    "--lengths", type=int, nargs="+", default=(4096,),
+    help=f"tokens; up to {SHORT} for short tiles, or all beyond",
+  )  # fmt: skip
+  parser.add_argument(
+    "--cards", type=int, nargs="+", default=tuple(SHARED_KIB),
+    help="with --check: compute capabilities, 90 for 9.0",
+  )  # fmt: skip
+  parser.add_argument(
+    "--examples", nargs="+", default=EXAMPLES, choices=EXAMPLES,
+    help="with --check: the problems that are compiled",
+  )  # fmt: skip
+  parser.add_argument("--processes", type=int, default=os.cpu_count() // 2)
+  args = parser.parse_args()
+  if args.check:
+    given = args.cards, args.dtypes, args.widths, args.passes, args.examples
+    sys.exit(not check(*given))
+  short = max(args.lengths) <= SHORT
+  if not short and min(args.lengths) <= SHORT:
+    parser.error(f"--lengths: all of at most {SHORT}, or all of more")
+  if device.current().capability is None:
+    parser.error(f"no NVIDIA GPU here, but {device.current().kind}")
+  jobs = [
+    Job(direction, width, dtype, causal, length, tile)
+    for dtype in args.dtypes
+    for width in args.widths
+    for direction in args.passes
+    for length in args.lengths
+    for causal in (False, True)
+    for tile in candidates(direction, width, dtype)
+  ]
+  times = {}
+  for job, found in measure(jobs, args.processes):
+    ok = isinstance(found, float)
+    print(*job[:-1], *job.tile, f"{found:.4f} ms" if ok else found, flush=True)
+    if ok:
+      times[job] = found
+  write(fastest(times), short)
+  print(f"written to {TABLE}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,240 @@
+"""What a kernel lacks beside plain JAX: vmap, and meshes.
+
+A kernel is a primitive that JAX can neither batch nor split, though attention
+is the same for every example and every group of heads. So a vmapped axis is
+folded into the batch, and on a mesh that splits batch or heads each device
+computes its part, without gathering.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sigattn.kernels.problem import Operands
+
+_NAMES = ("query", "key", "value")
+# The axes of each argument; those of _FREE may be 1 and stay so.
+_INPUTS = ("BTNH", "BSKH", "BSKH")
+_OPERANDS = Operands("BNTS", "BNTS", "BN", "BN", "B", "B", "BT", "BS")
+_COTANGENT = "BTNH"
+_FREE = ("BNTS", "BN")
+
+
+def over_batch(compute, outputs, problem, query, key, value, operands, *d_out):
+  """compute(problem, query, ...), also under vmap and on a mesh.
+
+  Args:
+    compute: takes the other arguments, also with another batch or number of
+      heads than here; returns a tuple of arrays.
+    outputs: the axes of each of those, like "BTNH" or "BN". None may be a sum
+      over examples: give the shares, and add them outside.
+    problem, query, key, value, operands: as in attention.
+    d_out: the cotangent of the output, or nothing.
+  """
+  arrays, tree = jax.tree.flatten((query, key, value, operands, *d_out))
+  given = [
+    axes
+    for axes, x in zip(_OPERANDS, operands, strict=True)
+    if x is not None
+  ]  # fmt: skip
+  axes = [*_INPUTS, *given, *(_COTANGENT for _ in d_out)]
+
+  def arguments(arrays):
+    """Of compute: the problem is that of the arrays' shapes."""
+    query, key, value, operands, *d_out = jax.tree.unflatten(tree, arrays)
+    resized = dataclasses.replace(
+      problem,
+      batch=query.shape[0],
+      num_heads=query.shape[2],
+      num_kv_heads=key.shape[2],
+      shapes=Operands(*(x if x is None else x.shape for x in operands)),
+    )
+    return resized, query, key, value, operands, *d_out
+
+  def local(*arrays):
+    return tuple(varying(x, arrays) for x in compute(*arguments(arrays)))
+
+  @custom_vmap
+  def call(*arrays):
+    if jax.sharding.get_abstract_mesh().manual_axes:
+      return local(*arrays)  # In a shard_map: split already.
+    return _partitioned(local, problem, axes, outputs, arrays)(*arrays)
+
+  @call.def_vmap
+  def fold(size, batched, *arrays):
+    arrays = [
+      _fold(x, size if b else None, size, problem.batch, a)
+      for x, b, a in zip(arrays, batched, axes, strict=True)
+    ]
+    found = over_batch(compute, outputs, *arguments(arrays))
+    found = tuple(x.reshape(size, -1, *x.shape[1:]) for x in found)
+    return found, (True,) * len(found)
+
+  return call(*arrays)
+
+
+def _fold(x, batched, size, batch, axes):
+  """x (size, batch, ...) or, not batched, (batch, ...) as (size batch, ...)."""
+  if not batched:
+    if axes in _FREE and x.shape[0] == 1:
+      return x
+    x = x[None]
+  x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+  return x.reshape(-1, *x.shape[2:])
+
+
+def varying(x, arrays):
+  """In a shard_map: x differs between devices where some input does."""
+  names = frozenset().union(*(jax.typeof(a).mat.varying for a in arrays))
+  names -= jax.typeof(x).mat.varying
+  return jax.lax.pcast(x, tuple(names), to="varying") if names else x
+
+
+def cotangent(grad, x):
+  """grad with shape and dtype of x; where shards share x, their sum."""
+  names = jax.typeof(grad).mat.varying - jax.typeof(x).mat.varying
+  grad = jax.lax.psum(grad, tuple(names)) if names else grad
+  return grad.reshape(x.shape).astype(x.dtype)
+
+
+def head_cotangent(grad_BN, operand):
+  """cotangent of an operand (B or 1, N) or None, from its share per example."""
+  if operand is None:
+    return None
+  if operand.shape[0] == 1:
+    grad_BN = grad_BN.sum(0, keepdims=True)
+  return cotangent(grad_BN, operand)
+
+
+# Meshes.
+
+
+def shards(query, key, value, operands):
+  """(mesh, specs of these, spec of the output) of an explicit mesh.
+
+  Such a mesh has its axes in the types of arrays, and what XLA cannot split
+  fails. None where it splits none of query, key and value.
+
+  Raises:
+    ValueError: where it splits anything but batch and heads, or not alike.
+  """
+  types = [jax.typeof(x).sharding for x in (query, key, value)]
+  if not any(name for sharding in types for name in sharding.spec):
+    return None
+  batch, _, heads, _ = types[0].spec
+  of_queries = PartitionSpec(batch, None, heads, None)
+  # Groups of queries stay with their key; of one key head, all groups have it.
+  of_keys = PartitionSpec(
+    batch, None, heads if key.shape[2] > 1 else None, None
+  )
+  inputs = of_queries, of_keys, of_keys
+  for name, found, spec in zip(_NAMES, types, inputs, strict=True):
+    if found.spec != spec:
+      raise ValueError(
+        f"{name} is sharded as {found.spec}, not {spec}: only batch and heads"
+        " may be split, and are alike in query, key and value (jax.reshard)"
+      )
+  names = {"B": batch, "N": heads}
+
+  def of_operand(axes, x):
+    if x is None:
+      return None
+    parts = zip(axes, x.shape, strict=True)
+    return PartitionSpec(
+      *(names.get(axis) if n > 1 else None for axis, n in parts)
+    )
+
+  of_operands = Operands(*map(of_operand, _OPERANDS, operands))
+  return types[0].mesh, (*inputs, of_operands), of_queries
+
+
+def over_shards(attend, mesh, in_specs, out_spec):
+  """attend(query, key, value, operands) of what each device holds."""
+
+  def move(x, spec):  # Operands may lie anywhere: they are small.
+    return jax.reshard(x, NamedSharding(mesh, spec))
+
+  # Outside of a jit an abstract mesh has no devices.
+  @jax.jit
+  def spread(query, key, value, operands):
+    operands = jax.tree.map(move, operands, in_specs[-1])
+    return jax.shard_map(
+      attend, mesh=mesh, in_specs=in_specs, out_specs=out_spec
+    )(query, key, value, operands)
+
+  return spread
+
+
+def _partitioned(local, problem, axes, outputs, arrays):
+  """local, on the part of batch and heads that each device holds."""
+
+  def shardings(mesh, spec, arrays, axes):
+    batch, _, heads, _ = (*spec, *[None] * (4 - len(spec)))
+    if problem.num_kv_heads % _size(mesh, heads):
+      heads = None  # A group of queries stays with its key.
+    names = {"B": batch, "N": heads, "K": heads}
+
+    def one(x, axes):
+      parts = zip(axes, x.shape, strict=True)
+      parts = [None if n == 1 else names.get(axis) for axis, n in parts]
+      return NamedSharding(mesh, PartitionSpec(*parts))
+
+    return tuple(map(one, arrays, axes))
+
+  def partition(mesh, arrays, results):
+    spec = arrays[0].sharding.spec
+    return (
+      mesh,
+      local,
+      shardings(mesh, spec, results, outputs),
+      shardings(mesh, spec, arrays, axes),
+    )
+
+  call = custom_partitioning(local)
+  call.def_partition(
+    partition=partition, **_rule(problem, axes, outputs, arrays)
+  )
+  return call
+
+
+def _rule(problem, axes, outputs, arrays):
+  """Which axes go together, and that only batch and key heads may be split.
+
+  In Shardy's notation: b t (k g) h, b s k h, b s k h -> b t (k g) h.
+  """
+  group = problem.num_heads // problem.num_kv_heads
+  heads = "k"
+  if group > 1:
+    heads = "(k g)" if problem.num_kv_heads > 1 else "g"
+  words = {"B": "b", "N": heads}
+
+  def one(index, axes, shape=None):
+    # An axis of 1 that is broadcast goes with no other.
+    shape = shape if axes in _FREE and shape else [0] * len(axes)
+    return " ".join(
+      f"{axis.lower()}{index}" if n == 1 else words.get(axis, axis.lower())
+      for axis, n in zip(axes, shape, strict=True)
+    )
+
+  left = [
+    one(i, a, x.shape)
+    for i, (a, x) in enumerate(zip(axes, arrays, strict=True))
+  ]
+  right = [one("", a) for a in outputs]
+  return dict(
+    sharding_rule=f"{', '.join(left)} -> {', '.join(right)}",
+    # In the order in which they appear.
+    need_replication_factors=("t", *("g" * (group > 1)), "h", "s"),
+    **({"g": group} if heads == "(k g)" else {}),
+  )
+
+
+def _size(mesh, names):
+  """How many parts the axes of a mesh make."""
+  names = (names,) if isinstance(names, str) else names or ()
+  return math.prod(mesh.shape[name] for name in names)

@@ -1,0 +1,488 @@
+"""The device side of triton: forward, dq with operands, dk with dv.
+
+A program owns a block of rows (queries; or keys, for dk and dv), keeps them on
+the chip and goes over the blocks of the other side. A weight depends on its own
+logit alone, so a block's share is simply added, and nothing but q, k and v is
+needed to compute the weights again.
+
+The blocks in which something is visible follow one another. Those at an edge of
+what is visible pay for a mask, the rest do not, and what a mask empties is
+neither loaded nor computed.
+
+Lengths need no mask of the weights: rows beyond them are loaded as zeros, which
+add nothing to any sum. So may what lies there be NaN.
+
+Arrays: q, out (B, T, N, H), k, v (B, S, K, H); everything that is known when
+the kernel is compiled is a constexpr, lengths and strides too.
+"""
+
+import triton
+import triton.language as tl
+
+# What a logit is multiplied by before _weights takes it.
+UNITS = {"tanh": 0.5, "exp": -1.4426950408889634, "relu": 1.0, "relu2": 1.0}
+
+
+@triton.jit
+def tanh(x):
+  """One instruction, exact to 6e-8 near +-1 and relatively to 5e-4."""
+  return tl.inline_asm_elementwise(
+    "tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
+  )
+
+
+@triton.jit
+def forward(
+  q, k, v, logit_bias, slopes, q_lengths, k_lengths, q_ids, k_ids, spans,
+  out,
+  T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+  H: tl.constexpr, BLOCK_H: tl.constexpr,
+  BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+  ACTIVATION: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+  P_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
+  PRECISION: tl.constexpr,
+  LEFT: tl.constexpr, RIGHT: tl.constexpr,
+  BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
+  Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+  """out_i = OUT_SCALE sum_j p_ij v_j for a block of queries of one head."""
+  batch, head, first = _place(T, N, BLOCK_Q, RIGHT is not None)
+  bias, slope = _per_head(
+    logit_bias, slopes, batch, head, ACTIVATION, BIAS, BIAS_STRIDE, SLOPE_STRIDE
+  )
+  q_len = _length(q_lengths, batch, T, Q_LENGTHS)
+  k_len = _length(k_lengths, batch, S, K_LENGTHS)
+  q_base, k_base = _bases(batch, head, T, S, N, K, H)
+  start, full, edge, stop = _runs(
+    first, BLOCK_Q, q_len, k_len, spans, batch, _blocks(T, BLOCK_Q), BLOCK_K,
+    LEFT, RIGHT, SEGMENTS,
+  )  # fmt: skip
+  i = first + tl.arange(0, BLOCK_Q)
+  q_tile = _load(q + q_base, first, q_len, N * H, H, BLOCK_H, BLOCK_Q, True)
+  i_ids = _load_ids(q_ids + batch * T, i, q_len, SEGMENTS)
+  acc = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
+
+  RAGGED: tl.constexpr = K_LENGTHS or S % BLOCK_K != 0
+  for j in tl.range(start, stop, BLOCK_K):
+    acc = _forward_block(
+      acc, q_tile, k + k_base, v + k_base, i, j, (j < full) | (j >= edge),
+      i_ids, k_ids + batch * S, k_len, bias, slope, S - T, K * H, H, BLOCK_H,
+      BLOCK_K, ACTIVATION, SCALE, P_SCALE, PRECISION, LEFT, RIGHT, SLOPE_STRIDE,
+      SEGMENTS, RAGGED,
+    )  # fmt: skip
+  _store(
+    out + q_base, acc * OUT_SCALE, first, q_len, T, N * H, H, BLOCK_H, BLOCK_Q
+  )
+
+
+@triton.jit
+def _forward_block(
+  acc, q_tile, k, v, i, start, at_edge, i_ids, k_ids, k_len, bias, slope,
+  OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
+  BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
+  SCALE: tl.constexpr, P_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+  LEFT: tl.constexpr, RIGHT: tl.constexpr, SLOPES: tl.constexpr,
+  SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+  """acc with the share of the keys start .. start + BLOCK_K."""
+  j = start + tl.arange(0, BLOCK_K)
+  k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, RAGGED)
+  s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+  x = _logits(s, i[:, None], j[None, :], bias, slope, OFFSET, SCALE, SLOPES)
+  p, _ = _weights(x, ACTIVATION, P_SCALE, 1.0)
+  if (LEFT is not None or RIGHT is not None or SEGMENTS) and at_edge:
+    j_ids = _load_ids(k_ids, j, k_len, SEGMENTS)
+    p = _visible(
+      p, i[:, None], j[None, :], i_ids[:, None], j_ids[None, :], LEFT, RIGHT,
+      SEGMENTS,
+    )  # fmt: skip
+  v_tile = _load(v, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, RAGGED)
+  return tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def backward_q(
+  q, k, v, d_out, logit_bias, slopes, q_lengths, k_lengths, q_ids, k_ids, spans,
+  d_q, d_bias, d_slope,
+  T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+  H: tl.constexpr, BLOCK_H: tl.constexpr,
+  BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+  ACTIVATION: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+  D_Z_SCALE: tl.constexpr, D_Q_SCALE: tl.constexpr, SUM_SCALE: tl.constexpr,
+  PRECISION: tl.constexpr,
+  LEFT: tl.constexpr, RIGHT: tl.constexpr,
+  BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
+  Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+  """dq_i = D_Q_SCALE sum_j dz_ij k_j, and this block's share of the operands'.
+
+  d_bias = SUM_SCALE sum dz, d_slope = -SUM_SCALE sum dz |i + S - T - j|: one
+  number a program, (B, N, blocks of queries).
+  """
+  batch, head, first = _place(T, N, BLOCK_Q, RIGHT is not None)
+  bias, slope = _per_head(
+    logit_bias, slopes, batch, head, ACTIVATION, BIAS, BIAS_STRIDE, SLOPE_STRIDE
+  )
+  q_len = _length(q_lengths, batch, T, Q_LENGTHS)
+  k_len = _length(k_lengths, batch, S, K_LENGTHS)
+  q_base, k_base = _bases(batch, head, T, S, N, K, H)
+  start, full, edge, stop = _runs(
+    first, BLOCK_Q, q_len, k_len, spans, batch, _blocks(T, BLOCK_Q), BLOCK_K,
+    LEFT, RIGHT, SEGMENTS,
+  )  # fmt: skip
+  i = first + tl.arange(0, BLOCK_Q)
+  q_tile = _load(q + q_base, first, q_len, N * H, H, BLOCK_H, BLOCK_Q, True)
+  do_tile = _load(
+    d_out + q_base, first, q_len, N * H, H, BLOCK_H, BLOCK_Q, True
+  )
+  i_ids = _load_ids(q_ids + batch * T, i, q_len, SEGMENTS)
+  acc = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
+  sum_dz = tl.zeros((BLOCK_Q,), tl.float32)
+  sum_far = tl.zeros((BLOCK_Q,), tl.float32)
+
+  RAGGED: tl.constexpr = K_LENGTHS or S % BLOCK_K != 0
+  for j in tl.range(start, stop, BLOCK_K):
+    acc, sum_dz, sum_far = _backward_q_block(
+      acc, sum_dz, sum_far, q_tile, do_tile, k + k_base, v + k_base, i, j,
+      (j < full) | (j >= edge), i_ids, k_ids + batch * S, k_len, bias, slope,
+      S - T, K * H, H, BLOCK_H, BLOCK_K, ACTIVATION, SCALE, D_Z_SCALE,
+      PRECISION, LEFT, RIGHT, BIAS_STRIDE, SLOPE_STRIDE, SEGMENTS, RAGGED,
+    )  # fmt: skip
+  _store(
+    d_q + q_base, acc * D_Q_SCALE, first, q_len, T, N * H, H, BLOCK_H, BLOCK_Q
+  )
+  blocks: tl.constexpr = _blocks(T, BLOCK_Q)
+  share = (batch * N + head) * blocks + first // BLOCK_Q
+  if BIAS_STRIDE is not None:
+    tl.store(d_bias + share, tl.sum(sum_dz, 0) * SUM_SCALE)
+  if SLOPE_STRIDE is not None:
+    tl.store(d_slope + share, tl.sum(sum_far, 0) * -SUM_SCALE)
+
+
+@triton.jit
+def _backward_q_block(
+  acc, sum_dz, sum_far, q_tile, do_tile, k, v, i, start, at_edge, i_ids, k_ids,
+  k_len, bias, slope,
+  OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
+  BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
+  SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+  LEFT: tl.constexpr, RIGHT: tl.constexpr, BIASES: tl.constexpr,
+  SLOPES: tl.constexpr, SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+  """The sums with the share of the keys start .. start + BLOCK_K."""
+  j = start + tl.arange(0, BLOCK_K)
+  k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, RAGGED)
+  v_tile = _load(v, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, RAGGED)
+  s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+  dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+  x = _logits(s, i[:, None], j[None, :], bias, slope, OFFSET, SCALE, SLOPES)
+  _, dz = _weights(x, ACTIVATION, 1.0, D_Z_SCALE)
+  dz *= dp
+  if (LEFT is not None or RIGHT is not None or SEGMENTS) and at_edge:
+    j_ids = _load_ids(k_ids, j, k_len, SEGMENTS)
+    dz = _visible(
+      dz, i[:, None], j[None, :], i_ids[:, None], j_ids[None, :], LEFT, RIGHT,
+      SEGMENTS,
+    )  # fmt: skip
+  if BIASES is not None:
+    sum_dz += tl.sum(dz, 1)
+  if SLOPES is not None:
+    sum_far += tl.sum(dz * _distance(i[:, None], j[None, :], OFFSET), 1)
+  acc = tl.dot(dz.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+  return acc, sum_dz, sum_far
+
+
+@triton.jit
+def backward_kv(
+  q, k, v, d_out, logit_bias, slopes, q_lengths, k_lengths, q_ids, k_ids, spans,
+  d_k, d_v,
+  T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+  H: tl.constexpr, BLOCK_H: tl.constexpr,
+  BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+  ACTIVATION: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+  P_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
+  D_Z_SCALE: tl.constexpr, D_Q_SCALE: tl.constexpr,
+  PRECISION: tl.constexpr,
+  LEFT: tl.constexpr, RIGHT: tl.constexpr,
+  BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
+  Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+  """dv_j = OUT_SCALE sum_i p_ij do_i, dk_j = D_Q_SCALE sum_i dz_ij q_i.
+
+  For a block of keys of one key head, over the queries of all its heads. The
+  tiles are transposed (keys down, queries across): so p and dz come out of one
+  product in the registers that the next one takes them from.
+  """
+  batch, kv_head, first = _place(S, K, BLOCK_K, False)
+  q_len = _length(q_lengths, batch, T, Q_LENGTHS)
+  k_len = _length(k_lengths, batch, S, K_LENGTHS)
+  start, full, edge, stop = _runs(
+    first, BLOCK_K, k_len, q_len, spans, batch, _blocks(S, BLOCK_K), BLOCK_Q,
+    RIGHT, LEFT, SEGMENTS,
+  )  # fmt: skip
+  j = first + tl.arange(0, BLOCK_K)
+  _, k_base = _bases(batch, kv_head * (N // K), T, S, N, K, H)
+  k_tile = _load(k + k_base, first, k_len, K * H, H, BLOCK_H, BLOCK_K, True)
+  v_tile = _load(v + k_base, first, k_len, K * H, H, BLOCK_H, BLOCK_K, True)
+  j_ids = _load_ids(k_ids + batch * S, j, k_len, SEGMENTS)
+  acc_k = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
+  acc_v = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
+
+  RAGGED: tl.constexpr = Q_LENGTHS or T % BLOCK_Q != 0
+  for head in range(kv_head * (N // K), (kv_head + 1) * (N // K)):
+    bias, slope = _per_head(
+      logit_bias, slopes, batch, head, ACTIVATION, BIAS, BIAS_STRIDE,
+      SLOPE_STRIDE,
+    )  # fmt: skip
+    q_base, _ = _bases(batch, head, T, S, N, K, H)
+    for i in tl.range(start, stop, BLOCK_Q):
+      acc_k, acc_v = _backward_kv_block(
+        acc_k, acc_v, k_tile, v_tile, q + q_base, d_out + q_base, j, i,
+        (i < full) | (i >= edge), j_ids, q_ids + batch * T, q_len, bias, slope,
+        S - T, N * H, H, BLOCK_H, BLOCK_Q, ACTIVATION, SCALE, P_SCALE,
+        D_Z_SCALE, PRECISION, LEFT, RIGHT, SLOPE_STRIDE, SEGMENTS, RAGGED,
+      )  # fmt: skip
+  _store(
+    d_k + k_base, acc_k * D_Q_SCALE, first, k_len, S, K * H, H, BLOCK_H, BLOCK_K
+  )
+  _store(
+    d_v + k_base, acc_v * OUT_SCALE, first, k_len, S, K * H, H, BLOCK_H, BLOCK_K
+  )
+
+
+@triton.jit
+def _backward_kv_block(
+  acc_k, acc_v, k_tile, v_tile, q, d_out, j, start, at_edge, j_ids, q_ids,
+  q_len, bias, slope,
+  OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
+  BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, ACTIVATION: tl.constexpr,
+  SCALE: tl.constexpr, P_SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr,
+  PRECISION: tl.constexpr,
+  LEFT: tl.constexpr, RIGHT: tl.constexpr, SLOPES: tl.constexpr,
+  SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+  """The sums with the share of the queries start .. start + BLOCK_Q."""
+  i = start + tl.arange(0, BLOCK_Q)
+  q_tile = _load(q, start, q_len, STRIDE, H, BLOCK_H, BLOCK_Q, RAGGED)
+  do_tile = _load(d_out, start, q_len, STRIDE, H, BLOCK_H, BLOCK_Q, RAGGED)
+  s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+  dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+  x = _logits(s, i[None, :], j[:, None], bias, slope, OFFSET, SCALE, SLOPES)
+  p, slopes = _weights(x, ACTIVATION, P_SCALE, D_Z_SCALE)
+  if (LEFT is not None or RIGHT is not None or SEGMENTS) and at_edge:
+    i_ids = _load_ids(q_ids, i, q_len, SEGMENTS)
+    p = _visible(
+      p, i[None, :], j[:, None], i_ids[None, :], j_ids[:, None], LEFT, RIGHT,
+      SEGMENTS,
+    )  # fmt: skip
+    slopes = _visible(
+      slopes, i[None, :], j[:, None], i_ids[None, :], j_ids[:, None], LEFT,
+      RIGHT, SEGMENTS,
+    )  # fmt: skip
+  acc_v = tl.dot(p.to(do_tile.dtype), do_tile, acc_v, input_precision=PRECISION)
+  dz = slopes * dp  # While the tensor cores work on the line before.
+  acc_k = tl.dot(dz.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION)
+  return acc_k, acc_v
+
+
+# The mathematics of a tile.
+
+
+@triton.jit
+def _logits(s, i, j, bias, slope, OFFSET, SCALE, SLOPES: tl.constexpr):
+  """The logits in the units of the activation."""
+  x = s * SCALE + bias
+  if SLOPES is not None:
+    x -= slope * _distance(i, j, OFFSET)
+  return x
+
+
+@triton.jit
+def _distance(i, j, OFFSET):
+  return tl.abs(i - j + OFFSET).to(tl.float32)
+
+
+@triton.constexpr_function
+def _unit(activation):
+  return UNITS[activation]
+
+
+@triton.jit
+def _weights(
+  x, ACTIVATION: tl.constexpr, P_SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr
+):
+  """P_SCALE times the weights, D_Z_SCALE times their slopes; up to constants.
+
+  The constants (2 and 4 for tanh, 1/2 for the slope of relu2) are taken back
+  when the sums are stored, once a row rather than once a weight.
+  """
+  if ACTIVATION == "tanh":
+    t = tanh(x)
+    p, slope = t * P_SCALE + P_SCALE, D_Z_SCALE - (t * D_Z_SCALE) * t
+  elif ACTIVATION == "exp":
+    p = 1.0 / (1.0 + tl.exp2(x))
+    slope = (p - p * p) * D_Z_SCALE
+    p *= P_SCALE
+  elif ACTIVATION == "relu":
+    p, slope = tl.maximum(x, 0.0) * P_SCALE, tl.where(x > 0, D_Z_SCALE, 0.0)
+  else:
+    r = tl.maximum(x, 0.0)
+    p, slope = r * r * P_SCALE, r * D_Z_SCALE
+  return p, slope
+
+
+@triton.jit
+def _visible(
+  x, i, j, i_ids, j_ids,
+  LEFT: tl.constexpr, RIGHT: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+  """x where i - LEFT <= j <= i + RIGHT in the same segment, else 0."""
+  if RIGHT is not None:
+    x = tl.where(j <= i + RIGHT, x, 0.0)
+  if LEFT is not None:
+    x = tl.where(i <= j + LEFT, x, 0.0)
+  if SEGMENTS:
+    x = tl.where(i_ids == j_ids, x, 0.0)
+  return x
+
+
+# Where a program works.
+
+
+@triton.jit
+def _place(
+  LENGTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+  LAST_FIRST: tl.constexpr,
+):  # fmt: skip
+  """Batch, head and first row of this program.
+
+  Blocks of a head are neighbours, and find its keys in the cache. Those with
+  the most to do begin.
+  """
+  blocks: tl.constexpr = _blocks(LENGTH, BLOCK)
+  block = tl.program_id(0) % blocks
+  if LAST_FIRST:
+    block = blocks - 1 - block
+  other = tl.program_id(0) // blocks
+  return other // HEADS, other % HEADS, block * BLOCK
+
+
+@triton.constexpr_function
+def _blocks(length, block):
+  return -(-length // block)
+
+
+@triton.jit
+def _bases(
+  batch, head,
+  T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+  H: tl.constexpr,
+):  # fmt: skip
+  """Where a head begins in (B, T, N, H) and in (B, S, K, H)."""
+  batch = tl.cast(batch, tl.int64)
+  return (batch * (T * N) + head) * H, (batch * (S * K) + head // (N // K)) * H
+
+
+@triton.jit
+def _runs(
+  first, rows, limit, other_limit, spans, batch,
+  BLOCKS: tl.constexpr, OTHER_BLOCK: tl.constexpr,
+  BEFORE: tl.constexpr, AFTER: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+  """start, full, edge, stop: what the rows first .. first + rows can see.
+
+  Row r sees r - BEFORE to r + AFTER of the other side. Every row sees all of
+  full .. edge; start .. full and edge .. stop want a mask. All but stop are
+  multiples of OTHER_BLOCK.
+  """
+  last = min(first + rows, limit) - 1
+  low, full_low = 0, 0
+  high, full_high = other_limit, other_limit
+  if BEFORE is not None:
+    low, full_low = max(first - BEFORE, 0), max(last - BEFORE, 0)
+  if AFTER is not None:
+    high = min(high, last + AFTER + 1)
+    full_high = min(full_high, first + AFTER + 1)
+  if SEGMENTS:
+    span = spans + (batch * BLOCKS + first // rows) * 3
+    span_low, span_high = tl.load(span), tl.load(span + 1)
+    low, high = max(low, span_low), min(high, span_high)
+    full_low = max(full_low, span_low)
+    full_high = min(full_high, tl.load(span + 2))
+  high = tl.where(last >= first, high, 0)
+  start = low // OTHER_BLOCK * OTHER_BLOCK
+  full = tl.cdiv(full_low, OTHER_BLOCK) * OTHER_BLOCK
+  edge = max(min(full_high, high) // OTHER_BLOCK * OTHER_BLOCK, full)
+  return start, full, edge, high
+
+
+@triton.jit
+def _per_head(
+  logit_bias, slopes, batch, head, ACTIVATION: tl.constexpr,
+  BIAS: tl.constexpr, BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
+):  # fmt: skip
+  """Logit bias and slope in the units of the activation."""
+  UNIT: tl.constexpr = _unit(ACTIVATION)
+  bias, slope = 0.0, 0.0
+  if BIAS_STRIDE is None:
+    bias = BIAS * UNIT
+  else:
+    bias = tl.load(logit_bias + batch * BIAS_STRIDE + head) * UNIT
+  if SLOPE_STRIDE is not None:
+    slope = tl.load(slopes + batch * SLOPE_STRIDE + head) * UNIT
+  return bias, slope
+
+
+@triton.jit
+def _length(lengths, batch, full: tl.constexpr, GIVEN: tl.constexpr):
+  length = full
+  if GIVEN:
+    length = min(tl.load(lengths + batch), full)
+  return length
+
+
+@triton.jit
+def _load_ids(ids, rows, limit, SEGMENTS: tl.constexpr):
+  found = rows
+  if SEGMENTS:
+    found = tl.load(ids + rows, mask=rows < limit, other=0)
+  return found
+
+
+@triton.jit
+def _load(
+  base, first, limit,
+  STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
+  ROWS: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+  """Rows first .. first + ROWS, (ROWS, BLOCK_H); zeros beyond limit and H."""
+  rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_H)[None, :]
+  base += tl.cast(first, tl.int64) * STRIDE
+  pointers = base + rows * STRIDE + columns
+  if CHECKED and H == BLOCK_H:
+    tile = tl.load(pointers, mask=rows < limit - first, other=0.0)
+  elif CHECKED:
+    mask = (rows < limit - first) & (columns < H)
+    tile = tl.load(pointers, mask=mask, other=0.0)
+  elif H == BLOCK_H:
+    tile = tl.load(pointers)
+  else:
+    tile = tl.load(pointers, mask=columns < H, other=0.0)
+  return tile
+
+
+@triton.jit
+def _store(
+  base, tile, first, limit, length,
+  STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
+  ROWS: tl.constexpr,
+):  # fmt: skip
+  """Stores the rows below length, as zeros from limit on."""
+  rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_H)[None, :]
+  tile = tl.where(rows < limit - first, tile, 0.0)
+  base += tl.cast(first, tl.int64) * STRIDE
+  tl.store(
+    base + rows * STRIDE + columns,
+    tile.to(base.dtype.element_ty),
+    mask=(rows < length - first) & (columns < H),
+  )

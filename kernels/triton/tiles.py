@@ -1,0 +1,64 @@
+"""The table of tiles of the Triton kernels: the block sizes of each card.
+
+Nothing is tuned when a program runs: a card that is not in the table takes the
+tiles of the next older one. `python -m benchmarks.tune_triton` writes the
+table.
+"""
+
+import functools
+import json
+import pathlib
+from typing import NamedTuple
+
+TABLE = pathlib.Path(__file__).with_name("tiles.json")
+PASSES = ("forward", "backward_q", "backward_kv")
+WIDTHS = (16, 32, 64, 128, 256)
+DTYPES = ("bfloat16", "float16", "float32")
+SHORT = 256  # tokens up to which a sequence takes short tiles
+
+
+class Tile(NamedTuple):
+  block_q: int
+  block_k: int
+  num_warps: int
+  num_stages: int
+
+
+def tile(problem, direction, capability):
+  """The tile of a pass, one of PASSES, on a card."""
+  table = _table()
+  cards = [x for x in sorted(map(int, table)) if x <= capability]
+  card = table[str(cards[-1])]
+  bits, width = bits_of(problem.dtype), str(padded(problem.head_dim))
+  found = card["tiles"][bits][direction][width]
+  if max(problem.query_len, problem.key_len) <= SHORT:
+    short = card.get("short", {}).get(bits, {}).get(direction, {})
+    found = short.get(width, found)
+  found = Tile(*found)
+  if problem.window or problem.shapes.query_segment_ids is not None:
+    # Masks that keep more in registers: halve what is gone over.
+    name = "block_q" if direction == "backward_kv" else "block_k"
+    block = getattr(found, name)
+    found = found._replace(**{name: min(block, max(block // 2, 32))})
+  # Short sequences need no larger blocks, nor the warps for them.
+  block_q = min(found.block_q, padded(problem.query_len))
+  block_k = min(found.block_k, padded(problem.key_len))
+  rows, all_rows = block_q, found.block_q
+  if direction == "backward_kv":
+    rows, all_rows = block_k, found.block_k
+  warps = max(found.num_warps * rows // all_rows, 1)
+  return Tile(block_q, block_k, warps, found.num_stages)
+
+
+def padded(length):
+  """Triton's tiles are powers of two, and its products begin at 16."""
+  return max(16, 1 << (length - 1).bit_length())
+
+
+def bits_of(dtype):
+  return "32" if dtype == "float32" else "16"
+
+
+@functools.cache
+def _table():
+  return json.loads(TABLE.read_text())

@@ -1,0 +1,421 @@
+"""Pointwise attention in plain JAX: the specification, and what runs anywhere.
+
+`reference` is the definition: every weight at once, in float32, differentiated
+by JAX. `attention` gives the same numbers in memory that grows with S rather
+than T S. It needs no running maximum, no sum and no log-sum-exp, because a
+weight depends on its own logit alone: the shares of blocks of keys are added,
+and the backward pass recomputes each block from query, key and value:
+
+  z = scale q k^T + bias + logit_bias - slope |i + S - T - j|
+  p = activation(z) / normalizer       out = p v
+  dv = p^T do    dz = activation'(z) / normalizer * (do v^T)
+  dq = scale dz k    dk = scale dz^T q    dbias, dlogit_bias, dslope: sums of dz
+
+Arrays inside are grouped: q_BTKGH, k_BSKH, and logits z_BKGTS.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sigattn.kernels import batching_and_sharding
+from sigattn.kernels.problem import Operands
+
+_TILE = 2**24  # weights computed at a time: 64 MiB in float32
+_MIN_BLOCK = 128  # keys: fewer would be all overhead
+_BANDS = 8  # query blocks under a causal mask: 7 of 16 parts are not computed
+
+
+def unsupported(problem):
+  """Empty: it takes everything."""
+  del problem
+  return ""
+
+
+def reference(query, key, value, operands, problem):
+  """activation(scale q k^T + ...) v / normalizer, all at once in float32.
+
+  The specification, of which every other implementation is a faster form. It
+  keeps all the weights, and JAX differentiates it in both modes.
+  """
+  with jax.default_matmul_precision("highest"):
+    _, p_BKGTS, _ = _all_weights(query, key, operands, problem)
+    v_BSKH = value.astype(_logits_dtype(problem))
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS, v_BSKH)
+  return out_BTKGH.reshape(query.shape).astype(query.dtype)
+
+
+def weights(query, key, operands, problem):
+  """What `reference` multiplies the values with, and what it is made of.
+
+  Returns (logits, weights, visible), each (B, N, T, S): logits before the
+  activation, in float32, of hidden pairs too; weights 0 where not visible.
+  """
+  with jax.default_matmul_precision("highest"):
+    z_BKGTS, p_BKGTS, visible = _all_weights(query, key, operands, problem)
+  visible = True if visible is None else visible
+  arrays = z_BKGTS, p_BKGTS, jnp.broadcast_to(visible, z_BKGTS.shape)
+  shape = problem.batch, problem.num_heads, problem.query_len, problem.key_len
+  return tuple(x.reshape(shape) for x in arrays)
+
+
+def _all_weights(query, key, operands, problem):
+  q_BTKGH, k_BSKH = (
+    x.astype(_logits_dtype(problem)) for x in (_group(query, problem), key)
+  )
+  block = _Block(0, problem.query_len, 0, problem.key_len)
+  z_BKGTS = _logits(q_BTKGH, k_BSKH, operands, problem, block)
+  p_BKGTS, _ = _activation(z_BKGTS, problem)
+  visible = _visible(operands, problem, block)
+  return z_BKGTS, _only(visible, p_BKGTS), visible
+
+
+def attention(query, key, value, operands, problem):
+  """`reference` in blocks of keys; saves query, key and value alone.
+
+  Reverse mode only (jax.grad, jax.vjp, jax.jacrev, and those of them).
+  bfloat16 weights are rounded to bfloat16 before their product with the
+  values; float16's stay float32, because exp(-16) underflows in float16.
+  Rows that a length, segment or mask hides from everything may hold NaN.
+  """
+  return _attention(problem, query, key, value, operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(problem, query, key, value, operands):
+  return _forward(problem, query, key, value, operands)
+
+
+def _save_inputs(problem, query, key, value, operands):
+  out = _forward(problem, query, key, value, operands)
+  return out, (query, key, value, operands)
+
+
+def _forward(problem, query, key, value, operands):
+  q_BTKGH, outs = _group(query, problem), []
+  for start, stop in _query_blocks(problem):
+
+    def add(out_BTKGH, first, size, start=start, stop=stop):
+      block = _Block(start, stop - start, first, size)
+      q, k, v, _, visible = _inputs(
+        problem, operands, block, q_BTKGH, key, value
+      )
+      p_BKGTS, _ = _activation(_logits(q, k, operands, problem, block), problem)
+      p_BKGTS = _only(visible, p_BKGTS)
+      return out_BTKGH + _product("BKGTS,BSKH->BTKGH", p_BKGTS, v, problem)
+
+    shape = (problem.batch, stop - start, *q_BTKGH.shape[2:])
+    zeros = jnp.zeros(shape, _logits_dtype(problem))
+    outs.append(_over_keys(add, zeros, problem, start, stop))
+  return jnp.concatenate(outs, axis=1).reshape(query.shape).astype(query.dtype)
+
+
+class _Gradients(NamedTuple):
+  """Sums over the blocks; None for an operand that is absent."""
+
+  q_BTKGH: Any
+  k_BSKH: Any
+  v_BSKH: Any
+  bias: Any
+  logit_bias: Any
+  alibi_slopes: Any
+
+
+def _backward(problem, saved, d_out):
+  query, key, value, operands = saved
+  q_BTKGH, do_BTKGH = _group(query, problem), _group(d_out, problem)
+  grads = _Gradients(
+    *(
+      None if x is None else jnp.zeros(x.shape, _logits_dtype(problem))
+      for x in (q_BTKGH, key, value, *operands[:1], *operands[2:4])
+    )
+  )
+  for start, stop in _query_blocks(problem):
+
+    def add(grads, first, size, start=start, stop=stop):
+      block = _Block(start, stop - start, first, size)
+      inputs = _inputs(problem, operands, block, q_BTKGH, key, value, do_BTKGH)
+      return _add_gradients(grads, problem, operands, block, *inputs)
+
+    grads = _over_keys(add, grads, problem, start, stop)
+  return _as_inputs(grads, query, key, value, operands)
+
+
+_attention.defvjp(_save_inputs, _backward)
+
+
+def _add_gradients(
+  grads, problem, operands, block, q_BTKGH, k_BSKH, v_BSKH, do_BTKGH, visible
+):
+  z_BKGTS = _logits(q_BTKGH, k_BSKH, operands, problem, block)
+  p_BKGTS, slope_BKGTS = _activation(z_BKGTS, problem)
+  dp_BKGTS = _einsum("BTKGH,BSKH->BKGTS", do_BTKGH, v_BSKH, problem)
+  # After both factors: neither a hidden weight nor a hidden NaN comes through.
+  p_BKGTS = _only(visible, p_BKGTS)
+  dz_BKGTS = _only(visible, slope_BKGTS * dp_BKGTS)
+
+  dq = _product("BKGTS,BSKH->BTKGH", dz_BKGTS, k_BSKH, problem)
+  dk = _product("BKGTS,BTKGH->BSKH", dz_BKGTS, q_BTKGH, problem)
+  dv = _product("BKGTS,BTKGH->BSKH", p_BKGTS, do_BTKGH, problem)
+  grads = grads._replace(
+    q_BTKGH=_add_at(grads.q_BTKGH, problem.scale * dq, {1: block.query}),
+    k_BSKH=_add_at(grads.k_BSKH, problem.scale * dk, {1: block.key}),
+    v_BSKH=_add_at(grads.v_BSKH, dv, {1: block.key}),
+  )
+  dz_BNTS = dz_BKGTS.reshape(
+    problem.batch, problem.num_heads, *dz_BKGTS.shape[-2:]
+  )
+  return _add_operand_gradients(grads, problem, block, dz_BNTS)
+
+
+def _add_operand_gradients(grads, problem, block, dz_BNTS):
+  if grads.bias is not None:
+    axes = [i for i, n in enumerate(grads.bias.shape) if n == 1]
+    starts = {2: block.query, 3: block.key}
+    starts = {i: start for i, start in starts.items() if i not in axes}
+    part = dz_BNTS.sum(axes, keepdims=True)
+    grads = grads._replace(bias=_add_at(grads.bias, part, starts))
+  if grads.logit_bias is not None:
+    part = _reduce_batch(dz_BNTS.sum((2, 3)), grads.logit_bias)
+    grads = grads._replace(logit_bias=grads.logit_bias + part)
+  if grads.alibi_slopes is not None:
+    distance_TS = _distance(problem, block)[None, None]
+    part = -(dz_BNTS * distance_TS).sum((2, 3))
+    part = _reduce_batch(part, grads.alibi_slopes)
+    grads = grads._replace(alibi_slopes=grads.alibi_slopes + part)
+  return grads
+
+
+def _reduce_batch(x_BN, like):
+  return x_BN if like.shape[0] == x_BN.shape[0] else x_BN.sum(0, keepdims=True)
+
+
+def _add_at(total, part, starts):
+  """total with `part` added at the given start of some axes."""
+  if part.shape == total.shape:
+    return total + part
+  index = [starts.get(axis, 0) for axis in range(total.ndim)]
+  old = lax.dynamic_slice(total, index, part.shape)
+  return lax.dynamic_update_slice(total, old + part, index)
+
+
+def _as_inputs(grads, query, key, value, operands):
+  """The cotangents in the shapes and dtypes of what they belong to."""
+
+  def like(grad, x):
+    return None if x is None else batching_and_sharding.cotangent(grad, x)
+
+  d_operands = Operands()._replace(
+    bias=like(grads.bias, operands.bias),
+    logit_bias=like(grads.logit_bias, operands.logit_bias),
+    alibi_slopes=like(grads.alibi_slopes, operands.alibi_slopes),
+  )
+  return (
+    like(grads.q_BTKGH, query),
+    like(grads.k_BSKH, key),
+    like(grads.v_BSKH, value),
+    d_operands,
+  )
+
+
+# Blocks.
+
+
+class _Block(NamedTuple):
+  """Some queries and some keys; `key` may be traced."""
+
+  query: int  # first query
+  queries: int
+  key: Any  # first key
+  keys: int
+
+
+def _query_blocks(problem):
+  """(start, stop) of the queries that are computed together."""
+  length = problem.query_len
+  if _is_small(problem) or not (problem.is_causal or problem.window):
+    return [(0, length)]
+  size = max(-(-length // _BANDS), _MIN_BLOCK)
+  return [(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+def _is_small(problem):
+  weights = problem.batch * problem.num_heads * problem.query_len
+  return weights * problem.key_len <= _TILE
+
+
+def _over_keys(add, total, problem, start, stop):
+  """total = add(total, first, size) for each block of the keys they see."""
+  low, high = _key_range(problem, start, stop)
+  block = high - low
+  if not _is_small(problem):
+    rows = problem.batch * problem.num_heads * (stop - start)
+    block = max(_TILE // rows // _MIN_BLOCK, 1) * _MIN_BLOCK
+  count, rest = divmod(max(high - low, 0), max(block, 1))
+  if count == 1:
+    total = add(total, low, block)
+  elif count > 1:
+    total = lax.fori_loop(
+      0, count, lambda i, x: add(x, low + i * block, block), total
+    )
+  return add(total, high - rest, rest) if rest else total
+
+
+def _key_range(problem, start, stop):
+  """The keys that some query in start..stop sees by its position."""
+  low, high = 0, problem.key_len
+  if problem.is_causal:
+    high = min(high, stop)
+  if problem.window:
+    left, right = problem.window
+    low, high = max(low, start - left), min(high, stop + right)
+  return low, high
+
+
+def _inputs(problem, operands, block, q_BTKGH, k_BSKH, v_BSKH, *do_BTKGH):
+  """The block's rows of each array, and what is visible in it.
+
+  Rows that nothing in the block sees are zeroed, since 0 NaN is NaN.
+  """
+  queries = [
+    lax.slice_in_dim(x, block.query, block.query + block.queries, axis=1)
+    for x in (q_BTKGH, *do_BTKGH)
+  ]
+  keys = [_slice(x, 1, block.key, block.keys) for x in (k_BSKH, v_BSKH)]
+  visible = _visible(operands, problem, block)
+  if problem.masked_by_data:
+    seeing, seen = visible.any((1, 2, 4)), visible.any((1, 2, 3))
+    queries = [_only(seeing[:, :, None, None, None], x) for x in queries]
+    keys = [_only(seen[:, :, None, None], x) for x in keys]
+  d_out = queries[1:] or [None]
+  return queries[0], *keys, *d_out, visible
+
+
+def _slice(x, axis, start, size):
+  if size == x.shape[axis]:
+    return x
+  return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+# The mathematics of one block.
+
+
+def _activation(z, problem):
+  """The weights activation(z) / normalizer, and their derivative by z."""
+  if problem.kind == "sigmoid":
+    p = lax.logistic(z)
+    slope = p * (1 - p)
+  elif problem.kind == "relu":
+    p, slope = jnp.maximum(z, 0), (z > 0).astype(z.dtype)
+  else:
+    p = jnp.maximum(z, 0)
+    p, slope = p * p, 2 * p
+  if problem.normalizer == 1:
+    return p, slope
+  return p / problem.normalizer, slope / problem.normalizer
+
+
+def _logits(q_BTKGH, k_BSKH, operands, problem, block):
+  z = problem.scale * _einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, problem)
+  if operands.bias is not None:
+    z = z + _block_of(operands.bias, problem, block).astype(z.dtype)
+  if operands.alibi_slopes is not None:
+    slopes = _per_head(operands.alibi_slopes, problem).astype(z.dtype)
+    z = z - slopes * _distance(problem, block)[None, None, None]
+  if operands.logit_bias is not None:
+    return z + _per_head(operands.logit_bias, problem).astype(z.dtype)
+  return z + problem.logit_bias
+
+
+def _visible(operands, problem, block):
+  """bool (B or 1, K or 1, G or 1, T, S), or None where all is visible."""
+  i = block.query + jnp.arange(block.queries)[:, None]
+  j = block.key + jnp.arange(block.keys)[None]
+  parts = []
+  if problem.is_causal:
+    parts.append((j <= i)[None])
+  if problem.window:
+    left, right = problem.window
+    parts.append(((j >= i - left) & (j <= i + right))[None])
+  if operands.query_seq_lengths is not None:
+    parts.append(i[None] < operands.query_seq_lengths[:, None, None])
+  if operands.key_value_seq_lengths is not None:
+    parts.append(j[None] < operands.key_value_seq_lengths[:, None, None])
+  if operands.query_segment_ids is not None:
+    queries = lax.slice_in_dim(
+      operands.query_segment_ids,
+      block.query,
+      block.query + block.queries,
+      axis=1,
+    )
+    keys = _slice(operands.key_value_segment_ids, 1, block.key, block.keys)
+    parts.append(queries[:, :, None] == keys[:, None])
+  parts = [x[:, None, None] for x in parts]
+  if operands.mask is not None:
+    parts.append(_block_of(operands.mask, problem, block))
+  if not parts:
+    return None
+  visible = functools.reduce(jnp.logical_and, parts)
+  return jnp.broadcast_to(
+    visible, (*visible.shape[:3], block.queries, block.keys)
+  )
+
+
+def _only(visible, x):
+  """x where it is visible, else 0."""
+  return x if visible is None else jnp.where(visible, x, jnp.zeros_like(x))
+
+
+def _distance(problem, block):
+  """|i + S - T - j|: the last query and the last key stand together."""
+  i = block.query + jnp.arange(block.queries)[:, None]
+  j = block.key + jnp.arange(block.keys)[None]
+  offset = problem.key_len - problem.query_len
+  return abs(i + offset - j).astype(_logits_dtype(problem))
+
+
+def _block_of(x_BNTS, problem, block):
+  """The block's part of a bias or mask, (B, K, G, T, S) with ones kept."""
+  if x_BNTS.shape[2] > 1:
+    x_BNTS = lax.slice_in_dim(
+      x_BNTS, block.query, block.query + block.queries, axis=2
+    )
+  if x_BNTS.shape[3] > 1:
+    x_BNTS = _slice(x_BNTS, 3, block.key, block.keys)
+  batch, heads, *rest = x_BNTS.shape
+  if heads == 1:
+    return x_BNTS.reshape(batch, 1, 1, *rest)
+  return x_BNTS.reshape(batch, problem.num_kv_heads, -1, *rest)
+
+
+def _per_head(x_BN, problem):
+  return x_BN.reshape(x_BN.shape[0], problem.num_kv_heads, -1, 1, 1)
+
+
+def _group(x_BTNH, problem):
+  batch, length, _, width = x_BTNH.shape
+  return x_BTNH.reshape(batch, length, problem.num_kv_heads, -1, width)
+
+
+# Precision.
+
+
+def _logits_dtype(problem):
+  return jnp.promote_types(problem.dtype, jnp.float32)
+
+
+def _einsum(equation, a, b, problem):
+  return jnp.einsum(
+    equation, a, b, preferred_element_type=_logits_dtype(problem)
+  )
+
+
+def _product(equation, weights, x, problem):
+  """The product of weights (or their gradients) with rows of an input."""
+  dtype = _logits_dtype(problem)
+  if problem.dtype == "bfloat16":
+    dtype = jnp.bfloat16
+  return _einsum(equation, weights.astype(dtype), x.astype(dtype), problem)

@@ -1,0 +1,261 @@
+"""Pictures of runs: curves of metrics, and telemetry layer by step.
+
+Runs come as groups {label: [lines of a run, of another seed, ...]}; lines are
+those of sigattn.training.metrics.read.
+"""
+
+import itertools
+import math
+import re
+import statistics
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import figure as figures
+
+from sigattn.analysis import telemetry
+
+INK = "#010101"  # of text and axes, for who wants to exchange it
+_STYLE = {
+  "axes.edgecolor": INK,
+  "axes.labelcolor": INK,
+  "text.color": INK,
+  "xtick.color": INK,
+  "ytick.color": INK,
+  "axes.spines.right": False,
+  "axes.spines.top": False,
+  "axes.grid": True,
+  "grid.alpha": 0.25,
+  "grid.color": "grey",
+  "legend.frameon": False,
+  "legend.fontsize": "small",
+  "svg.fonttype": "none",
+  "svg.hashsalt": "sigattn",  # the same picture, the same file
+}
+_SIZE = 5.2, 3.6  # inches, of one plot
+_LOG = 30  # a range of so many times is drawn on a logarithmic axis
+
+
+def curves(groups, path):
+  """Draws loss, accuracy and CER against the step into one PNG."""
+  names = [n for n in ("loss", "accuracy", "cer") if _has(groups, n)]
+  with mpl.rc_context(_STYLE):
+    figure, axes = _figure(1, len(names))
+    for ax, name in zip(axes[0], names, strict=True):
+      _draw_curves(ax, groups, name)
+    figure.savefig(path, dpi=120)
+
+
+def curve(groups, name):
+  """A figure of one metric against the step.
+
+  The mean over the runs of a group is the line, their range the band; training
+  is thin, held out is thick.
+  """
+  with mpl.rc_context(_STYLE):
+    figure, axes = _figure(1, 1)
+    _draw_curves(axes[0, 0], groups, name)
+  return figure
+
+
+def _figure(rows, columns, size=_SIZE, **options):
+  width, height = size
+  figure = figures.Figure(
+    (width * columns, height * rows), layout="constrained"
+  )
+  return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def save(figure, file, kind):
+  """Writes the figure to a path or file: png on white, or svg on nothing."""
+  with mpl.rc_context(_STYLE):
+    if kind == "svg":
+      figure.savefig(file, format=kind, transparent=True)
+    else:
+      figure.savefig(file, format=kind, dpi=120)
+
+
+def _has(groups, name):
+  return any(name in line for g in groups.values() for r in g for line in r)
+
+
+def _draw_curves(axes, groups, name):
+  for index, (label, runs) in enumerate(groups.items()):
+    for split in dict.fromkeys(line["split"] for run in runs for line in run):
+      points = [
+        (line["step"], line[name])
+        for run in runs
+        for line in run
+        if line["split"] == split and name in line
+      ]
+      held_out = split != "train"
+      style = (
+        dict(marker="o", markersize=3, linewidth=1.5)
+        if held_out
+        else dict(linewidth=0.8, alpha=0.5)
+      )
+      _draw_mean(
+        axes, points, held_out, label=f"{label} ({split})", color=f"C{index}",
+        **style,
+      )  # fmt: skip
+  axes.set(xlabel="step", ylabel=name)
+  axes.legend()
+
+
+def _draw_mean(axes, points, band, *, color, **style):
+  """The mean at each step as a line, the range as a band; nothing of nothing.
+
+  points: (step, value), several with one step.
+  """
+  by_step = {}
+  for step, value in points:
+    by_step.setdefault(step, []).append(value)
+  if not by_step:
+    return
+  steps = sorted(by_step)
+  means = [statistics.fmean(by_step[step]) for step in steps]
+  axes.plot(steps, means, color=color, **style)
+  if band and len(points) > len(steps):
+    low = [min(by_step[step]) for step in steps]
+    high = [max(by_step[step]) for step in steps]
+    axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+# Telemetry.
+
+
+def measured(groups):
+  """The quantities that telemetry has in any of the runs."""
+  names = {
+    name.partition("/")[0] for line in _telemetry_lines(groups) for name in line
+  }
+  return [name for name in telemetry.QUANTITIES if name in names]
+
+
+def _telemetry_lines(groups):
+  return [
+    line
+    for runs in groups.values()
+    for run in runs
+    for line in run
+    if line["split"] == telemetry.SPLIT
+  ]
+
+
+def layers_by_step(groups, quantity):
+  """A figure of one quantity of telemetry: a plot a group, a line a layer.
+
+  The line is the mean over heads and runs, the band their range. Layers go
+  from purple to yellow; other modules are grey.
+  """
+  groups = {k: v for k, v in groups.items() if _telemetry_lines({k: v})}
+  columns = min(len(groups), 3)
+  rows = -(-len(groups) // columns)
+  with mpl.rc_context(_STYLE):
+    figure, axes = _figure(rows, columns, (3.8, 3.0), sharey=True, sharex=True)
+    for ax in axes.flat[len(groups) :]:
+      ax.remove()
+    shown, lowest, highest = {}, math.inf, 0.0
+    for ax, (label, runs) in zip(axes.flat, groups.items(), strict=False):
+      places = _by_place({label: runs}, quantity)
+      for (place, points), style in zip(
+        places.items(), _line_styles(places), strict=True
+      ):
+        _draw_mean(ax, points, True, linewidth=1.2, label=place, **style)
+        values = [value for _, value in points]
+        lowest, highest = min(lowest, *values), max(highest, *values)
+      ax.set_title(label, fontsize="small")
+      ax.set(xlabel="step")
+      handles, names = ax.get_legend_handles_labels()
+      shown |= dict(zip(names, handles, strict=True))
+    if lowest > 0 and highest > _LOG * lowest:
+      axes[0, 0].set_yscale("log")
+    for ax in axes[:, 0]:
+      ax.set_ylabel(quantity)
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper")
+  return figure
+
+
+def _by_place(groups, quantity):
+  """{place without its head: [(step, value), ...]}."""
+  places = {}
+  for line in _telemetry_lines(groups):
+    for name, value in line.items():
+      head, _, place = name.partition("/")
+      if head == quantity:
+        place = re.sub(r"/head\d+$", "", place)
+        places.setdefault(place, []).append((line["step"], value))
+  return places
+
+
+def _line_styles(places):
+  layered = [place for place in places if re.search(r"layer\d+$", place)]
+  others = [place for place in places if place not in layered]
+  shades = np.linspace(0.3, 0.9, len(layered))  # seen on white and on black
+  styles = {
+    place: dict(color=mpl.colormaps["plasma"](shade))
+    for place, shade in zip(layered, shades, strict=True)
+  }
+  dashes = itertools.cycle(["--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))])
+  styles |= {
+    place: dict(color="grey", linestyle=dash)
+    for place, dash in zip(others, dashes, strict=False)
+  }
+  return [styles[place] for place in places]
+
+
+# Attention of one example.
+
+
+def overlays(image_HWC, attention_LNRC):
+  """A figure of an image under how much attention each patch gets.
+
+  A row a layer, a column a head. Bright is the most of the plot, whose number
+  stands above it. image_HWC: uint8. attention_LNRC: of vit.patch_attention.
+  """
+  layers, heads = attention_LNRC.shape[:2]
+  height, width = image_HWC.shape[:2]
+  place = dict(extent=(0, width, height, 0))
+  with mpl.rc_context(_STYLE):
+    figure, axes = _figure(layers, heads + 1, (1.5, 1.65))
+    for layer, row in enumerate(axes):
+      for ax in row:
+        ax.imshow(image_HWC.squeeze(), cmap="grey", **place)
+        ax.set_axis_off()
+      row[0].set_title(f"layer {layer}", fontsize="small")
+      for head, map_RC in enumerate(attention_LNRC[layer]):
+        ax = row[head + 1]
+        ax.imshow(map_RC, cmap="inferno", alpha=0.6, vmin=0, **place)
+        ax.set_title(f"head {head}, to {map_RC.max():.3g}", fontsize="small")
+  return figure
+
+
+def matrices(weights_NTS, tick_labels, title):
+  """A figure of a layer's weights: a plot a head, keys across, queries down.
+
+  tick_labels: strings of the tokens. Bright is the plot's largest, whose number
+  stands above it.
+  """
+  count = len(tick_labels)
+  weights_NTS = weights_NTS[:, :count, :count]
+  columns = min(len(weights_NTS), 4)
+  rows = -(-len(weights_NTS) // columns)
+  side = max(2.5, 0.13 * count + 0.6)
+  # A space would be no label at all.
+  tick_labels = [x if x.strip() else "\u2423" for x in tick_labels]
+  with mpl.rc_context(_STYLE | {"axes.grid": False}):
+    figure, axes = _figure(rows, columns, (side, side))
+    figure.suptitle(title)
+    for ax in axes.flat[len(weights_NTS) :]:
+      ax.remove()
+    for head, (ax, weights_TS) in enumerate(
+      zip(axes.flat, weights_NTS, strict=False)
+    ):
+      ax.imshow(weights_TS, cmap="magma", vmin=0)
+      ax.set_title(f"head {head}, to {weights_TS.max():.3g}", fontsize="small")
+      ticks = dict(fontsize=7, family="monospace", parse_math=False)
+      turned = 90 if max(map(len, tick_labels)) > 1 else 0
+      ax.set_xticks(range(count), tick_labels, rotation=turned, **ticks)
+      ax.set_yticks(range(count), tick_labels, **ticks)
+      ax.tick_params(length=0)
+  return figure

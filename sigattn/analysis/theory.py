@@ -1,0 +1,473 @@
+"""How steeply attention changes with its input, bounded and measured.
+
+  python -m sigattn theory --out=benchmarks/results/theory
+
+draws the figures and prints the table; the functions are for notebooks. They
+ask the operation itself (sigattn.attention) for its output and its Jacobian.
+
+Shapes: T tokens of width D, N heads of width H. One example, no batch.
+"""
+
+import functools
+import math
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.table
+from absl import flags
+from flax import nnx
+
+from sigattn import attention, layers
+from sigattn.training import metrics
+
+
+class Heads(NamedTuple):
+  """The projections of an attention layer; 1 / sqrt(H) is in `query`."""
+
+  query_NDH: jax.Array
+  key_NDH: jax.Array
+  value_NDH: jax.Array
+  out_NHD: jax.Array
+
+
+def identity(width):
+  """One head in which every projection is the identity."""
+  eye = jnp.eye(width)[None]
+  return Heads(eye, eye, eye, eye)
+
+
+def random_heads(key, num_heads, width, head_width):
+  """Gaussian projections that keep the variance of a unit Gaussian input."""
+  keys = jax.random.split(key, 4)
+  shape = (num_heads, width, head_width)
+  q, k, v = (jax.random.normal(x, shape) / math.sqrt(width) for x in keys[:3])
+  out = jax.random.normal(keys[3], (num_heads, head_width, width))
+  out = out / math.sqrt(num_heads * head_width)
+  return Heads(q / math.sqrt(head_width), k, v, out)
+
+
+def attend(heads, x_TD, kind="sigmoid", logit_bias=None, mask_TT=None):
+  """(T, D) -> (T, D): every head of the operation, and the sum of them.
+
+  kind, logit_bias: as in attention.dot_product_attention, the default -log T.
+  mask_TT: bool, True where the query (row) sees the key.
+  """
+  q_TNH, k_TNH, v_TNH = (
+    jnp.einsum("TD,NDH->TNH", x_TD, weight) for weight in heads[:3]
+  )
+  out_TNH = attention.dot_product_attention(
+    q_TNH, k_TNH, v_TNH, mask=mask_TT, kind=kind, logit_bias=logit_bias, scale=1
+  )
+  return jnp.einsum("TNH,NHD->TD", out_TNH, heads.out_NHD)
+
+
+def jacobian_norm(function, x_TD):
+  """The spectral norm of the Jacobian of (T, D) -> (T, D) at x, exactly.
+
+  It is the local Lipschitz constant in the Euclidean norm of all tokens.
+  """
+  jacobian = jax.jacrev(function)(x_TD).reshape(x_TD.size, x_TD.size)
+  return jnp.linalg.norm(jacobian, 2)
+
+
+def sigmoid_bound(heads, x_TD, logit_bias=None, mask_TT=None):
+  """An upper bound of jacobian_norm for sigmoid (2409.04431, Theorem 2).
+
+  A head: |W_v| (s + 2 s' |W_q W_k^T| mean_i |x_i|^2), where s and s' are T
+  times the largest weight and the largest slope sigmoid' of a visible pair.
+  Heads: |W_out| times the root of the sum of their squares.
+
+  Each of the three parts of a row's differential, by the values, the query and
+  the keys, is bounded by Cauchy-Schwarz over the keys. It holds for any mask.
+  With `identity` heads, tokens that are all equal reach it.
+  """
+  if logit_bias is None:
+    logit_bias = attention.default_logit_bias("sigmoid", len(x_TD))
+  weights_NTT = jax.nn.sigmoid(_logits(heads, x_TD) + logit_bias)
+  slopes_NTT = weights_NTT * (1 - weights_NTT)
+  if mask_TT is not None:
+    weights_NTT, slopes_NTT = (
+      jnp.where(mask_TT[None], x, 0) for x in (weights_NTT, slopes_NTT)
+    )
+  sup_N, sup_slope_N = (
+    len(x_TD) * x.max((1, 2)) for x in (weights_NTT, slopes_NTT)
+  )
+  a_N, v_N = _norms(heads)
+  square = (x_TD**2).sum(-1).mean()
+  return _join(heads, v_N * (sup_N + 2 * sup_slope_N * a_N * square))
+
+
+def softmax_bound(heads, x_TD, mask_TT=None):
+  """An upper bound of jacobian_norm for softmax.
+
+  With P its weights, m_i = sum_j P_ij x_j the mean that row i sees and C_i the
+  covariance about it, a head has at most
+
+    |W_v| (|P| + |A| max_i |C_i| + |A| sqrt(sum_i |x_i|^2 sum_j P_ij^2
+    |x_j - m_i|^2)),   A = W_q W_k^T,
+
+  for the values, the query and the keys. On a ball of radius R this is at most
+  |W_v| (sqrt(T) + |A| R^2 (1 + sqrt(T))): the square root of the length that
+  2312.14820 proves tight on compact sets.
+  """
+  logits_NTT = _logits(heads, x_TD)
+  if mask_TT is not None:
+    logits_NTT = jnp.where(mask_TT[None], logits_NTT, -jnp.inf)
+  p_NTT = jax.nn.softmax(logits_NTT)
+  m_NTD = jnp.einsum("NTS,SD->NTD", p_NTT, x_TD)
+  gap_NTSD = x_TD[None, None] - m_NTD[:, :, None]
+  cov_NTDE = jnp.einsum("NTS,NTSD,NTSE->NTDE", p_NTT, gap_NTSD, gap_NTSD)
+  spread_NT = (p_NTT**2 * (gap_NTSD**2).sum(-1)).sum(-1)
+  key_N = jnp.sqrt(((x_TD**2).sum(-1)[None] * spread_NT).sum(-1))
+  query_N = _spectral(cov_NTDE).max(-1)
+  a_N, v_N = _norms(heads)
+  return _join(heads, v_N * (_spectral(p_NTT) + a_N * (query_N + key_N)))
+
+
+def ball_bound(kind, length, radius, logit_bias=None):
+  """The largest that the bounds can be where |x_i| <= radius for all tokens.
+
+  For `identity` heads: |W_v| = |A| = 1, and logits in +-radius^2.
+  """
+  square = radius**2
+  if kind == "softmax":
+    return math.sqrt(length) + square * (1 + math.sqrt(length))
+  if logit_bias is None:
+    logit_bias = attention.default_logit_bias(kind, length)
+  # sigmoid' is largest at 0, or at the nearest logit that can be reached.
+  nearest = max(abs(logit_bias) - square, 0)
+  slope = 1 / (2 + 2 * math.cosh(nearest))
+  weight = 1 / (1 + math.exp(-(square + logit_bias)))
+  return length * (weight + 2 * slope * square)
+
+
+def _logits(heads, x_TD):
+  q_NTH = jnp.einsum("TD,NDH->NTH", x_TD, heads.query_NDH)
+  k_NTH = jnp.einsum("TD,NDH->NTH", x_TD, heads.key_NDH)
+  return jnp.einsum("NTH,NSH->NTS", q_NTH, k_NTH)
+
+
+def _norms(heads):
+  a_NDE = jnp.einsum("NDH,NEH->NDE", heads.query_NDH, heads.key_NDH)
+  return _spectral(a_NDE), _spectral(heads.value_NDH)
+
+
+def _spectral(x):
+  return jnp.linalg.norm(x, 2, axis=(-2, -1))
+
+
+def _join(heads, bound_N):
+  """Heads side by side, then `out`: |W_out| sqrt(sum of squares)."""
+  width = heads.out_NHD.shape[-1]
+  return _spectral(heads.out_NHD.reshape(-1, width)) * jnp.linalg.norm(bound_N)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def worst_case(kind, length, width, radius, logit_bias, key):
+  """The largest jacobian_norm that gradient ascent finds in a ball.
+
+  |x_i| <= radius for every token, `identity` heads, the best of 16 starts
+  after 200 steps of shrinking length along the normalised gradient. A lower
+  bound of the true supremum. logit_bias: None for the kind's default.
+  """
+  heads = identity(width)
+
+  def norm(x_TD):
+    return jacobian_norm(lambda x: attend(heads, x, kind, logit_bias), x_TD)
+
+  def project(x_TD):
+    size_T1 = jnp.linalg.norm(x_TD, axis=-1, keepdims=True)
+    return x_TD * jnp.minimum(1, radius / jnp.maximum(size_T1, 1e-6))
+
+  def step(carry, rate):
+    x_TD, best = carry
+    value, grad = jax.value_and_grad(norm)(x_TD)
+    grad = grad / (jnp.linalg.norm(grad) + 1e-12)
+    scale = rate * radius * math.sqrt(length)
+    return (project(x_TD + scale * grad), jnp.maximum(best, value)), None
+
+  def ascend(start_TD):
+    x_TD = project(radius * start_TD)
+    rates = 0.3 * 0.97 ** jnp.arange(200)
+    (x_TD, best), _ = jax.lax.scan(step, (x_TD, 0.0), rates)
+    return jnp.maximum(best, norm(x_TD))
+
+  spread, size, noise, one = jax.random.split(key, 4)
+  starts = jax.random.normal(spread, (16, length, width))
+  # Half of them: all tokens nearly alike, but for the first.
+  alike = jax.random.normal(one, (8, 1, width))
+  alike *= jax.random.uniform(size, (8, 1, 1)) / jnp.linalg.norm(
+    alike, axis=-1, keepdims=True
+  )
+  alike += 0.05 * jax.random.normal(noise, (8, length - 1, width))
+  starts = starts.at[:8, 1:].set(alike)
+  return jax.vmap(ascend)(starts).max()
+
+
+def scaled_sigmoid(u, n):
+  """n sigmoid(u - log n), which goes to e^u as n grows; in float64."""
+  u = np.asarray(u, np.float64)
+  return n / (1 + n * np.exp(-u))
+
+
+def scaled_sigmoid_gap(u, n):
+  """e^u - n sigmoid(u - log n) = e^2u / (n + e^u), at most e^2u / n."""
+  u = np.asarray(u, np.float64)
+  return np.exp(2 * u) / (n + np.exp(u))
+
+
+# Universal approximation.
+
+
+class Universal(nnx.Module):
+  """Sigmoid attention with 4 heads of width 1, MLPs of hidden width 4.
+
+  x + attn(x), then x + mlp(x), `depth` times, with no norm: the class T^(4,1,4)
+  that can come arbitrarily close to every continuous function of a bounded
+  domain which permutes its outputs as its inputs are permuted (2409.04431,
+  Theorem 1). Tokens have width 4 here; the MLP's activation is GELU.
+  """
+
+  WIDTH = 4
+
+  def __init__(self, length, depth, rngs):
+    self.attns = nnx.List([
+      layers.SelfAttention(self.WIDTH, 4, max_length=length, rngs=rngs)
+      for _ in range(depth)
+    ])  # fmt: skip
+    self.mlps = nnx.List([
+      layers.Mlp(self.WIDTH, 4, rngs=rngs) for _ in range(depth)
+    ])  # fmt: skip
+    # Without norms a deep one would start far off, and stay there.
+    for attn, mlp in zip(self.attns, self.mlps, strict=True):
+      for kernel in (attn.out.kernel, mlp.down.kernel):
+        kernel[...] = kernel[...] / depth
+
+  def __call__(self, x_BTD):
+    for attn, mlp in zip(self.attns, self.mlps, strict=True):
+      x_BTD = x_BTD + attn(x_BTD)
+      x_BTD = x_BTD + mlp(x_BTD)
+    return x_BTD
+
+
+def _softmax_target(x_BTD):
+  x_BTND = x_BTD[:, :, None]
+  return jax.nn.dot_product_attention(x_BTND, x_BTND, x_BTND, scale=8.0)[
+    :, :, 0
+  ]
+
+
+TARGETS = {  # name: an equivariant function of x_BTD in [0, 1]
+  "x - mean": lambda x_BTD: x_BTD - x_BTD.mean(1, keepdims=True),
+  "maximum": lambda x_BTD: jnp.broadcast_to(
+    x_BTD.max(1, keepdims=True), x_BTD.shape
+  ),
+  "softmax attention": _softmax_target,
+}
+
+
+def fit(target, *, depth, length=6, steps=3000, batch=128, seed=0):
+  """Trains a Universal on uniform inputs: (model, errors of each step).
+
+  target: a function of x_BTD. The error is root-mean-square, over fresh inputs
+  at each step, relative to the target's standard deviation.
+  """
+  graphdef, params = nnx.split(Universal(length, depth, nnx.Rngs(seed)))
+  shape = (batch, length, Universal.WIDTH)
+  tx = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
+
+  def loss(params, x_BTD):
+    y_BTD = target(x_BTD)
+    found_BTD = nnx.merge(graphdef, params)(x_BTD)
+    return ((found_BTD - y_BTD) ** 2).mean() / y_BTD.var()
+
+  @jax.jit
+  def run(params):
+    def step(carry, i):
+      params, opt_state = carry
+      key = jax.random.fold_in(jax.random.key(seed), i)
+      x_BTD = jax.random.uniform(key, shape)
+      value, grads = jax.value_and_grad(loss)(params, x_BTD)
+      updates, opt_state = tx.update(grads, opt_state, params)
+      params = optax.apply_updates(params, updates)
+      return (params, opt_state), jnp.sqrt(value)
+
+    carry = params, tx.init(params)
+    return jax.lax.scan(step, carry, jnp.arange(steps))
+
+  (params, _), errors = run(params)
+  return nnx.merge(graphdef, params), np.asarray(errors)
+
+
+# The figures.
+
+_BIASES = {"-log n": lambda n: -math.log(n), "0": lambda n: 0.0}
+
+
+def inputs(key, length, width):
+  """{name: x_TD}: random tokens, small and large, and adversarial ones."""
+  keys = jax.random.split(key, 2)
+  x_TD = jax.random.normal(keys[0], (length, width))
+  one_D = jax.random.normal(keys[1], (width,))
+  return {
+    "random": x_TD,
+    "small": 0.1 * x_TD,
+    "large": 3 * x_TD,
+    "equal tokens": jnp.broadcast_to(one_D, x_TD.shape),
+    "equal, large": jnp.broadcast_to(3 * one_D, x_TD.shape),
+    "two opposite": jnp.where(jnp.arange(length)[:, None] % 2, one_D, -one_D),
+    "one outlier": x_TD.at[0].multiply(10.0),
+  }
+
+
+def _tightness(axes, rows):
+  """Exact norms against the bounds, for every input, mask and head count."""
+  length, width = 12, 6
+  causal_TT = jnp.tril(jnp.ones((length, length), bool))
+  found = {"sigmoid": [], "softmax": []}
+  for seed, num_heads in enumerate((1, 1, 1, 3, 3, 3)):
+    key = jax.random.key(seed)
+    heads = random_heads(key, num_heads, width, width // num_heads)
+    for x_TD in inputs(key, length, width).values():
+      for mask_TT in (None, causal_TT):
+        for kind, bound in (
+          ("sigmoid", sigmoid_bound), ("softmax", softmax_bound)
+        ):  # fmt: skip
+          exact = jacobian_norm(
+            functools.partial(attend, heads, kind=kind, mask_TT=mask_TT), x_TD
+          )
+          limit = bound(heads, x_TD, mask_TT=mask_TT)
+          found[kind].append((float(limit), float(exact)))
+  for kind, pairs in found.items():
+    limits, exacts = np.array(pairs).T
+    axes.loglog(limits, exacts, "o", markersize=3, alpha=0.6, label=kind)
+    ratio = exacts / limits
+    rows[f"Jacobian norm / bound, {kind}, {len(pairs)} inputs"] = (
+      f"{np.median(ratio):.2f} median, {ratio.max():.3f} largest"
+    )
+  ends = 0.5, 1e4
+  axes.plot(ends, ends, color="black", linewidth=0.8)
+  axes.set(
+    xlim=ends, ylim=(0.05, 1e3), xlabel="bound", ylabel="|Jacobian|",
+    title="never above the bound",
+  )  # fmt: skip
+
+
+def _over_lengths(axes, rows):
+  """Random tokens of norm 1 at growing lengths, with and without -log n."""
+  lengths, width = (8, 16, 32, 64, 128), 4
+  heads = identity(width)
+  cases = {f"sigmoid, b = {k}": ("sigmoid", f) for k, f in _BIASES.items()}
+  cases["softmax"] = ("softmax", lambda n: None)
+  for index, (label, (kind, bias)) in enumerate(cases.items()):
+    exacts, bounds = [], []
+    for n in lengths:
+      x_TD = jax.random.normal(jax.random.key(n), (n, width))
+      x_TD = x_TD / jnp.linalg.norm(x_TD, axis=1, keepdims=True)
+      attend_x = functools.partial(attend, heads, kind=kind, logit_bias=bias(n))
+      exacts.append(float(jacobian_norm(attend_x, x_TD)))
+      bounds.append(
+        softmax_bound(heads, x_TD)
+        if kind == "softmax"
+        else sigmoid_bound(heads, x_TD, bias(n))
+      )
+    axes.loglog(lengths, exacts, "o-", color=f"C{index}", label=label)
+    axes.loglog(lengths, bounds, "--", color=f"C{index}", linewidth=0.8)
+    rows[f"norm at n = 8 and 128, {label}"] = (
+      f"{exacts[0]:.2f}, {exacts[-1]:.2f}"
+    )
+  axes.set(xlabel="n", ylabel="|Jacobian|", title="norm, and bound (dashed)")
+
+
+def _over_radii(axes, rows):
+  """The worst input of a ball, found by gradient ascent."""
+  length, width, radii = 16, 2, np.array((0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0))
+  cases = {
+    f"sigmoid, b = {k}": ("sigmoid", f(length)) for k, f in _BIASES.items()
+  }
+  cases["softmax"] = ("softmax", None)
+  for index, (label, (kind, bias)) in enumerate(cases.items()):
+    worst = [
+      float(worst_case(kind, length, width, r, bias, jax.random.key(0)))
+      for r in radii
+    ]
+    bounds = [ball_bound(kind, length, r, bias) for r in radii]
+    axes.loglog(radii, worst, "o-", color=f"C{index}", label=label)
+    axes.loglog(radii, bounds, "--", color=f"C{index}", linewidth=0.8)
+    slopes = np.diff(np.log(worst)) / np.diff(np.log(radii))
+    rows[f"worst of |x| <= R, n = {length}, {label}"] = (
+      f"R = 0.5: {worst[0]:.2f}, 4: {worst[-1]:.1f} (bound {bounds[-1]:.0f}); "
+      f"R^{slopes.max():.1f} at its steepest, R^{slopes[-1]:.1f} at the end"
+    )
+  axes.set(xlabel="R", ylabel="largest |Jacobian|", title=f"ball, n = {length}")
+
+
+def _limit(axes, rows):
+  """n sigmoid(u - log n) for growing n, and e^u."""
+  u = np.linspace(-3, 5, 200)
+  for n in (4, 16, 64, 256, 1024):
+    axes.semilogy(u, scaled_sigmoid(u, n), linewidth=1, label=f"n = {n}")
+    rows[f"e^u - n sigmoid(u - log n), u = 2, n = {n}"] = (
+      f"{scaled_sigmoid_gap(2.0, n):.3f} of {math.exp(2):.3f}"
+    )
+  axes.semilogy(u, np.exp(u), "--", color="black", label="$e^u$")
+  axes.set(xlabel="u", ylabel="n sigmoid(u - log n)", title="the limit")
+
+
+def _fits(axes, rows):
+  """Errors of the small transformer at growing depth, for each target."""
+  depths = (1, 2, 4, 8)
+  for name, target in TARGETS.items():
+    last = [fit(target, depth=depth)[1][-100:].mean() for depth in depths]
+    axes.loglog(depths, last, "o-", label=name)
+    rows[f"error of T(4,1,4) at depth {depths}, {name}"] = ", ".join(
+      f"{100 * error:.1f} %" for error in last
+    )
+  axes.set(xlabel="depth", ylabel="relative error", title="what it learns")
+  axes.set_xticks(depths, depths)
+  axes.minorticks_off()
+
+
+FIGURES = {
+  "bound": _tightness,
+  "length": _over_lengths,
+  "radius": _over_radii,
+  "limit": _limit,
+  "universal": _fits,
+}
+
+
+def draw(folder):
+  """Draws every figure into the folder; returns {quantity: value as text}."""
+  import matplotlib.figure  # 0.3 s that only figures need
+
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  rows = {}
+  for name, plot in FIGURES.items():
+    figure = matplotlib.figure.Figure(figsize=(4.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    plot(axes, rows)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(folder / f"{name}.png", dpi=110)
+  return rows
+
+
+def define_flags() -> None:
+  """The flags of `python -m sigattn theory`."""
+  flags.DEFINE_string("out", "runs/theory", "The folder for the figures.")
+
+
+def run(given: flags.FlagValues) -> None:
+  """Draws the figures and prints the table."""
+  table = rich.table.Table("quantity", "value")
+  for row in draw(given.out).items():
+    table.add_row(*row)
+  metrics.log(table)
+  metrics.log(f"figures: {given.out}")

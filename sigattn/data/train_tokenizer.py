@@ -1,0 +1,59 @@
+"""Trains a byte-level BPE tokenizer on the texts of a source, and saves it.
+
+  python -m sigattn train_tokenizer --source=/data/books --size=32768 \\
+    --out=bpe.json
+
+A source is whatever config.data.source may be. A language model uses the file
+with --config.data.tokenizer=bpe.json.
+"""
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from absl import flags
+
+from sigattn.data import text
+from sigattn.data.tokenizers import END
+
+
+def train(texts: Iterable[str], size: int) -> Any:
+  """A byte-level BPE (1508.07909, on bytes as in GPT-2) of `size` tokens.
+
+  texts: an iterable of strings. Returns a tokenizers.Tokenizer.
+  """
+  import tokenizers
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=size,
+    special_tokens=[END],
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(texts, trainer)
+  return tokenizer
+
+
+def define_flags() -> None:
+  """The flags of `python -m sigattn train_tokenizer`."""
+  flags.DEFINE_string("source", None, "As config.data.source.")
+  flags.DEFINE_string("split", "train", "Of the source.")
+  flags.DEFINE_string("column", "text", "As config.data.text_column.")
+  flags.DEFINE_integer("size", 32768, "Tokens, the end of text among them.")
+  flags.DEFINE_integer("documents", 1_000_000, "Read at most so many.")
+  flags.DEFINE_string("out", None, "The file to write: bpe.json, say.")
+  flags.mark_flags_as_required(["source", "out"])
+
+
+def run(given: flags.FlagValues) -> None:
+  """Trains and saves the tokenizer that the flags describe."""
+  if given.size < 257:
+    raise ValueError(f"--size={given.size}; must be >= 257: bytes and an end")
+  texts = text.documents(given.source, given.split, given.column)
+  tokenizer = train(itertools.islice(texts, given.documents), given.size)
+  tokenizer.save(given.out)
+  print(f"{given.out}: {tokenizer.get_vocab_size():,} tokens")

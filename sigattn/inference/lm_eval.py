@@ -1,0 +1,189 @@
+"""Scores a language model on tasks of EleutherAI's lm-evaluation-harness.
+
+  python -m sigattn lm_eval --workdir=runs/my_model \\
+    --tasks=hellaswag,arc_easy,arc_challenge,piqa,sciq,winogrande,lambada_openai
+
+prints the harness's table and writes it to the run's lm_eval.json. In a
+notebook: lm_eval.simple_evaluate(HarnessLM(config, params), tasks=[...]).
+"""
+
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import lm_eval
+import lm_eval.tasks
+import lm_eval.utils
+import numpy as np
+from absl import flags
+from flax import nnx
+from lm_eval.api import model as harness
+
+from sigattn.inference.generate import Generator
+from sigattn.training import checkpoint, metrics, run_dir, setup
+
+_MAX_NEW = 256  # tokens, where a task does not say
+
+
+class HarnessLM(harness.TemplateLM):
+  """A model of ours as one of the harness's.
+
+  Every text begins with the tokenizer's `start`, as the training documents do.
+  What is longer than `max_length` loses its beginning. batch_size: texts that
+  are scored or continued at once.
+  """
+
+  def __init__(self, config, params, *, batch_size=16, max_length=None):
+    """max_length: in tokens; None: the training rows'."""
+    super().__init__()
+    self._generator = Generator(config, params)
+    self._tokenizer = self._generator.tokenizer
+    self._batch_size = batch_size
+    self._max_length = max_length or config.data.length
+    self._params = params
+    static = setup.graphdef(config)
+
+    @jax.jit
+    def score(params, token_BT):
+      """Log-probability of each next token, and whether it is the likeliest."""
+      logits_BTV = nnx.merge(static, params)(token_BT[:, :-1])
+      target_BT = jnp.maximum(token_BT[:, 1:], 0)
+      log_p_BTV = jax.nn.log_softmax(logits_BTV)
+      log_p_BT1 = jnp.take_along_axis(log_p_BTV, target_BT[..., None], axis=-1)
+      return log_p_BT1[..., 0], logits_BTV.argmax(-1) == target_BT
+
+    self._score = score
+
+  @property
+  def eot_token_id(self):
+    return self._tokenizer.end
+
+  @property
+  def prefix_token_id(self):
+    return self._tokenizer.start
+
+  def tok_encode(self, string, add_special_tokens=None, **_):
+    [ids] = self._tokenizer.encode([string])
+    start = [] if add_special_tokens is False else [self._tokenizer.start]
+    return [*start, *ids.tolist()]
+
+  def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
+    """(log-probability of the continuation, whether it is the likeliest)."""
+    del disable_tqdm
+    pairs = [(context, continuation) for _, context, continuation in requests]
+    found = [None] * len(pairs)
+    # Texts of like length together, so that little is padding.
+    order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+    for batch in itertools.batched(order, self._batch_size):
+      scores = self._score_pairs([pairs[i] for i in batch])
+      for i, score in zip(batch, scores, strict=True):
+        found[i] = score
+    return found
+
+  def _score_pairs(self, pairs):
+    rows = [(*a, *b)[-self._max_length - 1 :] for a, b in pairs]
+    length = 1 << (max(map(len, rows)) - 1).bit_length()
+    token_BT = np.full((self._batch_size, length + 1), -1, np.int32)
+    for row, ids in zip(token_BT, rows, strict=False):
+      row[: len(ids)] = ids
+    log_p_BT, right_BT = jax.device_get(self._score(self._params, token_BT))
+    found = []
+    for i, ((_, continuation), ids) in enumerate(zip(pairs, rows, strict=True)):
+      last = len(ids) - 1  # targets
+      part = slice(max(last - len(continuation), 0), last)
+      found.append(
+        (float(log_p_BT[i, part].sum()), bool(right_BT[i, part].all()))
+      )
+    return found
+
+  def loglikelihood_rolling(self, requests, disable_tqdm=False):
+    """Log-probability of each whole text, in windows of max_length."""
+    found = []
+    for request in requests:
+      [string] = request.args
+      windows = lm_eval.utils.get_rolling_token_windows(
+        self.tok_encode(string, add_special_tokens=False),
+        prefix_token=self.prefix_token_id,
+        max_seq_len=self._max_length,
+        context_len=1,
+      )
+      pairs = [lm_eval.utils.make_disjoint_window(window) for window in windows]
+      scores = self._loglikelihood_tokens([(None, *pair) for pair in pairs])
+      found.append(sum(score for score, _ in scores))
+    return found
+
+  def generate_until(self, requests, disable_tqdm=False):
+    """Each context's continuation, up to the first of its stops."""
+    del disable_tqdm
+    found = [None] * len(requests)
+    groups = {}
+    for i, request in enumerate(requests):
+      context, options = request.args
+      groups.setdefault(repr(sorted(options.items())), []).append(i)
+    for group in groups.values():
+      for batch in itertools.batched(group, self._batch_size):
+        contexts = [requests[i].args[0] for i in batch]
+        texts = self._until(contexts, dict(requests[batch[0]].args[1]))
+        for i, said in zip(batch, texts, strict=True):
+          found[i] = said
+    return found
+
+  def _until(self, contexts, options):
+    until = options.get("until") or []
+    stops = [until] if isinstance(until, str) else list(until)
+    temperature = options.get("temperature", 0.0)
+    chunks = self._generator.tokens(
+      contexts,
+      max_tokens=options.get("max_gen_toks", _MAX_NEW),
+      chunk=16,
+      temperature=temperature if options.get("do_sample") else 0.0,
+      top_k=options.get("top_k", 0) or 0,
+      top_p=options.get("top_p", 1.0),
+    )
+    ids = [[] for _ in contexts]
+    texts = [""] * len(contexts)
+    for chunk in chunks:
+      for row, new in zip(ids, chunk, strict=True):
+        row.extend(new.tolist())
+      texts = [self._tokenizer.decode(row) for row in ids]
+      if stops and all(any(s in said for s in stops) for said in texts):
+        break
+    for stop in stops:
+      texts = [said.split(stop, 1)[0] for said in texts]
+    return texts
+
+
+def define_flags() -> None:
+  """The flags of `python -m sigattn lm_eval`, besides the shared ones."""
+  flags.DEFINE_list("tasks", None, "Names of the harness's tasks.")
+  flags.DEFINE_integer("num_fewshot", None, "Examples in a context.")
+  flags.DEFINE_integer("limit", None, "The first examples of a task alone.")
+  flags.DEFINE_integer("batch_size", 16, "Texts at once.")
+  flags.DEFINE_integer("max_length", None, "Tokens; by default as trained.")
+  flags.DEFINE_string("include_path", None, "A folder of tasks of your own.")
+  flags.mark_flag_as_required("tasks")
+
+
+def run(given: flags.FlagValues) -> None:
+  """Prints the harness's table and writes it to the run's lm_eval.json."""
+  metrics.set_up_logs()
+  config, params, step = checkpoint.load(given.workdir, given.step)
+  model = HarnessLM(
+    config,
+    params,
+    batch_size=given.batch_size,
+    max_length=given.max_length,
+  )
+  results = lm_eval.simple_evaluate(
+    model,
+    tasks=given.tasks,
+    num_fewshot=given.num_fewshot,
+    limit=given.limit,
+    task_manager=lm_eval.tasks.TaskManager(include_path=given.include_path),
+  )
+  print(lm_eval.utils.make_table(results))
+  run_dir.write_json(
+    pathlib.Path(given.workdir) / "lm_eval.json",
+    {"step": step, "results": results["results"]},
+  )

@@ -1,0 +1,87 @@
+"""Prints the texts of recordings, by a model that train.py has trained.
+
+  python -m sigattn transcribe --workdir=runs/speech_sigmoid/default a.wav b.mp3
+
+A line a file; any sample rate, and any format that libsndfile reads.
+"""
+
+import itertools
+import os
+
+import jax
+import numpy as np
+from absl import flags, logging
+from flax import nnx
+
+from sigattn.data import speech as recordings
+from sigattn.tasks import speech
+from sigattn.training import checkpoint, setup
+
+
+def transcribe(workdir, files, step=None, beam_width=None):
+  """The texts of recordings, yielded one by one.
+
+  files: paths, or file objects opened in binary mode. step: a number, "best",
+  or None for the newest. beam_width: of the search for a text; None: the run's
+  config.eval.beam_width.
+
+  Raises ValueError where there is no such run of task speech, and for a file
+  that cannot be read or holds no sound, before anything is transcribed.
+  """
+  if beam_width is not None and beam_width < 1:
+    raise ValueError(f"{beam_width=}; must be >= 1")
+  config, params, step = checkpoint.load(workdir, step)
+  if config.task != "speech":
+    raise ValueError(f"{workdir=}: a run of task {config.task!r}, not 'speech'")
+  if beam_width is not None:
+    config.eval.beam_width = beam_width
+  audio = [_read(file, config.data.sample_rate) for file in files]
+  return _texts(config, params, audio)
+
+
+def _texts(config, params, audio):
+  static = setup.graphdef(config)
+
+  @jax.jit
+  def predict(params, batch):
+    return speech.predict(config, nnx.merge(static, params), batch)
+
+  for audio_S in audio:
+    samples = np.array([len(audio_S)], np.int32)
+    padding = (0, _padded(config, len(audio_S)) - len(audio_S))
+    batch = {"audio": np.pad(audio_S, padding)[None], "samples": samples}
+    outputs = jax.device_get(predict(params, batch))
+    yield speech.decode(config, {name: x[0] for name, x in outputs.items()})
+
+
+def _padded(config, samples):
+  """Samples of a bucket, or of the longest one several times: few shapes."""
+  edges = [int(x * config.data.sample_rate) for x in config.data.bucket_seconds]
+  longer = (edges[-1] * times for times in itertools.count(2))
+  return next(x for x in itertools.chain(edges, longer) if x >= samples)
+
+
+def _read(file, sample_rate):
+  if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):
+    raise ValueError(f"{file}: no such file")
+  try:
+    audio_S = recordings.read(file, sample_rate)
+  except Exception as error:  # libsndfile's, and those of files.
+    raise ValueError(f"{file}: cannot be read: {error}") from error
+  if not len(audio_S):
+    raise ValueError(f"{file}: holds no sound")
+  return audio_S
+
+
+def define_flags() -> None:
+  """The flags of `python -m sigattn transcribe`, besides the shared ones."""
+  flags.DEFINE_integer(
+    "beam_width", None, "Of the search; 1: greedy. By default as the run's."
+  )
+
+
+def run(given: flags.FlagValues, files: list[str]) -> None:
+  """Prints a line for each recording."""
+  logging.set_verbosity(logging.WARNING)  # the texts alone
+  for text in transcribe(given.workdir, files, given.step, given.beam_width):
+    print(text, flush=True)

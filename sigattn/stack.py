@@ -1,0 +1,187 @@
+"""The stack of blocks that a config describes, the same for every task.
+
+Reads config.model (width, depth, num_heads, mlp_dim, mlp, norm, norm_kind,
+layer_scale, dropout, drop_path, remat) and all of config.attn.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from sigattn import attention, layers, validate
+from sigattn.validate import (
+  choice,
+  divides,
+  flag,
+  real,
+  sequence,
+  text,
+  whole,
+)
+
+FIELDS = {
+  "dtype": choice(("float32", "bfloat16", "float16")),
+  "model.width": whole(low=1),
+  "model.depth": whole(low=1),
+  "model.num_heads": whole(low=1),
+  "model.mlp_dim": whole(low=1),
+  "model.mlp": choice(layers.MLPS),
+  "model.norm": choice(layers.NORM_PLACES),
+  "model.norm_kind": choice(layers.NORMS),
+  "model.layer_scale": real(above=0, optional=True),
+  "model.dropout": real(low=0, below=1),
+  "model.drop_path": real(low=0, below=1),
+  "model.remat": flag(),
+  "attn.kind": choice(attention.KINDS),
+  "attn.logit_bias": real(optional=True),
+  "attn.learn_logit_bias": flag(),
+  "attn.qk_norm": choice(layers.QK_NORMS),
+  "attn.alibi": flag(),
+  "attn.num_kv_heads": whole(low=1, optional=True),
+  "attn.row_power": real(low=0),
+  "attn.implementation": text(optional=True),
+}
+
+# How the name of an evaluation says whose length sigmoid's n is.
+_SUFFIXES = {"training": "", "test": ", n of the test"}
+
+# What `eval_lengths` reads, for the tasks that evaluate other lengths.
+LENGTH_FIELDS = {
+  "eval.length_factors": sequence(
+    whole(low=1), "whole numbers >= 1", empty=True
+  ),
+  "eval.max_length_of": sequence(choice(_SUFFIXES), "training or test"),
+}
+
+
+def _implementation_of_kind(config):
+  attn = config.attn
+  known = (None, *attention.implementations(attn.kind))
+  if attn.implementation not in known:
+    raise ValueError(
+      f"config.attn.implementation={attn.implementation!r}; with "
+      f"config.attn.kind={attn.kind!r} choose from {known}"
+    )
+
+
+def _no_bias_with_softmax(config):
+  unset = {"logit_bias": None, "learn_logit_bias": False}
+  for key, value in unset.items():
+    if config.attn.kind == "softmax" and config.attn[key] != value:
+      raise ValueError(
+        f"config.attn.{key}={config.attn[key]!r}; must be {value} with "
+        "config.attn.kind='softmax', which a logit bias does not change"
+      )
+
+
+def not_causal(config: ConfigDict) -> None:
+  """The rule of tasks whose attention is not causal: no row scaling."""
+  if config.attn.row_power:
+    raise ValueError(
+      f"config.attn.row_power={config.attn.row_power!r}; must be 0 where "
+      f"attention is not causal, as in config.task={config.task!r}"
+    )
+
+
+def multiple_for_positions(factors: dict[str, int]) -> validate.Rule:
+  """A rule: config.model.positions needs a width that is a multiple.
+
+  factors: {name of positions: factor}. RoPE needs it of the head width, the
+  others of the model width.
+  """
+
+  def rule(config):
+    model = config.model
+    name = model.positions
+    head_width = model.width // model.num_heads
+    width = head_width if name == "rope" else model.width
+    factor = factors.get(name, 1)
+    if width % factor:
+      of_heads = f" / config.model.num_heads={model.num_heads}"
+      raise ValueError(
+        f"config.model.positions={name!r}; needs config.model.width="
+        f"{model.width}{of_heads if name == 'rope' else ''} to be a multiple "
+        f"of {factor}"
+      )
+
+  return rule
+
+
+RULES = (
+  divides("model.num_heads", "model.width"),
+  divides("attn.num_kv_heads", "model.num_heads"),
+  _implementation_of_kind,
+  _no_bias_with_softmax,
+)
+
+
+def make(
+  config: ConfigDict,
+  *,
+  max_length: int,
+  is_causal: bool = False,
+  use_bias: bool = True,
+  kernel_init: nnx.Initializer = layers.KERNEL_INIT,
+  rotate: Callable[..., jax.Array] | None = None,
+  rngs: nnx.Rngs,
+) -> layers.Stack:
+  """The layers.Stack of a config; the arguments are those of its layers."""
+  model, attn = config.model, config.attn
+  shared = dict(
+    use_bias=use_bias, kernel_init=kernel_init, dtype=jnp.dtype(config.dtype)
+  )
+
+  def block(rngs):
+    attention_layer = layers.SelfAttention(
+      model.width,
+      model.num_heads,
+      max_length=max_length,
+      kind=attn.kind,
+      num_kv_heads=attn.num_kv_heads,
+      logit_bias=attn.logit_bias,
+      learn_logit_bias=attn.learn_logit_bias,
+      qk_norm=attn.qk_norm,
+      alibi=attn.alibi,
+      is_causal=is_causal,
+      rotate=rotate,
+      row_power=attn.row_power,
+      implementation=attn.implementation,
+      rngs=rngs,
+      **shared,
+    )
+    mlp = layers.Mlp(model.width, model.mlp_dim, model.mlp, rngs=rngs, **shared)
+    return layers.Block(
+      model.width,
+      attention_layer,
+      mlp,
+      norm=model.norm,
+      norm_kind=model.norm_kind,
+      layer_scale=model.layer_scale,
+      dropout=model.dropout,
+      rngs=rngs,
+    )
+
+  return layers.Stack(
+    model.depth,
+    block,
+    drop_path=model.drop_path,
+    remat=model.remat,
+    rngs=rngs,
+  )
+
+
+def eval_lengths(config: ConfigDict) -> list[tuple[str, int, str]]:
+  """The other lengths that eval.py evaluates: [(name, factor, max_length_of)].
+
+  Each of config.eval.length_factors times config.data.length, with each of
+  config.eval.max_length_of: the model's max_length, sigmoid's n, is the
+  training length or the test's own.
+  """
+  return [
+    (f"{factor} x {config.data.length}{_SUFFIXES[owner]}", factor, owner)
+    for factor in config.eval.length_factors
+    for owner in config.eval.max_length_of
+  ]

@@ -1,0 +1,277 @@
+"""Decoder-only language model and its task: predicting the next token."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from sigattn import layers, positions, stack
+from sigattn.data import text
+from sigattn.validate import choice, flag, whole
+
+SOURCE = text
+UNIT = "rows"
+METRICS = ("loss", "accuracy", "bits_per_byte", "perplexity")
+POSITIONS = ("sincos", "rope", "none")
+
+
+class LanguageModel(nnx.Module):
+  """Tokens -> embedding -> causal stack -> norm -> logits by the embedding.
+
+  Input and output share the embedding (1608.05859); no biases.
+
+  stack: layers.Stack. norm: kind of the norm before the logits, None for none.
+  table: adds sines to the embedding, with the weight against it of 1706.03762,
+    which multiplies an embedding of variance 1 / width by sqrt(width).
+  has_positions: whether the stack takes `positions`.
+
+  Initialisation, as of the models that 2409.04431 published:
+    embed  normal, variance 1 / width, so that the logits' variance is 1
+  """
+
+  def __init__(
+    self, stack, *, vocab_size, width, norm, table, has_positions, dtype, rngs
+  ):
+    self.stack, self.table = stack, table
+    self.has_positions = has_positions
+    self.dtype = dtype
+    normal = nnx.initializers.normal(width**-0.5)
+    self.embed = nnx.Param(normal(rngs.params(), (vocab_size, width)))
+    self.has_norm = norm is not None
+    if self.has_norm:
+      self.norm = layers.make_norm(norm, width, rngs)
+
+  def __call__(self, token_BT, rng=None, *, segment_ids=None):
+    """Logits (B, T, V) of the token after each, float32.
+
+    token_BT: integers; -1 is padding. rng: of what drops at random; None:
+    nothing does. segment_ids: (B, T), tokens see those of their own segment.
+    """
+    positions_BT = offsets(token_BT, segment_ids)
+    x_BTD = self._embed(token_BT, positions_BT)
+    x_BTD = self.stack(
+      x_BTD, rng, segment_ids=segment_ids, **self._positions(positions_BT)
+    )
+    return self._logits(x_BTD)
+
+  def prefill(self, token_BT, segment_ids, slots):
+    """Logits (B, V) after the last token, and a cache of `slots` slots.
+
+    The prompts end at T together: a shorter one begins with padding, whose
+    segment is 0.
+    """
+    cache = self._empty_cache(token_BT.shape[0], slots)
+    positions_BT = offsets(token_BT, segment_ids)
+    x_BTD, cache = self.stack(
+      self._embed(token_BT, positions_BT),
+      segment_ids=segment_ids,
+      cache=cache,
+      **self._positions(positions_BT),
+    )
+    return self._logits(x_BTD[:, -1:])[:, 0], cache
+
+  def decode(self, token_B, cache, place, start_B):
+    """Logits (B, V) after one more token, and the cache with it.
+
+    place: int32 scalar, the slot of this token. start_B: each row's first slot
+    that is no padding.
+    """
+    slot_S = jnp.arange(cache.key_BSKH.shape[2])[None]  # behind the layers
+    seen_BS = (slot_S >= start_B[:, None]) & (slot_S <= place)
+    positions_BT = (place - start_B)[:, None]
+    x_BTD, cache = self.stack(
+      self._embed(token_B[:, None], positions_BT),
+      cache=cache,
+      place=place,
+      mask=seen_BS[:, None, None],
+      **self._positions(positions_BT),
+    )
+    return self._logits(x_BTD)[:, 0], cache
+
+  def _embed(self, token_BT, positions_BT):
+    x_BTD = self.embed[...].at[token_BT].get(mode="clip")
+    if self.table:
+      width = x_BTD.shape[-1]
+      x_BTD += width**-0.5 * positions.sincos(positions_BT, width)
+    return x_BTD.astype(self.dtype)
+
+  def _positions(self, positions_BT):
+    return {"positions": positions_BT} if self.has_positions else {}
+
+  def _empty_cache(self, batch, slots):
+    attn = self.stack.blocks.attn
+    depth, _, kv_heads, head_width = attn.key.kernel.shape
+    zeros = jnp.zeros((depth, batch, slots, kv_heads, head_width), self.dtype)
+    return layers.Cache(zeros, zeros)
+
+  def _logits(self, x_BTD):
+    if self.has_norm:
+      x_BTD = layers.normalize(self.norm, x_BTD)
+    return jnp.einsum(
+      "BTD,VD->BTV",
+      x_BTD,
+      self.embed[...].astype(self.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+
+def offsets(token_BT, segment_ids=None):
+  """How many tokens of its own segment stand before each token, (B, T)."""
+  place_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1]), token_BT.shape)
+  if segment_ids is None:
+    return place_BT
+  before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  first_BT = jnp.where(segment_ids != before, place_BT, 0)
+  return place_BT - jax.lax.cummax(first_BT, axis=1)
+
+
+FIELDS = (
+  stack.FIELDS
+  | stack.LENGTH_FIELDS
+  | {
+    "model.positions": choice(POSITIONS),
+    "model.max_length": whole(low=1),
+    "eval.by_position": flag(),
+  }
+)
+RULES = (*stack.RULES, stack.multiple_for_positions({"sincos": 2, "rope": 2}))
+
+
+def build(config, rngs):
+  """The LanguageModel of a config, its sigmoid's n the training length."""
+  model = config.model
+  blocks = stack.make(
+    config,
+    max_length=model.max_length,
+    is_causal=True,
+    use_bias=False,
+    kernel_init=layers.FAN_IN_INIT,
+    rotate=positions.rope if model.positions == "rope" else None,
+    rngs=rngs,
+  )
+  return LanguageModel(
+    blocks,
+    vocab_size=config.data.vocab_size,
+    width=model.width,
+    norm=None if model.norm == "post" else model.norm_kind,
+    table=model.positions == "sincos",
+    # By which RoPE turns, and the row scaling counts.
+    has_positions=model.positions == "rope" or config.attn.row_power > 0,
+    dtype=jnp.dtype(config.dtype),
+    rngs=rngs,
+  )
+
+
+def real_tokens(config, batch):
+  """bool (B, T): which inputs are no padding."""
+  del config
+  return batch["token"][:, :-1] >= 0
+
+
+def tick_labels(config, batch):
+  """The text of each input of a batch of one row, padding left out."""
+  token_T = batch["token"][0, :-1]
+  decode = text.tokenizer(config).decode
+  return [decode([int(x)]) for x in token_T[token_T >= 0]]
+
+
+def loss(config, model, batch, rng):
+  """Mean cross-entropy of the tokens that have one before them.
+
+  Returns (loss, {"loss", "accuracy"}).
+  """
+  nats_BT, right_BT, real_BT = _predict(model, batch, rng)
+  count = jnp.maximum(real_BT.sum(), 1)
+  value = nats_BT.sum() / count
+  return value, {"loss": value, "accuracy": right_BT.sum() / count}
+
+
+def _predict(model, batch, rng=None):
+  """Nats and 1 where right, both 0 where there is nothing to predict."""
+  token, segment = batch["token"], batch.get("segment")
+  target_BT, real_BT = token[:, 1:], token[:, 1:] >= 0
+  if segment is not None:
+    real_BT &= segment[:, 1:] == segment[:, :-1]
+    segment = segment[:, :-1]
+  logits_BTV = model(token[:, :-1], rng, segment_ids=segment)
+  nats_BT = optax.softmax_cross_entropy_with_integer_labels(
+    logits_BTV, jnp.maximum(target_BT, 0)
+  )
+  right_BT = logits_BTV.argmax(-1) == target_BT
+  return nats_BT * real_BT, right_BT & real_BT, real_BT
+
+
+def evaluate(config, model, batch):
+  """Sums over the tokens to predict: see `results`."""
+  nats_BT, right_BT, real_BT = _predict(model, batch)
+  weight_BT = batch["weight"][:, None] * real_BT
+  size_V = jnp.asarray(text.tokenizer(config).num_bytes(), jnp.float32)
+  bytes_BT = size_V.at[batch["token"][:, 1:]].get(mode="clip")
+  sums = {
+    "loss": jnp.vdot(weight_BT, nats_BT),
+    "accuracy": jnp.vdot(weight_BT, right_BT.astype(jnp.float32)),
+    "bytes": jnp.vdot(weight_BT, bytes_BT),
+    "weight": weight_BT.sum(),
+  }
+  if config.eval.by_position:
+    sums["loss_T"] = (weight_BT * nats_BT).sum(0)
+    sums["weight_T"] = weight_BT.sum(0)
+  return sums
+
+
+def results(config, sums):
+  """The metrics of sums over all batches.
+
+  loss           nats a token
+  perplexity     e^loss
+  accuracy       share of the tokens that were the likeliest
+  bits_per_byte  of the text, whatever the tokenizer; a character where all
+                 are ASCII
+  loss@0:16      of the tokens with 0 to 15 before the first that predicts them,
+                 and so on by powers of two, where config.eval.by_position
+  """
+  count = sums["weight"]
+  mean = sums["loss"] / count
+  found = {
+    "loss": mean,
+    "perplexity": math.exp(mean),
+    "accuracy": sums["accuracy"] / count,
+    "bits_per_byte": sums["loss"] / sums["bytes"] / math.log(2),
+  }
+  if config.eval.by_position:
+    found |= _by_position(sums["loss_T"], sums["weight_T"])
+  return found
+
+
+def _by_position(loss_T, weight_T):
+  start, stop, found = 0, 16, {}
+  while start < len(loss_T):
+    part = slice(start, stop)
+    if weight_T[part].sum():
+      name = f"loss@{start}:{min(stop, len(loss_T))}"
+      found[name] = loss_T[part].sum() / weight_T[part].sum()
+    start, stop = stop, 2 * stop
+  return found
+
+
+def evaluation_variants(config):
+  """What eval.py evaluates beside the run's own length: {name: config}.
+
+  Each of config.eval.length_factors times the training length, by position,
+  with each max_length of
+  config.eval.max_length_of. The text is the same in rows of another
+  length, but for documents of a stream, which end where they end.
+  """
+  variants = {}
+  for name, factor, max_length_of in stack.eval_lengths(config):
+    other = config.copy_and_resolve_references().unlock()
+    other.data.length = factor * config.data.length
+    if max_length_of == "test":
+      other.model.max_length = other.data.length
+    other.batch_size = max(config.batch_size // factor, jax.device_count())
+    other.batch_size -= other.batch_size % jax.device_count()
+    other.eval.by_position = True
+    variants[name] = other.lock()
+  return variants

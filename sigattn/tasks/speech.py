@@ -1,0 +1,290 @@
+"""Acoustic encoder with CTC (2106.03143, 2409.04431) and its task: speech."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from sigattn import layers, positions, stack
+from sigattn.data import log_mel
+from sigattn.data import speech as recordings
+from sigattn.tasks import ctc
+from sigattn.validate import choice, items, real, sequence, whole
+
+SOURCE = recordings
+UNIT = "utterances"
+METRICS = ("loss", "cer", "wer")
+POSITIONS = ("sincos", "cape", "rope", "none")
+
+# Utterances of 0 to 10 seconds, 10 to 20, ...: the paper's split of TED-LIUM.
+_LENGTHS = (0, 10, 20, 30)
+
+
+class AcousticModel(nnx.Module):
+  """Log-mel -> convolutions + positions -> encoder -> norm -> characters.
+
+  encoder: a module, encoder(x_BTD, rng, seq_lengths=) -> (B, T, D).
+  convolutions: (kernel, stride) of each, followed by a gated linear unit.
+  add_positions: None, or a function (x_BTD, tokens_B, rng) -> x_BTD.
+  norm: kind of the norm before the head, None for none. characters: V - 1; the
+  first class is CTC's blank.
+
+  Padding is 0 before each convolution, as beyond the ends of an utterance, and
+  attended to by none: the utterances of a batch do not know of it.
+
+  Initialisation beyond that of sigattn.layers:
+    conv/i/kernel  LeCun normal
+    head           0: the first probabilities are all 1 / V
+  """
+
+  def __init__(
+    self,
+    encoder,
+    *,
+    mel_bins,
+    convolutions,
+    width,
+    characters,
+    add_positions,
+    norm,
+    dtype,
+    rngs,
+  ):
+    self.encoder, self.add_positions = encoder, add_positions
+    self.convolutions, self.dtype = convolutions, dtype
+    inputs = (mel_bins, *[width] * (len(convolutions) - 1))
+    self.conv = nnx.List(
+      nnx.Conv(
+        inputs[i],
+        2 * width,
+        (kernel,),
+        strides=stride,
+        # Not "SAME", which depends on the length, padding and all.
+        padding=[((kernel - 1) // 2, kernel // 2)],
+        dtype=dtype,
+        rngs=rngs,
+      )
+      for i, (kernel, stride) in enumerate(convolutions)
+    )
+    self.has_norm = norm is not None
+    if self.has_norm:
+      self.norm = layers.make_norm(norm, width, rngs)
+    zeros = nnx.initializers.zeros
+    self.head = nnx.Linear(width, characters + 1, kernel_init=zeros, rngs=rngs)
+
+  def __call__(self, x_BTM, frames_B, rng=None):
+    """Logits (B, T', V) float32, and how many of the T' are no padding (B,).
+
+    x_BTM: normalised, of log_mel_of. rng: of what is random; None: nothing
+    is.
+    """
+    position_rng = drop_rng = None
+    if rng is not None:
+      position_rng, drop_rng = jax.random.split(rng)
+    x_BTD, tokens_B = x_BTM.astype(self.dtype), frames_B
+    for conv, (_, stride) in zip(self.conv, self.convolutions, strict=True):
+      x_BTD, tokens_B = jax.nn.glu(conv(x_BTD)), -(-tokens_B // stride)
+      valid_BT = log_mel.valid(tokens_B, x_BTD.shape[1])
+      x_BTD = jnp.where(valid_BT[..., None], x_BTD, 0)
+    if self.add_positions is not None:
+      x_BTD = self.add_positions(x_BTD, tokens_B, position_rng)
+    x_BTD = self.encoder(x_BTD, drop_rng, seq_lengths=tokens_B)
+    if self.has_norm:
+      x_BTD = layers.normalize(self.norm, x_BTD)
+    return self.head(x_BTD.astype(jnp.float32)), tokens_B
+
+
+FIELDS = stack.FIELDS | {
+  "model.mel_bins": whole(low=1),
+  "model.convolutions": sequence(
+    items(whole(low=1), whole(low=1)), "(kernel, stride) pairs, whole and > 0"
+  ),
+  "model.positions": choice(POSITIONS),
+  "model.cape_shift": real(low=0),
+  "model.cape_local_shift": real(low=0),
+  "model.cape_scale": real(low=1),
+  "augment.freq_masks": whole(low=0),
+  "augment.freq_width": whole(low=0),
+  "augment.time_masks": whole(low=0),
+  "augment.time_width": whole(low=0),
+  "augment.time_share": real(low=0, high=1),
+  "eval.beam_width": whole(low=1),
+}
+RULES = (
+  *stack.RULES,
+  stack.not_causal,
+  stack.multiple_for_positions({"sincos": 2, "cape": 2, "rope": 2}),
+)
+
+
+def build(config, rngs):
+  """The AcousticModel of a config; its sigmoid's n are the tokens of the
+  longest utterance that config.data.bucket_seconds lets in."""
+  model, data = config.model, config.data
+  samples = int(data.bucket_seconds[-1] * data.sample_rate)
+  longest = log_mel.frames(samples, data.sample_rate)
+  for _, stride in model.convolutions:
+    longest = -(-longest // stride)
+  encoder = stack.make(
+    config,
+    max_length=longest,
+    rotate=_rotate if model.positions == "rope" else None,
+    rngs=rngs,
+  )
+  return AcousticModel(
+    encoder,
+    mel_bins=model.mel_bins,
+    convolutions=tuple(tuple(pair) for pair in model.convolutions),
+    width=model.width,
+    characters=len(data.alphabet),
+    add_positions=_adder(model),
+    # A post-norm block ends in a norm.
+    norm=None if model.norm == "post" else model.norm_kind,
+    dtype=jnp.dtype(config.dtype),
+    rngs=rngs,
+  )
+
+
+def _rotate(x_BTNH):
+  return positions.rope(x_BTNH, np.arange(x_BTNH.shape[1]))
+
+
+def _adder(model):
+  """What adds positions.sincos to the tokens; None where nothing does."""
+  cape = (model.cape_shift, model.cape_local_shift, model.cape_scale)
+
+  def add(x_BTD, tokens_B, rng):
+    _, length, width = x_BTD.shape
+    if model.positions == "cape":
+      place_BT = positions.cape(rng, tokens_B, length, *cape)
+    else:
+      place_BT = jnp.arange(length, dtype=jnp.float32)[None]
+    return x_BTD + positions.sincos(place_BT, width).astype(x_BTD.dtype)
+
+  return add if model.positions in ("sincos", "cape") else None
+
+
+def log_mel_of(config, batch):
+  """Normalised log-mel (B, T, M) of a batch, and how many frames are real.
+
+  A recording shorter than a window counts as one.
+  """
+  rate = config.data.sample_rate
+  x_BTM = log_mel.log_mel(batch["audio"], rate, config.model.mel_bins)
+  frames_B = jnp.maximum(log_mel.frames(batch["samples"], rate), 1)
+  return log_mel.normalize(x_BTM, frames_B), frames_B
+
+
+def tick_labels(config, batch):
+  """The second at which each token begins, of a batch of one."""
+  stride = math.prod(stride for _, stride in config.model.convolutions)
+  frames = log_mel.frames(int(batch["samples"][0]), config.data.sample_rate)
+  starts = range(0, frames, stride)
+  return [f"{start * log_mel.HOP_MS / 1000:.2f}" for start in starts]
+
+
+def loss(config, model, batch, rng):
+  """CTC's -log p(text | audio) with SpecAugment, in nats a character.
+
+  batch: "audio" (B, S) float32 in -1..1, "samples" (B,), "label" (B, U) int32,
+  "characters" (B,). Returns (loss, {"loss"}).
+  """
+  augment_rng, model_rng = jax.random.split(rng)
+  x_BTM, frames_B = log_mel_of(config, batch)
+  x_BTM = log_mel.spec_augment(config.augment, augment_rng, x_BTM, frames_B)
+  logits_BTV, tokens_B = model(x_BTM, frames_B, model_rng)
+  loss_B = ctc_loss(logits_BTV, tokens_B, batch["label"], batch["characters"])
+  value = loss_B.sum() / jnp.maximum(batch["characters"].sum(), 1)
+  return value, {"loss": value}
+
+
+def ctc_loss(logits_BTV, tokens_B, labels_BU, characters_B):
+  """-log p(label) of each utterance, (B,); 0 for one with too few tokens.
+
+  Each character takes a token, and one more lies between two that are equal.
+  """
+  padding_BU = ~log_mel.valid(characters_B, labels_BU.shape[1])
+  repeated_BU = (labels_BU[:, 1:] == labels_BU[:, :-1]) & ~padding_BU[:, 1:]
+  needed_B = characters_B + repeated_BU.sum(1)
+  padding_BT = ~log_mel.valid(tokens_B, logits_BTV.shape[1])
+  loss_B = optax.ctc_loss(
+    logits_BTV,
+    padding_BT.astype(jnp.float32),
+    labels_BU,
+    padding_BU.astype(jnp.float32),
+    blank_id=ctc.BLANK,
+  )
+  return jnp.where(needed_B <= tokens_B, loss_B, 0)
+
+
+def evaluate(config, model, batch):
+  """What `score` wants: each utterance's loss, and what the model predicts.
+
+  batch: as in `loss`, "seconds" (B,), and "weight" (B,), 0 for padding.
+  """
+  logits_BTV, tokens_B = model(*log_mel_of(config, batch))
+  loss_B = ctc_loss(logits_BTV, tokens_B, batch["label"], batch["characters"])
+  given = {
+    name: batch[name] for name in ("label", "characters", "seconds", "weight")
+  }
+  return given | _predictions(config, logits_BTV, tokens_B) | {"loss": loss_B}
+
+
+def predict(config, model, batch):
+  """What `decode` wants of each utterance.
+
+  batch: "audio" (B, S) float32 in -1..1, "samples" (B,).
+  """
+  return _predictions(config, *model(*log_mel_of(config, batch)))
+
+
+def _predictions(config, logits_BTV, tokens_B):
+  if config.eval.beam_width > 1:
+    return {"tokens": tokens_B, "log_probs": jax.nn.log_softmax(logits_BTV)}
+  return {"tokens": tokens_B, "path": logits_BTV.argmax(-1)}
+
+
+def score(config, found):
+  """Sums over a batch's utterances: losses, edits, characters, words.
+
+  found: of `evaluate`, NumPy arrays. All but the losses are arrays (4,) over
+  the groups of length.
+  """
+  sums = {"loss": 0.0} | {name: np.zeros(len(_LENGTHS)) for name in ctc.COUNTS}
+  for i in np.flatnonzero(found["weight"]):
+    label_U = found["label"][i][: found["characters"][i]]
+    said = decode(config, {name: x[i] for name, x in found.items()})
+    sums["loss"] += float(found["loss"][i])
+    group = np.searchsorted(_LENGTHS, found["seconds"][i], side="right") - 1
+    text = ctc.spell(label_U, config.data.alphabet)
+    for name, count in ctc.errors(text, said).items():
+      sums[name][group] += count
+  return sums
+
+
+def decode(config, found):
+  """The text of one utterance of `say` or `evaluate`."""
+  tokens, alphabet = found["tokens"], config.data.alphabet
+  if config.eval.beam_width > 1:
+    log_probs_TV = found["log_probs"][:tokens]
+    return ctc.prefix_beam(log_probs_TV, alphabet, config.eval.beam_width)
+  return ctc.greedy(found["path"][:tokens], alphabet)
+
+
+def results(config, sums):
+  """Loss in nats a character, CER and WER, of all and by length: cer_10_20."""
+  del config
+  found = {"loss": sums["loss"] / sums["characters"].sum()}
+  ends = (*_LENGTHS[1:], "up")
+  for rate, unit in (("cer", "character"), ("wer", "word")):
+    errors, counts = sums[f"{unit}_errors"], sums[f"{unit}s"]
+    found[rate] = errors.sum() / counts.sum()
+    for start, end, part, count in zip(
+      _LENGTHS, ends, errors, counts, strict=True
+    ):
+      if count:
+        found[f"{rate}_{start}_{end}"] = part / count
+  return found

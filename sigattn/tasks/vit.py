@@ -1,0 +1,299 @@
+"""Vision transformer (2010.11929) and its task: classifying images."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from sigattn import layers, positions, stack
+from sigattn.data import image
+from sigattn.validate import choice, divides, real, whole
+
+SOURCE = image
+UNIT = "images"
+METRICS = ("loss", "accuracy", "accuracy_top5")  # the last with > 10 classes
+POOLS = ("mean", "class")
+POSITIONS = ("learned", "sincos1d", "sincos2d", "rope", "none")
+
+
+class VisionTransformer(nnx.Module):
+  """Patches -> linear embedding + positions -> encoder -> norm -> pool -> head.
+
+  encoder: a module, encoder(x_BTD, rng) -> (B, T, D), T = token count.
+  grid: rows and columns of patches. pool: mean over the tokens, or class: a
+  class token, the first one, alone. table: what is added to the tokens:
+  learned, sincos1d, sincos2d or none; nothing is added to a class token but a
+  learned table. norm: kind of the norm before the head, None for none.
+
+  Initialisation beyond that of sigattn.layers:
+    embed/kernel  LeCun normal: normalised pixels keep their variance
+    class_token   0
+    position      normal, standard deviation position_std
+    head          0: the first loss is log(num_classes)
+  """
+
+  def __init__(
+    self,
+    encoder,
+    *,
+    grid,
+    patch_size,
+    channels,
+    num_classes,
+    width,
+    pool,
+    table,
+    position_std,
+    norm,
+    dtype,
+    rngs,
+  ):
+    self.encoder = encoder
+    self.grid, self.patch_size, self.width = grid, patch_size, width
+    self.pool, self.table, self.dtype = pool, table, dtype
+    self.embed = nnx.Linear(
+      channels * patch_size**2, width, dtype=dtype, rngs=rngs
+    )
+    if pool == "class":
+      self.class_token = nnx.Param(jnp.zeros((width,), jnp.float32))
+    if table == "learned":
+      shape = (math.prod(grid) + (pool == "class"), width)
+      normal = jax.random.normal(rngs.params(), shape, jnp.float32)
+      self.position = nnx.Param(position_std * normal)
+    self.has_norm = norm is not None
+    if self.has_norm:
+      self.norm = layers.make_norm(norm, width, rngs)
+    zeros = nnx.initializers.zeros
+    self.head = nnx.Linear(width, num_classes, kernel_init=zeros, rngs=rngs)
+
+  def __call__(self, images_BHWC, rng=None):
+    """Logits (B, num_classes), float32.
+
+    images_BHWC: normalised. rng: of what drops at random; None: nothing does.
+    """
+    x_BPD = self.embed(self._patches(images_BHWC).astype(self.dtype))
+    x_BTD = self._add_positions(self._add_class_token(x_BPD))
+    x_BTD = self.encoder(x_BTD, rng)
+    if self.has_norm:
+      x_BTD = layers.normalize(self.norm, x_BTD)
+    # The pool and the head are cheap: float32.
+    x_BTD = x_BTD.astype(jnp.float32)
+    return self.head(x_BTD[:, 0] if self.pool == "class" else x_BTD.mean(1))
+
+  def _patches(self, images_BHWC):
+    """(B, P, patch_size^2 C), in raster order, pixels too."""
+    batch, height, width, channels = images_BHWC.shape
+    (rows, columns), size = self.grid, self.patch_size
+    if (height, width) != (rows * size, columns * size):
+      raise ValueError(
+        f"images_BHWC.shape={images_BHWC.shape}; built for "
+        f"{rows * size} x {columns * size} pixels"
+      )
+    x = images_BHWC.reshape(batch, rows, size, columns, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+
+  def _add_class_token(self, x_BPD):
+    if self.pool != "class":
+      return x_BPD
+    token_D = self.class_token[...].astype(x_BPD.dtype)
+    shape = (x_BPD.shape[0], 1, self.width)
+    token_B1D = jnp.broadcast_to(token_D[None, None, :], shape)
+    return jnp.concatenate([token_B1D, x_BPD], axis=1)
+
+  def _add_positions(self, x_BTD):
+    if self.table == "none":
+      return x_BTD
+    if self.table == "learned":
+      table_TD = self.position[...]
+    else:
+      table_TD = _fixed_table(self.table, self.grid, self.width)
+      absent = x_BTD.shape[1] - table_TD.shape[0]  # 1 with a class token
+      table_TD = jnp.pad(table_TD, ((absent, 0), (0, 0)))
+    return x_BTD + table_TD.astype(x_BTD.dtype)[None]
+
+
+def _fixed_table(name, grid, width):
+  if name == "sincos1d":
+    return positions.sincos_1d(math.prod(grid), width)
+  return positions.sincos_2d(*grid, width)
+
+
+FIELDS = stack.FIELDS | {
+  "model.patch_size": whole(low=1),
+  "model.pool": choice(POOLS),
+  "model.positions": choice(POSITIONS),
+  "model.position_std": real(low=0),
+  "augment.mixup": real(low=0),
+  "augment.cutmix": real(low=0),
+  "augment.label_smoothing": real(low=0, below=1),
+}
+
+
+def _top5_needs_more_classes(config):
+  best, classes = config.ckpt.best_metric, config.data.num_classes
+  if best == "accuracy_top5" and not _has_top5(config):
+    raise ValueError(
+      f"config.ckpt.best_metric={best!r}; measured with more than 10 classes, "
+      f"not with config.data.num_classes={classes!r}"
+    )
+
+
+RULES = (
+  *stack.RULES,
+  stack.not_causal,
+  divides("model.patch_size", "data.image_size"),
+  stack.multiple_for_positions({"sincos1d": 2, "sincos2d": 4, "rope": 4}),
+  _top5_needs_more_classes,
+)
+
+
+def build(config, rngs):
+  """The VisionTransformer of a config, its sigmoid's n the token count."""
+  model, data = config.model, config.data
+  side = data.image_size // model.patch_size
+  grid, dtype = (side, side), jnp.dtype(config.dtype)
+  tokens = side**2 + (model.pool == "class")
+  encoder = stack.make(
+    config, max_length=tokens, rotate=_rotate(model, grid), rngs=rngs
+  )
+  return VisionTransformer(
+    encoder,
+    grid=grid,
+    patch_size=model.patch_size,
+    channels=data.channels,
+    num_classes=data.num_classes,
+    width=model.width,
+    pool=model.pool,
+    table="none" if model.positions == "rope" else model.positions,
+    position_std=model.position_std,
+    # A post-norm block ends in a norm.
+    norm=None if model.norm == "post" else model.norm_kind,
+    dtype=dtype,
+    rngs=rngs,
+  )
+
+
+def _rotate(model, grid):
+  """RoPE over rows and columns from 1 on; a class token is at (0, 0)."""
+  if model.positions != "rope":
+    return None
+  place_T2 = positions.grid(*grid) + 1
+  if model.pool == "class":
+    place_T2 = np.concatenate([np.zeros((1, 2), place_T2.dtype), place_T2])
+  return functools.partial(positions.rope_2d, positions=place_T2)
+
+
+def patch_attention(config, weights_LNTS):
+  """How much attention each patch gets, (L, N, rows, columns).
+
+  From the class token where it is the pool, else the mean over all tokens.
+  weights_LNTS: attention of an image, by layer and head.
+  """
+  side = config.data.image_size // config.model.patch_size
+  if config.model.pool == "class":
+    patches_LNP = weights_LNTS[:, :, 0, 1:]
+  else:
+    patches_LNP = weights_LNTS.mean(2)
+  return patches_LNP.reshape(*patches_LNP.shape[:2], side, side)
+
+
+def loss(config, model, batch, rng):
+  """Mean cross-entropy with label smoothing, mixup and cutmix.
+
+  batch: "image" (B, H, W, C) uint8, "label" (B,) int32.
+  Returns (loss, {"loss", "accuracy"}). The accuracy, of the augmented images,
+  is against the label with the larger share.
+  """
+  mix_rng, drop_rng = jax.random.split(rng)
+  images_BHWC = normalize(config.data, batch["image"])
+  labels_BV = optax.smooth_labels(
+    jax.nn.one_hot(batch["label"], config.data.num_classes),
+    config.augment.label_smoothing,
+  )
+  images_BHWC, labels_BV = mix(config.augment, mix_rng, images_BHWC, labels_BV)
+  logits_BV = model(images_BHWC, drop_rng)
+  value = optax.softmax_cross_entropy(logits_BV, labels_BV).mean()
+  right = logits_BV.argmax(-1) == labels_BV.argmax(-1)
+  return value, {"loss": value, "accuracy": right.mean(dtype=jnp.float32)}
+
+
+def evaluate(config, model, batch):
+  """Sums over the batch of weight times loss and accuracies, and of weight.
+
+  batch: as in `loss`, and "weight" (B,) float32, 0 for padding.
+  """
+  logits_BV = model(normalize(config.data, batch["image"]))
+  label_B, weight_B = batch["label"], batch["weight"]
+  values = {
+    "loss": optax.softmax_cross_entropy_with_integer_labels(logits_BV, label_B),
+    "accuracy": logits_BV.argmax(-1) == label_B,
+    "weight": jnp.ones_like(weight_B),
+  }
+  if _has_top5(config):
+    top_B5 = jax.lax.top_k(logits_BV, 5)[1]
+    values["accuracy_top5"] = (top_B5 == label_B[:, None]).any(-1)
+  return {name: jnp.vdot(weight_B, x) for name, x in values.items()}
+
+
+def _has_top5(config):
+  return config.data.num_classes > 10
+
+
+def normalize(data, images_BHWC):
+  """(image / 255 - mean) / std in float32, channel by channel."""
+  mean, std = (
+    jnp.asarray(x, jnp.float32)[None, None, None, :]
+    for x in (data.mean, data.std)
+  )
+  return (images_BHWC.astype(jnp.float32) / 255 - mean) / std
+
+
+def mix(augment, rng, images_BHWC, labels_BV):
+  """Mixup (1710.09412) or cutmix (1905.04899) of neighbours in the batch.
+
+  image = m image_i + (1 - m) image_{i-1}, label likewise with the mean of m:
+  mixup's m is a number lambda ~ Beta(mixup, mixup), cutmix's is 0 in one box
+  and 1 outside of it. One draw a batch; both on: either, by a fair coin.
+  """
+  height, width = images_BHWC.shape[1:3]
+  mix_rng, cut_rng, coin_rng = jax.random.split(rng, 3)
+  masks = []
+  if augment.mixup:
+    share = jax.random.beta(mix_rng, augment.mixup, augment.mixup)
+    masks.append(jnp.full((height, width), share))
+  if augment.cutmix:
+    masks.append(_cutmix_mask(cut_rng, augment.cutmix, height, width))
+  if not masks:
+    return images_BHWC, labels_BV
+  coin = jax.random.bernoulli(coin_rng)
+  mask_HW = jnp.where(coin, masks[0], masks[-1])
+  # A neighbour, not the reversed batch: most of them are on the same device.
+  return (
+    _interpolate(mask_HW[None, :, :, None], images_BHWC),
+    _interpolate(mask_HW.mean()[None, None], labels_BV),
+  )
+
+
+def _interpolate(share, x):
+  return share * x + (1 - share) * jnp.roll(x, 1, axis=0)
+
+
+def _cutmix_mask(rng, alpha, height, width):
+  """1 outside, 0 inside of a box with the share 1 - lambda of the area.
+
+  lambda ~ Beta(alpha, alpha). The centre is uniform over the image; what the
+  box has outside of the image is cut off.
+  """
+  share_rng, row_rng, column_rng = jax.random.split(rng, 3)
+  side = jnp.sqrt(1 - jax.random.beta(share_rng, alpha, alpha))
+
+  def inside(rng, length):
+    centre = jax.random.uniform(rng, maxval=length)
+    return jnp.abs(jnp.arange(length) + 0.5 - centre) < side * length / 2
+
+  rows, columns = inside(row_rng, height), inside(column_rng, width)
+  return 1.0 - jnp.outer(rows, columns).astype(jnp.float32)

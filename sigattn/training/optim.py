@@ -1,0 +1,178 @@
+"""The optimizer that a config describes, built from optax."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from sigattn.validate import (
+  choice,
+  divides,
+  items,
+  real,
+  sequence,
+  text,
+  whole,
+)
+
+OPTIMIZERS = {
+  "adamw": lambda c: optax.scale_by_adam(b1=c.b1, b2=c.b2, eps=c.eps),
+  "lion": lambda c: optax.scale_by_lion(b1=c.b1, b2=c.b2),
+  "sgd": lambda c: optax.trace(decay=c.b1),
+}
+
+
+def _rsqrt(optim, steps):
+  """lr / sqrt(1 + step / warmup_steps): the warm-up sets the time scale."""
+  del steps  # It has no end.
+  scale = max(optim.warmup_steps, 1)
+  # join_schedules asks for steps before the warm-up's end too, and drops them.
+  return lambda step: optim.lr * (1 + jnp.maximum(step, 0) / scale) ** -0.5
+
+
+SCHEDULES = {  # of the steps after the warm-up
+  "cosine": lambda c, steps: optax.cosine_decay_schedule(
+    c.lr, steps, alpha=c.end_lr
+  ),
+  "linear": lambda c, steps: optax.linear_schedule(
+    c.lr, c.lr * c.end_lr, steps
+  ),
+  "rsqrt": _rsqrt,
+  "constant": lambda c, steps: optax.constant_schedule(c.lr),
+}
+
+
+_GROUPS = sequence(
+  items(text(), real(low=0)), "(pattern, factor >= 0) pairs", empty=True
+)
+
+FIELDS = {
+  "optim.name": choice(OPTIMIZERS),
+  "optim.lr": real(above=0),
+  "optim.schedule": choice(SCHEDULES),
+  "optim.warmup_steps": whole(low=0),
+  "optim.end_lr": real(low=0, high=1),
+  "optim.b1": real(low=0, high=1),
+  "optim.b2": real(low=0, high=1),
+  "optim.eps": real(low=0),
+  "optim.weight_decay": real(low=0),
+  "optim.decay_groups": _GROUPS,
+  "optim.lr_groups": _GROUPS,
+  "optim.clip_norm": real(low=0),
+  "optim.accumulate": whole(low=1),
+  "optim.ema_decay": real(low=0, high=1),
+}
+RULES = (divides("optim.accumulate", "batch_size"),)
+
+Groups = Sequence[tuple[str, float]]  # (regular expression of a path, factor)
+
+
+def schedule(config: ConfigDict) -> optax.Schedule:
+  """Learning rate as a function of the update: linear warm-up, then decay."""
+  optim = config.optim
+  warmup = optim.warmup_steps
+  decay = SCHEDULES[optim.schedule](optim, max(config.total_steps - warmup, 1))
+  if not warmup:
+    return decay
+  # From lr / warmup, not 0: the first update should not be a wasted one.
+  rise = optax.linear_schedule(optim.lr / warmup, optim.lr, warmup)
+  return optax.join_schedules([rise, decay], [warmup])
+
+
+def path_name(path: jax.tree_util.KeyPath) -> str:
+  """A parameter's path in a pytree as text: blocks/mlp/up/kernel."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def decay_factors(params: Any, groups: Groups) -> Any:
+  """Each parameter's factor on the weight decay; no match in groups means 0."""
+  return _factors(params, groups, "decay_groups", default=0.0)
+
+
+def lr_factors(params: Any, groups: Groups) -> Any:
+  """Each parameter's factor on the learning rate; no match means 1."""
+  return _factors(params, groups, "lr_groups", default=1.0)
+
+
+def _factors(params, groups, key, default):
+  """Each parameter's factor by the first match in groups.
+
+  Raises ValueError for a pattern that no parameter matches: a misspelt group
+  would otherwise change the optimizer in silence.
+  """
+  used = set()
+
+  def factor(path, _):
+    name = path_name(path)
+    for pattern, value in groups:
+      if re.fullmatch(pattern, name):
+        used.add(pattern)
+        return float(value)
+    return default
+
+  factors = jax.tree_util.tree_map_with_path(factor, params)
+  if unused := [pattern for pattern, _ in groups if pattern not in used]:
+    names = [
+      path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    raise ValueError(
+      f"config.optim.{key}: {unused[0]!r} is the first match of no "
+      f"parameter; the parameters are {names}"
+    )
+  return factors
+
+
+def _decayed_weights(weight_decay, factors):
+  """Adds weight_decay * factor * parameter to each update (AdamW's place)."""
+
+  def update(updates, params):
+    return jax.tree.map(
+      lambda u, p, f: u + weight_decay * f * p if f else u,
+      updates,
+      params,
+      factors,
+    )
+
+  return optax.stateless(update)
+
+
+def _scaled(factors):
+  """Multiplies each update by its parameter's factor."""
+  return optax.stateless(
+    lambda updates, _: jax.tree.map(lambda u, f: f * u, updates, factors)
+  )
+
+
+def make(config: ConfigDict, params: Any) -> optax.GradientTransformation:
+  """Clip by the global norm, precondition, decay, scale by -learning rate.
+
+  A factor on a learning rate comes before the decay, which it leaves alone: in
+  muP the decay does not change with the width.
+  """
+  optim = config.optim
+  chain = []
+  if optim.clip_norm:
+    chain.append(optax.clip_by_global_norm(optim.clip_norm))
+  chain.append(OPTIMIZERS[optim.name](optim))
+  if optim.lr_groups:
+    chain.append(_scaled(lr_factors(params, optim.lr_groups)))
+  if optim.weight_decay:
+    factors = decay_factors(params, optim.decay_groups)
+    chain.append(_decayed_weights(optim.weight_decay, factors))
+  chain.append(optax.scale_by_learning_rate(schedule(config)))
+  return optax.chain(*chain)
+
+
+def average(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
+  """Exponential average of the parameters, ema + (1 - d)(params - ema).
+
+  d = min(decay, (1 + step) / (10 + step)), so that the first steps, far from
+  the end, are soon forgotten in short runs.
+  """
+  step = step.astype("float32")
+  rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+  return optax.incremental_update(params, ema, rate)

@@ -1,0 +1,90 @@
+"""What a config describes, checked as a whole and built.
+
+`validate_config` refuses a bad config before any work starts; `init`,
+`graphdef` and `model` build the model of a task, with its parameters or
+without.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from sigattn import tasks, validate
+from sigattn.data import loader
+from sigattn.training import mesh, optim
+from sigattn.validate import choice, flag, text, whole
+
+FIELDS = {
+  "task": choice(tasks.TASKS),
+  "total_steps": whole(low=1),
+  "eval.every_steps": whole(low=0),
+  "ckpt.every_steps": whole(low=0),
+  "ckpt.keep": whole(low=1),
+  "ckpt.best_metric": text(),
+  "ckpt.best_mode": choice(("max", "min")),
+  "log.every_steps": whole(low=1),
+  "log.tensorboard": flag(),
+  "telemetry.every_steps": whole(low=0),
+  "telemetry.examples": whole(low=1),
+}
+
+
+def _best_metric_of_the_task(config):
+  metrics = tasks.get(config.task).METRICS
+  if config.ckpt.best_metric not in metrics:
+    raise ValueError(
+      f"config.ckpt.best_metric={config.ckpt.best_metric!r}; choose from "
+      f"{sorted(metrics)}"
+    )
+
+
+RULES = (_best_metric_of_the_task,)
+
+
+def tables(task: str) -> tuple[dict[str, validate.Field], list[validate.Rule]]:
+  """All fields and rules of the configs of a task.
+
+  task: one of tasks.TASKS.
+  """
+  module = tasks.get(task)
+  fields, rules = dict(FIELDS), list(RULES)
+  for part in (optim, mesh, loader, module, module.SOURCE):
+    fields |= part.FIELDS
+    rules += part.RULES
+  return fields, rules
+
+
+def validate_config(config: ConfigDict) -> None:
+  """Raises ValueError with the path of a bad value, the value, what is right.
+
+  Called before any work starts and before anything is written.
+  """
+  validate.fields(config, {"task": FIELDS["task"]})
+  validate.fields(config, *tables(config.task))
+
+
+def init(config: ConfigDict) -> tuple[nnx.GraphDef, Any]:
+  """The model's static part and its parameters, a nested dict of arrays.
+
+  Compiled, so that a large model is initialised where it will live.
+  """
+  task = tasks.get(config.task)
+
+  @jax.jit
+  def params(key):
+    return nnx.to_pure_dict(nnx.state(task.build(config, nnx.Rngs(key))))
+
+  return graphdef(config), params(jax.random.key(config.seed))
+
+
+def graphdef(config: ConfigDict) -> nnx.GraphDef:
+  """The model's static part, made without allocating its parameters."""
+  task = tasks.get(config.task)
+  return nnx.graphdef(nnx.eval_shape(lambda: task.build(config, nnx.Rngs(0))))
+
+
+def model(config: ConfigDict, params: Any) -> nnx.Module:
+  """The model with the given parameters: callable, for notebooks and tools."""
+  return nnx.merge(graphdef(config), params)

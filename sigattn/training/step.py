@@ -1,0 +1,104 @@
+"""One update: the loss and its gradient, the optimizer, the next State."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from sigattn import tasks
+from sigattn.training import mesh, optim, setup
+
+
+class State(NamedTuple):
+  """All that an update changes."""
+
+  step: jax.Array  # int32 scalar: updates done
+  params: Any  # nested dict of float32 arrays
+  opt_state: Any
+  ema: Any  # like params; None where config.optim.ema_decay is 0
+
+
+# (state, batch) -> (gradients, what is added to the parameters, the new state,
+# metrics).
+Update = Callable[[State, Any], tuple[Any, Any, State, dict[str, jax.Array]]]
+# (state, batch) -> (the new state, metrics); the old state is donated.
+Step = Callable[[State, Any], tuple[State, dict[str, jax.Array]]]
+
+
+def init(
+  config: ConfigDict, devices: jax.sharding.Mesh
+) -> tuple[State, Update]:
+  """The first State, on the devices, and what updates it."""
+  static, params = setup.init(config)
+  tx = optim.make(config, params)
+
+  @functools.partial(jax.jit, out_shardings=mesh.replicated(devices))
+  def state(params):
+    ema = jax.tree.map(jnp.copy, params) if config.optim.ema_decay else None
+    return State(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+
+  return state(params), _update(config, static, tx)
+
+
+def jitted(update: Update) -> Step:
+  """(state, batch) -> (state, metrics), jitted, with the old state donated."""
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state, batch):
+    return update(state, batch)[2:]
+
+  return step
+
+
+def _update(config, static, tx):
+  task = tasks.get(config.task)
+  schedule = optim.schedule(config)
+  decay = config.optim.ema_decay
+
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def gradients(params, batch, rng):
+    return task.loss(config, nnx.merge(static, params), batch, rng)
+
+  def update(state, batch):
+    # 0 is the initialisation's.
+    rng = jax.random.fold_in(jax.random.key(config.seed), state.step + 1)
+    (_, metrics), grads = _accumulate(
+      gradients, state.params, batch, rng, config.optim.accumulate
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+      ema = optim.average(ema, params, state.step, decay)
+    metrics = metrics | {
+      "lr": schedule(state.step),
+      "grad_norm": optax.tree.norm(grads),
+    }
+    new = State(state.step + 1, params, opt_state, ema)
+    return grads, updates, new, metrics
+
+  return update
+
+
+def _accumulate(gradients, params, batch, rng, parts):
+  """gradients(params, batch, rng), as a mean over `parts` micro-batches."""
+  if parts == 1:
+    return gradients(params, batch, rng)
+  # Every parts-th example, so that each micro-batch lies on all the devices.
+  batches = jax.tree.map(
+    lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch
+  )
+
+  def add(total, part):
+    new = gradients(params, *part)
+    return jax.tree.map(lambda t, x: t + x / parts, total, new), None
+
+  xs = (batches, jax.random.split(rng, parts))
+  shapes = jax.eval_shape(gradients, params, *jax.tree.map(lambda x: x[0], xs))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return jax.lax.scan(add, zeros, xs)[0]

@@ -1,0 +1,275 @@
+"""Texts: sources, tokenizers, packing, mixtures, exact resume."""
+
+import gzip
+import json
+import pathlib
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+
+from configs import lm
+from sigattn import tasks
+from sigattn.data import text, tokenizers
+from sigattn.training import setup
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def make(**values):
+  config = lm.get_config("runlocal")
+  config.data.update(tokenizer="bytes", vocab_size=257, length=16)
+  config.update_from_flattened_dict(values)
+  return config
+
+
+def documents(count, seed=0):
+  """Texts of 1 to 59 letters that tell their number."""
+  rng = np.random.default_rng(seed)
+  return [f"{i}:" + "x" * rng.integers(56) for i in range(count)]
+
+
+def write(path, texts):
+  lines = "".join(
+    json.dumps({"text": x, "id": i}) + "\n" for i, x in enumerate(texts)
+  )
+  if path.suffix == ".gz":
+    path.write_bytes(gzip.compress(lines.encode()))
+  elif path.suffix == ".parquet":
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(path)
+  else:
+    path.write_text(lines)
+  return str(path)
+
+
+def rows_of(batches):
+  return [
+    {name: batch[name][i] for name in batch}
+    for batch in batches
+    for i in range(len(batch["token"]))
+    if batch.get("weight", np.ones(99))[i]
+  ]
+
+
+def texts_of(rows):
+  """The pieces of documents in the rows, by their segments."""
+  found = []
+  for row in rows:
+    for segment in range(1, row["segment"].max() + 1):
+      ids = row["token"][row["segment"] == segment]
+      found.append((ids[0] == 256, tokenizers.Bytes().decode(ids)))
+  return found
+
+
+# The embedded text.
+
+
+def test_embedded_text_is_cut_as_told():
+  train, test = (text._embedded_split("kjv", x) for x in ("train", "test"))
+  assert train.startswith("In the beginning God created")
+  assert test.endswith("Amen.\n")
+  assert len(train) + len(test) == 4_137_850
+  assert len(test) == 206_892
+
+
+def test_evaluation_predicts_every_character_but_the_first_once():
+  config = lm.get_config("runlocal")
+  config.update_from_flattened_dict({"batch_size": 7, "data.length": 1000})
+  rows = rows_of(tasks.eval_batches(config, "test"))
+  ids = np.concatenate([row["token"][1:] for row in rows])
+  whole = text._embedded_split("kjv", "test")
+  assert text.tokenizer(config).decode(ids[ids >= 0]) == whole[1:]
+
+
+def test_training_rows_are_text_and_each_epoch_cuts_anew():
+  config = lm.get_config("runlocal")
+  config.data.length = 400_000  # 10 rows an epoch
+  config.batch_size = 10
+  data = tasks.train_batches(config)
+  whole = text._embedded_split("kjv", "train")
+  starts = []
+  for _ in range(2):
+    rows = next(data)["token"]
+    decoded = [text.tokenizer(config).decode(row) for row in rows]
+    starts.append({whole.index(x) for x in decoded})
+  end = len(whole) - 400_001  # where the last rows may begin
+  assert not starts[0] & starts[1] - {end}
+  for epoch in starts:
+    assert {x // 400_000 for x in epoch - {end}} >= set(range(9))
+
+
+# Tokenizers.
+
+
+def test_characters_and_bytes_come_back():
+  characters = tokenizers.Characters("\n abc")
+  [ids] = characters.encode(["cab a\n"])
+  assert characters.decode([*ids, characters.end]) == "cab a\n"
+  assert characters.start == 0
+  with pytest.raises(ValueError, match=r"characters \['d'\]"):
+    characters.encode(["bad"])
+  said = "naïve Ω 猫"
+  [ids] = tokenizers.Bytes().encode([said])
+  assert tokenizers.Bytes().decode(ids) == said
+  assert (
+    len(ids) == len(said.encode()) == tokenizers.Bytes().num_bytes()[ids].sum()
+  )
+
+
+def test_bpe_is_trained_saved_and_counts_bytes(tmp_path):
+  said = ["the naïve cat sat on the mat, the cat 猫"] * 20
+  source = write(tmp_path / "a.jsonl", said)
+  out = tmp_path / "bpe.json"
+  command = [sys.executable, "-m", "sigattn.data.tokens", "--size=270"]
+  command += [f"--source={source}", f"--out={out}"]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert "bpe.json: 270 tokens" in done.stdout, done.stderr
+  bpe = tokenizers.File(out)
+  assert bpe.size == 270
+  [ids] = bpe.encode([said[0]])
+  assert len(ids) < len(said[0].encode())
+  assert bpe.decode([*ids, bpe.end]) == said[0]
+  assert bpe.num_bytes()[ids].sum() == len(said[0].encode())
+  assert bpe.num_bytes()[bpe.end] == 0
+  other = "Ω — never seen"
+  assert bpe.decode(bpe.encode([other])[0]) == other
+  with pytest.raises(ValueError, match="no tokenizer"):
+    tokenizers.File(source)
+
+
+# Streams.
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_evaluation_of_a_file_has_every_document_whole(name, tmp_path):
+  said = documents(30)
+  path = write(tmp_path / name, said)
+  config = make(**{"data.source": path, "data.eval_source": path})
+  setup.validate_config(config)
+  batches = tasks.eval_batches(config, "test")
+  rows = rows_of(batches)
+  assert max(len(row["token"]) for row in rows) == 17
+  for row in rows:
+    assert ((row["token"] == -1) == (row["segment"] == 0)).all()
+  pieces = [piece for _, piece in texts_of(rows)]
+  # Pieces of a document overlap by one token.
+  expected = []
+  for x in said:
+    ids = [256, *x.encode(), 256]
+    for i in range(0, len(ids) - 1, 16):
+      expected.append(tokenizers.Bytes().decode(ids[i : i + 17]))
+  assert sorted(pieces) == sorted(expected)
+  assert len(rows_of(batches)) == len(rows)  # once more
+  config.eval.rows = 3
+  assert len(rows_of(tasks.eval_batches(config, "test"))) == 3
+
+
+def test_every_token_of_a_document_is_a_target_once(tmp_path):
+  said = documents(9)
+  path = write(tmp_path / "a.jsonl", said)
+  config = make(**{"data.source": path, "data.eval_source": path})
+  count = 0
+  for row in rows_of(tasks.eval_batches(config, "test")):
+    same = row["segment"][1:] == row["segment"][:-1]
+    count += (same & (row["token"][1:] >= 0)).sum()
+  assert count == sum(len(x) + 1 for x in said)  # and the end of each
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_stopped_and_resumed_stream_is_the_same(name, tmp_path):
+  path = write(tmp_path / name, documents(23))
+  config = make(**{
+    "data.source": path, "data.eval_source": path,
+    "data.shuffle_window": 5, "data.packing_window": 3, "batch_size": 3,
+  })  # fmt: skip
+  data = tasks.train_batches(config)
+  states, batches = [], []
+  for _ in range(40):  # several epochs
+    states.append(json.loads(json.dumps(data.get_state())))
+    batches.append(next(data))
+  for start in (1, 7, 18, 33):
+    again = tasks.train_batches(config)
+    again.set_state(states[start])
+    for batch in batches[start : start + 5]:
+      found = next(again)
+      for name in batch:
+        np.testing.assert_array_equal(found[name], batch[name])
+  [first, other] = [
+    next(tasks.train_batches(make(**{
+      "data.source": path, "data.shuffle_window": 23, "seed": seed,
+    })))["token"] for seed in (0, 1)
+  ]  # fmt: skip
+  assert (first != other).any()
+
+
+def test_every_document_comes_once_an_epoch(tmp_path):
+  said = documents(23)
+  path = write(tmp_path / "a.jsonl", said)
+  config = make(**{"data.source": path, "data.shuffle_window": 7})
+  config.data.length = 64  # longer than any
+  data = tasks.train_batches(config)
+  pieces = []
+  while len(pieces) < 60:
+    pieces += texts_of(rows_of([next(data)]))
+  counts = [sum(x == y for _, y in pieces) for x in said]
+  assert set(counts) <= {1, 2, 3, 4}
+
+
+def test_mixture_has_the_shares_it_was_told(tmp_path):
+  a = write(tmp_path / "a.jsonl", ["a" * 40] * 50)
+  b = write(tmp_path / "b.jsonl", ["b" * 10] * 50)
+  config = make(batch_size=10)
+  config.data.update(mixture=((a, 0.7), (b, 0.3)), eval_source=a)
+  setup.validate_config(config)
+  data = tasks.train_batches(config)
+  rows = np.concatenate([next(data)["token"] for _ in range(10)])
+  assert ((rows == ord("a")).any(1).sum(), len(rows)) == (70, 100)
+
+
+def test_processes_read_documents_of_their_own(tmp_path, monkeypatch):
+  said = documents(40)
+  path = write(tmp_path / "a.jsonl", said)
+  config = make(**{"data.source": path, "data.eval_source": path})
+  config.update_from_flattened_dict({"data.length": 64, "batch_size": 4})
+  whole = rows_of(tasks.eval_batches(config, "test"))
+  monkeypatch.setattr("jax.process_count", lambda: 2)
+  seen, shares = [], []
+  for process in range(2):
+    monkeypatch.setattr("jax.process_index", lambda p=process: p)
+    data = tasks.train_batches(config)
+    batches = [next(data) for _ in range(3)]
+    assert batches[0]["token"].shape == (2, 65)
+    seen.append({piece for _, piece in texts_of(rows_of(batches))})
+    shares.append(rows_of(tasks.eval_batches(config, "test")))
+  assert not seen[0] & seen[1]
+  assert sorted(texts_of(shares[0] + shares[1])) == sorted(texts_of(whole))
+
+
+def test_sources_that_cannot_be_read_are_named(tmp_path):
+  path = write(tmp_path / "a.jsonl", documents(3))
+  with pytest.raises(ValueError, match=r"eval_source=None; must be given"):
+    setup.validate_config(make(**{"data.source": path}))
+  (tmp_path / "a.doc").write_text("x")
+  doc = str(tmp_path / "a.doc")
+  with pytest.raises(ValueError, match=r"a\.doc'; its name must end in"):
+    setup.validate_config(make(**{"data.source": doc, "data.eval_source": doc}))
+  config = make(**{"data.source": path, "data.eval_source": path})
+  config.data.num_workers = 2
+  with pytest.raises(ValueError, match="num_workers=2; must be 0"):
+    setup.validate_config(config)
+  with pytest.raises(ValueError, match="is of the embedded texts"):
+    setup.validate_config(
+      make(**{
+        "data.source": path, "data.eval_source": path,
+        "data.tokenizer": "characters",
+      })
+    )  # fmt: skip
+  config = make(**{"data.source": path, "data.text_column": "body"})
+  with pytest.raises(ValueError, match=r"text_column='body'.*\['id', 'text'\]"):
+    next(tasks.train_batches(config))
+  (tmp_path / "b.jsonl").write_text("not json\n")
+  config = make(**{"data.source": str(tmp_path / "b.jsonl")})
+  with pytest.raises(ValueError, match=r"b\.jsonl': cannot be read"):
+    next(tasks.train_batches(config))

@@ -1,0 +1,127 @@
+"""Compares an implementation of attention with float64, for all its tests."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sigattn import attention
+from sigattn.kernels import device, dispatch
+from tests.kernels import cases
+
+WITH_GRADIENT = ("logit_bias", "alibi_slopes", "bias")
+
+
+def run(arrays, options, cotangent):
+  """{"out": ..., "query": its gradient, ...} of the operation."""
+  arrays = dict(zip(("query", "key", "value"), arrays, strict=True))
+  given = {k: v for k, v in options.items() if isinstance(v, np.ndarray)}
+  static = {k: v for k, v in options.items() if k not in given}
+  arrays |= {k: given.pop(k) for k in WITH_GRADIENT if k in given}
+
+  @jax.jit  # Much faster than to compile each operation of its own.
+  def f(arrays, given, cotangent):
+    def attend(arrays):
+      return attention.dot_product_attention(**arrays, **given, **static)
+
+    out, pullback = jax.vjp(attend, arrays)
+    return {"out": out, **pullback(cotangent)[0]}
+
+  return f(arrays, given, cotangent)
+
+
+def run_or_skip(arrays, options, cotangent):
+  """run; a case that the implementation declines skips with the reason."""
+  try:
+    return run(arrays, options, cotangent)
+  except NotImplementedError as reason:
+    return pytest.skip(str(reason))
+
+
+def use_only(monkeypatch, name, found):
+  """Makes `name` the only implementation, and a Device what it runs on."""
+  module = dispatch.IMPLEMENTATIONS[name]
+  monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", {name: module})
+  monkeypatch.setattr(device, "current", lambda: found)
+  dispatch._choose.cache_clear()
+
+
+def error(found, wanted):
+  """Root mean square of the difference, relative to that of `wanted`."""
+  found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+  assert found.shape == wanted.shape
+  size = np.sqrt(np.mean(wanted**2))
+  return np.sqrt(np.mean((found - wanted) ** 2)) / (size or 1.0)
+
+
+def assert_float32(case, bound):
+  arrays, options, cotangent = cases.draw(case)
+  wanted = cases.exact(case, arrays, options, cotangent)
+  found = run_or_skip(arrays, options, cotangent)
+  assert found.keys() == wanted.keys()
+  for name, value in wanted.items():
+    assert error(found[name], value) < bound, name
+
+
+def plain_16_bit(case, arrays, options, cotangent):
+  """What a user would write in jnp, weights kept in 16 bits."""
+  seen = jnp.asarray(cases.visible(case, options))
+  b, t, s, n, kv, h = case.shape
+  scale = h**-0.5 if case.scale is None else case.scale
+  activation = {
+    "sigmoid": jax.nn.sigmoid,
+    "relu": lambda z: jax.nn.relu(z) / s,
+    "relu2": lambda z: jax.nn.relu(z) ** 2 / s,
+  }[case.kind]
+  offset = options["logit_bias"]
+  if offset is None:
+    offset = -np.log(s) if case.kind == "sigmoid" else 0.0
+  extra = np.zeros((b, n, t, s), np.float32)
+  extra += np.asarray(offset).reshape(*np.shape(offset), 1, 1)
+  if case.bias:
+    extra += options["bias"]
+  if case.alibi:
+    distance = abs(np.arange(t)[:, None] + s - t - np.arange(s)[None])
+    extra -= options["alibi_slopes"][:, None, None] * distance
+
+  def f(q, k, v):
+    k, v = (jnp.repeat(x, n // kv, axis=2) for x in (k, v))
+    z = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
+    p = jnp.where(seen, activation(z * scale + extra), 0).astype(q.dtype)
+    return jnp.einsum("bnts,bsnh->btnh", p, v)
+
+  out, pullback = jax.vjp(f, *map(jnp.asarray, arrays))
+  grads = pullback(jnp.asarray(cotangent))
+  return dict(zip(("out", "query", "key", "value"), (out, *grads), strict=True))
+
+
+def assert_16_bit(case, dtype):
+  """A kernel errs at most twice as much as plain_16_bit, against float64."""
+  arrays, options, cotangent = cases.draw(case, dtype)
+  found = run_or_skip(arrays, options, cotangent)
+  wanted = cases.exact(case, arrays, options, cotangent)
+  plain = plain_16_bit(case, arrays, options, cotangent)
+  unit = float(jnp.finfo(dtype).eps)
+  for name, value in wanted.items():
+    # Of the operands' gradients, which are float32, a 16-bit error is allowed.
+    theirs = error(plain[name], value) if name in plain else unit
+    assert error(found[name], value) <= 2 * theirs + 0.2 * unit, name
+
+
+def assert_nan_in_padding_leaks_nowhere(name, width=8, dtype="float32"):
+  (case,) = [c for c in cases.CASES if c.name == name]
+  case = dataclasses.replace(case, width=width)
+  arrays, options, cotangent = cases.draw(case, dtype)
+  clean = run(arrays, options, cotangent)
+  dirty = [x.copy() for x in arrays]
+  cotangent = cotangent.copy()
+  for example in range(case.batch):
+    queries = options["query_seq_lengths"][example]
+    keys = options["key_value_seq_lengths"][example]
+    dirty[0][example, queries:] = cotangent[example, queries:] = np.nan
+    dirty[1][example, keys:] = dirty[2][example, keys:] = np.nan
+  found = run(dirty, options, cotangent)
+  for name, value in clean.items():
+    np.testing.assert_array_equal(found[name], value, name)

@@ -1,0 +1,148 @@
+"""Runs cases of the Hopper kernels in Pallas's interpreter: slow, but exact.
+
+  python -m tests.kernels.mosaic_interpreter 64 two all_but_dense ...
+  python -m tests.kernels.mosaic_interpreter 64 added all_but_dense ...
+
+with dq in a kernel of its own, or added by that of the keys. Prints how much
+each output and gradient errs, and exits with 1 where one errs more than twice
+as much as plain bfloat16. A barrier that is waited for in vain hangs: give it a
+time limit. With more than three warpgroups the interpreter runs out of threads
+on a small machine, so that two compute here.
+"""
+
+import dataclasses
+import sys
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax._src.pallas.mosaic_gpu import core
+from jax._src.pallas.mosaic_gpu.interpret import (
+  gpu_callbacks,
+  jaxpr_interpret,
+  shared_memory,
+)
+from jax._src.state import types
+
+from sigattn.kernels import batching_and_sharding, device, dispatch, mosaic
+from sigattn.kernels.mosaic import reduce, registers, tanh
+from tests.kernels import cases, compare
+
+
+def _let_products_read_registers():
+  """The interpreter's wgmma wants both factors in memory: lend it some."""
+  interpreter = next(
+    x
+    for x in vars(jaxpr_interpret).values()
+    if hasattr(x, "_interpret_wgmma_ref_p")
+  )
+  product = interpreter._interpret_wgmma_ref_p
+  space = shared_memory.get_memory_space_idx(core.MemorySpace.REGS)
+
+  def lent(self, eqn, token, get_invals):
+    values = list(get_invals())
+    if isinstance(eqn.invars[1].aval, types.AbstractRef):
+      return product(self, eqn, token, lambda: values)
+    place = dict(mesh_location=self.mesh_location, thread=self.thread)
+    token, request = gpu_callbacks.call_make_allocation_request_array(
+      token=token, compute_unit=self.thread, memory_space_id=space,
+      initial_ref_count=1,
+    )  # fmt: skip
+    token, values[1] = gpu_callbacks.call_allocate_buffer(
+      token=token, allocation_request_as_array=request, value=values[1],
+      source_info=eqn.source_info, **place,
+    )  # fmt: skip
+    token, out = product(self, eqn, token, lambda: values)
+    token = gpu_callbacks.call_deallocate_buffer(
+      token=token, allocation_key_as_array=values[1],
+      source_info=eqn.source_info, **place,
+    )  # fmt: skip
+    return token, out
+
+  interpreter._interpret_wgmma_ref_p = lent
+
+
+def _add(tile, total):
+  """reduce.add without instructions that the interpreter lacks."""
+  rows_and_columns = tile.reshape(4, 2, 8, 8, 4, 2)  # w i r j c k
+  total[...] += rows_and_columns.transpose(3, 0, 2, 4, 1, 5).reshape(8, 128, 4)
+
+
+def _plane(x, first, slope, offset):
+  """registers.plane, likewise."""
+  return first + slope * (offset - _columns_less_rows(x)).astype(jnp.float32)
+
+
+def _tanh(x, scale, bias, slope=0.0, offset=0):
+  """tanh.tanh, likewise."""
+  return jnp.tanh(scale * x + _plane(x, bias, slope, offset))
+
+
+def _columns_less_rows(x):
+  row, column = (lax.broadcasted_iota(jnp.int32, x.shape, i) for i in (0, 1))
+  return column - row
+
+
+def _hide(x, low, high, hidden):
+  """registers.hide, likewise."""
+  apart = _columns_less_rows(x)
+  for bound, sign in ((low, 1), (high, -1)):
+    if bound is not None:
+      x = jnp.where(sign * apart >= sign * bound, x, hidden)
+  return x
+
+
+def _distance(x, offset):
+  """registers.distance, likewise."""
+  return jnp.abs(_columns_less_rows(x) - offset).astype(jnp.float32)
+
+
+def _pretend(form):
+  """An H100 of three multiprocessors; of one where dq is added."""
+  dispatch.IMPLEMENTATIONS = {"mosaic": "sigattn.kernels.mosaic"}
+  device.current = lambda: device.Device("NVIDIA H100", 90)
+  mosaic._programs = lambda: 3 if form == "two" else 1
+  mosaic._ADDED = {
+    width: dataclasses.replace(x, open=0, masked=0)
+    for width, x in mosaic._ADDED.items()
+    if form == "added"
+  }
+  reduce.add = _add
+  tanh.tanh = _tanh
+  registers.hide, registers.distance = _hide, _distance
+  registers.plane = _plane
+  mosaic._TILES = {
+    width: tuple(dataclasses.replace(x, warpgroups=2) for x in tiles)
+    for width, tiles in mosaic._TILES.items()
+  }
+  # The interpreter's effects go through neither custom_vmap nor partitioning.
+  batching_and_sharding.over_batch = lambda compute, _, *arguments: compute(
+    *arguments
+  )
+
+
+def main(width, form, names):
+  _let_products_read_registers()
+  _pretend(form)
+  table = {case.name: case for case in cases.CASES + cases.BLOCKS}
+  wrong = False
+  for name in names:
+    case = dataclasses.replace(table[name], width=width)
+    arrays, options, cotangent = cases.draw(case, "bfloat16")
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+      found = compare.run(arrays, options, cotangent)
+      jax.block_until_ready(found)
+    wanted = cases.exact(case, arrays, options, cotangent)
+    plain = compare.plain_16_bit(case, arrays, options, cotangent)
+    unit = float(jnp.finfo("bfloat16").eps)
+    for key, value in wanted.items():
+      theirs = compare.error(plain[key], value) if key in plain else unit
+      ours = compare.error(found[key], value)
+      print(f"{name} {key}: {ours:.1e}, plain bfloat16 {theirs:.1e}")
+      wrong |= not ours <= 2 * theirs + 0.2 * unit
+  sys.exit(wrong)
+
+
+if __name__ == "__main__":
+  main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

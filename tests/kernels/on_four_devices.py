@@ -1,0 +1,123 @@
+"""Attention on meshes, Triton's kernels replaced by plain JAX.
+
+A process of its own, for test_triton.py: the others have one device. Prints
+what is wrong.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sigattn import attention
+from sigattn.kernels import batching_and_sharding, device, triton, xla
+from sigattn.kernels.problem import Operands
+
+
+def forward(precision, problem, query, key, value, operands):
+  del precision
+  return (xla.reference(query, key, value, operands, problem),)
+
+
+def backward(precision, problem, query, key, value, operands, d_out):
+  """As the kernels: the operands' gradients not yet summed over examples."""
+  del precision
+  heads = problem.batch, problem.num_heads
+  operands = operands._replace(
+    logit_bias=jnp.broadcast_to(operands.logit_bias, heads),
+    alibi_slopes=jnp.broadcast_to(operands.alibi_slopes, heads),
+  )
+  arrays = jax.tree.map(
+    lambda x: batching_and_sharding.varying(x, [query]),
+    (query, key, value, operands),
+  )
+  shapes = Operands(*(x if x is None else x.shape for x in operands))
+  problem = dataclasses.replace(problem, shapes=shapes)
+  _, pull_back = jax.vjp(
+    lambda *arrays: xla.reference(*arrays, problem), *arrays
+  )
+  *grads, d_operands = pull_back(d_out)
+  return *grads, d_operands.logit_bias, d_operands.alibi_slopes
+
+
+def attend(implementation, query, key, value, bias, slopes, lengths):
+  return attention.dot_product_attention(
+    query, key, value, logit_bias=bias, alibi_slopes=slopes, is_causal=True,
+    key_value_seq_lengths=lengths, implementation=implementation,
+  )  # fmt: skip
+
+
+def with_gradients(f, *arrays):
+  out, pull_back = jax.vjp(lambda *x: f(*x, arrays[-1]), *arrays[:-1])
+  return out, pull_back(jnp.cos(out))
+
+
+def check(name, found, wanted):
+  for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+    if not np.allclose(x, y, rtol=1e-5, atol=1e-5):
+      raise SystemExit(f"{name}: {np.abs(x - y).max()}")
+
+
+def check_meshes(kv_heads):
+  rng = np.random.default_rng(0)
+  shapes = (4, 6, 4, 8), (4, 6, kv_heads, 8), (4, 6, kv_heads, 8), (4,), (4,)
+  arrays = [rng.standard_normal(shape, np.float32) for shape in shapes]
+  arrays.append(np.array([3, 6, 2, 5], np.int32))
+
+  def ours(*arrays):
+    return attend("triton", *arrays)
+
+  wanted = with_gradients(lambda *x: attend("xla", *x), *arrays)
+  mesh = make_mesh(jax.sharding.AxisType.Auto)
+  split = PartitionSpec("data", None, "model")
+  heads, batch = PartitionSpec("model"), PartitionSpec("data")
+  specs = split, split, split, heads, heads, batch
+  sharded = [
+    jax.device_put(x, NamedSharding(mesh, spec))
+    for x, spec in zip(arrays, specs, strict=True)
+  ]
+
+  check_without_moving("automatic", ours, sharded, wanted)
+
+  manual = jax.shard_map(ours, mesh=mesh, in_specs=specs, out_specs=split)
+  check(
+    "shard_map", jax.jit(lambda *x: with_gradients(manual, *x))(*arrays), wanted
+  )
+
+  # Explicit: the mesh is in the types of query, key and value.
+  mesh = make_mesh(jax.sharding.AxisType.Explicit)
+  typed = jax.device_put(arrays[:3], NamedSharding(mesh, split))
+  for name in "triton", "xla":
+    check_without_moving(
+      f"explicit, {name}", functools.partial(attend, name),
+      [*typed, *arrays[3:]], wanted,
+    )  # fmt: skip
+
+
+def make_mesh(axis_type):
+  return jax.make_mesh((2, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+
+
+def check_without_moving(name, attend, arrays, wanted):
+  jitted = jax.jit(functools.partial(with_gradients, attend))
+  compiled = jitted.lower(*arrays).compile()
+  check(name, compiled(*arrays), wanted)
+  moved = re.findall("all-gather|all-to-all|permute", compiled.as_text())
+  if moved:
+    raise SystemExit(f"{name}: {moved}")
+
+
+if __name__ == "__main__":
+  triton._forward, triton._backward = forward, backward
+  triton._PACKAGES = {}
+  device.current = lambda: device.Device("NVIDIA H100", 90)
+  jax.config.update("jax_disable_most_optimizations", True)
+  check_meshes(kv_heads=2)

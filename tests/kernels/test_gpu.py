@@ -1,0 +1,177 @@
+"""The kernels on a GPU:
+
+JAX_PLATFORMS=cuda python -m pytest -n 8 tests/kernels/test_gpu.py
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import sigattn
+from sigattn.kernels import device, mosaic
+from tests.kernels import cases, compare
+
+if jax.default_backend() != "gpu":
+  pytest.skip("needs a GPU", allow_module_level=True)
+
+CASES = cases.CASES + cases.BLOCKS + cases.ARBITRARY
+# Of the cases of many blocks, in turn.
+WIDTHS = {
+  "mosaic": (32, 64, 96, 128, 192, 256),
+  "triton": (32, 64, 96, 128, 256),
+}
+# More tiles than a GPU has multiprocessors: a persistent kernel goes round.
+ROUNDS = [
+  cases.Case("rounds", batch=4, queries=520, heads=24, kv_heads=12, width=64),
+  cases.Case(
+    "rounds_causal", batch=4, queries=400, heads=24, width=128, causal=True
+  ),
+]
+
+
+@pytest.fixture(params=WIDTHS, autouse=True)
+def implementation(request, monkeypatch):
+  compare.use_only(monkeypatch, request.param, device.current())
+  return request.param
+
+
+def larger(case, times, implementation):
+  """The case with `times` as many tokens and one of WIDTHS."""
+  widths = WIDTHS[implementation]
+  return dataclasses.replace(
+    case,
+    queries=case.queries * times,
+    keys=case.keys and case.keys * times,
+    width=widths[len(case.name) % len(widths)],
+    window=case.window and tuple(times * x for x in case.window),
+  )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_16_bit_output_and_gradients(case, dtype, implementation):
+  if implementation == "mosaic":
+    case = dataclasses.replace(case, width=64)
+  compare.assert_16_bit(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_16_bit_of_many_blocks(case, dtype, implementation):
+  compare.assert_16_bit(larger(case, 13, implementation), dtype)
+
+
+@pytest.mark.parametrize("width", mosaic._ADDED)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_16_bit_of_what_long_sequences_take(
+  case, width, implementation, monkeypatch
+):
+  if implementation != "mosaic":
+    pytest.skip("has one way")
+  monkeypatch.setattr(mosaic, "_LONG", 0)
+  added = {
+    width: dataclasses.replace(x, open=0, masked=0)
+    for width, x in mosaic._ADDED.items()
+  }
+  monkeypatch.setattr(mosaic, "_ADDED", added)
+  case = dataclasses.replace(larger(case, 13, implementation), width=width)
+  compare.assert_16_bit(case, "bfloat16")
+
+
+@pytest.mark.parametrize("case", ROUNDS, ids=str)
+def test_16_bit_of_many_tiles(case):
+  compare.assert_16_bit(case, "bfloat16")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float32_output_and_gradients(case):
+  compare.assert_float32(case, 6e-6 if case in cases.ARBITRARY else 4e-6)
+
+
+@pytest.mark.parametrize("name", ["lengths", "lengths_cross_grouped"])
+def test_nan_in_padding_leaks_nowhere(name, implementation):
+  changes = (64, "bfloat16") if implementation == "mosaic" else ()
+  compare.assert_nan_in_padding_leaks_nowhere(name, *changes)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_the_same_bits_at_every_run(index, implementation, monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+  case = larger(cases.BLOCKS[index], 40, implementation)
+  found = [compare.run(*cases.draw(case, "bfloat16")) for _ in range(2)]
+  for name, value in found[0].items():
+    np.testing.assert_array_equal(value, found[1][name], name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bias", [-8.0, -11.0, -11.1, -14.0, -16.0])
+def test_small_weights_keep_their_sum(bias, dtype):
+  """V = 16: what is lost of a row's sum, in the mean, is below rounding."""
+  case = cases.Case(
+    "sum", batch=1, queries=256, keys=4096, heads=2, width=128, logit_bias=bias
+  )
+  arrays, options, cotangent = cases.draw(case, dtype)
+  arrays[2] = np.full_like(arrays[2], 16)
+  wanted = cases.exact(case, arrays, options, cotangent)["out"]
+  found = compare.run_or_skip(arrays, options, cotangent)["out"]
+  lost = np.mean(np.asarray(found, np.float64) / wanted - 1)
+  print(f"{bias=} {dtype} {lost=:.1e}")
+  assert abs(lost) < 1e-3
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs several GPUs")
+@pytest.mark.parametrize("axis", ["batch", "heads"])
+@pytest.mark.parametrize("manual", [False, True])
+def test_each_gpu_of_a_mesh_computes_its_part(axis, manual):
+  """In jit and in shard_map, without moving anything between them."""
+  count = 2
+  rng = np.random.default_rng(0)
+  query, key, value, d_out = (
+    jnp.asarray(rng.standard_normal((4, 512, 4, 64)), "bfloat16")
+    for _ in range(4)
+  )
+  arrays = query, key, value, jnp.full((4,), -6.0), jnp.array([9, 512, 77, 300])
+
+  def attend(query, key, value, bias, lengths):
+    return sigattn.dot_product_attention(
+      query, key, value, logit_bias=bias, is_causal=True,
+      key_value_seq_lengths=lengths,
+    )  # fmt: skip
+
+  mesh = jax.make_mesh(
+    (count,), (axis,), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  names = ("batch", None, "heads"), ("heads",), ("batch",)
+  split, heads, batch = (
+    PartitionSpec(*(name if name == axis else None for name in x))
+    for x in names
+  )
+  specs = split, split, split, heads, batch
+  spread = attend
+  if manual:
+    spread = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=split)
+
+  def gradients(attend, query, key, value, bias, lengths, d_out):
+    out, pull_back = jax.vjp(
+      lambda *x: attend(*x, lengths), query, key, value, bias
+    )
+    return out, *pull_back(d_out)
+
+  wanted = jax.jit(functools.partial(gradients, attend))(*arrays, d_out)
+  sharded = [
+    jax.device_put(x, NamedSharding(mesh, spec))
+    for x, spec in zip((*arrays, d_out), (*specs, split), strict=True)
+  ]
+  compiled = (
+    jax.jit(functools.partial(gradients, spread)).lower(*sharded).compile()
+  )
+  text = compiled.as_text()
+  assert not re.findall("all-gather|all-to-all|collective-permute", text)
+  for x, y in zip(compiled(*sharded), wanted, strict=True):
+    assert compare.error(x, y) < 1e-3

@@ -1,0 +1,226 @@
+"""The Hopper kernels without a GPU: interpreted, lowered, declined."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import sigattn
+from benchmarks import tune_triton
+from sigattn.kernels import device, mosaic
+from sigattn.kernels.mosaic import kernels
+from sigattn.kernels.problem import Operands
+from tests.kernels import compare
+
+if jax.default_backend() != "cpu":
+  pytest.skip("the kernels are not interpreted here", allow_module_level=True)
+
+H100 = device.Device("NVIDIA H100", 90)
+
+
+@pytest.mark.parametrize(
+  ("width", "form", "names"),
+  [
+    (64, "two", ["all_but_dense", "blocks_causal_alibi"]),
+    (64, "two", ["blocks_narrow_window", "blocks_causal_alibi_cross"]),
+    (128, "two", ["blocks_window"]),
+    (64, "added", ["all_but_dense", "grouped", "blocks_alibi"]),
+    (128, "added", ["vit_197", "blocks_causal"]),
+  ],
+)
+def test_interpreted_output_and_gradients(width, form, names):
+  """In a process of its own: what waits in vain would hang.
+
+  Eight devices: each warpgroup blocks a thread of XLA's, which has no more than
+  devices or cores.
+  """
+  subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "tests.kernels.mosaic_interpreter",
+      str(width),
+      form,
+      *names,
+    ],
+    env=os.environ
+    | {
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    },
+    timeout=250,
+    check=True,
+  )
+
+
+@pytest.mark.parametrize("has_slopes", [False, True])
+@pytest.mark.parametrize(
+  ("width", "length", "is_causal"),
+  [(width, 1024, True) for width in mosaic._TILES]
+  + [
+    (width, 4096, is_causal)
+    for width in mosaic._ADDED
+    for is_causal in (False, True)
+  ],
+)
+def test_tiles_are_lowered_for_cuda(width, length, is_causal, has_slopes):
+  """Shapes, layouts and shared memory fit: 0.3 s a kernel.
+
+  Most shared memory is needed where ALiBi's slopes are trained too.
+  """
+  problem = tune_triton.example(width, "bfloat16", length, is_causal=is_causal)
+  slopes = None
+  if has_slopes:
+    slopes = jax.ShapeDtypeStruct((1, problem.num_heads), "float32")
+    shapes = Operands(alibi_slopes=slopes.shape)
+    problem = dataclasses.replace(problem, shapes=shapes)
+  shape = problem.batch, problem.query_len, problem.num_heads, width
+  x = jax.ShapeDtypeStruct(shape, "bfloat16")
+
+  def both(query, key, value, d_out, slopes):
+    inputs = query, key, value, Operands(alibi_slopes=slopes)
+    return (
+      mosaic._forward(problem, *inputs),
+      mosaic._backward(has_slopes, problem, *inputs, d_out),
+    )
+
+  lowered = (
+    jax.jit(both).trace(x, x, x, x, slopes).lower(lowering_platforms=("cuda",))
+  )
+  # The output; dk and dv, one after the other in wide heads; dq.
+  count = 2 + (width > mosaic._BOTH)
+  count += not mosaic._adds_in_any_order(mosaic._form(problem), problem)
+  assert lowered.as_text().count("custom_call @mosaic_gpu") == count
+
+
+@pytest.mark.parametrize("around", ["jit", "shard_map", "explicit mesh"])
+@pytest.mark.parametrize(
+  "options", [{"is_causal": True}, {"local_window_size": 64}, {}], ids=str
+)
+def test_what_users_call_is_lowered(options, around, monkeypatch):
+  """With what is around the kernels: derivatives, vmap, partitioning."""
+  compare.use_only(monkeypatch, "mosaic", H100)
+
+  def attend(query, key, value):
+    return sigattn.dot_product_attention(query, key, value, **options)
+
+  attend, sharding = jax.vmap(attend), None
+  if around != "jit":
+    mesh = jax.make_mesh((1,), ("batch",))
+    split = jax.sharding.PartitionSpec(None, "batch")
+    sharding = jax.sharding.NamedSharding(mesh, split)
+  if around == "shard_map":
+    attend = jax.shard_map(attend, mesh=mesh, in_specs=split, out_specs=split)
+
+  def loss(*arrays):
+    return attend(*arrays).astype("float32").sum()
+
+  shape = 2, 2, 1024, 2, 64
+  x = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=sharding)
+  gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
+  lowered = gradients.trace(x, x, x).lower(lowering_platforms=("cuda",))
+  assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+  ("capability", "change", "reason"),
+  [
+    (90, {}, ""),
+    (90, {"head_dim": 80}, "head_dim=80; one of [32, 64, 96, 128, 192, 256]"),
+    (90, {"dtype": "float32"}, "float32 is not implemented"),
+    (80, {}, "needs a Hopper GPU (9.0), device is Testing"),
+    (100, {}, "needs a Hopper GPU (9.0), device is Testing"),
+    (None, {}, "needs a Hopper GPU (9.0), device is Testing"),
+  ],
+)
+def test_what_it_declines(capability, change, reason, monkeypatch):
+  found = device.Device("Testing", capability)
+  compare.use_only(monkeypatch, "mosaic", found)
+  problem = dataclasses.replace(tune_triton.example(64, "bfloat16"), **change)
+  assert mosaic.unsupported(problem) == reason
+
+
+@pytest.mark.parametrize(
+  ("width", "length", "is_causal", "adds"),
+  [
+    (64, 512, False, False), (64, 1024, False, True), (64, 1024, True, True),
+    (128, 512, False, False), (128, 1024, False, True),
+    (128, 1024, True, False), (128, 2048, True, True),
+    (96, 8192, False, False),
+  ],
+)  # fmt: skip
+def test_dq_is_added_in_any_order_where_that_is_faster(
+  width, length, is_causal, adds, monkeypatch
+):
+  problem = tune_triton.example(width, "bfloat16", length, is_causal=is_causal)
+  form = mosaic._form(problem)
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
+  assert mosaic._adds_in_any_order(form, problem) == adds
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+  assert not mosaic._adds_in_any_order(form, problem)
+
+
+@pytest.mark.parametrize("argnums", [(0,), (0, 3)])
+def test_gradients_of_slopes_are_summed_only_where_they_are_wanted(
+  argnums, monkeypatch
+):
+  compare.use_only(monkeypatch, "mosaic", H100)
+  asked = []
+  by_keys = kernels.by_keys
+
+  def spy(*args, sums, **options):
+    asked.append(sums)
+    return by_keys(*args, sums=sums, **options)
+
+  monkeypatch.setattr(kernels, "by_keys", spy)
+
+  def loss(query, key, value, slopes):
+    out = sigattn.dot_product_attention(query, key, value, alibi_slopes=slopes)
+    return out.astype("float32").sum()
+
+  x = jax.ShapeDtypeStruct((1, 512, 2, 64), "bfloat16")
+  slopes = jax.ShapeDtypeStruct((2,), "float32")
+  gradients = jax.jit(jax.grad(loss, argnums))
+  gradients.trace(x, x, x, slopes).lower(lowering_platforms=("cuda",))
+  assert set(asked) == {3 in argnums}
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("length", [1024 * 2**i for i in range(7)])
+@pytest.mark.parametrize("of_queries", [True, False])
+def test_no_program_gets_much_more_than_its_share(
+  width, length, of_queries, monkeypatch
+):
+  """All take as long as the slowest; and every tile is someone's, once."""
+  monkeypatch.setattr(mosaic, "_programs", lambda: 132)
+  problem = tune_triton.example(width, "bfloat16", length, is_causal=True)
+  problem = dataclasses.replace(
+    problem, batch=max(16384 // length, 1), num_heads=2048 // width,
+    num_kv_heads=2048 // width,
+  )  # fmt: skip
+  tile = mosaic._TILES[width][0 if of_queries else 2]
+  schedule = mosaic._schedule(problem, Operands(), tile, of_queries)
+  rows = tile.rows * tile.warpgroups
+  theirs = [row[1 : 1 + row[0]] for row in schedule.table]
+  heads, tiles = problem.batch * problem.num_heads, length // rows
+  assert sorted(np.concatenate(theirs)) == list(range(heads * tiles))
+  # A tile's beginning and end count as a block.
+  costs = 1 + np.arange(1, tiles + 1) * rows // tile.block
+  costs = costs if of_queries else costs[::-1]
+  loads = np.array([costs[of_one % tiles].sum() for of_one in theirs])
+  assert loads.max() < 1.03 * loads.mean()
+
+
+@pytest.mark.parametrize("bounds", [(None, 0), (70, None), (33, 5), (0, 0)])
+def test_blocks_seen_are_those_that_kernels_visit(bounds):
+  tiles, rows, block, length = 9, 48, 32, 300
+  first = np.arange(tiles) * rows
+  low, _, _, high = kernels.visible_blocks(
+    first, first + rows - 1, *bounds, block, length
+  )
+  found = mosaic._blocks_seen(tiles, rows, *bounds, block, length)
+  np.testing.assert_array_equal(found, high - low)

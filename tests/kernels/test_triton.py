@@ -1,0 +1,310 @@
+"""The Triton kernels without a GPU: Triton's interpreter on NumPy arrays.
+
+Whether they compile for each card is asked in a process of its own, because a
+kernel is either interpreted or compiled.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import tune_triton
+from sigattn import attention
+from sigattn.kernels import device, dispatch, numerics
+from sigattn.kernels import triton as triton_attention
+from sigattn.kernels.triton import tiles
+from tests.kernels import cases, compare
+
+if jax.default_backend() != "cpu":
+  pytest.skip("the kernels are not interpreted here", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # Read when Triton is imported.
+triton = pytest.importorskip("triton")  # It has wheels for Linux alone.
+import triton.language as tl  # noqa: E402
+
+_ONE_AT_A_TIME = threading.Lock()  # The interpreter's state is global.
+
+
+class _Array:
+  """As much of a torch tensor, and of its storage, as the interpreter uses."""
+
+  def __init__(self, array):
+    self.array, self.device = array, "cpu"
+    self.dtype = str(array.dtype).replace("float", "fp")
+
+  def data_ptr(self):
+    return self.array.ctypes.data
+
+  def _self(self, *_, **__):
+    return self
+
+  untyped_storage = cpu = new_empty = set_ = copy_ = _self
+  storage_offset = size = stride = _self
+
+
+@triton.jit
+def tanh(x):
+  """kernels.tanh without assembly, which the interpreter has not."""
+  return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+
+
+def _interpreted(kernel, arrays, outs, tile, count, constants):
+  """triton_attention._start for Triton's interpreter."""
+  del tile
+
+  def run(*arrays):
+    # NaN: what no program writes must be seen.
+    results = [np.full(x.shape, np.nan, x.dtype) for x in outs]
+    inputs = [_Array(np.array(x)) for x in arrays]
+    with _ONE_AT_A_TIME:
+      kernel[(count,)](*inputs, *map(_Array, results), **constants)
+    return results
+
+  return jax.pure_callback(run, outs, *arrays)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+  """Lets Triton's kernels run on the CPU, as if it were an H100."""
+  from sigattn.kernels.triton import kernels
+
+  monkeypatch.setattr(kernels, "tanh", tanh)
+  monkeypatch.setattr(triton_attention, "_start", _interpreted)
+  monkeypatch.setattr(
+    triton_attention, "_PACKAGES", {}
+  )  # It needs no jax-triton.
+  compare.use_only(monkeypatch, "triton", device.Device("NVIDIA H100", 90))
+
+
+def set_blocks(monkeypatch, size):
+  widths = {str(width): (size, size, 4, 2) for width in tiles.WIDTHS}
+  passes = dict.fromkeys(tiles.PASSES, widths)
+  table = {"90": {"tiles": {"16": passes, "32": passes}}}
+  monkeypatch.setattr(tiles, "_table", lambda: table)
+
+
+@pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
+def test_interpreted_output_and_gradients(case, interpreter, monkeypatch):
+  # The larger, the fewer to interpret.
+  set_blocks(monkeypatch, 16 if case in cases.BLOCKS else 64)
+  arrays, options, cotangent = cases.draw(case)
+  found = compare.run_or_skip(arrays, options, cotangent)
+  wanted = cases.exact(case, arrays, options, cotangent)
+  assert found.keys() == wanted.keys()
+  for name, value in wanted.items():
+    assert compare.error(found[name], value) < 2e-6, name
+
+
+@pytest.mark.parametrize("bias", [-16.0, 2.0])
+@pytest.mark.parametrize("width", [8, 80])
+def test_interpreted_float16(bias, width, interpreter):
+  """Both forms of the sigmoid, and a width that is no power of two."""
+  case = cases.Case(
+    "half", batch=1, queries=40, heads=1, width=width, logit_bias=bias
+  )
+  compare.assert_16_bit(case, "float16")
+
+
+def test_interpreted_nan_in_padding_leaks_nowhere(interpreter, monkeypatch):
+  set_blocks(monkeypatch, 16)
+  compare.assert_nan_in_padding_leaks_nowhere("lengths_cross_grouped")
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "segments"])
+def test_interpreted_empty_blocks_are_skipped(mask, interpreter, monkeypatch):
+  """NaN in them would come through a product with weights of zero."""
+  set_blocks(monkeypatch, 16)
+  case = cases.Case(
+    "skipped", batch=1, queries=64, heads=1, causal=mask == "causal",
+    window=(8, 8) if mask == "window" else None,
+  )  # fmt: skip
+  arrays, options, cotangent = cases.draw(case)
+  if mask == "segments":
+    ids = np.arange(64)[None] // 32
+    options |= {"query_segment_ids": ids, "key_value_segment_ids": ids}
+  clean = compare.run(arrays, options, cotangent)
+  first, last = [x.copy() for x in arrays], [x.copy() for x in arrays]
+  first[0][:, :16] = last[1][:, 48:] = last[2][:, 48:] = np.nan
+  # Queries 0 to 31 see no key from 48 on, and so no key from 32 on (under a
+  # causal mask: from 16 on) is seen by the queries before 16.
+  found = compare.run(last, options, cotangent)
+  for name in ("out", "query"):
+    np.testing.assert_array_equal(found[name][:, :32], clean[name][:, :32])
+  found = compare.run(first, options, cotangent)
+  for name in ("key", "value"):
+    np.testing.assert_array_equal(found[name][:, 32:], clean[name][:, 32:])
+  assert np.isnan(found["key"][:, :16]).any()
+
+
+def test_jit_vmap_and_checkpoint_change_nothing(interpreter, monkeypatch):
+  set_blocks(monkeypatch, 16)
+  case = cases.Case("vmapped", queries=20, heads=2, kv_heads=1, lengths=True)
+  arrays, options, cotangent = cases.draw(case)
+  lengths = options.pop("key_value_seq_lengths")
+  del options["query_seq_lengths"]
+  bias = jnp.array([-3.0, -2.0])
+
+  def f(query, key, value, bias, lengths):
+    return attention.dot_product_attention(
+      query, key, value, logit_bias=bias, key_value_seq_lengths=lengths
+    )
+
+  def one(query, key, value, bias, length):
+    return f(query, key, value, bias, length[None])
+
+  def with_gradients(g):
+    out, pull_back = jax.vjp(lambda *x: g(*x, lengths), *arrays, bias)
+    return out, *pull_back(jnp.asarray(cotangent))
+
+  wanted = with_gradients(f)
+  vmapped = jax.vmap(one, in_axes=(0, 0, 0, None, 0))
+  for g in (jax.jit(f), jax.checkpoint(f), vmapped):
+    for found, value in zip(with_gradients(g), wanted, strict=True):
+      np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+
+
+def test_meshes_split_batch_and_heads_without_gathering():
+  subprocess.run(
+    [sys.executable, "-m", "tests.kernels.on_four_devices"], check=True
+  )
+
+
+@pytest.mark.parametrize(
+  ("card", "change", "reason"),
+  [
+    (90, {}, ""),
+    (80, {"head_dim": 257}, "head_dim=257; at most 256"),
+    (90, {"dtype": "float64"}, "float64 is not implemented"),
+    (75, {}, "needs an NVIDIA GPU since Ampere (8.0), device is Testing"),
+    (None, {}, "needs an NVIDIA GPU since Ampere (8.0), device is Testing"),
+  ],
+)
+def test_what_it_declines(card, change, reason, monkeypatch):
+  compare.use_only(monkeypatch, "triton", device.Device("Testing", card))
+  monkeypatch.setattr(triton_attention, "_PACKAGES", {})
+  problem = dataclasses.replace(tune_triton.example(64, "bfloat16"), **change)
+  assert triton_attention.unsupported(problem) == reason
+
+
+def test_it_names_the_package_that_is_missing(monkeypatch):
+  compare.use_only(monkeypatch, "triton", device.Device("NVIDIA A100", 80))
+  monkeypatch.setattr(triton_attention, "_PACKAGES", {"no_such": "no-such"})
+  reason = triton_attention.unsupported(tune_triton.example(64, "bfloat16"))
+  assert reason == "needs the package no-such (requirements-gpu.txt)"
+
+
+def test_short_sequences_have_tiles_of_their_own(tmp_path, monkeypatch):
+  """They are written beside the others, and taken up to 256 tokens."""
+  monkeypatch.setattr(device, "current", lambda: device.Device("A10", 86))
+  path, found = tmp_path / "tiles.json", tiles.Tile(64, 32, 2, 2)
+  tune_triton.write({("16", "forward", 64): found}, short=True, path=path)
+  table = json.loads(path.read_text())
+  assert table["86"]["device"] == "A10"
+  assert table["90"] == tiles._table()["90"]
+  monkeypatch.setattr(tiles, "_table", lambda: table)
+
+  def tile(direction, length):
+    problem = tune_triton.example(64, "bfloat16", length)
+    return tiles.tile(problem, direction, 86)
+
+  assert tile("forward", 256) == found
+  assert tile("forward", 257) != found
+  assert tile("backward_q", 256) == tile("backward_q", 257)
+
+
+def test_the_fastest_tile_that_fits_what_it_was_timed_on(monkeypatch):
+  monkeypatch.setattr(device, "current", lambda: device.Device("A10", 86))
+  spilling, half_timed, first, second = (
+    tiles.Tile(block, 32, 4, 2) for block in (16, 32, 64, 128)
+  )
+  compiled = []
+
+  def resources(problem, direction, tile, capability):
+    compiled.append((problem.query_len, problem.is_causal, tile))
+    short = problem.query_len == 196
+    return tune_triton.Resources(99, 8 * (short and tile == spilling), 0)
+
+  monkeypatch.setattr(tune_triton, "resources", resources)
+  full, causal = (
+    tune_triton.Job("forward", 64, "bfloat16", is_causal, 196, None)
+    for is_causal in (False, True)
+  )
+  times = {
+    full._replace(tile=spilling): 1.0, causal._replace(tile=spilling): 1.0,
+    full._replace(tile=half_timed): 1.0,
+    full._replace(tile=second): 2.0, causal._replace(tile=second): 4.0,
+    full._replace(tile=first): 3.0, causal._replace(tile=first): 2.0,
+  }  # fmt: skip
+  assert tune_triton.fastest(times) == {("16", "forward", 64): first}
+  assert len(compiled) == len(set(compiled)), "one compiled twice"
+  assert {tile for *_, tile in compiled} == {spilling, first}
+
+
+def test_tiles_compile_without_spills():
+  """Some; python -m benchmarks.tune_triton --check compiles all."""
+  environment = {k: v for k, v in os.environ.items() if "INTERPRET" not in k}
+  command = (
+    "benchmarks.tune_triton --check --cards 86 90 --dtypes bfloat16 --widths 64"
+  )
+  subprocess.run(
+    [sys.executable, "-m", *command.split(), "--examples", "causal", "short"],
+    env=environment, check=True,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("bias", "alibi", "change", "exact"),
+  [
+    (-8.0, False, {}, False), (-11.0, False, {}, False),
+    (-11.1, False, {}, True), (-16.0, False, {}, True),
+    (-8.0, True, {}, False), (-9.1, True, {}, True), (None, False, {}, True),
+    (-8.0, False, dict(dtype="float16"), False),
+    (-9.1, False, dict(dtype="float16"), True),
+    (-3.0, True, dict(dtype="float16"), True),
+    # Only keys that ALiBi puts far away are visible.
+    (-3.0, True, dict(is_causal=True), False),
+    (-3.0, True, dict(is_causal=True, query_len=64), True),
+    (-3.0, True, dict(window=(99, 0), key_len=64), True),
+    (-3.0, True, dict(window=(99, 0), key_len=4000), False),
+  ],
+)  # fmt: skip
+def test_which_biases_take_the_exact_sigmoid(bias, alibi, change, exact):
+  heads = jax.ShapeDtypeStruct((1, 32), "float32")
+  operands = dispatch.Operands(
+    alibi_slopes=heads if alibi else None,
+    logit_bias=heads if bias is None else None,
+  )
+  problem = tune_triton.example(
+    64, "bfloat16", operands=operands, logit_bias=bias
+  )
+  problem = dataclasses.replace(problem, **change)
+  assert numerics.exact_sigmoid(problem) == exact
+
+
+@pytest.mark.parametrize(
+  ("asked", "precision"),
+  [(None, "ieee"), ("highest", "ieee"), ("tensorfloat32", "tf32"),
+   ("high", "tf32x3")],
+)  # fmt: skip
+def test_float32_is_exact_unless_asked(asked, precision, monkeypatch):
+  seen = []
+
+  def start(kernel, arrays, outs, tile, count, constants):
+    seen.append(constants["PRECISION"])
+    return [jnp.zeros(x.shape, x.dtype) for x in outs]
+
+  monkeypatch.setattr(triton_attention, "_start", start)
+  monkeypatch.setattr(triton_attention, "_PACKAGES", {})
+  found = device.Device("NVIDIA A100", 80)
+  compare.use_only(monkeypatch, "triton", found)
+  x = jnp.ones((1, 16, 1, 16))
+  with jax.default_matmul_precision(asked):
+    attention.dot_product_attention(x, x, x)
+  assert seen == [precision]

@@ -1,0 +1,381 @@
+"""The language model: sizes, causality, packing, decoding, metrics, checks."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import lm as lm_config
+from configs import lm_sigmoid
+from eval import evaluate
+from sigattn import positions, tasks
+from sigattn.data import text
+from sigattn.inference import generate
+from sigattn.tasks import lm
+from sigattn.training import setup
+from tests.test_layers import fill
+from train import train
+
+V = 64
+ALIBI = {"model.positions": "none"}
+SINES = {
+  "model.positions": "sincos", "attn.alibi": False, "attn.row_power": 0.5,
+}  # fmt: skip
+
+
+def small(depth=1, **values):
+  """Layers of width 16 on rows of 32 tokenizers."""
+  config = lm_sigmoid.get_config("runlocal")
+  config.model.depth = depth
+  config.update_from_flattened_dict(values)
+  return config
+
+
+def make(config):
+  return fill(lambda: lm.build(config, nnx.Rngs(0)))
+
+
+def compiled(function, model, *args):
+  graphdef, state = nnx.split(model)
+  return jax.jit(lambda s, *a: function(nnx.merge(graphdef, s), *a))(
+    state, *args
+  )
+
+
+def logits(model, token_BT, segment_ids=None):
+  return compiled(
+    lambda m, x, s: m(x, segment_ids=s), model, token_BT, segment_ids
+  )
+
+
+def tokens(*shape, seed=0):
+  return np.random.default_rng(seed).integers(0, V, shape, np.int32)
+
+
+# Width, MLP width, layers, head width.
+GALA = {
+  "85m": (768, 2048, 12, 64),
+  "1b": (2048, 5632, 24, 64),
+  "7b": (4096, 11008, 32, 128),
+}
+
+
+@pytest.mark.parametrize(
+  ("size", "published"), [("85m", 84.9e6), ("1b", 1.23e9), ("7b", 6.48e9)]
+)
+def test_published_parameter_count(size, published):
+  config = lm_sigmoid.get_config(size)
+  model = nnx.eval_shape(lambda: lm.build(config, nnx.Rngs(0)))
+  count = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+  width, hidden, depth, head = GALA[size]
+  kernels = 4 * width**2 + 3 * width * hidden
+  norms = 4 * width + 2 * head
+  embedding = 32768 * width
+  assert count == depth * (kernels + norms) + width + embedding
+  assert count - embedding == pytest.approx(published, rel=5e-3)
+
+
+def test_parameters_are_named_for_their_groups_and_start_as_published():
+  _, params = setup.init(small(**{"model.width": 64, "model.mlp_dim": 128}))
+  blocks = params["stack"]["blocks"]
+  names = {
+    path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)
+  }
+  assert names == {"embed", "kernel", "scale"}
+  assert params["embed"].std() == pytest.approx(64**-0.5, rel=0.05)
+  assert blocks["mlp"]["down"]["kernel"].std() == pytest.approx(
+    128**-0.5, rel=0.05
+  )
+  out = blocks["attn"]["out"]["kernel"]
+  assert out.std() == pytest.approx(64**-0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("values", [{}, ALIBI, SINES, {"attn.kind": "softmax"}])
+def test_a_token_changes_nothing_before_it(values):
+  model = make(small(**values))
+  token_BT = tokens(2, 12)
+  other_BT = token_BT.copy()
+  other_BT[:, 7] += 1
+  a, b = logits(model, token_BT), logits(model, other_BT % V)
+  np.testing.assert_array_equal(a[:, :7], b[:, :7])
+  assert (a[:, 7:] != b[:, 7:]).any((0, 2)).all()
+
+
+@pytest.mark.parametrize("values", [{}, ALIBI, SINES, {"attn.kind": "softmax"}])
+def test_packed_documents_are_as_if_alone(values):
+  model = make(small(**values))
+  first, second = tokens(1, 5), tokens(1, 8, seed=1)
+  packed = np.concatenate([first, second, [[-1, -1]]], axis=1)
+  segments = np.array([[1] * 5 + [2] * 8 + [0] * 2])
+  found = logits(model, packed, segments)
+  for part, alone in ((found[:, :5], first), (found[:, 5:13], second)):
+    np.testing.assert_allclose(part, logits(model, alone), rtol=2e-4, atol=2e-4)
+
+
+def test_offsets_begin_anew_in_each_segment():
+  segments = np.array([[1, 1, 1, 2, 2, 0], [1, 2, 3, 3, 3, 3]])
+  found = lm.offsets(segments, segments)
+  np.testing.assert_array_equal(found, [[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3]])
+
+
+# The loss and the metrics.
+
+
+def test_loss_is_of_the_tokens_that_have_one_of_their_own_before():
+  config = small()
+  model = make(config)
+  token = np.concatenate([tokens(2, 9), -np.ones((2, 2), np.int32)], axis=1)
+  segment = np.array([[1] * 4 + [2] * 5 + [0] * 2] * 2)
+  batch = {"token": token, "segment": segment}
+  log_p = jax.nn.log_softmax(logits(model, token[:, :-1], segment[:, :-1]))
+  places = [(i, t) for i in range(2) for t in (0, 1, 2, 4, 5, 6, 7)]
+  nats = [-log_p[i, t, token[i, t + 1]] for i, t in places]
+  right = [log_p[i, t].argmax() == token[i, t + 1] for i, t in places]
+  value, found = compiled(
+    lambda m, b: lm.loss(config, m, b, None), model, batch
+  )
+  assert value == pytest.approx(np.mean(nats), rel=1e-5)
+  assert found["accuracy"] == pytest.approx(np.mean(right))
+
+  config.eval.by_position = True
+  batch["weight"] = np.array([1, 0], np.float32)
+  sums = compiled(lambda m, b: lm.evaluate(config, m, b), model, batch)
+  assert sums["weight"] == 7
+  found = lm.results(config, jax.device_get(sums))
+  assert found["loss"] == pytest.approx(np.mean(nats[:7]), rel=1e-5)
+  assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+  assert found["loss@0:10"] == pytest.approx(found["loss"])
+  size = text.tokenizer(config).num_bytes()
+  count = sum(size[token[0, t + 1]] for _, t in places[:7])
+  bits = np.sum(nats[:7]) / math.log(2) / count
+  assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_loss_by_position_is_in_powers_of_two():
+  loss_T = np.arange(40.0)
+  assert lm._by_position(loss_T, np.ones(40)) == {
+    "loss@0:16": 7.5, "loss@16:32": 23.5, "loss@32:40": 35.5,
+  }  # fmt: skip
+
+
+def test_studies_are_longer_rows_with_the_same_n():
+  config = small()
+  studies = lm.studies(config)
+  assert list(studies) == ["1 x 32", "2 x 32", "4 x 32", "8 x 32"]
+  longest = studies["8 x 32"]
+  assert (longest.data.length, longest.model.max_length) == (256, 32)
+  model = nnx.eval_shape(lambda: lm.build(longest, nnx.Rngs(0)))
+  assert model.stack.blocks.attn.max_length == 32
+
+
+def test_n_of_the_test_is_the_evaluated_length():
+  config = small(**{"eval.length_factors": (2,)})
+  config.eval.max_length_of = ("training", "test")
+  found = {k: x.model.max_length for k, x in lm.studies(config).items()}
+  assert found == {"2 x 32": 32, "2 x 32, n of the test": 64}
+
+
+def test_sines_have_the_weight_of_the_embedding():
+  model = lm.build(small(**SINES), nnx.Rngs(0))
+  token_BT = tokens(1, 32)
+  at = lambda first: model._embed(token_BT, first + jnp.arange(32)[None])  # noqa: E731
+  table = positions.sincos_1d(40, 16)
+  np.testing.assert_allclose(
+    at(8) - at(0), (table[8:] - table[:32])[None] / 4, atol=1e-6
+  )
+
+
+def test_run_is_evaluated_at_other_lengths_and_continues_texts(
+  tmp_path, monkeypatch
+):
+  whole = tasks.eval_batches
+  monkeypatch.setattr(
+    tasks, "eval_batches", lambda *args: [next(iter(whole(*args)))]
+  )
+  train(small(**{"eval.length_factors": (2,)}), tmp_path)
+  done = json.loads((tmp_path / "DONE.json").read_text())
+  results = evaluate(tmp_path)
+  assert json.loads((tmp_path / "eval.json").read_text()) == results
+  assert results["loss"] == pytest.approx(done["loss"], rel=1e-5)
+  [twice] = results["studies"].values()
+  assert twice.keys() - results.keys() == {
+    "loss@0:16", "loss@16:32", "loss@32:64",
+  }  # fmt: skip
+  [said] = generate.Generator.load(tmp_path)(["In the"], max_tokens=5)
+  assert len(said) <= 5
+
+
+# Decoding.
+
+
+def reference(model, ids, count):
+  """Greedy continuation by the full forward pass, and its logits."""
+  ids, found = list(ids), []
+  for _ in range(count):
+    found.append(logits(model, np.array([ids], np.int32))[0, -1])
+    ids.append(int(found[-1].argmax()))
+  return np.array(found), ids[-count:]
+
+
+@pytest.mark.parametrize(
+  ("kind", "values"),
+  [
+    ("sigmoid", {}),
+    ("softmax", {}),
+    ("sigmoid", ALIBI),
+    ("softmax", ALIBI),
+    ("sigmoid", SINES),
+  ],
+)
+def test_decoding_equals_the_full_forward_pass(kind, values):
+  config = small(depth=2, **{"attn.kind": kind, **values})
+  model = make(config)
+  prompts = [tokens(11)[:n] for n in (11, 4)]
+  length, count = 11, 6
+  token_BT = np.stack([np.pad(x, (length - len(x), 0)) for x in prompts])
+  start_B = np.array([length - len(x) for x in prompts], np.int32)
+  given = tokens(2, count, seed=3)
+
+  def run(model, token_BT, start_B, given):
+    state = generate.prefill(
+      model, token_BT, start_B, length + count, jax.random.key(0)
+    )
+    found, cache = [state.logits_BV], state.cache
+    for i in range(count):
+      logits_BV, cache = model.decode(given[:, i], cache, length + i, start_B)
+      found.append(logits_BV)
+    return jnp.stack(found, axis=1)
+
+  found = compiled(run, model, token_BT, start_B, given)
+  for i, prompt in enumerate(prompts):
+    whole = np.concatenate([prompt, given[i]])
+    full = logits(model, whole[None])[0, len(prompt) - 1 :]
+    np.testing.assert_allclose(found[i], full, rtol=2e-4, atol=2e-4)
+
+
+def test_generator_continues_a_batch_as_each_alone_and_streams_the_same():
+  config = small(**ALIBI)  # By chance it does not end its text.
+  _, params = setup.init(config)
+  generator = generate.Generator(config, params)
+  prompts = ["And God said, ", "Let"]
+  found = generator(prompts, max_tokens=32, temperature=0)
+  assert len(found[0]) == 32
+  alone = [generator([x], max_tokens=32, temperature=0)[0] for x in prompts]
+  assert found == alone
+  pieces = list(generator.stream(prompts[0], max_tokens=32, temperature=0))
+  assert len(pieces) == 3
+  assert "".join(pieces) == found[0]
+  drawn = [generator(prompts, max_tokens=32, seed=s)[0] for s in (0, 0, 1)]
+  assert drawn[0] == drawn[1] != drawn[2]
+  with pytest.raises(ValueError, match=r"temperature=-1"):
+    generator(prompts, temperature=-1)
+  with pytest.raises(ValueError, match="characters"):
+    generator(["Ω"])
+
+
+def test_a_row_that_has_ended_stays_so_and_all_ended_stop_the_loop():
+  class Counter:
+    """Its next token is the number of the slot; a row's cache is untouched."""
+
+    def decode(self, token_B, cache, place, start_B):
+      del token_B
+      next_B = jnp.minimum(place + 1 - start_B, V - 1)
+      return jax.nn.one_hot(next_B, V), cache + 1
+
+  state = generate.State(
+    place=jnp.int32(3),
+    start_B=jnp.array([0, 2]),
+    logits_BV=jax.nn.one_hot(jnp.array([3, 1]), V),
+    cache=jnp.int32(0),
+    done_B=jnp.zeros(2, bool),
+    rng=jax.random.key(0),
+  )
+  greedy = generate.Sampling(temperature=0)
+  found, last = generate.decode(Counter(), state, 9, greedy, V, end=5)
+  np.testing.assert_array_equal(
+    found, [[3, 4, 5, 5, 5, 5, 5, 5, 5], [1, 2, 3, 4, 5, 5, 5, 5, 5]]
+  )
+  assert last.done_B.all()
+  assert last.cache == 5  # and not 9
+
+
+def test_top_k_and_top_p_keep_what_they_say():
+  p = np.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]], np.float32)
+
+  def kept(**options):
+    found = generate.keep(jnp.log(p), generate.Sampling(**options))
+    return np.isfinite(found).sum(1).tolist()
+
+  assert kept(top_k=2) == [2, 2]
+  assert kept(top_k=9) == [4, 4]
+  assert kept(top_p=0.5) == [1, 1]
+  assert kept(top_p=0.79) == [2, 2]
+  assert kept(top_p=0.81) == [3, 3]
+  assert kept(top_k=3, top_p=0.9) == [3, 3] != kept(top_k=3, top_p=0.8)
+  found = generate.keep(jnp.log(p), generate.Sampling(top_k=2))
+  assert np.isfinite(found).tolist()[0] == [True, True, False, False]
+
+
+def test_draws_follow_the_probabilities():
+  p = np.array([0.6, 0.3, 0.1], np.float32)
+  logits_BV = jnp.tile(jnp.log(p), (4000, 1))
+  for temperature in (1.0, 0.5):
+    drawn = generate.sample(
+      jax.random.key(0), logits_BV, generate.Sampling(temperature)
+    )
+    share = np.bincount(drawn, minlength=3) / 4000
+    expected = p ** (1 / temperature)
+    np.testing.assert_allclose(share, expected / expected.sum(), atol=0.03)
+
+
+# Checks.
+
+BAD = [
+  ("model.positions", "alibi"),
+  ("model.max_length", 0),
+  ("model.norm", "both"),
+  ("attn.kind", "sigmiod"),
+  ("data.source", "kvj"),
+  ("data.eval_split", "validation"),
+  ("data.tokenizer", "character"),
+  ("data.vocab_size", 63),
+  ("data.length", 0),
+  ("data.shuffle_window", 0),
+  ("data.packing_window", 0),
+  ("eval.rows", 0),
+  ("eval.length_factors", (1, 0)),
+  ("eval.max_length_of", ("training", "tset")),
+  ("eval.max_length_of", ()),
+  ("attn.row_power", -1.0),
+  ("attn.row_power", float("inf")),
+  ("ckpt.best_metric", "accuracy_top5"),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), BAD, ids=[x for x, _ in BAD])
+def test_bad_value_is_refused_with_its_path_and_value(path, value):
+  config = lm_sigmoid.get_config()
+  config.update_from_flattened_dict({path: value})
+  with pytest.raises(ValueError, match=rf"config\.{path}") as error:
+    setup.validate_config(config)
+  assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("arg", [None, "gpu", "85m", "1b", "7b", "runlocal"])
+def test_sigmoid_differs_from_its_softmax_twin_by_the_kind_alone(arg):
+  softmax, sigmoid = lm_config.get_config(arg), lm_sigmoid.get_config(arg)
+  assert sigmoid.attn.kind == "sigmoid"
+  sigmoid.attn.kind = "softmax"
+  assert sigmoid == softmax
+
+
+def test_n_follows_the_training_length():
+  config = lm_config.get_config()
+  config.data.length = 99
+  assert config.model.max_length == 99
+  config.model.max_length = 50
+  assert config.data.length == 99

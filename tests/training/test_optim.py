@@ -1,0 +1,111 @@
+"""The optimizer against formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import vit
+from sigattn.training import optim
+
+
+def make_config(**values):
+  config = vit.get_config()
+  config.total_steps = 100
+  config.optim.update(lr=0.5, warmup_steps=10, end_lr=0.1)
+  config.optim.update(**values)
+  return config
+
+
+@pytest.mark.parametrize(
+  ("name", "middle", "end"),
+  [
+    ("cosine", 0.5 * (0.1 + 0.9 * 0.5), 0.05),
+    ("linear", 0.5 * (1 - 0.9 / 2), 0.05),
+    ("constant", 0.5, 0.5),
+    ("rsqrt", 0.5 / np.sqrt(1 + 45 / 10), 0.5 / np.sqrt(10)),
+  ],
+)
+def test_schedule(name, middle, end):
+  schedule = optim.schedule(make_config(schedule=name))
+  np.testing.assert_allclose(schedule(0), 0.05, rtol=1e-6)
+  np.testing.assert_allclose(schedule(10), 0.5, rtol=1e-6)
+  np.testing.assert_allclose(schedule(55), middle, rtol=1e-5)
+  np.testing.assert_allclose(schedule(100), end, rtol=1e-5)
+
+
+def test_schedule_without_warm_up_starts_at_the_peak():
+  schedule = optim.schedule(make_config(warmup_steps=0))
+  np.testing.assert_allclose(schedule(0), 0.5, rtol=1e-6)
+
+
+PARAMS = {
+  "layer": {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([3.0])},
+  "head": {"kernel": jnp.array([4.0])},
+}
+
+
+def test_decay_groups_take_the_first_match():
+  groups = ((r"head/.*", 0.5), (r".*kernel", 1.0))
+  assert optim.decay_factors(PARAMS, groups) == {
+    "layer": {"kernel": 1.0, "bias": 0.0},
+    "head": {"kernel": 0.5},
+  }
+
+
+def test_decay_group_that_matches_nothing_is_refused():
+  with pytest.raises(ValueError, match="decay_groups: 'kernels'"):
+    optim.decay_factors(PARAMS, (("kernels", 1.0),))
+
+
+def test_lr_groups_scale_the_update_and_not_the_decay():
+  config = make_config(
+    name="sgd", b1=0.0, schedule="constant", warmup_steps=0, clip_norm=0.0
+  )
+  config.optim.update(weight_decay=0.1, lr_groups=((r".*/kernel", 0.25),))
+  tx = optim.make(config, PARAMS)
+  grads = jax.tree.map(jnp.ones_like, PARAMS)
+  updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+  np.testing.assert_allclose(
+    updates["layer"]["kernel"], -0.5 * np.array([0.25 + 0.1, 0.25 - 0.2])
+  )
+  np.testing.assert_allclose(updates["layer"]["bias"], [-0.5])
+  with pytest.raises(ValueError, match="lr_groups: 'kernels'"):
+    optim.lr_factors(PARAMS, (("kernels", 1.0),))
+
+
+def test_adamw_equals_optax_adamw_on_the_decayed_parameters():
+  config = make_config(schedule="constant", warmup_steps=0, clip_norm=0.0)
+  config.optim.weight_decay = 0.1
+  ours = optim.make(config, PARAMS)
+  c = config.optim
+  mask = {"layer": {"kernel": True, "bias": False}, "head": {"kernel": True}}
+  theirs = optax.adamw(
+    c.lr, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=0.1, mask=mask
+  )
+  ours_state, theirs_state = ours.init(PARAMS), theirs.init(PARAMS)
+  for step in range(3):
+    grads = jax.tree.map(lambda x, s=step: jnp.sin(x + s), PARAMS)
+    a, ours_state = ours.update(grads, ours_state, PARAMS)
+    b, theirs_state = theirs.update(grads, theirs_state, PARAMS)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
+
+
+def test_clipping_is_by_the_norm_of_the_whole_gradient():
+  config = make_config(
+    name="sgd", b1=0.0, schedule="constant", warmup_steps=0, clip_norm=1.0
+  )
+  config.optim.weight_decay = 0.0
+  tx = optim.make(config, PARAMS)
+  grads = jax.tree.map(lambda x: 10 * x, PARAMS)
+  updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+  np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-5)
+
+
+def test_average_forgets_the_start_and_then_decays_as_asked():
+  ema, params = {"w": jnp.array(0.0)}, {"w": jnp.array(1.0)}
+  first = optim.average(ema, params, jnp.array(0), 0.999)
+  late = optim.average(ema, params, jnp.array(10**6), 0.999)
+  np.testing.assert_allclose(first["w"], 0.9, rtol=1e-6)
+  np.testing.assert_allclose(late["w"], 1e-3, rtol=1e-3)
