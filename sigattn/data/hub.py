@@ -72,9 +72,7 @@ def readable(source: str) -> Iterator[None]:
   try:
     yield
   except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-    raise ValueError(
-      f"config.data.source={source!r}; cannot be read: {error}"
-    ) from error
+    raise ValueError(f"source {source!r}: cannot be read: {error}") from error
 
 
 def splits(builder: Any) -> list[str]:

@@ -50,9 +50,12 @@ def tables(task: str) -> tuple[dict[str, validate.Field], list[validate.Rule]]:
   """
   module = tasks.get(task)
   fields, rules = dict(FIELDS), list(RULES)
+  # The source's last: to look up what it offers may take a while.
   for part in (optim, mesh, loader, module, module.SOURCE):
-    fields |= part.FIELDS
     rules += part.RULES
+  # Its fields first: the model's follow some of them.
+  for part in (optim, mesh, loader, module.SOURCE, module):
+    fields |= part.FIELDS
   return fields, rules
 
 

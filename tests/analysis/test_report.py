@@ -8,6 +8,7 @@ import re
 import pytest
 
 from sigattn.analysis import report
+from sigattn.training import run_dir
 
 # Student's t, 97.5 %, of a textbook's table: degrees of freedom: quantile.
 T = {1: 12.706, 2: 4.303, 9: 2.262}
@@ -21,7 +22,8 @@ def write_run(folder, kind, seed, accuracy, **config):
     "data": {"eval_split": "test"},
     **config,
   }
-  (folder / "config.json").write_text(json.dumps(values))
+  content = {"format": run_dir.FORMAT, "config": values}
+  (folder / "config.json").write_text(json.dumps(content))
   lines = []
   for step in (2, 4):
     lines += [

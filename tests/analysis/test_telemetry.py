@@ -228,7 +228,7 @@ def test_weights_have_the_factor_that_the_layer_puts_on_its_rows():
   batch = {"token": token, "segment": segment, "weight": np.ones(2)}
 
   def look(attn, query, key, value, *, streams, **options):
-    weights_BNTS = telemetry._weights(
+    weights_BNTS = attention_maps._weights(
       attn, query, key, value, streams=streams, **options
     )
     projected = telemetry._values(attn, value, weights_BNTS)["projection"]
@@ -422,7 +422,7 @@ def test_every_token_that_attends_has_a_label(module, arg):
   labels = task.tick_labels(config, batch)
   params = jax.eval_shape(lambda: setup.init(config)[1])
   found = jax.eval_shape(
-    lambda *args: telemetry.observe(config, *args, telemetry._weights),
+    lambda *args: telemetry.observe(config, *args, attention_maps._weights),
     params,
     batch,
   )

@@ -17,7 +17,7 @@ from PIL import Image
 from configs import vit, vit_sigmoid
 from eval import evaluate
 from sigattn import tasks, validate
-from sigattn.data import augment, image, loader
+from sigattn.data import augment, hub, image, loader
 from train import train
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -208,7 +208,7 @@ def test_evaluation_has_every_example_once_and_padding_of_no_weight():
   weight = np.concatenate([b["weight"] for b in found])
   assert weight.dtype == np.float32
   np.testing.assert_array_equal(weight, np.arange(len(weight)) < 2000)
-  with np.load(image.EMBEDDED["fashion_mnist"][0]) as arrays:
+  with np.load(hub.embedded("fashion_mnist", "fashion_mnist.npz")) as arrays:
     images = np.concatenate([b["image"] for b in found])[:2000, ..., 0]
     np.testing.assert_array_equal(images, arrays["x_test"])
     labels = np.concatenate([b["label"] for b in found])[:2000]
@@ -573,11 +573,12 @@ def test_classes_that_the_card_tells_are_compared_unread(tmp_path):
 
 def test_source_that_is_not_there_is_refused(folder):
   choices = r"embedded set \(\['fashion_mnist'\]\), a local folder, or"
-  for source in ("fashion_mnits", str(folder / "no"), ""):
+  for source in ("fashion_mnits", str(folder / "no")):
     refused(make(**{"data.source": source}), f"{source}'; choose an {choices}")
-  refused(make(**{"data.source": "no/such"}), "'no/such'; cannot be read: ")
+  refused(make(**{"data.source": ""}), "must be a string that is not empty")
+  refused(make(**{"data.source": "no/such"}), "'no/such': cannot be read: ")
   (folder / "empty").mkdir()
-  refused(local(folder / "empty"), "empty'; cannot be read: ")
+  refused(local(folder / "empty"), "empty': cannot be read: ")
   config = local(folder, **{"data.eval_split": "validation"})
   refused(config, r"eval_split='validation'; choose from \['test', 'train'\]")
 

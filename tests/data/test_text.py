@@ -122,7 +122,7 @@ def test_bpe_is_trained_saved_and_counts_bytes(tmp_path):
   said = ["the naïve cat sat on the mat, the cat 猫"] * 20
   source = write(tmp_path / "a.jsonl", said)
   out = tmp_path / "bpe.json"
-  command = [sys.executable, "-m", "sigattn.data.tokens", "--size=270"]
+  command = [sys.executable, "-m", "sigattn", "train_tokenizer", "--size=270"]
   command += [f"--source={source}", f"--out={out}"]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert "bpe.json: 270 tokens" in done.stdout, done.stderr

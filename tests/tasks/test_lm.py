@@ -164,7 +164,7 @@ def test_loss_by_position_is_in_powers_of_two():
 
 def test_studies_are_longer_rows_with_the_same_n():
   config = small()
-  studies = lm.studies(config)
+  studies = lm.evaluation_variants(config)
   assert list(studies) == ["1 x 32", "2 x 32", "4 x 32", "8 x 32"]
   longest = studies["8 x 32"]
   assert (longest.data.length, longest.model.max_length) == (256, 32)
@@ -175,7 +175,9 @@ def test_studies_are_longer_rows_with_the_same_n():
 def test_n_of_the_test_is_the_evaluated_length():
   config = small(**{"eval.length_factors": (2,)})
   config.eval.max_length_of = ("training", "test")
-  found = {k: x.model.max_length for k, x in lm.studies(config).items()}
+  found = {
+    k: x.model.max_length for k, x in lm.evaluation_variants(config).items()
+  }
   assert found == {"2 x 32": 32, "2 x 32, n of the test": 64}
 
 
@@ -201,7 +203,7 @@ def test_run_is_evaluated_at_other_lengths_and_continues_texts(
   results = evaluate(tmp_path)
   assert json.loads((tmp_path / "eval.json").read_text()) == results
   assert results["loss"] == pytest.approx(done["loss"], rel=1e-5)
-  [twice] = results["studies"].values()
+  [twice] = results["variants"].values()
   assert twice.keys() - results.keys() == {
     "loss@0:16", "loss@16:32", "loss@32:64",
   }  # fmt: skip

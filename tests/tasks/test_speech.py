@@ -20,7 +20,7 @@ from flax import nnx
 from configs import speech as speech_config
 from configs import speech_sigmoid
 from eval import evaluate
-from sigattn import positions, tasks
+from sigattn import positions, tasks, validate
 from sigattn.data import loader, log_mel
 from sigattn.data import speech as data
 from sigattn.inference.transcribe import transcribe
@@ -50,7 +50,7 @@ def test_log_mel_is_librosas(rate):
   # log(max(mel, 1e-6)) of librosa.feature.melspectrogram(y, sr=rate, n_fft,
   # win_length=rate // 40, hop_length=rate // 100, center=False, n_mels=80),
   # y the audio within (n_fft - win_length) / 2 zeros, n_fft = 512 or 1024.
-  expected = np.load(ROOT / "tests" / "librosa_mel.npz")[str(rate)]
+  expected = np.load(ROOT / "tests" / "data" / "librosa_mel.npz")[str(rate)]
   time = np.arange(rate // 4) / rate
   chirp = np.sin(2 * np.pi * (200 + 0.4 * rate * time) * time)
   audio_S = (0.3 * chirp * np.exp(-8 * time)).astype(np.float32)
@@ -191,7 +191,7 @@ def test_ctc_loss_is_the_sum_over_paths_of_what_is_no_padding():
   logits = np.stack([log_probs(5, 4, seed) for seed in range(5)])
   labels = np.zeros((5, 3), np.int32)
   for row, text in zip(labels, texts, strict=True):
-    row[: len(text)] = ctc.encode(text, "abc")
+    row[: len(text)] = data.encode(text, "abc")
   characters = np.array([len(text) for text in texts], np.int32)
   labels[3, 2] = 2  # in the padding, as if it were repeated
   found = speech.ctc_loss(np.float32(logits), tokens, labels, characters)
@@ -226,7 +226,7 @@ def test_errors_count_edits():
 
 def test_unknown_character_is_refused():
   with pytest.raises(ValueError, match="text='a1'"):
-    ctc.encode("a1", "abc")
+    data.encode("a1", "abc")
 
 
 # The encoder.
@@ -268,7 +268,7 @@ def test_padding_changes_nothing(values):
 
   @jax.jit
   def run(state, batch):
-    return nnx.merge(graphdef, state)(*speech.hear(config, batch))
+    return nnx.merge(graphdef, state)(*speech.log_mel_of(config, batch))
 
   batch = make_batch()
   logits_BTV, tokens_B = run(state, batch)
@@ -310,7 +310,7 @@ def test_positions_tell_the_order_where_alibi_tells_distances_alone(name):
 )
 def test_every_parameter_has_a_finite_gradient(values):
   config = small(**values)
-  speech.check(config)
+  validate.fields(config, speech.FIELDS, speech.RULES)
   graphdef, state = fill(config)
 
   @functools.partial(jax.grad, has_aux=True)
@@ -362,9 +362,9 @@ def test_decode_searches_with_the_width_of_the_config():
 def test_score_and_results_sum_over_utterances_and_by_length():
   config = small()
   texts, said = ["press two", "no", "star", "x"], ["pres two", "", "star", "y"]
-  rows = [ctc.encode(" ".join(text), ALPHABET) for text in said]
+  rows = [data.encode(" ".join(text), ALPHABET) for text in said]
   found = {
-    "label": data._padded([ctc.encode(t, ALPHABET) for t in texts], 9, int),
+    "label": data._padded([data.encode(t, ALPHABET) for t in texts], 9, int),
     "characters": np.array([len(text) for text in texts]),
     "seconds": np.array([3.0, 10.0, 31.0, 5.0]),
     "weight": np.array([1, 1, 1, 0]),
@@ -450,7 +450,7 @@ def test_batch_is_of_one_bucket_and_holds_what_it_says():
     ):
       assert not row[samples:].any()
       assert not label[characters:].any()
-      text = ctc.spell(label[:characters], ALPHABET)
+      text = data.spell(label[:characters], ALPHABET)
       seconds = [
         s
         for s, t in zip(source._seconds, source._texts, strict=True)
@@ -569,7 +569,7 @@ def test_reads_local_parquet_at_any_rate(tmp_path, monkeypatch):
   [first, second] = list(tasks.eval_batches(config, "train"))
   assert first["samples"][0] == 4000
   assert second["samples"][0] == 8000
-  assert ctc.spell(second["label"][0], ALPHABET) == "two two"
+  assert data.spell(second["label"][0], ALPHABET) == "two two"
   config = small(**values, **{"data.bucket_seconds": (0.6,)})
   assert take(config, 1)[0]["label"].shape == (1, 3)  # one is too long
   with pytest.raises(ValueError, match="bucket_seconds.*1 of 2 recordings"):
@@ -616,7 +616,7 @@ def test_trains_evaluates_and_transcribes(tmp_path, monkeypatch):
       next(transcribe(tmp_path / "run", [files[0], tmp_path / name]))
   done = subprocess.run(
     [
-      sys.executable, "-m", "sigattn.transcribe",
+      sys.executable, "-m", "sigattn", "transcribe",
       f"--workdir={tmp_path / 'run'}", *files,
     ],
     cwd=ROOT, capture_output=True, text=True, check=True,

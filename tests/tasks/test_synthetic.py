@@ -109,24 +109,27 @@ def test_it_trains_and_is_evaluated_at_other_lengths(name, tmp_path):
   results = evaluate(tmp_path)
   length = config.data.length
   factors = config.eval.length_factors
-  assert list(results["studies"]) == [f"{f} x {length}" for f in factors]
-  same = results["studies"][f"1 x {length}"]
+  assert list(results["variants"]) == [f"{f} x {length}" for f in factors]
+  same = results["variants"][f"1 x {length}"]
   assert same["loss"] == pytest.approx(results["loss"], rel=1e-5)
-  for found in results["studies"].values():
+  for found in results["variants"].values():
     assert np.isfinite(found["loss"])
 
 
 def test_n_of_the_test_is_the_evaluated_length():
   config = small("pair_repeat")
   config.eval.max_length_of = ("training", "test")
-  found = {k: x.model.max_length for k, x in synthetic.studies(config).items()}
+  found = {
+    k: x.model.max_length
+    for k, x in synthetic.evaluation_variants(config).items()
+  }
   assert found["2 x 32"] == 33
   assert found["2 x 32, n of the test"] == 65
 
 
 def test_another_length_keeps_the_training_n():
   config = small("pair_repeat")
-  for other in synthetic.studies(config).values():
+  for other in synthetic.evaluation_variants(config).values():
     model = nnx.eval_shape(lambda c=other: synthetic.build(c, nnx.Rngs(0)))
     assert model.stack.blocks.attn.max_length == config.data.length + 1
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from configs import vit as vit_config
 from configs import vit_sigmoid
-from sigattn import attention
+from sigattn import attention, validate
 from sigattn.tasks import vit
 
 KEY = jax.random.key(0)
@@ -195,7 +195,7 @@ def test_n_is_the_token_count(pool, tokens):
 )
 def test_every_parameter_of_every_variant_has_a_finite_gradient(values):
   config = small(**values)
-  vit.check(config)
+  validate.fields(config, vit.FIELDS, vit.RULES)
   graphdef, state = nnx.split(fill(config))
 
   @functools.partial(jax.grad, has_aux=True)
@@ -267,7 +267,7 @@ def test_ten_classes_have_no_top5():
   assert found.keys() == {"loss", "accuracy", "weight"}
   config.ckpt.best_metric = "accuracy_top5"
   with pytest.raises(ValueError, match=r"config\.ckpt\.best_metric="):
-    vit.check(config)
+    validate.fields(config, vit.FIELDS, vit.RULES)
 
 
 def test_rng_of_the_loss_drives_drop_path():
@@ -400,7 +400,7 @@ def test_accuracy_is_against_the_dominant_label(share, accuracy, monkeypatch):
 def test_bad_value_is_refused_with_its_path_and_value(path, value):
   config = small(**{path: value})
   with pytest.raises(ValueError, match=rf"config\.{path}") as error:
-    vit.check(config)
+    validate.fields(config, vit.FIELDS, vit.RULES)
   assert repr(value) in str(error.value)
 
 
@@ -411,7 +411,7 @@ def test_width_that_the_positions_cannot_have_is_refused(name, width):
   values = {"model.width": width, "model.positions": name}
   config = small(**values, **{"model.num_heads": 3 if width == 15 else 2})
   with pytest.raises(ValueError, match=rf"config\.model\.positions='{name}'"):
-    vit.check(config)
+    validate.fields(config, vit.FIELDS, vit.RULES)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
@@ -421,7 +421,7 @@ def test_width_that_the_positions_cannot_have_is_refused(name, width):
 def test_logit_bias_is_refused_with_softmax_alone(kind, key, value):
   config = small(**{"attn.kind": kind, f"attn.{key}": value})
   if kind == "sigmoid":
-    vit.check(config)
+    validate.fields(config, vit.FIELDS, vit.RULES)
     return
   with pytest.raises(ValueError, match=rf"config\.attn\.{key}={value}"):
-    vit.check(config)
+    validate.fields(config, vit.FIELDS, vit.RULES)
