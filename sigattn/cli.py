@@ -104,9 +104,12 @@ def start(
 
   The arguments are as in Command.
   """
+  before = set(flags.FLAGS)
   for flag in shared:
     SHARED[flag]()
   define_flags()
+  for flag in sorted(set(flags.FLAGS) - before):  # what --help shows
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag])
 
   def main(argv):
     given = argv[1:]
@@ -125,8 +128,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   argv: by default sys.argv.
   """
   argv = list(sys.argv if argv is None else argv)
+  usage = "usage: python -m sigattn COMMAND --flag=value ...\n\n" + "\n".join(
+    f"  {name}" for name in COMMANDS
+  )
+  if argv[1:2] in (["--help"], ["-h"]):
+    print(usage)
+    return
   if len(argv) < 2 or argv[1] not in COMMANDS:
-    sys.exit(_usage(argv[1:2]))
+    unknown = f"sigattn: unknown command {argv[1]!r}\n" if argv[1:] else ""
+    sys.exit(unknown + usage)
   name = argv[1]
   command = COMMANDS[name]
   module = importlib.import_module(command.module)
@@ -139,11 +149,3 @@ def main(argv: Sequence[str] | None = None) -> None:
       return module.run(*given)
 
   start(run, module.define_flags, command.shared, command.words)
-
-
-def _usage(given):
-  names = "".join(f"\n  {name}" for name in COMMANDS)
-  text = f"usage: python -m sigattn COMMAND --flag=value ...{names}"
-  if given and given[0] not in ("--help", "-h", "help"):
-    return f"sigattn: there is no command {given[0]!r}\n{text}"
-  return text
