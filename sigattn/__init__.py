@@ -1,10 +1,45 @@
-"""Sigmoid attention: the operation, the blocks, the tasks.
+"""Sigmoid attention in JAX: the operation, layers, and training.
 
-Letters of the shapes, in names (x_BTD) and equations, all over the project:
+  out = sigattn.dot_product_attention(query, key, value, is_causal=True)
+
+`import sigattn` needs jax and numpy alone. The layers load when they are asked
+for and need flax (the extra `layers`); sigattn.tasks, .training, .inference and
+.analysis need the extra `train`.
+
+Letters of the shapes, in names (x_BTD) and equations, in the whole project:
   B batch   T queries   S keys   N heads   K key-value heads   H head width
   D model width   F MLP width   P patches   V classes or vocabulary
 """
 
-from sigattn.attention import KINDS, dot_product_attention
+import importlib
+from typing import Any
 
-__all__ = ["KINDS", "dot_product_attention"]
+from sigattn.attention import (
+  KINDS,
+  Weights,
+  attention_weights,
+  dot_product_attention,
+  flax_attention_fn,
+)
+
+__version__ = "0.1.0"
+
+_LAYERS = ("Block", "Cache", "LayerScale", "Mlp", "SelfAttention", "Stack")
+
+__all__ = [
+  "KINDS",
+  "Weights",
+  "attention_weights",
+  "dot_product_attention",
+  "flax_attention_fn",
+]
+
+
+def __getattr__(name: str) -> Any:
+  if name in _LAYERS:
+    return getattr(importlib.import_module("sigattn.layers"), name)
+  raise AttributeError(f"module 'sigattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  return sorted([*__all__, *_LAYERS])

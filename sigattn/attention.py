@@ -1,61 +1,56 @@
 """dot_product_attention: jax.nn's function with sigmoid and ReLU attention.
 
-Sigmoid attention (Ramapuram et al., 2409.04431) is the whole of
+Sigmoid attention (Ramapuram et al., 2409.04431, Section 2) is
 
-  out = sigmoid(scale q k^T + b) v,   b = -log n,
+  out = sigmoid(scale q k^T + b) v,   b = -log n.
 
-a weight a pair, with no sum over the row. The bias makes a row's weights add
-up to about 1 where the logits are small, as softmax's do: n sigmoid(-log n) =
-n / (n + 1).
+Each pair of a query and a key gets its own weight; rows are not normalised.
+The bias makes a row's weights add up to about 1 where the logits are small, as
+softmax's do: n sigmoid(-log n) = n / (n + 1).
 
 Shapes: B batch, T queries, S keys, N heads, K key-value heads (K divides N),
 H head width.
 """
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from sigattn.kernels import dispatch
 
 KINDS = ("sigmoid", "softmax", "relu", "relu2")
 
 
-def implementations(kind):
+def implementations(kind: str) -> tuple[str, ...]:
   """The names that `implementation` may have, besides None, for a kind."""
   return ("xla", "cudnn") if kind == "softmax" else (*dispatch.IMPLEMENTATIONS,)
 
 
 def dot_product_attention(
-  query,
-  key,
-  value,
-  bias=None,
-  mask=None,
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
+  bias: ArrayLike | None = None,
+  mask: ArrayLike | None = None,
   *,
-  kind="sigmoid",
-  logit_bias=None,
-  n=None,
-  alibi_slopes=None,
-  scale=None,
-  is_causal=False,
-  query_seq_lengths=None,
-  key_value_seq_lengths=None,
-  query_segment_ids=None,
-  key_value_segment_ids=None,
-  local_window_size=None,
-  implementation=None,
-  dropout_rng=None,
-  dropout_rate=0.0,
-  broadcast_dropout=True,
-  deterministic=None,
-  dtype=None,
-  precision=None,
-  module=None,
-):
+  kind: str = "sigmoid",
+  logit_bias: ArrayLike | None = None,
+  n: float | None = None,
+  alibi_slopes: ArrayLike | None = None,
+  scale: float | None = None,
+  is_causal: bool = False,
+  query_seq_lengths: ArrayLike | None = None,
+  key_value_seq_lengths: ArrayLike | None = None,
+  query_segment_ids: ArrayLike | None = None,
+  key_value_segment_ids: ArrayLike | None = None,
+  local_window_size: int | tuple[int, int] | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
   """out = phi(scale q k^T + bias + alibi + b) v, a drop-in for jax.nn's.
 
   kind      phi(z)           b by default   source
@@ -65,54 +60,48 @@ def dot_product_attention(
   relu2     max(z, 0)^2 / n  0              2309.08586
 
   The arguments of jax.nn.dot_product_attention mean what they mean there.
-  Except with softmax, a row that sees no key is zero.
+  A row that sees no key is zero, except with softmax.
 
   Args:
     query: (B, T, N, H) or (T, N, H); float16, bfloat16 or float32.
     key, value: (B, S, K, H) or (S, K, H).
     bias: (B, N, T, S), axes of 1 broadcast; added to the logits.
-    mask: the same shapes, bool; True: visible.
+    mask: the same shapes, bool; True where the query sees the key.
     kind: one of KINDS.
     logit_bias: b. A float, or an array (N,) or (B, N), which has a gradient.
-      None: as in the table. Senseless with softmax, which cancels it.
+      None: as in the table. Softmax cancels it, and so refuses it.
     n: the key length that b and ReLU's divisor are made for. None: S, padding
-      included. A model gives its own longest length here, so that training
-      and evaluation at another length agree.
+      included. A model passes its own longest length, so that training and
+      evaluation at another length agree.
     alibi_slopes: (N,) or (B, N), positive: subtracts slope * |i + S - T - j|
       from the logit of query i and key j (2108.12409). The last query and the
-      last key stand together, as one decodes. Unlike softmax, sigmoid does not
-      cancel a constant of the row, so that this full offset matters.
-    scale: of q k^T; None: 1 / sqrt(H).
+      last key have distance 0, as in decoding. Sigmoid does not cancel a
+      constant of the row, as softmax does, so the full offset matters.
+    scale: multiplies q k^T; None: 1 / sqrt(H).
     is_causal: query i sees the keys j <= i.
-    query_seq_lengths, key_value_seq_lengths: (B,) integers; what lies beyond
-      is neither seen nor computed into a gradient, and may hold NaN.
+    query_seq_lengths, key_value_seq_lengths: (B,) integers. What lies beyond a
+      length is not seen and gets no gradient; it may contain NaN.
     query_segment_ids, key_value_segment_ids: (B, T) and (B, S) integers, of
       sequences packed into one row; a query sees the keys of its own id.
     local_window_size: w or (left, right): query i sees i - left to i + right.
-    implementation: None: the fastest that can; a name of
-      implementations(kind).
-    dropout_rng, dropout_rate, broadcast_dropout, deterministic, dtype,
-      precision, module: what Flax's MultiHeadAttention passes to an
-      attention_fn. dtype: what query, key and value are cast to first. With
-      `deterministic` given, a mask may be of Flax's 0 and 1 in any dtype.
+    implementation: a name of implementations(kind); None: the fastest one that
+      supports the problem.
 
   Returns:
-    The shape and dtype of query.
+    An array with the shape and dtype of query.
 
   Raises:
-    ValueError: for arguments that make no sense, active dropout among them.
+    ValueError: for arguments that make no sense.
     NotImplementedError: where the named implementation cannot do this.
   """
-  del dropout_rng, broadcast_dropout
   if kind not in KINDS:
     raise ValueError(f"{kind=}; choose from {KINDS}")
-  _check_flax(dropout_rate, deterministic, precision, module)
   if implementation not in (None, *implementations(kind)):
     raise ValueError(
       f"{implementation=}; with {kind=} choose from "
       f"{(None, *implementations(kind))}"
     )
-  query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+  query, key, value = (jnp.asarray(x) for x in (query, key, value))
   shape = query.shape
   if query.ndim == 3:
     query, key, value = (_unsqueeze(x, 4) for x in (query, key, value))
@@ -121,8 +110,6 @@ def dot_product_attention(
       f"query.shape={shape}, key.shape={key.shape}; must be (B, T, N, H) and "
       "(B, S, K, H), or both without B"
     )
-  if mask is not None and deterministic is not None:
-    mask = jnp.asarray(mask) != 0
   operands = _operands(
     query,
     bias=bias,
@@ -146,41 +133,42 @@ def dot_product_attention(
 class Weights(NamedTuple):
   """All that dot_product_attention computes before the values come in."""
 
-  logits_BNTS: Any  # float32: scale q k^T + bias + alibi + b, hidden pairs too
-  weights_BNTS: Any  # float32: phi of them, 0 where hidden
-  visible_BNTS: Any  # bool
+  logits_BNTS: jax.Array  # float32: scale q k^T + bias + alibi + b, all pairs
+  weights_BNTS: jax.Array  # float32: phi of them, 0 where not visible
+  visible_BNTS: jax.Array  # bool
 
 
 def attention_weights(
-  query,
-  key,
+  query: ArrayLike,
+  key: ArrayLike,
   *,
-  kind="sigmoid",
-  logit_bias=None,
-  n=None,
-  scale=None,
-  is_causal=False,
-  local_window_size=None,
-  **operands,
-):
-  """The Weights A of which dot_product_attention's output is A v: to look at.
+  kind: str = "sigmoid",
+  logit_bias: ArrayLike | None = None,
+  n: float | None = None,
+  scale: float | None = None,
+  is_causal: bool = False,
+  local_window_size: int | tuple[int, int] | None = None,
+  **operands: ArrayLike | None,
+) -> Weights:
+  """The Weights A of which dot_product_attention's output is A v, to look at.
 
-  They are held all at once. The arguments are dot_product_attention's, with a
-  batch axis; operands: its arrays, from `bias` to `key_value_segment_ids`.
+  All of them are held at once. The arguments are dot_product_attention's, with
+  a batch axis; operands: its arrays, from `bias` to `key_value_segment_ids`.
   """
-  operands = _operands(query, **operands)
+  query, key = jnp.asarray(query), jnp.asarray(key)
+  arrays = _operands(query, **operands)
   is_softmax = kind == "softmax"
   if is_softmax:
-    _check_no_bias(kind, logit_bias)
+    _refuse_bias(kind, logit_bias)
     kind, logit_bias = "sigmoid", 0.0  # of the same logits
-  operands, numbers = _bias_and_divisor(
-    query, operands, kind, logit_bias, _length(n, key)
+  arrays, numbers = _bias_and_divisor(
+    query, arrays, kind, logit_bias, _length(n, key)
   )
-  found = Weights(
+  weights = Weights(
     *dispatch.weights(
       query,
       key,
-      operands,
+      arrays,
       kind=kind,
       scale=_scale(scale, query),
       is_causal=is_causal,
@@ -189,14 +177,128 @@ def attention_weights(
     )
   )
   if not is_softmax:
-    return found
-  weights_BNTS = jax.nn.softmax(found.logits_BNTS, where=found.visible_BNTS)
-  # Of a row that sees nothing, jax.nn's are NaN.
-  weights_BNTS = jnp.where(found.visible_BNTS, weights_BNTS, 0)
-  return found._replace(weights_BNTS=weights_BNTS)
+    return weights
+  weights_BNTS = jax.nn.softmax(weights.logits_BNTS, where=weights.visible_BNTS)
+  # jax.nn's are NaN in a row that sees nothing.
+  weights_BNTS = jnp.where(weights.visible_BNTS, weights_BNTS, 0)
+  return weights._replace(weights_BNTS=weights_BNTS)
 
 
-def _check_no_bias(kind, logit_bias):
+def flax_attention_fn(
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
+  bias: ArrayLike | None = None,
+  mask: ArrayLike | None = None,
+  *,
+  dropout_rng: jax.Array | None = None,
+  dropout_rate: float = 0.0,
+  broadcast_dropout: bool = True,
+  deterministic: bool = True,
+  dtype: DTypeLike | None = None,
+  precision: Any = None,
+  module: Any = None,
+  force_fp32_for_softmax: bool = False,
+  input_positions: ArrayLike | None = None,
+  qk_attn_weights_einsum: Any = None,
+  attn_weights_value_einsum: Any = None,
+  **options: Any,
+) -> jax.Array:
+  """dot_product_attention as `attention_fn` of Flax's own attention layers.
+
+  It serves flax.nnx.MultiHeadAttention and flax.linen's
+  MultiHeadDotProductAttention. Another kind, or any other option of
+  dot_product_attention, is bound with functools.partial:
+
+    functools.partial(sigattn.flax_attention_fn, kind="relu", n=1024)
+
+  Args:
+    query: (..., T, N, H), with any number of batch axes.
+    key, value: (..., S, K, H).
+    bias: (..., N, T, S); axes of 1 broadcast.
+    mask: the same shapes, in any dtype, as Flax's mask functions return; what
+      is not 0 is visible.
+    dropout_rate, deterministic: attention weights are never dropped here, so
+      that a rate > 0 needs deterministic=True.
+    dtype: what query, key and value are cast to first; None: as they are.
+    precision: of the products, as jax.default_matmul_precision takes it.
+    module: where Flax asks for the weights (sow_weights=True), they are
+      computed once more, all at once, and sown as Flax does.
+    dropout_rng, broadcast_dropout, force_fp32_for_softmax: without effect; the
+      logits and their activation are always float32.
+    input_positions, qk_attn_weights_einsum, attn_weights_value_einsum: must be
+      None. Rotate query and key before this function.
+    options: of dot_product_attention.
+
+  Returns:
+    An array with the shape of query.
+
+  Raises:
+    ValueError: for active dropout, and what must be None.
+  """
+  del dropout_rng, broadcast_dropout, force_fp32_for_softmax
+  if dropout_rate and not deterministic:
+    raise ValueError(
+      f"{dropout_rate=}; attention weights are not dropped here: give 0, or "
+      "deterministic=True"
+    )
+  unknown = dict(
+    input_positions=input_positions,
+    qk_attn_weights_einsum=qk_attn_weights_einsum,
+    attn_weights_value_einsum=attn_weights_value_einsum,
+  )
+  for name, argument in unknown.items():
+    if argument is not None:
+      raise ValueError(f"{name}={argument!r}; must be None")
+  query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+  shape, lead = query.shape, query.shape[:-3]
+  query, key, value = (
+    x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)
+  )
+  bias, mask = (_fold_batch(x, lead) for x in (bias, mask))
+  mask = None if mask is None else mask != 0
+  with _matmul_precision(precision):
+    if module is not None:
+      _sow_weights(module, lead, query, key, bias=bias, mask=mask, **options)
+    out = dot_product_attention(query, key, value, bias, mask, **options)
+  return out.reshape(shape)
+
+
+def _sow_weights(module, lead, query, key, *, implementation=None, **options):
+  from flax import nnx  # It is there, since it calls.
+
+  del implementation  # The weights are those of the specification.
+  weights_BNTS = attention_weights(query, key, **options).weights_BNTS
+  is_nnx = isinstance(module, nnx.Module)
+  module.sow(
+    nnx.Intermediate if is_nnx else "intermediates",
+    "attention_weights",
+    weights_BNTS.reshape(*lead, *weights_BNTS.shape[1:]),
+  )
+
+
+def _fold_batch(x, lead):
+  """(..., N, T, S) as (B, N, T, S), or with fewer axes as it is."""
+  if x is None:
+    return None
+  x = jnp.asarray(x)
+  if x.ndim <= 3:
+    return x
+  if all(size == 1 for size in x.shape[:-3]):
+    return x.reshape(1, *x.shape[-3:])
+  x = jnp.broadcast_to(x, (*lead, *x.shape[-3:]))
+  return x.reshape(-1, *x.shape[-3:])
+
+
+def _matmul_precision(precision):
+  if precision is None:
+    return contextlib.nullcontext()
+  if isinstance(precision, jax.lax.Precision):
+    precision = precision.name.lower()
+  return jax.default_matmul_precision(precision)
+
+
+def _refuse_bias(kind, logit_bias):
   if logit_bias is not None:
     raise ValueError(
       f"{logit_bias=} with {kind=}: softmax cancels a constant of the row; "
@@ -235,7 +337,7 @@ def _heads(query):
   return query.shape[0], query.shape[2]
 
 
-def default_logit_bias(kind, n):
+def default_logit_bias(kind: str, n: float) -> float:
   """b where none is given: -log n for sigmoid, 0 for ReLU kinds."""
   return -math.log(n) if kind == "sigmoid" else 0.0
 
@@ -263,7 +365,7 @@ def _bias_and_divisor(query, operands, kind, logit_bias, n):
 
 def _softmax(query, key, value, operands, *, kind, logit_bias, n, **options):
   del n  # Softmax normalises by itself.
-  _check_no_bias(kind, logit_bias)
+  _refuse_bias(kind, logit_bias)
   bias, mask = operands.bias, operands.mask
   if operands.alibi_slopes is not None:
     length, keys = query.shape[1], key.shape[1]
@@ -293,19 +395,6 @@ def _softmax(query, key, value, operands, *, kind, logit_bias, n, **options):
     key_value_seq_lengths=operands.key_value_seq_lengths,
     **options,
   )
-
-
-def _check_flax(dropout_rate, deterministic, precision, module):
-  if dropout_rate and not deterministic:
-    raise ValueError(
-      f"{dropout_rate=}; attention weights are not dropped here: give 0"
-    )
-  if precision is not None:
-    raise ValueError(f"{precision=}; use jax.default_matmul_precision instead")
-  if module is not None:
-    raise ValueError(
-      "sow_weights=True; the weights are never held as one array"
-    )
 
 
 def _unsqueeze(x, ndim):

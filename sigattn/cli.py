@@ -11,6 +11,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from sigattn import extras
+
+extras.require("train")
+
 from absl import app, flags
 
 

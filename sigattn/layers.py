@@ -13,13 +13,18 @@ Activations have the constructor's `dtype`; norms compute in float32.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 
-from sigattn import attention, positions
+from sigattn import attention, extras, positions
+
+extras.require("layers")
+
+from flax import nnx
 
 NORMS = {  # with epsilon 1e-6, and AXLearn's 1e-5
   "layernorm": nnx.LayerNorm,
@@ -43,13 +48,13 @@ def _choose(name, value, choices):
     raise ValueError(f"{name}={value!r}; choose from {sorted(choices)}")
 
 
-def make_norm(kind, width, rngs):
+def make_norm(kind: str, width: int, rngs: nnx.Rngs) -> nnx.Module:
   """LayerNorm (1607.06450) or RMSNorm (1910.07467), in float32."""
   _choose("norm_kind", kind, NORMS)
   return NORMS[kind](width, dtype=jnp.float32, rngs=rngs)
 
 
-def normalize(norm, x):
+def normalize(norm: nnx.Module, x: jax.Array) -> jax.Array:
   """norm(x) in x's dtype, computed in float32."""
   return norm(x).astype(x.dtype)
 
@@ -60,8 +65,8 @@ class Cache(NamedTuple):
   Of one layer, or of all of a Stack's with an axis of layers in front.
   """
 
-  key_BSKH: Any
-  value_BSKH: Any
+  key_BSKH: jax.Array
+  value_BSKH: jax.Array
 
 
 class SelfAttention(nnx.Module):
@@ -86,25 +91,25 @@ class SelfAttention(nnx.Module):
 
   def __init__(
     self,
-    width,
-    num_heads,
+    width: int,
+    num_heads: int,
     *,
-    max_length,
-    kind="sigmoid",
-    num_kv_heads=None,
-    logit_bias=None,
-    learn_logit_bias=False,
-    qk_norm="none",
-    alibi=False,
-    is_causal=False,
-    use_bias=True,
-    kernel_init=KERNEL_INIT,
-    rotate=None,
-    row_power=0.0,
-    implementation=None,
-    dtype=jnp.float32,
-    rngs,
-  ):
+    max_length: int,
+    kind: str = "sigmoid",
+    num_kv_heads: int | None = None,
+    logit_bias: float | None = None,
+    learn_logit_bias: bool = False,
+    qk_norm: str = "none",
+    alibi: bool = False,
+    is_causal: bool = False,
+    use_bias: bool = True,
+    kernel_init: nnx.Initializer = KERNEL_INIT,
+    rotate: Callable[..., jax.Array] | None = None,
+    row_power: float = 0.0,
+    implementation: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ) -> None:
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     _check_heads(width, num_heads, kv_heads)
     _choose("kind", kind, attention.KINDS)
@@ -142,15 +147,15 @@ class SelfAttention(nnx.Module):
 
   def __call__(
     self,
-    x_BTD,
+    x_BTD: jax.Array,
     *,
-    mask=None,
-    seq_lengths=None,
-    segment_ids=None,
-    positions=None,
-    cache=None,
-    place=None,
-  ):
+    mask: jax.Array | None = None,
+    seq_lengths: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    cache: Cache | None = None,
+    place: jax.Array | None = None,
+  ) -> jax.Array | tuple[jax.Array, Cache]:
     """(B, T, D) -> (B, T, D); with a cache, the filled one too.
 
     mask: bool, True where a query may see a key, (B or 1, N or 1, T, T).
@@ -226,7 +231,7 @@ class SelfAttention(nnx.Module):
     return -self._slopes(q_BTNH)[None, :, None, None] * distance_TS[None, None]
 
 
-def row_scale(positions, power):
+def row_scale(positions: ArrayLike, power: float) -> jax.Array:
   """(positions + 1)^-power: a causal row sees itself and those before.
 
   positions: (T,) or (B, T). Returns float32, (1 or B, T).
@@ -277,15 +282,15 @@ class Mlp(nnx.Module):
 
   def __init__(
     self,
-    width,
-    hidden,
-    kind="gelu",
+    width: int,
+    hidden: int,
+    kind: str = "gelu",
     *,
-    use_bias=True,
-    kernel_init=KERNEL_INIT,
-    dtype=jnp.float32,
-    rngs,
-  ):
+    use_bias: bool = True,
+    kernel_init: nnx.Initializer = KERNEL_INIT,
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ) -> None:
     _choose("kind", kind, MLPS)
     self.kind = kind
     linear = functools.partial(
@@ -300,7 +305,8 @@ class Mlp(nnx.Module):
     self.up = linear(width, hidden)
     self.down = linear(hidden, width)
 
-  def __call__(self, x_BTD):
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    """(B, T, D) -> (B, T, D)."""
     return self.down(MLPS[self.kind](self, x_BTD))
 
 
@@ -316,14 +322,15 @@ class LayerScale(nnx.Module):
   The paper's code takes 1e-4 on both branches of every block (2409.04431).
   """
 
-  def __init__(self, width, init):
+  def __init__(self, width: int, init: float) -> None:
     self.scale = nnx.Param(jnp.full((width,), init, jnp.float32))
 
-  def __call__(self, x_BTD):
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    """(B, T, D) -> (B, T, D)."""
     return x_BTD * self.scale[...].astype(x_BTD.dtype)[None, None, :]
 
 
-def drop_path(x_BTD, rng, rate):
+def drop_path(x_BTD: jax.Array, rng: jax.Array, rate: ArrayLike) -> jax.Array:
   """Stochastic depth (1603.09382): 0 for an example with probability `rate`.
 
   The examples kept are divided by 1 - rate, so that the expectation is x.
@@ -345,7 +352,16 @@ class Residual(nnx.Module):
   added to x, and drop_path drops the same, `dropout` numbers of it.
   """
 
-  def __init__(self, width, norm, norm_kind, layer_scale, dropout=0.0, *, rngs):
+  def __init__(
+    self,
+    width: int,
+    norm: str,
+    norm_kind: str,
+    layer_scale: float | None,
+    dropout: float = 0.0,
+    *,
+    rngs: nnx.Rngs,
+  ) -> None:
     _choose("norm", norm, NORM_PLACES)
     self.norm = norm
     self.dropout = nnx.Dropout(dropout, deterministic=False)
@@ -357,13 +373,25 @@ class Residual(nnx.Module):
     if self.has_layer_scale:
       self.layer_scale = LayerScale(width, layer_scale)
 
-  def __call__(self, x_BTD, branch, rng=None, rate=None):
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    branch: Callable[[jax.Array], jax.Array],
+    rng: jax.Array | None = None,
+    rate: ArrayLike | None = None,
+  ) -> jax.Array:
     """branch: a function of x_BTD. rng: None drops nothing. rate: drop_path's,
     None where there is none."""
     y_BTD = x_BTD + self.added(x_BTD, branch, rng, rate)
     return normalize(self.norm_out, y_BTD) if self.norm == "post" else y_BTD
 
-  def added(self, x_BTD, branch, rng=None, rate=None):
+  def added(
+    self,
+    x_BTD: jax.Array,
+    branch: Callable[[jax.Array], jax.Array],
+    rng: jax.Array | None = None,
+    rate: ArrayLike | None = None,
+  ) -> jax.Array:
     """What is added to x_BTD; arguments as of the call."""
     y_BTD = x_BTD
     if self.norm in ("pre", "hybrid"):
@@ -390,23 +418,31 @@ class Block(nnx.Module):
 
   def __init__(
     self,
-    width,
-    attn,
-    mlp,
+    width: int,
+    attn: SelfAttention,
+    mlp: Mlp,
     *,
-    norm="pre",
-    norm_kind="layernorm",
-    layer_scale=None,
-    dropout=0.0,
-    rngs,
-  ):
+    norm: str = "pre",
+    norm_kind: str = "layernorm",
+    layer_scale: float | None = None,
+    dropout: float = 0.0,
+    rngs: nnx.Rngs,
+  ) -> None:
     self.attn, self.mlp = attn, mlp
     residual = functools.partial(
       Residual, width, norm, norm_kind, layer_scale, dropout, rngs=rngs
     )
     self.attn_residual, self.mlp_residual = residual(), residual()
 
-  def __call__(self, x_BTD, rng=None, rate=None, *, cache=None, **attn_args):
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    rng: jax.Array | None = None,
+    rate: ArrayLike | None = None,
+    *,
+    cache: Cache | None = None,
+    **attn_args: Any,
+  ) -> jax.Array | tuple[jax.Array, Cache]:
     """(B, T, D) -> (B, T, D); with a cache, the filled one too.
 
     rng: of dropout, and of drop_path with `rate` unless that is None; None
@@ -439,7 +475,15 @@ class Stack(nnx.Module):
     input alone (1604.06174).
   """
 
-  def __init__(self, depth, make_block, *, drop_path=0.0, remat=False, rngs):
+  def __init__(
+    self,
+    depth: int,
+    make_block: Callable[[nnx.Rngs], nnx.Module],
+    *,
+    drop_path: float = 0.0,
+    remat: bool = False,
+    rngs: nnx.Rngs,
+  ) -> None:
     self.depth, self.drop_path, self.remat = depth, drop_path, remat
 
     def state(key):
@@ -449,7 +493,14 @@ class Stack(nnx.Module):
     keys = jax.random.split(rngs.params(), depth)
     self.blocks = nnx.merge(graphdef, jax.vmap(state)(keys))
 
-  def __call__(self, x_BTD, rng=None, *, cache=None, **attn_args):
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    rng: jax.Array | None = None,
+    *,
+    cache: Cache | None = None,
+    **attn_args: Any,
+  ) -> jax.Array | tuple[jax.Array, Cache]:
     """Arguments as Block's; rng None: deterministic, nothing is dropped."""
     graphdef, states = nnx.split(self.blocks)
 

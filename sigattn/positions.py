@@ -5,9 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 
-def sincos_1d(length, width):
+def sincos_1d(length: int, width: int) -> np.ndarray:
   """The table of sines and cosines of 1706.03762, section 3.5.
 
   table[t] = [sin(t w_0), ..., sin(t w_{m-1}), cos(t w_0), ..., cos(t w_{m-1})]
@@ -18,7 +19,7 @@ def sincos_1d(length, width):
   return _sincos(np.arange(length), width)
 
 
-def sincos_2d(height, width_, dim):
+def sincos_2d(height: int, width_: int, dim: int) -> np.ndarray:
   """sincos_1d of the row in the first half, of the column in the second.
 
   As in MoCo v3 (2104.02057); the patches are in raster order.
@@ -34,7 +35,7 @@ def sincos_2d(height, width_, dim):
   )
 
 
-def grid(height, width_):
+def grid(height: int, width_: int) -> np.ndarray:
   """(row, column) of each patch in raster order, (height * width_, 2) int."""
   return np.stack(np.indices((height, width_)), axis=-1).reshape(-1, 2)
 
@@ -52,7 +53,7 @@ def _frequencies(width):
   return 10000.0 ** (-np.arange(half) / half)
 
 
-def sincos(positions, width):
+def sincos(positions: jax.Array, width: int) -> jax.Array:
   """sincos_1d's row at each position, whole or not, of an array on a device.
 
   Returns (*positions.shape, width) float32. Raises ValueError for odd widths.
@@ -63,7 +64,14 @@ def sincos(positions, width):
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def cape(rng, lengths_B, length, max_shift, max_local_shift, max_scale):
+def cape(
+  rng: jax.Array | None,
+  lengths_B: jax.Array,
+  length: int,
+  max_shift: float,
+  max_local_shift: float,
+  max_scale: float,
+) -> jax.Array:
   """Continuous augmented positions (CAPE, 2106.03143), to be given to sincos.
 
   (t - mean + global shift + local shift_t) * scale, where t = 0..length - 1
@@ -88,7 +96,9 @@ def cape(rng, lengths_B, length, max_shift, max_local_shift, max_scale):
   return t_BT * jnp.exp(uniform(keys[2], one_B1, math.log(max_scale)))
 
 
-def rope(x_BTNH, positions, base=10000.0):
+def rope(
+  x_BTNH: jax.Array, positions: ArrayLike, base: float = 10000.0
+) -> jax.Array:
   """Rotary embedding (2104.09864): q_s . k_t then depends on s - t alone.
 
   Feature i is paired with feature i + H / 2, as in GPT-NeoX (not with its
@@ -112,7 +122,9 @@ def rope(x_BTNH, positions, base=10000.0):
   return turned.astype(x_BTNH.dtype)
 
 
-def rope_2d(x_BTNH, positions, base=10000.0):
+def rope_2d(
+  x_BTNH: jax.Array, positions: ArrayLike, base: float = 10000.0
+) -> jax.Array:
   """rope by the row in the first half of the head width, by the column in the
   second: q . k then depends on the offset in rows and in columns alone.
 
@@ -129,7 +141,7 @@ def rope_2d(x_BTNH, positions, base=10000.0):
   )
 
 
-def alibi_slopes(num_heads):
+def alibi_slopes(num_heads: int) -> np.ndarray:
   """The slope of each head's linear distance penalty (2108.12409).
 
   2^(-8 h / N), h = 1..N, where N is a power of two. Otherwise the slopes of

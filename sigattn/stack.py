@@ -8,10 +8,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from sigattn import attention, extras
+
+extras.require("train")
+
 from flax import nnx
 from ml_collections import ConfigDict
 
-from sigattn import attention, layers, validate
+from sigattn import layers, validate
 from sigattn.validate import (
   choice,
   divides,

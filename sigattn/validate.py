@@ -17,6 +17,10 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+from sigattn import extras
+
+extras.require("train")
+
 from ml_collections import ConfigDict
 
 Rule = Callable[[ConfigDict], None]
