@@ -39,7 +39,7 @@ from flax import nnx
 layer = nnx.MultiHeadAttention(
   8,
   512,
-  attention_fn=sigattn.dot_product_attention,
+  attention_fn=sigattn.flax_attention_fn,
   decode=False,
   rngs=nnx.Rngs(0),
 )

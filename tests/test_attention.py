@@ -1,5 +1,6 @@
 """The public operation: what it promises beyond the numbers of its kernels."""
 
+import functools
 import inspect
 
 import flax.linen
@@ -252,7 +253,7 @@ def test_as_attention_fn_of_nnx(causal):
     num_heads=4,
     in_features=16,
     decode=False,
-    attention_fn=sigattn.dot_product_attention,
+    attention_fn=sigattn.flax_attention_fn,
     rngs=nnx.Rngs(0),
   )
   x = jax.random.normal(jax.random.key(1), (2, 7, 16))
@@ -275,7 +276,7 @@ def test_as_attention_fn_of_linen(causal):
       num_heads=4, attention_fn=attention_fn
     )
 
-  ours = layer(sigattn.dot_product_attention)
+  ours = layer(sigattn.flax_attention_fn)
   params = ours.init(jax.random.key(0), x)
   taken = []
 
@@ -293,12 +294,91 @@ def test_as_attention_fn_of_linen(causal):
 def test_active_dropout_is_refused_in_flax():
   layer = nnx.MultiHeadAttention(
     num_heads=2, in_features=8, dropout_rate=0.1, decode=False,
-    attention_fn=sigattn.dot_product_attention, rngs=nnx.Rngs(0),
+    attention_fn=sigattn.flax_attention_fn, rngs=nnx.Rngs(0),
   )  # fmt: skip
   x = jnp.ones((1, 3, 8))
   with pytest.raises(ValueError, match=r"dropout_rate=0\.1"):
     layer(x, deterministic=False)
   assert layer(x, deterministic=True).shape == x.shape
+
+
+@pytest.mark.parametrize(
+  ("options", "layer"),
+  [
+    (dict(precision="highest"), dict()),
+    (dict(precision=jax.lax.Precision.HIGH), dict()),
+    (dict(dtype=jnp.bfloat16), dict()),
+    (dict(num_kv_heads=2), dict()),
+    (dict(), dict(is_causal=True)),
+  ],
+  ids=str,
+)
+def test_what_nnx_layers_may_pass(options, layer):
+  """Two batch axes, and a mask of zeros and ones, as Flax makes them."""
+  module = nnx.MultiHeadAttention(
+    4, 16, decode=False, attention_fn=sigattn.flax_attention_fn,
+    rngs=nnx.Rngs(0), **options,
+  )  # fmt: skip
+  x = jax.random.normal(jax.random.key(1), (2, 3, 7, 16))
+  mask = nnx.make_attention_mask(
+    jnp.arange(7)[None, None] < jnp.array([7, 5, 2])[None, :, None],
+    jnp.ones((1, 3, 7)),
+  )
+  assert mask.dtype == jnp.float32
+  found = module(x, mask=mask, **layer)
+  query, key, value = (
+    y.reshape(6, *y.shape[2:])
+    for y in (module.query(x), module.key(x), module.value(x))
+  )
+  wanted = dot_product_attention(
+    query, key, value,
+    mask=jnp.broadcast_to(mask, (2, *mask.shape[1:])).reshape(6, 1, 7, 7) != 0,
+    **layer,
+  )  # fmt: skip
+  wanted = module.out(wanted.reshape(2, 3, *wanted.shape[1:]))
+  tolerance = 3e-2 if "dtype" in options else 1e-5
+  close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("library", ["nnx", "linen"])
+def test_sown_weights_are_those_of_the_operation(library):
+  attend = functools.partial(sigattn.flax_attention_fn, kind="relu", n=5)
+  x = jax.random.normal(jax.random.key(1), (2, 7, 16))
+  if library == "nnx":
+    module = nnx.MultiHeadAttention(
+      4, 16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0)
+    )
+    module(x, sow_weights=True)
+    [sown] = module.attention_weights.get_value()
+    query, key = module.query(x), module.key(x)
+  else:
+    module = flax.linen.MultiHeadDotProductAttention(4, attention_fn=attend)
+    params = module.init(jax.random.key(0), x)
+    _, state = module.apply(
+      params, x, sow_weights=True, mutable=["intermediates"],
+      capture_intermediates=lambda module, _: module.name in ("query", "key"),
+    )  # fmt: skip
+    state = state["intermediates"]
+    [sown] = state["attention_weights"]
+    [query], [key] = (state[k]["__call__"] for k in ("query", "key"))
+  weights = sigattn.attention_weights(query, key, kind="relu", n=5)
+  close(sown, weights.weights_BNTS)
+
+
+@pytest.mark.parametrize(
+  "name", ["qk_attn_weights_einsum", "attn_weights_value_einsum",
+           "input_positions"]
+)  # fmt: skip
+def test_what_flax_may_pass_and_has_no_meaning_here_is_refused(name):
+  x = jnp.ones((1, 3, 2, 4))
+  with pytest.raises(ValueError, match=f"{name}=.*; must be None"):
+    sigattn.flax_attention_fn(x, x, x, **{name: jnp.einsum})
+
+
+def test_a_mask_of_numbers_is_refused_by_the_plain_operation():
+  x, mask = jnp.ones((1, 3, 2, 4)), jnp.ones((1, 1, 3, 3))
+  with pytest.raises(ValueError, match="mask.dtype=float32; must be bool"):
+    sigattn.dot_product_attention(x, x, x, mask=mask)
 
 
 Z = np.zeros
@@ -325,7 +405,6 @@ BAD = [
   (dict(query=Z((2, 6, 3, 8), np.float32)), "4 heads; must divide the"),
   (dict(query=Z((6, 8), np.float32)), "query.shape"),
   (dict(query=Z((2, 6, 4, 8), np.float16)), "key.dtype=float32"),
-  (dict(precision="highest"), "default_matmul_precision"),
 ]  # fmt: skip
 
 

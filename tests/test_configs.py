@@ -3,8 +3,15 @@
 import copy
 
 import pytest
+from ml_collections import ConfigDict
 
-from configs import vit, vit_sigmoid
+from configs import (
+  lm_sigmoid,
+  speech_sigmoid,
+  synthetic_sigmoid,
+  vit,
+  vit_sigmoid,
+)
 from sigattn.training import setup
 
 ARGS = (None, "runlocal", "imagenet", "Ti/16", "imagenet,S/16", "L/16,runlocal")
@@ -49,6 +56,25 @@ def test_references_follow_total_steps():
   config.total_steps = 400
   assert config.optim.warmup_steps == 20
   assert config.eval.every_steps == 40
+
+
+def leaves(config, prefix=""):
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from leaves(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key
+
+
+@pytest.mark.parametrize(
+  "module",
+  [vit_sigmoid, lm_sigmoid, speech_sigmoid, synthetic_sigmoid],
+  ids=lambda module: module.__name__,
+)
+def test_every_field_of_a_config_is_validated_and_no_other(module):
+  config = module.get_config()
+  fields, _ = setup.tables(config.task)
+  assert set(leaves(config)) == set(fields)
 
 
 BAD = [

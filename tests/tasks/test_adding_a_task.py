@@ -48,9 +48,8 @@ class SOURCE(loader.ExampleSource):
     return self.evaluate(indices_B)
 
   def evaluate(self, indices_B):
-    coin_BT = np.stack(
-      [np.random.default_rng(i).integers(2, size=self._length) for i in indices_B]
-    )
+    seeds = map(np.random.default_rng, indices_B)
+    coin_BT = np.stack([rng.integers(2, size=self._length) for rng in seeds])
     return {"coin": coin_BT, "target": (2 * coin_BT.sum(1) > self._length) * 1}
 
 
