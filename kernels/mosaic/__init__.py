@@ -246,25 +246,20 @@ def _backward_aligned(sums, form, problem, query, key, value, operands, d_out):
     key=dz_scale, value=1 / (problem.normalizer * form.weight_scale)
   )
 
-  d_query, dv = None, None
   if adds:
-    # Blocks may reach beyond the sequence.
-    batch, length, heads, width = query.shape
-    length = pl.cdiv(length, key_tile.block) * key_tile.block
-    d_query = jax.new_ref(reduce.zeros(batch, length, heads, width))
+    dq, dk, dv, *rest = by_keys(scales=scales, sums=sums, adds_dq=True)
+    dq = reduce.in_rows(dq)[:, : query.shape[1]]
+    dq = (dq * dz_scale).astype(query.dtype)
+    return dq, dk, dv, *_totals(problem, rest)
   if problem.head_dim > _BOTH:
     (dv,) = by_keys(scales={"value": scales.pop("value")})
-  dk, *rest = by_keys(d_query, scales=scales, sums=sums)
-  if dv is None:
-    dv, *rest = rest
-  if d_query is None:
-    (dq,) = kernels.by_queries(
-      form, query_tile, _schedule(problem, operands, query_tile, True), *arrays,
-      scale=dz_scale, **_operands(form, problem, operands, query_tile, True),
-    )  # fmt: skip
+    dk, *rest = by_keys(scales=scales, sums=sums)
   else:
-    dq = reduce.in_rows(jax.freeze(d_query))[:, : query.shape[1]]
-    dq = (dq * dz_scale).astype(query.dtype)
+    dk, dv, *rest = by_keys(scales=scales, sums=sums)
+  (dq,) = kernels.by_queries(
+    form, query_tile, _schedule(problem, operands, query_tile, True), *arrays,
+    scale=dz_scale, **_operands(form, problem, operands, query_tile, True),
+  )  # fmt: skip
   return dq, dk, dv, *_totals(problem, rest)
 
 

@@ -126,6 +126,15 @@ def test_what_users_call_is_lowered(options, around, monkeypatch):
   assert "mosaic_gpu" in lowered.as_text()
 
 
+def test_gradients_on_the_mesh_of_the_training_program():
+  """Which splits the batch of four devices automatically."""
+  subprocess.run(
+    [sys.executable, "-m", "tests.kernels.hopper_on_four_devices"],
+    timeout=250,
+    check=True,
+  )
+
+
 @pytest.mark.parametrize(
   ("capability", "change", "reason"),
   [
