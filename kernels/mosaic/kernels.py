@@ -50,19 +50,6 @@ _SHARE = reduce.SIDE  # queries and columns of dq that a warpgroup adds
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
-  """How a kernel is cut up."""
-
-  rows: int  # of one compute warpgroup
-  block: int  # rows of the other side at a time
-  stages: int  # blocks in shared memory
-  warpgroups: int  # that compute
-  registers: int  # of a thread of those; all warpgroups' must fit in 512
-  overlap: bool = False  # start a step's second product with the next's first
-  paced: bool = False  # tanh by tanh
-
-
-@dataclasses.dataclass(frozen=True)
 class Form:
   """What the kernels need to know of the mathematics."""
 

@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sigattn
-from sigattn.kernels import device, mosaic
+from sigattn.kernels import device
+from sigattn.kernels.mosaic import tiles
 from sigattn.training import mesh as meshes
 from tests.kernels import cases, compare
 
@@ -68,19 +69,19 @@ def test_16_bit_of_many_blocks(case, dtype, implementation):
   compare.assert_16_bit(larger(case, 13, implementation), dtype)
 
 
-@pytest.mark.parametrize("width", mosaic._ADDED)
+@pytest.mark.parametrize("width", tiles.ADDED)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_16_bit_of_what_long_sequences_take(
   case, width, implementation, monkeypatch
 ):
   if implementation != "mosaic":
     pytest.skip("has one way")
-  monkeypatch.setattr(mosaic, "_LONG", 0)
+  monkeypatch.setattr(tiles, "LONG", 0)
   added = {
     width: dataclasses.replace(x, open=0, masked=0)
-    for width, x in mosaic._ADDED.items()
+    for width, x in tiles.ADDED.items()
   }
-  monkeypatch.setattr(mosaic, "_ADDED", added)
+  monkeypatch.setattr(tiles, "ADDED", added)
   case = dataclasses.replace(larger(case, 13, implementation), width=width)
   compare.assert_16_bit(case, "bfloat16")
 
