@@ -50,19 +50,6 @@ _SHARE = reduce.SIDE  # queries and columns of dq that a warpgroup adds
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
-  """How a kernel is cut up."""
-
-  rows: int  # of one compute warpgroup
-  block: int  # rows of the other side at a time
-  stages: int  # blocks in shared memory
-  warpgroups: int  # that compute
-  registers: int  # of a thread of those; all warpgroups' must fit in 512
-  overlap: bool = False  # start a step's second product with the next's first
-  paced: bool = False  # tanh by tanh
-
-
-@dataclasses.dataclass(frozen=True)
 class Form:
   """What the kernels need to know of the mathematics."""
 
@@ -774,9 +761,9 @@ def by_keys(
   key,
   value,
   d_out,
-  d_query=None,
   *,
   scales,
+  adds_dq=False,
   sums=False,
   scalars=None,
   plan=None,
@@ -784,12 +771,12 @@ def by_keys(
   key_ids=None,
   key_lengths=None,
 ):
-  """[dk, dv, and with `sums` those of dz]: dz^T q and p^T do, times `scales`.
+  """[dq, dk, dv, and with `sums` those of dz]: dz^T q and p^T do by `scales`.
 
   scales: of those of dk ("key") and dv ("value") that are wanted.
 
-  d_query: a Ref of reduce, to which dz k is added, in the order in which
-  programs come to it; None: not computed.
+  adds_dq: whether dz k is added to sums of reduce, in the order in which
+  programs come to them. Without it the result has no dq.
   sums: of dz over the queries, and of -dz distance with ALiBi: float32 (1 or 2,
   B, N, S and the rest of a tile).
   key_lengths: (B,) int32; rows of dv from there on are 0.
@@ -801,13 +788,14 @@ def by_keys(
   rows = tile.rows * tile.warpgroups
   dtype = query.dtype
   given = dict(
-    query=query, key=key, value=value, d_out=d_out, d_query=d_query,
+    query=query, key=key, value=value, d_out=d_out,
+    d_query=_zeros_of_dq(query, tile) if adds_dq else None,
     scalars=scalars, plan=plan, query_ids=query_ids, key_ids=key_ids,
     key_lengths=key_lengths, table=schedule.array(),
   )  # fmt: skip
   given = {name: x for name, x in given.items() if x is not None}
   num_sums = (1 + form.alibi) if sums else 0
-  fused = d_query is not None
+  fused = adds_dq
   behind = tile.stages - 1
 
   def kernel(*refs):
@@ -1095,7 +1083,8 @@ def by_keys(
   dz_room = _tiles_in_smem(
     tile, 2 * tile.warpgroups, tile.rows, tile.block, dtype
   )
-  return _launch(
+  floats = [(num_sums, query.shape[0], heads, padded)] * sums
+  run = _launch(
     kernel, schedule, tile, [key.shape] * len(scales), dtype,
     [
       stay, stay, pass_by, pass_by,
@@ -1106,9 +1095,40 @@ def by_keys(
       plgpu.Barrier(num_barriers=tile.warpgroups, num_arrivals=2),
       by_all, full, full, free, free, by_all, plgpu.Barrier(),
     ],
-    *[(num_sums, query.shape[0], heads, padded)] * sums,
+    *floats,
     barriers=not fused,  # dz is written and awaited by barriers of its own.
-  )(*given.values())  # fmt: skip
+  )  # fmt: skip
+  if not fused:
+    return run(*given.values())
+  outs = [lax.empty(key.shape, dtype)] * len(scales)
+  outs += [lax.empty(shape, jnp.float32) for shape in floats]
+  return _with_state(run, given, "d_query", outs)
+
+
+def _zeros_of_dq(query, tile):
+  # Blocks may reach beyond the sequence.
+  batch, length, heads, width = query.shape
+  length = pl.cdiv(length, tile.block) * tile.block
+  return reduce.zeros(batch, length, heads, width)
+
+
+def _with_state(run, given, name, outs):
+  """[given[name] after run(*given.values()) has changed it, *its results].
+
+  outs: arrays of the results' shapes and dtypes. XLA sees one call that returns
+  all of them, with given[name] in the place of its first value. A mutable array
+  (jax.new_ref) would do the same, but custom_partitioning refuses the effects
+  of one, so that no mesh of several devices could run it.
+  """
+
+  def body(refs):
+    state_ref, out_refs = refs
+    found = run(*(given | {name: state_ref}).values())
+    for ref, x in zip(out_refs, found, strict=True):
+      ref[...] = x
+
+  state, outs = pl.run_state(body)((given[name], outs))
+  return [state, *outs]
 
 
 _KEY_ARRAYS = (

@@ -25,8 +25,8 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 )
 from jax._src.state import types
 
-from sigattn.kernels import batching_and_sharding, device, dispatch, mosaic
-from sigattn.kernels.mosaic import reduce, registers, tanh
+from sigattn.kernels import batching_and_sharding, device, dispatch
+from sigattn.kernels.mosaic import host, reduce, registers, tanh, tiles
 from tests.kernels import cases, compare
 
 
@@ -102,19 +102,19 @@ def _pretend(form):
   """An H100 of three multiprocessors; of one where dq is added."""
   dispatch.IMPLEMENTATIONS = {"mosaic": "sigattn.kernels.mosaic"}
   device.current = lambda: device.Device("NVIDIA H100", 90)
-  mosaic._programs = lambda: 3 if form == "two" else 1
-  mosaic._ADDED = {
+  host._programs = lambda: 3 if form == "two" else 1
+  tiles.ADDED = {
     width: dataclasses.replace(x, open=0, masked=0)
-    for width, x in mosaic._ADDED.items()
+    for width, x in tiles.ADDED.items()
     if form == "added"
   }
   reduce.add = _add
   tanh.tanh = _tanh
   registers.hide, registers.distance = _hide, _distance
   registers.plane = _plane
-  mosaic._TILES = {
-    width: tuple(dataclasses.replace(x, warpgroups=2) for x in tiles)
-    for width, tiles in mosaic._TILES.items()
+  tiles.TILES = {
+    width: tuple(dataclasses.replace(x, warpgroups=2) for x in of_width)
+    for width, of_width in tiles.TILES.items()
   }
   # The interpreter's effects go through neither custom_vmap nor partitioning.
   batching_and_sharding.over_batch = lambda compute, _, *arguments: compute(

@@ -14,7 +14,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sigattn
-from sigattn.kernels import device, mosaic
+from sigattn.kernels import device
+from sigattn.kernels.mosaic import tiles
+from sigattn.training import mesh as meshes
 from tests.kernels import cases, compare
 
 if jax.default_backend() != "gpu":
@@ -67,19 +69,19 @@ def test_16_bit_of_many_blocks(case, dtype, implementation):
   compare.assert_16_bit(larger(case, 13, implementation), dtype)
 
 
-@pytest.mark.parametrize("width", mosaic._ADDED)
+@pytest.mark.parametrize("width", tiles.ADDED)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_16_bit_of_what_long_sequences_take(
   case, width, implementation, monkeypatch
 ):
   if implementation != "mosaic":
     pytest.skip("has one way")
-  monkeypatch.setattr(mosaic, "_LONG", 0)
+  monkeypatch.setattr(tiles, "LONG", 0)
   added = {
     width: dataclasses.replace(x, open=0, masked=0)
-    for width, x in mosaic._ADDED.items()
+    for width, x in tiles.ADDED.items()
   }
-  monkeypatch.setattr(mosaic, "_ADDED", added)
+  monkeypatch.setattr(tiles, "ADDED", added)
   case = dataclasses.replace(larger(case, 13, implementation), width=width)
   compare.assert_16_bit(case, "bfloat16")
 
@@ -174,4 +176,33 @@ def test_each_gpu_of_a_mesh_computes_its_part(axis, manual):
   text = compiled.as_text()
   assert not re.findall("all-gather|all-to-all|collective-permute", text)
   for x, y in zip(compiled(*sharded), wanted, strict=True):
+    assert compare.error(x, y) < 1e-3
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs several GPUs")
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_long_sequences_on_the_mesh_of_the_training_program(width, is_causal):
+  """Where dq is added in global memory: gradients equal one device's."""
+  rng = np.random.default_rng(0)
+  arrays = [
+    jnp.asarray(
+      rng.standard_normal((jax.device_count(), 4096, 2, width)), "bfloat16"
+    )
+    for _ in range(4)
+  ]
+
+  @jax.jit
+  def gradients(*arrays):
+    def attend(*inputs):
+      return sigattn.dot_product_attention(*inputs, is_causal=is_causal)
+
+    out, pull_back = jax.vjp(attend, *arrays[:3])
+    return out, *pull_back(arrays[3])
+
+  wanted = gradients(*arrays)
+  batch = meshes.batch(meshes.make())
+  found = gradients(*(jax.device_put(x, batch) for x in arrays))
+  for x, y in zip(found, wanted, strict=True):
+    assert x.sharding.is_equivalent_to(batch, x.ndim)
     assert compare.error(x, y) < 1e-3

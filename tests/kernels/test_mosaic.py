@@ -12,7 +12,7 @@ import pytest
 import sigattn
 from benchmarks import tune_triton
 from sigattn.kernels import device, mosaic
-from sigattn.kernels.mosaic import kernels
+from sigattn.kernels.mosaic import host, kernels, tiles
 from sigattn.kernels.problem import Operands
 from tests.kernels import compare
 
@@ -60,10 +60,10 @@ def test_interpreted_output_and_gradients(width, form, names):
 @pytest.mark.parametrize("has_slopes", [False, True])
 @pytest.mark.parametrize(
   ("width", "length", "is_causal"),
-  [(width, 1024, True) for width in mosaic._TILES]
+  [(width, 1024, True) for width in tiles.TILES]
   + [
     (width, 4096, is_causal)
-    for width in mosaic._ADDED
+    for width in tiles.ADDED
     for is_causal in (False, True)
   ],
 )
@@ -84,16 +84,16 @@ def test_tiles_are_lowered_for_cuda(width, length, is_causal, has_slopes):
   def both(query, key, value, d_out, slopes):
     inputs = query, key, value, Operands(alibi_slopes=slopes)
     return (
-      mosaic._forward(problem, *inputs),
-      mosaic._backward(has_slopes, problem, *inputs, d_out),
+      host._forward(problem, *inputs),
+      host._backward(has_slopes, problem, *inputs, d_out),
     )
 
   lowered = (
     jax.jit(both).trace(x, x, x, x, slopes).lower(lowering_platforms=("cuda",))
   )
   # The output; dk and dv, one after the other in wide heads; dq.
-  count = 2 + (width > mosaic._BOTH)
-  count += not mosaic._adds_in_any_order(mosaic._form(problem), problem)
+  count = 2 + (width > tiles.BOTH)
+  count += not host._adds_in_any_order(host._form(problem), problem)
   assert lowered.as_text().count("custom_call @mosaic_gpu") == count
 
 
@@ -126,6 +126,15 @@ def test_what_users_call_is_lowered(options, around, monkeypatch):
   assert "mosaic_gpu" in lowered.as_text()
 
 
+def test_gradients_on_the_mesh_of_the_training_program():
+  """Which splits the batch of four devices automatically."""
+  subprocess.run(
+    [sys.executable, "-m", "tests.kernels.hopper_on_four_devices"],
+    timeout=250,
+    check=True,
+  )
+
+
 @pytest.mark.parametrize(
   ("capability", "change", "reason"),
   [
@@ -144,6 +153,30 @@ def test_what_it_declines(capability, change, reason, monkeypatch):
   assert mosaic.unsupported(problem) == reason
 
 
+def test_it_declines_a_jax_that_it_was_not_tested_with(monkeypatch):
+  """And imports nothing that such a jax may lack: see mosaic.TESTED_JAX."""
+  compare.use_only(monkeypatch, "mosaic", H100)
+  monkeypatch.setattr(jax, "__version__", "0.12.0")
+  problem = tune_triton.example(64, "bfloat16")
+  reason = mosaic.unsupported(problem)
+  assert reason == "tested with jax 0.11.2, installed is 0.12.0"
+
+
+def test_the_jax_of_these_tests_is_a_tested_one():
+  assert jax.__version__ in mosaic.TESTED_JAX
+
+
+def test_asking_imports_nothing_that_changes_with_jax():
+  program = (
+    "import sys, sigattn.kernels.mosaic as mosaic;"
+    "from benchmarks import tune_triton;"
+    "mosaic.unsupported(tune_triton.example(64, 'bfloat16'));"
+    "changing = 'jax.experimental.mosaic.gpu', 'sigattn.kernels.mosaic.host';"
+    "assert not sys.modules.keys() & set(changing), sys.modules.keys()"
+  )
+  subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.mark.parametrize(
   ("width", "length", "is_causal", "adds"),
   [
@@ -157,11 +190,11 @@ def test_dq_is_added_in_any_order_where_that_is_faster(
   width, length, is_causal, adds, monkeypatch
 ):
   problem = tune_triton.example(width, "bfloat16", length, is_causal=is_causal)
-  form = mosaic._form(problem)
+  form = host._form(problem)
   monkeypatch.delenv("XLA_FLAGS", raising=False)
-  assert mosaic._adds_in_any_order(form, problem) == adds
+  assert host._adds_in_any_order(form, problem) == adds
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
-  assert not mosaic._adds_in_any_order(form, problem)
+  assert not host._adds_in_any_order(form, problem)
 
 
 @pytest.mark.parametrize("argnums", [(0,), (0, 3)])
@@ -196,31 +229,31 @@ def test_no_program_gets_much_more_than_its_share(
   width, length, of_queries, monkeypatch
 ):
   """All take as long as the slowest; and every tile is someone's, once."""
-  monkeypatch.setattr(mosaic, "_programs", lambda: 132)
+  monkeypatch.setattr(host, "_programs", lambda: 132)
   problem = tune_triton.example(width, "bfloat16", length, is_causal=True)
   problem = dataclasses.replace(
     problem, batch=max(16384 // length, 1), num_heads=2048 // width,
     num_kv_heads=2048 // width,
   )  # fmt: skip
-  tile = mosaic._TILES[width][0 if of_queries else 2]
-  schedule = mosaic._schedule(problem, Operands(), tile, of_queries)
+  tile = tiles.TILES[width][0 if of_queries else 2]
+  schedule = host._schedule(problem, Operands(), tile, of_queries)
   rows = tile.rows * tile.warpgroups
   theirs = [row[1 : 1 + row[0]] for row in schedule.table]
-  heads, tiles = problem.batch * problem.num_heads, length // rows
-  assert sorted(np.concatenate(theirs)) == list(range(heads * tiles))
+  heads, count = problem.batch * problem.num_heads, length // rows
+  assert sorted(np.concatenate(theirs)) == list(range(heads * count))
   # A tile's beginning and end count as a block.
-  costs = 1 + np.arange(1, tiles + 1) * rows // tile.block
+  costs = 1 + np.arange(1, count + 1) * rows // tile.block
   costs = costs if of_queries else costs[::-1]
-  loads = np.array([costs[of_one % tiles].sum() for of_one in theirs])
+  loads = np.array([costs[of_one % count].sum() for of_one in theirs])
   assert loads.max() < 1.03 * loads.mean()
 
 
 @pytest.mark.parametrize("bounds", [(None, 0), (70, None), (33, 5), (0, 0)])
 def test_blocks_seen_are_those_that_kernels_visit(bounds):
-  tiles, rows, block, length = 9, 48, 32, 300
-  first = np.arange(tiles) * rows
+  count, rows, block, length = 9, 48, 32, 300
+  first = np.arange(count) * rows
   low, _, _, high = kernels.visible_blocks(
     first, first + rows - 1, *bounds, block, length
   )
-  found = mosaic._blocks_seen(tiles, rows, *bounds, block, length)
+  found = host._blocks_seen(count, rows, *bounds, block, length)
   np.testing.assert_array_equal(found, high - low)

@@ -1,0 +1,99 @@
+"""Gradients by the Hopper kernels on the mesh that train.py makes.
+
+A process of its own with four simulated devices, for test_mosaic.py: the other
+tests have one. It fails where dq, which is added in global memory, is anything
+that custom_partitioning refuses. Two checks:
+
+  compile   The real kernels at n = 1,024 go through XLA's partitioning. A CPU
+            cannot run them, and that must be the first complaint.
+  run       With plain JAX in the place of the kernels, adding to the same Ref,
+            the gradients equal those of the portable implementation.
+"""
+
+import math
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sigattn
+from sigattn.kernels import device
+from sigattn.kernels.mosaic import host, kernels, reduce
+from sigattn.training import mesh as meshes
+from tests.kernels import compare
+
+
+def gradients(implementation, query, key, value, d_out):
+  def attend(*arrays):
+    return sigattn.dot_product_attention(*arrays, implementation=implementation)
+
+  out, pull_back = jax.vjp(attend, query, key, value)
+  return out, *pull_back(d_out)
+
+
+def check_compile(mesh):
+  shape = 4, 1024, 2, 64
+  x = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=meshes.batch(mesh))
+  lowered = (
+    jax.jit(gradients, static_argnums=0)
+    .trace("mosaic", x, x, x, x)
+    .lower(lowering_platforms=("cuda",))
+  )
+  try:
+    lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "No FFI handler registered for mosaic_gpu" not in str(error):
+      raise
+
+
+def launch_plain_jax(kernel, schedule, tile, shapes, *_, barriers=True):
+  """In the place of kernels._launch: plain sigmoid attention in float32."""
+  del kernel, schedule, tile, shapes
+
+  def forward(query, key, value):
+    scale, bias = query.shape[-1] ** -0.5, -math.log(key.shape[1])
+    z = scale * jnp.einsum("btnh,bsnh->bnts", query, key) + bias
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.sigmoid(z), value)
+
+  def run(query, key, value, d_out=None, d_query_ref=None):
+    arrays = [x.astype("float32") for x in (query, key, value)]
+    if d_out is None:
+      return [forward(*arrays).astype(query.dtype)]
+    if barriers:
+      raise SystemExit("dq was not added in global memory")
+    _, pull_back = jax.vjp(forward, *arrays)
+    dq, dk, dv = pull_back(d_out.astype("float32"))
+    # The sums lack the factor of the logits; in_rows only permutes.
+    dq = dq * query.shape[-1] ** 0.5
+    zeros = jnp.zeros(d_query_ref.shape, "float32")
+    d_query_ref[...] += jax.vjp(reduce.in_rows, zeros)[1](dq)[0]
+    return [dk.astype(key.dtype), dv.astype(value.dtype)]
+
+  return run
+
+
+def check_run(mesh):
+  rng = np.random.default_rng(0)
+  arrays = [
+    jnp.asarray(rng.standard_normal((4, 1024, 2, 64)), "bfloat16")
+    for _ in range(4)
+  ]
+  wanted = gradients("xla", *(x.astype("float32") for x in arrays))
+  arrays = [jax.device_put(x, meshes.batch(mesh)) for x in arrays]
+  found = jax.jit(gradients, static_argnums=0)("mosaic", *arrays)
+  for name, x, y in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
+    if x.sharding.num_devices != 4 or compare.error(x, y) > 4e-3:
+      raise SystemExit(f"{name}: {x.sharding}, {compare.error(x, y)}")
+
+
+if __name__ == "__main__":
+  device.current = lambda: device.Device("NVIDIA H100", 90)
+  host._programs = lambda: 132
+  check_compile(meshes.make())
+  kernels._launch = launch_plain_jax
+  jax.clear_caches()
+  check_run(meshes.make())
