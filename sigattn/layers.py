@@ -33,10 +33,10 @@ NORMS = {  # with epsilon 1e-6, and AXLearn's 1e-5
 NORM_PLACES = ("pre", "post", "hybrid")
 QK_NORMS = ("none", *NORMS)
 
-# A scan copies its parameters' slices and activations at every step: a training
-# step, 128 images of 49 tokens at width 96, takes 1.28 times as long at depth
-# 3 on two CPU cores, 1.13 at 6, 1.05 at 12 (2026-11-23). So a small stack is
-# unrolled, at the price of a program as long as the depth.
+# A scan copies its parameters' slices and activations at every step. With 128
+# images of 49 tokens at width 96, a scanned training step takes 1.28 times as
+# long as an unrolled one at depth 3 on two CPU cores, 1.13 at 6, 1.05 at 12
+# (2026-11-23). So a small stack is unrolled; its program grows with the depth.
 MAX_UNROLLED = 6
 
 KERNEL_INIT = nnx.initializers.xavier_uniform()
@@ -62,7 +62,8 @@ def normalize(norm: nnx.Module, x: jax.Array) -> jax.Array:
 class Cache(NamedTuple):
   """Keys and values of the tokens so far, in the dtype of the activations.
 
-  Of one layer, or of all of a Stack's with an axis of layers in front.
+  A SelfAttention's cache has these axes; a Stack's has an axis of layers in
+  front of them.
   """
 
   key_BSKH: jax.Array
@@ -70,23 +71,30 @@ class Cache(NamedTuple):
 
 
 class SelfAttention(nnx.Module):
-  """x W_v weighted by kind(q k^T / sqrt(H) + bias), then W_out (2409.04431).
+  """(phi(q k^T / sqrt(H) + b) v) W_out, phi by `kind` (2409.04431, Section 2).
 
-  q, k = rotate(norm(x W_q)), rotate(norm(x W_k)), in this order.
+  q = rotate(norm(x W_q)), k = rotate(norm(x W_k)), v = x W_v.
 
-  num_heads: N. num_kv_heads: K, a divisor of N; None: N (2305.13245).
-  max_length: the n of sigmoid's default bias -log n and of ReLU's 1 / n, one
-    constant whatever the length of an input.
-  logit_bias: float; None: the kind's own. learn_logit_bias: a trainable one
-    for each head, starting from it. Neither goes with softmax: ValueError.
-  qk_norm: none, layernorm or rmsnorm of q and k over the head width.
-  alibi: adds ALiBi's distance penalty (2108.12409) to the logits.
-  rotate: None or a function of x_BTNH, applied to q and to k: RoPE, say. It
-    takes `positions` too where the call has them.
-  row_power: p of the row scaling i^-p, i the keys that row i sees, as an
-    alternative to sigmoid's bias; 0: none. It needs is_causal, and `positions`
-    in the call, from which i follows in packed and in decoded rows too.
-  implementation: see attention.dot_product_attention.
+  Args:
+    width: D. num_heads: N. num_kv_heads: K, a divisor of N; None: N
+      (2305.13245).
+    max_length: the n of sigmoid's default bias -log n and of ReLU's 1 / n. It
+      is one constant, whatever the length of an input.
+    kind: one of attention.KINDS.
+    logit_bias: b; None: the kind's default. learn_logit_bias: b is trained, one
+      for each head, and starts from that value. Softmax refuses both.
+    qk_norm: none, layernorm or rmsnorm, of q and k over the head width.
+    alibi: adds ALiBi's distance penalty (2108.12409) to the logits.
+    rotate: a function of x_BTNH that is applied to q and to k, RoPE for
+      example; it also gets `positions` where the call has them. None: nothing.
+    row_power: p of the row scaling i^-p, where i is the number of keys that the
+      row sees: an alternative to sigmoid's bias. 0: no scaling. It needs
+      is_causal, and `positions` in the call.
+    implementation: as in attention.dot_product_attention.
+
+  Raises:
+    ValueError: for an unknown choice, head counts that do not divide, a logit
+      bias with softmax, or row_power without is_causal.
   """
 
   def __init__(
@@ -121,7 +129,7 @@ class SelfAttention(nnx.Module):
     self.alibi, self.is_causal = alibi, is_causal
     self.rotate, self.row_power = rotate, row_power
     self.implementation = implementation
-    # Replaced by telemetry, which thus hears what every layer is given.
+    # Telemetry replaces it, to record what every layer passes to attention.
     self.attention_fn = attention.dot_product_attention
     head_width = width // num_heads
     linear = functools.partial(
@@ -156,16 +164,16 @@ class SelfAttention(nnx.Module):
     cache: Cache | None = None,
     place: jax.Array | None = None,
   ) -> jax.Array | tuple[jax.Array, Cache]:
-    """(B, T, D) -> (B, T, D); with a cache, the filled one too.
+    """(B, T, D) -> (B, T, D), and the filled cache where one is given.
 
-    mask: bool, True where a query may see a key, (B or 1, N or 1, T, T).
-    seq_lengths: (B,), the rest is padding. segment_ids: (B, T), tokens see
-    those of their own segment. positions: (T,) or (B, T), what `rotate` turns
-    by and row_power counts from; 0 is the first of a row or segment.
-    cache: a Cache of S slots. Without `place` the tokens fill its first T and
-    see each other alone. With it, an int32 scalar, they fill the slots from
-    there on, and `mask`, (B or 1, N or 1, T, S), says which slots they see;
-    is_causal, seq_lengths and segment_ids are then of no effect.
+    mask: (B or 1, N or 1, T, T) bool, True where a query sees a key.
+    seq_lengths: (B,), the tokens beyond are padding. segment_ids: (B, T), a
+    token sees the tokens of its own segment. positions: (T,) or (B, T), for
+    `rotate` and row_power; 0 is the first token of a row or segment.
+    cache: a Cache of S slots. Without `place` the tokens fill its first T slots
+    and see only each other. `place` is an int32 scalar, the slot of the first
+    token; `mask`, (B or 1, N or 1, T, S), then says which slots they see, and
+    is_causal, seq_lengths and segment_ids have no effect.
     """
     q_BTNH, k_BTKH = self.query(x_BTD), self.key(x_BTD)
     if self.has_qk_norm:
@@ -220,9 +228,10 @@ class SelfAttention(nnx.Module):
     return positions.alibi_slopes(q_BTNH.shape[2]) if self.alibi else None
 
   def _distances(self, q_BTNH, cache, place):
-    """ALiBi's penalty by slot, (1, N, T, S): the cache is longer than filled.
+    """ALiBi's penalty for each slot, (1, N, T, S).
 
-    Hence not alibi_slopes, which takes the last slot for the last token's.
+    alibi_slopes would take the last slot for the last token's, but the cache
+    has slots that are not filled yet.
     """
     if not self.alibi:
       return None
@@ -232,7 +241,7 @@ class SelfAttention(nnx.Module):
 
 
 def row_scale(positions: ArrayLike, power: float) -> jax.Array:
-  """(positions + 1)^-power: a causal row sees itself and those before.
+  """(positions + 1)^-power: a causal row sees itself and the rows before it.
 
   positions: (T,) or (B, T). Returns float32, (1 or B, T).
   """
@@ -275,9 +284,9 @@ def _trainable_bias(kind, logit_bias, max_length, num_heads):
 class Mlp(nnx.Module):
   """gelu: W_down gelu(W_up x). swiglu: W_down (silu(W_gate x) * W_up x).
 
-  gelu is the tanh form of 1606.08415, as in jax.nn and in ViT: a step of
-  configs/vit.py takes 0.8 of the exact one's time. swiglu: 2002.05202.
-  hidden: F.
+  gelu is the tanh form of 1606.08415, as in jax.nn and in ViT: with it, a step
+  of configs/vit.py takes 0.8 of the time that it takes with the exact form.
+  swiglu: 2002.05202. hidden: F.
   """
 
   def __init__(
@@ -348,8 +357,9 @@ class Residual(nnx.Module):
   post:   norm_out(x + f(x))               (1706.03762)
   hybrid: x + norm_out(f(norm_in(x)))      (2409.04431: needed at 1B, n = 4096)
 
-  layer_scale, unless None, is LayerScale's init: the factor is on what is
-  added to x, and drop_path drops the same, `dropout` numbers of it.
+  layer_scale: LayerScale's init, None for no factor. The factor, dropout (of
+  single numbers, at rate `dropout`) and drop_path (of whole examples) act on
+  what is added to x.
   """
 
   def __init__(
@@ -380,8 +390,7 @@ class Residual(nnx.Module):
     rng: jax.Array | None = None,
     rate: ArrayLike | None = None,
   ) -> jax.Array:
-    """branch: a function of x_BTD. rng: None drops nothing. rate: drop_path's,
-    None where there is none."""
+    """branch: f. rng: None drops nothing. rate: drop_path's; None: none."""
     y_BTD = x_BTD + self.added(x_BTD, branch, rng, rate)
     return normalize(self.norm_out, y_BTD) if self.norm == "post" else y_BTD
 
@@ -392,7 +401,7 @@ class Residual(nnx.Module):
     rng: jax.Array | None = None,
     rate: ArrayLike | None = None,
   ) -> jax.Array:
-    """What is added to x_BTD; arguments as of the call."""
+    """What is added to x_BTD; the arguments are those of the call."""
     y_BTD = x_BTD
     if self.norm in ("pre", "hybrid"):
       y_BTD = normalize(self.norm_in, y_BTD)
@@ -411,9 +420,8 @@ class Residual(nnx.Module):
 class Block(nnx.Module):
   """Self-attention, then an MLP, each in a Residual.
 
-  attn, mlp: SelfAttention and Mlp of this width.
-  norm: pre, post or hybrid. norm_kind: layernorm or rmsnorm. layer_scale: its
-  init, or None for no factor. dropout: rate of the numbers of a branch.
+  attn, mlp: a SelfAttention and an Mlp of this width. The other arguments are
+  those of Residual.
   """
 
   def __init__(
@@ -443,9 +451,9 @@ class Block(nnx.Module):
     cache: Cache | None = None,
     **attn_args: Any,
   ) -> jax.Array | tuple[jax.Array, Cache]:
-    """(B, T, D) -> (B, T, D); with a cache, the filled one too.
+    """(B, T, D) -> (B, T, D), and the filled cache where one is given.
 
-    rng: of dropout, and of drop_path with `rate` unless that is None; None
+    rng: for dropout, and for drop_path with `rate` unless that is None; None
     drops nothing. cache, attn_args: as in SelfAttention.
     """
     rngs = (None, None) if rng is None else jax.random.split(rng)
@@ -463,16 +471,16 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-  """`depth` equal blocks, their parameters stacked along a leading axis.
+  """`depth` equal blocks, whose parameters are stacked along a leading axis.
 
-  They run in a scan, so the time to compile does not grow with the depth;
-  a stack of up to MAX_UNROLLED layers without remat is unrolled for speed.
+  They run in a scan, so that the time to compile does not grow with the depth.
+  A stack of up to MAX_UNROLLED layers without remat is unrolled for speed.
 
-  make_block: a function of an nnx.Rngs, the same module for every layer.
-  drop_path: rate of the last layer's branches; layer i of L drops with
-    drop_path * i / (L - 1), from 0 on (a single layer: drop_path).
-  remat: recompute activations in the backward pass, keeping each layer's
-    input alone (1604.06174).
+  make_block: a function of an nnx.Rngs that makes one layer.
+  drop_path: rate of the last layer's branches; layer i of L, counted from 0,
+    drops at the rate drop_path * i / (L - 1), a single layer at drop_path.
+  remat: keeps only each layer's input, and recomputes the activations in the
+    backward pass (1604.06174).
   """
 
   def __init__(
@@ -501,7 +509,7 @@ class Stack(nnx.Module):
     cache: Cache | None = None,
     **attn_args: Any,
   ) -> jax.Array | tuple[jax.Array, Cache]:
-    """Arguments as Block's; rng None: deterministic, nothing is dropped."""
+    """The arguments are those of Block; rng None drops nothing."""
     graphdef, states = nnx.split(self.blocks)
 
     def layer(x_BTD, slices):

@@ -1,4 +1,4 @@
-"""Where a token stands: sine tables, rotary embedding, CAPE, ALiBi's slopes."""
+"""Positions of tokens: sine tables, rotary embedding, CAPE, ALiBi slopes."""
 
 import math
 
@@ -19,25 +19,25 @@ def sincos_1d(length: int, width: int) -> np.ndarray:
   return _sincos(np.arange(length), width)
 
 
-def sincos_2d(height: int, width_: int, dim: int) -> np.ndarray:
-  """sincos_1d of the row in the first half, of the column in the second.
+def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
+  """sincos_1d of a patch's row in the first half, of its column in the second.
 
   As in MoCo v3 (2104.02057); the patches are in raster order.
 
-  height, width_: of the grid, in patches. dim: of the table, a multiple of 4.
-  Returns (height * width_, dim) float32. Raises ValueError for another dim.
+  rows, columns: of the grid, in patches. width: of the table, a multiple of 4.
+  Returns (rows * columns, width) float32. Raises ValueError for another width.
   """
-  if dim % 4:
-    raise ValueError(f"{dim=}; must be a multiple of 4")
-  rows_columns = grid(height, width_)
+  if width % 4:
+    raise ValueError(f"{width=}; must be a multiple of 4")
+  place_P2 = grid(rows, columns)
   return np.concatenate(
-    [_sincos(rows_columns[:, i], dim // 2) for i in range(2)], axis=1
+    [_sincos(place_P2[:, i], width // 2) for i in range(2)], axis=1
   )
 
 
-def grid(height: int, width_: int) -> np.ndarray:
-  """(row, column) of each patch in raster order, (height * width_, 2) int."""
-  return np.stack(np.indices((height, width_)), axis=-1).reshape(-1, 2)
+def grid(rows: int, columns: int) -> np.ndarray:
+  """(row, column) of each patch in raster order, (rows * columns, 2) int."""
+  return np.stack(np.indices((rows, columns)), axis=-1).reshape(-1, 2)
 
 
 def _sincos(positions, width):
@@ -54,7 +54,7 @@ def _frequencies(width):
 
 
 def sincos(positions: jax.Array, width: int) -> jax.Array:
-  """sincos_1d's row at each position, whole or not, of an array on a device.
+  """The row of sincos_1d's table for each position, which may be fractional.
 
   Returns (*positions.shape, width) float32. Raises ValueError for odd widths.
   """

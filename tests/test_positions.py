@@ -97,7 +97,7 @@ def test_alibi_slopes_are_the_published_ones():
   ("make", "said"),
   [
     (lambda: positions.sincos_1d(3, 5), "width=5"),
-    (lambda: positions.sincos_2d(3, 3, 6), "dim=6"),
+    (lambda: positions.sincos_2d(3, 3, 6), "width=6"),
     (lambda: positions.rope(jnp.ones((1, 2, 1, 3)), np.arange(2)), "1, 3"),
     (
       lambda: positions.rope_2d(jnp.ones((1, 2, 1, 6)), np.ones((2, 2))),

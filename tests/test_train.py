@@ -364,3 +364,38 @@ def test_kinds_start_from_the_same_parameters():
   equal(
     setup.init(vit.get_config())[1], setup.init(vit_sigmoid.get_config())[1]
   )
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_a_run_of_an_older_format_is_refused_by_name(
+  program, tmp_path, few_images
+):
+  train(small(), tmp_path)
+  path = tmp_path / "config.json"
+  content = json.loads(path.read_text())
+  assert content["format"] == run_dir.FORMAT
+  path.write_text(json.dumps(content["config"]))  # as it was in format 1
+  words = ["--config=configs/vit_sigmoid.py:runlocal"]
+  done = subprocess.run(
+    [sys.executable, program, *words[: program == "train.py"],
+     f"--workdir={tmp_path}"],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert "holds a run of format 1, this version reads format 2" in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_of_an_older_format_is_refused(
+  tmp_path, few_images, monkeypatch
+):
+  monkeypatch.setattr(run_dir, "FORMAT", 1)
+  train(small(), tmp_path)
+  monkeypatch.undo()
+  path = tmp_path / "config.json"
+  content = json.loads(path.read_text()) | {"format": run_dir.FORMAT}
+  path.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match="holds a run of format 1"):
+    checkpoint.load(tmp_path)
+  with pytest.raises(ValueError, match="holds a run of format 1"):
+    train(small(total_steps=3), tmp_path)
