@@ -6,13 +6,19 @@ Images are uint8 NumPy arrays, (B, H, W, C) or (H, W, C); C is 1 or 3.
 import math
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageOps
 
 GREY = 128  # fills what a moved image leaves empty
 CROPS = ("none", "pad", "inception")
 
 
-def train(images_BHWC, size, augment, rng):
+def train(
+  images_BHWC: np.ndarray,
+  size: int,
+  augment: ConfigDict,
+  rng: np.random.Generator,
+) -> np.ndarray:
   """Crops to (B, size, size, C), flips and randomly augments.
 
   augment: the config's block of that name. rng: a NumPy Generator, from which
@@ -35,7 +41,7 @@ def train(images_BHWC, size, augment, rng):
   return images
 
 
-def evaluate(images_BHWC, size, crop):
+def evaluate(images_BHWC: np.ndarray, size: int, crop: str) -> np.ndarray:
   """The middle, (B, size, size, C), where training crops; else a resize.
 
   The short side becomes 8/7 of `size` first: 256 for 224.
@@ -49,7 +55,7 @@ def evaluate(images_BHWC, size, crop):
   return images[:, top : top + size, left : left + size]
 
 
-def resize(images_BHWC, height, width):
+def resize(images_BHWC: np.ndarray, height: int, width: int) -> np.ndarray:
   """Bicubic; the images themselves where they have the size already."""
   if images_BHWC.shape[1:3] == (height, width):
     return images_BHWC
@@ -57,14 +63,18 @@ def resize(images_BHWC, height, width):
   return np.stack([to_array(x) for x in images])
 
 
-def inception(image_HWC, size, min_area, rng):
+def inception(
+  image_HWC: np.ndarray, size: int, min_area: float, rng: np.random.Generator
+) -> np.ndarray:
   """A random part, (size, size, C): Szegedy et al. (1409.4842), section 6."""
   box = inception_box(*image_HWC.shape[:2], min_area, rng)
   image = to_pillow(image_HWC).resize((size, size), _CUBIC, box=box)
   return to_array(image)
 
 
-def inception_box(height, width, min_area, rng):
+def inception_box(
+  height: int, width: int, min_area: float, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
   """(left, top, right, bottom) in pixels.
 
   A share of [min_area, 1] of the image's area with an aspect of 3/4 to 4/3;
@@ -84,7 +94,9 @@ def inception_box(height, width, min_area, rng):
   return left, top, left + w, top + h
 
 
-def shift(images_BHWC, pad, rng):
+def shift(
+  images_BHWC: np.ndarray, pad: int, rng: np.random.Generator
+) -> np.ndarray:
   """Each image moved by up to `pad` pixels up or down and to a side; zeros."""
   batch, height, width, _ = images_BHWC.shape
   edges = ((0, 0), (pad, pad), (pad, pad), (0, 0))
@@ -96,7 +108,7 @@ def shift(images_BHWC, pad, rng):
   return shifted
 
 
-def flip(images_BHWC, rng):
+def flip(images_BHWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """Every image left to right with probability 1/2."""
   chosen = rng.random(len(images_BHWC)) < 0.5
   return np.where(
@@ -104,7 +116,9 @@ def flip(images_BHWC, rng):
   )
 
 
-def randaugment(image_HWC, layers, magnitude, rng):
+def randaugment(
+  image_HWC: np.ndarray, layers: int, magnitude: float, rng: np.random.Generator
+) -> np.ndarray:
   """`layers` random operations, each at magnitude / 10 of its range.
 
   Cubuk et al. (1909.13719); the ranges are those of AutoAugment
@@ -164,13 +178,13 @@ OPERATIONS = {
 }
 
 
-def to_pillow(image_HWC):
+def to_pillow(image_HWC: np.ndarray) -> Image.Image:
   """An image of mode L or RGB, by the number of channels."""
   grey = image_HWC.shape[-1] == 1
   return Image.fromarray(image_HWC[..., 0] if grey else image_HWC)
 
 
-def to_array(image):
+def to_array(image: Image.Image) -> np.ndarray:
   """uint8 (H, W, C) of an image of mode L or RGB."""
   array = np.asarray(image)
   return array[..., None] if array.ndim == 2 else array

@@ -5,8 +5,11 @@ or of parquet files, and a data set of the Hugging Face Hub.
 """
 
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from sigattn.data import augment, hub, loader
@@ -99,7 +102,7 @@ def _columns(source, features):
   )
 
 
-def open_source(config, split):
+def open_source(config: ConfigDict, split: str) -> "Source":
   """The Source of a split. ValueError where there is no such split."""
   source = config.data.source
   if source in EMBEDDED:
@@ -113,18 +116,20 @@ def open_source(config, split):
 class Source(loader.ExampleSource):
   """A split of images, cropped, resized and augmented as the config says."""
 
-  def __init__(self, config):
+  def __init__(self, config: ConfigDict):
     self._size = config.data.image_size
     # A copy, which stays as it is when a notebook changes the config.
     self._augment = config.augment.copy_and_resolve_references()
 
-  def train(self, indices_B, rng):
+  def train(
+    self, indices_B: np.ndarray, rng: np.random.Generator
+  ) -> loader.Batch:
     """uint8 `image` (B, size, size, C), augmented, and int32 `label` (B,)."""
     images, labels = self._read(indices_B)
     images = augment.train(images, self._size, self._augment, rng)
     return {"image": images, "label": labels}
 
-  def evaluate(self, indices_B):
+  def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
     """The same without randomness."""
     images, labels = self._read(indices_B)
     images = augment.evaluate(images, self._size, self._augment.crop)
@@ -188,7 +193,7 @@ class _Decoded(Source):
     return array[None], np.array([label], np.int32)
 
 
-def decode(encoded, channels):
+def decode(encoded: Mapping[str, Any], channels: int) -> np.ndarray:
   """uint8 (H, W, channels) of a dict with `bytes` or, where None, `path`."""
   content = encoded["bytes"]
   file = encoded["path"] if content is None else io.BytesIO(content)

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 WINDOW_MS, HOP_MS = 25, 10
 # Below the quietest part of a recording of 16 bits, so that digital silence
@@ -12,7 +13,7 @@ WINDOW_MS, HOP_MS = 25, 10
 _FLOOR = 1e-6
 
 
-def frames(samples, sample_rate):
+def frames(samples: int | jax.Array, sample_rate: int) -> int | jax.Array:
   """Frames in `samples` samples, an int or an array: whole windows alone."""
   window, hop = _sizes(sample_rate)
   return (samples - window) // hop + 1
@@ -23,7 +24,7 @@ def _sizes(sample_rate):
   return sample_rate * WINDOW_MS // 1000, sample_rate * HOP_MS // 1000
 
 
-def log_mel(audio_BS, sample_rate, mel_bins):
+def log_mel(audio_BS: jax.Array, sample_rate: int, mel_bins: int) -> jax.Array:
   """log(max(mel |FFT(Hann window of the audio)|^2, 1e-6)).
 
   A window of 25 ms every 10 ms, none beyond the end; the FFT has twice the
@@ -46,7 +47,7 @@ def log_mel(audio_BS, sample_rate, mel_bins):
   return jnp.log(jnp.maximum(mel_BTM, _FLOOR))
 
 
-def mel_filters(sample_rate, fft_size, mel_bins):
+def mel_filters(sample_rate: int, fft_size: int, mel_bins: int) -> np.ndarray:
   """Triangles over the frequencies of an FFT, of equal area (Slaney, 1998).
 
   Their corners are equally far apart on the mel scale, from 0 to half the
@@ -79,12 +80,12 @@ def _hertz(mel):
   return np.where(mel < _KNEE, _LINEAR * mel, above)
 
 
-def valid(lengths_B, length):
+def valid(lengths_B: jax.Array, length: int) -> jax.Array:
   """bool (B, length): what is not padding."""
   return jnp.arange(length)[None] < lengths_B[:, None]
 
 
-def normalize(x_BTM, frames_B):
+def normalize(x_BTM: jax.Array, frames_B: jax.Array) -> jax.Array:
   """(x - mean) / std over an utterance's frames and bins; its padding is 0."""
   valid_BT1 = valid(frames_B, x_BTM.shape[1])[..., None]
   count_B11 = (frames_B * x_BTM.shape[2])[:, None, None]
@@ -98,7 +99,9 @@ def normalize(x_BTM, frames_B):
   return jnp.where(valid_BT1, x_BTM, 0)
 
 
-def spec_augment(augment, rng, x_BTM, frames_B):
+def spec_augment(
+  augment: ConfigDict, rng: jax.Array, x_BTM: jax.Array, frames_B: jax.Array
+) -> jax.Array:
   """SpecAugment (1904.08779): 0 in random bands of frequency and of time.
 
   augment: freq_masks bands, each of up to freq_width bins; time_masks of up to

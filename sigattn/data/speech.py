@@ -7,14 +7,18 @@ files, and a data set of the Hugging Face Hub.
 import functools
 import io
 import math
+import os
 import unicodedata
 import zlib
+from collections.abc import Iterable
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow.parquet
 import scipy.signal
 import soundfile
 from absl import logging
+from ml_collections import ConfigDict
 
 from sigattn.data import hub, loader
 from sigattn.validate import Field, real, sequence, text, whole
@@ -91,7 +95,7 @@ def _builder(config):
   return hub.builder(config.data.source, EMBEDDED)
 
 
-def open_source(config, split):
+def open_source(config: ConfigDict, split: str) -> "Source":
   """The Source of a split. ValueError where there is no such split."""
   for part in split.split("+"):
     hub.validate_split(config.data.source, part, _splits(config))
@@ -100,7 +104,7 @@ def open_source(config, split):
   return Source(config, split, _Table(config, split), False)
 
 
-def transcript(text, alphabet):
+def transcript(text: str, alphabet: str) -> str:
   """The text in the alphabet's characters: what is said, as it is learned.
 
   Lower case where the alphabet has no upper case; accents, punctuation and all
@@ -115,7 +119,7 @@ def transcript(text, alphabet):
   return " ".join(kept.split())
 
 
-def encode(text, alphabet):
+def encode(text: str, alphabet: str) -> np.ndarray:
   """int32 indices of the characters; ValueError for one that is unknown."""
   try:
     return np.array([alphabet.index(c) + 1 for c in text], np.int32)
@@ -123,12 +127,14 @@ def encode(text, alphabet):
     raise ValueError(f"{text=}; must be of {alphabet=}") from error
 
 
-def spell(indices, alphabet):
+def spell(indices: Iterable[int], alphabet: str) -> str:
   """The text of indices without blanks."""
   return "".join(alphabet[i - 1] for i in indices)
 
 
-def read(file, sample_rate):
+def read(
+  file: str | os.PathLike[str] | BinaryIO, sample_rate: int
+) -> np.ndarray:
   """float32 samples in -1..1 of a path or file object, at `sample_rate`.
 
   Channels are averaged. Whatever libsndfile reads: WAV, FLAC, Opus, MP3, ...
@@ -137,7 +143,7 @@ def read(file, sample_rate):
   return resample(audio_SC.mean(axis=1), rate, sample_rate)
 
 
-def resample(audio_S, rate, new_rate):
+def resample(audio_S: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
   """The same sound with another number of samples a second."""
   if rate == new_rate:
     return audio_S
@@ -229,7 +235,9 @@ class Source(loader.ExampleSource):
   one bucket, and all of a bucket's batches have one shape.
   """
 
-  def __init__(self, config, split, rows, in_memory):
+  def __init__(
+    self, config: ConfigDict, split: str, rows: _Rows, in_memory: bool
+  ):
     data, self._rows, self.in_memory = config.data, rows, in_memory
     self._rate, self._speeds = data.sample_rate, tuple(config.augment.speeds)
     self._where = f"config.data.source={data.source!r}, split {split!r}"
@@ -248,10 +256,12 @@ class Source(loader.ExampleSource):
       )  # fmt: skip
     self._kept = {}  # what is in memory, by index and speed
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self._texts)
 
-  def train(self, indices_B, rng):
+  def train(
+    self, indices_B: np.ndarray, rng: np.random.Generator
+  ) -> loader.Batch:
     """A batch, each utterance at one of the speeds of config.augment.
 
     float32 `audio` (B, S) in -1..1, int32 `samples` (B,) of it that are no
@@ -264,7 +274,7 @@ class Source(loader.ExampleSource):
     ]
     return self._batch(indices_B, audio, min(*self._speeds, 1.0))
 
-  def evaluate(self, indices_B):
+  def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
     """The same as recorded, and float32 `seconds` (B,)."""
     audio = [self._at_speed(i, 1.0) for i in indices_B.tolist()]
     batch = self._batch(indices_B, audio, 1.0)

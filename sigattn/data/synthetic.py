@@ -11,6 +11,7 @@ the held-out ones are a fixed set, drawn from other seeds.
 """
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from sigattn.data import loader
 from sigattn.validate import choice, whole
@@ -23,7 +24,7 @@ class Source(loader.ExampleSource):
 
   in_memory = True
 
-  def __init__(self, config, split):
+  def __init__(self, config: ConfigDict, split: str):
     self._data = config.data.copy_and_resolve_references()
     self._make = TASKS[self._data.name][0]
     self._held_out = None
@@ -31,26 +32,28 @@ class Source(loader.ExampleSource):
       rng = np.random.default_rng((1, config.seed, self._data.length))
       self._held_out = self._make(rng, self._data.eval_examples, self._data)
 
-  def __len__(self):
+  def __len__(self) -> int:
     return TRAIN if self._held_out is None else self._data.eval_examples
 
-  def train(self, indices_B, rng):
+  def train(
+    self, indices_B: np.ndarray, rng: np.random.Generator
+  ) -> loader.Batch:
     """`input` (B, T), `target` (B, T) and `scored` (B, T): where it counts."""
     return self._make(rng, len(indices_B), self._data)
 
-  def evaluate(self, indices_B):
+  def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
     """The same of the held-out examples."""
     return {name: x[indices_B] for name, x in self._held_out.items()}
 
 
-def open_source(config, split):
+def open_source(config: ConfigDict, split: str) -> Source:
   """The Source of a split. ValueError where there is no such split."""
   if split not in (config.data.train_split, config.data.eval_split):
     raise ValueError(f"{split=}; choose from ['test', 'train']")
   return Source(config, split)
 
 
-def width(data):
+def width(data: ConfigDict) -> int:
   """Tokens of an example, T."""
   return {
     "summation": 2 * data.length,
@@ -60,7 +63,9 @@ def width(data):
   }[data.name]
 
 
-def summation(rng, count, data):
+def summation(
+  rng: np.random.Generator, count: int, data: ConfigDict
+) -> loader.Batch:
   """length numbers N(0, 1), then the mask of size ones among them."""
   m, k = data.length, data.size
   number_BT = rng.standard_normal((count, m), np.float32)
@@ -72,7 +77,9 @@ def summation(rng, count, data):
   return {"input": input_BT, "target": target_BT, "scored": scored_BT}
 
 
-def pair_repeat(rng, count, data):
+def pair_repeat(
+  rng: np.random.Generator, count: int, data: ConfigDict
+) -> loader.Batch:
   """A begin (symbol 0), then length symbols from 1 on; the target is there.
 
   Half of the examples repeat the first pair, at a random place. In the others
@@ -102,7 +109,9 @@ def pair_repeat(rng, count, data):
   return {"input": input_BT, "target": target_BT, "scored": scored_BT}
 
 
-def recall(rng, count, data):
+def recall(
+  rng: np.random.Generator, count: int, data: ConfigDict
+) -> loader.Batch:
   """length pairs of key and value, then size of the keys, in another order.
 
   Keys are the lower half of the vocabulary, each at most once; values the
@@ -121,7 +130,9 @@ def recall(rng, count, data):
   return {"input": input_BT, "target": target_BT, "scored": scored_BT}
 
 
-def copy(rng, count, data):
+def copy(
+  rng: np.random.Generator, count: int, data: ConfigDict
+) -> loader.Batch:
   """length symbols from 1 on, the separator 0, and the string but its last.
 
   From the separator on, the target is the string's next symbol.

@@ -17,11 +17,13 @@ import functools
 import itertools
 import lzma
 import pathlib
+from collections.abc import Iterable, Iterator
 
 import grain
 import grain.experimental
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from sigattn.data import hub, loader, tokenizers
 from sigattn.validate import items, real, sequence, text, whole
@@ -158,7 +160,7 @@ def _embedded_split(source, split):
   return whole_text[:cut] if split == "train" else whole_text[cut:]
 
 
-def tokenizer(config):
+def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
   """The tokenizer of a config (sigattn.data.tokenizers)."""
   return _tokenizer(config.data.tokenizer, config.data.source)
 
@@ -184,7 +186,9 @@ def _tokenizer(name, source):
   return tokenizers.File(path)
 
 
-def open_source(config, split):
+def open_source(
+  config: ConfigDict, split: str
+) -> "loader.ExampleSource | Stream":
   """The rows of a split: an _Embedded or a Stream.
 
   ValueError where there is no such split.
@@ -194,7 +198,7 @@ def open_source(config, split):
   return Stream(config, split)
 
 
-def documents(source, split, column):
+def documents(source: str, split: str, column: str) -> Iterable[str]:
   """The texts of a source, one after the other."""
   if source in EMBEDDED:
     return iter([_embedded_split(source, split)])
@@ -238,11 +242,11 @@ class _Embedded(loader.ExampleSource):
 class Stream:
   """Documents packed into rows, as they come."""
 
-  def __init__(self, config, split):
+  def __init__(self, config: ConfigDict, split: str):
     self._config, self._split = config, split
     self._tokenizer = tokenizer(config)
 
-  def train_batches(self, config):
+  def train_batches(self, config: ConfigDict) -> Iterator[loader.Batch]:
     """Endless batches; each process has its own share.
 
     Documents are shuffled within config.data.shuffle_window of them, sources
@@ -260,7 +264,7 @@ class Stream:
       )
     )
 
-  def eval_batches(self, config):
+  def eval_batches(self, config: ConfigDict) -> Iterable[loader.Batch]:
     """Batches with float32 `weight` (B,), as often as iterated.
 
     The first config.eval.rows rows (None: all) in order, the last batch filled
@@ -269,7 +273,7 @@ class Stream:
     """
     return _EvalBatches(self, config.batch_size)
 
-  def eval_rows(self):
+  def eval_rows(self) -> Iterator[loader.Batch]:
     """An iterator of the rows that are evaluated."""
     data = self._config.data
     rows = self._rows(_eval_source(data), self._split, train=False)

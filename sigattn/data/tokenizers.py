@@ -1,22 +1,41 @@
-"""Tokenizers: text to numbers and back. A tokenizer has
+"""Tokenizers convert texts to token ids and back."""
 
-size           how many numbers there are
-end            the number between documents: each begins and ends with it
-start          what a text to continue begins with
-encode(texts)  a list of texts to a list of int32 arrays, without `end`
-decode(ids)    text; `end` is nothing
-num_bytes()    int32 (size,): bytes of text in each; 0 for `end`
-"""
+import os
+from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 
 END = "<|endoftext|>"  # in a tokenizer that is trained here
 
 
+class Tokenizer(Protocol):
+  """What every tokenizer offers. Token ids are 0, 1, ..., size - 1.
+
+  size: the number of token ids.
+  end: the id of the token between documents; each document begins and ends
+    with it.
+  start: the id of the token that precedes a text to continue.
+  """
+
+  size: int
+  end: int
+  start: int
+
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    """The int32 token ids of each text, without `end`."""
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of the token ids; `end` contributes nothing."""
+
+  def num_bytes(self) -> np.ndarray:
+    """The bytes of text in each token, int32 (size,); 0 for `end`."""
+
+
 class Characters:
   """One number a character of an alphabet, in its order; then `end`."""
 
-  def __init__(self, alphabet):
+  def __init__(self, alphabet: str):
     self._alphabet = alphabet
     self._ids = {character: i for i, character in enumerate(alphabet)}
     self.end = len(alphabet)
@@ -24,7 +43,7 @@ class Characters:
     # A text in one piece has no documents, and so no `end`: but lines.
     self.start = self._ids.get("\n", self.end)
 
-  def encode(self, texts):
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
     """Raises ValueError for a character outside of the alphabet."""
     if unknown := set().union(*texts) - self._ids.keys():
       raise ValueError(
@@ -32,10 +51,10 @@ class Characters:
       )
     return [np.array([self._ids[x] for x in t], np.int32) for t in texts]
 
-  def decode(self, ids):
+  def decode(self, ids: Iterable[int]) -> str:
     return "".join(self._alphabet[i] for i in ids if i != self.end)
 
-  def num_bytes(self):
+  def num_bytes(self) -> np.ndarray:
     return np.array([*(len(x.encode()) for x in self._alphabet), 0], np.int32)
 
 
@@ -44,13 +63,13 @@ class Bytes:
 
   size, end, start = 257, 256, 256
 
-  def encode(self, texts):
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
     return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]
 
-  def decode(self, ids):
+  def decode(self, ids: Iterable[int]) -> str:
     return bytes(i for i in ids if i != self.end).decode(errors="replace")
 
-  def num_bytes(self):
+  def num_bytes(self) -> np.ndarray:
     return np.array([1] * 256 + [0], np.int32)
 
 
@@ -59,7 +78,7 @@ class File:
 
   _ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 
-  def __init__(self, path):
+  def __init__(self, path: str | os.PathLike[str]):
     """path: of a tokenizer.json. Raises ValueError where it is none."""
     import tokenizers
 
@@ -74,14 +93,14 @@ class File:
     self.end = self.start = ends[0]
     self.size = max(vocabulary.values()) + 1
 
-  def encode(self, texts):
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
     found = self._tokenizer.encode_batch(texts, add_special_tokens=False)
     return [np.array(x.ids, np.int32) for x in found]
 
-  def decode(self, ids):
+  def decode(self, ids: Iterable[int]) -> str:
     return self._tokenizer.decode([int(i) for i in ids if i != self.end])
 
-  def num_bytes(self):
+  def num_bytes(self) -> np.ndarray:
     """Exact for a byte-level vocabulary, whose characters are bytes each."""
     count = np.zeros(self.size, np.int32)
     special = set(self._tokenizer.get_added_tokens_decoder())
