@@ -12,7 +12,7 @@ import numpy as np
 from sigattn.data.speech import BLANK, spell
 
 
-def greedy(path_T, alphabet):
+def greedy(path_T: np.ndarray, alphabet: str) -> str:
   """The text of the path of the most probable index of each frame."""
   path_T = np.asarray(path_T)
   changed = np.append(True, path_T[1:] != path_T[:-1])
@@ -20,7 +20,7 @@ def greedy(path_T, alphabet):
   return spell(kept, alphabet)
 
 
-def prefix_beam(log_probs_TV, alphabet, width):
+def prefix_beam(log_probs_TV: np.ndarray, alphabet: str, width: int) -> str:
   """The most probable text that a search over prefixes finds (1408.2873).
 
   Sums over the paths of a text, where `greedy` takes the text of one path.
@@ -56,7 +56,7 @@ def prefix_beam(log_probs_TV, alphabet, width):
 COUNTS = ("character_errors", "characters", "word_errors", "words")
 
 
-def errors(reference, hypothesis):
+def errors(reference: str, hypothesis: str) -> dict[str, int]:
   """What COUNTS names: edits, and the reference's characters and words.
 
   An error rate is the quotient of sums over as many utterances as one likes.

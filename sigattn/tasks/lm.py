@@ -4,11 +4,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack
-from sigattn.data import text
+from sigattn.data import loader, text
 from sigattn.validate import choice, flag, whole
 
 SOURCE = text
@@ -32,7 +34,16 @@ class LanguageModel(nnx.Module):
   """
 
   def __init__(
-    self, stack, *, vocab_size, width, norm, table, has_positions, dtype, rngs
+    self,
+    stack: layers.Stack,
+    *,
+    vocab_size: int,
+    width: int,
+    norm: str | None,
+    table: bool,
+    has_positions: bool,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
   ):
     self.stack, self.table = stack, table
     self.has_positions = has_positions
@@ -43,7 +54,13 @@ class LanguageModel(nnx.Module):
     if self.has_norm:
       self.norm = layers.make_norm(norm, width, rngs)
 
-  def __call__(self, token_BT, rng=None, *, segment_ids=None):
+  def __call__(
+    self,
+    token_BT: jax.Array,
+    rng: jax.Array | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+  ) -> jax.Array:
     """Logits (B, T, V) of the token after each, float32.
 
     token_BT: integers; -1 is padding. rng: of what drops at random; None:
@@ -56,7 +73,9 @@ class LanguageModel(nnx.Module):
     )
     return self._logits(x_BTD)
 
-  def prefill(self, token_BT, segment_ids, slots):
+  def prefill(
+    self, token_BT: jax.Array, segment_ids: jax.Array, slots: int
+  ) -> tuple[jax.Array, layers.Cache]:
     """Logits (B, V) after the last token, and a cache of `slots` slots.
 
     The prompts end at T together: a shorter one begins with padding, whose
@@ -72,7 +91,13 @@ class LanguageModel(nnx.Module):
     )
     return self._logits(x_BTD[:, -1:])[:, 0], cache
 
-  def decode(self, token_B, cache, place, start_B):
+  def decode(
+    self,
+    token_B: jax.Array,
+    cache: layers.Cache,
+    place: jax.Array,
+    start_B: jax.Array,
+  ) -> tuple[jax.Array, layers.Cache]:
     """Logits (B, V) after one more token, and the cache with it.
 
     place: int32 scalar, the slot of this token. start_B: each row's first slot
@@ -117,7 +142,9 @@ class LanguageModel(nnx.Module):
     )
 
 
-def offsets(token_BT, segment_ids=None):
+def offsets(
+  token_BT: jax.Array, segment_ids: jax.Array | None = None
+) -> jax.Array:
   """How many tokens of its own segment stand before each token, (B, T)."""
   place_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1]), token_BT.shape)
   if segment_ids is None:
@@ -139,7 +166,7 @@ FIELDS = (
 RULES = (*stack.RULES, stack.multiple_for_positions({"sincos": 2, "rope": 2}))
 
 
-def build(config, rngs):
+def build(config: ConfigDict, rngs: nnx.Rngs) -> LanguageModel:
   """The LanguageModel of a config, its sigmoid's n the training length."""
   model = config.model
   blocks = stack.make(
@@ -164,20 +191,25 @@ def build(config, rngs):
   )
 
 
-def real_tokens(config, batch):
+def real_tokens(config: ConfigDict, batch: dict[str, jax.Array]) -> jax.Array:
   """bool (B, T): which inputs are no padding."""
   del config
   return batch["token"][:, :-1] >= 0
 
 
-def tick_labels(config, batch):
+def tick_labels(config: ConfigDict, batch: loader.Batch) -> list[str]:
   """The text of each input of a batch of one row, padding left out."""
   token_T = batch["token"][0, :-1]
   decode = text.tokenizer(config).decode
   return [decode([int(x)]) for x in token_T[token_T >= 0]]
 
 
-def loss(config, model, batch, rng):
+def loss(
+  config: ConfigDict,
+  model: LanguageModel,
+  batch: dict[str, jax.Array],
+  rng: jax.Array | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Mean cross-entropy of the tokens that have one before them.
 
   Returns (loss, {"loss", "accuracy"}).
@@ -203,7 +235,9 @@ def _predict(model, batch, rng=None):
   return nats_BT * real_BT, right_BT & real_BT, real_BT
 
 
-def evaluate(config, model, batch):
+def evaluate(
+  config: ConfigDict, model: LanguageModel, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
   """Sums over the tokens to predict: see `results`."""
   nats_BT, right_BT, real_BT = _predict(model, batch)
   weight_BT = batch["weight"][:, None] * real_BT
@@ -221,7 +255,9 @@ def evaluate(config, model, batch):
   return sums
 
 
-def results(config, sums):
+def results(
+  config: ConfigDict, sums: dict[str, np.ndarray]
+) -> dict[str, float]:
   """The metrics of sums over all batches.
 
   loss           nats a token
@@ -256,7 +292,7 @@ def _by_position(loss_T, weight_T):
   return found
 
 
-def evaluation_variants(config):
+def evaluation_variants(config: ConfigDict) -> dict[str, ConfigDict]:
   """What eval.py evaluates beside the run's own length: {name: config}.
 
   Each of config.eval.length_factors times the training length, by position,

@@ -1,15 +1,17 @@
 """Acoustic encoder with CTC (2106.03143, 2409.04431) and its task: speech."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack
-from sigattn.data import log_mel
+from sigattn.data import loader, log_mel
 from sigattn.data import speech as recordings
 from sigattn.tasks import ctc
 from sigattn.validate import choice, items, real, sequence, whole
@@ -42,16 +44,16 @@ class AcousticModel(nnx.Module):
 
   def __init__(
     self,
-    encoder,
+    encoder: nnx.Module,
     *,
-    mel_bins,
-    convolutions,
-    width,
-    characters,
-    add_positions,
-    norm,
-    dtype,
-    rngs,
+    mel_bins: int,
+    convolutions: tuple[tuple[int, int], ...],
+    width: int,
+    characters: int,
+    add_positions: Callable[..., jax.Array] | None,
+    norm: str | None,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
   ):
     self.encoder, self.add_positions = encoder, add_positions
     self.convolutions, self.dtype = convolutions, dtype
@@ -75,7 +77,9 @@ class AcousticModel(nnx.Module):
     zeros = nnx.initializers.zeros
     self.head = nnx.Linear(width, characters + 1, kernel_init=zeros, rngs=rngs)
 
-  def __call__(self, x_BTM, frames_B, rng=None):
+  def __call__(
+    self, x_BTM: jax.Array, frames_B: jax.Array, rng: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
     """Logits (B, T', V) float32, and how many of the T' are no padding (B,).
 
     x_BTM: normalised, of log_mel_of. rng: of what is random; None: nothing
@@ -120,7 +124,7 @@ RULES = (
 )
 
 
-def build(config, rngs):
+def build(config: ConfigDict, rngs: nnx.Rngs) -> AcousticModel:
   """The AcousticModel of a config; its sigmoid's n are the tokens of the
   longest utterance that config.data.bucket_seconds lets in."""
   model, data = config.model, config.data
@@ -167,7 +171,9 @@ def _adder(model):
   return add if model.positions in ("sincos", "cape") else None
 
 
-def log_mel_of(config, batch):
+def log_mel_of(
+  config: ConfigDict, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
   """Normalised log-mel (B, T, M) of a batch, and how many frames are real.
 
   A recording shorter than a window counts as one.
@@ -178,7 +184,7 @@ def log_mel_of(config, batch):
   return log_mel.normalize(x_BTM, frames_B), frames_B
 
 
-def tick_labels(config, batch):
+def tick_labels(config: ConfigDict, batch: loader.Batch) -> list[str]:
   """The second at which each token begins, of a batch of one."""
   stride = math.prod(stride for _, stride in config.model.convolutions)
   frames = log_mel.frames(int(batch["samples"][0]), config.data.sample_rate)
@@ -186,7 +192,12 @@ def tick_labels(config, batch):
   return [f"{start * log_mel.HOP_MS / 1000:.2f}" for start in starts]
 
 
-def loss(config, model, batch, rng):
+def loss(
+  config: ConfigDict,
+  model: AcousticModel,
+  batch: dict[str, jax.Array],
+  rng: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   """CTC's -log p(text | audio) with SpecAugment, in nats a character.
 
   batch: "audio" (B, S) float32 in -1..1, "samples" (B,), "label" (B, U) int32,
@@ -201,7 +212,12 @@ def loss(config, model, batch, rng):
   return value, {"loss": value}
 
 
-def ctc_loss(logits_BTV, tokens_B, labels_BU, characters_B):
+def ctc_loss(
+  logits_BTV: jax.Array,
+  tokens_B: jax.Array,
+  labels_BU: jax.Array,
+  characters_B: jax.Array,
+) -> jax.Array:
   """-log p(label) of each utterance, (B,); 0 for one with too few tokens.
 
   Each character takes a token, and one more lies between two that are equal.
@@ -220,7 +236,9 @@ def ctc_loss(logits_BTV, tokens_B, labels_BU, characters_B):
   return jnp.where(needed_B <= tokens_B, loss_B, 0)
 
 
-def evaluate(config, model, batch):
+def evaluate(
+  config: ConfigDict, model: AcousticModel, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
   """What `score` wants: each utterance's loss, and what the model predicts.
 
   batch: as in `loss`, "seconds" (B,), and "weight" (B,), 0 for padding.
@@ -233,7 +251,9 @@ def evaluate(config, model, batch):
   return given | _predictions(config, logits_BTV, tokens_B) | {"loss": loss_B}
 
 
-def predict(config, model, batch):
+def predict(
+  config: ConfigDict, model: AcousticModel, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
   """What `decode` wants of each utterance.
 
   batch: "audio" (B, S) float32 in -1..1, "samples" (B,).
@@ -247,7 +267,9 @@ def _predictions(config, logits_BTV, tokens_B):
   return {"tokens": tokens_B, "path": logits_BTV.argmax(-1)}
 
 
-def score(config, found):
+def score(
+  config: ConfigDict, found: loader.Batch
+) -> dict[str, float | np.ndarray]:
   """Sums over a batch's utterances: losses, edits, characters, words.
 
   found: of `evaluate`, NumPy arrays. All but the losses are arrays (4,) over
@@ -265,7 +287,7 @@ def score(config, found):
   return sums
 
 
-def decode(config, found):
+def decode(config: ConfigDict, found: loader.Batch) -> str:
   """The text of one utterance of `say` or `evaluate`."""
   tokens, alphabet = found["tokens"], config.data.alphabet
   if config.eval.beam_width > 1:
@@ -274,7 +296,9 @@ def decode(config, found):
   return ctc.greedy(found["path"][:tokens], alphabet)
 
 
-def results(config, sums):
+def results(
+  config: ConfigDict, sums: dict[str, float | np.ndarray]
+) -> dict[str, float]:
   """Loss in nats a character, CER and WER, of all and by length: cer_10_20."""
   del config
   found = {"loss": sums["loss"] / sums["characters"].sum()}

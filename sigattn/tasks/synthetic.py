@@ -3,11 +3,14 @@
 sigattn/data/synthetic.py says what they are.
 """
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack
+from sigattn.data import loader
 from sigattn.data import synthetic as sequences
 from sigattn.validate import choice, whole
 
@@ -28,16 +31,16 @@ class Solver(nnx.Module):
 
   def __init__(
     self,
-    stack,
+    stack: layers.Stack,
     *,
-    symbols,
-    classes,
-    width,
-    norm,
-    table,
-    has_positions,
-    dtype,
-    rngs,
+    symbols: int | None,
+    classes: int,
+    width: int,
+    norm: str | None,
+    table: bool,
+    has_positions: bool,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
   ):
     """symbols: of the input, None for numbers. table: adds sines.
 
@@ -55,7 +58,9 @@ class Solver(nnx.Module):
       self.norm = layers.make_norm(norm, width, rngs)
     self.head = nnx.Linear(width, classes, rngs=rngs)
 
-  def __call__(self, input_BT, rng=None):
+  def __call__(
+    self, input_BT: jax.Array, rng: jax.Array | None = None
+  ) -> jax.Array:
     """(B, T, classes), float32; rng: of what drops at random."""
     is_number = jnp.issubdtype(input_BT.dtype, jnp.floating)
     x_BTD = self.embed(input_BT[..., None] if is_number else input_BT)
@@ -91,7 +96,7 @@ RULES = (
 )
 
 
-def build(config, rngs):
+def build(config: ConfigDict, rngs: nnx.Rngs) -> Solver:
   """The Solver of a config, its sigmoid's n the training length."""
   model, name = config.model, config.data.name
   is_number = name in NUMBERS
@@ -128,13 +133,18 @@ def _score(config, model, batch, rng=None):
   return loss_BT, out_BTV.argmax(-1) == target_BT
 
 
-def tick_labels(config, batch):
+def tick_labels(config: ConfigDict, batch: loader.Batch) -> list[str]:
   """The symbol or number of each token, of a batch of one."""
   form = "{:.2f}" if config.data.name in NUMBERS else "{}"
   return [form.format(x) for x in batch["input"][0]]
 
 
-def loss(config, model, batch, rng):
+def loss(
+  config: ConfigDict,
+  model: Solver,
+  batch: dict[str, jax.Array],
+  rng: jax.Array | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The mean over the tokens that count: (loss, {"loss", "accuracy"}).
 
   Symbols: cross-entropy, and the share that was likeliest. Numbers: squared
@@ -148,7 +158,9 @@ def loss(config, model, batch, rng):
   return value, {"loss": value, "accuracy": accuracy}
 
 
-def evaluate(config, model, batch):
+def evaluate(
+  config: ConfigDict, model: Solver, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
   """Sums over the tokens that count, and their number."""
   loss_BT, right_BT = _score(config, model, batch)
   weight_BT = batch["weight"][:, None] * batch["scored"]
@@ -159,7 +171,7 @@ def evaluate(config, model, batch):
   }
 
 
-def evaluation_variants(config):
+def evaluation_variants(config: ConfigDict) -> dict[str, ConfigDict]:
   """What eval.py evaluates beside the run's own length: {name: config}.
 
   Each of config.eval.length_factors times the training length. The model stays

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack
 from sigattn.data import image
@@ -38,19 +39,19 @@ class VisionTransformer(nnx.Module):
 
   def __init__(
     self,
-    encoder,
+    encoder: nnx.Module,
     *,
-    grid,
-    patch_size,
-    channels,
-    num_classes,
-    width,
-    pool,
-    table,
-    position_std,
-    norm,
-    dtype,
-    rngs,
+    grid: tuple[int, int],
+    patch_size: int,
+    channels: int,
+    num_classes: int,
+    width: int,
+    pool: str,
+    table: str,
+    position_std: float,
+    norm: str | None,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
   ):
     self.encoder = encoder
     self.grid, self.patch_size, self.width = grid, patch_size, width
@@ -70,7 +71,9 @@ class VisionTransformer(nnx.Module):
     zeros = nnx.initializers.zeros
     self.head = nnx.Linear(width, num_classes, kernel_init=zeros, rngs=rngs)
 
-  def __call__(self, images_BHWC, rng=None):
+  def __call__(
+    self, images_BHWC: jax.Array, rng: jax.Array | None = None
+  ) -> jax.Array:
     """Logits (B, num_classes), float32.
 
     images_BHWC: normalised. rng: of what drops at random; None: nothing does.
@@ -151,7 +154,7 @@ RULES = (
 )
 
 
-def build(config, rngs):
+def build(config: ConfigDict, rngs: nnx.Rngs) -> VisionTransformer:
   """The VisionTransformer of a config, its sigmoid's n the token count."""
   model, data = config.model, config.data
   side = data.image_size // model.patch_size
@@ -187,7 +190,7 @@ def _rotate(model, grid):
   return functools.partial(positions.rope_2d, positions=place_T2)
 
 
-def patch_attention(config, weights_LNTS):
+def patch_attention(config: ConfigDict, weights_LNTS: np.ndarray) -> np.ndarray:
   """How much attention each patch gets, (L, N, rows, columns).
 
   From the class token where it is the pool, else the mean over all tokens.
@@ -201,7 +204,12 @@ def patch_attention(config, weights_LNTS):
   return patches_LNP.reshape(*patches_LNP.shape[:2], side, side)
 
 
-def loss(config, model, batch, rng):
+def loss(
+  config: ConfigDict,
+  model: VisionTransformer,
+  batch: dict[str, jax.Array],
+  rng: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Mean cross-entropy with label smoothing, mixup and cutmix.
 
   batch: "image" (B, H, W, C) uint8, "label" (B,) int32.
@@ -221,7 +229,9 @@ def loss(config, model, batch, rng):
   return value, {"loss": value, "accuracy": right.mean(dtype=jnp.float32)}
 
 
-def evaluate(config, model, batch):
+def evaluate(
+  config: ConfigDict, model: VisionTransformer, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
   """Sums over the batch of weight times loss and accuracies, and of weight.
 
   batch: as in `loss`, and "weight" (B,) float32, 0 for padding.
@@ -243,7 +253,7 @@ def _has_top5(config):
   return config.data.num_classes > 10
 
 
-def normalize(data, images_BHWC):
+def normalize(data: ConfigDict, images_BHWC: jax.Array) -> jax.Array:
   """(image / 255 - mean) / std in float32, channel by channel."""
   mean, std = (
     jnp.asarray(x, jnp.float32)[None, None, None, :]
@@ -252,7 +262,12 @@ def normalize(data, images_BHWC):
   return (images_BHWC.astype(jnp.float32) / 255 - mean) / std
 
 
-def mix(augment, rng, images_BHWC, labels_BV):
+def mix(
+  augment: ConfigDict,
+  rng: jax.Array,
+  images_BHWC: jax.Array,
+  labels_BV: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
   """Mixup (1710.09412) or cutmix (1905.04899) of neighbours in the batch.
 
   image = m image_i + (1 - m) image_{i-1}, label likewise with the mean of m:
