@@ -94,12 +94,12 @@ def words(file, arg, choices):
 
   Raises ValueError, which names the config file, for one not in choices.
   """
-  found = [word for word in (arg or "").split(",") if word]
-  if unknown := [word for word in found if word not in choices]:
+  chosen = [word for word in (arg or "").split(",") if word]
+  if unknown := [word for word in chosen if word not in choices]:
     raise ValueError(
       f"configs/{file}:{arg}: unknown {unknown[0]!r}; choose from {choices}"
     )
-  return found
+  return chosen
 
 
 def shrink(config):

@@ -83,15 +83,16 @@ def inception_box(
   for _ in range(10):
     area = height * width * rng.uniform(min_area, 1)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-    if 0 < w <= width and 0 < h <= height:
-      left = int(rng.integers(width - w + 1))
-      top = int(rng.integers(height - h + 1))
-      return left, top, left + w, top + h
-  w = min(width, round(height * 4 / 3))
-  h = min(height, round(width * 4 / 3))
-  left, top = (width - w) // 2, (height - h) // 2
-  return left, top, left + w, top + h
+    crop_width = round(math.sqrt(area * aspect))
+    crop_height = round(math.sqrt(area / aspect))
+    if 0 < crop_width <= width and 0 < crop_height <= height:
+      left = int(rng.integers(width - crop_width + 1))
+      top = int(rng.integers(height - crop_height + 1))
+      return left, top, left + crop_width, top + crop_height
+  crop_width = min(width, round(height * 4 / 3))
+  crop_height = min(height, round(width * 4 / 3))
+  left, top = (width - crop_width) // 2, (height - crop_height) // 2
+  return left, top, left + crop_width, top + crop_height
 
 
 def shift(
@@ -99,8 +100,8 @@ def shift(
 ) -> np.ndarray:
   """Each image moved by up to `pad` pixels up or down and to a side; zeros."""
   batch, height, width, _ = images_BHWC.shape
-  edges = ((0, 0), (pad, pad), (pad, pad), (0, 0))
-  padded = np.pad(images_BHWC, edges)
+  pad_widths = ((0, 0), (pad, pad), (pad, pad), (0, 0))
+  padded = np.pad(images_BHWC, pad_widths)
   corners = rng.integers(2 * pad + 1, size=(batch, 2)).tolist()
   shifted = np.empty_like(images_BHWC)
   for i, (top, left) in enumerate(corners):
@@ -110,9 +111,9 @@ def shift(
 
 def flip(images_BHWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """Every image left to right with probability 1/2."""
-  chosen = rng.random(len(images_BHWC)) < 0.5
+  is_flipped = rng.random(len(images_BHWC)) < 0.5
   return np.where(
-    chosen[:, None, None, None], images_BHWC[:, :, ::-1], images_BHWC
+    is_flipped[:, None, None, None], images_BHWC[:, :, ::-1], images_BHWC
   )
 
 

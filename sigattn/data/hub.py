@@ -25,7 +25,7 @@ def embedded(name: str, file: str) -> pathlib.Path:
   return path
 
 
-def is_name(source: str) -> bool:
+def is_hub_name(source: str) -> bool:
   """Whether it has the form of a Hub name: owner/name or owner/name:subset."""
   return bool(_HUB_NAME.fullmatch(source))
 
@@ -42,11 +42,11 @@ def builder(source: str, embedded_names: Collection[str]) -> Any:
   path, subset = pathlib.Path(source).expanduser(), ""
   if source and path.is_dir():
     name = str(path.resolve())
-  elif is_name(source):
+  elif is_hub_name(source):
     name, _, subset = source.partition(":")
   else:
     raise unknown_source(source, embedded_names)
-  with readable(source):
+  with reading(source):
     return datasets.load_dataset_builder(name, subset or None)
 
 
@@ -65,7 +65,7 @@ def unknown_source(
 
 
 @contextlib.contextmanager
-def readable(source: str) -> Iterator[None]:
+def reading(source: str) -> Iterator[None]:
   """Says which source it was that `datasets` could not read."""
   import datasets
 
@@ -88,21 +88,24 @@ def validate_split(source: str, split: str, splits: Collection[str]) -> None:
 
 def table(source: str, builder: Any, split: str) -> Any:
   """The rows of a split, or of several joined by +."""
-  with readable(source):
+  with reading(source):
     builder.download_and_prepare()
     return builder.as_dataset(split)
 
 
 def column(
-  source: str, features: dict[str, Any], kind: type, usual: Collection[str]
+  source: str,
+  features: dict[str, Any],
+  kind: type,
+  usual_names: Collection[str],
 ) -> str:
   """The only column of its kind, or the one with a usual name."""
   candidates = [k for k, value in features.items() if isinstance(value, kind)]
-  named = [name for name in candidates if name in usual]
-  if len(candidates) == 1 or len(named) == 1:
-    return (named or candidates)[0]
+  with_usual_name = [name for name in candidates if name in usual_names]
+  if len(candidates) == 1 or len(with_usual_name) == 1:
+    return (with_usual_name or candidates)[0]
   raise ValueError(
     f"config.data.source={source!r}; needs one column of the kind "
-    f"{kind.__name__}, or one of them called {' or '.join(usual)}; its columns "
-    f"are {dict(features)}"
+    f"{kind.__name__}, or one of them called {' or '.join(usual_names)}; its "
+    f"columns are {dict(features)}"
   )

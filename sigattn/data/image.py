@@ -40,7 +40,7 @@ FIELDS = {
 }
 
 
-def _a_moment_for_each_channel(config):
+def _one_mean_and_std_per_channel(config):
   channels = config.data.channels
   for name in ("mean", "std"):
     values = config.data[name]
@@ -51,48 +51,48 @@ def _a_moment_for_each_channel(config):
       )
 
 
-def _source_offers_it(config):
+def _source_has_the_splits_and_classes(config):
   """Looks up what the source offers, without loading it.
 
   The columns and classes of a folder are known only once it is opened.
   """
-  splits, classes = _offers(config.data.source)
+  splits, num_classes = _splits_and_classes(config.data.source)
   for key in ("train_split", "eval_split"):
     if config.data[key] not in splits:
       raise ValueError(
         f"config.data.{key}={config.data[key]!r}; choose from {sorted(splits)}"
       )
-  if classes is not None:
-    _validate_classes(config, classes)
+  if num_classes is not None:
+    _validate_num_classes(config, num_classes)
 
 
-RULES = (_a_moment_for_each_channel, _source_offers_it)
+RULES = (_one_mean_and_std_per_channel, _source_has_the_splits_and_classes)
 
 
-def _validate_classes(config, classes):
-  if config.data.num_classes != classes:
+def _validate_num_classes(config, num_classes):
+  if config.data.num_classes != num_classes:
     raise ValueError(
       f"config.data.num_classes={config.data.num_classes!r}; must be "
-      f"{classes}, as in {config.data.source}"
+      f"{num_classes}, as in {config.data.source}"
     )
 
 
-def _offers(source):
+def _splits_and_classes(source):
   """The names of the splits, and the number of classes or None if unknown."""
   if source in EMBEDDED:
-    file, *offers = EMBEDDED[source]
+    file, *splits_and_classes = EMBEDDED[source]
     hub.embedded(source, file)
-    return offers
+    return splits_and_classes
   builder = hub.builder(source, EMBEDDED)
   features = builder.info.features
   if features is None:
     return hub.splits(builder), None
   return hub.splits(builder), features[
-    _columns(source, features)[1]
+    _image_and_label_columns(source, features)[1]
   ].num_classes
 
 
-def _columns(source, features):
+def _image_and_label_columns(source, features):
   """The names of the columns with the images and with their classes."""
   import datasets
 
@@ -124,16 +124,16 @@ class Source(loader.ExampleSource):
   def train(
     self, indices_B: np.ndarray, rng: np.random.Generator
   ) -> loader.Batch:
-    """uint8 `image` (B, size, size, C), augmented, and int32 `label` (B,)."""
-    images, labels = self._read(indices_B)
+    """uint8 `image` (B, size, size, C), augmented, and int32 `target` (B,)."""
+    images, targets = self._read(indices_B)
     images = augment.train(images, self._size, self._augment, rng)
-    return {"image": images, "label": labels}
+    return {"image": images, "target": targets}
 
   def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
     """The same without randomness."""
-    images, labels = self._read(indices_B)
+    images, targets = self._read(indices_B)
     images = augment.evaluate(images, self._size, self._augment.crop)
-    return {"image": images, "label": labels}
+    return {"image": images, "target": targets}
 
 
 class _Embedded(Source):
@@ -143,16 +143,16 @@ class _Embedded(Source):
     super().__init__(config)
     name = config.data.source
     with np.load(hub.embedded(name, EMBEDDED[name][0])) as arrays:
-      images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+      images, targets = arrays[f"x_{split}"], arrays[f"y_{split}"]
     # Grey copied to each channel where three are asked for.
     self._images = np.repeat(images[..., None], config.data.channels, axis=-1)
-    self._labels = labels.astype(np.int32)
+    self._targets = targets.astype(np.int32)
 
   def __len__(self):
-    return len(self._labels)
+    return len(self._targets)
 
   def _read(self, indices_B):
-    return self._images[indices_B], self._labels[indices_B]
+    return self._images[indices_B], self._targets[indices_B]
 
 
 class _Decoded(Source):
@@ -163,15 +163,17 @@ class _Decoded(Source):
     import datasets
 
     source, features = config.data.source, table.features
-    self._image, self._label = _columns(source, features)
-    self._channels = config.data.channels
-    self._classes = features[self._label].num_classes
-    _validate_classes(config, self._classes)
-    # Undecoded: Pillow is at work in grain's processes, with our errors.
-    self._table = table.select_columns([self._image, self._label]).cast_column(
-      self._image, datasets.Image(decode=False)
+    self._image_column, self._label_column = _image_and_label_columns(
+      source, features
     )
-    self._where = f"config.data.source={source!r}, split {split!r}"
+    self._channels = config.data.channels
+    self._num_classes = features[self._label_column].num_classes
+    _validate_num_classes(config, self._num_classes)
+    # Undecoded: Pillow is at work in grain's processes, with our errors.
+    self._table = table.select_columns(
+      [self._image_column, self._label_column]
+    ).cast_column(self._image_column, datasets.Image(decode=False))
+    self._origin = f"config.data.source={source!r}, split {split!r}"
 
   def __len__(self):
     return len(self._table)
@@ -180,15 +182,15 @@ class _Decoded(Source):
     """Of one index alone, since sizes differ: (1, H, W, C) and (1,)."""
     [row] = indices_1.tolist()
     example = self._table[row]
-    image, label = example[self._image], example[self._label]
-    if label not in range(self._classes):
-      raise ValueError(f"{self._where}, row {row}: {label=} is no class")
+    image, label = example[self._image_column], example[self._label_column]
+    if label not in range(self._num_classes):
+      raise ValueError(f"{self._origin}, row {row}: {label=} is no class")
     try:
       array = decode(image, self._channels)
     except Exception as error:  # Pillow's are of a dozen kinds.
       path = image and image["path"]
       raise ValueError(
-        f"{self._where}, row {row}, {path=}: {error!r}"
+        f"{self._origin}, row {row}, {path=}: {error!r}"
       ) from error
     return array[None], np.array([label], np.int32)
 

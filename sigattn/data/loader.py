@@ -30,7 +30,7 @@ from sigattn.validate import whole
 # processes are asked for. Pillow decodes and resizes without the GIL.
 _THREADS = 4
 
-_MANY = 2**40  # more epochs, and more examples, than any run has
+_ENDLESS = 2**40  # more epochs, and more examples, than any run has
 
 Batch = dict[str, np.ndarray]
 
@@ -66,7 +66,7 @@ class ExampleSource:
     is saved and restored exactly by grain.checkpoint.
     """
     if self.buckets is None:
-      order = _Shuffled(len(self), _chunk(config, self), config.seed)
+      order = _Shuffled(len(self), _chunk_size(config, self), config.seed)
     else:
       order = _ShuffledBuckets(self, config)
     chunks = grain.MapDataset.source(order).random_map(
@@ -81,22 +81,22 @@ class ExampleSource:
     filled up with examples of weight 0.
     """
     if self.buckets is None:
-      order = _InOrder(len(self), _chunk(config, self), config.batch_size)
+      order = _InOrder(len(self), _chunk_size(config, self), config.batch_size)
     else:
       order = _BucketsInOrder(self, config)
     chunks = grain.MapDataset.source(order).map(
       functools.partial(_evaluate, self)
     )
     # To start workers takes longer than to copy a whole set in memory.
-    workers = 0 if self.in_memory else config.data.num_workers
-    return _batches(config, self, chunks, workers)
+    num_workers = 0 if self.in_memory else config.data.num_workers
+    return _batches(config, self, chunks, num_workers)
 
 
 def _evaluate(source, indices_B):
   """An index beyond the end stands for padding with the example modulo it."""
-  real = indices_B < len(source)
+  is_real = indices_B < len(source)
   batch = source.evaluate(indices_B % len(source))
-  return batch | {"weight": real.astype(np.float32)}
+  return batch | {"weight": is_real.astype(np.float32)}
 
 
 def batch_size(config: ConfigDict) -> int:
@@ -104,29 +104,29 @@ def batch_size(config: ConfigDict) -> int:
   return config.batch_size // jax.process_count()
 
 
-def _chunk(config, source):
+def _chunk_size(config, source):
   """Examples read and augmented at once."""
-  whole = source.in_memory or source.buckets is not None
-  return batch_size(config) if whole else 1
+  reads_whole_batches = source.in_memory or source.buckets is not None
+  return batch_size(config) if reads_whole_batches else 1
 
 
-def _batches(config, source, chunks, workers):
+def _batches(config, source, chunks, num_workers):
   """Whole batches, of which each process and then each worker takes its own.
 
   Each worker makes whole batches, so their number changes nothing but speed.
   """
-  parts = batch_size(config) // _chunk(config, source)
-  batches = chunks.batch(parts, batch_fn=_concatenate)
+  chunks_per_batch = batch_size(config) // _chunk_size(config, source)
+  batches = chunks.batch(chunks_per_batch, batch_fn=_concatenate)
   share = batches
   if source.buckets is None:  # the processes share each batch of a bucket
     share = batches[jax.process_index() :: jax.process_count()]
-  threads = 1 if workers or source.in_memory else _THREADS
-  if workers and not flags.FLAGS.is_parsed():
+  threads = 1 if num_workers or source.in_memory else _THREADS
+  if num_workers and not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # grain reads flags: a notebook parses none
   return share.to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   ).mp_prefetch(
-    grain.MultiprocessingOptions(num_workers=workers), _start_worker
+    grain.MultiprocessingOptions(num_workers=num_workers), _start_worker
   )
 
 
@@ -161,14 +161,14 @@ class _Shuffled:
     self._length, self._chunk, self._seed = length, chunk, seed
 
   def __len__(self):
-    return _MANY // self._chunk
+    return _ENDLESS // self._chunk
 
   def __getitem__(self, i):
-    places = np.arange(i * self._chunk, (i + 1) * self._chunk)
-    epochs, places = np.divmod(places, self._length)
+    positions = np.arange(i * self._chunk, (i + 1) * self._chunk)
+    epochs, positions = np.divmod(positions, self._length)
     parts = [
       _permutation(self._length, self._seed, int(epoch))[
-        places[epochs == epoch]
+        positions[epochs == epoch]
       ]
       for epoch in np.unique(epochs)
     ]
@@ -207,8 +207,8 @@ class _Buckets:
     seconds = config.data.bucket_seconds
     pairs = [
       # 1e-9: 0.3 / 0.1 is a little less than 3.
-      (indices, config.batch_size * int(seconds[-1] / edge + 1e-9))
-      for indices, edge in zip(source.buckets, seconds, strict=True)
+      (indices, config.batch_size * int(seconds[-1] / max_seconds + 1e-9))
+      for indices, max_seconds in zip(source.buckets, seconds, strict=True)
       if len(indices)
     ]
     if not pairs:
@@ -240,28 +240,32 @@ class _ShuffledBuckets(_Buckets):
 
   def __len__(self):
     # At least one batch comes in so many epochs.
-    return _MANY // max(self._sizes)
+    return _ENDLESS // max(self._sizes)
 
   def __getitem__(self, i):
-    epochs = range(_MANY)
-    epoch = bisect.bisect_right(epochs, i, key=self._start) - 1
-    place = i - self._start(epoch)
-    counts = np.subtract(self._batches(epoch + 1), self._batches(epoch))
+    epochs = range(_ENDLESS)
+    epoch = bisect.bisect_right(epochs, i, key=self._first_batch) - 1
+    position = i - self._first_batch(epoch)
+    counts = np.subtract(
+      self._batches_before(epoch + 1), self._batches_before(epoch)
+    )
     order = _bucket_order((*counts.tolist(),), self._seed, epoch)
-    bucket = order[place]
-    batch = self._batches(epoch)[bucket] + int((order[:place] == bucket).sum())
-    chosen = self._streams[bucket][batch]
-    return self._share(self._buckets[bucket][chosen])
+    bucket = order[position]
+    batch = self._batches_before(epoch)[bucket] + int(
+      (order[:position] == bucket).sum()
+    )
+    indices = self._streams[bucket][batch]
+    return self._share(self._buckets[bucket][indices])
 
-  def _batches(self, epoch):
+  def _batches_before(self, epoch):
     """What each bucket has given before the epoch."""
     return [
       epoch * len(indices) // size
       for indices, size in zip(self._buckets, self._sizes, strict=True)
     ]
 
-  def _start(self, epoch):
-    return sum(self._batches(epoch))
+  def _first_batch(self, epoch):
+    return sum(self._batches_before(epoch))
 
 
 @functools.lru_cache(maxsize=2)
@@ -280,19 +284,19 @@ class _BucketsInOrder(_Buckets):
 
   def __init__(self, source, config):
     super().__init__(source, config)
-    if left := len(source) - sum(map(len, self._buckets)):
+    if num_too_long := len(source) - sum(map(len, self._buckets)):
       raise ValueError(
-        f"config.data.bucket_seconds={config.data.bucket_seconds!r}; {left} of "
-        f"{len(source)} recordings to evaluate are longer"
+        f"config.data.bucket_seconds={config.data.bucket_seconds!r}; "
+        f"{num_too_long} of {len(source)} recordings to evaluate are longer"
       )
-    self._chunks = []
+    self._batches = []
     for indices, size in zip(self._buckets, self._sizes, strict=True):
       padding = np.full(-len(indices) % size, indices[0] + len(source))
-      chunks = np.concatenate([indices, padding]).reshape(-1, size)
-      self._chunks += list(chunks)
+      batches = np.concatenate([indices, padding]).reshape(-1, size)
+      self._batches += list(batches)
 
   def __len__(self):
-    return len(self._chunks)
+    return len(self._batches)
 
   def __getitem__(self, i):
-    return self._share(self._chunks[i])
+    return self._share(self._batches[i])

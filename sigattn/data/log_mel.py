@@ -15,11 +15,11 @@ _FLOOR = 1e-6
 
 def frames(samples: int | jax.Array, sample_rate: int) -> int | jax.Array:
   """Frames in `samples` samples, an int or an array: whole windows alone."""
-  window, hop = _sizes(sample_rate)
+  window, hop = _window_and_hop(sample_rate)
   return (samples - window) // hop + 1
 
 
-def _sizes(sample_rate):
+def _window_and_hop(sample_rate):
   """Samples of a window and of a hop."""
   return sample_rate * WINDOW_MS // 1000, sample_rate * HOP_MS // 1000
 
@@ -33,16 +33,16 @@ def log_mel(audio_BS: jax.Array, sample_rate: int, mel_bins: int) -> jax.Array:
 
   audio_BS: in -1..1. Returns (B, frames, mel_bins) float32.
   """
-  window, hop = _sizes(sample_rate)
-  size = 2 ** math.ceil(math.log2(2 * window))
-  count = frames(audio_BS.shape[1], sample_rate)
-  index_TS = hop * np.arange(count)[:, None] + np.arange(window)[None]
+  window, hop = _window_and_hop(sample_rate)
+  fft_size = 2 ** math.ceil(math.log2(2 * window))
+  num_frames = frames(audio_BS.shape[1], sample_rate)
+  index_TS = hop * np.arange(num_frames)[:, None] + np.arange(window)[None]
   # Periodic, as everywhere in audio.
   hann_S = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
   x_BTS = audio_BS.astype(jnp.float32)[:, index_TS]
   x_BTS = x_BTS * jnp.asarray(hann_S, jnp.float32)[None, None]
-  power_BTF = jnp.square(jnp.abs(jnp.fft.rfft(x_BTS, size)))
-  filters_FM = jnp.asarray(mel_filters(sample_rate, size, mel_bins))
+  power_BTF = jnp.square(jnp.abs(jnp.fft.rfft(x_BTS, fft_size)))
+  filters_FM = jnp.asarray(mel_filters(sample_rate, fft_size, mel_bins))
   mel_BTM = jnp.einsum("BTF,FM->BTM", power_BTF, filters_FM)
   return jnp.log(jnp.maximum(mel_BTM, _FLOOR))
 
@@ -113,23 +113,23 @@ def spec_augment(
   freq_rng, time_rng = jax.random.split(rng)
   shape = (batch, augment.freq_masks)
   width = jnp.full(shape, min(augment.freq_width, bins))
-  seen_BM = _bands(freq_rng, width, jnp.full(shape, bins), bins)
-  share_B1 = (augment.time_share * frames_B).astype(jnp.int32)[:, None]
+  kept_BM = _outside_bands(freq_rng, width, jnp.full(shape, bins), bins)
+  max_width_B1 = (augment.time_share * frames_B).astype(jnp.int32)[:, None]
   shape = (batch, augment.time_masks)
-  width = jnp.broadcast_to(jnp.minimum(augment.time_width, share_B1), shape)
+  width = jnp.broadcast_to(jnp.minimum(augment.time_width, max_width_B1), shape)
   total = jnp.broadcast_to(frames_B[:, None], shape)
-  seen_BT = _bands(time_rng, width, total, length)
-  return jnp.where(seen_BT[:, :, None] & seen_BM[:, None], x_BTM, 0)
+  kept_BT = _outside_bands(time_rng, width, total, length)
+  return jnp.where(kept_BT[:, :, None] & kept_BM[:, None], x_BTM, 0)
 
 
-def _bands(rng, width_BK, total_BK, length):
+def _outside_bands(rng, width_BK, total_BK, length):
   """bool (B, length), False in K bands: each of 0 to width within 0..total."""
   width_rng, start_rng = jax.random.split(rng)
   width_BK = jax.random.randint(width_rng, width_BK.shape, 0, width_BK + 1)
   start_BK = jax.random.randint(
     start_rng, width_BK.shape, 0, total_BK - width_BK + 1
   )
-  place = jnp.arange(length)[None, None]
+  index = jnp.arange(length)[None, None]
   start_BK1, width_BK1 = start_BK[:, :, None], width_BK[:, :, None]
-  hidden = (place >= start_BK1) & (place < start_BK1 + width_BK1)
+  hidden = (index >= start_BK1) & (index < start_BK1 + width_BK1)
   return ~hidden.any(1)

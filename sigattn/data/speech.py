@@ -27,12 +27,12 @@ from sigattn.validate import Field, real, sequence, text, whole
 EMBEDDED = {"spoken_prompts": "spoken_prompts.parquet"}
 _SPLITS = ("train", "test")
 # Of the embedded set: by transcript, so that none is in both splits.
-_HELD_OUT = 10  # one transcript in so many
+_HELD_OUT_EVERY = 10  # one transcript in so many
 _TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
 BLANK = 0  # CTC's; character i of the alphabet has the index i + 1
 
 
-def _rising():
+def _increasing():
   """Positive numbers, each greater than the one before."""
   positive = sequence(real(above=0), "positive numbers")
 
@@ -53,8 +53,8 @@ FIELDS = {
     lambda x: isinstance(x, str) and 0 < len(x) == len(set(x)),
     "must be characters, each once",
   ),
-  "data.bucket_seconds": _rising(),
-  "augment.speeds": _rising(),
+  "data.bucket_seconds": _increasing(),
+  "augment.speeds": _increasing(),
 }
 
 
@@ -64,23 +64,23 @@ def _speeds_are_hundredths(config):
     raise ValueError(f"config.augment.speeds={speeds!r}; must be hundredths")
 
 
-def _source_offers_it(config):
+def _source_has_the_splits(config):
   """Looks up what the source offers, without loading it.
 
   The columns of a folder are known only once it is opened.
   """
   splits = _splits(config)
-  for path in ("train_split", "eval_split"):
-    value = config.data[path]
+  for key in ("train_split", "eval_split"):
+    value = config.data[key]
     for part in value.split("+"):
       if part not in splits:
         raise ValueError(
-          f"config.data.{path}={value!r}; choose from {sorted(splits)}, or "
+          f"config.data.{key}={value!r}; choose from {sorted(splits)}, or "
           "join several by +"
         )
 
 
-RULES = (_speeds_are_hundredths, _source_offers_it)
+RULES = (_speeds_are_hundredths, _source_has_the_splits)
 
 
 def _splits(config):
@@ -101,7 +101,7 @@ def open_source(config: ConfigDict, split: str) -> "Source":
     hub.validate_split(config.data.source, part, _splits(config))
   if config.data.source in EMBEDDED:
     return Source(config, split, _embedded(config.data.source, split), True)
-  return Source(config, split, _Table(config, split), False)
+  return Source(config, split, _TableRecordings(config, split), False)
 
 
 def transcript(text: str, alphabet: str) -> str:
@@ -152,7 +152,7 @@ def resample(audio_S: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
   return scipy.signal.resample_poly(audio_S, up, down).astype(np.float32)
 
 
-class _Rows:
+class _Recordings:
   """Encoded recordings, their transcripts and lengths, by index."""
 
   def __init__(self, recordings, texts, seconds):
@@ -167,24 +167,24 @@ def _embedded(name, split):
   rows = [
     row
     for row in table.to_pylist()
-    if _SPLITS[zlib.crc32(row["text"].encode()) % _HELD_OUT == 0]
+    if _SPLITS[zlib.crc32(row["text"].encode()) % _HELD_OUT_EVERY == 0]
     in split.split("+")
   ]
-  return _Rows(
+  return _Recordings(
     [row["audio"] for row in rows],
     [row["text"] for row in rows],
     [row["duration"] for row in rows],
   )
 
 
-class _Table(_Rows):
+class _TableRecordings(_Recordings):
   """A split that `datasets` reads; the lengths are read once and cached."""
 
   def __init__(self, config, split):
     import datasets
 
     source = config.data.source
-    self._where = f"config.data.source={source!r}, split {split!r}"
+    self._origin = f"config.data.source={source!r}, split {split!r}"
     table = hub.table(source, _builder(config), split)
     audio = hub.column(source, table.features, datasets.Audio, ("audio",))
     text = _text_column(source, table.features)
@@ -193,7 +193,7 @@ class _Table(_Rows):
       audio, datasets.Audio(decode=False)
     )
     lengths = table.map(
-      functools.partial(_seconds, audio=audio, where=self._where),
+      functools.partial(_duration, audio=audio, origin=self._origin),
       with_indices=True,
       remove_columns=table.column_names,
       desc="lengths of the recordings",
@@ -215,12 +215,12 @@ def _text_column(source, columns):
   )
 
 
-def _seconds(example, row, audio, where):
+def _duration(example, row, audio, origin):
   try:
     return {"seconds": soundfile.info(_open(example[audio])).duration}
   except Exception as error:  # libsndfile's, and those of files.
     path = example[audio] and example[audio]["path"]
-    raise ValueError(f"{where}, row {row}, {path=}: {error!r}") from error
+    raise ValueError(f"{origin}, row {row}, {path=}: {error!r}") from error
 
 
 def _open(encoded):
@@ -236,25 +236,25 @@ class Source(loader.ExampleSource):
   """
 
   def __init__(
-    self, config: ConfigDict, split: str, rows: _Rows, in_memory: bool
+    self, config: ConfigDict, split: str, rows: _Recordings, in_memory: bool
   ):
     data, self._rows, self.in_memory = config.data, rows, in_memory
     self._rate, self._speeds = data.sample_rate, tuple(config.augment.speeds)
-    self._where = f"config.data.source={data.source!r}, split {split!r}"
+    self._origin = f"config.data.source={data.source!r}, split {split!r}"
     self._texts = [transcript(text, data.alphabet) for text in rows.texts]
-    self._labels = [encode(text, data.alphabet) for text in self._texts]
+    self._targets = [encode(text, data.alphabet) for text in self._texts]
     self._seconds = np.array(rows.seconds, np.float64)
-    self._edges = np.array(data.bucket_seconds)
-    self._bucket = np.searchsorted(self._edges, self._seconds)
+    self._max_seconds = np.array(data.bucket_seconds)
+    self._bucket = np.searchsorted(self._max_seconds, self._seconds)
     self.buckets = [
-      np.flatnonzero(self._bucket == b) for b in range(len(self._edges))
+      np.flatnonzero(self._bucket == b) for b in range(len(self._max_seconds))
     ]
-    if left := int((self._bucket == len(self._edges)).sum()):
+    if num_too_long := int((self._bucket == len(self._max_seconds)).sum()):
       logging.warning(
         "%s: %d of %d recordings are longer than config.data.bucket_seconds "
-        "and left out of training", self._where, left, len(self)
+        "and left out of training", self._origin, num_too_long, len(self)
       )  # fmt: skip
-    self._kept = {}  # what is in memory, by index and speed
+    self._cache = {}  # what is in memory, by index and speed
 
   def __len__(self) -> int:
     return len(self._texts)
@@ -265,7 +265,7 @@ class Source(loader.ExampleSource):
     """A batch, each utterance at one of the speeds of config.augment.
 
     float32 `audio` (B, S) in -1..1, int32 `samples` (B,) of it that are no
-    padding, int32 `label` (B, U) and `characters` (B,), likewise.
+    padding, int32 `target` (B, U) and `characters` (B,), likewise.
     """
     speeds = rng.choice(self._speeds, len(indices_B))
     audio = [
@@ -283,14 +283,14 @@ class Source(loader.ExampleSource):
 
   def _at_speed(self, i, speed):
     """As if played at another speed, higher or lower (Ko et al., 2015)."""
-    if (i, speed) in self._kept:
-      return self._kept[i, speed]
+    if (i, speed) in self._cache:
+      return self._cache[i, speed]
     if speed == 1:
       audio_S = self._decode(i)
     else:  # To decode takes ten times as long as to resample.
       audio_S = resample(self._at_speed(i, 1.0), round(100 * speed), 100)
     if self.in_memory:
-      self._kept[i, speed] = audio_S
+      self._cache[i, speed] = audio_S
     return audio_S
 
   def _decode(self, i):
@@ -299,25 +299,27 @@ class Source(loader.ExampleSource):
       return read(_open(encoded), self._rate)
     except Exception as error:  # libsndfile's, and those of files.
       path = encoded and encoded["path"]
-      raise ValueError(f"{self._where}, row {i}, {path=}: {error!r}") from error
+      raise ValueError(
+        f"{self._origin}, row {i}, {path=}: {error!r}"
+      ) from error
 
   def _batch(self, indices_B, audio, slowest):
     bucket = self._bucket[indices_B[0]]
     # A recording may be a sample longer than the seconds of its header say.
-    samples = math.ceil(self._edges[bucket] * self._rate / slowest) + 1
-    characters = max(1, *(len(self._labels[i]) for i in self.buckets[bucket]))
-    labels = [self._labels[i] for i in indices_B]
+    samples = math.ceil(self._max_seconds[bucket] * self._rate / slowest) + 1
+    characters = max(1, *(len(self._targets[i]) for i in self.buckets[bucket]))
+    targets = [self._targets[i] for i in indices_B]
     for i, audio_S in zip(indices_B.tolist(), audio, strict=True):
       if len(audio_S) > samples:
         raise ValueError(
-          f"{self._where}, row {i}: longer than the {self._seconds[i]:.2f} "
+          f"{self._origin}, row {i}: longer than the {self._seconds[i]:.2f} "
           "seconds of its header"
         )
     return {
       "audio": _padded(audio, samples, np.float32),
       "samples": _lengths(audio),
-      "label": _padded(labels, characters, np.int32),
-      "characters": _lengths(labels),
+      "target": _padded(targets, characters, np.int32),
+      "characters": _lengths(targets),
     }
 
 

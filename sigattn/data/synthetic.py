@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from sigattn.data import loader
 from sigattn.validate import choice, whole
 
-TRAIN = 2**20  # examples an epoch: what their order is drawn over, not stored
+EPOCH = 2**20  # examples an epoch: what their order is drawn over, not stored
 
 
 class Source(loader.ExampleSource):
@@ -26,20 +26,20 @@ class Source(loader.ExampleSource):
 
   def __init__(self, config: ConfigDict, split: str):
     self._data = config.data.copy_and_resolve_references()
-    self._make = TASKS[self._data.name][0]
+    self._draw = TASKS[self._data.name][0]
     self._held_out = None
     if split == self._data.eval_split:
       rng = np.random.default_rng((1, config.seed, self._data.length))
-      self._held_out = self._make(rng, self._data.eval_examples, self._data)
+      self._held_out = self._draw(rng, self._data.eval_examples, self._data)
 
   def __len__(self) -> int:
-    return TRAIN if self._held_out is None else self._data.eval_examples
+    return EPOCH if self._held_out is None else self._data.eval_examples
 
   def train(
     self, indices_B: np.ndarray, rng: np.random.Generator
   ) -> loader.Batch:
     """`input` (B, T), `target` (B, T) and `scored` (B, T): where it counts."""
-    return self._make(rng, len(indices_B), self._data)
+    return self._draw(rng, len(indices_B), self._data)
 
   def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
     """The same of the held-out examples."""
@@ -53,7 +53,7 @@ def open_source(config: ConfigDict, split: str) -> Source:
   return Source(config, split)
 
 
-def width(data: ConfigDict) -> int:
+def num_tokens(data: ConfigDict) -> int:
   """Tokens of an example, T."""
   return {
     "summation": 2 * data.length,
@@ -90,19 +90,20 @@ def pair_repeat(
   first_B, second_B = token_BT[:, 0], token_BT[:, 1]
   # Put both symbols at places of their own, so that to find them is no help.
   rows = np.arange(count)
-  places = np.sort(2 + rng.random((count, n - 2)).argsort(1)[:, :2], axis=1)
-  token_BT[rows, places[:, 0]], token_BT[rows, places[:, 1]] = second_B, first_B
+  positions = np.sort(2 + rng.random((count, n - 2)).argsort(1)[:, :2], axis=1)
+  token_BT[rows, positions[:, 0]] = second_B
+  token_BT[rows, positions[:, 1]] = first_B
   repeat_B = rng.random(count) < 0.5
   # No accidental pair: its second symbol becomes another one.
-  for place in range(2, n):
-    pair_B = (token_BT[:, place - 1] == first_B) & (
-      token_BT[:, place] == second_B
+  for position in range(2, n):
+    pair_B = (token_BT[:, position - 1] == first_B) & (
+      token_BT[:, position] == second_B
     )
     other_B = (second_B - 1 + rng.integers(1, symbols, count)) % symbols + 1
-    token_BT[:, place] = np.where(pair_B, other_B, token_BT[:, place])
-  place_B = rng.integers(2, n - 1, count)
-  token_BT[rows[repeat_B], place_B[repeat_B]] = first_B[repeat_B]
-  token_BT[rows[repeat_B], place_B[repeat_B] + 1] = second_B[repeat_B]
+    token_BT[:, position] = np.where(pair_B, other_B, token_BT[:, position])
+  position_B = rng.integers(2, n - 1, count)
+  token_BT[rows[repeat_B], position_B[repeat_B]] = first_B[repeat_B]
+  token_BT[rows[repeat_B], position_B[repeat_B] + 1] = second_B[repeat_B]
   input_BT = np.pad(token_BT, ((0, 0), (1, 0)))
   target_BT, scored_BT = np.zeros_like(input_BT), np.zeros(input_BT.shape, bool)
   target_BT[:, 0], scored_BT[:, 0] = repeat_B, True
@@ -170,11 +171,12 @@ TASKS = {  # name: its examples, and what they need
 def _sizes_fit_the_task(config):
   data = config.data
   _, needs = TASKS[data.name]
-  for text, holds in needs(data):
+  for condition, holds in needs(data):
     if not holds:
       raise ValueError(
         f"config.data.length={data.length}, config.data.size={data.size}, "
-        f"config.data.vocab_size={data.vocab_size}; {data.name} needs {text}"
+        f"config.data.vocab_size={data.vocab_size}; {data.name} needs "
+        f"{condition}"
       )
 
 

@@ -31,7 +31,7 @@ from sigattn.validate import items, real, sequence, text, whole
 # The King James Bible, a verse a line; its licence lies beside it.
 EMBEDDED = {"kjv": "kjv.txt.xz"}
 _SPLITS = ("train", "test")  # of an embedded text: its end is held out
-_HELD_OUT = 0.05
+_HELD_OUT_SHARE = 0.05
 _SUFFIXES = {  # of local files: the builder in `datasets`
   ".parquet": "parquet",
   ".json": "json",
@@ -60,7 +60,7 @@ FIELDS = {
 }
 
 
-def _sources_offer_it(config):
+def _sources_have_the_splits(config):
   """Whether a stream has the split and the column is known once it is read."""
   for key, source in _sources(config):
     _validate_source(source)
@@ -70,7 +70,7 @@ def _sources_offer_it(config):
       )
 
 
-def _vocabulary_holds_the_tokenizer(config):
+def _vocabulary_covers_the_tokenizer(config):
   data = config.data
   size = tokenizer(config).size
   if data.vocab_size < size:
@@ -80,7 +80,7 @@ def _vocabulary_holds_the_tokenizer(config):
     )
 
 
-RULES = (_sources_offer_it, _vocabulary_holds_the_tokenizer)
+RULES = (_sources_have_the_splits, _vocabulary_covers_the_tokenizer)
 
 
 def _sources(config):
@@ -131,7 +131,7 @@ def _validate_source(source):
     hub.embedded(source, EMBEDDED[source])
   elif path.is_file():
     _builder(path)
-  elif not path.is_dir() and not hub.is_name(source):
+  elif not path.is_dir() and not hub.is_hub_name(source):
     raise hub.unknown_source(source, EMBEDDED, "file or ")
 
 
@@ -156,7 +156,7 @@ def _embedded(source):
 def _embedded_split(source, split):
   hub.validate_split(source, split, _SPLITS)
   whole_text = _embedded(source)
-  cut = len(whole_text) - int(_HELD_OUT * len(whole_text))
+  cut = len(whole_text) - int(_HELD_OUT_SHARE * len(whole_text))
   return whole_text[:cut] if split == "train" else whole_text[cut:]
 
 
@@ -233,9 +233,9 @@ class _Embedded(loader.ExampleSource):
     return self._rows(indices_B * self._length)
 
   def _rows(self, start_B):
-    place_BT = start_B[:, None] + np.arange(self._length + 1)
-    real_BT = place_BT < len(self._tokens)
-    token_BT = self._tokens[np.where(real_BT, place_BT, 0)]
+    index_BT = start_B[:, None] + np.arange(self._length + 1)
+    real_BT = index_BT < len(self._tokens)
+    token_BT = self._tokens[np.where(real_BT, index_BT, 0)]
     return {"token": np.where(real_BT, token_BT, -1)}
 
 
@@ -309,13 +309,13 @@ class _EvalBatches:
     self._stream, self._batch_size = stream, batch_size
 
   def __iter__(self):
-    size, rows = self._batch_size, self._stream.eval_rows()
+    size, all_rows = self._batch_size, self._stream.eval_rows()
     share = size // jax.process_count()
     first = share * jax.process_index()
-    while part := list(itertools.islice(rows, size)):
-      weight_B = (np.arange(size) < len(part)).astype(np.float32)
-      part += [part[-1]] * (size - len(part))
-      batch = {name: np.stack([row[name] for row in part]) for name in part[0]}
+    while rows := list(itertools.islice(all_rows, size)):
+      weight_B = (np.arange(size) < len(rows)).astype(np.float32)
+      rows += [rows[-1]] * (size - len(rows))
+      batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
       batch["weight"] = weight_B
       yield {name: x[first : first + share] for name, x in batch.items()}
 
@@ -365,7 +365,7 @@ class _DocumentIterator(grain.DatasetIterator):
     import datasets.distributed
 
     self._epoch = epoch
-    with hub.readable(self._source):
+    with hub.reading(self._source):
       self._stream = _open(self._source, self._split)
       if self._endless:  # An evaluation's rows are shared, not its documents.
         self._stream = datasets.distributed.split_dataset_by_node(
@@ -393,7 +393,7 @@ class _DocumentIterator(grain.DatasetIterator):
     return document
 
   def _next(self):
-    with hub.readable(self._source):
+    with hub.reading(self._source):
       return next(self._examples, None)
 
   def get_state(self):

@@ -94,8 +94,8 @@ class File:
     self.size = max(vocabulary.values()) + 1
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
-    found = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-    return [np.array(x.ids, np.int32) for x in found]
+    encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [np.array(x.ids, np.int32) for x in encodings]
 
   def decode(self, ids: Iterable[int]) -> str:
     return self._tokenizer.decode([int(i) for i in ids if i != self.end])

@@ -49,11 +49,11 @@ def define_flags() -> None:
   flags.mark_flags_as_required(["source", "out"])
 
 
-def run(given: flags.FlagValues) -> None:
+def run(options: flags.FlagValues) -> None:
   """Trains and saves the tokenizer that the flags describe."""
-  if given.size < 257:
-    raise ValueError(f"--size={given.size}; must be >= 257: bytes and an end")
-  texts = text.documents(given.source, given.split, given.column)
-  tokenizer = train(itertools.islice(texts, given.documents), given.size)
-  tokenizer.save(given.out)
-  print(f"{given.out}: {tokenizer.get_vocab_size():,} tokens")
+  if options.size < 257:
+    raise ValueError(f"--size={options.size}; must be >= 257: bytes and an end")
+  texts = text.documents(options.source, options.split, options.column)
+  tokenizer = train(itertools.islice(texts, options.documents), options.size)
+  tokenizer.save(options.out)
+  print(f"{options.out}: {tokenizer.get_vocab_size():,} tokens")

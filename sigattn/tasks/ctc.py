@@ -27,28 +27,30 @@ def prefix_beam(log_probs_TV: np.ndarray, alphabet: str, width: int) -> str:
   log_probs_TV: over blank and alphabet. width: prefixes kept at each frame.
   """
   log_probs_TV = np.asarray(log_probs_TV, np.float64)
-  nothing = -math.inf
+  impossible = -math.inf
   # {prefix: (log probability ending in a blank, in its last character)}
-  beam = {(): (0.0, nothing)}
+  beam = {(): (0.0, impossible)}
   for log_probs_V in log_probs_TV:
-    found = {}
+    extended = {}
 
-    def add(prefix, blank, last, found=found):
-      old = found.get(prefix, (nothing, nothing))
-      found[prefix] = np.logaddexp(old[0], blank), np.logaddexp(old[1], last)
+    def add(prefix, blank, last, extended=extended):
+      old = extended.get(prefix, (impossible, impossible))
+      extended[prefix] = np.logaddexp(old[0], blank), np.logaddexp(old[1], last)
 
     for prefix, (blank, last) in beam.items():
-      both = np.logaddexp(blank, last)
-      add(prefix, both + log_probs_V[BLANK], nothing)
+      total = np.logaddexp(blank, last)
+      add(prefix, total + log_probs_V[BLANK], impossible)
       for index in range(1, len(log_probs_V)):
         log_prob = log_probs_V[index]
         if prefix and index == prefix[-1]:
-          add(prefix, nothing, last + log_prob)  # merged with the one before
-          add((*prefix, index), nothing, blank + log_prob)
+          add(prefix, impossible, last + log_prob)  # merged with the one before
+          add((*prefix, index), impossible, blank + log_prob)
         else:
-          add((*prefix, index), nothing, both + log_prob)
-    best = sorted(found, key=lambda p: np.logaddexp(*found[p]), reverse=True)
-    beam = {prefix: found[prefix] for prefix in best[:width]}
+          add((*prefix, index), impossible, total + log_prob)
+    best = sorted(
+      extended, key=lambda p: np.logaddexp(*extended[p]), reverse=True
+    )
+    beam = {prefix: extended[prefix] for prefix in best[:width]}
   prefix = max(beam, key=lambda p: np.logaddexp(*beam[p]))
   return spell(prefix, alphabet)
 

@@ -25,8 +25,9 @@ class LanguageModel(nnx.Module):
   Input and output share the embedding (1608.05859); no biases.
 
   stack: layers.Stack. norm: kind of the norm before the logits, None for none.
-  table: adds sines to the embedding, with the weight against it of 1706.03762,
-    which multiplies an embedding of variance 1 / width by sqrt(width).
+  add_sincos: adds sines to the embedding, with the weight against it of
+    1706.03762, which multiplies an embedding of variance 1 / width by
+    sqrt(width).
   has_positions: whether the stack takes `positions`.
 
   Initialisation, as of the models that 2409.04431 published:
@@ -40,12 +41,12 @@ class LanguageModel(nnx.Module):
     vocab_size: int,
     width: int,
     norm: str | None,
-    table: bool,
+    add_sincos: bool,
     has_positions: bool,
     dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
   ):
-    self.stack, self.table = stack, table
+    self.stack, self.add_sincos = stack, add_sincos
     self.has_positions = has_positions
     self.dtype = dtype
     normal = nnx.initializers.normal(width**-0.5)
@@ -104,20 +105,20 @@ class LanguageModel(nnx.Module):
     that is no padding.
     """
     slot_S = jnp.arange(cache.key_BSKH.shape[2])[None]  # behind the layers
-    seen_BS = (slot_S >= start_B[:, None]) & (slot_S <= place)
+    visible_BS = (slot_S >= start_B[:, None]) & (slot_S <= place)
     positions_BT = (place - start_B)[:, None]
     x_BTD, cache = self.stack(
       self._embed(token_B[:, None], positions_BT),
       cache=cache,
       place=place,
-      mask=seen_BS[:, None, None],
+      mask=visible_BS[:, None, None],
       **self._positions(positions_BT),
     )
     return self._logits(x_BTD)[:, 0], cache
 
   def _embed(self, token_BT, positions_BT):
     x_BTD = self.embed[...].at[token_BT].get(mode="clip")
-    if self.table:
+    if self.add_sincos:
       width = x_BTD.shape[-1]
       x_BTD += width**-0.5 * positions.sincos(positions_BT, width)
     return x_BTD.astype(self.dtype)
@@ -146,12 +147,12 @@ def offsets(
   token_BT: jax.Array, segment_ids: jax.Array | None = None
 ) -> jax.Array:
   """How many tokens of its own segment stand before each token, (B, T)."""
-  place_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1]), token_BT.shape)
+  index_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1]), token_BT.shape)
   if segment_ids is None:
-    return place_BT
+    return index_BT
   before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-  first_BT = jnp.where(segment_ids != before, place_BT, 0)
-  return place_BT - jax.lax.cummax(first_BT, axis=1)
+  first_BT = jnp.where(segment_ids != before, index_BT, 0)
+  return index_BT - jax.lax.cummax(first_BT, axis=1)
 
 
 FIELDS = (
@@ -183,7 +184,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> LanguageModel:
     vocab_size=config.data.vocab_size,
     width=model.width,
     norm=None if model.norm == "post" else model.norm_kind,
-    table=model.positions == "sincos",
+    add_sincos=model.positions == "sincos",
     # By which RoPE turns, and the row scaling counts.
     has_positions=model.positions == "rope" or config.attn.row_power > 0,
     dtype=jnp.dtype(config.dtype),
@@ -214,13 +215,13 @@ def loss(
 
   Returns (loss, {"loss", "accuracy"}).
   """
-  nats_BT, right_BT, real_BT = _predict(model, batch, rng)
+  nats_BT, correct_BT, real_BT = _nats_and_correct(model, batch, rng)
   count = jnp.maximum(real_BT.sum(), 1)
-  value = nats_BT.sum() / count
-  return value, {"loss": value, "accuracy": right_BT.sum() / count}
+  mean_nats = nats_BT.sum() / count
+  return mean_nats, {"loss": mean_nats, "accuracy": correct_BT.sum() / count}
 
 
-def _predict(model, batch, rng=None):
+def _nats_and_correct(model, batch, rng=None):
   """Nats and 1 where right, both 0 where there is nothing to predict."""
   token, segment = batch["token"], batch.get("segment")
   target_BT, real_BT = token[:, 1:], token[:, 1:] >= 0
@@ -231,21 +232,21 @@ def _predict(model, batch, rng=None):
   nats_BT = optax.softmax_cross_entropy_with_integer_labels(
     logits_BTV, jnp.maximum(target_BT, 0)
   )
-  right_BT = logits_BTV.argmax(-1) == target_BT
-  return nats_BT * real_BT, right_BT & real_BT, real_BT
+  correct_BT = logits_BTV.argmax(-1) == target_BT
+  return nats_BT * real_BT, correct_BT & real_BT, real_BT
 
 
 def evaluate(
   config: ConfigDict, model: LanguageModel, batch: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
   """Sums over the tokens to predict: see `results`."""
-  nats_BT, right_BT, real_BT = _predict(model, batch)
+  nats_BT, correct_BT, real_BT = _nats_and_correct(model, batch)
   weight_BT = batch["weight"][:, None] * real_BT
   size_V = jnp.asarray(text.tokenizer(config).num_bytes(), jnp.float32)
   bytes_BT = size_V.at[batch["token"][:, 1:]].get(mode="clip")
   sums = {
     "loss": jnp.vdot(weight_BT, nats_BT),
-    "accuracy": jnp.vdot(weight_BT, right_BT.astype(jnp.float32)),
+    "accuracy": jnp.vdot(weight_BT, correct_BT.astype(jnp.float32)),
     "bytes": jnp.vdot(weight_BT, bytes_BT),
     "weight": weight_BT.sum(),
   }
@@ -270,26 +271,26 @@ def results(
   """
   count = sums["weight"]
   mean = sums["loss"] / count
-  found = {
+  metrics = {
     "loss": mean,
     "perplexity": math.exp(mean),
     "accuracy": sums["accuracy"] / count,
     "bits_per_byte": sums["loss"] / sums["bytes"] / math.log(2),
   }
   if config.eval.by_position:
-    found |= _by_position(sums["loss_T"], sums["weight_T"])
-  return found
+    metrics |= _by_position(sums["loss_T"], sums["weight_T"])
+  return metrics
 
 
 def _by_position(loss_T, weight_T):
-  start, stop, found = 0, 16, {}
+  start, stop, losses = 0, 16, {}
   while start < len(loss_T):
     part = slice(start, stop)
     if weight_T[part].sum():
       name = f"loss@{start}:{min(stop, len(loss_T))}"
-      found[name] = loss_T[part].sum() / weight_T[part].sum()
+      losses[name] = loss_T[part].sum() / weight_T[part].sum()
     start, stop = stop, 2 * stop
-  return found
+  return losses
 
 
 def evaluation_variants(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -302,12 +303,12 @@ def evaluation_variants(config: ConfigDict) -> dict[str, ConfigDict]:
   """
   variants = {}
   for name, factor, max_length_of in stack.eval_lengths(config):
-    other = config.copy_and_resolve_references().unlock()
-    other.data.length = factor * config.data.length
+    variant = config.copy_and_resolve_references().unlock()
+    variant.data.length = factor * config.data.length
     if max_length_of == "test":
-      other.model.max_length = other.data.length
-    other.batch_size = max(config.batch_size // factor, jax.device_count())
-    other.batch_size -= other.batch_size % jax.device_count()
-    other.eval.by_position = True
-    variants[name] = other.lock()
+      variant.model.max_length = variant.data.length
+    variant.batch_size = max(config.batch_size // factor, jax.device_count())
+    variant.batch_size -= variant.batch_size % jax.device_count()
+    variant.eval.by_position = True
+    variants[name] = variant.lock()
   return variants

@@ -22,7 +22,7 @@ METRICS = ("loss", "cer", "wer")
 POSITIONS = ("sincos", "cape", "rope", "none")
 
 # Utterances of 0 to 10 seconds, 10 to 20, ...: the paper's split of TED-LIUM.
-_LENGTHS = (0, 10, 20, 30)
+_GROUP_STARTS = (0, 10, 20, 30)
 
 
 class AcousticModel(nnx.Module):
@@ -129,12 +129,12 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> AcousticModel:
   longest utterance that config.data.bucket_seconds lets in."""
   model, data = config.model, config.data
   samples = int(data.bucket_seconds[-1] * data.sample_rate)
-  longest = log_mel.frames(samples, data.sample_rate)
+  max_length = log_mel.frames(samples, data.sample_rate)
   for _, stride in model.convolutions:
-    longest = -(-longest // stride)
+    max_length = -(-max_length // stride)
   encoder = stack.make(
     config,
-    max_length=longest,
+    max_length=max_length,
     rotate=_rotate if model.positions == "rope" else None,
     rngs=rngs,
   )
@@ -144,7 +144,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> AcousticModel:
     convolutions=tuple(tuple(pair) for pair in model.convolutions),
     width=model.width,
     characters=len(data.alphabet),
-    add_positions=_adder(model),
+    add_positions=_position_adder(model),
     # A post-norm block ends in a norm.
     norm=None if model.norm == "post" else model.norm_kind,
     dtype=jnp.dtype(config.dtype),
@@ -156,17 +156,17 @@ def _rotate(x_BTNH):
   return positions.rope(x_BTNH, np.arange(x_BTNH.shape[1]))
 
 
-def _adder(model):
+def _position_adder(model):
   """What adds positions.sincos to the tokens; None where nothing does."""
   cape = (model.cape_shift, model.cape_local_shift, model.cape_scale)
 
   def add(x_BTD, tokens_B, rng):
     _, length, width = x_BTD.shape
     if model.positions == "cape":
-      place_BT = positions.cape(rng, tokens_B, length, *cape)
+      positions_BT = positions.cape(rng, tokens_B, length, *cape)
     else:
-      place_BT = jnp.arange(length, dtype=jnp.float32)[None]
-    return x_BTD + positions.sincos(place_BT, width).astype(x_BTD.dtype)
+      positions_BT = jnp.arange(length, dtype=jnp.float32)[None]
+    return x_BTD + positions.sincos(positions_BT, width).astype(x_BTD.dtype)
 
   return add if model.positions in ("sincos", "cape") else None
 
@@ -200,36 +200,36 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """CTC's -log p(text | audio) with SpecAugment, in nats a character.
 
-  batch: "audio" (B, S) float32 in -1..1, "samples" (B,), "label" (B, U) int32,
+  batch: "audio" (B, S) float32 in -1..1, "samples" (B,), "target" (B, U) int32,
   "characters" (B,). Returns (loss, {"loss"}).
   """
   augment_rng, model_rng = jax.random.split(rng)
   x_BTM, frames_B = log_mel_of(config, batch)
   x_BTM = log_mel.spec_augment(config.augment, augment_rng, x_BTM, frames_B)
   logits_BTV, tokens_B = model(x_BTM, frames_B, model_rng)
-  loss_B = ctc_loss(logits_BTV, tokens_B, batch["label"], batch["characters"])
-  value = loss_B.sum() / jnp.maximum(batch["characters"].sum(), 1)
-  return value, {"loss": value}
+  loss_B = ctc_loss(logits_BTV, tokens_B, batch["target"], batch["characters"])
+  mean_loss = loss_B.sum() / jnp.maximum(batch["characters"].sum(), 1)
+  return mean_loss, {"loss": mean_loss}
 
 
 def ctc_loss(
   logits_BTV: jax.Array,
   tokens_B: jax.Array,
-  labels_BU: jax.Array,
+  targets_BU: jax.Array,
   characters_B: jax.Array,
 ) -> jax.Array:
-  """-log p(label) of each utterance, (B,); 0 for one with too few tokens.
+  """-log p(target) of each utterance, (B,); 0 for one with too few tokens.
 
   Each character takes a token, and one more lies between two that are equal.
   """
-  padding_BU = ~log_mel.valid(characters_B, labels_BU.shape[1])
-  repeated_BU = (labels_BU[:, 1:] == labels_BU[:, :-1]) & ~padding_BU[:, 1:]
+  padding_BU = ~log_mel.valid(characters_B, targets_BU.shape[1])
+  repeated_BU = (targets_BU[:, 1:] == targets_BU[:, :-1]) & ~padding_BU[:, 1:]
   needed_B = characters_B + repeated_BU.sum(1)
   padding_BT = ~log_mel.valid(tokens_B, logits_BTV.shape[1])
   loss_B = optax.ctc_loss(
     logits_BTV,
     padding_BT.astype(jnp.float32),
-    labels_BU,
+    targets_BU,
     padding_BU.astype(jnp.float32),
     blank_id=ctc.BLANK,
   )
@@ -244,11 +244,10 @@ def evaluate(
   batch: as in `loss`, "seconds" (B,), and "weight" (B,), 0 for padding.
   """
   logits_BTV, tokens_B = model(*log_mel_of(config, batch))
-  loss_B = ctc_loss(logits_BTV, tokens_B, batch["label"], batch["characters"])
-  given = {
-    name: batch[name] for name in ("label", "characters", "seconds", "weight")
-  }
-  return given | _predictions(config, logits_BTV, tokens_B) | {"loss": loss_B}
+  loss_B = ctc_loss(logits_BTV, tokens_B, batch["target"], batch["characters"])
+  kept = ("target", "characters", "seconds", "weight")
+  outputs = {name: batch[name] for name in kept} | {"loss": loss_B}
+  return outputs | _predictions(config, logits_BTV, tokens_B)
 
 
 def predict(
@@ -268,32 +267,35 @@ def _predictions(config, logits_BTV, tokens_B):
 
 
 def score(
-  config: ConfigDict, found: loader.Batch
+  config: ConfigDict, outputs: loader.Batch
 ) -> dict[str, float | np.ndarray]:
   """Sums over a batch's utterances: losses, edits, characters, words.
 
-  found: of `evaluate`, NumPy arrays. All but the losses are arrays (4,) over
+  outputs: of `evaluate`, NumPy arrays. All but the losses are arrays (4,) over
   the groups of length.
   """
-  sums = {"loss": 0.0} | {name: np.zeros(len(_LENGTHS)) for name in ctc.COUNTS}
-  for i in np.flatnonzero(found["weight"]):
-    label_U = found["label"][i][: found["characters"][i]]
-    said = decode(config, {name: x[i] for name, x in found.items()})
-    sums["loss"] += float(found["loss"][i])
-    group = np.searchsorted(_LENGTHS, found["seconds"][i], side="right") - 1
-    text = ctc.spell(label_U, config.data.alphabet)
-    for name, count in ctc.errors(text, said).items():
+  sums = {"loss": 0.0} | {
+    name: np.zeros(len(_GROUP_STARTS)) for name in ctc.COUNTS
+  }
+  for i in np.flatnonzero(outputs["weight"]):
+    target_U = outputs["target"][i][: outputs["characters"][i]]
+    hypothesis = decode(config, {name: x[i] for name, x in outputs.items()})
+    sums["loss"] += float(outputs["loss"][i])
+    seconds = outputs["seconds"][i]
+    group = np.searchsorted(_GROUP_STARTS, seconds, side="right") - 1
+    reference = ctc.spell(target_U, config.data.alphabet)
+    for name, count in ctc.errors(reference, hypothesis).items():
       sums[name][group] += count
   return sums
 
 
-def decode(config: ConfigDict, found: loader.Batch) -> str:
-  """The text of one utterance of `say` or `evaluate`."""
-  tokens, alphabet = found["tokens"], config.data.alphabet
+def decode(config: ConfigDict, outputs: loader.Batch) -> str:
+  """The text of one utterance of `predict` or `evaluate`."""
+  tokens, alphabet = outputs["tokens"], config.data.alphabet
   if config.eval.beam_width > 1:
-    log_probs_TV = found["log_probs"][:tokens]
+    log_probs_TV = outputs["log_probs"][:tokens]
     return ctc.prefix_beam(log_probs_TV, alphabet, config.eval.beam_width)
-  return ctc.greedy(found["path"][:tokens], alphabet)
+  return ctc.greedy(outputs["path"][:tokens], alphabet)
 
 
 def results(
@@ -301,14 +303,14 @@ def results(
 ) -> dict[str, float]:
   """Loss in nats a character, CER and WER, of all and by length: cer_10_20."""
   del config
-  found = {"loss": sums["loss"] / sums["characters"].sum()}
-  ends = (*_LENGTHS[1:], "up")
-  for rate, unit in (("cer", "character"), ("wer", "word")):
+  metrics = {"loss": sums["loss"] / sums["characters"].sum()}
+  ends = (*_GROUP_STARTS[1:], "up")
+  for metric, unit in (("cer", "character"), ("wer", "word")):
     errors, counts = sums[f"{unit}_errors"], sums[f"{unit}s"]
-    found[rate] = errors.sum() / counts.sum()
-    for start, end, part, count in zip(
-      _LENGTHS, ends, errors, counts, strict=True
+    metrics[metric] = errors.sum() / counts.sum()
+    for start, end, error, count in zip(
+      _GROUP_STARTS, ends, errors, counts, strict=True
     ):
       if count:
-        found[f"{rate}_{start}_{end}"] = part / count
-  return found
+        metrics[f"{metric}_{start}_{end}"] = error / count
+  return metrics

@@ -26,9 +26,9 @@ class VisionTransformer(nnx.Module):
 
   encoder: a module, encoder(x_BTD, rng) -> (B, T, D), T = token count.
   grid: rows and columns of patches. pool: mean over the tokens, or class: a
-  class token, the first one, alone. table: what is added to the tokens:
-  learned, sincos1d, sincos2d or none; nothing is added to a class token but a
-  learned table. norm: kind of the norm before the head, None for none.
+  class token, the first one, alone. position_table: what is added to the
+  tokens: learned, sincos1d, sincos2d or none; nothing is added to a class token
+  but a learned table. norm: kind of the norm before the head, None for none.
 
   Initialisation beyond that of sigattn.layers:
     embed/kernel  LeCun normal: normalised pixels keep their variance
@@ -47,7 +47,7 @@ class VisionTransformer(nnx.Module):
     num_classes: int,
     width: int,
     pool: str,
-    table: str,
+    position_table: str,
     position_std: float,
     norm: str | None,
     dtype: jax.typing.DTypeLike,
@@ -55,13 +55,13 @@ class VisionTransformer(nnx.Module):
   ):
     self.encoder = encoder
     self.grid, self.patch_size, self.width = grid, patch_size, width
-    self.pool, self.table, self.dtype = pool, table, dtype
+    self.pool, self.position_table, self.dtype = pool, position_table, dtype
     self.embed = nnx.Linear(
       channels * patch_size**2, width, dtype=dtype, rngs=rngs
     )
     if pool == "class":
       self.class_token = nnx.Param(jnp.zeros((width,), jnp.float32))
-    if table == "learned":
+    if position_table == "learned":
       shape = (math.prod(grid) + (pool == "class"), width)
       normal = jax.random.normal(rngs.params(), shape, jnp.float32)
       self.position = nnx.Param(position_std * normal)
@@ -108,14 +108,14 @@ class VisionTransformer(nnx.Module):
     return jnp.concatenate([token_B1D, x_BPD], axis=1)
 
   def _add_positions(self, x_BTD):
-    if self.table == "none":
+    if self.position_table == "none":
       return x_BTD
-    if self.table == "learned":
+    if self.position_table == "learned":
       table_TD = self.position[...]
     else:
-      table_TD = _fixed_table(self.table, self.grid, self.width)
-      absent = x_BTD.shape[1] - table_TD.shape[0]  # 1 with a class token
-      table_TD = jnp.pad(table_TD, ((absent, 0), (0, 0)))
+      table_TD = _fixed_table(self.position_table, self.grid, self.width)
+      missing = x_BTD.shape[1] - table_TD.shape[0]  # 1 with a class token
+      table_TD = jnp.pad(table_TD, ((missing, 0), (0, 0)))
     return x_BTD + table_TD.astype(x_BTD.dtype)[None]
 
 
@@ -171,7 +171,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> VisionTransformer:
     num_classes=data.num_classes,
     width=model.width,
     pool=model.pool,
-    table="none" if model.positions == "rope" else model.positions,
+    position_table="none" if model.positions == "rope" else model.positions,
     position_std=model.position_std,
     # A post-norm block ends in a norm.
     norm=None if model.norm == "post" else model.norm_kind,
@@ -184,10 +184,12 @@ def _rotate(model, grid):
   """RoPE over rows and columns from 1 on; a class token is at (0, 0)."""
   if model.positions != "rope":
     return None
-  place_T2 = positions.grid(*grid) + 1
+  position_T2 = positions.grid(*grid) + 1
   if model.pool == "class":
-    place_T2 = np.concatenate([np.zeros((1, 2), place_T2.dtype), place_T2])
-  return functools.partial(positions.rope_2d, positions=place_T2)
+    position_T2 = np.concatenate(
+      [np.zeros((1, 2), position_T2.dtype), position_T2]
+    )
+  return functools.partial(positions.rope_2d, positions=position_T2)
 
 
 def patch_attention(config: ConfigDict, weights_LNTS: np.ndarray) -> np.ndarray:
@@ -212,21 +214,24 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Mean cross-entropy with label smoothing, mixup and cutmix.
 
-  batch: "image" (B, H, W, C) uint8, "label" (B,) int32.
+  batch: "image" (B, H, W, C) uint8, "target" (B,) int32.
   Returns (loss, {"loss", "accuracy"}). The accuracy, of the augmented images,
-  is against the label with the larger share.
+  is against the target with the larger share.
   """
   mix_rng, drop_rng = jax.random.split(rng)
   images_BHWC = normalize(config.data, batch["image"])
-  labels_BV = optax.smooth_labels(
-    jax.nn.one_hot(batch["label"], config.data.num_classes),
+  targets_BV = optax.smooth_labels(
+    jax.nn.one_hot(batch["target"], config.data.num_classes),
     config.augment.label_smoothing,
   )
-  images_BHWC, labels_BV = mix(config.augment, mix_rng, images_BHWC, labels_BV)
+  images_BHWC, targets_BV = mix(
+    config.augment, mix_rng, images_BHWC, targets_BV
+  )
   logits_BV = model(images_BHWC, drop_rng)
-  value = optax.softmax_cross_entropy(logits_BV, labels_BV).mean()
-  right = logits_BV.argmax(-1) == labels_BV.argmax(-1)
-  return value, {"loss": value, "accuracy": right.mean(dtype=jnp.float32)}
+  mean_loss = optax.softmax_cross_entropy(logits_BV, targets_BV).mean()
+  correct_B = logits_BV.argmax(-1) == targets_BV.argmax(-1)
+  accuracy = correct_B.mean(dtype=jnp.float32)
+  return mean_loss, {"loss": mean_loss, "accuracy": accuracy}
 
 
 def evaluate(
@@ -237,15 +242,17 @@ def evaluate(
   batch: as in `loss`, and "weight" (B,) float32, 0 for padding.
   """
   logits_BV = model(normalize(config.data, batch["image"]))
-  label_B, weight_B = batch["label"], batch["weight"]
+  target_B, weight_B = batch["target"], batch["weight"]
   values = {
-    "loss": optax.softmax_cross_entropy_with_integer_labels(logits_BV, label_B),
-    "accuracy": logits_BV.argmax(-1) == label_B,
+    "loss": optax.softmax_cross_entropy_with_integer_labels(
+      logits_BV, target_B
+    ),
+    "accuracy": logits_BV.argmax(-1) == target_B,
     "weight": jnp.ones_like(weight_B),
   }
   if _has_top5(config):
     top_B5 = jax.lax.top_k(logits_BV, 5)[1]
-    values["accuracy_top5"] = (top_B5 == label_B[:, None]).any(-1)
+    values["accuracy_top5"] = (top_B5 == target_B[:, None]).any(-1)
   return {name: jnp.vdot(weight_B, x) for name, x in values.items()}
 
 
@@ -266,11 +273,11 @@ def mix(
   augment: ConfigDict,
   rng: jax.Array,
   images_BHWC: jax.Array,
-  labels_BV: jax.Array,
+  targets_BV: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Mixup (1710.09412) or cutmix (1905.04899) of neighbours in the batch.
 
-  image = m image_i + (1 - m) image_{i-1}, label likewise with the mean of m:
+  image = m image_i + (1 - m) image_{i-1}, target likewise with the mean of m:
   mixup's m is a number lambda ~ Beta(mixup, mixup), cutmix's is 0 in one box
   and 1 outside of it. One draw a batch; both on: either, by a fair coin.
   """
@@ -283,13 +290,13 @@ def mix(
   if augment.cutmix:
     masks.append(_cutmix_mask(cut_rng, augment.cutmix, height, width))
   if not masks:
-    return images_BHWC, labels_BV
+    return images_BHWC, targets_BV
   coin = jax.random.bernoulli(coin_rng)
   mask_HW = jnp.where(coin, masks[0], masks[-1])
   # A neighbour, not the reversed batch: most of them are on the same device.
   return (
     _interpolate(mask_HW[None, :, :, None], images_BHWC),
-    _interpolate(mask_HW.mean()[None, None], labels_BV),
+    _interpolate(mask_HW.mean()[None, None], targets_BV),
   )
 
 

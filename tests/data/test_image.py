@@ -72,8 +72,8 @@ def test_batch_is_what_the_contract_says():
   [batch] = take(make(), 1)
   assert batch["image"].shape == (8, 28, 28, 1)
   assert batch["image"].dtype == np.uint8
-  assert batch["label"].shape == (8,)
-  assert batch["label"].dtype == np.int32
+  assert batch["target"].shape == (8,)
+  assert batch["target"].dtype == np.int32
 
 
 def test_batch_may_be_of_one_example():
@@ -85,17 +85,17 @@ def test_seed_decides_order_and_augmentation():
   for values in ({}, ALL):
     equal(take(make(**values), 3), take(make(**values), 3))
   first, other = take(make(), 2), take(make(seed=1), 2)
-  assert (first[0]["label"] != other[0]["label"]).any()
-  assert (first[1]["label"] != other[1]["label"]).any()
+  assert (first[0]["target"] != other[0]["target"]).any()
+  assert (first[1]["target"] != other[1]["target"]).any()
   first, other = take(make(**ALL), 1)[0], take(make(), 1)[0]
-  np.testing.assert_array_equal(first["label"], other["label"])
+  np.testing.assert_array_equal(first["target"], other["target"])
   assert (first["image"] != other["image"]).any()
 
 
 def test_seed_decides_augmentation_of_the_same_images(monkeypatch):
   monkeypatch.setattr(loader, "_permutation", lambda n, *_: np.arange(n))
   first, other = take(make(**ALL), 1)[0], take(make(seed=1, **ALL), 1)[0]
-  np.testing.assert_array_equal(first["label"], other["label"])
+  np.testing.assert_array_equal(first["target"], other["target"])
   assert (first["image"] != other["image"]).any()
 
 
@@ -119,9 +119,11 @@ def test_epoch_has_every_example_once_in_an_order_of_its_own(chunk):
 
 
 def test_whole_epoch_of_the_embedded_set_is_the_set():
-  found = take(make(batch_size=1000), 10)
-  whole = list(tasks.eval_batches(make(batch_size=1000), "train"))
-  images = [np.concatenate([b["image"] for b in x]) for x in (found, whole)]
+  shuffled = take(make(batch_size=1000), 10)
+  in_order = list(tasks.eval_batches(make(batch_size=1000), "train"))
+  images = [
+    np.concatenate([b["image"] for b in x]) for x in (shuffled, in_order)
+  ]
   sums = [np.sort(x.sum((1, 2, 3), dtype=np.int64)) for x in images]
   np.testing.assert_array_equal(*sums)
 
@@ -203,17 +205,17 @@ if __name__ == "__main__":
 
 def test_evaluation_has_every_example_once_and_padding_of_no_weight():
   batches = tasks.eval_batches(make(batch_size=192), "test")
-  found = list(batches)
-  assert {b["image"].shape for b in found} == {(192, 28, 28, 1)}
-  weight = np.concatenate([b["weight"] for b in found])
+  first_pass = list(batches)
+  assert {b["image"].shape for b in first_pass} == {(192, 28, 28, 1)}
+  weight = np.concatenate([b["weight"] for b in first_pass])
   assert weight.dtype == np.float32
   np.testing.assert_array_equal(weight, np.arange(len(weight)) < 2000)
   with np.load(hub.embedded("fashion_mnist", "fashion_mnist.npz")) as arrays:
-    images = np.concatenate([b["image"] for b in found])[:2000, ..., 0]
+    images = np.concatenate([b["image"] for b in first_pass])[:2000, ..., 0]
     np.testing.assert_array_equal(images, arrays["x_test"])
-    labels = np.concatenate([b["label"] for b in found])[:2000]
-    np.testing.assert_array_equal(labels, arrays["y_test"])
-  equal(batches, found)
+    targets = np.concatenate([b["target"] for b in first_pass])[:2000]
+    np.testing.assert_array_equal(targets, arrays["y_test"])
+  equal(batches, first_pass)
 
 
 def test_evaluation_of_the_training_split_is_not_augmented():
@@ -252,17 +254,17 @@ def test_shift_moves_by_up_to_pad_and_fills_with_zeros():
   images = rng().integers(1, 256, size=(500, 6, 7, 2), dtype=np.uint8)
   shifted = augment.shift(images, 2, rng())
   padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
-  found = []
+  offsets = []
   for i in range(500):
-    found += [
+    offsets += [
       (y, x)
       for y in range(5)
       for x in range(5)
       if (shifted[i] == padded[i, y : y + 6, x : x + 7]).all()
     ]
-  assert len(found) == 500
-  assert len(set(found)) == 25
-  assert np.abs(np.mean(found, axis=0) - 2).max() < 0.25
+  assert len(offsets) == 500
+  assert len(set(offsets)) == 25
+  assert np.abs(np.mean(offsets, axis=0) - 2).max() < 0.25
 
 
 def test_flip_mirrors_half_of_the_images():
@@ -417,11 +419,11 @@ def test_folder_of_images_is_read_whole(folder, tmp_path, monkeypatch):
   batches = list(tasks.eval_batches(config, "train"))
   assert [b["weight"].sum() for b in batches] == [4, 4]
   assert {b["image"].shape for b in batches} == {(4, 16, 16, 3)}
-  labels = np.concatenate([b["label"] for b in batches])
-  assert sorted(labels) == [0] * 3 + [1] * 5
+  targets = np.concatenate([b["target"] for b in batches])
+  assert sorted(targets) == [0] * 3 + [1] * 5
   images = np.concatenate([b["image"] for b in batches])
   wanted = augment.resize(picture(21, 30, 3, 1)[None], 16, 16)[0]
-  assert sum((x == wanted).all() for x in images[labels == 0]) == 1
+  assert sum((x == wanted).all() for x in images[targets == 0]) == 1
   grey = [(x[..., 0] == x[..., 1]).all() for x in images]
   assert sum(grey) == 1
   assert sorted(folder.rglob("*")) == before
@@ -431,12 +433,12 @@ def test_folder_of_images_is_trained_on_in_grey(folder):
   config = local(folder, **ALL)
   config.data.update(channels=1, mean=(0.5,), std=(0.5,), num_workers=0)
   validate.fields(config, image.FIELDS, image.RULES)
-  found = take(config, 4)
-  assert {b["image"].shape for b in found} == {(4, 16, 16, 1)}
-  for epoch in (found[:2], found[2:]):
-    labels = np.concatenate([b["label"] for b in epoch])
-    assert sorted(labels) == [0] * 3 + [1] * 5
-  equal(found, take(config, 4))
+  batches = take(config, 4)
+  assert {b["image"].shape for b in batches} == {(4, 16, 16, 1)}
+  for epoch in (batches[:2], batches[2:]):
+    targets = np.concatenate([b["target"] for b in epoch])
+    assert sorted(targets) == [0] * 3 + [1] * 5
+  equal(batches, take(config, 4))
 
 
 def test_workers_decode_what_threads_do(folder):
@@ -487,7 +489,7 @@ def test_parquet_files_are_read(tmp_path):
   np.testing.assert_array_equal(first["image"], arrays[:4])
   np.testing.assert_array_equal(second["image"][0], arrays[4])
   np.testing.assert_array_equal(second["weight"], [1, 0, 0, 0])
-  np.testing.assert_array_equal(first["label"], [0, 1, 1, 0])
+  np.testing.assert_array_equal(first["target"], [0, 1, 1, 0])
 
 
 def test_every_form_of_an_image_becomes_grey_or_colour():
@@ -497,26 +499,26 @@ def test_every_form_of_an_image_becomes_grey_or_colour():
     for channels in (1, 3):
       file = io.BytesIO()
       plain.convert(mode).save(file, "tiff")
-      found = image.decode(encoded(file.getvalue()), channels)
-      assert found.shape == (6, 9, channels)
-      assert found.dtype == np.uint8
+      decoded = image.decode(encoded(file.getvalue()), channels)
+      assert decoded.shape == (6, 9, channels)
+      assert decoded.dtype == np.uint8
   turned = plain.getexif()
   turned[0x112] = 6  # the orientation: to be turned by 90 degrees
   file = io.BytesIO()
   plain.save(file, "png", exif=turned)
-  found = image.decode(encoded(file.getvalue()), 3)
-  np.testing.assert_array_equal(found, np.rot90(array, -1))
+  decoded = image.decode(encoded(file.getvalue()), 3)
+  np.testing.assert_array_equal(decoded, np.rot90(array, -1))
 
 
 # Refusals.
 
 
-def refused(config, said):
+def expect_refusal(config, message):
   def read():
     validate.fields(config, image.FIELDS, image.RULES)
     list(tasks.eval_batches(config, config.data.train_split))
 
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(ValueError, match=message):
     read()
 
 
@@ -524,34 +526,40 @@ def refused(config, said):
 def test_broken_image_is_named(folder, workers):
   (folder / "train" / "dog" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\nnot one")
   config = local(folder, **{"data.num_workers": workers})
-  refused(config, r"(?s)source='/.*images', split 'train', row \d.*dog/1\.png")
+  expect_refusal(
+    config, r"(?s)source='/.*images', split 'train', row \d.*dog/1\.png"
+  )
 
 
 def test_deep_image_is_refused_not_clipped(folder):
   deep = np.full((9, 9), 40_000, np.uint16)
   Image.fromarray(deep).save(folder / "train" / "dog" / "1.png")
-  refused(local(folder), r"dog/1\.png.*mode I;16")
+  expect_refusal(local(folder), r"dog/1\.png.*mode I;16")
 
 
 def test_missing_column_is_refused_with_those_there_are(tmp_path):
   images = [encoded(png(picture(9, 9, 3)))] * 2
   path = write_parquet(tmp_path / "a", {"image": images, "text": ["a", "b"]})
-  refused(local(path), r"source='/.*/a'; needs .* ClassLabel.*'image'.*'text'")
+  expect_refusal(
+    local(path), r"source='/.*/a'; needs .* ClassLabel.*'image'.*'text'"
+  )
   path = write_parquet(tmp_path / "b", {"label": [0, 1], "text": ["a", "b"]})
-  refused(local(path), r"/b'; needs .* Image.*'label'.*'text'")
+  expect_refusal(local(path), r"/b'; needs .* Image.*'label'.*'text'")
   columns = {"label": [0, 1], "one": images, "two": images}
   path = write_parquet(tmp_path / "c", columns, one="image", two="image")
-  refused(local(path), r"/c'; needs one column of the kind Image.*'two'")
+  expect_refusal(local(path), r"/c'; needs one column of the kind Image.*'two'")
 
 
 def test_example_without_a_class_is_refused(tmp_path):
   columns = {"image": [encoded(png(picture(9, 9, 3)))] * 2, "label": [0, -1]}
   path = write_parquet(tmp_path / "parquet", columns)
-  refused(local(path), r"split 'train', row 1: label=-1")
+  expect_refusal(local(path), r"split 'train', row 1: label=-1")
 
 
 def test_number_of_classes_is_compared(folder):
-  refused(local(folder, **{"data.num_classes": 3}), r"num_classes=3; must be 2")
+  expect_refusal(
+    local(folder, **{"data.num_classes": 3}), r"num_classes=3; must be 2"
+  )
   config = make(**{"data.num_classes": 9})
   with pytest.raises(ValueError, match=r"config\.data\.num_classes=9"):
     validate.fields(config, image.FIELDS, image.RULES)
@@ -574,13 +582,21 @@ def test_classes_that_the_card_tells_are_compared_unread(tmp_path):
 def test_source_that_is_not_there_is_refused(folder):
   choices = r"embedded set \(\['fashion_mnist'\]\), a local folder, or"
   for source in ("fashion_mnits", str(folder / "no")):
-    refused(make(**{"data.source": source}), f"{source}'; choose an {choices}")
-  refused(make(**{"data.source": ""}), "must be a string that is not empty")
-  refused(make(**{"data.source": "no/such"}), "'no/such': cannot be read: ")
+    expect_refusal(
+      make(**{"data.source": source}), f"{source}'; choose an {choices}"
+    )
+  expect_refusal(
+    make(**{"data.source": ""}), "must be a string that is not empty"
+  )
+  expect_refusal(
+    make(**{"data.source": "no/such"}), "'no/such': cannot be read: "
+  )
   (folder / "empty").mkdir()
-  refused(local(folder / "empty"), "empty': cannot be read: ")
+  expect_refusal(local(folder / "empty"), "empty': cannot be read: ")
   config = local(folder, **{"data.eval_split": "validation"})
-  refused(config, r"eval_split='validation'; choose from \['test', 'train'\]")
+  expect_refusal(
+    config, r"eval_split='validation'; choose from \['test', 'train'\]"
+  )
 
 
 @pytest.mark.parametrize(

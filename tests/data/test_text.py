@@ -55,12 +55,12 @@ def rows_of(batches):
 
 def texts_of(rows):
   """The pieces of documents in the rows, by their segments."""
-  found = []
+  pieces = []
   for row in rows:
     for segment in range(1, row["segment"].max() + 1):
       ids = row["token"][row["segment"] == segment]
-      found.append((ids[0] == 256, tokenizers.Bytes().decode(ids)))
-  return found
+      pieces.append((ids[0] == 256, tokenizers.Bytes().decode(ids)))
+  return pieces
 
 
 # The embedded text.
@@ -110,17 +110,16 @@ def test_characters_and_bytes_come_back():
   assert characters.start == 0
   with pytest.raises(ValueError, match=r"characters \['d'\]"):
     characters.encode(["bad"])
-  said = "naïve Ω 猫"
-  [ids] = tokenizers.Bytes().encode([said])
-  assert tokenizers.Bytes().decode(ids) == said
-  assert (
-    len(ids) == len(said.encode()) == tokenizers.Bytes().num_bytes()[ids].sum()
-  )
+  original = "naïve Ω 猫"
+  [ids] = tokenizers.Bytes().encode([original])
+  assert tokenizers.Bytes().decode(ids) == original
+  num_bytes = tokenizers.Bytes().num_bytes()[ids].sum()
+  assert len(ids) == len(original.encode()) == num_bytes
 
 
 def test_bpe_is_trained_saved_and_counts_bytes(tmp_path):
-  said = ["the naïve cat sat on the mat, the cat 猫"] * 20
-  source = write(tmp_path / "a.jsonl", said)
+  texts = ["the naïve cat sat on the mat, the cat 猫"] * 20
+  source = write(tmp_path / "a.jsonl", texts)
   out = tmp_path / "bpe.json"
   command = [sys.executable, "-m", "sigattn", "train_tokenizer", "--size=270"]
   command += [f"--source={source}", f"--out={out}"]
@@ -128,10 +127,10 @@ def test_bpe_is_trained_saved_and_counts_bytes(tmp_path):
   assert "bpe.json: 270 tokens" in done.stdout, done.stderr
   bpe = tokenizers.File(out)
   assert bpe.size == 270
-  [ids] = bpe.encode([said[0]])
-  assert len(ids) < len(said[0].encode())
-  assert bpe.decode([*ids, bpe.end]) == said[0]
-  assert bpe.num_bytes()[ids].sum() == len(said[0].encode())
+  [ids] = bpe.encode([texts[0]])
+  assert len(ids) < len(texts[0].encode())
+  assert bpe.decode([*ids, bpe.end]) == texts[0]
+  assert bpe.num_bytes()[ids].sum() == len(texts[0].encode())
   assert bpe.num_bytes()[bpe.end] == 0
   other = "Ω — never seen"
   assert bpe.decode(bpe.encode([other])[0]) == other
@@ -144,8 +143,8 @@ def test_bpe_is_trained_saved_and_counts_bytes(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_evaluation_of_a_file_has_every_document_whole(name, tmp_path):
-  said = documents(30)
-  path = write(tmp_path / name, said)
+  texts = documents(30)
+  path = write(tmp_path / name, texts)
   config = make(**{"data.source": path, "data.eval_source": path})
   setup.validate_config(config)
   batches = tasks.eval_batches(config, "test")
@@ -156,7 +155,7 @@ def test_evaluation_of_a_file_has_every_document_whole(name, tmp_path):
   pieces = [piece for _, piece in texts_of(rows)]
   # Pieces of a document overlap by one token.
   expected = []
-  for x in said:
+  for x in texts:
     ids = [256, *x.encode(), 256]
     for i in range(0, len(ids) - 1, 16):
       expected.append(tokenizers.Bytes().decode(ids[i : i + 17]))
@@ -167,14 +166,14 @@ def test_evaluation_of_a_file_has_every_document_whole(name, tmp_path):
 
 
 def test_every_token_of_a_document_is_a_target_once(tmp_path):
-  said = documents(9)
-  path = write(tmp_path / "a.jsonl", said)
+  texts = documents(9)
+  path = write(tmp_path / "a.jsonl", texts)
   config = make(**{"data.source": path, "data.eval_source": path})
   count = 0
   for row in rows_of(tasks.eval_batches(config, "test")):
     same = row["segment"][1:] == row["segment"][:-1]
     count += (same & (row["token"][1:] >= 0)).sum()
-  assert count == sum(len(x) + 1 for x in said)  # and the end of each
+  assert count == sum(len(x) + 1 for x in texts)  # and the end of each
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -193,9 +192,9 @@ def test_stopped_and_resumed_stream_is_the_same(name, tmp_path):
     again = tasks.train_batches(config)
     again.set_state(states[start])
     for batch in batches[start : start + 5]:
-      found = next(again)
+      resumed = next(again)
       for name in batch:
-        np.testing.assert_array_equal(found[name], batch[name])
+        np.testing.assert_array_equal(resumed[name], batch[name])
   [first, other] = [
     next(tasks.train_batches(make(**{
       "data.source": path, "data.shuffle_window": 23, "seed": seed,
@@ -205,15 +204,15 @@ def test_stopped_and_resumed_stream_is_the_same(name, tmp_path):
 
 
 def test_every_document_comes_once_an_epoch(tmp_path):
-  said = documents(23)
-  path = write(tmp_path / "a.jsonl", said)
+  texts = documents(23)
+  path = write(tmp_path / "a.jsonl", texts)
   config = make(**{"data.source": path, "data.shuffle_window": 7})
   config.data.length = 64  # longer than any
   data = tasks.train_batches(config)
   pieces = []
   while len(pieces) < 60:
     pieces += texts_of(rows_of([next(data)]))
-  counts = [sum(x == y for _, y in pieces) for x in said]
+  counts = [sum(x == y for _, y in pieces) for x in texts]
   assert set(counts) <= {1, 2, 3, 4}
 
 
@@ -229,8 +228,8 @@ def test_mixture_has_the_shares_it_was_told(tmp_path):
 
 
 def test_processes_read_documents_of_their_own(tmp_path, monkeypatch):
-  said = documents(40)
-  path = write(tmp_path / "a.jsonl", said)
+  texts = documents(40)
+  path = write(tmp_path / "a.jsonl", texts)
   config = make(**{"data.source": path, "data.eval_source": path})
   config.update_from_flattened_dict({"data.length": 64, "batch_size": 4})
   whole = rows_of(tasks.eval_batches(config, "test"))

@@ -54,15 +54,17 @@ def test_log_mel_is_librosas(rate):
   time = np.arange(rate // 4) / rate
   chirp = np.sin(2 * np.pi * (200 + 0.4 * rate * time) * time)
   audio_S = (0.3 * chirp * np.exp(-8 * time)).astype(np.float32)
-  found = log_mel.log_mel(audio_S[None], rate, 80)[0]
-  assert found.shape == (log_mel.frames(len(audio_S), rate), 80) == (23, 80)
+  features_TM = log_mel.log_mel(audio_S[None], rate, 80)[0]
+  assert (
+    features_TM.shape == (log_mel.frames(len(audio_S), rate), 80) == (23, 80)
+  )
   assert np.ptp(expected) > 8
-  np.testing.assert_allclose(found, expected, atol=2e-4)
+  np.testing.assert_allclose(features_TM, expected, atol=2e-4)
 
 
 def test_digital_silence_is_finite():
-  found = log_mel.log_mel(np.zeros((1, 800), np.float32), 8000, 80)
-  np.testing.assert_allclose(found, np.log(1e-6), rtol=1e-6)
+  features_BTM = log_mel.log_mel(np.zeros((1, 800), np.float32), 8000, 80)
+  np.testing.assert_allclose(features_BTM, np.log(1e-6), rtol=1e-6)
 
 
 def noise(*shape, seed=0):
@@ -71,8 +73,8 @@ def noise(*shape, seed=0):
 
 def test_normalised_over_the_frames_that_are_no_padding():
   x_BTM = noise(2, 30, 5)
-  found = np.asarray(log_mel.normalize(x_BTM, jnp.array([30, 11])))
-  for row, length in zip(found, (30, 11), strict=True):
+  normalized_BTM = np.asarray(log_mel.normalize(x_BTM, jnp.array([30, 11])))
+  for row, length in zip(normalized_BTM, (30, 11), strict=True):
     assert row[:length].mean() == pytest.approx(0, abs=1e-5)
     assert row[:length].std() == pytest.approx(1, abs=1e-3)
     assert (row[length:] == 0).all()
@@ -85,18 +87,18 @@ def test_spec_augment_hides_bands_of_the_widths_it_is_told():
   )
   frames_B = np.tile([8, 20], 200)
   x_BTM = np.ones((400, 20, 10), np.float32)
-  found = np.asarray(log_mel.spec_augment(augment, KEY, x_BTM, frames_B))
-  hidden_BT, hidden_BM = (found == 0).all(2), (found == 0).all(1)
+  masked_BTM = np.asarray(log_mel.spec_augment(augment, KEY, x_BTM, frames_B))
+  hidden_BT, hidden_BM = (masked_BTM == 0).all(2), (masked_BTM == 0).all(1)
   # Bands of time and of frequency, and nothing else.
   bands = hidden_BT[:, :, None] | hidden_BM[:, None]
-  np.testing.assert_array_equal(found == 0, bands)
+  np.testing.assert_array_equal(masked_BTM == 0, bands)
   count_B, bins_B = hidden_BT.sum(1), hidden_BM.sum(1)
   assert set(count_B[frames_B == 8]) == set(range(5))  # half of it
   assert set(count_B[frames_B == 20]) == set(range(7))
   assert not hidden_BT[frames_B == 8, 8:].any()
   assert set(bins_B) == set(range(5))
-  edges = np.diff(hidden_BT.astype(int), prepend=0, append=0)
-  assert (abs(edges).sum(1) == 2 * (count_B > 0)).all()  # one run
+  changes_BT = np.diff(hidden_BT.astype(int), prepend=0, append=0)
+  assert (abs(changes_BT).sum(1) == 2 * (count_B > 0)).all()  # one run
   assert hidden_BT[frames_B == 20].any(0).all()  # anywhere
   augment.update(freq_masks=0, time_masks=0)
   same = log_mel.spec_augment(augment, KEY, x_BTM, frames_B)
@@ -107,9 +109,9 @@ def test_spec_augment_hides_bands_of_the_widths_it_is_told():
 
 
 def test_cape_without_rng_is_centred_on_what_is_no_padding():
-  found = positions.cape(None, jnp.array([4, 7]), 7, 5.0, 0.5, 1.5)
-  np.testing.assert_allclose(found[0], np.arange(7) - 1.5)
-  np.testing.assert_allclose(found[1], np.arange(7) - 3)
+  positions_BT = positions.cape(None, jnp.array([4, 7]), 7, 5.0, 0.5, 1.5)
+  np.testing.assert_allclose(positions_BT[0], np.arange(7) - 1.5)
+  np.testing.assert_allclose(positions_BT[1], np.arange(7) - 3)
 
 
 def test_cape_shifts_and_scales_within_its_limits():
@@ -117,8 +119,8 @@ def test_cape_shifts_and_scales_within_its_limits():
   plain = np.arange(8) - 3.5
 
   def draw(*limits):
-    found = positions.cape(KEY, lengths_B, 8, *limits)
-    return np.asarray(found)
+    positions_BT = positions.cape(KEY, lengths_B, 8, *limits)
+    return np.asarray(positions_BT)
 
   shift = draw(5.0, 0.0, 1.0) - plain
   np.testing.assert_allclose(np.ptp(shift, axis=1), 0, atol=1e-5)
@@ -136,8 +138,8 @@ def test_cape_shifts_and_scales_within_its_limits():
 
 
 def test_sincos_of_whole_positions_is_the_table():
-  found = positions.sincos(jnp.arange(5.0)[None], 6)
-  np.testing.assert_allclose(found[0], positions.sincos_1d(5, 6), atol=1e-6)
+  table_BTD = positions.sincos(jnp.arange(5.0)[None], 6)
+  np.testing.assert_allclose(table_BTD[0], positions.sincos_1d(5, 6), atol=1e-6)
 
 
 # CTC.
@@ -164,12 +166,12 @@ def log_probs(frames, classes, seed=0):
 def by_paths(log_probs_TV):
   """{text: log probability} from the sum over all paths."""
   frames, classes = log_probs_TV.shape
-  found = {}
+  log_prob_of = {}
   for path in itertools.product(range(classes), repeat=frames):
     text = ctc.greedy(path, "abc")
-    one = log_probs_TV[np.arange(frames), path].sum()
-    found[text] = np.logaddexp(found.get(text, -np.inf), one)
-  return found
+    log_prob = log_probs_TV[np.arange(frames), path].sum()
+    log_prob_of[text] = np.logaddexp(log_prob_of.get(text, -np.inf), log_prob)
+  return log_prob_of
 
 
 def test_prefix_beam_finds_the_most_probable_text():
@@ -178,9 +180,9 @@ def test_prefix_beam_finds_the_most_probable_text():
     x_TV = 0.3 * log_probs(5, 3, seed)
     x_TV -= np.log(np.exp(x_TV).sum(1, keepdims=True))
     texts = by_paths(x_TV)
-    found = ctc.prefix_beam(x_TV, "abc", 100)
-    assert texts[found] == pytest.approx(max(texts.values()))
-    differs += found != ctc.greedy(x_TV.argmax(1), "abc")
+    text = ctc.prefix_beam(x_TV, "abc", 100)
+    assert texts[text] == pytest.approx(max(texts.values()))
+    differs += text != ctc.greedy(x_TV.argmax(1), "abc")
   assert differs > 5
   assert ctc.prefix_beam(log_probs(0, 3), "abc", 4) == ""
 
@@ -189,38 +191,38 @@ def test_ctc_loss_is_the_sum_over_paths_of_what_is_no_padding():
   texts = ["ab", "aa", "", "bb", "c"]
   tokens = np.array([5, 4, 3, 3, 0], np.int32)
   logits = np.stack([log_probs(5, 4, seed) for seed in range(5)])
-  labels = np.zeros((5, 3), np.int32)
-  for row, text in zip(labels, texts, strict=True):
+  targets = np.zeros((5, 3), np.int32)
+  for row, text in zip(targets, texts, strict=True):
     row[: len(text)] = data.encode(text, "abc")
   characters = np.array([len(text) for text in texts], np.int32)
-  labels[3, 2] = 2  # in the padding, as if it were repeated
-  found = speech.ctc_loss(np.float32(logits), tokens, labels, characters)
+  targets[3, 2] = 2  # in the padding, as if it were repeated
+  loss_B = speech.ctc_loss(np.float32(logits), tokens, targets, characters)
   for i in range(4):
     expected = -by_paths(logits[i, : tokens[i]])[texts[i]]
-    assert found[i] == pytest.approx(expected, rel=1e-4)
-  assert found[4] == 0  # no token for a character
+    assert loss_B[i] == pytest.approx(expected, rel=1e-4)
+  assert loss_B[4] == 0  # no token for a character
 
 
 def test_too_few_tokens_for_a_double_letter_give_no_gradient():
-  labels, characters = np.array([[1, 1]]), np.array([2])
+  targets, characters = np.array([[1, 1]]), np.array([2])
 
   @jax.jit
   @jax.grad
   def gradient(logits_BTV, tokens):
     return speech.ctc_loss(
-      logits_BTV, jnp.array([tokens]), labels, characters
+      logits_BTV, jnp.array([tokens]), targets, characters
     ).sum()
 
-  for tokens, zero in ((2, True), (3, False)):
-    found = gradient(jnp.zeros((1, 3, 3)), tokens)
-    assert np.isfinite(found).all()
-    assert (found == 0).all() == zero
+  for tokens, is_zero in ((2, True), (3, False)):
+    grad_BTV = gradient(jnp.zeros((1, 3, 3)), tokens)
+    assert np.isfinite(grad_BTV).all()
+    assert (grad_BTV == 0).all() == is_zero
 
 
 def test_errors_count_edits():
-  found = ctc.errors("press two now", "pres tow now")
+  counts = ctc.errors("press two now", "pres tow now")
   expected = dict(zip(ctc.COUNTS, (1 + 2, 13, 2, 3), strict=True))
-  assert found == expected
+  assert counts == expected
   assert ctc.errors("", "a")["characters"] == 0
 
 
@@ -246,7 +248,7 @@ def make_batch(seconds=(0.5, 0.2), length=0.6, characters=(5, 2)):
   return {
     "audio": rng.normal(0, 0.1, (2, int(length * 8000))).astype(np.float32),
     "samples": np.array([int(s * 8000) for s in seconds], np.int32),
-    "label": rng.integers(1, 29, (2, 6), np.int32),
+    "target": rng.integers(1, 29, (2, 6), np.int32),
     "characters": np.array(characters, np.int32),
     "seconds": np.array(seconds, np.float32),
     "weight": np.ones(2, np.float32),
@@ -279,8 +281,8 @@ def test_padding_changes_nothing(values):
     }
     expected, [tokens] = run(state, alone)
     assert tokens == tokens_B[i] == expected.shape[1]
-    found = logits_BTV[i, :tokens]
-    np.testing.assert_allclose(found, expected[0], rtol=1e-3, atol=1e-4)
+    logits_TV = logits_BTV[i, :tokens]
+    np.testing.assert_allclose(logits_TV, expected[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["none", "sincos", "rope"])
@@ -295,8 +297,9 @@ def test_positions_tell_the_order_where_alibi_tells_distances_alone(name):
     return nnx.merge(graphdef, state)(x_BTM, jnp.array([12]))[0]
 
   x_BTM = noise(1, 12, 80)
-  found, mirrored = run(state, x_BTM), run(state, x_BTM[:, ::-1])[:, ::-1]
-  same = np.allclose(found, mirrored, rtol=1e-3, atol=1e-4)
+  logits_BTV = run(state, x_BTM)
+  mirrored_BTV = run(state, x_BTM[:, ::-1])[:, ::-1]
+  same = np.allclose(logits_BTV, mirrored_BTV, rtol=1e-3, atol=1e-4)
   assert same == (name == "none")
 
 
@@ -351,20 +354,21 @@ def test_decode_searches_with_the_width_of_the_config():
   x_TV = 0.3 * log_probs(5, 3, 3)
   x_TV -= np.log(np.exp(x_TV).sum(1, keepdims=True))
   # Padding after it, of another text.
-  found = {"tokens": 5, "log_probs": np.append(x_TV, x_TV, axis=0)}
+  outputs = {"tokens": 5, "log_probs": np.append(x_TV, x_TV, axis=0)}
   config = small(**{"eval.beam_width": 50, "data.alphabet": "ab"})
-  assert speech.decode(config, found) == ctc.prefix_beam(x_TV, "ab", 50)
-  found = {"tokens": 3, "path": np.array([1, 0, 2, 2, 1])}
+  assert speech.decode(config, outputs) == ctc.prefix_beam(x_TV, "ab", 50)
+  outputs = {"tokens": 3, "path": np.array([1, 0, 2, 2, 1])}
   config.eval.beam_width = 1
-  assert speech.decode(config, found) == "ab"
+  assert speech.decode(config, outputs) == "ab"
 
 
 def test_score_and_results_sum_over_utterances_and_by_length():
   config = small()
-  texts, said = ["press two", "no", "star", "x"], ["pres two", "", "star", "y"]
-  rows = [data.encode(" ".join(text), ALPHABET) for text in said]
-  found = {
-    "label": data._padded([data.encode(t, ALPHABET) for t in texts], 9, int),
+  texts = ["press two", "no", "star", "x"]
+  hypotheses = ["pres two", "", "star", "y"]
+  rows = [data.encode(" ".join(text), ALPHABET) for text in hypotheses]
+  outputs = {
+    "target": data._padded([data.encode(t, ALPHABET) for t in texts], 9, int),
     "characters": np.array([len(text) for text in texts]),
     "seconds": np.array([3.0, 10.0, 31.0, 5.0]),
     "weight": np.array([1, 1, 1, 0]),
@@ -373,10 +377,10 @@ def test_score_and_results_sum_over_utterances_and_by_length():
     "path": data._padded(rows, 20, int),
   }
   # A blank between the letters, not the space that joined them.
-  spaces = found["path"] == ALPHABET.index(" ") + 1
+  spaces = outputs["path"] == ALPHABET.index(" ") + 1
   places = np.arange(20) % 2 == 1
-  found["path"] = np.where(spaces & places[None], ctc.BLANK, found["path"])
-  results = speech.results(config, speech.score(config, found))
+  outputs["path"] = np.where(spaces & places[None], ctc.BLANK, outputs["path"])
+  results = speech.results(config, speech.score(config, outputs))
   assert results == pytest.approx(
     {
       "loss": 15 / 15,
@@ -415,12 +419,12 @@ def file(audio, rate, kind="WAV"):
 def test_read_averages_channels_and_resamples(rate):
   tone = np.sin(2 * np.pi * 500 * np.arange(rate) / rate)
   stereo = np.stack([0.6 * tone, 0.2 * tone], axis=1)
-  found = data.read(file(stereo, rate), 8000)
-  assert found.dtype == np.float32
-  assert abs(len(found) - 8000) <= 1
+  audio_S = data.read(file(stereo, rate), 8000)
+  assert audio_S.dtype == np.float32
+  assert abs(len(audio_S) - 8000) <= 1
   expected = 0.4 * np.sin(2 * np.pi * 500 * np.arange(8000) / 8000)
   middle = slice(500, 7500)
-  np.testing.assert_allclose(found[middle], expected[middle], atol=4e-3)
+  np.testing.assert_allclose(audio_S[middle], expected[middle], atol=4e-3)
 
 
 def take(config, count):
@@ -436,21 +440,22 @@ def equal(batches, others):
 def test_batch_is_of_one_bucket_and_holds_what_it_says():
   config = small(**{"augment.speeds": (0.5, 1.0), "batch_size": 2})
   source = data.open_source(config, "train")
-  edges = config.data.bucket_seconds
-  seen = set()
+  max_seconds = config.data.bucket_seconds
+  seen_buckets = set()
   for batch in take(config, 12):
     size, length = batch["audio"].shape
-    edge = edges[[int(e * 16000) + 1 for e in edges].index(length)]
-    seen.add(edge)
-    assert size == 2 * int(16 / edge)
+    lengths = [int(seconds * 16000) + 1 for seconds in max_seconds]
+    bucket_seconds = max_seconds[lengths.index(length)]
+    seen_buckets.add(bucket_seconds)
+    assert size == 2 * int(16 / bucket_seconds)
     assert batch["audio"].dtype == np.float32
-    for row, samples, label, characters in zip(
-      *(batch[k] for k in ("audio", "samples", "label", "characters")),
+    for row, samples, target, characters in zip(
+      *(batch[k] for k in ("audio", "samples", "target", "characters")),
       strict=True,
     ):
       assert not row[samples:].any()
-      assert not label[characters:].any()
-      text = data.spell(label[:characters], ALPHABET)
+      assert not target[characters:].any()
+      text = data.spell(target[:characters], ALPHABET)
       seconds = [
         s
         for s, t in zip(source._seconds, source._texts, strict=True)
@@ -461,7 +466,7 @@ def test_batch_is_of_one_bucket_and_holds_what_it_says():
         min(abs(samples - 8000 * s / v) for s in seconds for v in (0.5, 1.0))
         < 10
       )
-  assert seen == set(edges)
+  assert seen_buckets == set(max_seconds)
 
 
 def test_each_example_comes_once_an_epoch():
@@ -527,18 +532,18 @@ def test_source_and_order_can_be_sent_to_a_worker():
   source = data.open_source(config, "train")
   order = loader._ShuffledBuckets(source, config)
   indices_B = order[0]
-  there = pickle.loads(pickle.dumps((source, order)))
-  np.testing.assert_array_equal(there[1][0], indices_B)
+  unpickled = pickle.loads(pickle.dumps((source, order)))
+  np.testing.assert_array_equal(unpickled[1][0], indices_B)
   rngs = (np.random.default_rng(0) for _ in range(2))
-  found = [s.train(indices_B, next(rngs)) for s in (source, there[0])]
-  equal(found[:1], found[1:])
+  batches = [s.train(indices_B, next(rngs)) for s in (source, unpickled[0])]
+  equal(batches[:1], batches[1:])
 
 
 def test_seed_decides_order_and_speeds():
   equal(take(small(), 3), take(small(), 3))
   first, other = take(small(), 3), take(small(seed=1), 3)
   assert any(
-    a["label"].shape != b["label"].shape or (a["label"] != b["label"]).any()
+    a["target"].shape != b["target"].shape or (a["target"] != b["target"]).any()
     for a, b in zip(first, other, strict=True)
   )
 
@@ -569,9 +574,9 @@ def test_reads_local_parquet_at_any_rate(tmp_path, monkeypatch):
   [first, second] = list(tasks.eval_batches(config, "train"))
   assert first["samples"][0] == 4000
   assert second["samples"][0] == 8000
-  assert data.spell(second["label"][0], ALPHABET) == "two two"
+  assert data.spell(second["target"][0], ALPHABET) == "two two"
   config = small(**values, **{"data.bucket_seconds": (0.6,)})
-  assert take(config, 1)[0]["label"].shape == (1, 3)  # one is too long
+  assert take(config, 1)[0]["target"].shape == (1, 3)  # one is too long
   with pytest.raises(ValueError, match="bucket_seconds.*1 of 2 recordings"):
     tasks.eval_batches(config, "train")
 
@@ -607,12 +612,12 @@ def test_trains_evaluates_and_transcribes(tmp_path, monkeypatch):
   assert texts[0] == texts[1]
   (tmp_path / "empty.wav").write_bytes(file(np.zeros(0), 8000).getvalue())
   (tmp_path / "text.wav").write_text("no sound")
-  for name, said in [
+  for name, message in [
     ("none.wav", "no such file"),
     ("text.wav", "cannot be read"),
     ("empty.wav", "holds no sound"),
   ]:
-    with pytest.raises(ValueError, match=rf"{name}: {said}"):
+    with pytest.raises(ValueError, match=rf"{name}: {message}"):
       next(transcribe(tmp_path / "run", [files[0], tmp_path / name]))
   done = subprocess.run(
     [
