@@ -1,6 +1,6 @@
-"""Random changes of training images: crops, shifts, flips and RandAugment.
+"""Random augmentation of training images: crops, shifts, flips, RandAugment.
 
-Images are uint8 NumPy arrays, (B, H, W, C) or (H, W, C); C is 1 or 3.
+Images are uint8 NumPy arrays, (B, H, W, C) or (H, W, C), with C = 1 or 3.
 """
 
 import math
@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageOps
 
-GREY = 128  # fills what a moved image leaves empty
+GREY = 128  # fills the area that a moved image leaves empty
 CROPS = ("none", "pad", "inception")
 
 
@@ -19,10 +19,10 @@ def train(
   augment: ConfigDict,
   rng: np.random.Generator,
 ) -> np.ndarray:
-  """Crops to (B, size, size, C), flips and randomly augments.
+  """Crops to (B, size, size, C), flips and augments each image at random.
 
-  augment: the config's block of that name. rng: a NumPy Generator, from which
-  each call draws anew.
+  augment: config.augment. rng: the generator of all random numbers; each call
+  advances it.
   """
   if augment.crop == "inception":
     images = np.stack(
@@ -42,9 +42,11 @@ def train(
 
 
 def evaluate(images_BHWC: np.ndarray, size: int, crop: str) -> np.ndarray:
-  """The middle, (B, size, size, C), where training crops; else a resize.
+  """Crops or resizes to (B, size, size, C) without randomness.
 
-  The short side becomes 8/7 of `size` first: 256 for 224.
+  crop: config.augment.crop. With "inception", the short side is resized to
+  8/7 of `size` (256 for 224) and the centre is cut out. Otherwise the whole
+  image is resized.
   """
   if crop != "inception":
     return resize(images_BHWC, size, size)
@@ -56,7 +58,10 @@ def evaluate(images_BHWC: np.ndarray, size: int, crop: str) -> np.ndarray:
 
 
 def resize(images_BHWC: np.ndarray, height: int, width: int) -> np.ndarray:
-  """Bicubic; the images themselves where they have the size already."""
+  """Resizes by bicubic interpolation, (B, height, width, C).
+
+  Images that already have this size are returned as they are.
+  """
   if images_BHWC.shape[1:3] == (height, width):
     return images_BHWC
   images = [to_pillow(x).resize((width, height), _CUBIC) for x in images_BHWC]
@@ -66,7 +71,10 @@ def resize(images_BHWC: np.ndarray, height: int, width: int) -> np.ndarray:
 def inception(
   image_HWC: np.ndarray, size: int, min_area: float, rng: np.random.Generator
 ) -> np.ndarray:
-  """A random part, (size, size, C): Szegedy et al. (1409.4842), section 6."""
+  """Resizes a random part of the image to (size, size, C).
+
+  Szegedy et al. (1409.4842), section 6. min_area: see inception_box.
+  """
   box = inception_box(*image_HWC.shape[:2], min_area, rng)
   image = to_pillow(image_HWC).resize((size, size), _CUBIC, box=box)
   return to_array(image)
@@ -75,10 +83,11 @@ def inception(
 def inception_box(
   height: int, width: int, min_area: float, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-  """(left, top, right, bottom) in pixels.
+  """Returns a random crop as (left, top, right, bottom) in pixels.
 
-  A share of [min_area, 1] of the image's area with an aspect of 3/4 to 4/3;
-  where ten draws do not fit, the largest middle part of such an aspect.
+  The crop's area is uniform in [min_area, 1] times the image's area, and its
+  aspect ratio is log-uniform in [3/4, 4/3]. If ten draws do not fit into the
+  image, the crop is the largest centred one with such an aspect ratio.
   """
   for _ in range(10):
     area = height * width * rng.uniform(min_area, 1)
@@ -98,7 +107,7 @@ def inception_box(
 def shift(
   images_BHWC: np.ndarray, pad: int, rng: np.random.Generator
 ) -> np.ndarray:
-  """Each image moved by up to `pad` pixels up or down and to a side; zeros."""
+  """Moves each image by up to `pad` pixels along both axes; zeros fill in."""
   batch, height, width, _ = images_BHWC.shape
   pad_widths = ((0, 0), (pad, pad), (pad, pad), (0, 0))
   padded = np.pad(images_BHWC, pad_widths)
@@ -110,7 +119,7 @@ def shift(
 
 
 def flip(images_BHWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Every image left to right with probability 1/2."""
+  """Mirrors each image horizontally with probability 1/2."""
   is_flipped = rng.random(len(images_BHWC)) < 0.5
   return np.where(
     is_flipped[:, None, None, None], images_BHWC[:, :, ::-1], images_BHWC
@@ -120,10 +129,10 @@ def flip(images_BHWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def randaugment(
   image_HWC: np.ndarray, layers: int, magnitude: float, rng: np.random.Generator
 ) -> np.ndarray:
-  """`layers` random operations, each at magnitude / 10 of its range.
+  """Applies RandAugment: `layers` random operations, one after the other.
 
-  Cubuk et al. (1909.13719); the ranges are those of AutoAugment
-  (1805.09501), Table 6.
+  Cubuk et al. (1909.13719). Each operation acts with magnitude / 10 of its
+  range; the ranges are those of AutoAugment (1805.09501), Table 6.
   """
   image = to_pillow(image_HWC)
   for name in rng.choice(list(OPERATIONS), size=layers):
@@ -137,7 +146,7 @@ def _enhance(kind):
 
 
 def _affine(image, *matrix):
-  """matrix: (a, b, c, d, e, f); pixel (ax+by+c, dx+ey+f) moves to (x, y)."""
+  """Moves pixel (ax+by+c, dx+ey+f) to (x, y); matrix: (a, b, c, d, e, f)."""
   return image.transform(
     image.size, Image.Transform.AFFINE, matrix, _NEAREST, fillcolor=_grey(image)
   )
@@ -152,8 +161,8 @@ def _grey(image):
 
 
 _CUBIC, _NEAREST = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
-# name: f(image, m), with m from -1 to 1 where there are two directions; the
-# others take its size alone.
+# {name: f(image, m)}. m lies in [-1, 1]; its sign is the direction. Operations
+# without a direction use only |m|, or nothing.
 OPERATIONS = {
   "identity": lambda image, _: image,
   "autocontrast": lambda image, _: ImageOps.autocontrast(image),
@@ -169,7 +178,7 @@ OPERATIONS = {
   "sharpness": _enhance(ImageEnhance.Sharpness),
   "shear_x": lambda image, m: _affine(image, 1, 0.3 * m, 0, 0, 1, 0),
   "shear_y": lambda image, m: _affine(image, 1, 0, 0, 0.3 * m, 1, 0),
-  # 150 of the 331 pixels of AutoAugment's images.
+  # AutoAugment moves its images of 331 pixels by up to 150 pixels.
   "translate_x": lambda image, m: _affine(
     image, 1, 0, 150 / 331 * m * image.width, 0, 1, 0
   ),
@@ -180,12 +189,12 @@ OPERATIONS = {
 
 
 def to_pillow(image_HWC: np.ndarray) -> Image.Image:
-  """An image of mode L or RGB, by the number of channels."""
+  """Converts to a Pillow image: mode L for one channel, RGB for three."""
   grey = image_HWC.shape[-1] == 1
   return Image.fromarray(image_HWC[..., 0] if grey else image_HWC)
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-  """uint8 (H, W, C) of an image of mode L or RGB."""
+  """Converts a Pillow image of mode L or RGB to uint8 (H, W, C)."""
   array = np.asarray(image)
   return array[..., None] if array.ndim == 2 else array

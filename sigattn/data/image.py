@@ -1,7 +1,7 @@
-"""Labelled images: where they come from, and how they become arrays.
+"""Reads labelled images and turns them into batches of arrays.
 
-Three kinds of config.data.source: an embedded set, a local folder of images
-or of parquet files, and a data set of the Hugging Face Hub.
+config.data.source is the name of an embedded data set, a local folder of images
+or of parquet files, or the name of a data set on the Hugging Face Hub.
 """
 
 import io
@@ -15,11 +15,12 @@ from PIL import Image, ImageOps
 from sigattn.data import augment, hub, loader
 from sigattn.validate import choice, flag, real, sequence, text, whole
 
-EMBEDDED = {  # name: file, splits, classes
-  # 10,000 and 2,000 of its images; its licence lies beside it.
+EMBEDDED = {  # {name: (file, splits, number of classes)}
+  # 10,000 images for training and 2,000 for the test; the licence is beside
+  # the file.
   "fashion_mnist": ("fashion_mnist.npz", ("train", "test"), 10),
 }
-_MODES = {1: "L", 3: "RGB"}  # Pillow's names, by the number of channels
+_MODES = {1: "L", 3: "RGB"}  # {number of channels: Pillow's mode}
 
 
 FIELDS = {
@@ -47,14 +48,15 @@ def _one_mean_and_std_per_channel(config):
     if len(values) != channels:
       raise ValueError(
         f"config.data.{name}={values!r}; must be {channels} numbers, one for "
-        "each of config.data.channels"
+        f"each channel (config.data.channels={channels})"
       )
 
 
 def _source_has_the_splits_and_classes(config):
-  """Looks up what the source offers, without loading it.
+  """Compares the config with what is known of the source before it is read.
 
-  The columns and classes of a folder are known only once it is opened.
+  The columns and classes of a folder are known only after it has been opened;
+  _Decoded validates them then.
   """
   splits, num_classes = _splits_and_classes(config.data.source)
   for key in ("train_split", "eval_split"):
@@ -73,12 +75,12 @@ def _validate_num_classes(config, num_classes):
   if config.data.num_classes != num_classes:
     raise ValueError(
       f"config.data.num_classes={config.data.num_classes!r}; must be "
-      f"{num_classes}, as in {config.data.source}"
+      f"{num_classes}, the number of classes in {config.data.source}"
     )
 
 
 def _splits_and_classes(source):
-  """The names of the splits, and the number of classes or None if unknown."""
+  """(names of the splits, number of classes); None for an unknown number."""
   if source in EMBEDDED:
     file, *splits_and_classes = EMBEDDED[source]
     hub.embedded(source, file)
@@ -93,7 +95,7 @@ def _splits_and_classes(source):
 
 
 def _image_and_label_columns(source, features):
-  """The names of the columns with the images and with their classes."""
+  """The names of the columns that hold the images and their classes."""
   import datasets
 
   return (
@@ -103,7 +105,10 @@ def _image_and_label_columns(source, features):
 
 
 def open_source(config: ConfigDict, split: str) -> "Source":
-  """The Source of a split. ValueError where there is no such split."""
+  """Opens a split of config.data.source.
+
+  Raises ValueError if the source has no such split or cannot be read.
+  """
   source = config.data.source
   if source in EMBEDDED:
     hub.validate_split(source, split, EMBEDDED[source][1])
@@ -114,23 +119,26 @@ def open_source(config: ConfigDict, split: str) -> "Source":
 
 
 class Source(loader.ExampleSource):
-  """A split of images, cropped, resized and augmented as the config says."""
+  """A split of images; the config says how they are cropped and augmented."""
 
   def __init__(self, config: ConfigDict):
     self._size = config.data.image_size
-    # A copy, which stays as it is when a notebook changes the config.
+    # A copy, so that later changes of the config have no effect on this split.
     self._augment = config.augment.copy_and_resolve_references()
 
   def train(
     self, indices_B: np.ndarray, rng: np.random.Generator
   ) -> loader.Batch:
-    """uint8 `image` (B, size, size, C), augmented, and int32 `target` (B,)."""
+    """Returns a batch of augmented images and their classes.
+
+    {"image": uint8 (B, size, size, C), "target": int32 (B,)}
+    """
     images, targets = self._read(indices_B)
     images = augment.train(images, self._size, self._augment, rng)
     return {"image": images, "target": targets}
 
   def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
-    """The same without randomness."""
+    """Returns a batch like that of `train`, but without random augmentation."""
     images, targets = self._read(indices_B)
     images = augment.evaluate(images, self._size, self._augment.crop)
     return {"image": images, "target": targets}
@@ -144,7 +152,7 @@ class _Embedded(Source):
     name = config.data.source
     with np.load(hub.embedded(name, EMBEDDED[name][0])) as arrays:
       images, targets = arrays[f"x_{split}"], arrays[f"y_{split}"]
-    # Grey copied to each channel where three are asked for.
+    # With three channels, each of them is a copy of the grey image.
     self._images = np.repeat(images[..., None], config.data.channels, axis=-1)
     self._targets = targets.astype(np.int32)
 
@@ -169,7 +177,8 @@ class _Decoded(Source):
     self._channels = config.data.channels
     self._num_classes = features[self._label_column].num_classes
     _validate_num_classes(config, self._num_classes)
-    # Undecoded: Pillow is at work in grain's processes, with our errors.
+    # The images stay encoded here. Pillow decodes them in grain's workers, and
+    # our errors then name the row.
     self._table = table.select_columns(
       [self._image_column, self._label_column]
     ).cast_column(self._image_column, datasets.Image(decode=False))
@@ -179,15 +188,21 @@ class _Decoded(Source):
     return len(self._table)
 
   def _read(self, indices_1):
-    """Of one index alone, since sizes differ: (1, H, W, C) and (1,)."""
+    """Image (1, H, W, C) and target (1,) of one index.
+
+    Images of different sizes cannot be one array, so this reads one at a time.
+    """
     [row] = indices_1.tolist()
     example = self._table[row]
     image, label = example[self._image_column], example[self._label_column]
     if label not in range(self._num_classes):
-      raise ValueError(f"{self._origin}, row {row}: {label=} is no class")
+      raise ValueError(
+        f"{self._origin}, row {row}: {label=} is no class; the "
+        f"classes are 0 to {self._num_classes - 1}"
+      )
     try:
       array = decode(image, self._channels)
-    except Exception as error:  # Pillow's are of a dozen kinds.
+    except Exception as error:  # Pillow raises a dozen kinds of errors.
       path = image and image["path"]
       raise ValueError(
         f"{self._origin}, row {row}, {path=}: {error!r}"
@@ -196,11 +211,17 @@ class _Decoded(Source):
 
 
 def decode(encoded: Mapping[str, Any], channels: int) -> np.ndarray:
-  """uint8 (H, W, channels) of a dict with `bytes` or, where None, `path`."""
+  """Decodes an image to uint8 (H, W, channels).
+
+  encoded: {"bytes": content of a file, "path": str}; the file at the path is
+  read if the bytes are None. channels: 1 or 3. Raises ValueError for an image
+  with more than 8 bits per channel.
+  """
   content = encoded["bytes"]
   file = encoded["path"] if content is None else io.BytesIO(content)
   with Image.open(file) as image:
     if image.mode.startswith(("I", "F")):
-      raise ValueError(f"mode {image.mode}: not 8 bits a channel")
-    image = ImageOps.exif_transpose(image)  # a camera held upright
+      raise ValueError(f"mode {image.mode}: must have 8 bits per channel")
+    # A photograph may be stored rotated, with its orientation as metadata.
+    image = ImageOps.exif_transpose(image)
     return augment.to_array(image.convert(_MODES[channels]))

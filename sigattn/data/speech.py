@@ -1,7 +1,7 @@
-"""Transcribed speech: where it comes from, and how it becomes arrays.
+"""Reads transcribed speech and turns it into batches of arrays.
 
-Three kinds of config.data.source: the embedded set, a local folder of parquet
-files, and a data set of the Hugging Face Hub.
+config.data.source is the name of the embedded data set, a local folder of
+parquet files, or the name of a data set on the Hugging Face Hub.
 """
 
 import functools
@@ -23,17 +23,19 @@ from ml_collections import ConfigDict
 from sigattn.data import hub, loader
 from sigattn.validate import Field, real, sequence, text, whole
 
-# 535 prompts of one speaker, 18.6 minutes; licence and credit lie beside it.
+# 535 prompts of one speaker, 18.6 minutes; licence and credit are beside the
+# file.
 EMBEDDED = {"spoken_prompts": "spoken_prompts.parquet"}
 _SPLITS = ("train", "test")
-# Of the embedded set: by transcript, so that none is in both splits.
-_HELD_OUT_EVERY = 10  # one transcript in so many
+# One of this many transcripts of the embedded set is in the test split. The
+# transcript decides, so that none is in both splits.
+_HELD_OUT_EVERY = 10
 _TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
-BLANK = 0  # CTC's; character i of the alphabet has the index i + 1
+BLANK = 0  # CTC's blank; character i of the alphabet has index i + 1
 
 
 def _increasing():
-  """Positive numbers, each greater than the one before."""
+  """A field of positive numbers in increasing order."""
   positive = sequence(real(above=0), "positive numbers")
 
   def is_right(values):
@@ -61,13 +63,16 @@ FIELDS = {
 def _speeds_are_hundredths(config):
   speeds = config.augment.speeds
   if any(abs(100 * speed - round(100 * speed)) > 1e-6 for speed in speeds):
-    raise ValueError(f"config.augment.speeds={speeds!r}; must be hundredths")
+    raise ValueError(
+      f"config.augment.speeds={speeds!r}; must be multiples of 0.01"
+    )
 
 
 def _source_has_the_splits(config):
-  """Looks up what the source offers, without loading it.
+  """Compares the config with what is known of the source before it is read.
 
-  The columns of a folder are known only once it is opened.
+  The columns of a folder are known only after it has been opened;
+  _TableRecordings validates them then.
   """
   splits = _splits(config)
   for key in ("train_split", "eval_split"):
@@ -96,7 +101,10 @@ def _builder(config):
 
 
 def open_source(config: ConfigDict, split: str) -> "Source":
-  """The Source of a split. ValueError where there is no such split."""
+  """Opens a split of config.data.source, or several splits joined by +.
+
+  Raises ValueError if the source has no such split or cannot be read.
+  """
   for part in split.split("+"):
     hub.validate_split(config.data.source, part, _splits(config))
   if config.data.source in EMBEDDED:
@@ -105,10 +113,11 @@ def open_source(config: ConfigDict, split: str) -> "Source":
 
 
 def transcript(text: str, alphabet: str) -> str:
-  """The text in the alphabet's characters: what is said, as it is learned.
+  """Returns the text in the characters of the alphabet, as a model learns it.
 
-  Lower case where the alphabet has no upper case; accents, punctuation and all
-  else that is not in the alphabet dropped; words one space apart.
+  The text becomes lower case if the alphabet has no upper case. Accents,
+  punctuation and all other characters outside the alphabet are dropped. One
+  space separates two words; hyphens count as spaces.
   """
   if alphabet == alphabet.lower():
     text = text.lower()
@@ -120,31 +129,35 @@ def transcript(text: str, alphabet: str) -> str:
 
 
 def encode(text: str, alphabet: str) -> np.ndarray:
-  """int32 indices of the characters; ValueError for one that is unknown."""
+  """Returns the int32 index of each character, from 1 on; 0 is CTC's blank.
+
+  Raises ValueError for a character outside the alphabet.
+  """
   try:
     return np.array([alphabet.index(c) + 1 for c in text], np.int32)
   except ValueError as error:
-    raise ValueError(f"{text=}; must be of {alphabet=}") from error
+    raise ValueError(f"{text=}; must consist of {alphabet=}") from error
 
 
 def spell(indices: Iterable[int], alphabet: str) -> str:
-  """The text of indices without blanks."""
+  """Returns the text of indices, which must not contain the blank."""
   return "".join(alphabet[i - 1] for i in indices)
 
 
 def read(
   file: str | os.PathLike[str] | BinaryIO, sample_rate: int
 ) -> np.ndarray:
-  """float32 samples in -1..1 of a path or file object, at `sample_rate`.
+  """Reads a recording: float32 samples (S,) in [-1, 1] at `sample_rate` Hz.
 
-  Channels are averaged. Whatever libsndfile reads: WAV, FLAC, Opus, MP3, ...
+  file: a path, or a file object opened in binary mode, in a format that
+  libsndfile reads: WAV, FLAC, Opus, MP3, ... Channels are averaged.
   """
   audio_SC, rate = soundfile.read(file, dtype="float32", always_2d=True)
   return resample(audio_SC.mean(axis=1), rate, sample_rate)
 
 
 def resample(audio_S: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
-  """The same sound with another number of samples a second."""
+  """Resamples audio from `rate` to `new_rate` samples per second."""
   if rate == new_rate:
     return audio_S
   common = math.gcd(rate, new_rate)
@@ -153,7 +166,7 @@ def resample(audio_S: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 
 
 class _Recordings:
-  """Encoded recordings, their transcripts and lengths, by index."""
+  """Encoded recordings by index, with their transcripts and lengths."""
 
   def __init__(self, recordings, texts, seconds):
     self._recordings, self.texts, self.seconds = recordings, texts, seconds
@@ -178,7 +191,7 @@ def _embedded(name, split):
 
 
 class _TableRecordings(_Recordings):
-  """A split that `datasets` reads; the lengths are read once and cached."""
+  """A split read by `datasets`, which caches the lengths of the recordings."""
 
   def __init__(self, config, split):
     import datasets
@@ -188,7 +201,7 @@ class _TableRecordings(_Recordings):
     table = hub.table(source, _builder(config), split)
     audio = hub.column(source, table.features, datasets.Audio, ("audio",))
     text = _text_column(source, table.features)
-    # Undecoded: `datasets` would decode with torchcodec, and so want torch.
+    # The audio stays encoded: `datasets` would need torch to decode it.
     table = table.select_columns([audio, text]).cast_column(
       audio, datasets.Audio(decode=False)
     )
@@ -196,7 +209,7 @@ class _TableRecordings(_Recordings):
       functools.partial(_duration, audio=audio, origin=self._origin),
       with_indices=True,
       remove_columns=table.column_names,
-      desc="lengths of the recordings",
+      desc="Reading the lengths of the recordings",
     )
     super().__init__(table, table[text][:], lengths["seconds"][:])
     self._audio = audio
@@ -218,7 +231,7 @@ def _text_column(source, columns):
 def _duration(example, row, audio, origin):
   try:
     return {"seconds": soundfile.info(_open(example[audio])).duration}
-  except Exception as error:  # libsndfile's, and those of files.
+  except Exception as error:  # errors of libsndfile and of files
     path = example[audio] and example[audio]["path"]
     raise ValueError(f"{origin}, row {row}, {path=}: {error!r}") from error
 
@@ -229,10 +242,10 @@ def _open(encoded):
 
 
 class Source(loader.ExampleSource):
-  """A split of recordings in buckets of similar length.
+  """A split of recordings, grouped into buckets of similar length.
 
-  buckets: the indices of the utterances in each, longest last; a batch is of
-  one bucket, and all of a bucket's batches have one shape.
+  buckets: the indices of the utterances of each bucket, longest last. Each
+  batch comes from one bucket, and all batches of a bucket have one shape.
   """
 
   def __init__(
@@ -251,10 +264,11 @@ class Source(loader.ExampleSource):
     ]
     if num_too_long := int((self._bucket == len(self._max_seconds)).sum()):
       logging.warning(
-        "%s: %d of %d recordings are longer than config.data.bucket_seconds "
-        "and left out of training", self._origin, num_too_long, len(self)
+        "%s: %d of %d recordings are longer than all of "
+        "config.data.bucket_seconds and are left out of training",
+        self._origin, num_too_long, len(self)
       )  # fmt: skip
-    self._cache = {}  # what is in memory, by index and speed
+    self._cache = {}  # {(index, speed): samples}, if in_memory
 
   def __len__(self) -> int:
     return len(self._texts)
@@ -262,10 +276,11 @@ class Source(loader.ExampleSource):
   def train(
     self, indices_B: np.ndarray, rng: np.random.Generator
   ) -> loader.Batch:
-    """A batch, each utterance at one of the speeds of config.augment.
+    """Returns a batch, each utterance at a random one of config.augment.speeds.
 
-    float32 `audio` (B, S) in -1..1, int32 `samples` (B,) of it that are no
-    padding, int32 `target` (B, U) and `characters` (B,), likewise.
+    {"audio": float32 (B, S) in [-1, 1], "samples": int32 (B,),
+     "target": int32 (B, U), "characters": int32 (B,)}
+    samples and characters count what is not padding in audio and target.
     """
     speeds = rng.choice(self._speeds, len(indices_B))
     audio = [
@@ -275,19 +290,22 @@ class Source(loader.ExampleSource):
     return self._batch(indices_B, audio, min(*self._speeds, 1.0))
 
   def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
-    """The same as recorded, and float32 `seconds` (B,)."""
+    """Returns a batch at the recorded speed, with float32 `seconds` (B,)."""
     audio = [self._at_speed(i, 1.0) for i in indices_B.tolist()]
     batch = self._batch(indices_B, audio, 1.0)
     seconds = self._seconds[indices_B].astype(np.float32)
     return batch | {"seconds": seconds}
 
   def _at_speed(self, i, speed):
-    """As if played at another speed, higher or lower (Ko et al., 2015)."""
+    """The samples played at another speed, which shifts the pitch.
+
+    Ko et al., 2015.
+    """
     if (i, speed) in self._cache:
       return self._cache[i, speed]
     if speed == 1:
       audio_S = self._decode(i)
-    else:  # To decode takes ten times as long as to resample.
+    else:  # Decoding takes ten times as long as resampling, so decode once.
       audio_S = resample(self._at_speed(i, 1.0), round(100 * speed), 100)
     if self.in_memory:
       self._cache[i, speed] = audio_S
@@ -297,7 +315,7 @@ class Source(loader.ExampleSource):
     encoded = self._rows[i]
     try:
       return read(_open(encoded), self._rate)
-    except Exception as error:  # libsndfile's, and those of files.
+    except Exception as error:  # errors of libsndfile and of files
       path = encoded and encoded["path"]
       raise ValueError(
         f"{self._origin}, row {i}, {path=}: {error!r}"
@@ -305,15 +323,15 @@ class Source(loader.ExampleSource):
 
   def _batch(self, indices_B, audio, slowest):
     bucket = self._bucket[indices_B[0]]
-    # A recording may be a sample longer than the seconds of its header say.
+    # A recording may be one sample longer than the seconds in its header.
     samples = math.ceil(self._max_seconds[bucket] * self._rate / slowest) + 1
     characters = max(1, *(len(self._targets[i]) for i in self.buckets[bucket]))
     targets = [self._targets[i] for i in indices_B]
     for i, audio_S in zip(indices_B.tolist(), audio, strict=True):
       if len(audio_S) > samples:
         raise ValueError(
-          f"{self._origin}, row {i}: longer than the {self._seconds[i]:.2f} "
-          "seconds of its header"
+          f"{self._origin}, row {i}: the recording is longer than the "
+          f"{self._seconds[i]:.2f} seconds in its header"
         )
     return {
       "audio": _padded(audio, samples, np.float32),

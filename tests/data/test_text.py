@@ -134,7 +134,7 @@ def test_bpe_is_trained_saved_and_counts_bytes(tmp_path):
   assert bpe.num_bytes()[bpe.end] == 0
   other = "Ω — never seen"
   assert bpe.decode(bpe.encode([other])[0]) == other
-  with pytest.raises(ValueError, match="no tokenizer"):
+  with pytest.raises(ValueError, match="is no tokenizer"):
     tokenizers.File(source)
 
 
@@ -258,7 +258,7 @@ def test_sources_that_cannot_be_read_are_named(tmp_path):
   config.data.num_workers = 2
   with pytest.raises(ValueError, match="num_workers=2; must be 0"):
     setup.validate_config(config)
-  with pytest.raises(ValueError, match="is of the embedded texts"):
+  with pytest.raises(ValueError, match="only with the embedded texts"):
     setup.validate_config(
       make(**{
         "data.source": path, "data.eval_source": path,
