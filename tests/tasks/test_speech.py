@@ -474,7 +474,7 @@ def test_each_example_comes_once_an_epoch():
   source = data.open_source(config, "train")
   order = loader._ShuffledBuckets(source, config)
   epochs = 5
-  batches = [order[i] for i in range(order._start(epochs))]
+  batches = [order[i] for i in range(order._first_batch(epochs))]
   counts = np.bincount(np.concatenate(batches), minlength=len(source))
   assert set(counts) <= {epochs - 1, epochs}
   assert (counts == epochs).mean() > 0.9
