@@ -1,7 +1,8 @@
-"""Connectionist temporal classification: decoding, and how wrong it is.
+"""Connectionist temporal classification (CTC): decoding and error counts.
 
-A path gives each frame a character or the blank; its text is what remains when
-equal neighbours are merged and blanks then dropped. The loss is optax's.
+A path assigns a character or the blank to each frame. Merging equal neighbours
+and then dropping the blanks gives the text of the path. The loss is optax's,
+in sigattn/tasks/speech.py.
 """
 
 import math
@@ -13,7 +14,10 @@ from sigattn.data.speech import BLANK, spell
 
 
 def greedy(path_T: np.ndarray, alphabet: str) -> str:
-  """The text of the path of the most probable index of each frame."""
+  """Returns the text of the most probable path.
+
+  path_T: the most probable index of each frame.
+  """
   path_T = np.asarray(path_T)
   changed = np.append(True, path_T[1:] != path_T[:-1])
   kept = path_T[changed & (path_T != BLANK)]
@@ -21,14 +25,16 @@ def greedy(path_T: np.ndarray, alphabet: str) -> str:
 
 
 def prefix_beam(log_probs_TV: np.ndarray, alphabet: str, width: int) -> str:
-  """The most probable text that a search over prefixes finds (1408.2873).
+  """Returns the most probable text found by a prefix beam search (1408.2873).
 
-  Sums over the paths of a text, where `greedy` takes the text of one path.
-  log_probs_TV: over blank and alphabet. width: prefixes kept at each frame.
+  The search adds up the probabilities of all paths of a text, whereas `greedy`
+  follows a single path. log_probs_TV: over the blank and the alphabet. width:
+  the number of prefixes kept after each frame.
   """
   log_probs_TV = np.asarray(log_probs_TV, np.float64)
   impossible = -math.inf
-  # {prefix: (log probability ending in a blank, in its last character)}
+  # {prefix: (log probability of its paths that end in the blank, and of those
+  # that end in its last character)}
   beam = {(): (0.0, impossible)}
   for log_probs_V in log_probs_TV:
     extended = {}
@@ -43,7 +49,8 @@ def prefix_beam(log_probs_TV: np.ndarray, alphabet: str, width: int) -> str:
       for index in range(1, len(log_probs_V)):
         log_prob = log_probs_V[index]
         if prefix and index == prefix[-1]:
-          add(prefix, impossible, last + log_prob)  # merged with the one before
+          # Without a blank in between, the two equal characters are merged.
+          add(prefix, impossible, last + log_prob)
           add((*prefix, index), impossible, blank + log_prob)
         else:
           add((*prefix, index), impossible, total + log_prob)
@@ -59,9 +66,11 @@ COUNTS = ("character_errors", "characters", "word_errors", "words")
 
 
 def errors(reference: str, hypothesis: str) -> dict[str, int]:
-  """What COUNTS names: edits, and the reference's characters and words.
+  """Returns the counts named by COUNTS.
 
-  An error rate is the quotient of sums over as many utterances as one likes.
+  They are the edits that turn the hypothesis into the reference, in characters
+  and in words, and the characters and words of the reference. An error rate is
+  a sum of errors, over any number of utterances, divided by the sum of counts.
   """
   counts = []
   for process in (jiwer.process_characters, jiwer.process_words):

@@ -1,4 +1,4 @@
-"""Decoder-only language model and its task: predicting the next token."""
+"""A decoder-only language model and its task, predicting the next token."""
 
 import math
 
@@ -22,16 +22,16 @@ POSITIONS = ("sincos", "rope", "none")
 class LanguageModel(nnx.Module):
   """Tokens -> embedding -> causal stack -> norm -> logits by the embedding.
 
-  Input and output share the embedding (1608.05859); no biases.
+  Input and output share the embedding (1608.05859). There are no biases.
 
-  stack: layers.Stack. norm: kind of the norm before the logits, None for none.
-  add_sincos: adds sines to the embedding, with the weight against it of
-    1706.03762, which multiplies an embedding of variance 1 / width by
-    sqrt(width).
+  norm: the kind of the norm before the logits, or None for no norm.
+  add_sincos: whether sines of the positions are added to the embedding. Their
+    weight relative to the embedding is that of 1706.03762, which multiplies an
+    embedding of variance 1 / width by sqrt(width).
   has_positions: whether the stack takes `positions`.
 
-  Initialisation, as of the models that 2409.04431 published:
-    embed  normal, variance 1 / width, so that the logits' variance is 1
+  Initialisation, as in the models published with 2409.04431:
+    embed  normal, variance 1 / width, so that the logits have variance 1
   """
 
   def __init__(
@@ -62,10 +62,11 @@ class LanguageModel(nnx.Module):
     *,
     segment_ids: jax.Array | None = None,
   ) -> jax.Array:
-    """Logits (B, T, V) of the token after each, float32.
+    """Returns the float32 logits (B, T, V) of the token after each token.
 
-    token_BT: integers; -1 is padding. rng: of what drops at random; None:
-    nothing does. segment_ids: (B, T), tokens see those of their own segment.
+    token_BT: integers; -1 is padding. rng: for dropout and drop path; None
+    turns both off. segment_ids: int (B, T); tokens attend only to tokens of
+    their own segment.
     """
     positions_BT = offsets(token_BT, segment_ids)
     x_BTD = self._embed(token_BT, positions_BT)
@@ -77,10 +78,10 @@ class LanguageModel(nnx.Module):
   def prefill(
     self, token_BT: jax.Array, segment_ids: jax.Array, slots: int
   ) -> tuple[jax.Array, layers.Cache]:
-    """Logits (B, V) after the last token, and a cache of `slots` slots.
+    """Returns the logits (B, V) after the last token, and a cache.
 
-    The prompts end at T together: a shorter one begins with padding, whose
-    segment is 0.
+    All prompts end at T: a shorter prompt begins with padding, whose segment is
+    0. slots: the number of tokens that the cache can hold, prompt included.
     """
     cache = self._empty_cache(token_BT.shape[0], slots)
     positions_BT = offsets(token_BT, segment_ids)
@@ -99,12 +100,13 @@ class LanguageModel(nnx.Module):
     place: jax.Array,
     start_B: jax.Array,
   ) -> tuple[jax.Array, layers.Cache]:
-    """Logits (B, V) after one more token, and the cache with it.
+    """Returns the logits (B, V) after one more token, and the cache with it.
 
-    place: int32 scalar, the slot of this token. start_B: each row's first slot
-    that is no padding.
+    place: int32 scalar, the slot of this token in the cache. start_B: the first
+    slot of each row that is not padding.
     """
-    slot_S = jnp.arange(cache.key_BSKH.shape[2])[None]  # behind the layers
+    # The cache's arrays start with an axis of layers, so S is axis 2.
+    slot_S = jnp.arange(cache.key_BSKH.shape[2])[None]
     visible_BS = (slot_S >= start_B[:, None]) & (slot_S <= place)
     positions_BT = (place - start_B)[:, None]
     x_BTD, cache = self.stack(
@@ -146,7 +148,7 @@ class LanguageModel(nnx.Module):
 def offsets(
   token_BT: jax.Array, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-  """How many tokens of its own segment stand before each token, (B, T)."""
+  """Returns the position of each token within its own segment, int (B, T)."""
   index_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1]), token_BT.shape)
   if segment_ids is None:
     return index_BT
@@ -168,7 +170,10 @@ RULES = (*stack.RULES, stack.multiple_for_positions({"sincos": 2, "rope": 2}))
 
 
 def build(config: ConfigDict, rngs: nnx.Rngs) -> LanguageModel:
-  """The LanguageModel of a config, its sigmoid's n the training length."""
+  """Returns the LanguageModel of a config.
+
+  Its max_length, the n of sigmoid's bias -log n, is config.model.max_length.
+  """
   model = config.model
   blocks = stack.make(
     config,
@@ -185,7 +190,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> LanguageModel:
     width=model.width,
     norm=None if model.norm == "post" else model.norm_kind,
     add_sincos=model.positions == "sincos",
-    # By which RoPE turns, and the row scaling counts.
+    # RoPE rotates by the positions, and the row scaling counts tokens by them.
     has_positions=model.positions == "rope" or config.attn.row_power > 0,
     dtype=jnp.dtype(config.dtype),
     rngs=rngs,
@@ -193,13 +198,16 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> LanguageModel:
 
 
 def real_tokens(config: ConfigDict, batch: dict[str, jax.Array]) -> jax.Array:
-  """bool (B, T): which inputs are no padding."""
+  """Returns bool (B, T): False for input tokens that are padding."""
   del config
   return batch["token"][:, :-1] >= 0
 
 
 def tick_labels(config: ConfigDict, batch: loader.Batch) -> list[str]:
-  """The text of each input of a batch of one row, padding left out."""
+  """Returns the text of each input token, of a batch of one row.
+
+  Padding tokens are left out.
+  """
   token_T = batch["token"][0, :-1]
   decode = text.tokenizer(config).decode
   return [decode([int(x)]) for x in token_T[token_T >= 0]]
@@ -211,9 +219,10 @@ def loss(
   batch: dict[str, jax.Array],
   rng: jax.Array | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Mean cross-entropy of the tokens that have one before them.
+  """Mean cross-entropy, in nats, over the tokens that can be predicted.
 
-  Returns (loss, {"loss", "accuracy"}).
+  A token can be predicted if the token before it is of the same segment.
+  batch: see sigattn/data/text.py. Returns (loss, {"loss", "accuracy"}).
   """
   nats_BT, correct_BT, real_BT = _nats_and_correct(model, batch, rng)
   count = jnp.maximum(real_BT.sum(), 1)
@@ -222,7 +231,10 @@ def loss(
 
 
 def _nats_and_correct(model, batch, rng=None):
-  """Nats and 1 where right, both 0 where there is nothing to predict."""
+  """(cross-entropy in nats, is correct, is scored) of each target, (B, T).
+
+  The first two are 0 where there is nothing to predict.
+  """
   token, segment = batch["token"], batch.get("segment")
   target_BT, real_BT = token[:, 1:], token[:, 1:] >= 0
   if segment is not None:
@@ -239,7 +251,10 @@ def _nats_and_correct(model, batch, rng=None):
 def evaluate(
   config: ConfigDict, model: LanguageModel, batch: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-  """Sums over the tokens to predict: see `results`."""
+  """Returns sums over the tokens to predict, from which `results` is computed.
+
+  batch: as in `loss`, with "weight" (B,), 0 for padding rows.
+  """
   nats_BT, correct_BT, real_BT = _nats_and_correct(model, batch)
   weight_BT = batch["weight"][:, None] * real_BT
   size_V = jnp.asarray(text.tokenizer(config).num_bytes(), jnp.float32)
@@ -259,15 +274,15 @@ def evaluate(
 def results(
   config: ConfigDict, sums: dict[str, np.ndarray]
 ) -> dict[str, float]:
-  """The metrics of sums over all batches.
+  """Returns the metrics, given the sums of `evaluate` over all batches.
 
-  loss           nats a token
+  loss           mean cross-entropy in nats per token
   perplexity     e^loss
-  accuracy       share of the tokens that were the likeliest
-  bits_per_byte  of the text, whatever the tokenizer; a character where all
-                 are ASCII
-  loss@0:16      of the tokens with 0 to 15 before the first that predicts them,
-                 and so on by powers of two, where config.eval.by_position
+  accuracy       share of the targets that the model considers the likeliest
+  bits_per_byte  cross-entropy in bits per byte of text, comparable between
+                 tokenizers; equals bits per character for ASCII text
+  loss@0:16      loss of the first 16 targets of a row, then loss@16:32,
+                 loss@32:64 and so on; only with config.eval.by_position
   """
   count = sums["weight"]
   mean = sums["loss"] / count
@@ -294,12 +309,12 @@ def _by_position(loss_T, weight_T):
 
 
 def evaluation_variants(config: ConfigDict) -> dict[str, ConfigDict]:
-  """What eval.py evaluates beside the run's own length: {name: config}.
+  """Returns {name: config}, the evaluations of eval.py at other lengths.
 
-  Each of config.eval.length_factors times the training length, by position,
-  with each max_length of
-  config.eval.max_length_of. The text is the same in rows of another
-  length, but for documents of a stream, which end where they end.
+  The lengths are config.eval.length_factors times the training length, each
+  with every max_length of config.eval.max_length_of; the loss is also given by
+  position. All variants cut the same text into rows of another length, except
+  that the documents of a stream do not become longer.
   """
   variants = {}
   for name, factor, max_length_of in stack.eval_lengths(config):

@@ -1,4 +1,4 @@
-"""Acoustic encoder with CTC (2106.03143, 2409.04431) and its task: speech."""
+"""An acoustic encoder with CTC (2106.03143, 2409.04431): the task speech."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,8 @@ UNIT = "utterances"
 METRICS = ("loss", "cer", "wer")
 POSITIONS = ("sincos", "cape", "rope", "none")
 
-# Utterances of 0 to 10 seconds, 10 to 20, ...: the paper's split of TED-LIUM.
+# Errors are also counted by length: utterances of 0 to 10 seconds, 10 to 20, 20
+# to 30, and more. The paper groups TED-LIUM's utterances in this way.
 _GROUP_STARTS = (0, 10, 20, 30)
 
 
@@ -29,17 +30,18 @@ class AcousticModel(nnx.Module):
   """Log-mel -> convolutions + positions -> encoder -> norm -> characters.
 
   encoder: a module, encoder(x_BTD, rng, seq_lengths=) -> (B, T, D).
-  convolutions: (kernel, stride) of each, followed by a gated linear unit.
+  convolutions: (kernel, stride) of each; a gated linear unit follows each.
   add_positions: None, or a function (x_BTD, tokens_B, rng) -> x_BTD.
-  norm: kind of the norm before the head, None for none. characters: V - 1; the
-  first class is CTC's blank.
+  norm: the kind of the norm before the head, or None for no norm.
+  characters: the size of the alphabet, V - 1; the first class is CTC's blank.
 
-  Padding is 0 before each convolution, as beyond the ends of an utterance, and
-  attended to by none: the utterances of a batch do not know of it.
+  Padding does not change the outputs of an utterance. It is set to 0 before
+  each convolution, like what lies beyond the ends of an utterance, and no token
+  attends to it.
 
   Initialisation beyond that of sigattn.layers:
     conv/i/kernel  LeCun normal
-    head           0: the first probabilities are all 1 / V
+    head           0, so that the first probabilities are all 1 / V
   """
 
   def __init__(
@@ -64,7 +66,7 @@ class AcousticModel(nnx.Module):
         2 * width,
         (kernel,),
         strides=stride,
-        # Not "SAME", which depends on the length, padding and all.
+        # "SAME" would depend on the length with its padding.
         padding=[((kernel - 1) // 2, kernel // 2)],
         dtype=dtype,
         rngs=rngs,
@@ -80,10 +82,10 @@ class AcousticModel(nnx.Module):
   def __call__(
     self, x_BTM: jax.Array, frames_B: jax.Array, rng: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array]:
-    """Logits (B, T', V) float32, and how many of the T' are no padding (B,).
+    """Returns float32 logits (B, T', V), and how many tokens are valid, (B,).
 
-    x_BTM: normalised, of log_mel_of. rng: of what is random; None: nothing
-    is.
+    x_BTM, frames_B: as log_mel_of returns them. rng: for CAPE's shifts, dropout
+    and drop path; None turns them off.
     """
     position_rng = drop_rng = None
     if rng is not None:
@@ -125,8 +127,11 @@ RULES = (
 
 
 def build(config: ConfigDict, rngs: nnx.Rngs) -> AcousticModel:
-  """The AcousticModel of a config; its sigmoid's n are the tokens of the
-  longest utterance that config.data.bucket_seconds lets in."""
+  """Returns the AcousticModel of a config.
+
+  Its max_length, the n of sigmoid's bias -log n, is the number of tokens of the
+  longest utterance that config.data.bucket_seconds admits.
+  """
   model, data = config.model, config.data
   samples = int(data.bucket_seconds[-1] * data.sample_rate)
   max_length = log_mel.frames(samples, data.sample_rate)
@@ -145,7 +150,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> AcousticModel:
     width=model.width,
     characters=len(data.alphabet),
     add_positions=_position_adder(model),
-    # A post-norm block ends in a norm.
+    # A post-norm block already ends with a norm.
     norm=None if model.norm == "post" else model.norm_kind,
     dtype=jnp.dtype(config.dtype),
     rngs=rngs,
@@ -157,7 +162,7 @@ def _rotate(x_BTNH):
 
 
 def _position_adder(model):
-  """What adds positions.sincos to the tokens; None where nothing does."""
+  """A function that adds sines of the positions to the tokens, or None."""
   cape = (model.cape_shift, model.cape_local_shift, model.cape_scale)
 
   def add(x_BTD, tokens_B, rng):
@@ -174,9 +179,10 @@ def _position_adder(model):
 def log_mel_of(
   config: ConfigDict, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-  """Normalised log-mel (B, T, M) of a batch, and how many frames are real.
+  """Returns normalised log-mel energies (B, T, M) and the valid frames (B,).
 
-  A recording shorter than a window counts as one.
+  A recording that is shorter than a window counts as one frame. batch: "audio"
+  and "samples", as in `loss`.
   """
   rate = config.data.sample_rate
   x_BTM = log_mel.log_mel(batch["audio"], rate, config.model.mel_bins)
@@ -185,7 +191,7 @@ def log_mel_of(
 
 
 def tick_labels(config: ConfigDict, batch: loader.Batch) -> list[str]:
-  """The second at which each token begins, of a batch of one."""
+  """Returns the second at which each token begins, of a batch of one."""
   stride = math.prod(stride for _, stride in config.model.convolutions)
   frames = log_mel.frames(int(batch["samples"][0]), config.data.sample_rate)
   starts = range(0, frames, stride)
@@ -198,10 +204,10 @@ def loss(
   batch: dict[str, jax.Array],
   rng: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """CTC's -log p(text | audio) with SpecAugment, in nats a character.
+  """CTC's -log p(text | audio) with SpecAugment, in nats per character.
 
-  batch: "audio" (B, S) float32 in -1..1, "samples" (B,), "target" (B, U) int32,
-  "characters" (B,). Returns (loss, {"loss"}).
+  batch: "audio" (B, S) float32 in [-1, 1], "samples" (B,), "target" (B, U)
+  int32, "characters" (B,). Returns (loss, {"loss"}).
   """
   augment_rng, model_rng = jax.random.split(rng)
   x_BTM, frames_B = log_mel_of(config, batch)
@@ -218,9 +224,10 @@ def ctc_loss(
   targets_BU: jax.Array,
   characters_B: jax.Array,
 ) -> jax.Array:
-  """-log p(target) of each utterance, (B,); 0 for one with too few tokens.
+  """Returns -log p(target) of each utterance, (B,), in nats.
 
-  Each character takes a token, and one more lies between two that are equal.
+  An utterance with too few tokens for its target has a loss of 0. A target
+  needs one token per character, and one blank between two equal characters.
   """
   padding_BU = ~log_mel.valid(characters_B, targets_BU.shape[1])
   repeated_BU = (targets_BU[:, 1:] == targets_BU[:, :-1]) & ~padding_BU[:, 1:]
@@ -239,9 +246,9 @@ def ctc_loss(
 def evaluate(
   config: ConfigDict, model: AcousticModel, batch: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-  """What `score` wants: each utterance's loss, and what the model predicts.
+  """Returns the loss and prediction of each utterance, the input of `score`.
 
-  batch: as in `loss`, "seconds" (B,), and "weight" (B,), 0 for padding.
+  batch: as in `loss`, with "seconds" (B,), and "weight" (B,), 0 for padding.
   """
   logits_BTV, tokens_B = model(*log_mel_of(config, batch))
   loss_B = ctc_loss(logits_BTV, tokens_B, batch["target"], batch["characters"])
@@ -253,9 +260,9 @@ def evaluate(
 def predict(
   config: ConfigDict, model: AcousticModel, batch: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-  """What `decode` wants of each utterance.
+  """Returns the prediction for each utterance, the input of `decode`.
 
-  batch: "audio" (B, S) float32 in -1..1, "samples" (B,).
+  batch: "audio" (B, S) float32 in [-1, 1], "samples" (B,).
   """
   return _predictions(config, *model(*log_mel_of(config, batch)))
 
@@ -269,10 +276,10 @@ def _predictions(config, logits_BTV, tokens_B):
 def score(
   config: ConfigDict, outputs: loader.Batch
 ) -> dict[str, float | np.ndarray]:
-  """Sums over a batch's utterances: losses, edits, characters, words.
+  """Returns sums over a batch: the loss, and ctc.COUNTS by group of length.
 
-  outputs: of `evaluate`, NumPy arrays. All but the losses are arrays (4,) over
-  the groups of length.
+  outputs: what `evaluate` returned, as NumPy arrays. The counts are arrays
+  (4,); the groups are utterances of up to 10, 20, 30 and more seconds.
   """
   sums = {"loss": 0.0} | {
     name: np.zeros(len(_GROUP_STARTS)) for name in ctc.COUNTS
@@ -290,7 +297,10 @@ def score(
 
 
 def decode(config: ConfigDict, outputs: loader.Batch) -> str:
-  """The text of one utterance of `predict` or `evaluate`."""
+  """Returns the text of one utterance.
+
+  outputs: what `predict` or `evaluate` returned, without the batch axis.
+  """
   tokens, alphabet = outputs["tokens"], config.data.alphabet
   if config.eval.beam_width > 1:
     log_probs_TV = outputs["log_probs"][:tokens]
@@ -301,7 +311,13 @@ def decode(config: ConfigDict, outputs: loader.Batch) -> str:
 def results(
   config: ConfigDict, sums: dict[str, float | np.ndarray]
 ) -> dict[str, float]:
-  """Loss in nats a character, CER and WER, of all and by length: cer_10_20."""
+  """Returns the metrics, given the sums of `score` over all batches.
+
+  loss       nats per character
+  cer, wer   character and word error rates over all utterances
+  cer_10_20  the error rate of utterances of 10 to 20 seconds; likewise for wer
+             and the other groups of length
+  """
   del config
   metrics = {"loss": sums["loss"] / sums["characters"].sum()}
   ends = (*_GROUP_STARTS[1:], "up")

@@ -1,6 +1,6 @@
-"""Small tasks that attention alone can solve, in a transformer of few layers.
+"""Small tasks that only attention can solve, for a transformer of few layers.
 
-sigattn/data/synthetic.py says what they are.
+sigattn/data/synthetic.py describes them.
 """
 
 import jax
@@ -18,15 +18,20 @@ SOURCE = sequences
 UNIT = "examples"
 METRICS = ("loss", "accuracy")
 POSITIONS = ("sincos", "rope", "none")
-CAUSAL = ("recall", "copy")  # a token sees those before it alone
-NUMBERS = ("summation",)  # real numbers in and out; the others: symbols
+CAUSAL = ("recall", "copy")  # tasks with causal attention
+NUMBERS = ("summation",)  # real numbers in and out; other tasks use symbols
 
 
 class Solver(nnx.Module):
   """Embedding + positions -> stack -> norm -> linear head, for every token.
 
-  Symbols are embedded by a table, numbers by a linear layer. num_outputs:
-  classes of the output; 1 for a number.
+  A table embeds symbols, and a linear layer embeds numbers.
+
+  vocab_size: the number of input symbols, or None if the input is numbers.
+  num_outputs: the number of output symbols, or 1 if the output is a number.
+  norm: the kind of the norm before the head, or None for no norm.
+  add_sincos: whether sines of the positions are added to the embedding.
+  has_positions: whether the stack takes `positions`.
   """
 
   def __init__(
@@ -42,10 +47,6 @@ class Solver(nnx.Module):
     dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
   ):
-    """vocab_size: of the input, None for numbers. add_sincos: adds sines.
-
-    has_positions: whether the stack takes `positions`.
-    """
     self.stack, self.width, self.dtype = stack, width, dtype
     self.add_sincos, self.has_positions = add_sincos, has_positions
     self.embed = (
@@ -61,7 +62,11 @@ class Solver(nnx.Module):
   def __call__(
     self, input_BT: jax.Array, rng: jax.Array | None = None
   ) -> jax.Array:
-    """(B, T, classes), float32; rng: of what drops at random."""
+    """Returns the output of each token, float32 (B, T, num_outputs).
+
+    input_BT: int symbols or float numbers. rng: for dropout and drop path; None
+    turns both off.
+    """
     is_number = jnp.issubdtype(input_BT.dtype, jnp.floating)
     x_BTD = self.embed(input_BT[..., None] if is_number else input_BT)
     length = input_BT.shape[1]
@@ -97,7 +102,11 @@ RULES = (
 
 
 def build(config: ConfigDict, rngs: nnx.Rngs) -> Solver:
-  """The Solver of a config, its sigmoid's n the training length."""
+  """Returns the Solver of a config.
+
+  Its max_length, the n of sigmoid's bias -log n, is config.model.max_length;
+  None means the number of tokens of a training example.
+  """
   model, name = config.model, config.data.name
   is_number = name in NUMBERS
   max_length = model.max_length or sequences.num_tokens(config.data)
@@ -115,7 +124,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> Solver:
     width=model.width,
     norm=None if model.norm == "post" else model.norm_kind,
     add_sincos=model.positions == "sincos",
-    # By which RoPE turns, and the row scaling counts.
+    # RoPE rotates by the positions, and the row scaling counts tokens by them.
     has_positions=model.positions == "rope" or config.attn.row_power > 0,
     dtype=jnp.dtype(config.dtype),
     rngs=rngs,
@@ -123,10 +132,11 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> Solver:
 
 
 def _loss_and_correct(config, model, batch, rng=None):
-  """Loss and 1 where right of each token, (B, T)."""
+  """The loss of each token, and whether it is predicted correctly, (B, T)."""
   out_BTV, target_BT = model(batch["input"], rng), batch["target"]
   if config.data.name in NUMBERS:
-    # Divided by the target's variance: 1 is what knowing nothing costs.
+    # The variance of the target is config.data.size. Divided by it, the loss of
+    # always predicting 0 is 1.
     error_BT = (out_BTV[..., 0] - target_BT) ** 2 / config.data.size
     return error_BT, error_BT < 0.01
   loss_BT = optax.softmax_cross_entropy_with_integer_labels(out_BTV, target_BT)
@@ -134,7 +144,7 @@ def _loss_and_correct(config, model, batch, rng=None):
 
 
 def tick_labels(config: ConfigDict, batch: loader.Batch) -> list[str]:
-  """The symbol or number of each token, of a batch of one."""
+  """Returns the symbol or number of each token, of a batch of one."""
   template = "{:.2f}" if config.data.name in NUMBERS else "{}"
   return [template.format(x) for x in batch["input"][0]]
 
@@ -145,10 +155,11 @@ def loss(
   batch: dict[str, jax.Array],
   rng: jax.Array | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The mean over the tokens that count: (loss, {"loss", "accuracy"}).
+  """Returns (loss, {"loss", "accuracy"}), means over the scored tokens.
 
-  Symbols: cross-entropy, and the share that was likeliest. Numbers: squared
-  error over the target's variance, and the share with less than a hundredth.
+  For symbols, the loss is the cross-entropy in nats, and a token is correct if
+  the target is the likeliest symbol. For numbers, the loss is the squared error
+  divided by the target's variance, and a token is correct below 0.01.
   """
   loss_BT, correct_BT = _loss_and_correct(config, model, batch, rng)
   scored_BT = batch["scored"]
@@ -161,7 +172,10 @@ def loss(
 def evaluate(
   config: ConfigDict, model: Solver, batch: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-  """Sums over the tokens that count, and their number."""
+  """Returns sums over the scored tokens of loss, accuracy and weight.
+
+  batch: as in `loss`, with "weight" (B,), 0 for padding.
+  """
   loss_BT, correct_BT = _loss_and_correct(config, model, batch)
   weight_BT = batch["weight"][:, None] * batch["scored"]
   return {
@@ -172,11 +186,11 @@ def evaluate(
 
 
 def evaluation_variants(config: ConfigDict) -> dict[str, ConfigDict]:
-  """What eval.py evaluates beside the run's own length: {name: config}.
+  """Returns {name: config}, the evaluations of eval.py at other lengths.
 
-  Each of config.eval.length_factors times the training length. The model stays
-  that of the training length, its sigmoid's n too, unless
-  config.eval.max_length_of or config.model.max_length says otherwise.
+  The lengths are config.eval.length_factors times the training length, each
+  with every max_length of config.eval.max_length_of. "training" keeps the n of
+  the trained model's sigmoid; "test" takes the number of tokens evaluated.
   """
   variants = {}
   for name, factor, max_length_of in stack.eval_lengths(config):
