@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
 
 
 class Characters:
-  """A tokenizer whose tokens are the characters of an alphabet, then `end`."""
+  """A Tokenizer whose tokens are the characters of an alphabet, then `end`."""
 
   def __init__(self, alphabet: str):
     self._alphabet = alphabet
@@ -45,7 +45,10 @@ class Characters:
     self.start = self._ids.get("\n", self.end)
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
-    """Raises ValueError for a character outside of the alphabet."""
+    """Returns the int32 token ids of each text.
+
+    Raises ValueError for a character outside the alphabet.
+    """
     if unknown := set().union(*texts) - self._ids.keys():
       raise ValueError(
         f"characters {sorted(unknown)} are unknown; the tokenizer knows "
@@ -61,7 +64,7 @@ class Characters:
 
 
 class Bytes:
-  """A tokenizer whose tokens are the 256 bytes of UTF-8; `end` is 256."""
+  """A Tokenizer whose tokens are the 256 bytes of UTF-8; `end` is 256."""
 
   size, end, start = 257, 256, 256
 
@@ -76,7 +79,7 @@ class Bytes:
 
 
 class File:
-  """A tokenizer of the tokenizers library; `end` is its end-of-text token."""
+  """A Tokenizer from a file of the tokenizers library, with its end of text."""
 
   _ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 
