@@ -7,7 +7,7 @@ from tests.data.pictures import picture, save
 
 @pytest.fixture
 def hub_offline(tmp_path, monkeypatch):
-  """Keeps what `datasets` writes, and every look at the Hub, out of a test."""
+  """Keeps the cache of `datasets` in tmp_path, and the Hub out of reach."""
   import datasets
   import huggingface_hub
 
@@ -18,7 +18,10 @@ def hub_offline(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, hub_offline):
-  """Two classes, nine images; of several sizes, one grey and one RGBA."""
+  """A folder of images of two classes, for the splits train and test.
+
+  The images have several sizes; one is grey and one is RGBA.
+  """
   path = tmp_path / "images"
   for split, count in (("train", 3), ("test", 2)):
     for i in range(count):

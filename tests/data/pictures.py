@@ -17,7 +17,7 @@ AUGMENTED = {
 
 
 def make(**values):
-  """The embedded set, small batches, no augmentation."""
+  """A config of the embedded data set with batches of 8, not augmented."""
   config = vit.get_config()
   config.batch_size = 8
   config.augment.update(crop="none", flip=False)
@@ -26,6 +26,7 @@ def make(**values):
 
 
 def local(path, **values):
+  """A config of a local folder with two classes, with batches of 4."""
   config = make(batch_size=4)
   config.data.update(source=str(path), num_classes=2, channels=3, image_size=16)
   config.data.update(mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -34,11 +35,13 @@ def local(path, **values):
 
 
 def take(config, count):
+  """The first training batches of a config."""
   with contextlib.closing(tasks.train_batches(config)) as data:
     return [next(data) for _ in range(count)]
 
 
 def equal(batches, others):
+  """Asserts that two sequences of batches are equal."""
   for batch, other in zip(batches, others, strict=True):
     assert batch.keys() == other.keys()
     for name in batch:
@@ -50,7 +53,10 @@ def rng(seed=0):
 
 
 def picture(height, width, channels, seed=0):
-  """Blocks of random colours: smooth enough to resize, never symmetric."""
+  """A picture of 4 x 4 smoothed blocks of random colours, uint8 (H, W, C).
+
+  It is smooth enough to survive resizing, and has no symmetry.
+  """
   small = rng(seed).integers(256, size=(4, 4, channels), dtype=np.uint8)
   return augment.resize(small[None], height, width)[0]
 

@@ -22,6 +22,7 @@ def noise(*shape, seed=0):
 
 
 def encode_audio(audio, rate, kind="WAV"):
+  """A file object with the audio in a format of libsndfile."""
   content = io.BytesIO()
   soundfile.write(content, audio, rate, format=kind)
   content.seek(0)
@@ -29,11 +30,16 @@ def encode_audio(audio, rate, kind="WAV"):
 
 
 def recording(seconds, rate=8000, channels=1):
+  """The bytes of a FLAC file of noise."""
   audio = noise(int(seconds * rate), channels) / 20
   return encode_audio(np.clip(audio, -1, 1), rate, "FLAC").getvalue()
 
 
 def write_folder(path, rows):
+  """Writes (encoded audio, text) rows as both splits of a data set.
+
+  Returns the config's values for it.
+  """
   table = datasets.Dataset.from_list(
     [
       {"audio": {"bytes": content, "path": "x"}, "text": text}

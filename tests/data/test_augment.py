@@ -9,7 +9,7 @@ from tests.data.pictures import picture, rng
 
 def test_evaluation_crops_the_middle_where_training_crops():
   images = np.zeros((1, 320, 640, 3), np.uint8)
-  images[:, 20:300, 180:460] = 255  # the middle 224 of 256
+  images[:, 20:300, 180:460] = 255  # 224 / 256 of the height, in the middle
   cropped = augment.evaluate(images, 224, "inception")
   assert cropped.shape == (1, 224, 224, 3)
   assert cropped[:, 2:-2, 2:-2].min() == 255
@@ -98,7 +98,7 @@ SIGNED += ("color", "contrast", "brightness", "sharpness")
 
 @pytest.mark.parametrize("name", SIGNED + ("solarize", "posterize"))
 def test_operation_grows_with_its_magnitude(name):
-  # A ramp to move, in different colours, with noise to sharpen.
+  # The ramps make shifts visible, and the noise makes sharpening visible.
   y, x = np.mgrid[:64, :64]
   noise = rng().integers(16, size=(64, 64, 3))
   array = (np.stack([y, x, y + x], -1) + noise + 60).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Every source of images, and what is refused."""
+"""The sources of images, and the errors for wrong configs and files."""
 
 import contextlib
 import io
@@ -145,14 +145,14 @@ def test_every_form_of_an_image_becomes_grey_or_colour():
       assert decoded.shape == (6, 9, channels)
       assert decoded.dtype == np.uint8
   turned = plain.getexif()
-  turned[0x112] = 6  # the orientation: to be turned by 90 degrees
+  turned[0x112] = 6  # an orientation that asks for a rotation by 90 degrees
   file = io.BytesIO()
   plain.save(file, "png", exif=turned)
   decoded = image.decode(encoded(file.getvalue()), 3)
   np.testing.assert_array_equal(decoded, np.rot90(array, -1))
 
 
-# Refusals.
+# Errors.
 
 
 def expect_refusal(config, message):
@@ -208,7 +208,10 @@ def test_number_of_classes_is_compared(folder):
 
 
 def test_classes_that_the_card_tells_are_compared_unread(tmp_path):
-  """A Hub name's card comes first; here it lies in a folder."""
+  """The card of a data set on the Hub tells its classes before it is read.
+
+  Here the card lies in a local folder.
+  """
   columns = {"image": [encoded(b"not read")], "label": [0]}
   path = write_parquet(tmp_path / "parquet", columns)
   names = "names: {'0': cat, '1': dog}"

@@ -125,7 +125,7 @@ def test_resumes_bit_for_bit_where_it_was_saved(
       restore = grain.checkpoint.CheckpointRestore(again)
       manager.restore(3, args=ocp.args.Composite(data=restore))
       equal([next(again) for _ in range(4)], rest)
-  # Worker processes change nothing but the speed.
+  # Worker processes change the speed and nothing else.
   config.data.num_workers = 0
   equal(take(config, 7)[3:], rest)
   assert (rest[0]["image"] != rest[1]["image"]).any()
@@ -151,11 +151,11 @@ if __name__ == "__main__":
   config = vit.get_config()
   config.data.num_workers = 2
   data = tasks.train_batches(config)
-  next(data), next(data)  # the second is the second worker's
+  next(data), next(data)  # the second batch comes from the second worker
   print(len(multiprocessing.active_children()), flush=True)
   os.kill(os.getpid(), signal.SIGKILL)
 """)
-  # Returns when the last process that holds the pipe is gone.
+  # This returns when the last process that holds the pipe has ended.
   done = subprocess.run(
     [sys.executable, script],
     env=os.environ | {"PYTHONPATH": str(ROOT)},

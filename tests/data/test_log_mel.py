@@ -15,10 +15,11 @@ KEY = jax.random.key(0)
 
 @pytest.mark.parametrize("rate", [8000, 16000])
 def test_log_mel_is_librosas(rate):
-  # librosa itself (1.0.0) would bring numba and scikit-learn; the file holds
-  # log(max(mel, 1e-6)) of librosa.feature.melspectrogram(y, sr=rate, n_fft,
-  # win_length=rate // 40, hop_length=rate // 100, center=False, n_mels=80),
-  # y the audio within (n_fft - win_length) / 2 zeros, n_fft = 512 or 1024.
+  # The expected values come from a file, because librosa (1.0.0) would install
+  # numba and scikit-learn. They are log(max(mel, 1e-6)), where mel is
+  # librosa.feature.melspectrogram(y, sr=rate, n_fft, win_length=rate // 40,
+  # hop_length=rate // 100, center=False, n_mels=80), y is the audio with
+  # (n_fft - win_length) / 2 zeros on both sides, and n_fft is 512 or 1024.
   expected = np.load(pathlib.Path(__file__).parent / "librosa_mel.npz")[
     str(rate)
   ]
@@ -56,17 +57,17 @@ def test_spec_augment_hides_bands_of_the_widths_it_is_told():
   x_BTM = np.ones((400, 20, 10), np.float32)
   masked_BTM = np.asarray(log_mel.spec_augment(augment, KEY, x_BTM, frames_B))
   hidden_BT, hidden_BM = (masked_BTM == 0).all(2), (masked_BTM == 0).all(1)
-  # Bands of time and of frequency, and nothing else.
+  # Only bands of time and of frequency are masked.
   bands = hidden_BT[:, :, None] | hidden_BM[:, None]
   np.testing.assert_array_equal(masked_BTM == 0, bands)
   count_B, bins_B = hidden_BT.sum(1), hidden_BM.sum(1)
-  assert set(count_B[frames_B == 8]) == set(range(5))  # half of it
+  assert set(count_B[frames_B == 8]) == set(range(5))  # up to half
   assert set(count_B[frames_B == 20]) == set(range(7))
   assert not hidden_BT[frames_B == 8, 8:].any()
   assert set(bins_B) == set(range(5))
   changes_BT = np.diff(hidden_BT.astype(int), prepend=0, append=0)
-  assert (abs(changes_BT).sum(1) == 2 * (count_B > 0)).all()  # one run
-  assert hidden_BT[frames_B == 20].any(0).all()  # anywhere
+  assert (abs(changes_BT).sum(1) == 2 * (count_B > 0)).all()  # one band
+  assert hidden_BT[frames_B == 20].any(0).all()  # at any position
   augment.update(freq_masks=0, time_masks=0)
   same = log_mel.spec_augment(augment, KEY, x_BTM, frames_B)
   np.testing.assert_array_equal(same, x_BTM)

@@ -59,7 +59,7 @@ def test_reads_local_parquet_at_any_rate(tmp_path, monkeypatch):
   assert second["samples"][0] == 8000
   assert data.spell(second["target"][0], ALPHABET) == "two two"
   config = small(**values, **{"data.bucket_seconds": (0.6,)})
-  assert take(config, 1)[0]["target"].shape == (1, 3)  # one is too long
+  assert take(config, 1)[0]["target"].shape == (1, 3)  # the other is too long
   with pytest.raises(ValueError, match="bucket_seconds.*1 of 2 recordings"):
     tasks.eval_batches(config, "train")
 
@@ -108,7 +108,7 @@ def test_batch_is_of_one_bucket_and_holds_what_it_says():
         for s, t in zip(source._seconds, source._texts, strict=True)
         if t == text
       ]
-      # One of the recordings of this text, at one of the speeds.
+      # The length is that of a recording of this text, at one of the speeds.
       assert (
         min(abs(samples - 8000 * s / v) for s in seconds for v in (0.5, 1.0))
         < 10
@@ -131,7 +131,7 @@ def test_each_example_comes_once_an_epoch():
     for start in range(0, len(flat) - len(bucket) + 1, len(bucket)):
       part = flat[start : start + len(bucket)]
       assert sorted(part) == sorted(bucket)
-  # The buckets come in turn, in another order each epoch.
+  # The buckets are mixed, in another order in each epoch.
   first, second = (loader._bucket_order((9, 5), 0, e) for e in (0, 1))
   assert sorted(first) == sorted(second) == [0] * 9 + [1] * 5
   assert (first != second).any()

@@ -26,7 +26,7 @@ def make(**values):
 
 
 def documents(count, seed=0):
-  """Texts of 1 to 59 letters that tell their number."""
+  """Texts of 2 to 58 characters; each begins with its number."""
   rng = np.random.default_rng(seed)
   return [f"{i}:" + "x" * rng.integers(56) for i in range(count)]
 
@@ -54,7 +54,7 @@ def rows_of(batches):
 
 
 def texts_of(rows):
-  """The pieces of documents in the rows, by their segments."""
+  """The pieces of documents in the rows: (begins with `end`, text)."""
   pieces = []
   for row in rows:
     for segment in range(1, row["segment"].max() + 1):
@@ -85,7 +85,7 @@ def test_evaluation_predicts_every_character_but_the_first_once():
 
 def test_training_rows_are_text_and_each_epoch_cuts_anew():
   config = lm.get_config("runlocal")
-  config.data.length = 400_000  # 10 rows an epoch
+  config.data.length = 400_000  # 10 rows per epoch
   config.batch_size = 10
   data = tasks.train_batches(config)
   whole = text._embedded_split("kjv", "train")
@@ -94,7 +94,7 @@ def test_training_rows_are_text_and_each_epoch_cuts_anew():
     rows = next(data)["token"]
     decoded = [text.tokenizer(config).decode(row) for row in rows]
     starts.append({whole.index(x) for x in decoded})
-  end = len(whole) - 400_001  # where the last rows may begin
+  end = len(whole) - 400_001  # the last position where a row may begin
   assert not starts[0] & starts[1] - {end}
   for epoch in starts:
     assert {x // 400_000 for x in epoch - {end}} >= set(range(9))
@@ -153,14 +153,14 @@ def test_evaluation_of_a_file_has_every_document_whole(name, tmp_path):
   for row in rows:
     assert ((row["token"] == -1) == (row["segment"] == 0)).all()
   pieces = [piece for _, piece in texts_of(rows)]
-  # Pieces of a document overlap by one token.
+  # Two pieces of a document overlap by one token.
   expected = []
   for x in texts:
     ids = [256, *x.encode(), 256]
     for i in range(0, len(ids) - 1, 16):
       expected.append(tokenizers.Bytes().decode(ids[i : i + 17]))
   assert sorted(pieces) == sorted(expected)
-  assert len(rows_of(batches)) == len(rows)  # once more
+  assert len(rows_of(batches)) == len(rows)  # a second pass
   config.eval.rows = 3
   assert len(rows_of(tasks.eval_batches(config, "test"))) == 3
 
@@ -173,7 +173,7 @@ def test_every_token_of_a_document_is_a_target_once(tmp_path):
   for row in rows_of(tasks.eval_batches(config, "test")):
     same = row["segment"][1:] == row["segment"][:-1]
     count += (same & (row["token"][1:] >= 0)).sum()
-  assert count == sum(len(x) + 1 for x in texts)  # and the end of each
+  assert count == sum(len(x) + 1 for x in texts)  # with the end of each
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -207,7 +207,7 @@ def test_every_document_comes_once_an_epoch(tmp_path):
   texts = documents(23)
   path = write(tmp_path / "a.jsonl", texts)
   config = make(**{"data.source": path, "data.shuffle_window": 7})
-  config.data.length = 64  # longer than any
+  config.data.length = 64  # longer than any document
   data = tasks.train_batches(config)
   pieces = []
   while len(pieces) < 60:

@@ -58,7 +58,7 @@ def test_decoding_equals_the_full_forward_pass(kind, values):
 
 
 def test_generator_continues_a_batch_as_each_alone_and_streams_the_same():
-  config = small(**ALIBI)  # By chance it does not end its text.
+  config = small(**ALIBI)  # By chance, it does not end its text.
   _, params = setup.init(config)
   generator = generate.Generator(config, params)
   prompts = ["And God said, ", "Let"]
@@ -79,7 +79,7 @@ def test_generator_continues_a_batch_as_each_alone_and_streams_the_same():
 
 def test_a_row_that_has_ended_stays_so_and_all_ended_stop_the_loop():
   class Counter:
-    """Its next token is the number of the slot; a row's cache is untouched."""
+    """Its next token is the number of the slot; its cache counts the calls."""
 
     def decode(self, token_B, cache, place, start_B):
       del token_B
@@ -100,7 +100,7 @@ def test_a_row_that_has_ended_stays_so_and_all_ended_stop_the_loop():
     token_BT, [[3, 4, 5, 5, 5, 5, 5, 5, 5], [1, 2, 3, 4, 5, 5, 5, 5, 5]]
   )
   assert last.done_B.all()
-  assert last.cache == 5  # and not 9
+  assert last.cache == 5  # calls, not 9
 
 
 def test_top_k_and_top_p_keep_what_they_say():

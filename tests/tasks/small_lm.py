@@ -16,7 +16,7 @@ SINES = {
 
 
 def small(depth=1, **values):
-  """Layers of width 16 on rows of 32 tokens."""
+  """A config of width 16 with rows of 32 tokens."""
   config = lm_sigmoid.get_config("runlocal")
   config.model.depth = depth
   config.update_from_flattened_dict(values)
@@ -28,6 +28,7 @@ def make(config):
 
 
 def compiled(function, model, *args):
+  """function(model, *args), jitted."""
   graphdef, state = nnx.split(model)
   return jax.jit(lambda s, *a: function(nnx.merge(graphdef, s), *a))(
     state, *args

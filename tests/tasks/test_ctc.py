@@ -30,7 +30,7 @@ def log_probs(frames, classes, seed=0):
 
 
 def by_paths(log_probs_TV):
-  """{text: log probability} from the sum over all paths."""
+  """{text: log probability}, each summed over all paths of the text."""
   frames, classes = log_probs_TV.shape
   log_prob_of = {}
   for path in itertools.product(range(classes), repeat=frames):
@@ -61,12 +61,12 @@ def test_ctc_loss_is_the_sum_over_paths_of_what_is_no_padding():
   for row, text in zip(targets, texts, strict=True):
     row[: len(text)] = encode(text, "abc")
   characters = np.array([len(text) for text in texts], np.int32)
-  targets[3, 2] = 2  # in the padding, as if it were repeated
+  targets[3, 2] = 2  # padding that repeats the last character
   loss_B = speech.ctc_loss(np.float32(logits), tokens, targets, characters)
   for i in range(4):
     expected = -by_paths(logits[i, : tokens[i]])[texts[i]]
     assert loss_B[i] == pytest.approx(expected, rel=1e-4)
-  assert loss_B[4] == 0  # no token for a character
+  assert loss_B[4] == 0  # there is no token for its character
 
 
 def test_too_few_tokens_for_a_double_letter_give_no_gradient():

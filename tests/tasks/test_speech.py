@@ -77,7 +77,7 @@ def test_sincos_of_whole_positions_is_the_table():
 
 
 def fill(config):
-  """The model with random parameters, its head too; fast to make."""
+  """A model whose parameters are all random, also the head; fast to make."""
   shapes = nnx.eval_shape(lambda: speech.build(config, nnx.Rngs(0)))
   graphdef, shapes = nnx.split(shapes)
   rng = np.random.default_rng(0)
@@ -129,7 +129,7 @@ def test_padding_changes_nothing(values):
 
 @pytest.mark.parametrize("name", ["none", "sincos", "rope"])
 def test_positions_tell_the_order_where_alibi_tells_distances_alone(name):
-  # A convolution of one frame has no order of its own.
+  # A convolution over one frame does not tell the order.
   values = {"model.positions": name, "model.convolutions": ((1, 1),)}
   config = small(**values, **{"attn.alibi": True, "attn.logit_bias": 0.0})
   graphdef, state = fill(config)
@@ -181,7 +181,8 @@ def test_first_loss_is_that_of_equal_probabilities():
     return speech.loss(config, nnx.merge(static, params), batch, KEY)[0]
 
   tokens_B = [-(-log_mel.frames(s, 8000) // 3) for s in batch["samples"]]
-  # A character anywhere, of any length, and blanks: T (T + 1) / 2 paths.
+  # The character takes any run of tokens, and the others are blanks: this gives
+  # T (T + 1) / 2 paths.
   expected = [t * np.log(29) - np.log(t * (t + 1) / 2) for t in tokens_B]
   assert loss(params) == pytest.approx(np.mean(expected), rel=1e-4)
 
@@ -198,7 +199,7 @@ def test_n_is_the_tokens_of_the_longest_utterance():
 def test_decode_searches_with_the_width_of_the_config():
   x_TV = np.random.default_rng(3).normal(0, 0.6, (5, 3))
   x_TV -= np.log(np.exp(x_TV).sum(1, keepdims=True))
-  # Padding after it, of another text.
+  # The padding after the tokens would give another text.
   outputs = {"tokens": 5, "log_probs": np.append(x_TV, x_TV, axis=0)}
   config = small(**{"eval.beam_width": 50, "data.alphabet": "ab"})
   assert speech.decode(config, outputs) == ctc.prefix_beam(x_TV, "ab", 50)
@@ -221,7 +222,7 @@ def test_score_and_results_sum_over_utterances_and_by_length():
     "tokens": np.array([len(row) for row in rows]),
     "path": data._padded(rows, 20, int),
   }
-  # A blank between the letters, not the space that joined them.
+  # Replace the spaces that joined the letters by blanks.
   spaces = outputs["path"] == ALPHABET.index(" ") + 1
   places = np.arange(20) % 2 == 1
   outputs["path"] = np.where(spaces & places[None], ctc.BLANK, outputs["path"])
@@ -287,12 +288,12 @@ ARGS = (
 
 
 @pytest.mark.parametrize("arg", ARGS)
-def test_config_passes_its_check_and_differs_by_the_kind_alone(arg):
+def test_config_is_valid_and_differs_by_the_kind_alone(arg):
   for module in (speech_config, speech_sigmoid):
     config = module.get_config(arg)
     assert config.is_locked
     if config.data.source != "spoken_prompts":
-      # All but the data: there is no Hub in a test.
+      # Validate everything except the data: a test cannot reach the Hub.
       config = copy.deepcopy(config)
       config.data.update(
         source="spoken_prompts", train_split="train", eval_split="test"

@@ -1,4 +1,4 @@
-"""The synthetic tasks: their rules by brute force, and that they train."""
+"""The synthetic tasks: their targets by brute force, and training on them."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ def small(name, **values):
 
 
 def answer(name, tokens, config):
-  """{place: target} of one example, by the task's definition."""
+  """{position: target} of one example, by the definition of the task."""
   n, size = config.length, config.size
   if name == "summation":
     return {
@@ -71,7 +71,7 @@ def test_half_of_the_pairs_repeat_and_no_symbol_tells():
   repeats = batch["target"][:, 0] == 1
   assert repeats.mean() == pytest.approx(0.5, abs=0.03)
   assert batch["input"].max() == config.data.vocab_size - 1
-  # That both symbols of the pair come again holds for nearly all.
+  # Both symbols of the pair occur again in nearly all examples.
   first, second, rest = np.split(batch["input"][:, 1:], [1, 2], axis=1)
   for symbol in (first, second):
     again = (rest == symbol).any(1)

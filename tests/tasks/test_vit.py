@@ -1,4 +1,4 @@
-"""The vision transformer: sizes, symmetries, augmentation, losses, checks."""
+"""The vision transformer: sizes, symmetries, mixing, losses, validation."""
 
 import functools
 
@@ -18,7 +18,7 @@ KEY = jax.random.key(0)
 
 
 def small(**values):
-  """Four patches of 4 x 4 pixels, width 16, one layer."""
+  """A config with four patches of 4 x 4 pixels, width 16 and one layer."""
   config = vit_sigmoid.get_config("runlocal")
   config.data.image_size = 8
   config.augment.mixup = 0.0
@@ -28,7 +28,7 @@ def small(**values):
 
 
 def fill(config):
-  """The model with random parameters, its head too; fast to make."""
+  """A model whose parameters are all random, also the head; fast to make."""
   shapes = nnx.eval_shape(lambda: vit.build(config, nnx.Rngs(0)))
   graphdef, shapes = nnx.split(shapes)
   rng = np.random.default_rng(0)
@@ -205,7 +205,7 @@ def test_every_parameter_of_every_variant_has_a_finite_gradient(values):
   grads, metrics = jax.jit(gradients)(state)
   for path, x in nnx.to_flat_state(grads):
     assert np.isfinite(x).all(), path
-    # A bias of the keys is a constant of the row: softmax cancels it.
+    # A bias of the keys adds a constant to each row, which softmax cancels.
     assert path[-2:] == ("key", "bias") or abs(x[...]).max() > 0, path
   assert metrics.keys() == {"loss", "accuracy"}
   assert all(x.dtype == jnp.float32 for x in metrics.values())
@@ -288,7 +288,10 @@ def test_rng_of_the_loss_drives_drop_path():
 
 @functools.cache
 def mixed(**alphas):
-  """Image i is i everywhere, and so is its target: what becomes of them."""
+  """500 draws of mixed images and targets.
+
+  Before mixing, all pixels of image i are i, and its target is class i.
+  """
   augment = small(**{f"augment.{k}": v for k, v in alphas.items()}).augment
   number = jnp.arange(4.0)
   x_BHWC = jnp.broadcast_to(number[:, None, None, None], (4, 8, 12, 1))
@@ -316,7 +319,7 @@ def test_target_has_the_share_of_each_image(alphas):
 
 
 def is_cut(x):
-  """Whether every pixel of each draw is of one of the four images."""
+  """Whether each pixel of a draw comes from one of the four images."""
   return (x == np.round(x)).all((1, 2, 3, 4))
 
 
@@ -338,10 +341,10 @@ def test_cutmix_replaces_one_box_with_the_share_of_the_area():
   rows, columns = inside.any(2), inside.any(1)
   box = rows[:, :, None] & columns[:, None, :]
   np.testing.assert_array_equal(inside, box)
-  for line in (rows, columns):  # one interval each
+  for line in (rows, columns):  # one interval in each
     assert (np.abs(np.diff(line.astype(int), axis=1)).sum(1) <= 2).all()
-  # E[area] of a box of side s = sqrt(1 - lambda) cut at the border:
-  # (s - s^2 / 4)^2, lambda uniform.
+  # A box of side s = sqrt(1 - lambda) that is cut off at the border has the
+  # expected area (s - s^2 / 4)^2; lambda is uniform.
   s = np.sqrt(np.linspace(0, 1, 1001))
   expected = ((s - s**2 / 4) ** 2).mean()
   assert inside.mean() == pytest.approx(expected, abs=0.03)
@@ -363,7 +366,7 @@ def test_accuracy_is_against_the_dominant_target(share, accuracy, monkeypatch):
   assert metrics["accuracy"] == accuracy
 
 
-# The checks.
+# Validation.
 
 
 @pytest.mark.parametrize(
