@@ -1,13 +1,13 @@
-"""A language model with softmax attention: the twin of lm_sigmoid.py.
+"""A language model with softmax attention, the twin of lm_sigmoid.py.
 
   python train.py --config=configs/lm.py             King James text, CPU
   python train.py --config=configs/lm.py:gpu         the same, one GPU
   python train.py --config=configs/lm.py:85m --config.data.tokenizer=bpe.json
   python train.py --config=configs/lm.py:runlocal    two tiny steps
 
-:85m, :1b and :7b are the models that 2409.04431 published, on a mixture of the
-kind they were trained on. Sweeps, for `python -m sigattn.sweep`: attn, lr,
-seed.
+:85m, :1b and :7b are the models published with 2409.04431, on a mixture of
+texts like the one they were trained on. `python -m sigattn.sweep` knows the
+sweeps attn, lr and seed.
 """
 
 from ml_collections import config_dict
@@ -15,8 +15,8 @@ from ml_collections import config_dict
 from configs import common
 from configs.common import sweep_attn, sweep_seed  # noqa: F401
 
-# The published models (AXLearn's gala): width, depth, heads, MLP width,
-# sequences an update, updates.
+# The published models (AXLearn's gala): {name: (width, depth, heads, MLP width,
+# sequences per update, updates)}.
 SIZES = {
   "85m": (768, 12, 12, 2048, 256, 400_000),
   "1b": (2048, 24, 32, 5632, 256, 300_000),
@@ -25,11 +25,11 @@ SIZES = {
 
 
 def get_config(arg=None):
-  """arg: words joined by commas: gpu or a name of SIZES, runlocal."""
+  """arg: comma-separated words: gpu or a name of SIZES, and runlocal."""
   words = common.words("lm.py", arg, ("runlocal", "gpu", *SIZES))
   recipes = [word for word in words if word != "runlocal"]
   if len(recipes) > 1:
-    raise ValueError(f"configs/lm.py:{arg}: more than one of {recipes}")
+    raise ValueError(f"configs/lm.py:{arg}: choose only one of {recipes}")
   config = _base()
   if recipes == ["gpu"]:
     _gpu(config)
@@ -42,61 +42,66 @@ def get_config(arg=None):
 
 
 def _base():
-  """The embedded default: 2:36 on two CPU cores, 1.76 bits a character."""
+  """The embedded text: 1.76 bits per character, in 2:36 min on two cores."""
   config = common.base()
   config.task = "lm"
   config.total_steps = 1500
-  config.batch_size = 8  # rows
+  config.batch_size = 8  # rows per update
   config.data = dict(
     # An embedded text (kjv), a local file or folder (parquet, JSON lines,
     # text), or a Hugging Face name: owner/name or owner/name:subset.
     source="kjv",
-    # (source, share of the rows) pairs to train on instead.
+    # Pairs of (source, share of the rows) to train on instead of `source`.
     mixture=(),
-    # What is evaluated. None: config.data.source.
+    # The source to evaluate on. None means config.data.source.
     eval_source=config_dict.placeholder(str),
     train_split="train",
-    eval_split="test",  # of an embedded text: its last 5 %
+    eval_split="test",  # the last 5 % of an embedded text
     text_column="text",
-    # characters (of the embedded text), bytes, or a tokenizer.json.
+    # characters (of the embedded text), bytes, or the path of a tokenizer.json.
     tokenizer="characters",
-    vocab_size=64,  # at least the tokenizer's
-    length=256,  # tokens a row that are predicted
+    vocab_size=64,  # at least the size of the tokenizer
+    length=256,  # tokens per row that are predicted
     shuffle_window=10_000,  # documents of a stream that are shuffled together
-    packing_window=128,  # rows that are open for a stream's documents at once
-    num_workers=0,  # processes that cut an embedded text; streams take none
+    packing_window=128,  # rows that a stream's documents fill at the same time
+    num_workers=0,  # processes that cut an embedded text; must be 0 for streams
   )
   config.model = dict(
     width=128,
     depth=4,
     num_heads=4,
-    mlp_dim=344,  # 8/3 of the width, as of the published models
-    # sincos (added), rope or none; ALiBi is attn.alibi. RoPE makes up for what
-    # sigmoid lacks with ALiBi alone; without ALiBi it knows no longer text than
-    # it was trained on (benchmarks/NOTES.md).
+    mlp_dim=344,  # 8/3 of the width, as in the published models
+    # sincos (added), rope or none; ALiBi is attn.alibi. With ALiBi alone,
+    # sigmoid is behind softmax, and RoPE makes up for it. With RoPE alone, a
+    # model fails on texts longer than its training rows (benchmarks/NOTES.md).
     positions="rope",
     mlp="swiglu",  # gelu or swiglu
     norm="hybrid",  # pre, post, or hybrid: x + norm(f(norm(x)))
     norm_kind="rmsnorm",  # layernorm or rmsnorm
-    # Initial factor on each branch, 1e-4 in the paper's code; None: no factor.
+    # Initial value of the factor on each branch, 1e-4 in the paper's code. None
+    # means no factor.
     layer_scale=config_dict.placeholder(float),
-    dropout=0.0,  # of the numbers that a branch adds
-    drop_path=0.0,  # of the last layer's branches; linear in the depth
-    remat=False,  # recompute activations in the backward pass
+    dropout=0.0,  # probability, for each number that a branch adds
+    # Probability of skipping a branch of the last layer; it grows linearly with
+    # the depth from 0 in the first layer.
+    drop_path=0.0,
+    remat=False,  # recompute activations in the backward pass to save memory
   )
-  # The n of sigmoid's bias -log n: the length of the training rows, whatever
-  # the length of what is evaluated or generated.
+  # The n of sigmoid's bias -log n is the length of the training rows. It does
+  # not depend on the length of texts that are evaluated or generated.
   config.model.max_length = config.data.get_ref("length") * 1
   config.attn.update(alibi=True, qk_norm="rmsnorm")
   config.optim.update(lr=5e-3, b2=0.98, weight_decay=0.1)
   config.optim.decay_groups = ((r".*kernel|embed", 1.0),)
   config.eval.every_steps = config.get_ref("total_steps") // 4
-  config.eval.rows = config_dict.placeholder(int)  # of a stream; None: all
-  # Also the loss by position in the row. eval.py sets it.
+  # Rows of a stream to evaluate; None means all.
+  config.eval.rows = config_dict.placeholder(int)
+  # Whether to report the loss by position in the row, too. eval.py sets it.
   config.eval.by_position = False
-  # eval.py evaluates at so many times the training length, too.
+  # eval.py also evaluates at these multiples of the training length.
   config.eval.length_factors = (1, 2, 4, 8)
-  # Whose length is sigmoid's n there: training, test, or both in turn.
+  # The n of sigmoid's bias in these evaluations: the length of training, of the
+  # test, or one after the other.
   config.eval.max_length_of = ("training",)
   config.ckpt.update(best_metric="loss", best_mode="min")
   config.log.every_steps = 100
@@ -104,7 +109,7 @@ def _base():
 
 
 def _gpu(config):
-  """The embedded text on one H100: 1.48 bits a character, in 91 seconds."""
+  """The embedded text: 1.48 bits per character, in 91 seconds on one H100."""
   config.total_steps = 1000
   config.batch_size = 64
   config.dtype = "bfloat16"
@@ -116,12 +121,13 @@ def _gpu(config):
 
 
 def _published(config, size):
-  """The sigmoid models of 2409.04431: sizes and optimisation of AXLearn's gala.
+  """The models of 2409.04431, with the sizes and optimizer of AXLearn's gala.
 
-  Their text was RedPajama's and SlimPajama's, in the shares below, with a
-  SentencePiece vocabulary of 32,768; here a byte-level BPE of that size, which
-  `python -m sigattn.data.tokens` trains. Their evaluation: the first 5,000
-  texts of OpenWebText2.
+  They were trained on text of RedPajama and SlimPajama, in the shares below,
+  with a SentencePiece vocabulary of 32,768 tokens. This config uses a
+  byte-level BPE of that size, which `python -m sigattn train_tokenizer` trains.
+  They were evaluated on the first 5,000 texts of OpenWebText2; this config
+  takes the first 5,000 rows of C4's validation split.
   """
   width, depth, num_heads, mlp_dim, batch_size, steps = SIZES[size]
   config.total_steps = steps
@@ -156,10 +162,11 @@ def _published(config, size):
   )
   config.optim.update(lr=0.01, b2=0.95, end_lr=0.1)
   config.optim.warmup_steps = 5000
-  # Decoupled from the learning rate: 1e-4 times the schedule, which is 1 at
-  # its peak.
+  # The published weight decay is independent of the learning rate: 1e-4 times a
+  # schedule with peak 1. Ours is multiplied by lr, so divide by it.
   config.optim.weight_decay = 1e-4 / config.optim.get_ref("lr")
-  # muP's: a matrix learns at the rate of the narrowest model over its width.
+  # As in muP, the learning rate of a matrix is proportional to 1 / width; the
+  # narrowest model has width 768.
   config.optim.lr_groups = ((r".*kernel", 768 / width),)
   config.eval.every_steps = 5000
   config.ckpt.every_steps = 5000

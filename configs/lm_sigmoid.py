@@ -1,10 +1,10 @@
-"""A language model with sigmoid attention (2409.04431): lm.py's twin.
+"""A language model with sigmoid attention (2409.04431), the twin of lm.py.
 
   python train.py --config=configs/lm_sigmoid.py
   python train.py --config=configs/lm_sigmoid.py:85m
   python -m sigattn.sweep --config=configs/lm_sigmoid.py --sweep=attn,seed
 
-The arguments, the sizes and the sweeps are those of lm.py.
+Arguments, sizes and sweeps are those of lm.py.
 """
 
 from configs import common, lm

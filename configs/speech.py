@@ -1,9 +1,13 @@
-"""An acoustic encoder with CTC and softmax attention: speech_sigmoid's twin.
+"""An acoustic encoder with CTC and softmax attention.
 
-python train.py --config=configs/speech.py                 prompts, CPU
-python train.py --config=configs/speech.py:gpu             prompts, one GPU
-python train.py --config=configs/speech.py:librispeech     the paper's encoder
-python train.py --config=configs/speech.py:runlocal        two tiny steps
+It is the twin of speech_sigmoid.py.
+
+  python train.py --config=configs/speech.py               prompts, CPU
+  python train.py --config=configs/speech.py:gpu           prompts, one GPU
+  python train.py --config=configs/speech.py:librispeech   the paper's encoder
+  python train.py --config=configs/speech.py:runlocal      two tiny steps
+
+`python -m sigattn.sweep` knows the sweeps attn, lr and seed.
 """
 
 from ml_collections import config_dict
@@ -11,7 +15,7 @@ from ml_collections import config_dict
 from configs import common
 from configs.common import sweep_attn, sweep_lr, sweep_seed  # noqa: F401
 
-# Hours of LibriSpeech (Panayotov et al., 2015) and their splits on the Hub.
+# {hours of LibriSpeech (Panayotov et al., 2015): their splits on the Hub}
 HOURS = {
   "100h": "train.clean.100",
   "960h": "train.clean.100+train.clean.360+train.other.500",
@@ -19,13 +23,18 @@ HOURS = {
 
 
 def get_config(arg=None):
-  """arg: words joined by commas: gpu, librispeech, one of HOURS, runlocal."""
+  """arg: comma-separated words: gpu, librispeech, one of HOURS, runlocal.
+
+  One of HOURS implies librispeech, which alone means 960h.
+  """
   choices = ("gpu", "librispeech", "runlocal", *HOURS)
   words = common.words("speech.py", arg, choices)
   hours = [word for word in words if word in HOURS]
   large = hours or "librispeech" in words
   if len(hours) > 1 or (large and "gpu" in words):
-    raise ValueError(f"configs/speech.py:{arg}: more than one recipe: {words}")
+    raise ValueError(
+      f"configs/speech.py:{arg}: choose only one recipe, not {words}"
+    )
   config = _librispeech(*hours or ["960h"]) if large else _prompts()
   if "gpu" in words:
     _gpu(config)
@@ -39,24 +48,27 @@ def _base():
   config = common.base()
   config.task = "speech"
   config.data = dict(
-    # An embedded set (spoken_prompts), a local folder of parquet files, or a
-    # Hugging Face name: owner/name or owner/name:subset.
+    # The embedded data set (spoken_prompts), a local folder of parquet files,
+    # or a Hugging Face name: owner/name or owner/name:subset.
     source="spoken_prompts",
-    train_split="train",  # several: a+b
+    train_split="train",  # join several splits by +
     eval_split="test",
-    sample_rate=8000,  # Hz; recordings at another one are resampled
-    # Transcripts are learned in these characters, without all others.
+    sample_rate=8000,  # Hz; recordings at other rates are resampled
+    # All other characters are dropped from the transcripts.
     alphabet=" 'abcdefghijklmnopqrstuvwxyz",
-    # A batch is of utterances up to so long and longer than the edge before.
-    # batch_size is that of the longest; a shorter bucket's is as many times
-    # that as it fits in the longest.
+    # The longest utterance of each bucket, in seconds. A batch holds utterances
+    # of one bucket. batch_size is the batch size of the last bucket; that of a
+    # shorter one is larger by the quotient of their lengths, rounded down.
     bucket_seconds=(1.25, 2.5, 5.0, 15.0),
-    num_workers=0,  # processes that decode and resample; 0: threads
+    num_workers=0,  # processes that decode and resample; 0 uses threads
   )
   config.augment = dict(
-    speeds=(0.9, 1.0, 1.1),  # one of them an utterance (pitch goes with it)
-    # SpecAugment: bands of up to freq_width bins, and of up to time_width
-    # frames of 10 ms or time_share of the utterance.
+    # Each utterance is played at a random one of these speeds, which also
+    # changes its pitch.
+    speeds=(0.9, 1.0, 1.1),
+    # SpecAugment masks freq_masks bands of up to freq_width mel bins, and
+    # time_masks bands of up to time_width frames of 10 ms, but at most
+    # time_share of the utterance each.
     freq_masks=2,
     freq_width=20,
     time_masks=2,
@@ -69,31 +81,35 @@ def _base():
     num_heads=4,
     mlp_dim=576,
     mel_bins=80,
-    convolutions=((7, 3),),  # (kernel, stride) in frames, then in tokens
-    positions="none",  # sincos, cape, rope or none; attn.alibi besides
-    # CAPE's augmentation, in tokens and as a factor.
+    # (kernel, stride) of each convolution. The first counts frames, the others
+    # count outputs of the one before.
+    convolutions=((7, 3),),
+    positions="none",  # sincos, cape, rope or none; ALiBi is attn.alibi
+    # CAPE's augmentation: the shifts are in tokens, the scale is a factor.
     cape_shift=100.0,
     cape_local_shift=0.5,
     cape_scale=1.1,
     mlp="gelu",  # gelu or swiglu
     norm="pre",  # pre, post, or hybrid: x + norm(f(norm(x)))
     norm_kind="layernorm",  # layernorm or rmsnorm
-    # Initial factor on each branch; None: no factor.
+    # Initial value of the factor on each branch. None means no factor.
     layer_scale=config_dict.placeholder(float),
-    dropout=0.0,  # of the numbers that a branch adds
-    drop_path=0.0,  # of the last layer's branches; linear in the depth
-    remat=False,  # recompute activations in the backward pass
+    dropout=0.0,  # probability, for each number that a branch adds
+    # Probability of skipping a branch of the last layer; it grows linearly with
+    # the depth from 0 in the first layer.
+    drop_path=0.0,
+    remat=False,  # recompute activations in the backward pass to save memory
   )
-  config.eval.beam_width = 1  # of the search for a text; 1: greedy
+  config.eval.beam_width = 1  # prefixes that beam search keeps; 1 is greedy
   config.ckpt.update(best_metric="cer", best_mode="min")
   return config
 
 
 def _prompts():
-  """The embedded default: 3:36 on two CPU cores, a CER of 0.28.
+  """The embedded prompts: a CER of 0.28 in 3:36 min on two CPU cores.
 
-  Decided on single runs whose training loss and held-out CER were watched
-  (benchmarks/NOTES.md): batches half as large, a second convolution and the
+  The choices rest on single runs, compared by training loss and held-out CER
+  (benchmarks/NOTES.md). Halving the batch, adding a second convolution and the
   hybrid norm each learn faster from the same audio.
   """
   config = _base()
@@ -106,11 +122,12 @@ def _prompts():
 
 
 def _gpu(config):
-  """The prompts on one H100: CER 0.18, in about five minutes."""
+  """The embedded prompts: a CER of 0.18 in about five minutes on one H100."""
   config.total_steps = 4000
   config.batch_size = 16
   config.dtype = "bfloat16"
-  # Each bucket is compiled twice, to train and to evaluate.
+  # Each bucket is compiled twice, for training and for evaluation, so there are
+  # few of them.
   config.data.bucket_seconds = (5.0, 15.0)
   config.augment.update(
     speeds=(0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2),
@@ -131,13 +148,13 @@ def _gpu(config):
 def _librispeech(hours):
   """The paper's encoder of 255 million parameters, on 100 or 960 hours.
 
-  Sizes, SpecAugment and the number of updates are what 2409.04431 takes, as far
-  as we know: that paper's optimizer and batches are not in a form that we could
-  check, and ours are AdamW, a cosine, and utterances up to 36 minutes an
-  update. It has dropout, which is not here, and drops whole layers at 0.3: here
-  examples skip branches, up to 0.3 of them in the last layer.
-  ALiBi is what it found best; --config.attn.alibi=False
-  --config.model.positions=cape or rope are its other choices.
+  Sizes, SpecAugment and the number of updates are those of 2409.04431, as far
+  as we know. We could not verify the paper's optimizer and batches; ours are
+  AdamW, a cosine schedule and batches of up to 36 minutes. The paper uses
+  dropout, which is off here, and skips whole layers with probability 0.3; here
+  each example skips branches, with a probability of up to 0.3 in the last
+  layer. The paper found ALiBi best. Its other choices are
+  --config.attn.alibi=False with --config.model.positions=cape or rope.
   """
   config = _base()
   config.total_steps = 370_000

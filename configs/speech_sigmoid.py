@@ -1,9 +1,11 @@
-"""An acoustic encoder with sigmoid attention (2409.04431): speech.py's twin.
+"""An acoustic encoder with sigmoid attention (2409.04431).
+
+It is the twin of speech.py.
 
   python train.py --config=configs/speech_sigmoid.py
   python -m sigattn.sweep --config=configs/speech_sigmoid.py --sweep=attn,seed
 
-The arguments, the sizes and the sweeps are those of speech.py.
+Arguments, sizes and sweeps are those of speech.py.
 """
 
 from configs import common, speech

@@ -1,12 +1,12 @@
-"""Synthetic tasks with softmax attention: the twin of synthetic_sigmoid.py.
+"""Synthetic tasks with softmax attention, the twins of synthetic_sigmoid.py.
 
   python train.py --config=configs/synthetic.py:recall
   python -m sigattn.sweep --config=configs/synthetic.py:recall --sweep=attn,seed
   python eval.py --workdir=runs/synthetic:pair_repeat/default    longer inputs
 
-The argument is one of summation, pair_repeat, recall, copy (what they are:
-sigattn/data/synthetic.py), and runlocal for two tiny steps. Sweeps: attn, lr,
-seed.
+The argument is one of summation, pair_repeat, recall and copy, which
+sigattn/data/synthetic.py describes, and runlocal for two tiny steps.
+`python -m sigattn.sweep` knows the sweeps attn, lr and seed.
 """
 
 from ml_collections import config_dict
@@ -16,12 +16,13 @@ from configs.common import sweep_attn, sweep_lr, sweep_seed  # noqa: F401
 
 
 def get_config(arg="recall"):
-  """arg: a task of TASKS, and runlocal, joined by commas."""
+  """arg: comma-separated words: one of TASKS, and runlocal."""
   words = common.words("synthetic.py", arg, (*TASKS, "runlocal"))
   names = [word for word in words if word in TASKS]
   if len(names) != 1:
     raise ValueError(
-      f"configs/synthetic.py:{arg}: one of {(*TASKS,)}, not {names}"
+      f"configs/synthetic.py:{arg}: choose exactly one of {(*TASKS,)}, not "
+      f"{names}"
     )
   config = _base()
   config.data.name = names[0]
@@ -40,13 +41,15 @@ def _base():
   config.batch_size = 64
   config.data = dict(
     name="recall",  # summation, pair_repeat, recall or copy
-    length=16,  # numbers, symbols, pairs or symbols, in this order of names
-    size=8,  # summation: how many are summed; recall: keys asked for
-    vocab_size=64,  # symbols, with those of the task's own
-    eval_examples=2000,  # held out
-    train_split="train",  # endless
+    # The numbers of summation, the symbols of pair_repeat and of copy, or the
+    # pairs of recall.
+    length=16,
+    size=8,  # the numbers that summation adds up, or the queries of recall
+    vocab_size=64,  # symbols, including start and separator; not for summation
+    eval_examples=2000,  # held-out examples
+    train_split="train",  # without end
     eval_split="test",
-    num_workers=0,  # processes that make batches; 0: none
+    num_workers=0,  # processes that make batches; 0 makes them in this one
   )
   config.model = dict(
     width=64,
@@ -54,7 +57,8 @@ def _base():
     num_heads=4,
     mlp_dim=256,
     positions="sincos",  # sincos (added), rope or none
-    # n of sigmoid's -log n. None: the tokens of a training example.
+    # The n of sigmoid's bias -log n. None means the number of tokens of a
+    # training example.
     max_length=config_dict.placeholder(int),
     mlp="gelu",  # gelu or swiglu
     norm="pre",  # pre, post, or hybrid: x + norm(f(norm(x)))
@@ -64,21 +68,25 @@ def _base():
     drop_path=0.0,
     remat=False,
   )
-  config.eval.length_factors = ()  # eval.py evaluates these lengths too
-  config.eval.max_length_of = ("training",)  # there: training, test, or both
+  # eval.py also evaluates at these multiples of the training length.
+  config.eval.length_factors = ()
+  # The n of sigmoid's bias in these evaluations: the length of training, of the
+  # test, or one after the other.
+  config.eval.max_length_of = ("training",)
   config.optim.update(lr=1e-3, b2=0.98)
   config.log.every_steps = 100
   return config
 
 
 def _summation(config):
-  # Two layers: a mask must fetch its number before they can be summed.
+  # The task needs two layers: each one of the mask must first fetch its number.
   config.data.update(length=20, size=5)
 
 
 def _pair_repeat(config):
   config.data.update(length=32, vocab_size=9)
-  # Sines of a place beyond the training length have never been seen.
+  # RoPE, because the sines of positions beyond the training length are new to
+  # the model.
   config.model.positions = "rope"
   config.eval.length_factors = (1, 2, 4, 8)
 

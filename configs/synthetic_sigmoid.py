@@ -1,8 +1,10 @@
-"""Synthetic tasks with sigmoid attention (2409.04431): synthetic.py's twin.
+"""Synthetic tasks with sigmoid attention (2409.04431).
+
+They are the twins of synthetic.py.
 
   python train.py --config=configs/synthetic_sigmoid.py:recall
 
-The arguments and the sweeps are those of synthetic.py.
+Arguments and sweeps are those of synthetic.py.
 """
 
 from configs import common, synthetic

@@ -1,11 +1,11 @@
-"""A vision transformer with softmax attention: the twin of vit_sigmoid.py.
+"""A vision transformer with softmax attention, the twin of vit_sigmoid.py.
 
   python train.py --config=configs/vit.py                  Fashion-MNIST, CPU
   python train.py --config=configs/vit.py:imagenet         ViT-B/16 at 224
   python train.py --config=configs/vit.py:imagenet,S/16    another size
   python train.py --config=configs/vit.py:runlocal         two tiny steps
 
-Sweeps, for `python -m sigattn.sweep`: attn, lr, seed.
+`python -m sigattn.sweep` knows the sweeps attn, lr and seed.
 """
 
 from ml_collections import config_dict
@@ -13,8 +13,8 @@ from ml_collections import config_dict
 from configs import common
 from configs.common import sweep_lr, sweep_seed  # noqa: F401
 
-# Dosovitskiy et al. (2010.11929), Table 1; Ti and S from DeiT (2012.12877).
-SIZES = {  # name: width, depth, heads, MLP width
+# B and L are from Table 1 of 2010.11929, Ti and S from DeiT (2012.12877).
+SIZES = {  # {name: (width, depth, heads, MLP width)}
   "Ti/16": (192, 12, 3, 768),
   "S/16": (384, 12, 6, 1536),
   "B/16": (768, 12, 12, 3072),
@@ -23,11 +23,14 @@ SIZES = {  # name: width, depth, heads, MLP width
 
 
 def get_config(arg=None):
-  """arg: words joined by commas: imagenet, a name of SIZES, runlocal."""
+  """arg: comma-separated words: imagenet, a name of SIZES, runlocal.
+
+  A name of SIZES implies imagenet, which alone means B/16.
+  """
   words = common.words("vit.py", arg, ("imagenet", "runlocal", *SIZES))
   sizes = [word for word in words if word in SIZES]
   if len(sizes) > 1:
-    raise ValueError(f"configs/vit.py:{arg}: more than one size: {sizes}")
+    raise ValueError(f"configs/vit.py:{arg}: choose only one size of {sizes}")
   if sizes or "imagenet" in words:
     config = _imagenet(sizes[0] if sizes else "B/16")
   else:
@@ -41,27 +44,29 @@ def _base():
   config = common.base()
   config.task = "vit"
   config.data = dict(
-    # An embedded set (fashion_mnist), a Hugging Face name (owner/name), or a
-    # local folder of images or parquet files.
+    # The embedded data set (fashion_mnist), a local folder of images or parquet
+    # files, or a Hugging Face name: owner/name or owner/name:subset.
     source="fashion_mnist",
     train_split="train",
     eval_split="test",
-    image_size=28,  # pixels a side, after cropping
-    channels=1,  # 1 grey, 3 colour
+    image_size=28,  # pixels per side, after cropping
+    channels=1,  # 1 for grey images, 3 for colour
     num_classes=10,
-    mean=(0.2860,),  # of the training images, in 0..1, a number a channel
+    # Mean and standard deviation of the training images for each channel, with
+    # pixels in [0, 1].
+    mean=(0.2860,),
     std=(0.3530,),
-    num_workers=0,  # processes that decode and augment; 0: threads
+    num_workers=0,  # processes that decode and augment; 0 uses threads
   )
   config.augment = dict(
-    crop="none",  # none, pad (shift by up to `pad`) or inception
+    crop="none",  # none, pad (shift by up to `pad` pixels) or inception
     pad=2,  # pixels
-    min_area=0.08,  # smallest share of the image that inception keeps
-    flip=False,  # left to right, every other image
-    randaugment_layers=0,  # operations an image; 0: off
+    min_area=0.08,  # smallest share of the image's area that inception keeps
+    flip=False,  # mirror half of the images horizontally
+    randaugment_layers=0,  # operations per image; 0 turns RandAugment off
     randaugment_magnitude=9,  # 0 to 10
-    mixup=0.0,  # alpha of Beta(alpha, alpha); 0: off
-    cutmix=0.0,  # the same; both on: one of them each batch
+    mixup=0.0,  # alpha of Beta(alpha, alpha); 0 turns mixup off
+    cutmix=0.0,  # likewise; if both are on, each batch uses one of them
     label_smoothing=0.0,
   )
   config.model = dict(
@@ -70,30 +75,34 @@ def _base():
     num_heads=6,
     mlp_dim=384,
     patch_size=7,
-    pool="mean",  # mean, or class: a class token
+    pool="mean",  # mean of the tokens, or class for a class token
     positions="learned",  # learned, sincos1d, sincos2d, rope or none
-    position_std=0.02,  # of a learned table at the start
+    position_std=0.02,  # standard deviation of a learned table at the start
     mlp="gelu",  # gelu or swiglu
     norm="pre",  # pre, post, or hybrid: x + norm(f(norm(x)))
     norm_kind="layernorm",  # layernorm or rmsnorm
-    # Initial factor on each branch, 1e-4 in the paper's code; None: no factor.
+    # Initial value of the factor on each branch, 1e-4 in the paper's code. None
+    # means no factor.
     layer_scale=config_dict.placeholder(float),
-    dropout=0.0,  # of the numbers that a branch adds
-    drop_path=0.0,  # of the last layer's branches; linear in the depth
-    remat=False,  # recompute activations in the backward pass
+    dropout=0.0,  # probability, for each number that a branch adds
+    # Probability of skipping a branch of the last layer; it grows linearly with
+    # the depth from 0 in the first layer.
+    drop_path=0.0,
+    remat=False,  # recompute activations in the backward pass to save memory
   )
   return config
 
 
 def _fashion_mnist():
-  """The embedded default: three to five minutes on two CPU cores.
+  """The embedded data set: three to five minutes on two CPU cores.
 
-  Tried on 8,000 other images of Fashion-MNIST's test set, three layers for 23
-  epochs, four seeds a choice: a table of positions as large as the tokens from
-  the start gave 2 points of accuracy, weight decay 0.3 and mixup 0.2 half a
-  point each; cutmix and shifts by 2 pixels cost some. Two layers for 58 epochs
-  fit mixup 0.2 too closely (94 % of the training images); that it became 0.5
-  was decided on single runs that were evaluated on the held-out images.
+  Most choices were made on 8,000 other images of Fashion-MNIST's test set, with
+  three layers for 23 epochs and four seeds per choice. A position table that is
+  as large as the tokens from the start gained 2 points of accuracy; weight
+  decay 0.3 and mixup 0.2 gained half a point each; cutmix and shifts by 2
+  pixels lost some. With mixup 0.2, two layers for 58 epochs overfit: they reach
+  94 % of the training images. Mixup 0.5 was therefore chosen, on single runs
+  that were evaluated on the held-out images.
   """
   config = _base()
   config.total_steps = 4500
@@ -106,11 +115,11 @@ def _fashion_mnist():
 
 
 def _imagenet(size):
-  """ImageNet-1k from the Hub; the recipe of DeiT (2012.12877), Table 9.
+  """ImageNet-1k from the Hub, with the recipe of DeiT (2012.12877), Table 9.
 
-  300 epochs of 1,281,167 images. The paper trains ViT-B/16 for 300 epochs; its
-  other hyper-parameters are not published in a form that we could check.
-  Options in its spirit: --config.model.layer_scale=1e-4
+  Training takes 300 epochs of 1,281,167 images, as for ViT-B/16 in 2409.04431.
+  We could not verify that paper's other hyper-parameters. Options
+  in its spirit are --config.model.layer_scale=1e-4 and
   --config.attn.qk_norm=layernorm.
   """
   config = _base()

@@ -1,10 +1,10 @@
-"""A vision transformer with sigmoid attention (2409.04431): vit.py's twin.
+"""A vision transformer with sigmoid attention (2409.04431), the twin of vit.py.
 
   python train.py --config=configs/vit_sigmoid.py
   python train.py --config=configs/vit_sigmoid.py:imagenet
   python -m sigattn.sweep --config=configs/vit_sigmoid.py --sweep=attn,seed
 
-The arguments, the sizes and the sweeps are those of vit.py.
+Arguments, sizes and sweeps are those of vit.py.
 """
 
 from configs import common, vit

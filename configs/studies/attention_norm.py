@@ -1,16 +1,19 @@
-r"""Study 1: what sigmoid's bias does to the norm of attention, and to the loss.
+r"""Study 1: how sigmoid's bias changes the norm of attention and the loss.
 
-The claim: sigmoid attention trained badly because its output starts too large;
-a bias of -log n, or ALiBi, which makes most logits negative, keeps it near
-softmax's, and then it trains as well. A bias of -10 helps only in part, and
-sines or RoPE without a bias stay behind softmax (2409.04431, Figures 3 to 6).
-There: one block of width 3072 on C4, n = 4096. Here: one of width 128 on the
-King James text, n = 512, its recipe otherwise.
+Claims of the paper (2409.04431, Figures 3 to 6): sigmoid attention without a
+bias trains badly, because its output is too large at the start. A bias of
+-log n keeps the output near softmax's, and so does ALiBi, which makes most
+logits negative; sigmoid then trains as well as softmax. A bias of -10 helps
+only in part. Sines or RoPE without a bias stay behind softmax.
+
+The paper trains one block of width 3072 on C4 with n = 4096. This study trains
+one block of width 128 on the King James text with n = 512, and otherwise
+follows the paper's recipe.
 
   python -m sigattn.sweep --config=configs/studies/attention_norm.py \
     --sweep=positions,bias,seed
 
-A run took 46 s on an H100 that 16 runs shared. RESULTS.md has what came out.
+A run took 46 s on an H100 that 16 runs shared. RESULTS.md has the results.
 """
 
 from configs import lm
@@ -18,7 +21,7 @@ from configs.lm import sweep_seed  # noqa: F401
 
 
 def get_config():
-  """One block: pre-norm LayerNorm, GELU, no decay, no QK norm; sigmoid."""
+  """One block: sigmoid, pre-norm LayerNorm and GELU, no decay, no QK norm."""
   config = lm.get_config().unlock()
   config.total_steps = 1500
   config.batch_size = 4

@@ -1,16 +1,19 @@
-r"""Study 4: the norm behind each branch, at short and at long sequences.
+r"""Study 4: a norm after each branch, for short and for long sequences.
 
-The claim: at a billion parameters and n = 4096, sigmoid with ALiBi falls a
-little behind softmax; hybrid norm, x + norm(f(norm(x))), closes the gap
-(2409.04431, Table 3). Here: the language model's default of four layers, with
-ALiBi alone, on the King James text, 2048 tokens an update, as rows of 128 and
-of 2048. Its learning rate was found with hybrid norm; a lower one is there too.
+Claim of the paper (2409.04431, Table 3): with a billion parameters, ALiBi and
+n = 4096, sigmoid is a little behind softmax, and hybrid norm,
+x + norm(f(norm(x))), closes the gap.
+
+This study trains the default language model of four layers on the King James
+text, with ALiBi alone. Each update has 2048 tokens, in rows of 128 or of 2048.
+The default learning rate was tuned with hybrid norm, so the sweep also has a
+lower one.
 
   python -m sigattn.sweep --config=configs/studies/hybrid_norm.py \
     --sweep=attn,norm,length,lr,seed
 
-A run took 39 s on an H100 that 15 runs shared. RESULTS.md has what came out:
-the gap is there, and hybrid norm does not close it.
+A run took 39 s on an H100 that 15 runs shared. RESULTS.md has the results:
+the gap exists, and hybrid norm does not close it.
 """
 
 from configs import lm

@@ -1,16 +1,18 @@
 r"""Study 2: LayerScale, QK norm and the bias in a vision transformer.
 
-The claim: in vision, sigmoid wants LayerScale (from 1e-4), and then no bias; it
-is robust with and without QK norm (2409.04431, Figures 7 to 9, ViT-B/16 on
-ImageNet-1k, n = 196). Here: four layers of width 96 on Fashion-MNIST, n = 49,
-softmax beside it.
+Claims of the paper (2409.04431, Figures 7 to 9; ViT-B/16 on ImageNet-1k,
+n = 196): in vision, sigmoid needs LayerScale, which starts at 1e-4, and then
+needs no bias. It is robust with and without QK norm.
+
+This study trains four layers of width 96 on Fashion-MNIST with n = 49, and
+compares with softmax.
 
   python -m sigattn.sweep --config=configs/studies/layer_scale.py \
     --sweep=attn,layer_scale,qk_norm,seed
 
-Add lr for the sensitivity to the learning rate.
+Add lr to the sweep to measure the sensitivity to the learning rate.
 
-A run took 71 s on an H100 that 16 runs shared. RESULTS.md has what came out.
+A run took 71 s on an H100 that 16 runs shared. RESULTS.md has the results.
 """
 
 from configs import vit

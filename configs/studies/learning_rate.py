@@ -1,20 +1,23 @@
-r"""Study 3: how much the loss depends on the learning rate, over widths.
+r"""Study 3: how the loss depends on the learning rate, for several widths.
 
-The claim: language models with either attention are sensitive to the learning
-rate without QK norm, and much less so with it (2409.04431, Appendix; the
-protocol of 2309.14322). Models k = 1, 2, 4: k heads of width 64, 2 k layers,
-MLPs of 256 k. Sensitivity is the mean over the learning rates of min(final
-loss, initial loss) - best loss. There: k up to 16 on C4, n = 512, 16,384 steps,
-rates from 3e-4 to 0.3. Here: the King James text, RoPE, n = 128, 1,000 steps.
+Claim of the paper (2409.04431, Appendix; protocol of 2309.14322): without QK
+norm, language models with either attention are sensitive to the learning rate;
+with QK norm they are much less so.
+
+Model k has k heads of width 64, 2 k layers and MLPs of width 256 k. The
+sensitivity is the mean of min(final loss, initial loss) - best loss over the
+learning rates. The paper goes up to k = 16 on C4 with n = 512, 16,384 steps and
+rates from 3e-4 to 0.3. This study takes k = 1, 2, 4 on the King James text with
+RoPE, n = 128 and 1,000 steps.
 
   python -m sigattn.sweep --config=configs/studies/learning_rate.py \
     --sweep=attn,qk_norm,width,lr
 
-The first line of a run's metrics is its initial loss. A run that diverges
-stops, and counts with it.
+The first line of a run's metrics holds its initial loss. A run that diverges
+stops, and counts with its initial loss.
 
-A run took 17 to 108 s on an H100 that 15 runs shared. RESULTS.md has what came
-out: without QK norm the loss depends on the rate, with it far less.
+A run took 17 to 108 s on an H100 that 15 runs shared. RESULTS.md has the
+results: without QK norm the loss depends on the rate, with it far less.
 """
 
 from configs import lm
@@ -22,7 +25,7 @@ from configs.lm import sweep_attn, sweep_seed  # noqa: F401
 
 
 def get_config():
-  """The smallest of the models."""
+  """Returns the smallest model, k = 1."""
   config = lm.get_config().unlock()
   config.attn.update(kind="sigmoid", alibi=False, qk_norm="none")
   config.total_steps = 1000

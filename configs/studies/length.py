@@ -1,17 +1,19 @@
-r"""Study 8: longer texts than trained on, and whose n the bias is made for.
+r"""Study 8: texts longer than those of training, and the n of the bias.
 
-The paper's models keep the bias of training, -log of the training length, when
-what they evaluate is longer (2409.04431; AXLearn's code); a bias of the test's
-own length is the other choice. Here: the language model's default, which has
-ALiBi and RoPE, and with either of them alone, trained on rows of 256 and
-evaluated on rows of 256 to 2048 with both choices.
+When the paper's models are evaluated on longer texts, they keep the bias -log n
+with the n of training (2409.04431; AXLearn's code). The alternative is the n of
+the evaluated text.
+
+This study trains the default language model on rows of 256, with ALiBi and
+RoPE as by default, and with either of them alone. It evaluates the models on
+rows of 256 to 2048, with both choices of n.
 
   python -m sigattn.sweep --config=configs/studies/length.py \
     --sweep=attn,positions,seed
   for run in runs/length/default/*/; do python eval.py --workdir=$run; done
 
 A run and its evaluation took 22 to 75 s and 9 to 90 s on an H100 that 15 runs
-shared. RESULTS.md has what came out.
+shared. RESULTS.md has the results.
 """
 
 from configs import lm

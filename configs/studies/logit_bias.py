@@ -1,15 +1,17 @@
-r"""Study 7: a bias that is trained, one for each head.
+r"""Study 7: a trainable bias for each head.
 
-The paper keeps one constant bias for all heads (2409.04431); its gradient is
-the sum of the logits' gradients. The question here: does a trained bias find
-its way from a bad start, and does it gain anything from a good one? The
-one-block language model of attention_norm.py with RoPE, from -log n, 0, -10.
+The paper uses one constant bias for all heads (2409.04431). The gradient of a
+trainable bias is the sum of the logits' gradients. This study asks whether a
+trainable bias recovers from a bad initial value, and whether it improves a good
+one. It trains the one-block language model of attention_norm.py with RoPE, with
+the initial values -log n, 0 and -10.
 
   python -m sigattn.sweep --config=configs/studies/logit_bias.py \
     --sweep=bias,learn,seed
 
-A run took 30 s on an H100 that 15 runs shared. RESULTS.md has what came out:
-it gains nothing from a good start and does not find its way from a bad one.
+A run took 30 s on an H100 that 15 runs shared. RESULTS.md has the results: a
+trainable bias does not improve a good initial value, and does not recover from
+a bad one.
 """
 
 from configs.lm import sweep_seed  # noqa: F401

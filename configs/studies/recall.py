@@ -1,11 +1,14 @@
 r"""Study 9: whether sigmoid attention learns to recall, and what helps.
 
-Later work reports that sigmoid matches softmax's loss and loses its retrieval
-(2605.20798). Multi-query associative recall (sigattn/data/synthetic.py): 16
-pairs of a key and a value, then eight of the keys; two layers of width 64. The
-paper has no such task. Either kind with QK norm, hybrid norm, other positions
-and learning rates; sigmoid with other biases than its -log 40 = -3.7, and with
-rows divided by the number of keys that they see; and both with fewer pairs.
+Later work reports that sigmoid matches softmax's loss, but loses its ability to
+retrieve (2605.20798). The paper 2409.04431 has no such task.
+
+The task is multi-query associative recall (sigattn/data/synthetic.py): 16 pairs
+of a key and a value, then eight of the keys, for two layers of width 64. The
+study trains both kinds with QK norm, hybrid norm, other positions and other
+learning rates, and with fewer pairs. It trains sigmoid with other biases than
+the default -log 40 = -3.7, and with each row divided by the number of keys that
+it sees.
 
   python -m sigattn.sweep --config=configs/studies/recall.py \
     --sweep=attn,variant,seed
@@ -13,7 +16,7 @@ rows divided by the number of keys that they see; and both with fewer pairs.
   python -m sigattn.sweep --config=configs/studies/recall.py \
     --sweep=attn,pairs,seed
 
-A run takes about 3 minutes on one CPU core, and took 84 s on an H100 that 16
+A run takes about 3 minutes on one CPU core. It took 84 s on an H100 that 16
 runs shared.
 """
 

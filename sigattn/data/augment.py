@@ -1,22 +1,28 @@
-"""Random changes of training images: crops, shifts, flips and RandAugment.
+"""Random augmentation of training images: crops, shifts, flips, RandAugment.
 
-Images are uint8 NumPy arrays, (B, H, W, C) or (H, W, C); C is 1 or 3.
+Images are uint8 NumPy arrays, (B, H, W, C) or (H, W, C), with C = 1 or 3.
 """
 
 import math
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageOps
 
-GREY = 128  # fills what a moved image leaves empty
+GREY = 128  # fills the area that a moved image leaves empty
 CROPS = ("none", "pad", "inception")
 
 
-def train(images_BHWC, size, augment, rng):
-  """Crops to (B, size, size, C), flips and randomly augments.
+def train(
+  images_BHWC: np.ndarray,
+  size: int,
+  augment: ConfigDict,
+  rng: np.random.Generator,
+) -> np.ndarray:
+  """Crops to (B, size, size, C), flips and augments each image at random.
 
-  augment: the config's block of that name. rng: a NumPy Generator, from which
-  each call draws anew.
+  augment: config.augment. rng: the generator of all random numbers; each call
+  advances it.
   """
   if augment.crop == "inception":
     images = np.stack(
@@ -35,10 +41,12 @@ def train(images_BHWC, size, augment, rng):
   return images
 
 
-def evaluate(images_BHWC, size, crop):
-  """The middle, (B, size, size, C), where training crops; else a resize.
+def evaluate(images_BHWC: np.ndarray, size: int, crop: str) -> np.ndarray:
+  """Crops or resizes to (B, size, size, C) without randomness.
 
-  The short side becomes 8/7 of `size` first: 256 for 224.
+  crop: config.augment.crop. With "inception", the short side is resized to
+  8/7 of `size` (256 for 224) and the centre is cut out. Otherwise the whole
+  image is resized.
   """
   if crop != "inception":
     return resize(images_BHWC, size, size)
@@ -49,46 +57,60 @@ def evaluate(images_BHWC, size, crop):
   return images[:, top : top + size, left : left + size]
 
 
-def resize(images_BHWC, height, width):
-  """Bicubic; the images themselves where they have the size already."""
+def resize(images_BHWC: np.ndarray, height: int, width: int) -> np.ndarray:
+  """Resizes by bicubic interpolation, (B, height, width, C).
+
+  Images that already have this size are returned as they are.
+  """
   if images_BHWC.shape[1:3] == (height, width):
     return images_BHWC
   images = [to_pillow(x).resize((width, height), _CUBIC) for x in images_BHWC]
   return np.stack([to_array(x) for x in images])
 
 
-def inception(image_HWC, size, min_area, rng):
-  """A random part, (size, size, C): Szegedy et al. (1409.4842), section 6."""
+def inception(
+  image_HWC: np.ndarray, size: int, min_area: float, rng: np.random.Generator
+) -> np.ndarray:
+  """Resizes a random part of the image to (size, size, C).
+
+  Szegedy et al. (1409.4842), section 6. min_area: see inception_box.
+  """
   box = inception_box(*image_HWC.shape[:2], min_area, rng)
   image = to_pillow(image_HWC).resize((size, size), _CUBIC, box=box)
   return to_array(image)
 
 
-def inception_box(height, width, min_area, rng):
-  """(left, top, right, bottom) in pixels.
+def inception_box(
+  height: int, width: int, min_area: float, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+  """Returns a random crop as (left, top, right, bottom) in pixels.
 
-  A share of [min_area, 1] of the image's area with an aspect of 3/4 to 4/3;
-  where ten draws do not fit, the largest middle part of such an aspect.
+  The crop's area is uniform in [min_area, 1] times the image's area, and its
+  aspect ratio is log-uniform in [3/4, 4/3]. If ten draws do not fit into the
+  image, the crop is the largest centred one with such an aspect ratio.
   """
   for _ in range(10):
     area = height * width * rng.uniform(min_area, 1)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-    if 0 < w <= width and 0 < h <= height:
-      left = int(rng.integers(width - w + 1))
-      top = int(rng.integers(height - h + 1))
-      return left, top, left + w, top + h
-  w = min(width, round(height * 4 / 3))
-  h = min(height, round(width * 4 / 3))
-  left, top = (width - w) // 2, (height - h) // 2
-  return left, top, left + w, top + h
+    crop_width = round(math.sqrt(area * aspect))
+    crop_height = round(math.sqrt(area / aspect))
+    if 0 < crop_width <= width and 0 < crop_height <= height:
+      left = int(rng.integers(width - crop_width + 1))
+      top = int(rng.integers(height - crop_height + 1))
+      return left, top, left + crop_width, top + crop_height
+  crop_width = min(width, round(height * 4 / 3))
+  crop_height = min(height, round(width * 4 / 3))
+  left, top = (width - crop_width) // 2, (height - crop_height) // 2
+  return left, top, left + crop_width, top + crop_height
 
 
-def shift(images_BHWC, pad, rng):
-  """Each image moved by up to `pad` pixels up or down and to a side; zeros."""
+def shift(
+  images_BHWC: np.ndarray, pad: int, rng: np.random.Generator
+) -> np.ndarray:
+  """Moves each image by up to `pad` pixels along both axes; zeros fill in."""
   batch, height, width, _ = images_BHWC.shape
-  edges = ((0, 0), (pad, pad), (pad, pad), (0, 0))
-  padded = np.pad(images_BHWC, edges)
+  pad_widths = ((0, 0), (pad, pad), (pad, pad), (0, 0))
+  padded = np.pad(images_BHWC, pad_widths)
   corners = rng.integers(2 * pad + 1, size=(batch, 2)).tolist()
   shifted = np.empty_like(images_BHWC)
   for i, (top, left) in enumerate(corners):
@@ -96,19 +118,21 @@ def shift(images_BHWC, pad, rng):
   return shifted
 
 
-def flip(images_BHWC, rng):
-  """Every image left to right with probability 1/2."""
-  chosen = rng.random(len(images_BHWC)) < 0.5
+def flip(images_BHWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Mirrors each image horizontally with probability 1/2."""
+  is_flipped = rng.random(len(images_BHWC)) < 0.5
   return np.where(
-    chosen[:, None, None, None], images_BHWC[:, :, ::-1], images_BHWC
+    is_flipped[:, None, None, None], images_BHWC[:, :, ::-1], images_BHWC
   )
 
 
-def randaugment(image_HWC, layers, magnitude, rng):
-  """`layers` random operations, each at magnitude / 10 of its range.
+def randaugment(
+  image_HWC: np.ndarray, layers: int, magnitude: float, rng: np.random.Generator
+) -> np.ndarray:
+  """Applies RandAugment: `layers` random operations, one after the other.
 
-  Cubuk et al. (1909.13719); the ranges are those of AutoAugment
-  (1805.09501), Table 6.
+  Cubuk et al. (1909.13719). Each operation acts with magnitude / 10 of its
+  range; the ranges are those of AutoAugment (1805.09501), Table 6.
   """
   image = to_pillow(image_HWC)
   for name in rng.choice(list(OPERATIONS), size=layers):
@@ -122,7 +146,7 @@ def _enhance(kind):
 
 
 def _affine(image, *matrix):
-  """matrix: (a, b, c, d, e, f); pixel (ax+by+c, dx+ey+f) moves to (x, y)."""
+  """Moves pixel (ax+by+c, dx+ey+f) to (x, y); matrix: (a, b, c, d, e, f)."""
   return image.transform(
     image.size, Image.Transform.AFFINE, matrix, _NEAREST, fillcolor=_grey(image)
   )
@@ -137,8 +161,8 @@ def _grey(image):
 
 
 _CUBIC, _NEAREST = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
-# name: f(image, m), with m from -1 to 1 where there are two directions; the
-# others take its size alone.
+# {name: f(image, m)}. m lies in [-1, 1]; its sign is the direction. Operations
+# without a direction use only |m|, or nothing.
 OPERATIONS = {
   "identity": lambda image, _: image,
   "autocontrast": lambda image, _: ImageOps.autocontrast(image),
@@ -154,7 +178,7 @@ OPERATIONS = {
   "sharpness": _enhance(ImageEnhance.Sharpness),
   "shear_x": lambda image, m: _affine(image, 1, 0.3 * m, 0, 0, 1, 0),
   "shear_y": lambda image, m: _affine(image, 1, 0, 0, 0.3 * m, 1, 0),
-  # 150 of the 331 pixels of AutoAugment's images.
+  # AutoAugment moves its images of 331 pixels by up to 150 pixels.
   "translate_x": lambda image, m: _affine(
     image, 1, 0, 150 / 331 * m * image.width, 0, 1, 0
   ),
@@ -164,13 +188,13 @@ OPERATIONS = {
 }
 
 
-def to_pillow(image_HWC):
-  """An image of mode L or RGB, by the number of channels."""
+def to_pillow(image_HWC: np.ndarray) -> Image.Image:
+  """Converts to a Pillow image: mode L for one channel, RGB for three."""
   grey = image_HWC.shape[-1] == 1
   return Image.fromarray(image_HWC[..., 0] if grey else image_HWC)
 
 
-def to_array(image):
-  """uint8 (H, W, C) of an image of mode L or RGB."""
+def to_array(image: Image.Image) -> np.ndarray:
+  """Converts a Pillow image of mode L or RGB to uint8 (H, W, C)."""
   array = np.asarray(image)
   return array[..., None] if array.ndim == 2 else array

@@ -1,4 +1,4 @@
-"""Where data lie: embedded files, local folders and Hugging Face names."""
+"""Locates data: embedded files, local folders and Hugging Face names."""
 
 import contextlib
 import pathlib
@@ -11,51 +11,53 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 def embedded(name: str, file: str) -> pathlib.Path:
-  """The path of an embedded data set's file, in sigattn/data/embedded.
+  """Returns the path of an embedded data set's file.
 
-  Raises ValueError in an installed package, which holds no data.
+  name: of the data set, for the error. file: its name in
+  sigattn/data/embedded. Raises ValueError in an installed package, which
+  contains no data.
   """
   path = _EMBEDDED / file
   if not path.is_file():
     raise ValueError(
       f"config.data.source={name!r}; the embedded data are part of a checkout "
-      "of the repository, not of the installed package: work in a checkout, or "
-      "give a local folder or a Hugging Face name"
+      "of the repository, but not of the installed package: work in a "
+      "checkout, or give a local folder or a Hugging Face name"
     )
   return path
 
 
-def is_name(source: str) -> bool:
-  """Whether it has the form of a Hub name: owner/name or owner/name:subset."""
+def is_hub_name(source: str) -> bool:
+  """Whether `source` has the form owner/name or owner/name:subset."""
   return bool(_HUB_NAME.fullmatch(source))
 
 
 def builder(source: str, embedded_names: Collection[str]) -> Any:
-  """What in `datasets` knows the files of a folder or of a Hub name.
+  """Returns the `datasets` builder of a local folder or of a Hub name.
 
-  source: a path, owner/name, or owner/name:subset where a data set has several.
-  embedded_names: of the embedded sets, for the message. ValueError where there
-  is nothing that can be read.
+  source: the path of a folder, owner/name, or owner/name:subset for a data set
+  with several subsets. embedded_names: the names of the embedded data sets,
+  for the error. Raises ValueError if the source cannot be read.
   """
-  import datasets  # Takes two seconds, which an embedded set need not pay.
+  import datasets  # This import takes two seconds; embedded sets don't need it.
 
   path, subset = pathlib.Path(source).expanduser(), ""
   if source and path.is_dir():
     name = str(path.resolve())
-  elif is_name(source):
+  elif is_hub_name(source):
     name, _, subset = source.partition(":")
   else:
     raise unknown_source(source, embedded_names)
-  with readable(source):
+  with reading(source):
     return datasets.load_dataset_builder(name, subset or None)
 
 
 def unknown_source(
   source: str, embedded_names: Collection[str], files: str = ""
 ) -> ValueError:
-  """The error for a source that is none of those there are.
+  """Returns the error for a source that is of no known kind.
 
-  files: "file or ", where a source may be one file.
+  files: "file or " if a source may also be a single file.
   """
   return ValueError(
     f"config.data.source={source!r}; choose an embedded set "
@@ -65,8 +67,8 @@ def unknown_source(
 
 
 @contextlib.contextmanager
-def readable(source: str) -> Iterator[None]:
-  """Says which source it was that `datasets` could not read."""
+def reading(source: str) -> Iterator[None]:
+  """A context in which errors of `datasets` name the source as a ValueError."""
   import datasets
 
   try:
@@ -76,33 +78,41 @@ def readable(source: str) -> Iterator[None]:
 
 
 def splits(builder: Any) -> list[str]:
-  """The names of the splits that a builder offers."""
+  """Returns the names of the splits of a `datasets` builder."""
   return [str(x) for x in builder.info.splits or builder.config.data_files]
 
 
 def validate_split(source: str, split: str, splits: Collection[str]) -> None:
-  """Raises ValueError unless the source has the split."""
+  """Raises ValueError unless `split` is one of the source's splits."""
   if split not in splits:
     raise ValueError(f"{split=} of {source!r}; choose from {sorted(splits)}")
 
 
 def table(source: str, builder: Any, split: str) -> Any:
-  """The rows of a split, or of several joined by +."""
-  with readable(source):
+  """Returns a `datasets.Dataset` of the split, or of several joined by +."""
+  with reading(source):
     builder.download_and_prepare()
     return builder.as_dataset(split)
 
 
 def column(
-  source: str, features: dict[str, Any], kind: type, usual: Collection[str]
+  source: str,
+  features: dict[str, Any],
+  kind: type,
+  usual_names: Collection[str],
 ) -> str:
-  """The only column of its kind, or the one with a usual name."""
+  """Returns the name of the only column of a kind.
+
+  features: {column: type}, as `datasets` describes them. If several columns
+  are of the kind, the one with a usual name is meant. Raises ValueError if
+  this leaves no column or several.
+  """
   candidates = [k for k, value in features.items() if isinstance(value, kind)]
-  named = [name for name in candidates if name in usual]
-  if len(candidates) == 1 or len(named) == 1:
-    return (named or candidates)[0]
+  with_usual_name = [name for name in candidates if name in usual_names]
+  if len(candidates) == 1 or len(with_usual_name) == 1:
+    return (with_usual_name or candidates)[0]
   raise ValueError(
     f"config.data.source={source!r}; needs one column of the kind "
-    f"{kind.__name__}, or one of them called {' or '.join(usual)}; its columns "
-    f"are {dict(features)}"
+    f"{kind.__name__}, or one of them called {' or '.join(usual_names)}; its "
+    f"columns are {dict(features)}"
   )

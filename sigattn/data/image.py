@@ -1,22 +1,26 @@
-"""Labelled images: where they come from, and how they become arrays.
+"""Reads labelled images and turns them into batches of arrays.
 
-Three kinds of config.data.source: an embedded set, a local folder of images
-or of parquet files, and a data set of the Hugging Face Hub.
+config.data.source is the name of an embedded data set, a local folder of images
+or of parquet files, or the name of a data set on the Hugging Face Hub.
 """
 
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from sigattn.data import augment, hub, loader
 from sigattn.validate import choice, flag, real, sequence, text, whole
 
-EMBEDDED = {  # name: file, splits, classes
-  # 10,000 and 2,000 of its images; its licence lies beside it.
+EMBEDDED = {  # {name: (file, splits, number of classes)}
+  # 10,000 images for training and 2,000 for the test; the licence is beside
+  # the file.
   "fashion_mnist": ("fashion_mnist.npz", ("train", "test"), 10),
 }
-_MODES = {1: "L", 3: "RGB"}  # Pillow's names, by the number of channels
+_MODES = {1: "L", 3: "RGB"}  # {number of channels: Pillow's mode}
 
 
 FIELDS = {
@@ -37,60 +41,61 @@ FIELDS = {
 }
 
 
-def _a_moment_for_each_channel(config):
+def _one_mean_and_std_per_channel(config):
   channels = config.data.channels
   for name in ("mean", "std"):
     values = config.data[name]
     if len(values) != channels:
       raise ValueError(
         f"config.data.{name}={values!r}; must be {channels} numbers, one for "
-        "each of config.data.channels"
+        f"each channel (config.data.channels={channels})"
       )
 
 
-def _source_offers_it(config):
-  """Looks up what the source offers, without loading it.
+def _source_has_the_splits_and_classes(config):
+  """Compares the config with what is known of the source before it is read.
 
-  The columns and classes of a folder are known only once it is opened.
+  The columns and classes of a folder are known only after it has been opened;
+  _Decoded validates them then.
   """
-  splits, classes = _offers(config.data.source)
+  splits, num_classes = _splits_and_classes(config.data.source)
   for key in ("train_split", "eval_split"):
     if config.data[key] not in splits:
       raise ValueError(
         f"config.data.{key}={config.data[key]!r}; choose from {sorted(splits)}"
       )
-  if classes is not None:
-    _validate_classes(config, classes)
+  if num_classes is not None:
+    _validate_num_classes(config, num_classes)
 
 
-RULES = (_a_moment_for_each_channel, _source_offers_it)
+RULES = (_one_mean_and_std_per_channel, _source_has_the_splits_and_classes)
 
 
-def _validate_classes(config, classes):
-  if config.data.num_classes != classes:
+def _validate_num_classes(config, num_classes):
+  if config.data.num_classes != num_classes:
     raise ValueError(
       f"config.data.num_classes={config.data.num_classes!r}; must be "
-      f"{classes}, as in {config.data.source}"
+      f"{num_classes}, the number of classes in {config.data.source}"
     )
 
 
-def _offers(source):
-  """The names of the splits, and the number of classes or None if unknown."""
+def _splits_and_classes(source):
+  """(names of the splits, number of classes); None for an unknown number."""
   if source in EMBEDDED:
-    file, *offers = EMBEDDED[source]
+    file, *splits_and_classes = EMBEDDED[source]
     hub.embedded(source, file)
-    return offers
+    return splits_and_classes
   builder = hub.builder(source, EMBEDDED)
   features = builder.info.features
   if features is None:
     return hub.splits(builder), None
   return hub.splits(builder), features[
-    _columns(source, features)[1]
+    _image_and_label_columns(source, features)[1]
   ].num_classes
 
 
-def _columns(source, features):
-  """The names of the columns with the images and with their classes."""
+def _image_and_label_columns(source, features):
+  """The names of the columns that hold the images and their classes."""
   import datasets
 
   return (
@@ -99,8 +104,11 @@ def _columns(source, features):
   )
 
 
-def open_source(config, split):
-  """The Source of a split. ValueError where there is no such split."""
+def open_source(config: ConfigDict, split: str) -> "Source":
+  """Opens a split of config.data.source.
+
+  Raises ValueError if the source has no such split or cannot be read.
+  """
   source = config.data.source
   if source in EMBEDDED:
     hub.validate_split(source, split, EMBEDDED[source][1])
@@ -111,24 +119,29 @@ def open_source(config, split):
 
 
 class Source(loader.ExampleSource):
-  """A split of images, cropped, resized and augmented as the config says."""
+  """A split of images; the config says how they are cropped and augmented."""
 
-  def __init__(self, config):
+  def __init__(self, config: ConfigDict):
     self._size = config.data.image_size
-    # A copy, which stays as it is when a notebook changes the config.
+    # A copy, so that later changes of the config have no effect on this split.
     self._augment = config.augment.copy_and_resolve_references()
 
-  def train(self, indices_B, rng):
-    """uint8 `image` (B, size, size, C), augmented, and int32 `label` (B,)."""
-    images, labels = self._read(indices_B)
-    images = augment.train(images, self._size, self._augment, rng)
-    return {"image": images, "label": labels}
+  def train(
+    self, indices_B: np.ndarray, rng: np.random.Generator
+  ) -> loader.Batch:
+    """Returns a batch of augmented images and their classes.
 
-  def evaluate(self, indices_B):
-    """The same without randomness."""
-    images, labels = self._read(indices_B)
+    {"image": uint8 (B, size, size, C), "target": int32 (B,)}
+    """
+    images, targets = self._read(indices_B)
+    images = augment.train(images, self._size, self._augment, rng)
+    return {"image": images, "target": targets}
+
+  def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
+    """Returns a batch like that of `train`, but without random augmentation."""
+    images, targets = self._read(indices_B)
     images = augment.evaluate(images, self._size, self._augment.crop)
-    return {"image": images, "label": labels}
+    return {"image": images, "target": targets}
 
 
 class _Embedded(Source):
@@ -138,16 +151,16 @@ class _Embedded(Source):
     super().__init__(config)
     name = config.data.source
     with np.load(hub.embedded(name, EMBEDDED[name][0])) as arrays:
-      images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
-    # Grey copied to each channel where three are asked for.
+      images, targets = arrays[f"x_{split}"], arrays[f"y_{split}"]
+    # With three channels, each of them is a copy of the grey image.
     self._images = np.repeat(images[..., None], config.data.channels, axis=-1)
-    self._labels = labels.astype(np.int32)
+    self._targets = targets.astype(np.int32)
 
   def __len__(self):
-    return len(self._labels)
+    return len(self._targets)
 
   def _read(self, indices_B):
-    return self._images[indices_B], self._labels[indices_B]
+    return self._images[indices_B], self._targets[indices_B]
 
 
 class _Decoded(Source):
@@ -158,42 +171,57 @@ class _Decoded(Source):
     import datasets
 
     source, features = config.data.source, table.features
-    self._image, self._label = _columns(source, features)
-    self._channels = config.data.channels
-    self._classes = features[self._label].num_classes
-    _validate_classes(config, self._classes)
-    # Undecoded: Pillow is at work in grain's processes, with our errors.
-    self._table = table.select_columns([self._image, self._label]).cast_column(
-      self._image, datasets.Image(decode=False)
+    self._image_column, self._label_column = _image_and_label_columns(
+      source, features
     )
-    self._where = f"config.data.source={source!r}, split {split!r}"
+    self._channels = config.data.channels
+    self._num_classes = features[self._label_column].num_classes
+    _validate_num_classes(config, self._num_classes)
+    # The images stay encoded here. Pillow decodes them in grain's workers, and
+    # our errors then name the row.
+    self._table = table.select_columns(
+      [self._image_column, self._label_column]
+    ).cast_column(self._image_column, datasets.Image(decode=False))
+    self._origin = f"config.data.source={source!r}, split {split!r}"
 
   def __len__(self):
     return len(self._table)
 
   def _read(self, indices_1):
-    """Of one index alone, since sizes differ: (1, H, W, C) and (1,)."""
+    """Image (1, H, W, C) and target (1,) of one index.
+
+    Images of different sizes cannot be one array, so this reads one at a time.
+    """
     [row] = indices_1.tolist()
     example = self._table[row]
-    image, label = example[self._image], example[self._label]
-    if label not in range(self._classes):
-      raise ValueError(f"{self._where}, row {row}: {label=} is no class")
+    image, label = example[self._image_column], example[self._label_column]
+    if label not in range(self._num_classes):
+      raise ValueError(
+        f"{self._origin}, row {row}: {label=} is no class; the "
+        f"classes are 0 to {self._num_classes - 1}"
+      )
     try:
       array = decode(image, self._channels)
-    except Exception as error:  # Pillow's are of a dozen kinds.
+    except Exception as error:  # Pillow raises a dozen kinds of errors.
       path = image and image["path"]
       raise ValueError(
-        f"{self._where}, row {row}, {path=}: {error!r}"
+        f"{self._origin}, row {row}, {path=}: {error!r}"
       ) from error
     return array[None], np.array([label], np.int32)
 
 
-def decode(encoded, channels):
-  """uint8 (H, W, channels) of a dict with `bytes` or, where None, `path`."""
+def decode(encoded: Mapping[str, Any], channels: int) -> np.ndarray:
+  """Decodes an image to uint8 (H, W, channels).
+
+  encoded: {"bytes": content of a file, "path": str}; the file at the path is
+  read if the bytes are None. channels: 1 or 3. Raises ValueError for an image
+  with more than 8 bits per channel.
+  """
   content = encoded["bytes"]
   file = encoded["path"] if content is None else io.BytesIO(content)
   with Image.open(file) as image:
     if image.mode.startswith(("I", "F")):
-      raise ValueError(f"mode {image.mode}: not 8 bits a channel")
-    image = ImageOps.exif_transpose(image)  # a camera held upright
+      raise ValueError(f"mode {image.mode}: must have 8 bits per channel")
+    # A photograph may be stored rotated, with its orientation as metadata.
+    image = ImageOps.exif_transpose(image)
     return augment.to_array(image.convert(_MODES[channels]))

@@ -1,12 +1,13 @@
-"""Batches for training and evaluation, through grain.
+"""Makes batches for training and evaluation with grain.
 
-A source module (image, text, speech, synthetic) says how to read; here are the
-order, the batches, the shares of the processes and the worker processes. A
-source module has
+The source modules (image, text, speech, synthetic) read examples. This module
+orders the examples, groups them into batches, divides the batches among the
+processes and runs the worker processes. A source module has
 
   FIELDS, RULES               its part of the config, see sigattn.validate
-  open_source(config, split)  a split: an ExampleSource, or anything else with
-                              its methods train_batches and eval_batches
+  open_source(config, split)  opens a split: returns an ExampleSource, or
+                              another object with the methods train_batches and
+                              eval_batches
 """
 
 import bisect
@@ -26,11 +27,12 @@ from ml_collections import ConfigDict
 
 from sigattn.validate import whole
 
-# Batches of a source that decodes, at work at once where no worker
-# processes are asked for. Pillow decodes and resizes without the GIL.
+# How many batches of a source that decodes are made at the same time if there
+# are no worker processes. Threads help: Pillow decodes and resizes without
+# holding Python's global lock.
 _THREADS = 4
 
-_MANY = 2**40  # more epochs, and more examples, than any run has
+_ENDLESS = 2**40  # more epochs and more examples than any run needs
 
 Batch = dict[str, np.ndarray]
 
@@ -43,30 +45,31 @@ RULES = ()
 
 
 class ExampleSource:
-  """A split whose examples are asked for by their index.
+  """A split whose examples are read by their index.
 
-  A subclass has `__len__`, and for arrays of indices (B,)
-    train(indices_B, rng)  a batch, with randomness from a NumPy Generator
-    evaluate(indices_B)    the same without randomness
+  A subclass defines `__len__` and two methods that take indices (B,):
+    train(indices_B, rng)  a batch; rng is a NumPy Generator for augmentation
+    evaluate(indices_B)    a batch without randomness
 
-  in_memory: whether reading is so cheap that whole batches are read at once;
-    else examples are read and decoded one at a time.
-  buckets: arrays of indices, one for each of config.data.bucket_seconds, whose
-    examples make batches of one shape; None where all have one shape.
+  in_memory: whether reading is so cheap that a whole batch is read in one call.
+    Otherwise examples are read and decoded one at a time.
+  buckets: one array of indices for each of config.data.bucket_seconds. A batch
+    takes its examples from one bucket, and all batches of a bucket have one
+    shape. None if all examples have one shape.
   """
 
   in_memory: bool
   buckets: list[np.ndarray] | None = None
 
   def train_batches(self, config: ConfigDict) -> Iterator[Batch]:
-    """Endless batches, each a dict of NumPy arrays, as `train` makes them.
+    """Yields batches without end, each a dict of NumPy arrays made by `train`.
 
-    They hold this process's share of the examples. All of it follows from
-    config.seed, and each epoch has an order of its own. The iterator's state
-    is saved and restored exactly by grain.checkpoint.
+    A batch holds this process's share of the examples. Order and augmentation
+    depend on config.seed alone, and each epoch has another order.
+    grain.checkpoint saves and restores the iterator's state exactly.
     """
     if self.buckets is None:
-      order = _Shuffled(len(self), _chunk(config, self), config.seed)
+      order = _Shuffled(len(self), _chunk_size(config, self), config.seed)
     else:
       order = _ShuffledBuckets(self, config)
     chunks = grain.MapDataset.source(order).random_map(
@@ -75,66 +78,72 @@ class ExampleSource:
     return iter(_batches(config, self, chunks, config.data.num_workers))
 
   def eval_batches(self, config: ConfigDict) -> Iterable[Batch]:
-    """Batches and float32 `weight` (B,), as often as iterated.
+    """Batches made by `evaluate`, with float32 `weight` (B,).
 
-    Every example of the split once, in order, with weight 1; the last batch is
-    filled up with examples of weight 0.
+    Each pass over the result yields every example of the split once, in order,
+    with weight 1. Examples of weight 0 fill up the last batch.
     """
     if self.buckets is None:
-      order = _InOrder(len(self), _chunk(config, self), config.batch_size)
+      order = _InOrder(len(self), _chunk_size(config, self), config.batch_size)
     else:
       order = _BucketsInOrder(self, config)
     chunks = grain.MapDataset.source(order).map(
       functools.partial(_evaluate, self)
     )
-    # To start workers takes longer than to copy a whole set in memory.
-    workers = 0 if self.in_memory else config.data.num_workers
-    return _batches(config, self, chunks, workers)
+    # Starting workers takes longer than copying a whole data set in memory.
+    num_workers = 0 if self.in_memory else config.data.num_workers
+    return _batches(config, self, chunks, num_workers)
 
 
 def _evaluate(source, indices_B):
-  """An index beyond the end stands for padding with the example modulo it."""
-  real = indices_B < len(source)
+  """A batch with weights. An index i >= len(source) stands for padding.
+
+  The example with index i % len(source) takes the place of the padding.
+  """
+  is_real = indices_B < len(source)
   batch = source.evaluate(indices_B % len(source))
-  return batch | {"weight": real.astype(np.float32)}
+  return batch | {"weight": is_real.astype(np.float32)}
 
 
 def batch_size(config: ConfigDict) -> int:
-  """Examples of a batch that are this process's."""
+  """Returns the number of examples of a batch that this process reads."""
   return config.batch_size // jax.process_count()
 
 
-def _chunk(config, source):
-  """Examples read and augmented at once."""
-  whole = source.in_memory or source.buckets is not None
-  return batch_size(config) if whole else 1
+def _chunk_size(config, source):
+  """The number of examples that one call of the source reads."""
+  reads_whole_batches = source.in_memory or source.buckets is not None
+  return batch_size(config) if reads_whole_batches else 1
 
 
-def _batches(config, source, chunks, workers):
-  """Whole batches, of which each process and then each worker takes its own.
+def _batches(config, source, chunks, num_workers):
+  """Batches of chunks; each process takes every process_count-th one.
 
-  Each worker makes whole batches, so their number changes nothing but speed.
+  Each worker makes whole batches, so that the number of workers changes the
+  speed and nothing else.
   """
-  parts = batch_size(config) // _chunk(config, source)
-  batches = chunks.batch(parts, batch_fn=_concatenate)
+  chunks_per_batch = batch_size(config) // _chunk_size(config, source)
+  batches = chunks.batch(chunks_per_batch, batch_fn=_concatenate)
   share = batches
-  if source.buckets is None:  # the processes share each batch of a bucket
+  # With buckets, the processes instead divide each batch: see _Buckets.
+  if source.buckets is None:
     share = batches[jax.process_index() :: jax.process_count()]
-  threads = 1 if workers or source.in_memory else _THREADS
-  if workers and not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # grain reads flags: a notebook parses none
+  threads = 1 if num_workers or source.in_memory else _THREADS
+  if num_workers and not flags.FLAGS.is_parsed():
+    # grain reads absl's flags, which a notebook has not parsed.
+    flags.FLAGS.mark_as_parsed()
   return share.to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   ).mp_prefetch(
-    grain.MultiprocessingOptions(num_workers=workers), _start_worker
+    grain.MultiprocessingOptions(num_workers=num_workers), _start_worker
   )
 
 
 def _start_worker(*_):
-  """Lets a worker end with the main process, not before and not after."""
-  # Ctrl-C reaches the workers too, while a last batch may be awaited.
+  """Makes a worker end when the main process ends, and not before."""
+  # Ctrl-C reaches the workers too, but the main process may still need a batch.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  # A main process that is killed cannot tell them.
+  # A main process that is killed cannot stop its workers: they watch it.
   threading.Thread(target=_await_parent, daemon=True).start()
 
 
@@ -151,24 +160,25 @@ def _concatenate(chunks):
 
 
 class _Shuffled:
-  """Chunks of indices, int64 (chunk,): each epoch another permutation.
+  """Chunks of indices, int64 (chunk,), with a new permutation in each epoch.
 
-  grain's own shuffle costs 24 microseconds an index, more than all the rest
-  of the work on a small image, and its seed s in epoch e is s + 1 in e - 1.
+  grain's own shuffle is not used: it costs 24 microseconds per index, more than
+  all other work on a small image, and its order of seed s in epoch e is that of
+  seed s + 1 in epoch e - 1.
   """
 
   def __init__(self, length, chunk, seed):
     self._length, self._chunk, self._seed = length, chunk, seed
 
   def __len__(self):
-    return _MANY // self._chunk
+    return _ENDLESS // self._chunk
 
   def __getitem__(self, i):
-    places = np.arange(i * self._chunk, (i + 1) * self._chunk)
-    epochs, places = np.divmod(places, self._length)
+    positions = np.arange(i * self._chunk, (i + 1) * self._chunk)
+    epochs, positions = np.divmod(positions, self._length)
     parts = [
       _permutation(self._length, self._seed, int(epoch))[
-        places[epochs == epoch]
+        positions[epochs == epoch]
       ]
       for epoch in np.unique(epochs)
     ]
@@ -181,7 +191,7 @@ def _permutation(length, seed, epoch):
 
 
 class _InOrder:
-  """Chunks of 0, 1, 2, ..., up to a multiple of `batch_size` past the end."""
+  """Chunks of 0, 1, 2, ...; `length` is rounded up to whole batches."""
 
   def __init__(self, length, chunk, batch_size):
     self._length = math.ceil(length / batch_size) * batch_size // chunk
@@ -195,39 +205,39 @@ class _InOrder:
 
 
 class _Buckets:
-  """What the orders of a bucketed source have in common.
+  """What both orders of a source with buckets share: the batch sizes.
 
-  source.buckets: arrays of indices, one for each of config.data.
-  bucket_seconds. The longest's batch is config.batch_size examples, a shorter
-  one's as many times that as its seconds fit in the longest's: a batch of each
-  is about as much work.
+  A batch of the longest bucket has config.batch_size examples. A batch of a
+  shorter bucket has floor(longest seconds / its seconds) times as many, so that
+  every batch is about the same amount of work.
   """
 
   def __init__(self, source, config):
     seconds = config.data.bucket_seconds
     pairs = [
-      # 1e-9: 0.3 / 0.1 is a little less than 3.
-      (indices, config.batch_size * int(seconds[-1] / edge + 1e-9))
-      for indices, edge in zip(source.buckets, seconds, strict=True)
+      # 1e-9 is for quotients like 0.3 / 0.1, which is a little less than 3.
+      (indices, config.batch_size * int(seconds[-1] / max_seconds + 1e-9))
+      for indices, max_seconds in zip(source.buckets, seconds, strict=True)
       if len(indices)
     ]
     if not pairs:
       raise ValueError(
-        f"config.data.bucket_seconds={seconds!r}; every recording is longer"
+        f"config.data.bucket_seconds={seconds!r}; every recording is "
+        "longer, so none is left"
       )
     self._buckets, self._sizes = zip(*pairs, strict=True)
 
   def _share(self, indices):
-    """This process's part of a batch."""
+    """The indices of a batch that this process reads."""
     return indices[jax.process_index() :: jax.process_count()]
 
 
 class _ShuffledBuckets(_Buckets):
-  """Whole batches of indices, from each bucket in its turn.
+  """Whole batches of indices; the batches of all buckets are shuffled together.
 
-  By the end of epoch e, bucket b has given floor((e + 1) len_b / size_b)
-  batches: each example comes once an epoch, but for what does not fill a
-  batch, which comes in the next. Within an epoch the batches are shuffled.
+  By the end of epoch e, bucket b has yielded floor((e + 1) len_b / size_b)
+  batches. Each example therefore comes once per epoch, except that examples
+  which do not fill a batch move on to the next epoch.
   """
 
   def __init__(self, source, config):
@@ -239,60 +249,65 @@ class _ShuffledBuckets(_Buckets):
     ]
 
   def __len__(self):
-    # At least one batch comes in so many epochs.
-    return _MANY // max(self._sizes)
+    # max(self._sizes) epochs hold at least one batch.
+    return _ENDLESS // max(self._sizes)
 
   def __getitem__(self, i):
-    epochs = range(_MANY)
-    epoch = bisect.bisect_right(epochs, i, key=self._start) - 1
-    place = i - self._start(epoch)
-    counts = np.subtract(self._batches(epoch + 1), self._batches(epoch))
+    epochs = range(_ENDLESS)
+    epoch = bisect.bisect_right(epochs, i, key=self._first_batch) - 1
+    position = i - self._first_batch(epoch)
+    counts = np.subtract(
+      self._batches_before(epoch + 1), self._batches_before(epoch)
+    )
     order = _bucket_order((*counts.tolist(),), self._seed, epoch)
-    bucket = order[place]
-    batch = self._batches(epoch)[bucket] + int((order[:place] == bucket).sum())
-    chosen = self._streams[bucket][batch]
-    return self._share(self._buckets[bucket][chosen])
+    bucket = order[position]
+    batch = self._batches_before(epoch)[bucket] + int(
+      (order[:position] == bucket).sum()
+    )
+    indices = self._streams[bucket][batch]
+    return self._share(self._buckets[bucket][indices])
 
-  def _batches(self, epoch):
-    """What each bucket has given before the epoch."""
+  def _batches_before(self, epoch):
+    """The number of batches of each bucket before the epoch."""
     return [
       epoch * len(indices) // size
       for indices, size in zip(self._buckets, self._sizes, strict=True)
     ]
 
-  def _start(self, epoch):
-    return sum(self._batches(epoch))
+  def _first_batch(self, epoch):
+    return sum(self._batches_before(epoch))
 
 
 @functools.lru_cache(maxsize=2)
 def _bucket_order(counts, seed, epoch):
-  """The bucket of each of an epoch's batches, counts[b] of bucket b."""
+  """The bucket of each batch of an epoch; bucket b has counts[b] batches."""
   order = np.repeat(np.arange(len(counts)), counts)
-  # 1: not the numbers that shuffle the examples.
+  # The 1 gives other random numbers than those that shuffle the examples.
   return np.random.default_rng((seed, epoch, 1)).permutation(order)
 
 
 class _BucketsInOrder(_Buckets):
-  """Every example once, bucket by bucket, the last batch of each filled up.
+  """Every example once, bucket by bucket; padding fills up each last batch.
 
-  An example beyond the number of all stands for padding.
+  Padding is an index >= len(source), as in _evaluate.
   """
 
   def __init__(self, source, config):
     super().__init__(source, config)
-    if left := len(source) - sum(map(len, self._buckets)):
+    if num_too_long := len(source) - sum(map(len, self._buckets)):
       raise ValueError(
-        f"config.data.bucket_seconds={config.data.bucket_seconds!r}; {left} of "
-        f"{len(source)} recordings to evaluate are longer"
+        f"config.data.bucket_seconds={config.data.bucket_seconds!r}; "
+        f"{num_too_long} of {len(source)} recordings to evaluate are longer: "
+        "append a larger number"
       )
-    self._chunks = []
+    self._batches = []
     for indices, size in zip(self._buckets, self._sizes, strict=True):
       padding = np.full(-len(indices) % size, indices[0] + len(source))
-      chunks = np.concatenate([indices, padding]).reshape(-1, size)
-      self._chunks += list(chunks)
+      batches = np.concatenate([indices, padding]).reshape(-1, size)
+      self._batches += list(batches)
 
   def __len__(self):
-    return len(self._chunks)
+    return len(self._batches)
 
   def __getitem__(self, i):
-    return self._share(self._chunks[i])
+    return self._share(self._batches[i])

@@ -1,56 +1,63 @@
-"""What an acoustic model hears: log-mel energies, and SpecAugment's gaps."""
+"""The input of an acoustic model: log-mel energies, masked by SpecAugment."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 WINDOW_MS, HOP_MS = 25, 10
-# Below the quietest part of a recording of 16 bits, so that digital silence
-# has a logarithm.
+# A floor makes the logarithm of digital silence finite. It lies below the
+# quietest part of a recording of 16 bits.
 _FLOOR = 1e-6
 
 
-def frames(samples, sample_rate):
-  """Frames in `samples` samples, an int or an array: whole windows alone."""
-  window, hop = _sizes(sample_rate)
+def frames(samples: int | jax.Array, sample_rate: int) -> int | jax.Array:
+  """Returns how many whole windows fit into `samples` samples.
+
+  A window of 25 ms starts every 10 ms. samples: an int, or an array of ints.
+  sample_rate: in Hz.
+  """
+  window, hop = _window_and_hop(sample_rate)
   return (samples - window) // hop + 1
 
 
-def _sizes(sample_rate):
-  """Samples of a window and of a hop."""
+def _window_and_hop(sample_rate):
+  """The samples of a window, and those between two windows."""
   return sample_rate * WINDOW_MS // 1000, sample_rate * HOP_MS // 1000
 
 
-def log_mel(audio_BS, sample_rate, mel_bins):
-  """log(max(mel |FFT(Hann window of the audio)|^2, 1e-6)).
+def log_mel(audio_BS: jax.Array, sample_rate: int, mel_bins: int) -> jax.Array:
+  """log(max(mel filters . |FFT(Hann window of the audio)|^2, 1e-6)).
 
-  A window of 25 ms every 10 ms, none beyond the end; the FFT has twice the
-  window's samples or a little more, so that at 8 kHz too every one of 80 bins
-  holds a frequency. As librosa.feature.melspectrogram(center=False).
+  A window of 25 ms starts every 10 ms, and none reaches beyond the end. The FFT
+  has at least twice the window's samples, so that each of 80 bins holds a
+  frequency even at 8 kHz. The energies are those of
+  librosa.feature.melspectrogram(center=False).
 
-  audio_BS: in -1..1. Returns (B, frames, mel_bins) float32.
+  audio_BS: in [-1, 1]. sample_rate: in Hz. Returns (B, frames, mel_bins)
+  float32.
   """
-  window, hop = _sizes(sample_rate)
-  size = 2 ** math.ceil(math.log2(2 * window))
-  count = frames(audio_BS.shape[1], sample_rate)
-  index_TS = hop * np.arange(count)[:, None] + np.arange(window)[None]
-  # Periodic, as everywhere in audio.
+  window, hop = _window_and_hop(sample_rate)
+  fft_size = 2 ** math.ceil(math.log2(2 * window))
+  num_frames = frames(audio_BS.shape[1], sample_rate)
+  index_TS = hop * np.arange(num_frames)[:, None] + np.arange(window)[None]
+  # The periodic window is the usual one for spectra of audio.
   hann_S = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
   x_BTS = audio_BS.astype(jnp.float32)[:, index_TS]
   x_BTS = x_BTS * jnp.asarray(hann_S, jnp.float32)[None, None]
-  power_BTF = jnp.square(jnp.abs(jnp.fft.rfft(x_BTS, size)))
-  filters_FM = jnp.asarray(mel_filters(sample_rate, size, mel_bins))
+  power_BTF = jnp.square(jnp.abs(jnp.fft.rfft(x_BTS, fft_size)))
+  filters_FM = jnp.asarray(mel_filters(sample_rate, fft_size, mel_bins))
   mel_BTM = jnp.einsum("BTF,FM->BTM", power_BTF, filters_FM)
   return jnp.log(jnp.maximum(mel_BTM, _FLOOR))
 
 
-def mel_filters(sample_rate, fft_size, mel_bins):
-  """Triangles over the frequencies of an FFT, of equal area (Slaney, 1998).
+def mel_filters(sample_rate: int, fft_size: int, mel_bins: int) -> np.ndarray:
+  """Triangular filters of equal area over an FFT's frequencies (Slaney, 1998).
 
-  Their corners are equally far apart on the mel scale, from 0 to half the
-  sample rate. Returns (fft_size / 2 + 1, mel_bins) float32.
+  The corners of the triangles are equally spaced on the mel scale, from 0 to
+  half the sample rate. Returns (fft_size / 2 + 1, mel_bins) float32.
   """
   top = _mel(sample_rate / 2)
   corners = _hertz(np.linspace(0, top, mel_bins + 2))
@@ -62,10 +69,10 @@ def mel_filters(sample_rate, fft_size, mel_bins):
   return (triangles_FM * 2 / (high - low)).astype(np.float32)
 
 
-# Slaney's mel scale: linear to 1 kHz, then logarithmic.
-_LINEAR = 200 / 3  # Hz a mel
-_KNEE = 1000 / _LINEAR  # mel
-_LOG_STEP = math.log(6.4) / 27  # log Hz a mel
+# Slaney's mel scale is linear below 1 kHz and logarithmic above.
+_LINEAR = 200 / 3  # Hz per mel, below the knee
+_KNEE = 1000 / _LINEAR  # mel; the knee is at 1 kHz
+_LOG_STEP = math.log(6.4) / 27  # log(Hz) per mel, above the knee
 
 
 def _mel(hertz):
@@ -79,13 +86,17 @@ def _hertz(mel):
   return np.where(mel < _KNEE, _LINEAR * mel, above)
 
 
-def valid(lengths_B, length):
-  """bool (B, length): what is not padding."""
+def valid(lengths_B: jax.Array, length: int) -> jax.Array:
+  """Returns bool (B, length): True for what is not padding."""
   return jnp.arange(length)[None] < lengths_B[:, None]
 
 
-def normalize(x_BTM, frames_B):
-  """(x - mean) / std over an utterance's frames and bins; its padding is 0."""
+def normalize(x_BTM: jax.Array, frames_B: jax.Array) -> jax.Array:
+  """(x - mean) / sqrt(variance + 1e-5) over an utterance's frames and bins.
+
+  x_BTM: log-mel energies. frames_B: the number of frames that are not padding.
+  The padding of the result is 0.
+  """
   valid_BT1 = valid(frames_B, x_BTM.shape[1])[..., None]
   count_B11 = (frames_B * x_BTM.shape[2])[:, None, None]
 
@@ -98,35 +109,37 @@ def normalize(x_BTM, frames_B):
   return jnp.where(valid_BT1, x_BTM, 0)
 
 
-def spec_augment(augment, rng, x_BTM, frames_B):
-  """SpecAugment (1904.08779): 0 in random bands of frequency and of time.
+def spec_augment(
+  augment: ConfigDict, rng: jax.Array, x_BTM: jax.Array, frames_B: jax.Array
+) -> jax.Array:
+  """SpecAugment (1904.08779): sets random bands of frequency and time to 0.
 
-  augment: freq_masks bands, each of up to freq_width bins; time_masks of up to
-  time_width frames and of up to time_share of an utterance's frames. Widths
-  and places are uniform, others for each utterance. x_BTM: normalised, so that
-  0 is its mean.
+  augment: config.augment. freq_masks bands have up to freq_width bins each.
+  time_masks bands have up to time_width frames each, and at most time_share of
+  the utterance's frames. Widths and positions are uniform, and drawn anew for
+  each utterance. x_BTM: normalised, so that 0 is the mean.
   """
   batch, length, bins = x_BTM.shape
   freq_rng, time_rng = jax.random.split(rng)
   shape = (batch, augment.freq_masks)
   width = jnp.full(shape, min(augment.freq_width, bins))
-  seen_BM = _bands(freq_rng, width, jnp.full(shape, bins), bins)
-  share_B1 = (augment.time_share * frames_B).astype(jnp.int32)[:, None]
+  kept_BM = _outside_bands(freq_rng, width, jnp.full(shape, bins), bins)
+  max_width_B1 = (augment.time_share * frames_B).astype(jnp.int32)[:, None]
   shape = (batch, augment.time_masks)
-  width = jnp.broadcast_to(jnp.minimum(augment.time_width, share_B1), shape)
+  width = jnp.broadcast_to(jnp.minimum(augment.time_width, max_width_B1), shape)
   total = jnp.broadcast_to(frames_B[:, None], shape)
-  seen_BT = _bands(time_rng, width, total, length)
-  return jnp.where(seen_BT[:, :, None] & seen_BM[:, None], x_BTM, 0)
+  kept_BT = _outside_bands(time_rng, width, total, length)
+  return jnp.where(kept_BT[:, :, None] & kept_BM[:, None], x_BTM, 0)
 
 
-def _bands(rng, width_BK, total_BK, length):
-  """bool (B, length), False in K bands: each of 0 to width within 0..total."""
+def _outside_bands(rng, width_BK, total_BK, length):
+  """bool (B, length), False in K random bands of 0 to width within 0..total."""
   width_rng, start_rng = jax.random.split(rng)
   width_BK = jax.random.randint(width_rng, width_BK.shape, 0, width_BK + 1)
   start_BK = jax.random.randint(
     start_rng, width_BK.shape, 0, total_BK - width_BK + 1
   )
-  place = jnp.arange(length)[None, None]
+  index = jnp.arange(length)[None, None]
   start_BK1, width_BK1 = start_BK[:, :, None], width_BK[:, :, None]
-  hidden = (place >= start_BK1) & (place < start_BK1 + width_BK1)
+  hidden = (index >= start_BK1) & (index < start_BK1 + width_BK1)
   return ~hidden.any(1)

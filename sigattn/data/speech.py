@@ -1,35 +1,41 @@
-"""Transcribed speech: where it comes from, and how it becomes arrays.
+"""Reads transcribed speech and turns it into batches of arrays.
 
-Three kinds of config.data.source: the embedded set, a local folder of parquet
-files, and a data set of the Hugging Face Hub.
+config.data.source is the name of the embedded data set, a local folder of
+parquet files, or the name of a data set on the Hugging Face Hub.
 """
 
 import functools
 import io
 import math
+import os
 import unicodedata
 import zlib
+from collections.abc import Iterable
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow.parquet
 import scipy.signal
 import soundfile
 from absl import logging
+from ml_collections import ConfigDict
 
 from sigattn.data import hub, loader
 from sigattn.validate import Field, real, sequence, text, whole
 
-# 535 prompts of one speaker, 18.6 minutes; licence and credit lie beside it.
+# 535 prompts of one speaker, 18.6 minutes; licence and credit are beside the
+# file.
 EMBEDDED = {"spoken_prompts": "spoken_prompts.parquet"}
 _SPLITS = ("train", "test")
-# Of the embedded set: by transcript, so that none is in both splits.
-_HELD_OUT = 10  # one transcript in so many
+# One of this many transcripts of the embedded set is in the test split. The
+# transcript decides, so that none is in both splits.
+_HELD_OUT_EVERY = 10
 _TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
-BLANK = 0  # CTC's; character i of the alphabet has the index i + 1
+BLANK = 0  # CTC's blank; character i of the alphabet has index i + 1
 
 
-def _rising():
-  """Positive numbers, each greater than the one before."""
+def _increasing():
+  """A field of positive numbers in increasing order."""
   positive = sequence(real(above=0), "positive numbers")
 
   def is_right(values):
@@ -49,34 +55,37 @@ FIELDS = {
     lambda x: isinstance(x, str) and 0 < len(x) == len(set(x)),
     "must be characters, each once",
   ),
-  "data.bucket_seconds": _rising(),
-  "augment.speeds": _rising(),
+  "data.bucket_seconds": _increasing(),
+  "augment.speeds": _increasing(),
 }
 
 
 def _speeds_are_hundredths(config):
   speeds = config.augment.speeds
   if any(abs(100 * speed - round(100 * speed)) > 1e-6 for speed in speeds):
-    raise ValueError(f"config.augment.speeds={speeds!r}; must be hundredths")
+    raise ValueError(
+      f"config.augment.speeds={speeds!r}; must be multiples of 0.01"
+    )
 
 
-def _source_offers_it(config):
-  """Looks up what the source offers, without loading it.
+def _source_has_the_splits(config):
+  """Compares the config with what is known of the source before it is read.
 
-  The columns of a folder are known only once it is opened.
+  The columns of a folder are known only after it has been opened;
+  _TableRecordings validates them then.
   """
   splits = _splits(config)
-  for path in ("train_split", "eval_split"):
-    value = config.data[path]
+  for key in ("train_split", "eval_split"):
+    value = config.data[key]
     for part in value.split("+"):
       if part not in splits:
         raise ValueError(
-          f"config.data.{path}={value!r}; choose from {sorted(splits)}, or "
+          f"config.data.{key}={value!r}; choose from {sorted(splits)}, or "
           "join several by +"
         )
 
 
-RULES = (_speeds_are_hundredths, _source_offers_it)
+RULES = (_speeds_are_hundredths, _source_has_the_splits)
 
 
 def _splits(config):
@@ -91,20 +100,24 @@ def _builder(config):
   return hub.builder(config.data.source, EMBEDDED)
 
 
-def open_source(config, split):
-  """The Source of a split. ValueError where there is no such split."""
+def open_source(config: ConfigDict, split: str) -> "Source":
+  """Opens a split of config.data.source, or several splits joined by +.
+
+  Raises ValueError if the source has no such split or cannot be read.
+  """
   for part in split.split("+"):
     hub.validate_split(config.data.source, part, _splits(config))
   if config.data.source in EMBEDDED:
     return Source(config, split, _embedded(config.data.source, split), True)
-  return Source(config, split, _Table(config, split), False)
+  return Source(config, split, _TableRecordings(config, split), False)
 
 
-def transcript(text, alphabet):
-  """The text in the alphabet's characters: what is said, as it is learned.
+def transcript(text: str, alphabet: str) -> str:
+  """Returns the text in the characters of the alphabet, as a model learns it.
 
-  Lower case where the alphabet has no upper case; accents, punctuation and all
-  else that is not in the alphabet dropped; words one space apart.
+  The text becomes lower case if the alphabet has no upper case. Accents,
+  punctuation and all other characters outside the alphabet are dropped. One
+  space separates two words; hyphens count as spaces.
   """
   if alphabet == alphabet.lower():
     text = text.lower()
@@ -115,30 +128,36 @@ def transcript(text, alphabet):
   return " ".join(kept.split())
 
 
-def encode(text, alphabet):
-  """int32 indices of the characters; ValueError for one that is unknown."""
+def encode(text: str, alphabet: str) -> np.ndarray:
+  """Returns the int32 index of each character, from 1 on; 0 is CTC's blank.
+
+  Raises ValueError for a character outside the alphabet.
+  """
   try:
     return np.array([alphabet.index(c) + 1 for c in text], np.int32)
   except ValueError as error:
-    raise ValueError(f"{text=}; must be of {alphabet=}") from error
+    raise ValueError(f"{text=}; must consist of {alphabet=}") from error
 
 
-def spell(indices, alphabet):
-  """The text of indices without blanks."""
+def spell(indices: Iterable[int], alphabet: str) -> str:
+  """Returns the text of indices, which must not contain the blank."""
   return "".join(alphabet[i - 1] for i in indices)
 
 
-def read(file, sample_rate):
-  """float32 samples in -1..1 of a path or file object, at `sample_rate`.
+def read(
+  file: str | os.PathLike[str] | BinaryIO, sample_rate: int
+) -> np.ndarray:
+  """Reads a recording: float32 samples (S,) in [-1, 1] at `sample_rate` Hz.
 
-  Channels are averaged. Whatever libsndfile reads: WAV, FLAC, Opus, MP3, ...
+  file: a path, or a file object opened in binary mode, in a format that
+  libsndfile reads: WAV, FLAC, Opus, MP3, ... Channels are averaged.
   """
   audio_SC, rate = soundfile.read(file, dtype="float32", always_2d=True)
   return resample(audio_SC.mean(axis=1), rate, sample_rate)
 
 
-def resample(audio_S, rate, new_rate):
-  """The same sound with another number of samples a second."""
+def resample(audio_S: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
+  """Resamples audio from `rate` to `new_rate` samples per second."""
   if rate == new_rate:
     return audio_S
   common = math.gcd(rate, new_rate)
@@ -146,8 +165,8 @@ def resample(audio_S, rate, new_rate):
   return scipy.signal.resample_poly(audio_S, up, down).astype(np.float32)
 
 
-class _Rows:
-  """Encoded recordings, their transcripts and lengths, by index."""
+class _Recordings:
+  """Encoded recordings by index, with their transcripts and lengths."""
 
   def __init__(self, recordings, texts, seconds):
     self._recordings, self.texts, self.seconds = recordings, texts, seconds
@@ -161,36 +180,36 @@ def _embedded(name, split):
   rows = [
     row
     for row in table.to_pylist()
-    if _SPLITS[zlib.crc32(row["text"].encode()) % _HELD_OUT == 0]
+    if _SPLITS[zlib.crc32(row["text"].encode()) % _HELD_OUT_EVERY == 0]
     in split.split("+")
   ]
-  return _Rows(
+  return _Recordings(
     [row["audio"] for row in rows],
     [row["text"] for row in rows],
     [row["duration"] for row in rows],
   )
 
 
-class _Table(_Rows):
-  """A split that `datasets` reads; the lengths are read once and cached."""
+class _TableRecordings(_Recordings):
+  """A split read by `datasets`, which caches the lengths of the recordings."""
 
   def __init__(self, config, split):
     import datasets
 
     source = config.data.source
-    self._where = f"config.data.source={source!r}, split {split!r}"
+    self._origin = f"config.data.source={source!r}, split {split!r}"
     table = hub.table(source, _builder(config), split)
     audio = hub.column(source, table.features, datasets.Audio, ("audio",))
     text = _text_column(source, table.features)
-    # Undecoded: `datasets` would decode with torchcodec, and so want torch.
+    # The audio stays encoded: `datasets` would need torch to decode it.
     table = table.select_columns([audio, text]).cast_column(
       audio, datasets.Audio(decode=False)
     )
     lengths = table.map(
-      functools.partial(_seconds, audio=audio, where=self._where),
+      functools.partial(_duration, audio=audio, origin=self._origin),
       with_indices=True,
       remove_columns=table.column_names,
-      desc="lengths of the recordings",
+      desc="Reading the lengths of the recordings",
     )
     super().__init__(table, table[text][:], lengths["seconds"][:])
     self._audio = audio
@@ -209,12 +228,12 @@ def _text_column(source, columns):
   )
 
 
-def _seconds(example, row, audio, where):
+def _duration(example, row, audio, origin):
   try:
     return {"seconds": soundfile.info(_open(example[audio])).duration}
-  except Exception as error:  # libsndfile's, and those of files.
+  except Exception as error:  # errors of libsndfile and of files
     path = example[audio] and example[audio]["path"]
-    raise ValueError(f"{where}, row {row}, {path=}: {error!r}") from error
+    raise ValueError(f"{origin}, row {row}, {path=}: {error!r}") from error
 
 
 def _open(encoded):
@@ -223,39 +242,45 @@ def _open(encoded):
 
 
 class Source(loader.ExampleSource):
-  """A split of recordings in buckets of similar length.
+  """A split of recordings, grouped into buckets of similar length.
 
-  buckets: the indices of the utterances in each, longest last; a batch is of
-  one bucket, and all of a bucket's batches have one shape.
+  buckets: the indices of the utterances of each bucket, longest last. Each
+  batch comes from one bucket, and all batches of a bucket have one shape.
   """
 
-  def __init__(self, config, split, rows, in_memory):
+  def __init__(
+    self, config: ConfigDict, split: str, rows: _Recordings, in_memory: bool
+  ):
     data, self._rows, self.in_memory = config.data, rows, in_memory
     self._rate, self._speeds = data.sample_rate, tuple(config.augment.speeds)
-    self._where = f"config.data.source={data.source!r}, split {split!r}"
+    self._origin = f"config.data.source={data.source!r}, split {split!r}"
     self._texts = [transcript(text, data.alphabet) for text in rows.texts]
-    self._labels = [encode(text, data.alphabet) for text in self._texts]
+    self._targets = [encode(text, data.alphabet) for text in self._texts]
     self._seconds = np.array(rows.seconds, np.float64)
-    self._edges = np.array(data.bucket_seconds)
-    self._bucket = np.searchsorted(self._edges, self._seconds)
+    self._max_seconds = np.array(data.bucket_seconds)
+    self._bucket = np.searchsorted(self._max_seconds, self._seconds)
     self.buckets = [
-      np.flatnonzero(self._bucket == b) for b in range(len(self._edges))
+      np.flatnonzero(self._bucket == b) for b in range(len(self._max_seconds))
     ]
-    if left := int((self._bucket == len(self._edges)).sum()):
+    if num_too_long := int((self._bucket == len(self._max_seconds)).sum()):
       logging.warning(
-        "%s: %d of %d recordings are longer than config.data.bucket_seconds "
-        "and left out of training", self._where, left, len(self)
+        "%s: %d of %d recordings are longer than all of "
+        "config.data.bucket_seconds and are left out of training",
+        self._origin, num_too_long, len(self)
       )  # fmt: skip
-    self._kept = {}  # what is in memory, by index and speed
+    self._cache = {}  # {(index, speed): samples}, if in_memory
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self._texts)
 
-  def train(self, indices_B, rng):
-    """A batch, each utterance at one of the speeds of config.augment.
+  def train(
+    self, indices_B: np.ndarray, rng: np.random.Generator
+  ) -> loader.Batch:
+    """Returns a batch, each utterance at a random one of config.augment.speeds.
 
-    float32 `audio` (B, S) in -1..1, int32 `samples` (B,) of it that are no
-    padding, int32 `label` (B, U) and `characters` (B,), likewise.
+    {"audio": float32 (B, S) in [-1, 1], "samples": int32 (B,),
+     "target": int32 (B, U), "characters": int32 (B,)}
+    samples and characters count what is not padding in audio and target.
     """
     speeds = rng.choice(self._speeds, len(indices_B))
     audio = [
@@ -264,50 +289,55 @@ class Source(loader.ExampleSource):
     ]
     return self._batch(indices_B, audio, min(*self._speeds, 1.0))
 
-  def evaluate(self, indices_B):
-    """The same as recorded, and float32 `seconds` (B,)."""
+  def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
+    """Returns a batch at the recorded speed, with float32 `seconds` (B,)."""
     audio = [self._at_speed(i, 1.0) for i in indices_B.tolist()]
     batch = self._batch(indices_B, audio, 1.0)
     seconds = self._seconds[indices_B].astype(np.float32)
     return batch | {"seconds": seconds}
 
   def _at_speed(self, i, speed):
-    """As if played at another speed, higher or lower (Ko et al., 2015)."""
-    if (i, speed) in self._kept:
-      return self._kept[i, speed]
+    """The samples played at another speed, which shifts the pitch.
+
+    Ko et al., 2015.
+    """
+    if (i, speed) in self._cache:
+      return self._cache[i, speed]
     if speed == 1:
       audio_S = self._decode(i)
-    else:  # To decode takes ten times as long as to resample.
+    else:  # Decoding takes ten times as long as resampling, so decode once.
       audio_S = resample(self._at_speed(i, 1.0), round(100 * speed), 100)
     if self.in_memory:
-      self._kept[i, speed] = audio_S
+      self._cache[i, speed] = audio_S
     return audio_S
 
   def _decode(self, i):
     encoded = self._rows[i]
     try:
       return read(_open(encoded), self._rate)
-    except Exception as error:  # libsndfile's, and those of files.
+    except Exception as error:  # errors of libsndfile and of files
       path = encoded and encoded["path"]
-      raise ValueError(f"{self._where}, row {i}, {path=}: {error!r}") from error
+      raise ValueError(
+        f"{self._origin}, row {i}, {path=}: {error!r}"
+      ) from error
 
   def _batch(self, indices_B, audio, slowest):
     bucket = self._bucket[indices_B[0]]
-    # A recording may be a sample longer than the seconds of its header say.
-    samples = math.ceil(self._edges[bucket] * self._rate / slowest) + 1
-    characters = max(1, *(len(self._labels[i]) for i in self.buckets[bucket]))
-    labels = [self._labels[i] for i in indices_B]
+    # A recording may be one sample longer than the seconds in its header.
+    samples = math.ceil(self._max_seconds[bucket] * self._rate / slowest) + 1
+    characters = max(1, *(len(self._targets[i]) for i in self.buckets[bucket]))
+    targets = [self._targets[i] for i in indices_B]
     for i, audio_S in zip(indices_B.tolist(), audio, strict=True):
       if len(audio_S) > samples:
         raise ValueError(
-          f"{self._where}, row {i}: longer than the {self._seconds[i]:.2f} "
-          "seconds of its header"
+          f"{self._origin}, row {i}: the recording is longer than the "
+          f"{self._seconds[i]:.2f} seconds in its header"
         )
     return {
       "audio": _padded(audio, samples, np.float32),
       "samples": _lengths(audio),
-      "label": _padded(labels, characters, np.int32),
-      "characters": _lengths(labels),
+      "target": _padded(targets, characters, np.int32),
+      "characters": _lengths(targets),
     }
 
 

@@ -1,57 +1,66 @@
-"""Sequences made on the fly, of which attention alone sees the rule.
+"""Generates the sequences of four tasks that only attention can solve.
 
-  summation    numbers x_1..x_m, then a mask of k ones: the sum of the masked
-  pair_repeat  whether the first two symbols stand side by side once more
-  recall       keys with their values, then keys alone: the value of each
-               (multi-query associative recall, 2312.04927)
-  copy         a string, a separator, the string again (2402.01032)
+  summation    add up the numbers among x_1..x_m that a mask of k ones selects
+  pair_repeat  tell whether the first two symbols occur side by side again
+  recall       give the value of each queried key, after a list of pairs of a
+               key and a value (multi-query associative recall, 2312.04927)
+  copy         repeat a string after a separator (2402.01032)
 
-The first two are of 2409.04431, Appendix G. Every example of training is new;
-the held-out ones are a fixed set, drawn from other seeds.
+summation and pair_repeat are from 2409.04431, Appendix G. Every training
+example is new. The held-out examples are a fixed set, drawn with other seeds.
 """
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from sigattn.data import loader
 from sigattn.validate import choice, whole
 
-TRAIN = 2**20  # examples an epoch: what their order is drawn over, not stored
+# Training examples per epoch. They are drawn when they are needed; grain needs
+# a finite number to order.
+EPOCH = 2**20
 
 
 class Source(loader.ExampleSource):
-  """A split: examples drawn when asked for, or the fixed held-out ones."""
+  """A split: new examples in each batch, or the fixed held-out examples."""
 
   in_memory = True
 
-  def __init__(self, config, split):
+  def __init__(self, config: ConfigDict, split: str):
     self._data = config.data.copy_and_resolve_references()
-    self._make = TASKS[self._data.name][0]
+    self._draw = TASKS[self._data.name][0]
     self._held_out = None
     if split == self._data.eval_split:
       rng = np.random.default_rng((1, config.seed, self._data.length))
-      self._held_out = self._make(rng, self._data.eval_examples, self._data)
+      self._held_out = self._draw(rng, self._data.eval_examples, self._data)
 
-  def __len__(self):
-    return TRAIN if self._held_out is None else self._data.eval_examples
+  def __len__(self) -> int:
+    return EPOCH if self._held_out is None else self._data.eval_examples
 
-  def train(self, indices_B, rng):
-    """`input` (B, T), `target` (B, T) and `scored` (B, T): where it counts."""
-    return self._make(rng, len(indices_B), self._data)
+  def train(
+    self, indices_B: np.ndarray, rng: np.random.Generator
+  ) -> loader.Batch:
+    """Returns a batch of new examples.
 
-  def evaluate(self, indices_B):
-    """The same of the held-out examples."""
+    {"input": (B, T), "target": (B, T), "scored": bool (B, T)}, where scored
+    marks the tokens whose target counts. Numbers are float32, symbols int32.
+    """
+    return self._draw(rng, len(indices_B), self._data)
+
+  def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
+    """Returns a batch, like that of `train`, of held-out examples."""
     return {name: x[indices_B] for name, x in self._held_out.items()}
 
 
-def open_source(config, split):
-  """The Source of a split. ValueError where there is no such split."""
+def open_source(config: ConfigDict, split: str) -> Source:
+  """Opens the split "train" or "test"; raises ValueError for another one."""
   if split not in (config.data.train_split, config.data.eval_split):
     raise ValueError(f"{split=}; choose from ['test', 'train']")
   return Source(config, split)
 
 
-def width(data):
-  """Tokens of an example, T."""
+def num_tokens(data: ConfigDict) -> int:
+  """Returns T, the number of tokens of an example. data: config.data."""
   return {
     "summation": 2 * data.length,
     "pair_repeat": data.length + 1,
@@ -60,8 +69,14 @@ def width(data):
   }[data.name]
 
 
-def summation(rng, count, data):
-  """length numbers N(0, 1), then the mask of size ones among them."""
+def summation(
+  rng: np.random.Generator, count: int, data: ConfigDict
+) -> loader.Batch:
+  """Draws `length` numbers from N(0, 1), then a mask that selects `size` ones.
+
+  data: config.data, here and below. The target of the last token is the sum of
+  the selected numbers; only that token is scored.
+  """
   m, k = data.length, data.size
   number_BT = rng.standard_normal((count, m), np.float32)
   chosen_BT = rng.random((count, m)).argsort(axis=1) < k
@@ -72,41 +87,50 @@ def summation(rng, count, data):
   return {"input": input_BT, "target": target_BT, "scored": scored_BT}
 
 
-def pair_repeat(rng, count, data):
-  """A begin (symbol 0), then length symbols from 1 on; the target is there.
+def pair_repeat(
+  rng: np.random.Generator, count: int, data: ConfigDict
+) -> loader.Batch:
+  """Draws a start symbol 0, then `length` symbols from 1 to vocab_size - 1.
 
-  Half of the examples repeat the first pair, at a random place. In the others
-  both of its symbols come again, but never side by side in this order.
+  The start symbol's target is 1 if the first two symbols occur side by side
+  again, in the same order, and 0 otherwise; only that token is scored. Half of
+  the examples repeat the pair, at a random position. In the others both symbols
+  occur again, but never side by side in this order.
   """
   n, symbols = data.length, data.vocab_size - 1
   token_BT = rng.integers(1, symbols + 1, (count, n), np.int32)
   first_B, second_B = token_BT[:, 0], token_BT[:, 1]
-  # Put both symbols at places of their own, so that to find them is no help.
+  # Both symbols occur again in every example, so that their presence alone does
+  # not tell the answer.
   rows = np.arange(count)
-  places = np.sort(2 + rng.random((count, n - 2)).argsort(1)[:, :2], axis=1)
-  token_BT[rows, places[:, 0]], token_BT[rows, places[:, 1]] = second_B, first_B
+  positions = np.sort(2 + rng.random((count, n - 2)).argsort(1)[:, :2], axis=1)
+  token_BT[rows, positions[:, 0]] = second_B
+  token_BT[rows, positions[:, 1]] = first_B
   repeat_B = rng.random(count) < 0.5
-  # No accidental pair: its second symbol becomes another one.
-  for place in range(2, n):
-    pair_B = (token_BT[:, place - 1] == first_B) & (
-      token_BT[:, place] == second_B
+  # Where the pair occurs by chance, replace its second symbol by another one.
+  for position in range(2, n):
+    pair_B = (token_BT[:, position - 1] == first_B) & (
+      token_BT[:, position] == second_B
     )
     other_B = (second_B - 1 + rng.integers(1, symbols, count)) % symbols + 1
-    token_BT[:, place] = np.where(pair_B, other_B, token_BT[:, place])
-  place_B = rng.integers(2, n - 1, count)
-  token_BT[rows[repeat_B], place_B[repeat_B]] = first_B[repeat_B]
-  token_BT[rows[repeat_B], place_B[repeat_B] + 1] = second_B[repeat_B]
+    token_BT[:, position] = np.where(pair_B, other_B, token_BT[:, position])
+  position_B = rng.integers(2, n - 1, count)
+  token_BT[rows[repeat_B], position_B[repeat_B]] = first_B[repeat_B]
+  token_BT[rows[repeat_B], position_B[repeat_B] + 1] = second_B[repeat_B]
   input_BT = np.pad(token_BT, ((0, 0), (1, 0)))
   target_BT, scored_BT = np.zeros_like(input_BT), np.zeros(input_BT.shape, bool)
   target_BT[:, 0], scored_BT[:, 0] = repeat_B, True
   return {"input": input_BT, "target": target_BT, "scored": scored_BT}
 
 
-def recall(rng, count, data):
-  """length pairs of key and value, then size of the keys, in another order.
+def recall(
+  rng: np.random.Generator, count: int, data: ConfigDict
+) -> loader.Batch:
+  """Draws `length` pairs of key and value, then `size` of the keys as queries.
 
-  Keys are the lower half of the vocabulary, each at most once; values the
-  upper half. The target of a key that is asked for is its value.
+  Keys are different symbols of the lower half of the vocabulary, values are
+  from the upper half. The queries have a random order. The target of a query is
+  the value of its key; only queries are scored.
   """
   pairs, queries, half = data.length, data.size, data.vocab_size // 2
   key_BP = rng.random((count, half)).argsort(axis=1)[:, :pairs]
@@ -121,10 +145,13 @@ def recall(rng, count, data):
   return {"input": input_BT, "target": target_BT, "scored": scored_BT}
 
 
-def copy(rng, count, data):
-  """length symbols from 1 on, the separator 0, and the string but its last.
+def copy(
+  rng: np.random.Generator, count: int, data: ConfigDict
+) -> loader.Batch:
+  """Draws `length` symbols >= 1, then the separator 0, then the symbols again.
 
-  From the separator on, the target is the string's next symbol.
+  The repetition lacks the last symbol. From the separator on, each target is
+  the next symbol of the string; only these tokens are scored.
   """
   n = data.length
   string_BT = rng.integers(1, data.vocab_size, (count, n), np.int32)
@@ -136,7 +163,9 @@ def copy(rng, count, data):
   return {"input": input_BT, "target": target_BT, "scored": scored_BT.copy()}
 
 
-TASKS = {  # name: its examples, and what they need
+# {name: (function that draws examples, function that lists the conditions on
+# config.data with whether they hold)}
+TASKS = {
   "summation": (
     summation,
     lambda d: [("size <= length", d.size <= d.length)],
@@ -159,11 +188,12 @@ TASKS = {  # name: its examples, and what they need
 def _sizes_fit_the_task(config):
   data = config.data
   _, needs = TASKS[data.name]
-  for text, holds in needs(data):
+  for condition, holds in needs(data):
     if not holds:
       raise ValueError(
         f"config.data.length={data.length}, config.data.size={data.size}, "
-        f"config.data.vocab_size={data.vocab_size}; {data.name} needs {text}"
+        f"config.data.vocab_size={data.vocab_size}; {data.name} needs "
+        f"{condition}"
       )
 
 

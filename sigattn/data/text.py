@@ -1,43 +1,47 @@
-"""Texts: where they come from, and how they become rows of tokens.
+"""Reads texts and turns them into rows of tokens.
 
-A row has L + 1 tokens, since a model sees all but the last and predicts all
-but the first; L is config.data.length. A batch:
+A row has L + 1 tokens, where L is config.data.length: the model reads all but
+the last token and predicts all but the first. A batch contains
 
   token    int32 (B, L + 1); -1 is padding
-  segment  int32 (B, L + 1): the document of its row that a token is of, from
-           1; 0 is padding. Absent where every row is of one document
+  segment  int32 (B, L + 1), the number of a token's document within its row,
+           from 1 on; 0 is padding. Missing if each row is from one document
 
-Four kinds of source: an embedded text, cut at a new place in each epoch; and,
-as streams of documents, a local file (parquet, JSON lines or text, compressed
-or not), a local folder of those, and a data set of the Hugging Face Hub,
-owner/name or owner/name:subset.
+There are four kinds of sources. An embedded text is cut at new positions in
+each epoch. A local file (parquet, JSON lines or text, compressed or not), a
+local folder of such files, and a data set of the Hugging Face Hub (owner/name
+or owner/name:subset) are streams of documents.
 """
 
 import functools
 import itertools
 import lzma
 import pathlib
+from collections.abc import Iterable, Iterator
 
 import grain
 import grain.experimental
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from sigattn.data import hub, loader, tokenizers
 from sigattn.validate import items, real, sequence, text, whole
 
-# The King James Bible, a verse a line; its licence lies beside it.
+# The King James Bible, one verse per line; the licence is beside the file.
 EMBEDDED = {"kjv": "kjv.txt.xz"}
-_SPLITS = ("train", "test")  # of an embedded text: its end is held out
-_HELD_OUT = 0.05
-_SUFFIXES = {  # of local files: the builder in `datasets`
+_SPLITS = ("train", "test")  # of an embedded text
+_HELD_OUT_SHARE = 0.05  # the end of an embedded text is its test split
+_SUFFIXES = {  # {suffix of a local file: the builder in `datasets`}
   ".parquet": "parquet",
   ".json": "json",
   ".jsonl": "json",
   ".txt": "text",
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_ENCODED_AT_ONCE = 64  # documents, by the threads of the tokenizers library
+# Documents per call of the tokenizer: the tokenizers library encodes them in
+# parallel threads.
+_ENCODED_AT_ONCE = 64
 
 
 FIELDS = {
@@ -58,8 +62,11 @@ FIELDS = {
 }
 
 
-def _sources_offer_it(config):
-  """Whether a stream has the split and the column is known once it is read."""
+def _sources_have_the_splits(config):
+  """Compares the config with what is known of the sources before reading.
+
+  Whether a stream has the split and the column is known only when it is read.
+  """
   for key, source in _sources(config):
     _validate_source(source)
     if source in EMBEDDED and config.data[key] not in _SPLITS:
@@ -68,38 +75,39 @@ def _sources_offer_it(config):
       )
 
 
-def _vocabulary_holds_the_tokenizer(config):
+def _vocabulary_covers_the_tokenizer(config):
   data = config.data
   size = tokenizer(config).size
   if data.vocab_size < size:
     raise ValueError(
-      f"config.data.vocab_size={data.vocab_size}; must be at least the "
-      f"{size} of config.data.tokenizer={data.tokenizer!r}"
+      f"config.data.vocab_size={data.vocab_size}; must be at least "
+      f"{size}, the size of config.data.tokenizer={data.tokenizer!r}"
     )
 
 
-RULES = (_sources_offer_it, _vocabulary_holds_the_tokenizer)
+RULES = (_sources_have_the_splits, _vocabulary_covers_the_tokenizer)
 
 
 def _sources(config):
-  """(key of the split, source) of everything that a run reads."""
+  """[(config.data's key of the split, source)] of everything a run reads."""
   data, mixture = config.data, _mixture(config)
   for name, _ in data.mixture:
     if name in EMBEDDED:
       raise ValueError(
-        f"config.data.mixture: {name!r} is no stream of documents"
+        f"config.data.mixture: {name!r} is an embedded text; must be a file, a "
+        "folder or a Hugging Face name"
       )
   if data.source in EMBEDDED and not data.mixture:
     if data.eval_source is not None:
       raise ValueError(
         f"config.data.eval_source={data.eval_source!r}; must be None with "
-        f"config.data.source={data.source!r}, whose end is held out"
+        f"config.data.source={data.source!r}, whose end is evaluated"
       )
     return [("train_split", data.source), ("eval_split", data.source)]
   if data.num_workers:
     raise ValueError(
-      f"config.data.num_workers={data.num_workers}; must be 0: a stream is "
-      "read by one thread and encoded by all"
+      f"config.data.num_workers={data.num_workers}; must be 0: a "
+      "stream is read by one thread, and encoded by all threads"
     )
   return [
     *(("train_split", name) for name, _ in mixture),
@@ -108,13 +116,13 @@ def _sources(config):
 
 
 def _eval_source(data):
-  """What is evaluated where a stream is trained on."""
+  """The source of the evaluation if a stream is trained on."""
   if data.eval_source is not None:
     return data.eval_source
   if data.mixture or pathlib.Path(data.source).expanduser().is_file():
     raise ValueError(
-      "config.data.eval_source=None; must be given where config.data.source is "
-      "one file, or config.data.mixture is used"
+      "config.data.eval_source=None; must be given if config.data.source is "
+      "one file, or if config.data.mixture is not empty"
     )
   return data.source
 
@@ -129,12 +137,12 @@ def _validate_source(source):
     hub.embedded(source, EMBEDDED[source])
   elif path.is_file():
     _builder(path)
-  elif not path.is_dir() and not hub.is_name(source):
+  elif not path.is_dir() and not hub.is_hub_name(source):
     raise hub.unknown_source(source, EMBEDDED, "file or ")
 
 
 def _builder(path):
-  """The name in `datasets` of what reads a file."""
+  """The name of the builder in `datasets` that reads a file."""
   suffixes = [x for x in path.suffixes if x not in _COMPRESSED]
   if not suffixes or suffixes[-1] not in _SUFFIXES:
     raise ValueError(
@@ -154,12 +162,15 @@ def _embedded(source):
 def _embedded_split(source, split):
   hub.validate_split(source, split, _SPLITS)
   whole_text = _embedded(source)
-  cut = len(whole_text) - int(_HELD_OUT * len(whole_text))
+  cut = len(whole_text) - int(_HELD_OUT_SHARE * len(whole_text))
   return whole_text[:cut] if split == "train" else whole_text[cut:]
 
 
-def tokenizer(config):
-  """The tokenizer of a config (sigattn.data.tokenizers)."""
+def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
+  """Returns the tokenizer of a config; see sigattn.data.tokenizers.
+
+  Raises ValueError if config.data.tokenizer does not name one.
+  """
   return _tokenizer(config.data.tokenizer, config.data.source)
 
 
@@ -170,9 +181,9 @@ def _tokenizer(name, source):
   if name == "characters":
     if source not in EMBEDDED:
       raise ValueError(
-        f"config.data.tokenizer={name!r} is of the embedded texts "
-        f"{sorted(EMBEDDED)}; take bytes, or train one (`python -m sigattn "
-        "train_tokenizer`)"
+        f"config.data.tokenizer={name!r}; works only with the embedded texts "
+        f"{sorted(EMBEDDED)}: choose bytes, or train a tokenizer (`python -m "
+        "sigattn train_tokenizer`)"
       )
     return tokenizers.Characters("".join(sorted(set(_embedded(source)))))
   path = pathlib.Path(name).expanduser()
@@ -184,28 +195,34 @@ def _tokenizer(name, source):
   return tokenizers.File(path)
 
 
-def open_source(config, split):
-  """The rows of a split: an _Embedded or a Stream.
+def open_source(
+  config: ConfigDict, split: str
+) -> "loader.ExampleSource | Stream":
+  """Opens a split of config.data.source or config.data.mixture.
 
-  ValueError where there is no such split.
+  Returns an ExampleSource for an embedded text, otherwise a Stream. Raises
+  ValueError if an embedded text has no such split.
   """
   if config.data.source in EMBEDDED and not config.data.mixture:
     return _Embedded(config, split)
   return Stream(config, split)
 
 
-def documents(source, split, column):
-  """The texts of a source, one after the other."""
+def documents(source: str, split: str, column: str) -> Iterable[str]:
+  """Returns an iterable of the texts of a source.
+
+  source: as config.data.source. column: as config.data.text_column.
+  """
   if source in EMBEDDED:
     return iter([_embedded_split(source, split)])
   return _Documents(source, split, column, endless=False)
 
 
 class _Embedded(loader.ExampleSource):
-  """Rows cut from one long text: a map from indices to examples.
+  """Rows cut from one long text.
 
-  An epoch's row i begins somewhere in i L .. (i + 1) L; an evaluation has
-  every token but the first as a target once.
+  In training, row i of an epoch begins at a random token of [i L, (i + 1) L).
+  In an evaluation, every token but the first is a target exactly once.
   """
 
   in_memory = True
@@ -221,7 +238,7 @@ class _Embedded(loader.ExampleSource):
   def train(self, indices_B, rng):
     start_B = indices_B * self._length
     start_B += rng.integers(self._length, size=len(indices_B))
-    # The last rows end where the text does.
+    # No row reaches beyond the end of the text.
     last = max(len(self._tokens) - self._length - 1, 0)
     return self._rows(np.minimum(start_B, last))
 
@@ -229,24 +246,24 @@ class _Embedded(loader.ExampleSource):
     return self._rows(indices_B * self._length)
 
   def _rows(self, start_B):
-    place_BT = start_B[:, None] + np.arange(self._length + 1)
-    real_BT = place_BT < len(self._tokens)
-    token_BT = self._tokens[np.where(real_BT, place_BT, 0)]
+    index_BT = start_B[:, None] + np.arange(self._length + 1)
+    real_BT = index_BT < len(self._tokens)
+    token_BT = self._tokens[np.where(real_BT, index_BT, 0)]
     return {"token": np.where(real_BT, token_BT, -1)}
 
 
 class Stream:
-  """Documents packed into rows, as they come."""
+  """A stream of documents, which are packed into rows as they arrive."""
 
-  def __init__(self, config, split):
+  def __init__(self, config: ConfigDict, split: str):
     self._config, self._split = config, split
     self._tokenizer = tokenizer(config)
 
-  def train_batches(self, config):
-    """Endless batches; each process has its own share.
+  def train_batches(self, config: ConfigDict) -> Iterator[loader.Batch]:
+    """Yields batches without end; each process reads its own documents.
 
-    Documents are shuffled within config.data.shuffle_window of them, sources
-    by their shares of the rows.
+    config.data.shuffle_window documents of a source are shuffled at a time. The
+    sources of a mixture alternate by their shares of the rows.
     """
     mixture = _mixture(self._config)
     rows = [
@@ -260,23 +277,23 @@ class Stream:
       )
     )
 
-  def eval_batches(self, config):
-    """Batches with float32 `weight` (B,), as often as iterated.
+  def eval_batches(self, config: ConfigDict) -> Iterable[loader.Batch]:
+    """Batches of the first config.eval.rows rows, with float32 `weight` (B,).
 
-    The first config.eval.rows rows (None: all) in order, the last batch filled
-    up with rows of weight 0. Each process reads everything and returns its
-    part.
+    Each pass over the result yields the rows (all of them if rows is None) in
+    order; rows of weight 0 fill up the last batch. Each process reads all rows
+    and yields its part of each batch.
     """
     return _EvalBatches(self, config.batch_size)
 
-  def eval_rows(self):
-    """An iterator of the rows that are evaluated."""
+  def eval_rows(self) -> Iterator[loader.Batch]:
+    """Yields the rows that are evaluated, each {"token", "segment"}."""
     data = self._config.data
     rows = self._rows(_eval_source(data), self._split, train=False)
     return itertools.islice(rows, self._config.eval.rows)
 
   def _rows(self, source, split, train):
-    """{"token", "segment"}, each (L + 1,)."""
+    """A dataset of rows {"token", "segment"}, each (L + 1,)."""
     data, seed = self._config.data, self._config.seed
     texts = _Documents(source, split, data.text_column, endless=train)
     if train:
@@ -305,21 +322,22 @@ class _EvalBatches:
     self._stream, self._batch_size = stream, batch_size
 
   def __iter__(self):
-    size, rows = self._batch_size, self._stream.eval_rows()
+    size, all_rows = self._batch_size, self._stream.eval_rows()
     share = size // jax.process_count()
     first = share * jax.process_index()
-    while part := list(itertools.islice(rows, size)):
-      weight_B = (np.arange(size) < len(part)).astype(np.float32)
-      part += [part[-1]] * (size - len(part))
-      batch = {name: np.stack([row[name] for row in part]) for name in part[0]}
+    while rows := list(itertools.islice(all_rows, size)):
+      weight_B = (np.arange(size) < len(rows)).astype(np.float32)
+      rows += [rows[-1]] * (size - len(rows))
+      batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
       batch["weight"] = weight_B
       yield {name: x[first : first + share] for name, x in batch.items()}
 
 
 class _Pieces(grain.experimental.FlatMapTransform):
-  """Texts to pieces of up to L + 1 tokens, that overlap by one.
+  """Cuts texts into pieces of up to L + 1 tokens that overlap by one token.
 
-  So every token of a document is a target once; its first one follows `end`.
+  Every token of a document is thus a target exactly once; the first one is
+  predicted from `end`.
   """
 
   max_fan_out = 2**31
@@ -338,7 +356,11 @@ class _Pieces(grain.experimental.FlatMapTransform):
 
 
 class _Documents(grain.IterDataset):
-  """The texts of a source's split, this process's share of them."""
+  """A dataset of the texts of a split.
+
+  endless: whether to start again at the end, and to read this process's share
+  of the documents instead of all.
+  """
 
   def __init__(self, source, split, column, endless):
     super().__init__()
@@ -349,7 +371,7 @@ class _Documents(grain.IterDataset):
 
 
 class _DocumentIterator(grain.DatasetIterator):
-  """Goes on from a saved place by what `datasets` says of its own place."""
+  """Iterates over _Documents; its state holds that of the `datasets` stream."""
 
   def __init__(self, source, split, column, endless):
     super().__init__()
@@ -361,9 +383,10 @@ class _DocumentIterator(grain.DatasetIterator):
     import datasets.distributed
 
     self._epoch = epoch
-    with hub.readable(self._source):
+    with hub.reading(self._source):
       self._stream = _open(self._source, self._split)
-      if self._endless:  # An evaluation's rows are shared, not its documents.
+      # In an evaluation, the processes divide the rows, not the documents.
+      if self._endless:
         self._stream = datasets.distributed.split_dataset_by_node(
           self._stream, jax.process_index(), jax.process_count()
         )
@@ -377,19 +400,20 @@ class _DocumentIterator(grain.DatasetIterator):
       self._begin(self._epoch + 1)
       example = self._next()
       if example is None:
-        raise ValueError(f"{self._source!r}: holds no document")
+        raise ValueError(f"{self._source!r}: contains no documents")
     if example is None:
       raise StopIteration
     document = example.get(self._column)
     if not isinstance(document, str):
       raise ValueError(
-        f"config.data.text_column={self._column!r}: {document!r} is no text; "
-        f"the columns of {self._source!r} are {sorted(example)}"
+        f"config.data.text_column={self._column!r}; must be a column of "
+        f"text, not {document!r}: the columns of {self._source!r} are "
+        f"{sorted(example)}"
       )
     return document
 
   def _next(self):
-    with hub.readable(self._source):
+    with hub.reading(self._source):
       return next(self._examples, None)
 
   def get_state(self):
@@ -400,7 +424,7 @@ class _DocumentIterator(grain.DatasetIterator):
 
 
 def _open(source, split):
-  """A datasets.IterableDataset of a file, folder or Hub name."""
+  """Opens a file, folder or Hub name as a datasets.IterableDataset."""
   import datasets
 
   path = pathlib.Path(source).expanduser()

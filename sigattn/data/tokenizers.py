@@ -1,88 +1,122 @@
-"""Tokenizers: text to numbers and back. A tokenizer has
+"""Tokenizers convert texts to token ids and back."""
 
-size           how many numbers there are
-end            the number between documents: each begins and ends with it
-start          what a text to continue begins with
-encode(texts)  a list of texts to a list of int32 arrays, without `end`
-decode(ids)    text; `end` is nothing
-num_bytes()    int32 (size,): bytes of text in each; 0 for `end`
-"""
+import os
+from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 
-END = "<|endoftext|>"  # in a tokenizer that is trained here
+END = "<|endoftext|>"  # the end token of tokenizers that are trained here
+
+
+class Tokenizer(Protocol):
+  """The interface of every tokenizer. Token ids are 0, 1, ..., size - 1.
+
+  size: the number of token ids.
+  end: the id of the token between documents; each document begins and ends
+    with it.
+  start: the id of the token that precedes a text to continue.
+  """
+
+  size: int
+  end: int
+  start: int
+
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    """Returns the int32 token ids of each text, without `end`."""
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of the token ids; `end` adds nothing to it."""
+
+  def num_bytes(self) -> np.ndarray:
+    """Returns the bytes of text in each token, int32 (size,); 0 for `end`."""
 
 
 class Characters:
-  """One number a character of an alphabet, in its order; then `end`."""
+  """A Tokenizer whose tokens are the characters of an alphabet, then `end`."""
 
-  def __init__(self, alphabet):
+  def __init__(self, alphabet: str):
     self._alphabet = alphabet
     self._ids = {character: i for i, character in enumerate(alphabet)}
     self.end = len(alphabet)
     self.size = len(alphabet) + 1
-    # A text in one piece has no documents, and so no `end`: but lines.
+    # The embedded text is one document, so a model never sees `end`. A newline
+    # is a natural start instead.
     self.start = self._ids.get("\n", self.end)
 
-  def encode(self, texts):
-    """Raises ValueError for a character outside of the alphabet."""
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    """Returns the int32 token ids of each text.
+
+    Raises ValueError for a character outside the alphabet.
+    """
     if unknown := set().union(*texts) - self._ids.keys():
       raise ValueError(
-        f"characters {sorted(unknown)}; the tokenizer knows {self._alphabet!r}"
+        f"characters {sorted(unknown)} are unknown; the tokenizer knows "
+        f"{self._alphabet!r}"
       )
     return [np.array([self._ids[x] for x in t], np.int32) for t in texts]
 
-  def decode(self, ids):
+  def decode(self, ids: Iterable[int]) -> str:
     return "".join(self._alphabet[i] for i in ids if i != self.end)
 
-  def num_bytes(self):
+  def num_bytes(self) -> np.ndarray:
     return np.array([*(len(x.encode()) for x in self._alphabet), 0], np.int32)
 
 
 class Bytes:
-  """One number a byte of UTF-8; `end` is 256."""
+  """A Tokenizer whose tokens are the 256 bytes of UTF-8; `end` is 256."""
 
   size, end, start = 257, 256, 256
 
-  def encode(self, texts):
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
     return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]
 
-  def decode(self, ids):
+  def decode(self, ids: Iterable[int]) -> str:
     return bytes(i for i in ids if i != self.end).decode(errors="replace")
 
-  def num_bytes(self):
+  def num_bytes(self) -> np.ndarray:
     return np.array([1] * 256 + [0], np.int32)
 
 
 class File:
-  """A tokenizer of the tokenizers library; `end` is its end of text."""
+  """A Tokenizer from a file of the tokenizers library, with its end of text."""
 
   _ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 
-  def __init__(self, path):
-    """path: of a tokenizer.json. Raises ValueError where it is none."""
+  def __init__(self, path: str | os.PathLike[str]):
+    """Reads a tokenizer.json.
+
+    Raises ValueError if the file is no tokenizer, or has no end-of-text token.
+    """
     import tokenizers
 
     try:
       self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # The library raises Exception itself.
-      raise ValueError(f"{path}: no tokenizer: {error}") from error
+    except Exception as error:  # The library raises bare Exceptions.
+      raise ValueError(f"{path}: is no tokenizer: {error}") from error
     vocabulary = self._tokenizer.get_vocab()
     ends = [vocabulary[name] for name in self._ENDS if name in vocabulary]
     if not ends:
-      raise ValueError(f"{path}: has none of {self._ENDS}, to part documents")
+      raise ValueError(
+        f"{path}: the tokenizer needs a token that ends documents, one of "
+        f"{self._ENDS}"
+      )
     self.end = self.start = ends[0]
     self.size = max(vocabulary.values()) + 1
 
-  def encode(self, texts):
-    found = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-    return [np.array(x.ids, np.int32) for x in found]
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [np.array(x.ids, np.int32) for x in encodings]
 
-  def decode(self, ids):
+  def decode(self, ids: Iterable[int]) -> str:
     return self._tokenizer.decode([int(i) for i in ids if i != self.end])
 
-  def num_bytes(self):
-    """Exact for a byte-level vocabulary, whose characters are bytes each."""
+  def num_bytes(self) -> np.ndarray:
+    """Returns the bytes of text in each token, int32 (size,).
+
+    The numbers are exact for a byte-level vocabulary, where each character of a
+    token stands for one byte.
+    """
     count = np.zeros(self.size, np.int32)
     special = set(self._tokenizer.get_added_tokens_decoder())
     for token, i in self._tokenizer.get_vocab().items():

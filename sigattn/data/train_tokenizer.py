@@ -3,8 +3,8 @@
   python -m sigattn train_tokenizer --source=/data/books --size=32768 \\
     --out=bpe.json
 
-A source is whatever config.data.source may be. A language model uses the file
-with --config.data.tokenizer=bpe.json.
+--source takes the same values as config.data.source of a language model. Train
+the model with --config.data.tokenizer=bpe.json to use the tokenizer.
 """
 
 import itertools
@@ -18,9 +18,10 @@ from sigattn.data.tokenizers import END
 
 
 def train(texts: Iterable[str], size: int) -> Any:
-  """A byte-level BPE (1508.07909, on bytes as in GPT-2) of `size` tokens.
+  """Trains a byte-level BPE (1508.07909, on bytes as in GPT-2).
 
-  texts: an iterable of strings. Returns a tokenizers.Tokenizer.
+  size: the number of tokens, including the end of text. Returns a
+  tokenizers.Tokenizer.
   """
   import tokenizers
   from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -39,21 +40,29 @@ def train(texts: Iterable[str], size: int) -> Any:
 
 
 def define_flags() -> None:
-  """The flags of `python -m sigattn train_tokenizer`."""
-  flags.DEFINE_string("source", None, "As config.data.source.")
-  flags.DEFINE_string("split", "train", "Of the source.")
-  flags.DEFINE_string("column", "text", "As config.data.text_column.")
-  flags.DEFINE_integer("size", 32768, "Tokens, the end of text among them.")
-  flags.DEFINE_integer("documents", 1_000_000, "Read at most so many.")
-  flags.DEFINE_string("out", None, "The file to write: bpe.json, say.")
+  """Defines the flags of `python -m sigattn train_tokenizer`."""
+  flags.DEFINE_string("source", None, "The source, as in config.data.source.")
+  flags.DEFINE_string("split", "train", "The split of the source.")
+  flags.DEFINE_string(
+    "column", "text", "The column with the text, as in config.data.text_column."
+  )
+  flags.DEFINE_integer(
+    "size", 32768, "The number of tokens, including the end of text."
+  )
+  flags.DEFINE_integer(
+    "documents", 1_000_000, "The largest number of documents to read."
+  )
+  flags.DEFINE_string("out", None, "The file to write, for example bpe.json.")
   flags.mark_flags_as_required(["source", "out"])
 
 
-def run(given: flags.FlagValues) -> None:
+def run(options: flags.FlagValues) -> None:
   """Trains and saves the tokenizer that the flags describe."""
-  if given.size < 257:
-    raise ValueError(f"--size={given.size}; must be >= 257: bytes and an end")
-  texts = text.documents(given.source, given.split, given.column)
-  tokenizer = train(itertools.islice(texts, given.documents), given.size)
-  tokenizer.save(given.out)
-  print(f"{given.out}: {tokenizer.get_vocab_size():,} tokens")
+  if options.size < 257:
+    raise ValueError(
+      f"--size={options.size}; must be >= 257: 256 bytes and the end of text"
+    )
+  texts = text.documents(options.source, options.split, options.column)
+  tokenizer = train(itertools.islice(texts, options.documents), options.size)
+  tokenizer.save(options.out)
+  print(f"{options.out}: {tokenizer.get_vocab_size():,} tokens")

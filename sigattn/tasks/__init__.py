@@ -1,30 +1,37 @@
-"""The tasks: what to build, what to minimise, what to measure.
+"""The tasks. A task defines a model, its loss and its metrics.
 
 A task is a module of this folder with
 
-  SOURCE                          where its examples come from, a module like
-                                  those of sigattn.data (see data/loader.py)
-  UNIT                            what the progress bar counts: "images"
-  METRICS                         the metrics that may choose a checkpoint
+  SOURCE                          the module that reads its examples, one of
+                                  sigattn.data (see sigattn/data/loader.py)
+  UNIT                            the unit of the progress bar, such as "images"
+  METRICS                         names of the metrics by which the best
+                                  checkpoint may be chosen
   FIELDS, RULES                   its part of the config, see sigattn.validate
-  build(config, rngs)             the model, an nnx.Module of nnx.Param alone
-  loss(config, model, batch, rng) scalar loss and a dict of scalar metrics
-  evaluate(config, model, batch)  a dict of sums over the batch, with "weight"
+  build(config, rngs)             returns the model, an nnx.Module whose state
+                                  consists of nnx.Param only
+  loss(config, model, batch, rng) returns the scalar loss and a dict of scalar
+                                  metrics
+  evaluate(config, model, batch)  returns a dict of sums over the batch; the sum
+                                  of the weights is "weight"
 
-and may have
+A task may also have
 
-  score(config, outputs)          the sums, made of what evaluate returned where
-                                  they take more than arrays: NumPy and strings
-  results(config, sums)           metrics of the sums over all batches, NumPy
-                                  arrays; by default each over the weight
-  evaluation_variants(config)     {name: config} of what eval.py evaluates too
-  real_tokens(config, batch)      bool (B, T): which of the tokens that attend
-                                  are no padding, where attention does not know
-  tick_labels(config, batch)      what to write beside the tokens that attend:
-                                  strings, of a batch of one
+  score(config, outputs)          returns the sums, if computing them needs
+                                  strings or Python: evaluate then returns any
+                                  arrays, and score gets them as NumPy arrays
+  results(config, sums)           returns the metrics, given the sums over all
+                                  batches as NumPy arrays; by default each sum
+                                  is divided by "weight"
+  evaluation_variants(config)     returns {name: config}, the further
+                                  evaluations that eval.py runs
+  real_tokens(config, batch)      returns bool (B, T), False for padding tokens
+                                  that the attention layers are not told of
+  tick_labels(config, batch)      returns a string for each token of a batch of
+                                  one example; plots of attention show them
   patch_attention(config, weights_LNTS)
-                                  how much attention each patch of an image
-                                  gets, (L, N, rows, columns)
+                                  returns how much attention each patch of an
+                                  image receives, (L, N, rows, columns)
 
 To add a task, add its module here and its name to TASKS.
 """
@@ -46,21 +53,25 @@ TASKS = (
 
 
 def get(name: str) -> types.ModuleType:
-  """The module of a task; imported when asked for, with what it alone needs."""
+  """Returns the module of a task.
+
+  Importing it only now spares the other tasks its dependencies.
+  """
   return importlib.import_module(f"sigattn.tasks.{name}")
 
 
 def train_batches(config: ConfigDict) -> Iterator[loader.Batch]:
-  """Endless training batches of a config; see the source's train_batches."""
+  """Yields training batches without end; see loader.ExampleSource."""
   source = get(config.task).SOURCE
   split = source.open_source(config, config.data.train_split)
   return split.train_batches(config)
 
 
 def eval_batches(config: ConfigDict, split: str) -> Iterable[loader.Batch]:
-  """The batches of a split, in order and with a `weight`, as often as iterated.
+  """Returns the batches of a split, in order and with weights.
 
-  Raises ValueError for an unknown split.
+  The result can be iterated several times; see loader.ExampleSource. Raises
+  ValueError for an unknown split.
   """
   source = get(config.task).SOURCE
   return source.open_source(config, split).eval_batches(config)

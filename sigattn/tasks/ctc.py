@@ -1,7 +1,8 @@
-"""Connectionist temporal classification: decoding, and how wrong it is.
+"""Connectionist temporal classification (CTC): decoding and error counts.
 
-A path gives each frame a character or the blank; its text is what remains when
-equal neighbours are merged and blanks then dropped. The loss is optax's.
+A path assigns a character or the blank to each frame. Merging equal neighbours
+and then dropping the blanks gives the text of the path. The loss is optax's,
+in sigattn/tasks/speech.py.
 """
 
 import math
@@ -12,43 +13,51 @@ import numpy as np
 from sigattn.data.speech import BLANK, spell
 
 
-def greedy(path_T, alphabet):
-  """The text of the path of the most probable index of each frame."""
+def greedy(path_T: np.ndarray, alphabet: str) -> str:
+  """Returns the text of the most probable path.
+
+  path_T: the most probable index of each frame.
+  """
   path_T = np.asarray(path_T)
   changed = np.append(True, path_T[1:] != path_T[:-1])
   kept = path_T[changed & (path_T != BLANK)]
   return spell(kept, alphabet)
 
 
-def prefix_beam(log_probs_TV, alphabet, width):
-  """The most probable text that a search over prefixes finds (1408.2873).
+def prefix_beam(log_probs_TV: np.ndarray, alphabet: str, width: int) -> str:
+  """Returns the most probable text found by a prefix beam search (1408.2873).
 
-  Sums over the paths of a text, where `greedy` takes the text of one path.
-  log_probs_TV: over blank and alphabet. width: prefixes kept at each frame.
+  The search adds up the probabilities of all paths of a text, whereas `greedy`
+  follows a single path. log_probs_TV: over the blank and the alphabet. width:
+  the number of prefixes kept after each frame.
   """
   log_probs_TV = np.asarray(log_probs_TV, np.float64)
-  nothing = -math.inf
-  # {prefix: (log probability ending in a blank, in its last character)}
-  beam = {(): (0.0, nothing)}
+  impossible = -math.inf
+  # {prefix: (log probability of its paths that end in the blank, and of those
+  # that end in its last character)}
+  beam = {(): (0.0, impossible)}
   for log_probs_V in log_probs_TV:
-    found = {}
+    extended = {}
 
-    def add(prefix, blank, last, found=found):
-      old = found.get(prefix, (nothing, nothing))
-      found[prefix] = np.logaddexp(old[0], blank), np.logaddexp(old[1], last)
+    def add(prefix, blank, last, extended=extended):
+      old = extended.get(prefix, (impossible, impossible))
+      extended[prefix] = np.logaddexp(old[0], blank), np.logaddexp(old[1], last)
 
     for prefix, (blank, last) in beam.items():
-      both = np.logaddexp(blank, last)
-      add(prefix, both + log_probs_V[BLANK], nothing)
+      total = np.logaddexp(blank, last)
+      add(prefix, total + log_probs_V[BLANK], impossible)
       for index in range(1, len(log_probs_V)):
         log_prob = log_probs_V[index]
         if prefix and index == prefix[-1]:
-          add(prefix, nothing, last + log_prob)  # merged with the one before
-          add((*prefix, index), nothing, blank + log_prob)
+          # Without a blank in between, the two equal characters are merged.
+          add(prefix, impossible, last + log_prob)
+          add((*prefix, index), impossible, blank + log_prob)
         else:
-          add((*prefix, index), nothing, both + log_prob)
-    best = sorted(found, key=lambda p: np.logaddexp(*found[p]), reverse=True)
-    beam = {prefix: found[prefix] for prefix in best[:width]}
+          add((*prefix, index), impossible, total + log_prob)
+    best = sorted(
+      extended, key=lambda p: np.logaddexp(*extended[p]), reverse=True
+    )
+    beam = {prefix: extended[prefix] for prefix in best[:width]}
   prefix = max(beam, key=lambda p: np.logaddexp(*beam[p]))
   return spell(prefix, alphabet)
 
@@ -56,10 +65,12 @@ def prefix_beam(log_probs_TV, alphabet, width):
 COUNTS = ("character_errors", "characters", "word_errors", "words")
 
 
-def errors(reference, hypothesis):
-  """What COUNTS names: edits, and the reference's characters and words.
+def errors(reference: str, hypothesis: str) -> dict[str, int]:
+  """Returns the counts named by COUNTS.
 
-  An error rate is the quotient of sums over as many utterances as one likes.
+  They are the edits that turn the hypothesis into the reference, in characters
+  and in words, and the characters and words of the reference. An error rate is
+  a sum of errors, over any number of utterances, divided by the sum of counts.
   """
   counts = []
   for process in (jiwer.process_characters, jiwer.process_words):

@@ -1,14 +1,16 @@
-"""Decoder-only language model and its task: predicting the next token."""
+"""A decoder-only language model and its task, predicting the next token."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack
-from sigattn.data import text
+from sigattn.data import loader, text
 from sigattn.validate import choice, flag, whole
 
 SOURCE = text
@@ -20,21 +22,31 @@ POSITIONS = ("sincos", "rope", "none")
 class LanguageModel(nnx.Module):
   """Tokens -> embedding -> causal stack -> norm -> logits by the embedding.
 
-  Input and output share the embedding (1608.05859); no biases.
+  Input and output share the embedding (1608.05859). There are no biases.
 
-  stack: layers.Stack. norm: kind of the norm before the logits, None for none.
-  table: adds sines to the embedding, with the weight against it of 1706.03762,
-    which multiplies an embedding of variance 1 / width by sqrt(width).
+  norm: the kind of the norm before the logits, or None for no norm.
+  add_sincos: whether sines of the positions are added to the embedding. Their
+    weight relative to the embedding is that of 1706.03762, which multiplies an
+    embedding of variance 1 / width by sqrt(width).
   has_positions: whether the stack takes `positions`.
 
-  Initialisation, as of the models that 2409.04431 published:
-    embed  normal, variance 1 / width, so that the logits' variance is 1
+  Initialisation, as in the models published with 2409.04431:
+    embed  normal, variance 1 / width, so that the logits have variance 1
   """
 
   def __init__(
-    self, stack, *, vocab_size, width, norm, table, has_positions, dtype, rngs
+    self,
+    stack: layers.Stack,
+    *,
+    vocab_size: int,
+    width: int,
+    norm: str | None,
+    add_sincos: bool,
+    has_positions: bool,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
   ):
-    self.stack, self.table = stack, table
+    self.stack, self.add_sincos = stack, add_sincos
     self.has_positions = has_positions
     self.dtype = dtype
     normal = nnx.initializers.normal(width**-0.5)
@@ -43,11 +55,18 @@ class LanguageModel(nnx.Module):
     if self.has_norm:
       self.norm = layers.make_norm(norm, width, rngs)
 
-  def __call__(self, token_BT, rng=None, *, segment_ids=None):
-    """Logits (B, T, V) of the token after each, float32.
+  def __call__(
+    self,
+    token_BT: jax.Array,
+    rng: jax.Array | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns the float32 logits (B, T, V) of the token after each token.
 
-    token_BT: integers; -1 is padding. rng: of what drops at random; None:
-    nothing does. segment_ids: (B, T), tokens see those of their own segment.
+    token_BT: integers; -1 is padding. rng: for dropout and drop path; None
+    turns both off. segment_ids: int (B, T); tokens attend only to tokens of
+    their own segment.
     """
     positions_BT = offsets(token_BT, segment_ids)
     x_BTD = self._embed(token_BT, positions_BT)
@@ -56,11 +75,13 @@ class LanguageModel(nnx.Module):
     )
     return self._logits(x_BTD)
 
-  def prefill(self, token_BT, segment_ids, slots):
-    """Logits (B, V) after the last token, and a cache of `slots` slots.
+  def prefill(
+    self, token_BT: jax.Array, segment_ids: jax.Array, slots: int
+  ) -> tuple[jax.Array, layers.Cache]:
+    """Returns the logits (B, V) after the last token, and a cache.
 
-    The prompts end at T together: a shorter one begins with padding, whose
-    segment is 0.
+    All prompts end at T: a shorter prompt begins with padding, whose segment is
+    0. slots: the number of tokens that the cache can hold, prompt included.
     """
     cache = self._empty_cache(token_BT.shape[0], slots)
     positions_BT = offsets(token_BT, segment_ids)
@@ -72,27 +93,34 @@ class LanguageModel(nnx.Module):
     )
     return self._logits(x_BTD[:, -1:])[:, 0], cache
 
-  def decode(self, token_B, cache, place, start_B):
-    """Logits (B, V) after one more token, and the cache with it.
+  def decode(
+    self,
+    token_B: jax.Array,
+    cache: layers.Cache,
+    place: jax.Array,
+    start_B: jax.Array,
+  ) -> tuple[jax.Array, layers.Cache]:
+    """Returns the logits (B, V) after one more token, and the cache with it.
 
-    place: int32 scalar, the slot of this token. start_B: each row's first slot
-    that is no padding.
+    place: int32 scalar, the slot of this token in the cache. start_B: the first
+    slot of each row that is not padding.
     """
-    slot_S = jnp.arange(cache.key_BSKH.shape[2])[None]  # behind the layers
-    seen_BS = (slot_S >= start_B[:, None]) & (slot_S <= place)
+    # The cache's arrays start with an axis of layers, so S is axis 2.
+    slot_S = jnp.arange(cache.key_BSKH.shape[2])[None]
+    visible_BS = (slot_S >= start_B[:, None]) & (slot_S <= place)
     positions_BT = (place - start_B)[:, None]
     x_BTD, cache = self.stack(
       self._embed(token_B[:, None], positions_BT),
       cache=cache,
       place=place,
-      mask=seen_BS[:, None, None],
+      mask=visible_BS[:, None, None],
       **self._positions(positions_BT),
     )
     return self._logits(x_BTD)[:, 0], cache
 
   def _embed(self, token_BT, positions_BT):
     x_BTD = self.embed[...].at[token_BT].get(mode="clip")
-    if self.table:
+    if self.add_sincos:
       width = x_BTD.shape[-1]
       x_BTD += width**-0.5 * positions.sincos(positions_BT, width)
     return x_BTD.astype(self.dtype)
@@ -117,14 +145,16 @@ class LanguageModel(nnx.Module):
     )
 
 
-def offsets(token_BT, segment_ids=None):
-  """How many tokens of its own segment stand before each token, (B, T)."""
-  place_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1]), token_BT.shape)
+def offsets(
+  token_BT: jax.Array, segment_ids: jax.Array | None = None
+) -> jax.Array:
+  """Returns the position of each token within its own segment, int (B, T)."""
+  index_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1]), token_BT.shape)
   if segment_ids is None:
-    return place_BT
+    return index_BT
   before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-  first_BT = jnp.where(segment_ids != before, place_BT, 0)
-  return place_BT - jax.lax.cummax(first_BT, axis=1)
+  first_BT = jnp.where(segment_ids != before, index_BT, 0)
+  return index_BT - jax.lax.cummax(first_BT, axis=1)
 
 
 FIELDS = (
@@ -139,8 +169,11 @@ FIELDS = (
 RULES = (*stack.RULES, stack.multiple_for_positions({"sincos": 2, "rope": 2}))
 
 
-def build(config, rngs):
-  """The LanguageModel of a config, its sigmoid's n the training length."""
+def build(config: ConfigDict, rngs: nnx.Rngs) -> LanguageModel:
+  """Returns the LanguageModel of a config.
+
+  Its max_length, the n of sigmoid's bias -log n, is config.model.max_length.
+  """
   model = config.model
   blocks = stack.make(
     config,
@@ -156,40 +189,52 @@ def build(config, rngs):
     vocab_size=config.data.vocab_size,
     width=model.width,
     norm=None if model.norm == "post" else model.norm_kind,
-    table=model.positions == "sincos",
-    # By which RoPE turns, and the row scaling counts.
+    add_sincos=model.positions == "sincos",
+    # RoPE rotates by the positions, and the row scaling counts tokens by them.
     has_positions=model.positions == "rope" or config.attn.row_power > 0,
     dtype=jnp.dtype(config.dtype),
     rngs=rngs,
   )
 
 
-def real_tokens(config, batch):
-  """bool (B, T): which inputs are no padding."""
+def real_tokens(config: ConfigDict, batch: dict[str, jax.Array]) -> jax.Array:
+  """Returns bool (B, T): False for input tokens that are padding."""
   del config
   return batch["token"][:, :-1] >= 0
 
 
-def tick_labels(config, batch):
-  """The text of each input of a batch of one row, padding left out."""
+def tick_labels(config: ConfigDict, batch: loader.Batch) -> list[str]:
+  """Returns the text of each input token, of a batch of one row.
+
+  Padding tokens are left out.
+  """
   token_T = batch["token"][0, :-1]
   decode = text.tokenizer(config).decode
   return [decode([int(x)]) for x in token_T[token_T >= 0]]
 
 
-def loss(config, model, batch, rng):
-  """Mean cross-entropy of the tokens that have one before them.
+def loss(
+  config: ConfigDict,
+  model: LanguageModel,
+  batch: dict[str, jax.Array],
+  rng: jax.Array | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Mean cross-entropy, in nats, over the tokens that can be predicted.
 
-  Returns (loss, {"loss", "accuracy"}).
+  A token can be predicted if the token before it is of the same segment.
+  batch: see sigattn/data/text.py. Returns (loss, {"loss", "accuracy"}).
   """
-  nats_BT, right_BT, real_BT = _predict(model, batch, rng)
+  nats_BT, correct_BT, real_BT = _nats_and_correct(model, batch, rng)
   count = jnp.maximum(real_BT.sum(), 1)
-  value = nats_BT.sum() / count
-  return value, {"loss": value, "accuracy": right_BT.sum() / count}
+  mean_nats = nats_BT.sum() / count
+  return mean_nats, {"loss": mean_nats, "accuracy": correct_BT.sum() / count}
 
 
-def _predict(model, batch, rng=None):
-  """Nats and 1 where right, both 0 where there is nothing to predict."""
+def _nats_and_correct(model, batch, rng=None):
+  """(cross-entropy in nats, is correct, is scored) of each target, (B, T).
+
+  The first two are 0 where there is nothing to predict.
+  """
   token, segment = batch["token"], batch.get("segment")
   target_BT, real_BT = token[:, 1:], token[:, 1:] >= 0
   if segment is not None:
@@ -199,19 +244,24 @@ def _predict(model, batch, rng=None):
   nats_BT = optax.softmax_cross_entropy_with_integer_labels(
     logits_BTV, jnp.maximum(target_BT, 0)
   )
-  right_BT = logits_BTV.argmax(-1) == target_BT
-  return nats_BT * real_BT, right_BT & real_BT, real_BT
+  correct_BT = logits_BTV.argmax(-1) == target_BT
+  return nats_BT * real_BT, correct_BT & real_BT, real_BT
 
 
-def evaluate(config, model, batch):
-  """Sums over the tokens to predict: see `results`."""
-  nats_BT, right_BT, real_BT = _predict(model, batch)
+def evaluate(
+  config: ConfigDict, model: LanguageModel, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Returns sums over the tokens to predict, from which `results` is computed.
+
+  batch: as in `loss`, with "weight" (B,), 0 for padding rows.
+  """
+  nats_BT, correct_BT, real_BT = _nats_and_correct(model, batch)
   weight_BT = batch["weight"][:, None] * real_BT
   size_V = jnp.asarray(text.tokenizer(config).num_bytes(), jnp.float32)
   bytes_BT = size_V.at[batch["token"][:, 1:]].get(mode="clip")
   sums = {
     "loss": jnp.vdot(weight_BT, nats_BT),
-    "accuracy": jnp.vdot(weight_BT, right_BT.astype(jnp.float32)),
+    "accuracy": jnp.vdot(weight_BT, correct_BT.astype(jnp.float32)),
     "bytes": jnp.vdot(weight_BT, bytes_BT),
     "weight": weight_BT.sum(),
   }
@@ -221,57 +271,59 @@ def evaluate(config, model, batch):
   return sums
 
 
-def results(config, sums):
-  """The metrics of sums over all batches.
+def results(
+  config: ConfigDict, sums: dict[str, np.ndarray]
+) -> dict[str, float]:
+  """Returns the metrics, given the sums of `evaluate` over all batches.
 
-  loss           nats a token
+  loss           mean cross-entropy in nats per token
   perplexity     e^loss
-  accuracy       share of the tokens that were the likeliest
-  bits_per_byte  of the text, whatever the tokenizer; a character where all
-                 are ASCII
-  loss@0:16      of the tokens with 0 to 15 before the first that predicts them,
-                 and so on by powers of two, where config.eval.by_position
+  accuracy       share of the targets that the model considers the likeliest
+  bits_per_byte  cross-entropy in bits per byte of text, comparable between
+                 tokenizers; equals bits per character for ASCII text
+  loss@0:16      loss of the first 16 targets of a row, then loss@16:32,
+                 loss@32:64 and so on; only with config.eval.by_position
   """
   count = sums["weight"]
   mean = sums["loss"] / count
-  found = {
+  metrics = {
     "loss": mean,
     "perplexity": math.exp(mean),
     "accuracy": sums["accuracy"] / count,
     "bits_per_byte": sums["loss"] / sums["bytes"] / math.log(2),
   }
   if config.eval.by_position:
-    found |= _by_position(sums["loss_T"], sums["weight_T"])
-  return found
+    metrics |= _by_position(sums["loss_T"], sums["weight_T"])
+  return metrics
 
 
 def _by_position(loss_T, weight_T):
-  start, stop, found = 0, 16, {}
+  start, stop, losses = 0, 16, {}
   while start < len(loss_T):
     part = slice(start, stop)
     if weight_T[part].sum():
       name = f"loss@{start}:{min(stop, len(loss_T))}"
-      found[name] = loss_T[part].sum() / weight_T[part].sum()
+      losses[name] = loss_T[part].sum() / weight_T[part].sum()
     start, stop = stop, 2 * stop
-  return found
+  return losses
 
 
-def evaluation_variants(config):
-  """What eval.py evaluates beside the run's own length: {name: config}.
+def evaluation_variants(config: ConfigDict) -> dict[str, ConfigDict]:
+  """Returns {name: config}, the evaluations of eval.py at other lengths.
 
-  Each of config.eval.length_factors times the training length, by position,
-  with each max_length of
-  config.eval.max_length_of. The text is the same in rows of another
-  length, but for documents of a stream, which end where they end.
+  The lengths are config.eval.length_factors times the training length, each
+  with every max_length of config.eval.max_length_of; the loss is also given by
+  position. All variants cut the same text into rows of another length, except
+  that the documents of a stream do not become longer.
   """
   variants = {}
   for name, factor, max_length_of in stack.eval_lengths(config):
-    other = config.copy_and_resolve_references().unlock()
-    other.data.length = factor * config.data.length
+    variant = config.copy_and_resolve_references().unlock()
+    variant.data.length = factor * config.data.length
     if max_length_of == "test":
-      other.model.max_length = other.data.length
-    other.batch_size = max(config.batch_size // factor, jax.device_count())
-    other.batch_size -= other.batch_size % jax.device_count()
-    other.eval.by_position = True
-    variants[name] = other.lock()
+      variant.model.max_length = variant.data.length
+    variant.batch_size = max(config.batch_size // factor, jax.device_count())
+    variant.batch_size -= variant.batch_size % jax.device_count()
+    variant.eval.by_position = True
+    variants[name] = variant.lock()
   return variants

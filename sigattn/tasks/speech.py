@@ -1,15 +1,17 @@
-"""Acoustic encoder with CTC (2106.03143, 2409.04431) and its task: speech."""
+"""An acoustic encoder with CTC (2106.03143, 2409.04431): the task speech."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack
-from sigattn.data import log_mel
+from sigattn.data import loader, log_mel
 from sigattn.data import speech as recordings
 from sigattn.tasks import ctc
 from sigattn.validate import choice, items, real, sequence, whole
@@ -19,39 +21,41 @@ UNIT = "utterances"
 METRICS = ("loss", "cer", "wer")
 POSITIONS = ("sincos", "cape", "rope", "none")
 
-# Utterances of 0 to 10 seconds, 10 to 20, ...: the paper's split of TED-LIUM.
-_LENGTHS = (0, 10, 20, 30)
+# Errors are also counted by length: utterances of 0 to 10 seconds, 10 to 20, 20
+# to 30, and more. The paper groups TED-LIUM's utterances in this way.
+_GROUP_STARTS = (0, 10, 20, 30)
 
 
 class AcousticModel(nnx.Module):
   """Log-mel -> convolutions + positions -> encoder -> norm -> characters.
 
   encoder: a module, encoder(x_BTD, rng, seq_lengths=) -> (B, T, D).
-  convolutions: (kernel, stride) of each, followed by a gated linear unit.
+  convolutions: (kernel, stride) of each; a gated linear unit follows each.
   add_positions: None, or a function (x_BTD, tokens_B, rng) -> x_BTD.
-  norm: kind of the norm before the head, None for none. characters: V - 1; the
-  first class is CTC's blank.
+  norm: the kind of the norm before the head, or None for no norm.
+  characters: the size of the alphabet, V - 1; the first class is CTC's blank.
 
-  Padding is 0 before each convolution, as beyond the ends of an utterance, and
-  attended to by none: the utterances of a batch do not know of it.
+  Padding does not change the outputs of an utterance. It is set to 0 before
+  each convolution, like what lies beyond the ends of an utterance, and no token
+  attends to it.
 
   Initialisation beyond that of sigattn.layers:
     conv/i/kernel  LeCun normal
-    head           0: the first probabilities are all 1 / V
+    head           0, so that the first probabilities are all 1 / V
   """
 
   def __init__(
     self,
-    encoder,
+    encoder: nnx.Module,
     *,
-    mel_bins,
-    convolutions,
-    width,
-    characters,
-    add_positions,
-    norm,
-    dtype,
-    rngs,
+    mel_bins: int,
+    convolutions: tuple[tuple[int, int], ...],
+    width: int,
+    characters: int,
+    add_positions: Callable[..., jax.Array] | None,
+    norm: str | None,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
   ):
     self.encoder, self.add_positions = encoder, add_positions
     self.convolutions, self.dtype = convolutions, dtype
@@ -62,7 +66,7 @@ class AcousticModel(nnx.Module):
         2 * width,
         (kernel,),
         strides=stride,
-        # Not "SAME", which depends on the length, padding and all.
+        # "SAME" would depend on the length with its padding.
         padding=[((kernel - 1) // 2, kernel // 2)],
         dtype=dtype,
         rngs=rngs,
@@ -75,11 +79,13 @@ class AcousticModel(nnx.Module):
     zeros = nnx.initializers.zeros
     self.head = nnx.Linear(width, characters + 1, kernel_init=zeros, rngs=rngs)
 
-  def __call__(self, x_BTM, frames_B, rng=None):
-    """Logits (B, T', V) float32, and how many of the T' are no padding (B,).
+  def __call__(
+    self, x_BTM: jax.Array, frames_B: jax.Array, rng: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns float32 logits (B, T', V), and how many tokens are valid, (B,).
 
-    x_BTM: normalised, of log_mel_of. rng: of what is random; None: nothing
-    is.
+    x_BTM, frames_B: as log_mel_of returns them. rng: for CAPE's shifts, dropout
+    and drop path; None turns them off.
     """
     position_rng = drop_rng = None
     if rng is not None:
@@ -120,17 +126,20 @@ RULES = (
 )
 
 
-def build(config, rngs):
-  """The AcousticModel of a config; its sigmoid's n are the tokens of the
-  longest utterance that config.data.bucket_seconds lets in."""
+def build(config: ConfigDict, rngs: nnx.Rngs) -> AcousticModel:
+  """Returns the AcousticModel of a config.
+
+  Its max_length, the n of sigmoid's bias -log n, is the number of tokens of the
+  longest utterance that config.data.bucket_seconds admits.
+  """
   model, data = config.model, config.data
   samples = int(data.bucket_seconds[-1] * data.sample_rate)
-  longest = log_mel.frames(samples, data.sample_rate)
+  max_length = log_mel.frames(samples, data.sample_rate)
   for _, stride in model.convolutions:
-    longest = -(-longest // stride)
+    max_length = -(-max_length // stride)
   encoder = stack.make(
     config,
-    max_length=longest,
+    max_length=max_length,
     rotate=_rotate if model.positions == "rope" else None,
     rngs=rngs,
   )
@@ -140,8 +149,8 @@ def build(config, rngs):
     convolutions=tuple(tuple(pair) for pair in model.convolutions),
     width=model.width,
     characters=len(data.alphabet),
-    add_positions=_adder(model),
-    # A post-norm block ends in a norm.
+    add_positions=_position_adder(model),
+    # A post-norm block already ends with a norm.
     norm=None if model.norm == "post" else model.norm_kind,
     dtype=jnp.dtype(config.dtype),
     rngs=rngs,
@@ -152,25 +161,28 @@ def _rotate(x_BTNH):
   return positions.rope(x_BTNH, np.arange(x_BTNH.shape[1]))
 
 
-def _adder(model):
-  """What adds positions.sincos to the tokens; None where nothing does."""
+def _position_adder(model):
+  """A function that adds sines of the positions to the tokens, or None."""
   cape = (model.cape_shift, model.cape_local_shift, model.cape_scale)
 
   def add(x_BTD, tokens_B, rng):
     _, length, width = x_BTD.shape
     if model.positions == "cape":
-      place_BT = positions.cape(rng, tokens_B, length, *cape)
+      positions_BT = positions.cape(rng, tokens_B, length, *cape)
     else:
-      place_BT = jnp.arange(length, dtype=jnp.float32)[None]
-    return x_BTD + positions.sincos(place_BT, width).astype(x_BTD.dtype)
+      positions_BT = jnp.arange(length, dtype=jnp.float32)[None]
+    return x_BTD + positions.sincos(positions_BT, width).astype(x_BTD.dtype)
 
   return add if model.positions in ("sincos", "cape") else None
 
 
-def log_mel_of(config, batch):
-  """Normalised log-mel (B, T, M) of a batch, and how many frames are real.
+def log_mel_of(
+  config: ConfigDict, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  """Returns normalised log-mel energies (B, T, M) and the valid frames (B,).
 
-  A recording shorter than a window counts as one.
+  A recording that is shorter than a window counts as one frame. batch: "audio"
+  and "samples", as in `loss`.
   """
   rate = config.data.sample_rate
   x_BTM = log_mel.log_mel(batch["audio"], rate, config.model.mel_bins)
@@ -178,65 +190,79 @@ def log_mel_of(config, batch):
   return log_mel.normalize(x_BTM, frames_B), frames_B
 
 
-def tick_labels(config, batch):
-  """The second at which each token begins, of a batch of one."""
+def tick_labels(config: ConfigDict, batch: loader.Batch) -> list[str]:
+  """Returns the second at which each token begins, of a batch of one."""
   stride = math.prod(stride for _, stride in config.model.convolutions)
   frames = log_mel.frames(int(batch["samples"][0]), config.data.sample_rate)
   starts = range(0, frames, stride)
   return [f"{start * log_mel.HOP_MS / 1000:.2f}" for start in starts]
 
 
-def loss(config, model, batch, rng):
-  """CTC's -log p(text | audio) with SpecAugment, in nats a character.
+def loss(
+  config: ConfigDict,
+  model: AcousticModel,
+  batch: dict[str, jax.Array],
+  rng: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """CTC's -log p(text | audio) with SpecAugment, in nats per character.
 
-  batch: "audio" (B, S) float32 in -1..1, "samples" (B,), "label" (B, U) int32,
-  "characters" (B,). Returns (loss, {"loss"}).
+  batch: "audio" (B, S) float32 in [-1, 1], "samples" (B,), "target" (B, U)
+  int32, "characters" (B,). Returns (loss, {"loss"}).
   """
   augment_rng, model_rng = jax.random.split(rng)
   x_BTM, frames_B = log_mel_of(config, batch)
   x_BTM = log_mel.spec_augment(config.augment, augment_rng, x_BTM, frames_B)
   logits_BTV, tokens_B = model(x_BTM, frames_B, model_rng)
-  loss_B = ctc_loss(logits_BTV, tokens_B, batch["label"], batch["characters"])
-  value = loss_B.sum() / jnp.maximum(batch["characters"].sum(), 1)
-  return value, {"loss": value}
+  loss_B = ctc_loss(logits_BTV, tokens_B, batch["target"], batch["characters"])
+  mean_loss = loss_B.sum() / jnp.maximum(batch["characters"].sum(), 1)
+  return mean_loss, {"loss": mean_loss}
 
 
-def ctc_loss(logits_BTV, tokens_B, labels_BU, characters_B):
-  """-log p(label) of each utterance, (B,); 0 for one with too few tokens.
+def ctc_loss(
+  logits_BTV: jax.Array,
+  tokens_B: jax.Array,
+  targets_BU: jax.Array,
+  characters_B: jax.Array,
+) -> jax.Array:
+  """Returns -log p(target) of each utterance, (B,), in nats.
 
-  Each character takes a token, and one more lies between two that are equal.
+  An utterance with too few tokens for its target has a loss of 0. A target
+  needs one token per character, and one blank between two equal characters.
   """
-  padding_BU = ~log_mel.valid(characters_B, labels_BU.shape[1])
-  repeated_BU = (labels_BU[:, 1:] == labels_BU[:, :-1]) & ~padding_BU[:, 1:]
+  padding_BU = ~log_mel.valid(characters_B, targets_BU.shape[1])
+  repeated_BU = (targets_BU[:, 1:] == targets_BU[:, :-1]) & ~padding_BU[:, 1:]
   needed_B = characters_B + repeated_BU.sum(1)
   padding_BT = ~log_mel.valid(tokens_B, logits_BTV.shape[1])
   loss_B = optax.ctc_loss(
     logits_BTV,
     padding_BT.astype(jnp.float32),
-    labels_BU,
+    targets_BU,
     padding_BU.astype(jnp.float32),
     blank_id=ctc.BLANK,
   )
   return jnp.where(needed_B <= tokens_B, loss_B, 0)
 
 
-def evaluate(config, model, batch):
-  """What `score` wants: each utterance's loss, and what the model predicts.
+def evaluate(
+  config: ConfigDict, model: AcousticModel, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Returns the loss and prediction of each utterance, the input of `score`.
 
-  batch: as in `loss`, "seconds" (B,), and "weight" (B,), 0 for padding.
+  batch: as in `loss`, with "seconds" (B,), and "weight" (B,), 0 for padding.
   """
   logits_BTV, tokens_B = model(*log_mel_of(config, batch))
-  loss_B = ctc_loss(logits_BTV, tokens_B, batch["label"], batch["characters"])
-  given = {
-    name: batch[name] for name in ("label", "characters", "seconds", "weight")
-  }
-  return given | _predictions(config, logits_BTV, tokens_B) | {"loss": loss_B}
+  loss_B = ctc_loss(logits_BTV, tokens_B, batch["target"], batch["characters"])
+  kept = ("target", "characters", "seconds", "weight")
+  outputs = {name: batch[name] for name in kept} | {"loss": loss_B}
+  return outputs | _predictions(config, logits_BTV, tokens_B)
 
 
-def predict(config, model, batch):
-  """What `decode` wants of each utterance.
+def predict(
+  config: ConfigDict, model: AcousticModel, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Returns the prediction for each utterance, the input of `decode`.
 
-  batch: "audio" (B, S) float32 in -1..1, "samples" (B,).
+  batch: "audio" (B, S) float32 in [-1, 1], "samples" (B,).
   """
   return _predictions(config, *model(*log_mel_of(config, batch)))
 
@@ -247,44 +273,60 @@ def _predictions(config, logits_BTV, tokens_B):
   return {"tokens": tokens_B, "path": logits_BTV.argmax(-1)}
 
 
-def score(config, found):
-  """Sums over a batch's utterances: losses, edits, characters, words.
+def score(
+  config: ConfigDict, outputs: loader.Batch
+) -> dict[str, float | np.ndarray]:
+  """Returns sums over a batch: the loss, and ctc.COUNTS by group of length.
 
-  found: of `evaluate`, NumPy arrays. All but the losses are arrays (4,) over
-  the groups of length.
+  outputs: what `evaluate` returned, as NumPy arrays. The counts are arrays
+  (4,); the groups are utterances of up to 10, 20, 30 and more seconds.
   """
-  sums = {"loss": 0.0} | {name: np.zeros(len(_LENGTHS)) for name in ctc.COUNTS}
-  for i in np.flatnonzero(found["weight"]):
-    label_U = found["label"][i][: found["characters"][i]]
-    said = decode(config, {name: x[i] for name, x in found.items()})
-    sums["loss"] += float(found["loss"][i])
-    group = np.searchsorted(_LENGTHS, found["seconds"][i], side="right") - 1
-    text = ctc.spell(label_U, config.data.alphabet)
-    for name, count in ctc.errors(text, said).items():
+  sums = {"loss": 0.0} | {
+    name: np.zeros(len(_GROUP_STARTS)) for name in ctc.COUNTS
+  }
+  for i in np.flatnonzero(outputs["weight"]):
+    target_U = outputs["target"][i][: outputs["characters"][i]]
+    hypothesis = decode(config, {name: x[i] for name, x in outputs.items()})
+    sums["loss"] += float(outputs["loss"][i])
+    seconds = outputs["seconds"][i]
+    group = np.searchsorted(_GROUP_STARTS, seconds, side="right") - 1
+    reference = ctc.spell(target_U, config.data.alphabet)
+    for name, count in ctc.errors(reference, hypothesis).items():
       sums[name][group] += count
   return sums
 
 
-def decode(config, found):
-  """The text of one utterance of `say` or `evaluate`."""
-  tokens, alphabet = found["tokens"], config.data.alphabet
+def decode(config: ConfigDict, outputs: loader.Batch) -> str:
+  """Returns the text of one utterance.
+
+  outputs: what `predict` or `evaluate` returned, without the batch axis.
+  """
+  tokens, alphabet = outputs["tokens"], config.data.alphabet
   if config.eval.beam_width > 1:
-    log_probs_TV = found["log_probs"][:tokens]
+    log_probs_TV = outputs["log_probs"][:tokens]
     return ctc.prefix_beam(log_probs_TV, alphabet, config.eval.beam_width)
-  return ctc.greedy(found["path"][:tokens], alphabet)
+  return ctc.greedy(outputs["path"][:tokens], alphabet)
 
 
-def results(config, sums):
-  """Loss in nats a character, CER and WER, of all and by length: cer_10_20."""
+def results(
+  config: ConfigDict, sums: dict[str, float | np.ndarray]
+) -> dict[str, float]:
+  """Returns the metrics, given the sums of `score` over all batches.
+
+  loss       nats per character
+  cer, wer   character and word error rates over all utterances
+  cer_10_20  the error rate of utterances of 10 to 20 seconds; likewise for wer
+             and the other groups of length
+  """
   del config
-  found = {"loss": sums["loss"] / sums["characters"].sum()}
-  ends = (*_LENGTHS[1:], "up")
-  for rate, unit in (("cer", "character"), ("wer", "word")):
+  metrics = {"loss": sums["loss"] / sums["characters"].sum()}
+  ends = (*_GROUP_STARTS[1:], "up")
+  for metric, unit in (("cer", "character"), ("wer", "word")):
     errors, counts = sums[f"{unit}_errors"], sums[f"{unit}s"]
-    found[rate] = errors.sum() / counts.sum()
-    for start, end, part, count in zip(
-      _LENGTHS, ends, errors, counts, strict=True
+    metrics[metric] = errors.sum() / counts.sum()
+    for start, end, error, count in zip(
+      _GROUP_STARTS, ends, errors, counts, strict=True
     ):
       if count:
-        found[f"{rate}_{start}_{end}"] = part / count
-  return found
+        metrics[f"{metric}_{start}_{end}"] = error / count
+  return metrics

@@ -1,13 +1,16 @@
-"""Small tasks that attention alone can solve, in a transformer of few layers.
+"""Small tasks that only attention can solve, for a transformer of few layers.
 
-sigattn/data/synthetic.py says what they are.
+sigattn/data/synthetic.py describes them.
 """
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack
+from sigattn.data import loader
 from sigattn.data import synthetic as sequences
 from sigattn.validate import choice, whole
 
@@ -15,55 +18,62 @@ SOURCE = sequences
 UNIT = "examples"
 METRICS = ("loss", "accuracy")
 POSITIONS = ("sincos", "rope", "none")
-CAUSAL = ("recall", "copy")  # a token sees those before it alone
-NUMBERS = ("summation",)  # real numbers in and out; the others: symbols
+CAUSAL = ("recall", "copy")  # tasks with causal attention
+NUMBERS = ("summation",)  # real numbers in and out; other tasks use symbols
 
 
 class Solver(nnx.Module):
   """Embedding + positions -> stack -> norm -> linear head, for every token.
 
-  Symbols are embedded by a table, numbers by a linear layer. classes: of the
-  output; 1 for a number.
+  A table embeds symbols, and a linear layer embeds numbers.
+
+  vocab_size: the number of input symbols, or None if the input is numbers.
+  num_outputs: the number of output symbols, or 1 if the output is a number.
+  norm: the kind of the norm before the head, or None for no norm.
+  add_sincos: whether sines of the positions are added to the embedding.
+  has_positions: whether the stack takes `positions`.
   """
 
   def __init__(
     self,
-    stack,
+    stack: layers.Stack,
     *,
-    symbols,
-    classes,
-    width,
-    norm,
-    table,
-    has_positions,
-    dtype,
-    rngs,
+    vocab_size: int | None,
+    num_outputs: int,
+    width: int,
+    norm: str | None,
+    add_sincos: bool,
+    has_positions: bool,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
   ):
-    """symbols: of the input, None for numbers. table: adds sines.
-
-    has_positions: whether the stack takes `positions`.
-    """
     self.stack, self.width, self.dtype = stack, width, dtype
-    self.table, self.has_positions = table, has_positions
+    self.add_sincos, self.has_positions = add_sincos, has_positions
     self.embed = (
       nnx.Linear(1, width, rngs=rngs)
-      if symbols is None
-      else nnx.Embed(symbols, width, rngs=rngs)
+      if vocab_size is None
+      else nnx.Embed(vocab_size, width, rngs=rngs)
     )
     self.has_norm = norm is not None
     if self.has_norm:
       self.norm = layers.make_norm(norm, width, rngs)
-    self.head = nnx.Linear(width, classes, rngs=rngs)
+    self.head = nnx.Linear(width, num_outputs, rngs=rngs)
 
-  def __call__(self, input_BT, rng=None):
-    """(B, T, classes), float32; rng: of what drops at random."""
+  def __call__(
+    self, input_BT: jax.Array, rng: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns the output of each token, float32 (B, T, num_outputs).
+
+    input_BT: int symbols or float numbers. rng: for dropout and drop path; None
+    turns both off.
+    """
     is_number = jnp.issubdtype(input_BT.dtype, jnp.floating)
     x_BTD = self.embed(input_BT[..., None] if is_number else input_BT)
     length = input_BT.shape[1]
-    if self.table:
+    if self.add_sincos:
       x_BTD = x_BTD + positions.sincos_1d(length, self.width)[None]
-    where = {"positions": jnp.arange(length)} if self.has_positions else {}
-    x_BTD = self.stack(x_BTD.astype(self.dtype), rng, **where)
+    stack_args = {"positions": jnp.arange(length)} if self.has_positions else {}
+    x_BTD = self.stack(x_BTD.astype(self.dtype), rng, **stack_args)
     if self.has_norm:
       x_BTD = layers.normalize(self.norm, x_BTD)
     return self.head(x_BTD.astype(jnp.float32))
@@ -91,11 +101,15 @@ RULES = (
 )
 
 
-def build(config, rngs):
-  """The Solver of a config, its sigmoid's n the training length."""
+def build(config: ConfigDict, rngs: nnx.Rngs) -> Solver:
+  """Returns the Solver of a config.
+
+  Its max_length, the n of sigmoid's bias -log n, is config.model.max_length;
+  None means the number of tokens of a training example.
+  """
   model, name = config.model, config.data.name
   is_number = name in NUMBERS
-  max_length = model.max_length or sequences.width(config.data)
+  max_length = model.max_length or sequences.num_tokens(config.data)
   blocks = stack.make(
     config,
     max_length=max_length,
@@ -105,75 +119,87 @@ def build(config, rngs):
   )
   return Solver(
     blocks,
-    symbols=None if is_number else config.data.vocab_size,
-    classes=1 if is_number else config.data.vocab_size,
+    vocab_size=None if is_number else config.data.vocab_size,
+    num_outputs=1 if is_number else config.data.vocab_size,
     width=model.width,
     norm=None if model.norm == "post" else model.norm_kind,
-    table=model.positions == "sincos",
-    # By which RoPE turns, and the row scaling counts.
+    add_sincos=model.positions == "sincos",
+    # RoPE rotates by the positions, and the row scaling counts tokens by them.
     has_positions=model.positions == "rope" or config.attn.row_power > 0,
     dtype=jnp.dtype(config.dtype),
     rngs=rngs,
   )
 
 
-def _score(config, model, batch, rng=None):
-  """Loss and 1 where right of each token, (B, T)."""
+def _loss_and_correct(config, model, batch, rng=None):
+  """The loss of each token, and whether it is predicted correctly, (B, T)."""
   out_BTV, target_BT = model(batch["input"], rng), batch["target"]
   if config.data.name in NUMBERS:
-    # Divided by the target's variance: 1 is what knowing nothing costs.
-    gap_BT = (out_BTV[..., 0] - target_BT) ** 2 / config.data.size
-    return gap_BT, gap_BT < 0.01
+    # The variance of the target is config.data.size. Divided by it, the loss of
+    # always predicting 0 is 1.
+    error_BT = (out_BTV[..., 0] - target_BT) ** 2 / config.data.size
+    return error_BT, error_BT < 0.01
   loss_BT = optax.softmax_cross_entropy_with_integer_labels(out_BTV, target_BT)
   return loss_BT, out_BTV.argmax(-1) == target_BT
 
 
-def tick_labels(config, batch):
-  """The symbol or number of each token, of a batch of one."""
-  form = "{:.2f}" if config.data.name in NUMBERS else "{}"
-  return [form.format(x) for x in batch["input"][0]]
+def tick_labels(config: ConfigDict, batch: loader.Batch) -> list[str]:
+  """Returns the symbol or number of each token, of a batch of one."""
+  template = "{:.2f}" if config.data.name in NUMBERS else "{}"
+  return [template.format(x) for x in batch["input"][0]]
 
 
-def loss(config, model, batch, rng):
-  """The mean over the tokens that count: (loss, {"loss", "accuracy"}).
+def loss(
+  config: ConfigDict,
+  model: Solver,
+  batch: dict[str, jax.Array],
+  rng: jax.Array | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns (loss, {"loss", "accuracy"}), means over the scored tokens.
 
-  Symbols: cross-entropy, and the share that was likeliest. Numbers: squared
-  error over the target's variance, and the share with less than a hundredth.
+  For symbols, the loss is the cross-entropy in nats, and a token is correct if
+  the target is the likeliest symbol. For numbers, the loss is the squared error
+  divided by the target's variance, and a token is correct below 0.01.
   """
-  loss_BT, right_BT = _score(config, model, batch, rng)
+  loss_BT, correct_BT = _loss_and_correct(config, model, batch, rng)
   scored_BT = batch["scored"]
   count = scored_BT.sum()
-  value = jnp.where(scored_BT, loss_BT, 0).sum() / count
-  accuracy = (right_BT & scored_BT).sum() / count
-  return value, {"loss": value, "accuracy": accuracy}
+  mean_loss = jnp.where(scored_BT, loss_BT, 0).sum() / count
+  accuracy = (correct_BT & scored_BT).sum() / count
+  return mean_loss, {"loss": mean_loss, "accuracy": accuracy}
 
 
-def evaluate(config, model, batch):
-  """Sums over the tokens that count, and their number."""
-  loss_BT, right_BT = _score(config, model, batch)
+def evaluate(
+  config: ConfigDict, model: Solver, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Returns sums over the scored tokens of loss, accuracy and weight.
+
+  batch: as in `loss`, with "weight" (B,), 0 for padding.
+  """
+  loss_BT, correct_BT = _loss_and_correct(config, model, batch)
   weight_BT = batch["weight"][:, None] * batch["scored"]
   return {
     "loss": jnp.vdot(weight_BT, loss_BT),
-    "accuracy": jnp.vdot(weight_BT, right_BT.astype(jnp.float32)),
+    "accuracy": jnp.vdot(weight_BT, correct_BT.astype(jnp.float32)),
     "weight": weight_BT.sum(),
   }
 
 
-def evaluation_variants(config):
-  """What eval.py evaluates beside the run's own length: {name: config}.
+def evaluation_variants(config: ConfigDict) -> dict[str, ConfigDict]:
+  """Returns {name: config}, the evaluations of eval.py at other lengths.
 
-  Each of config.eval.length_factors times the training length. The model stays
-  that of the training length, its sigmoid's n too, unless
-  config.eval.max_length_of or config.model.max_length says otherwise.
+  The lengths are config.eval.length_factors times the training length, each
+  with every max_length of config.eval.max_length_of. "training" keeps the n of
+  the trained model's sigmoid; "test" takes the number of tokens evaluated.
   """
   variants = {}
   for name, factor, max_length_of in stack.eval_lengths(config):
-    other = config.copy_and_resolve_references().unlock()
-    other.data.length = factor * config.data.length
-    other.model.max_length = (
-      sequences.width(other.data)
+    variant = config.copy_and_resolve_references().unlock()
+    variant.data.length = factor * config.data.length
+    variant.model.max_length = (
+      sequences.num_tokens(variant.data)
       if max_length_of == "test"
-      else config.model.max_length or sequences.width(config.data)
+      else config.model.max_length or sequences.num_tokens(config.data)
     )
-    variants[name] = other.lock()
+    variants[name] = variant.lock()
   return variants

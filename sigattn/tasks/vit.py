@@ -1,4 +1,4 @@
-"""Vision transformer (2010.11929) and its task: classifying images."""
+"""A vision transformer (2010.11929) and its task, classifying images."""
 
 import functools
 import math
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack
 from sigattn.data import image
@@ -15,7 +16,7 @@ from sigattn.validate import choice, divides, real, whole
 
 SOURCE = image
 UNIT = "images"
-METRICS = ("loss", "accuracy", "accuracy_top5")  # the last with > 10 classes
+METRICS = ("loss", "accuracy", "accuracy_top5")  # top5 needs > 10 classes
 POOLS = ("mean", "class")
 POSITIONS = ("learned", "sincos1d", "sincos2d", "rope", "none")
 
@@ -23,44 +24,46 @@ POSITIONS = ("learned", "sincos1d", "sincos2d", "rope", "none")
 class VisionTransformer(nnx.Module):
   """Patches -> linear embedding + positions -> encoder -> norm -> pool -> head.
 
-  encoder: a module, encoder(x_BTD, rng) -> (B, T, D), T = token count.
-  grid: rows and columns of patches. pool: mean over the tokens, or class: a
-  class token, the first one, alone. table: what is added to the tokens:
-  learned, sincos1d, sincos2d or none; nothing is added to a class token but a
-  learned table. norm: kind of the norm before the head, None for none.
+  encoder: a module, encoder(x_BTD, rng) -> (B, T, D); T counts all tokens.
+  grid: the numbers of rows and columns of patches.
+  pool: "mean" averages all tokens; "class" reads only the class token, which is
+    the first token.
+  position_table: what is added to the tokens, "learned", "sincos1d", "sincos2d"
+    or "none". Only a learned table has a row for the class token.
+  norm: the kind of the norm before the head, or None for no norm.
 
   Initialisation beyond that of sigattn.layers:
-    embed/kernel  LeCun normal: normalised pixels keep their variance
+    embed/kernel  LeCun normal, which keeps the variance of normalised pixels
     class_token   0
     position      normal, standard deviation position_std
-    head          0: the first loss is log(num_classes)
+    head          0, so that the first loss is log(num_classes)
   """
 
   def __init__(
     self,
-    encoder,
+    encoder: nnx.Module,
     *,
-    grid,
-    patch_size,
-    channels,
-    num_classes,
-    width,
-    pool,
-    table,
-    position_std,
-    norm,
-    dtype,
-    rngs,
+    grid: tuple[int, int],
+    patch_size: int,
+    channels: int,
+    num_classes: int,
+    width: int,
+    pool: str,
+    position_table: str,
+    position_std: float,
+    norm: str | None,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
   ):
     self.encoder = encoder
     self.grid, self.patch_size, self.width = grid, patch_size, width
-    self.pool, self.table, self.dtype = pool, table, dtype
+    self.pool, self.position_table, self.dtype = pool, position_table, dtype
     self.embed = nnx.Linear(
       channels * patch_size**2, width, dtype=dtype, rngs=rngs
     )
     if pool == "class":
       self.class_token = nnx.Param(jnp.zeros((width,), jnp.float32))
-    if table == "learned":
+    if position_table == "learned":
       shape = (math.prod(grid) + (pool == "class"), width)
       normal = jax.random.normal(rngs.params(), shape, jnp.float32)
       self.position = nnx.Param(position_std * normal)
@@ -70,27 +73,33 @@ class VisionTransformer(nnx.Module):
     zeros = nnx.initializers.zeros
     self.head = nnx.Linear(width, num_classes, kernel_init=zeros, rngs=rngs)
 
-  def __call__(self, images_BHWC, rng=None):
-    """Logits (B, num_classes), float32.
+  def __call__(
+    self, images_BHWC: jax.Array, rng: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns float32 logits (B, num_classes).
 
-    images_BHWC: normalised. rng: of what drops at random; None: nothing does.
+    images_BHWC: normalised, see `normalize`. rng: for dropout and drop path;
+    None turns both off. Raises ValueError for images of another size.
     """
     x_BPD = self.embed(self._patches(images_BHWC).astype(self.dtype))
     x_BTD = self._add_positions(self._add_class_token(x_BPD))
     x_BTD = self.encoder(x_BTD, rng)
     if self.has_norm:
       x_BTD = layers.normalize(self.norm, x_BTD)
-    # The pool and the head are cheap: float32.
+    # The pool and the head are cheap, so they compute in float32.
     x_BTD = x_BTD.astype(jnp.float32)
     return self.head(x_BTD[:, 0] if self.pool == "class" else x_BTD.mean(1))
 
   def _patches(self, images_BHWC):
-    """(B, P, patch_size^2 C), in raster order, pixels too."""
+    """The pixels of each patch, (B, P, patch_size^2 C).
+
+    Patches, and the pixels of each patch, are in raster order.
+    """
     batch, height, width, channels = images_BHWC.shape
     (rows, columns), size = self.grid, self.patch_size
     if (height, width) != (rows * size, columns * size):
       raise ValueError(
-        f"images_BHWC.shape={images_BHWC.shape}; built for "
+        f"images_BHWC.shape={images_BHWC.shape}; the model needs "
         f"{rows * size} x {columns * size} pixels"
       )
     x = images_BHWC.reshape(batch, rows, size, columns, size, channels)
@@ -105,14 +114,14 @@ class VisionTransformer(nnx.Module):
     return jnp.concatenate([token_B1D, x_BPD], axis=1)
 
   def _add_positions(self, x_BTD):
-    if self.table == "none":
+    if self.position_table == "none":
       return x_BTD
-    if self.table == "learned":
+    if self.position_table == "learned":
       table_TD = self.position[...]
     else:
-      table_TD = _fixed_table(self.table, self.grid, self.width)
-      absent = x_BTD.shape[1] - table_TD.shape[0]  # 1 with a class token
-      table_TD = jnp.pad(table_TD, ((absent, 0), (0, 0)))
+      table_TD = _fixed_table(self.position_table, self.grid, self.width)
+      missing = x_BTD.shape[1] - table_TD.shape[0]  # 1 with a class token
+      table_TD = jnp.pad(table_TD, ((missing, 0), (0, 0)))
     return x_BTD + table_TD.astype(x_BTD.dtype)[None]
 
 
@@ -137,8 +146,8 @@ def _top5_needs_more_classes(config):
   best, classes = config.ckpt.best_metric, config.data.num_classes
   if best == "accuracy_top5" and not _has_top5(config):
     raise ValueError(
-      f"config.ckpt.best_metric={best!r}; measured with more than 10 classes, "
-      f"not with config.data.num_classes={classes!r}"
+      f"config.ckpt.best_metric={best!r}; needs more than 10 classes, not "
+      f"config.data.num_classes={classes!r}"
     )
 
 
@@ -151,8 +160,11 @@ RULES = (
 )
 
 
-def build(config, rngs):
-  """The VisionTransformer of a config, its sigmoid's n the token count."""
+def build(config: ConfigDict, rngs: nnx.Rngs) -> VisionTransformer:
+  """Returns the VisionTransformer of a config.
+
+  Its max_length, the n of sigmoid's bias -log n, is the number of tokens.
+  """
   model, data = config.model, config.data
   side = data.image_size // model.patch_size
   grid, dtype = (side, side), jnp.dtype(config.dtype)
@@ -168,9 +180,9 @@ def build(config, rngs):
     num_classes=data.num_classes,
     width=model.width,
     pool=model.pool,
-    table="none" if model.positions == "rope" else model.positions,
+    position_table="none" if model.positions == "rope" else model.positions,
     position_std=model.position_std,
-    # A post-norm block ends in a norm.
+    # A post-norm block already ends with a norm.
     norm=None if model.norm == "post" else model.norm_kind,
     dtype=dtype,
     rngs=rngs,
@@ -178,20 +190,23 @@ def build(config, rngs):
 
 
 def _rotate(model, grid):
-  """RoPE over rows and columns from 1 on; a class token is at (0, 0)."""
+  """RoPE by row and column, counted from 1; a class token is at (0, 0)."""
   if model.positions != "rope":
     return None
-  place_T2 = positions.grid(*grid) + 1
+  position_T2 = positions.grid(*grid) + 1
   if model.pool == "class":
-    place_T2 = np.concatenate([np.zeros((1, 2), place_T2.dtype), place_T2])
-  return functools.partial(positions.rope_2d, positions=place_T2)
+    position_T2 = np.concatenate(
+      [np.zeros((1, 2), position_T2.dtype), position_T2]
+    )
+  return functools.partial(positions.rope_2d, positions=position_T2)
 
 
-def patch_attention(config, weights_LNTS):
-  """How much attention each patch gets, (L, N, rows, columns).
+def patch_attention(config: ConfigDict, weights_LNTS: np.ndarray) -> np.ndarray:
+  """Returns how much attention each patch receives, (L, N, rows, columns).
 
-  From the class token where it is the pool, else the mean over all tokens.
-  weights_LNTS: attention of an image, by layer and head.
+  With a class token, this is the attention that the class token pays.
+  Otherwise it is the mean over all tokens. weights_LNTS: the attention weights
+  of one image, for each layer and head.
   """
   side = config.data.image_size // config.model.patch_size
   if config.model.pool == "class":
@@ -201,41 +216,54 @@ def patch_attention(config, weights_LNTS):
   return patches_LNP.reshape(*patches_LNP.shape[:2], side, side)
 
 
-def loss(config, model, batch, rng):
+def loss(
+  config: ConfigDict,
+  model: VisionTransformer,
+  batch: dict[str, jax.Array],
+  rng: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Mean cross-entropy with label smoothing, mixup and cutmix.
 
-  batch: "image" (B, H, W, C) uint8, "label" (B,) int32.
-  Returns (loss, {"loss", "accuracy"}). The accuracy, of the augmented images,
-  is against the label with the larger share.
+  batch: "image" (B, H, W, C) uint8, "target" (B,) int32.
+  Returns (loss, {"loss", "accuracy"}), both of the augmented images. For a
+  mixed image, the class with the larger share counts as correct.
   """
   mix_rng, drop_rng = jax.random.split(rng)
   images_BHWC = normalize(config.data, batch["image"])
-  labels_BV = optax.smooth_labels(
-    jax.nn.one_hot(batch["label"], config.data.num_classes),
+  targets_BV = optax.smooth_labels(
+    jax.nn.one_hot(batch["target"], config.data.num_classes),
     config.augment.label_smoothing,
   )
-  images_BHWC, labels_BV = mix(config.augment, mix_rng, images_BHWC, labels_BV)
+  images_BHWC, targets_BV = mix(
+    config.augment, mix_rng, images_BHWC, targets_BV
+  )
   logits_BV = model(images_BHWC, drop_rng)
-  value = optax.softmax_cross_entropy(logits_BV, labels_BV).mean()
-  right = logits_BV.argmax(-1) == labels_BV.argmax(-1)
-  return value, {"loss": value, "accuracy": right.mean(dtype=jnp.float32)}
+  mean_loss = optax.softmax_cross_entropy(logits_BV, targets_BV).mean()
+  correct_B = logits_BV.argmax(-1) == targets_BV.argmax(-1)
+  accuracy = correct_B.mean(dtype=jnp.float32)
+  return mean_loss, {"loss": mean_loss, "accuracy": accuracy}
 
 
-def evaluate(config, model, batch):
-  """Sums over the batch of weight times loss and accuracies, and of weight.
+def evaluate(
+  config: ConfigDict, model: VisionTransformer, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Returns weighted sums over the batch of the loss and the accuracies.
 
-  batch: as in `loss`, and "weight" (B,) float32, 0 for padding.
+  batch: as in `loss`, with "weight" (B,) float32, 0 for padding. "weight" in
+  the result is the sum of the weights.
   """
   logits_BV = model(normalize(config.data, batch["image"]))
-  label_B, weight_B = batch["label"], batch["weight"]
+  target_B, weight_B = batch["target"], batch["weight"]
   values = {
-    "loss": optax.softmax_cross_entropy_with_integer_labels(logits_BV, label_B),
-    "accuracy": logits_BV.argmax(-1) == label_B,
+    "loss": optax.softmax_cross_entropy_with_integer_labels(
+      logits_BV, target_B
+    ),
+    "accuracy": logits_BV.argmax(-1) == target_B,
     "weight": jnp.ones_like(weight_B),
   }
   if _has_top5(config):
     top_B5 = jax.lax.top_k(logits_BV, 5)[1]
-    values["accuracy_top5"] = (top_B5 == label_B[:, None]).any(-1)
+    values["accuracy_top5"] = (top_B5 == target_B[:, None]).any(-1)
   return {name: jnp.vdot(weight_B, x) for name, x in values.items()}
 
 
@@ -243,8 +271,11 @@ def _has_top5(config):
   return config.data.num_classes > 10
 
 
-def normalize(data, images_BHWC):
-  """(image / 255 - mean) / std in float32, channel by channel."""
+def normalize(data: ConfigDict, images_BHWC: jax.Array) -> jax.Array:
+  """(images / 255 - mean) / std in float32, for each channel.
+
+  data: config.data. images_BHWC: uint8.
+  """
   mean, std = (
     jnp.asarray(x, jnp.float32)[None, None, None, :]
     for x in (data.mean, data.std)
@@ -252,12 +283,20 @@ def normalize(data, images_BHWC):
   return (images_BHWC.astype(jnp.float32) / 255 - mean) / std
 
 
-def mix(augment, rng, images_BHWC, labels_BV):
+def mix(
+  augment: ConfigDict,
+  rng: jax.Array,
+  images_BHWC: jax.Array,
+  targets_BV: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
   """Mixup (1710.09412) or cutmix (1905.04899) of neighbours in the batch.
 
-  image = m image_i + (1 - m) image_{i-1}, label likewise with the mean of m:
-  mixup's m is a number lambda ~ Beta(mixup, mixup), cutmix's is 0 in one box
-  and 1 outside of it. One draw a batch; both on: either, by a fair coin.
+  image_i becomes m image_i + (1 - m) image_{i-1}; the targets are mixed in the
+  same way with the mean of m. In mixup, m is a number drawn from
+  Beta(mixup, mixup). In cutmix, m is 0 inside a box and 1 outside. The whole
+  batch shares one draw. If both are on, a fair coin selects one per batch.
+
+  augment: config.augment. targets_BV: class probabilities.
   """
   height, width = images_BHWC.shape[1:3]
   mix_rng, cut_rng, coin_rng = jax.random.split(rng, 3)
@@ -268,13 +307,13 @@ def mix(augment, rng, images_BHWC, labels_BV):
   if augment.cutmix:
     masks.append(_cutmix_mask(cut_rng, augment.cutmix, height, width))
   if not masks:
-    return images_BHWC, labels_BV
+    return images_BHWC, targets_BV
   coin = jax.random.bernoulli(coin_rng)
   mask_HW = jnp.where(coin, masks[0], masks[-1])
-  # A neighbour, not the reversed batch: most of them are on the same device.
+  # Neighbours are mostly on the same device; in a reversed batch they are not.
   return (
     _interpolate(mask_HW[None, :, :, None], images_BHWC),
-    _interpolate(mask_HW.mean()[None, None], labels_BV),
+    _interpolate(mask_HW.mean()[None, None], targets_BV),
   )
 
 
@@ -283,10 +322,11 @@ def _interpolate(share, x):
 
 
 def _cutmix_mask(rng, alpha, height, width):
-  """1 outside, 0 inside of a box with the share 1 - lambda of the area.
+  """A mask (height, width): 0 inside a random box, 1 outside.
 
-  lambda ~ Beta(alpha, alpha). The centre is uniform over the image; what the
-  box has outside of the image is cut off.
+  The box has the share 1 - lambda of the image's area, with lambda drawn from
+  Beta(alpha, alpha). Its centre is uniform over the image; parts of the box
+  outside the image are cut off.
   """
   share_rng, row_rng, column_rng = jax.random.split(rng, 3)
   side = jnp.sqrt(1 - jax.random.beta(share_rng, alpha, alpha))

@@ -26,7 +26,7 @@ def make(**values):
 
 
 def documents(count, seed=0):
-  """Texts of 1 to 59 letters that tell their number."""
+  """Texts of 2 to 58 characters; each begins with its number."""
   rng = np.random.default_rng(seed)
   return [f"{i}:" + "x" * rng.integers(56) for i in range(count)]
 
@@ -54,13 +54,13 @@ def rows_of(batches):
 
 
 def texts_of(rows):
-  """The pieces of documents in the rows, by their segments."""
-  found = []
+  """The pieces of documents in the rows: (begins with `end`, text)."""
+  pieces = []
   for row in rows:
     for segment in range(1, row["segment"].max() + 1):
       ids = row["token"][row["segment"] == segment]
-      found.append((ids[0] == 256, tokenizers.Bytes().decode(ids)))
-  return found
+      pieces.append((ids[0] == 256, tokenizers.Bytes().decode(ids)))
+  return pieces
 
 
 # The embedded text.
@@ -85,7 +85,7 @@ def test_evaluation_predicts_every_character_but_the_first_once():
 
 def test_training_rows_are_text_and_each_epoch_cuts_anew():
   config = lm.get_config("runlocal")
-  config.data.length = 400_000  # 10 rows an epoch
+  config.data.length = 400_000  # 10 rows per epoch
   config.batch_size = 10
   data = tasks.train_batches(config)
   whole = text._embedded_split("kjv", "train")
@@ -94,7 +94,7 @@ def test_training_rows_are_text_and_each_epoch_cuts_anew():
     rows = next(data)["token"]
     decoded = [text.tokenizer(config).decode(row) for row in rows]
     starts.append({whole.index(x) for x in decoded})
-  end = len(whole) - 400_001  # where the last rows may begin
+  end = len(whole) - 400_001  # the last position where a row may begin
   assert not starts[0] & starts[1] - {end}
   for epoch in starts:
     assert {x // 400_000 for x in epoch - {end}} >= set(range(9))
@@ -110,17 +110,16 @@ def test_characters_and_bytes_come_back():
   assert characters.start == 0
   with pytest.raises(ValueError, match=r"characters \['d'\]"):
     characters.encode(["bad"])
-  said = "naïve Ω 猫"
-  [ids] = tokenizers.Bytes().encode([said])
-  assert tokenizers.Bytes().decode(ids) == said
-  assert (
-    len(ids) == len(said.encode()) == tokenizers.Bytes().num_bytes()[ids].sum()
-  )
+  original = "naïve Ω 猫"
+  [ids] = tokenizers.Bytes().encode([original])
+  assert tokenizers.Bytes().decode(ids) == original
+  num_bytes = tokenizers.Bytes().num_bytes()[ids].sum()
+  assert len(ids) == len(original.encode()) == num_bytes
 
 
 def test_bpe_is_trained_saved_and_counts_bytes(tmp_path):
-  said = ["the naïve cat sat on the mat, the cat 猫"] * 20
-  source = write(tmp_path / "a.jsonl", said)
+  texts = ["the naïve cat sat on the mat, the cat 猫"] * 20
+  source = write(tmp_path / "a.jsonl", texts)
   out = tmp_path / "bpe.json"
   command = [sys.executable, "-m", "sigattn", "train_tokenizer", "--size=270"]
   command += [f"--source={source}", f"--out={out}"]
@@ -128,14 +127,14 @@ def test_bpe_is_trained_saved_and_counts_bytes(tmp_path):
   assert "bpe.json: 270 tokens" in done.stdout, done.stderr
   bpe = tokenizers.File(out)
   assert bpe.size == 270
-  [ids] = bpe.encode([said[0]])
-  assert len(ids) < len(said[0].encode())
-  assert bpe.decode([*ids, bpe.end]) == said[0]
-  assert bpe.num_bytes()[ids].sum() == len(said[0].encode())
+  [ids] = bpe.encode([texts[0]])
+  assert len(ids) < len(texts[0].encode())
+  assert bpe.decode([*ids, bpe.end]) == texts[0]
+  assert bpe.num_bytes()[ids].sum() == len(texts[0].encode())
   assert bpe.num_bytes()[bpe.end] == 0
   other = "Ω — never seen"
   assert bpe.decode(bpe.encode([other])[0]) == other
-  with pytest.raises(ValueError, match="no tokenizer"):
+  with pytest.raises(ValueError, match="is no tokenizer"):
     tokenizers.File(source)
 
 
@@ -144,8 +143,8 @@ def test_bpe_is_trained_saved_and_counts_bytes(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_evaluation_of_a_file_has_every_document_whole(name, tmp_path):
-  said = documents(30)
-  path = write(tmp_path / name, said)
+  texts = documents(30)
+  path = write(tmp_path / name, texts)
   config = make(**{"data.source": path, "data.eval_source": path})
   setup.validate_config(config)
   batches = tasks.eval_batches(config, "test")
@@ -154,27 +153,27 @@ def test_evaluation_of_a_file_has_every_document_whole(name, tmp_path):
   for row in rows:
     assert ((row["token"] == -1) == (row["segment"] == 0)).all()
   pieces = [piece for _, piece in texts_of(rows)]
-  # Pieces of a document overlap by one token.
+  # Two pieces of a document overlap by one token.
   expected = []
-  for x in said:
+  for x in texts:
     ids = [256, *x.encode(), 256]
     for i in range(0, len(ids) - 1, 16):
       expected.append(tokenizers.Bytes().decode(ids[i : i + 17]))
   assert sorted(pieces) == sorted(expected)
-  assert len(rows_of(batches)) == len(rows)  # once more
+  assert len(rows_of(batches)) == len(rows)  # a second pass
   config.eval.rows = 3
   assert len(rows_of(tasks.eval_batches(config, "test"))) == 3
 
 
 def test_every_token_of_a_document_is_a_target_once(tmp_path):
-  said = documents(9)
-  path = write(tmp_path / "a.jsonl", said)
+  texts = documents(9)
+  path = write(tmp_path / "a.jsonl", texts)
   config = make(**{"data.source": path, "data.eval_source": path})
   count = 0
   for row in rows_of(tasks.eval_batches(config, "test")):
     same = row["segment"][1:] == row["segment"][:-1]
     count += (same & (row["token"][1:] >= 0)).sum()
-  assert count == sum(len(x) + 1 for x in said)  # and the end of each
+  assert count == sum(len(x) + 1 for x in texts)  # with the end of each
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -193,9 +192,9 @@ def test_stopped_and_resumed_stream_is_the_same(name, tmp_path):
     again = tasks.train_batches(config)
     again.set_state(states[start])
     for batch in batches[start : start + 5]:
-      found = next(again)
+      resumed = next(again)
       for name in batch:
-        np.testing.assert_array_equal(found[name], batch[name])
+        np.testing.assert_array_equal(resumed[name], batch[name])
   [first, other] = [
     next(tasks.train_batches(make(**{
       "data.source": path, "data.shuffle_window": 23, "seed": seed,
@@ -205,15 +204,15 @@ def test_stopped_and_resumed_stream_is_the_same(name, tmp_path):
 
 
 def test_every_document_comes_once_an_epoch(tmp_path):
-  said = documents(23)
-  path = write(tmp_path / "a.jsonl", said)
+  texts = documents(23)
+  path = write(tmp_path / "a.jsonl", texts)
   config = make(**{"data.source": path, "data.shuffle_window": 7})
-  config.data.length = 64  # longer than any
+  config.data.length = 64  # longer than any document
   data = tasks.train_batches(config)
   pieces = []
   while len(pieces) < 60:
     pieces += texts_of(rows_of([next(data)]))
-  counts = [sum(x == y for _, y in pieces) for x in said]
+  counts = [sum(x == y for _, y in pieces) for x in texts]
   assert set(counts) <= {1, 2, 3, 4}
 
 
@@ -229,8 +228,8 @@ def test_mixture_has_the_shares_it_was_told(tmp_path):
 
 
 def test_processes_read_documents_of_their_own(tmp_path, monkeypatch):
-  said = documents(40)
-  path = write(tmp_path / "a.jsonl", said)
+  texts = documents(40)
+  path = write(tmp_path / "a.jsonl", texts)
   config = make(**{"data.source": path, "data.eval_source": path})
   config.update_from_flattened_dict({"data.length": 64, "batch_size": 4})
   whole = rows_of(tasks.eval_batches(config, "test"))
@@ -259,7 +258,7 @@ def test_sources_that_cannot_be_read_are_named(tmp_path):
   config.data.num_workers = 2
   with pytest.raises(ValueError, match="num_workers=2; must be 0"):
     setup.validate_config(config)
-  with pytest.raises(ValueError, match="is of the embedded texts"):
+  with pytest.raises(ValueError, match="only with the embedded texts"):
     setup.validate_config(
       make(**{
         "data.source": path, "data.eval_source": path,

@@ -1,4 +1,4 @@
-"""The language model: sizes, causality, packing, decoding, metrics, checks."""
+"""The language model: sizes, causality, packing, metrics, and its configs."""
 
 import json
 import math
@@ -17,44 +17,17 @@ from sigattn.data import text
 from sigattn.inference import generate
 from sigattn.tasks import lm
 from sigattn.training import setup
-from tests.test_layers import fill
+from tests.tasks.small_lm import (
+  ALIBI,
+  SINES,
+  V,
+  compiled,
+  logits,
+  make,
+  small,
+  tokens,
+)
 from train import train
-
-V = 64
-ALIBI = {"model.positions": "none"}
-SINES = {
-  "model.positions": "sincos", "attn.alibi": False, "attn.row_power": 0.5,
-}  # fmt: skip
-
-
-def small(depth=1, **values):
-  """Layers of width 16 on rows of 32 tokenizers."""
-  config = lm_sigmoid.get_config("runlocal")
-  config.model.depth = depth
-  config.update_from_flattened_dict(values)
-  return config
-
-
-def make(config):
-  return fill(lambda: lm.build(config, nnx.Rngs(0)))
-
-
-def compiled(function, model, *args):
-  graphdef, state = nnx.split(model)
-  return jax.jit(lambda s, *a: function(nnx.merge(graphdef, s), *a))(
-    state, *args
-  )
-
-
-def logits(model, token_BT, segment_ids=None):
-  return compiled(
-    lambda m, x, s: m(x, segment_ids=s), model, token_BT, segment_ids
-  )
-
-
-def tokens(*shape, seed=0):
-  return np.random.default_rng(seed).integers(0, V, shape, np.int32)
-
 
 # Width, MLP width, layers, head width.
 GALA = {
@@ -111,15 +84,20 @@ def test_packed_documents_are_as_if_alone(values):
   first, second = tokens(1, 5), tokens(1, 8, seed=1)
   packed = np.concatenate([first, second, [[-1, -1]]], axis=1)
   segments = np.array([[1] * 5 + [2] * 8 + [0] * 2])
-  found = logits(model, packed, segments)
-  for part, alone in ((found[:, :5], first), (found[:, 5:13], second)):
+  packed_BTV = logits(model, packed, segments)
+  for part, alone in (
+    (packed_BTV[:, :5], first),
+    (packed_BTV[:, 5:13], second),
+  ):
     np.testing.assert_allclose(part, logits(model, alone), rtol=2e-4, atol=2e-4)
 
 
 def test_offsets_begin_anew_in_each_segment():
   segments = np.array([[1, 1, 1, 2, 2, 0], [1, 2, 3, 3, 3, 3]])
-  found = lm.offsets(segments, segments)
-  np.testing.assert_array_equal(found, [[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3]])
+  offsets_BT = lm.offsets(segments, segments)
+  np.testing.assert_array_equal(
+    offsets_BT, [[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3]]
+  )
 
 
 # The loss and the metrics.
@@ -134,25 +112,25 @@ def test_loss_is_of_the_tokens_that_have_one_of_their_own_before():
   log_p = jax.nn.log_softmax(logits(model, token[:, :-1], segment[:, :-1]))
   places = [(i, t) for i in range(2) for t in (0, 1, 2, 4, 5, 6, 7)]
   nats = [-log_p[i, t, token[i, t + 1]] for i, t in places]
-  right = [log_p[i, t].argmax() == token[i, t + 1] for i, t in places]
-  value, found = compiled(
+  is_correct = [log_p[i, t].argmax() == token[i, t + 1] for i, t in places]
+  loss, metrics = compiled(
     lambda m, b: lm.loss(config, m, b, None), model, batch
   )
-  assert value == pytest.approx(np.mean(nats), rel=1e-5)
-  assert found["accuracy"] == pytest.approx(np.mean(right))
+  assert loss == pytest.approx(np.mean(nats), rel=1e-5)
+  assert metrics["accuracy"] == pytest.approx(np.mean(is_correct))
 
   config.eval.by_position = True
   batch["weight"] = np.array([1, 0], np.float32)
   sums = compiled(lambda m, b: lm.evaluate(config, m, b), model, batch)
   assert sums["weight"] == 7
-  found = lm.results(config, jax.device_get(sums))
-  assert found["loss"] == pytest.approx(np.mean(nats[:7]), rel=1e-5)
-  assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
-  assert found["loss@0:10"] == pytest.approx(found["loss"])
+  metrics = lm.results(config, jax.device_get(sums))
+  assert metrics["loss"] == pytest.approx(np.mean(nats[:7]), rel=1e-5)
+  assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+  assert metrics["loss@0:10"] == pytest.approx(metrics["loss"])
   size = text.tokenizer(config).num_bytes()
   count = sum(size[token[0, t + 1]] for _, t in places[:7])
   bits = np.sum(nats[:7]) / math.log(2) / count
-  assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+  assert metrics["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 
 def test_loss_by_position_is_in_powers_of_two():
@@ -162,11 +140,11 @@ def test_loss_by_position_is_in_powers_of_two():
   }  # fmt: skip
 
 
-def test_studies_are_longer_rows_with_the_same_n():
+def test_variants_are_longer_rows_with_the_same_n():
   config = small()
-  studies = lm.evaluation_variants(config)
-  assert list(studies) == ["1 x 32", "2 x 32", "4 x 32", "8 x 32"]
-  longest = studies["8 x 32"]
+  variants = lm.evaluation_variants(config)
+  assert list(variants) == ["1 x 32", "2 x 32", "4 x 32", "8 x 32"]
+  longest = variants["8 x 32"]
   assert (longest.data.length, longest.model.max_length) == (256, 32)
   model = nnx.eval_shape(lambda: lm.build(longest, nnx.Rngs(0)))
   assert model.stack.blocks.attn.max_length == 32
@@ -175,10 +153,10 @@ def test_studies_are_longer_rows_with_the_same_n():
 def test_n_of_the_test_is_the_evaluated_length():
   config = small(**{"eval.length_factors": (2,)})
   config.eval.max_length_of = ("training", "test")
-  found = {
+  max_lengths = {
     k: x.model.max_length for k, x in lm.evaluation_variants(config).items()
   }
-  assert found == {"2 x 32": 32, "2 x 32, n of the test": 64}
+  assert max_lengths == {"2 x 32": 32, "2 x 32, n of the test": 64}
 
 
 def test_sines_have_the_weight_of_the_embedding():
@@ -207,134 +185,12 @@ def test_run_is_evaluated_at_other_lengths_and_continues_texts(
   assert twice.keys() - results.keys() == {
     "loss@0:16", "loss@16:32", "loss@32:64",
   }  # fmt: skip
-  [said] = generate.Generator.load(tmp_path)(["In the"], max_tokens=5)
-  assert len(said) <= 5
+  [continuation] = generate.Generator.load(tmp_path)(["In the"], max_tokens=5)
+  assert len(continuation) <= 5
 
 
-# Decoding.
+# Configs.
 
-
-def reference(model, ids, count):
-  """Greedy continuation by the full forward pass, and its logits."""
-  ids, found = list(ids), []
-  for _ in range(count):
-    found.append(logits(model, np.array([ids], np.int32))[0, -1])
-    ids.append(int(found[-1].argmax()))
-  return np.array(found), ids[-count:]
-
-
-@pytest.mark.parametrize(
-  ("kind", "values"),
-  [
-    ("sigmoid", {}),
-    ("softmax", {}),
-    ("sigmoid", ALIBI),
-    ("softmax", ALIBI),
-    ("sigmoid", SINES),
-  ],
-)
-def test_decoding_equals_the_full_forward_pass(kind, values):
-  config = small(depth=2, **{"attn.kind": kind, **values})
-  model = make(config)
-  prompts = [tokens(11)[:n] for n in (11, 4)]
-  length, count = 11, 6
-  token_BT = np.stack([np.pad(x, (length - len(x), 0)) for x in prompts])
-  start_B = np.array([length - len(x) for x in prompts], np.int32)
-  given = tokens(2, count, seed=3)
-
-  def run(model, token_BT, start_B, given):
-    state = generate.prefill(
-      model, token_BT, start_B, length + count, jax.random.key(0)
-    )
-    found, cache = [state.logits_BV], state.cache
-    for i in range(count):
-      logits_BV, cache = model.decode(given[:, i], cache, length + i, start_B)
-      found.append(logits_BV)
-    return jnp.stack(found, axis=1)
-
-  found = compiled(run, model, token_BT, start_B, given)
-  for i, prompt in enumerate(prompts):
-    whole = np.concatenate([prompt, given[i]])
-    full = logits(model, whole[None])[0, len(prompt) - 1 :]
-    np.testing.assert_allclose(found[i], full, rtol=2e-4, atol=2e-4)
-
-
-def test_generator_continues_a_batch_as_each_alone_and_streams_the_same():
-  config = small(**ALIBI)  # By chance it does not end its text.
-  _, params = setup.init(config)
-  generator = generate.Generator(config, params)
-  prompts = ["And God said, ", "Let"]
-  found = generator(prompts, max_tokens=32, temperature=0)
-  assert len(found[0]) == 32
-  alone = [generator([x], max_tokens=32, temperature=0)[0] for x in prompts]
-  assert found == alone
-  pieces = list(generator.stream(prompts[0], max_tokens=32, temperature=0))
-  assert len(pieces) == 3
-  assert "".join(pieces) == found[0]
-  drawn = [generator(prompts, max_tokens=32, seed=s)[0] for s in (0, 0, 1)]
-  assert drawn[0] == drawn[1] != drawn[2]
-  with pytest.raises(ValueError, match=r"temperature=-1"):
-    generator(prompts, temperature=-1)
-  with pytest.raises(ValueError, match="characters"):
-    generator(["Ω"])
-
-
-def test_a_row_that_has_ended_stays_so_and_all_ended_stop_the_loop():
-  class Counter:
-    """Its next token is the number of the slot; a row's cache is untouched."""
-
-    def decode(self, token_B, cache, place, start_B):
-      del token_B
-      next_B = jnp.minimum(place + 1 - start_B, V - 1)
-      return jax.nn.one_hot(next_B, V), cache + 1
-
-  state = generate.State(
-    place=jnp.int32(3),
-    start_B=jnp.array([0, 2]),
-    logits_BV=jax.nn.one_hot(jnp.array([3, 1]), V),
-    cache=jnp.int32(0),
-    done_B=jnp.zeros(2, bool),
-    rng=jax.random.key(0),
-  )
-  greedy = generate.Sampling(temperature=0)
-  found, last = generate.decode(Counter(), state, 9, greedy, V, end=5)
-  np.testing.assert_array_equal(
-    found, [[3, 4, 5, 5, 5, 5, 5, 5, 5], [1, 2, 3, 4, 5, 5, 5, 5, 5]]
-  )
-  assert last.done_B.all()
-  assert last.cache == 5  # and not 9
-
-
-def test_top_k_and_top_p_keep_what_they_say():
-  p = np.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]], np.float32)
-
-  def kept(**options):
-    found = generate.keep(jnp.log(p), generate.Sampling(**options))
-    return np.isfinite(found).sum(1).tolist()
-
-  assert kept(top_k=2) == [2, 2]
-  assert kept(top_k=9) == [4, 4]
-  assert kept(top_p=0.5) == [1, 1]
-  assert kept(top_p=0.79) == [2, 2]
-  assert kept(top_p=0.81) == [3, 3]
-  assert kept(top_k=3, top_p=0.9) == [3, 3] != kept(top_k=3, top_p=0.8)
-  found = generate.keep(jnp.log(p), generate.Sampling(top_k=2))
-  assert np.isfinite(found).tolist()[0] == [True, True, False, False]
-
-
-def test_draws_follow_the_probabilities():
-  p = np.array([0.6, 0.3, 0.1], np.float32)
-  logits_BV = jnp.tile(jnp.log(p), (4000, 1))
-  for temperature in (1.0, 0.5):
-    drawn = generate.sample(
-      jax.random.key(0), logits_BV, generate.Sampling(temperature)
-    )
-    share = np.bincount(drawn, minlength=3) / 4000
-    expected = p ** (1 / temperature)
-    np.testing.assert_allclose(share, expected / expected.sum(), atol=0.03)
-
-
-# Checks.
 
 BAD = [
   ("model.positions", "alibi"),

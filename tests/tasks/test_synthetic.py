@@ -1,4 +1,4 @@
-"""The synthetic tasks: their rules by brute force, and that they train."""
+"""The synthetic tasks: their targets by brute force, and training on them."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ def small(name, **values):
 
 
 def answer(name, tokens, config):
-  """{place: target} of one example, by the task's definition."""
+  """{position: target} of one example, by the definition of the task."""
   n, size = config.length, config.size
   if name == "summation":
     return {
@@ -52,7 +52,7 @@ def test_targets_are_those_of_the_definition(name):
   batch = data.open_source(config, "train").train(
     np.arange(300), np.random.default_rng(0)
   )
-  length = data.width(config.data)
+  length = data.num_tokens(config.data)
   assert {x.shape for x in batch.values()} == {(300, length)}
   for tokens, target, scored in zip(
     *(x.tolist() for x in batch.values()), strict=True
@@ -71,7 +71,7 @@ def test_half_of_the_pairs_repeat_and_no_symbol_tells():
   repeats = batch["target"][:, 0] == 1
   assert repeats.mean() == pytest.approx(0.5, abs=0.03)
   assert batch["input"].max() == config.data.vocab_size - 1
-  # That both symbols of the pair come again holds for nearly all.
+  # Both symbols of the pair occur again in nearly all examples.
   first, second, rest = np.split(batch["input"][:, 1:], [1, 2], axis=1)
   for symbol in (first, second):
     again = (rest == symbol).any(1)
@@ -93,11 +93,11 @@ def test_training_is_new_and_the_held_out_examples_are_fixed(name):
   np.testing.assert_array_equal(first, again)
   assert (first[0] != first[1]).any()
   assert (first[0] != other[0]).any()
-  found = held_out()
-  assert sum(x["weight"].sum() for x in found) == 20
-  for a, b in zip(found, held_out(), strict=True):
+  batches = held_out()
+  assert sum(x["weight"].sum() for x in batches) == 20
+  for a, b in zip(batches, held_out(), strict=True):
     jax.tree.map(np.testing.assert_array_equal, a, b)
-  assert (found[0]["input"] != first[0]).any()
+  assert (batches[0]["input"] != first[0]).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,25 +112,25 @@ def test_it_trains_and_is_evaluated_at_other_lengths(name, tmp_path):
   assert list(results["variants"]) == [f"{f} x {length}" for f in factors]
   same = results["variants"][f"1 x {length}"]
   assert same["loss"] == pytest.approx(results["loss"], rel=1e-5)
-  for found in results["variants"].values():
-    assert np.isfinite(found["loss"])
+  for metrics in results["variants"].values():
+    assert np.isfinite(metrics["loss"])
 
 
 def test_n_of_the_test_is_the_evaluated_length():
   config = small("pair_repeat")
   config.eval.max_length_of = ("training", "test")
-  found = {
+  max_lengths = {
     k: x.model.max_length
     for k, x in synthetic.evaluation_variants(config).items()
   }
-  assert found["2 x 32"] == 33
-  assert found["2 x 32, n of the test"] == 65
+  assert max_lengths["2 x 32"] == 33
+  assert max_lengths["2 x 32, n of the test"] == 65
 
 
 def test_another_length_keeps_the_training_n():
   config = small("pair_repeat")
-  for other in synthetic.evaluation_variants(config).values():
-    model = nnx.eval_shape(lambda c=other: synthetic.build(c, nnx.Rngs(0)))
+  for variant in synthetic.evaluation_variants(config).values():
+    model = nnx.eval_shape(lambda c=variant: synthetic.build(c, nnx.Rngs(0)))
     assert model.stack.blocks.attn.max_length == config.data.length + 1
 
 
@@ -149,11 +149,11 @@ def test_score_of_numbers_is_relative_to_the_variance():
   config = small("summation")
   batch = next(tasks.train_batches(config))
   model = lambda *_: np.zeros((*batch["input"].shape, 1), np.float32)  # noqa: E731
-  value, found = synthetic.loss(config, model, batch, None)
+  loss, metrics = synthetic.loss(config, model, batch, None)
   total = (batch["target"] ** 2).sum(1)
-  assert value == pytest.approx((total / config.data.size).mean(), rel=1e-5)
-  right = (total / config.data.size < 0.01).mean()
-  assert found["accuracy"] == pytest.approx(right)
+  assert loss == pytest.approx((total / config.data.size).mean(), rel=1e-5)
+  accuracy = (total / config.data.size < 0.01).mean()
+  assert metrics["accuracy"] == pytest.approx(accuracy)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The vision transformer: sizes, symmetries, augmentation, losses, checks."""
+"""The vision transformer: sizes, symmetries, mixing, losses, validation."""
 
 import functools
 
@@ -18,7 +18,7 @@ KEY = jax.random.key(0)
 
 
 def small(**values):
-  """Four patches of 4 x 4 pixels, width 16, one layer."""
+  """A config with four patches of 4 x 4 pixels, width 16 and one layer."""
   config = vit_sigmoid.get_config("runlocal")
   config.data.image_size = 8
   config.augment.mixup = 0.0
@@ -28,7 +28,7 @@ def small(**values):
 
 
 def fill(config):
-  """The model with random parameters, its head too; fast to make."""
+  """A model whose parameters are all random, also the head; fast to make."""
   shapes = nnx.eval_shape(lambda: vit.build(config, nnx.Rngs(0)))
   graphdef, shapes = nnx.split(shapes)
   rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def make_batch(size=6, classes=10):
   rng = np.random.default_rng(2)
   return {
     "image": rng.integers(0, 256, (size, 8, 8, 1), np.uint8),
-    "label": rng.integers(0, classes, size, np.int32),
+    "target": rng.integers(0, classes, size, np.int32),
     "weight": np.ones(size, np.float32),
   }
 
@@ -139,9 +139,9 @@ def test_order_of_patches_matters_unless_there_are_no_positions(
     }
   )  # fmt: skip
   both = np.concatenate([images(), permuted(images())])
-  found, other = np.split(logits(fill(config), both), 2)
-  assert found.shape == (3, 10)
-  same = np.allclose(found, other, rtol=1e-4, atol=1e-4)
+  original, reordered = np.split(logits(fill(config), both), 2)
+  assert original.shape == (3, 10)
+  same = np.allclose(original, reordered, rtol=1e-4, atol=1e-4)
   assert same == (positions == "none" and not alibi)
 
 
@@ -205,7 +205,7 @@ def test_every_parameter_of_every_variant_has_a_finite_gradient(values):
   grads, metrics = jax.jit(gradients)(state)
   for path, x in nnx.to_flat_state(grads):
     assert np.isfinite(x).all(), path
-    # A bias of the keys is a constant of the row: softmax cancels it.
+    # A bias of the keys adds a constant to each row, which softmax cancels.
     assert path[-2:] == ("key", "bias") or abs(x[...]).max() > 0, path
   assert metrics.keys() == {"loss", "accuracy"}
   assert all(x.dtype == jnp.float32 for x in metrics.values())
@@ -226,12 +226,12 @@ def test_loss_is_the_smoothed_cross_entropy_of_normalised_images():
   value, metrics = compiled(loss, model, batch, KEY)
   out = logits(model, (batch["image"] / np.float32(255) - 0.2860) / 0.3530)
   logs = np.asarray(jax.nn.log_softmax(out))
-  target = np.eye(10)[batch["label"]] * 0.8 + 0.02
-  expected = -(target * logs).sum(-1).mean()
+  target_BV = np.eye(10)[batch["target"]] * 0.8 + 0.02
+  expected = -(target_BV * logs).sum(-1).mean()
   np.testing.assert_allclose(value, expected, rtol=1e-4)
   np.testing.assert_array_equal(value, metrics["loss"])
-  right = (out.argmax(-1) == batch["label"]).mean()
-  np.testing.assert_allclose(metrics["accuracy"], right)
+  accuracy = (out.argmax(-1) == batch["target"]).mean()
+  np.testing.assert_allclose(metrics["accuracy"], accuracy)
 
 
 def test_evaluation_sums_by_weight_and_is_deterministic():
@@ -239,32 +239,32 @@ def test_evaluation_sums_by_weight_and_is_deterministic():
   model = fill(config)
   batch["weight"] = np.float32([1, 1, 1, 1, 1, 0, 0, 2])
   evaluate = functools.partial(vit.evaluate, config)
-  found = compiled(evaluate, model, batch)
+  sums = compiled(evaluate, model, batch)
   out = np.asarray(logits(model, vit.normalize(config.data, batch["image"])))
-  label, weight = batch["label"], batch["weight"]
-  each = optax.softmax_cross_entropy_with_integer_labels(out, label)
-  better = (out > out[np.arange(8), label][:, None]).sum(-1)
+  target, weight = batch["target"], batch["weight"]
+  each = optax.softmax_cross_entropy_with_integer_labels(out, target)
+  better = (out > out[np.arange(8), target][:, None]).sum(-1)
   expected = {
     "loss": weight @ each,
     "accuracy": weight @ (better < 1),
     "accuracy_top5": weight @ (better < 5),
     "weight": 7,
   }
-  assert found.keys() == expected.keys()
+  assert sums.keys() == expected.keys()
   for name, value in expected.items():
-    np.testing.assert_allclose(found[name], value, rtol=1e-4)
+    np.testing.assert_allclose(sums[name], value, rtol=1e-4)
   assert 0 < expected["accuracy_top5"] < 7
   random = {"model.drop_path": 0.5, "augment.mixup": 1.0}
   config.update_from_flattened_dict(random)
   again = compiled(evaluate, fill(config), batch)
-  jax.tree.map(np.testing.assert_array_equal, again, found)
+  jax.tree.map(np.testing.assert_array_equal, again, sums)
 
 
 def test_ten_classes_have_no_top5():
   config = small()
   evaluate = functools.partial(vit.evaluate, config)
-  found = compiled(evaluate, fill(config), make_batch())
-  assert found.keys() == {"loss", "accuracy", "weight"}
+  sums = compiled(evaluate, fill(config), make_batch())
+  assert sums.keys() == {"loss", "accuracy", "weight"}
   config.ckpt.best_metric = "accuracy_top5"
   with pytest.raises(ValueError, match=r"config\.ckpt\.best_metric="):
     validate.fields(config, vit.FIELDS, vit.RULES)
@@ -288,49 +288,52 @@ def test_rng_of_the_loss_drives_drop_path():
 
 @functools.cache
 def mixed(**alphas):
-  """Image i is i everywhere, and so is its label: what becomes of them."""
+  """500 draws of mixed images and targets.
+
+  Before mixing, all pixels of image i are i, and its target is class i.
+  """
   augment = small(**{f"augment.{k}": v for k, v in alphas.items()}).augment
   number = jnp.arange(4.0)
   x_BHWC = jnp.broadcast_to(number[:, None, None, None], (4, 8, 12, 1))
 
-  def one(rng):
+  def mix(rng):
     return vit.mix(augment, rng, x_BHWC, jnp.eye(4))
 
-  found = jax.jit(jax.vmap(one))(jax.random.split(KEY, 500))
-  return [np.asarray(x) for x in found]
+  images_and_targets = jax.jit(jax.vmap(mix))(jax.random.split(KEY, 500))
+  return [np.asarray(x) for x in images_and_targets]
 
 
 @pytest.mark.parametrize(
   "alphas", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}]
 )
-def test_label_has_the_share_of_each_image(alphas):
-  x, labels = mixed(**alphas)
-  np.testing.assert_allclose(labels.sum(-1), 1, rtol=1e-5)
+def test_target_has_the_share_of_each_image(alphas):
+  x, targets = mixed(**alphas)
+  np.testing.assert_allclose(targets.sum(-1), 1, rtol=1e-5)
   mean_pixel = x.mean((2, 3, 4))
-  np.testing.assert_allclose(mean_pixel, labels @ np.arange(4.0), atol=1e-5)
+  np.testing.assert_allclose(mean_pixel, targets @ np.arange(4.0), atol=1e-5)
   neighbours = np.eye(4) + np.roll(np.eye(4), 1, axis=0)
-  assert (labels[:, neighbours == 0] == 0).all()
-  share = labels[:, 0, 0]
+  assert (targets[:, neighbours == 0] == 0).all()
+  share = targets[:, 0, 0]
   assert share.std() > 0.1
   assert len(set(share.tolist())) > 20
 
 
 def is_cut(x):
-  """Whether every pixel of each draw is of one of the four images."""
+  """Whether each pixel of a draw comes from one of the four images."""
   return (x == np.round(x)).all((1, 2, 3, 4))
 
 
 def test_mixup_blends_cutmix_cuts_and_both_are_either():
-  blended, labels = mixed(mixup=0.8)
+  blended, targets = mixed(mixup=0.8)
   assert (blended == blended[:, :, :1, :1]).all()
-  assert labels[:, 0, 0].mean() == pytest.approx(0.5, abs=0.08)
+  assert targets[:, 0, 0].mean() == pytest.approx(0.5, abs=0.08)
   assert not is_cut(blended).all()
   cut, _ = mixed(cutmix=1.0)
   assert is_cut(cut).all()
   both = is_cut(mixed(mixup=0.8, cutmix=1.0)[0])
   assert both.mean() == pytest.approx(0.5, abs=0.1)
-  x, labels = mixed()
-  assert (labels == np.eye(4)).all()
+  x, targets = mixed()
+  assert (targets == np.eye(4)).all()
 
 
 def test_cutmix_replaces_one_box_with_the_share_of_the_area():
@@ -338,23 +341,23 @@ def test_cutmix_replaces_one_box_with_the_share_of_the_area():
   rows, columns = inside.any(2), inside.any(1)
   box = rows[:, :, None] & columns[:, None, :]
   np.testing.assert_array_equal(inside, box)
-  for line in (rows, columns):  # one interval each
+  for line in (rows, columns):  # one interval in each
     assert (np.abs(np.diff(line.astype(int), axis=1)).sum(1) <= 2).all()
-  # E[area] of a box of side s = sqrt(1 - lambda) cut at the border:
-  # (s - s^2 / 4)^2, lambda uniform.
+  # A box of side s = sqrt(1 - lambda) that is cut off at the border has the
+  # expected area (s - s^2 / 4)^2; lambda is uniform.
   s = np.sqrt(np.linspace(0, 1, 1001))
   expected = ((s - s**2 / 4) ** 2).mean()
   assert inside.mean() == pytest.approx(expected, abs=0.03)
 
 
 @pytest.mark.parametrize(("share", "accuracy"), [(0.6, 0.0), (0.4, 1.0)])
-def test_accuracy_is_against_the_dominant_label(share, accuracy, monkeypatch):
-  def mix(augment, rng, images_BHWC, labels_BV):
-    return images_BHWC, share * labels_BV + (1 - share) * jnp.eye(10)[7:8]
+def test_accuracy_is_against_the_dominant_target(share, accuracy, monkeypatch):
+  def mix(augment, rng, images_BHWC, targets_BV):
+    return images_BHWC, share * targets_BV + (1 - share) * jnp.eye(10)[7:8]
 
   monkeypatch.setattr(vit, "mix", mix)
   config, batch = small(), make_batch()
-  batch["label"] = np.arange(6, dtype=np.int32)
+  batch["target"] = np.arange(6, dtype=np.int32)
   model = fill(config)
   model.head.kernel[...] = jnp.zeros((16, 10))
   model.head.bias[...] = jnp.eye(10)[7]  # always answers 7
@@ -363,7 +366,7 @@ def test_accuracy_is_against_the_dominant_label(share, accuracy, monkeypatch):
   assert metrics["accuracy"] == accuracy
 
 
-# The checks.
+# Validation.
 
 
 @pytest.mark.parametrize(

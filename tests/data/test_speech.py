@@ -1,0 +1,195 @@
+"""Transcripts, recordings, and the order of batches from buckets."""
+
+import pickle
+
+import jax
+import numpy as np
+import pytest
+
+from configs import speech as speech_config
+from sigattn import tasks
+from sigattn.data import loader
+from sigattn.data import speech as data
+from sigattn.training import setup
+from tests.data.recordings import encode_audio, recording, small, write_folder
+
+ALPHABET = speech_config.get_config().data.alphabet
+
+
+def test_no_transcript_is_in_both_splits():
+  train_set, test_set = (
+    data.open_source(small(), split) for split in ("train", "test")
+  )
+  assert (len(train_set), len(test_set)) == (485, 50)
+  assert not set(train_set._texts) & set(test_set._texts)
+  assert set("".join(train_set._texts)) == set(ALPHABET)
+
+
+def test_transcript_keeps_the_alphabet():
+  text = "  Caf\u00e9\u2014It\u2019s  twenty-one,\nOK? "
+  assert data.transcript(text, ALPHABET) == "cafeit's twenty one ok"
+  assert data.transcript("Ab c", "abA") == "Ab"
+
+
+def test_unknown_character_is_refused():
+  with pytest.raises(ValueError, match="text='a1'"):
+    data.encode("a1", "abc")
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 44100])
+def test_read_averages_channels_and_resamples(rate):
+  tone = np.sin(2 * np.pi * 500 * np.arange(rate) / rate)
+  stereo = np.stack([0.6 * tone, 0.2 * tone], axis=1)
+  audio_S = data.read(encode_audio(stereo, rate), 8000)
+  assert audio_S.dtype == np.float32
+  assert abs(len(audio_S) - 8000) <= 1
+  expected = 0.4 * np.sin(2 * np.pi * 500 * np.arange(8000) / 8000)
+  middle = slice(500, 7500)
+  np.testing.assert_allclose(audio_S[middle], expected[middle], atol=4e-3)
+
+
+def test_reads_local_parquet_at_any_rate(tmp_path, monkeypatch):
+  monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+  rows = [(recording(0.5), "One."), (recording(1, 16000, 2), "TWO two")]
+  values = write_folder(tmp_path, rows)
+  config = small(**values, **{"data.bucket_seconds": (0.6, 1.2)})
+  setup.validate_config(config)
+  [first, second] = list(tasks.eval_batches(config, "train"))
+  assert first["samples"][0] == 4000
+  assert second["samples"][0] == 8000
+  assert data.spell(second["target"][0], ALPHABET) == "two two"
+  config = small(**values, **{"data.bucket_seconds": (0.6,)})
+  assert take(config, 1)[0]["target"].shape == (1, 3)  # the other is too long
+  with pytest.raises(ValueError, match="bucket_seconds.*1 of 2 recordings"):
+    tasks.eval_batches(config, "train")
+
+
+def test_unreadable_recording_is_named(tmp_path, monkeypatch):
+  monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+  values = write_folder(tmp_path, [(recording(0.5), "a"), (b"no sound", "b")])
+  with pytest.raises(ValueError, match="row 1, path='x'"):
+    data.open_source(small(**values), "train")
+
+
+# Batches.
+
+
+def take(config, count):
+  iterator = tasks.train_batches(config)
+  return [next(iterator) for _ in range(count)]
+
+
+def equal(batches, others):
+  for batch, other in zip(batches, others, strict=True):
+    jax.tree.map(np.testing.assert_array_equal, batch, other)
+
+
+def test_batch_is_of_one_bucket_and_holds_what_it_says():
+  config = small(**{"augment.speeds": (0.5, 1.0), "batch_size": 2})
+  source = data.open_source(config, "train")
+  max_seconds = config.data.bucket_seconds
+  seen_buckets = set()
+  for batch in take(config, 12):
+    size, length = batch["audio"].shape
+    lengths = [int(seconds * 16000) + 1 for seconds in max_seconds]
+    bucket_seconds = max_seconds[lengths.index(length)]
+    seen_buckets.add(bucket_seconds)
+    assert size == 2 * int(16 / bucket_seconds)
+    assert batch["audio"].dtype == np.float32
+    for row, samples, target, characters in zip(
+      *(batch[k] for k in ("audio", "samples", "target", "characters")),
+      strict=True,
+    ):
+      assert not row[samples:].any()
+      assert not target[characters:].any()
+      text = data.spell(target[:characters], ALPHABET)
+      seconds = [
+        s
+        for s, t in zip(source._seconds, source._texts, strict=True)
+        if t == text
+      ]
+      # The length is that of a recording of this text, at one of the speeds.
+      assert (
+        min(abs(samples - 8000 * s / v) for s in seconds for v in (0.5, 1.0))
+        < 10
+      )
+  assert seen_buckets == set(max_seconds)
+
+
+def test_each_example_comes_once_an_epoch():
+  config = small(batch_size=2)
+  source = data.open_source(config, "train")
+  order = loader._ShuffledBuckets(source, config)
+  epochs = 5
+  batches = [order[i] for i in range(order._first_batch(epochs))]
+  counts = np.bincount(np.concatenate(batches), minlength=len(source))
+  assert set(counts) <= {epochs - 1, epochs}
+  assert (counts == epochs).mean() > 0.9
+  for bucket in source.buckets:
+    own = [b for b in batches if set(b) <= set(bucket)]
+    flat = np.concatenate(own)
+    for start in range(0, len(flat) - len(bucket) + 1, len(bucket)):
+      part = flat[start : start + len(bucket)]
+      assert sorted(part) == sorted(bucket)
+  # The buckets are mixed, in another order in each epoch.
+  first, second = (loader._bucket_order((9, 5), 0, e) for e in (0, 1))
+  assert sorted(first) == sorted(second) == [0] * 9 + [1] * 5
+  assert (first != second).any()
+  assert len(set(first[:9])) > 1
+
+
+def test_evaluation_has_every_example_once_and_pads_within_the_bucket():
+  config = small(batch_size=2)
+  source = data.open_source(config, "test")
+  batches = list(tasks.eval_batches(config, "test"))
+  assert sum(b["weight"].sum() for b in batches) == len(source)
+  seconds = np.concatenate([b["seconds"][b["weight"] > 0] for b in batches])
+  expected = np.sort(source._seconds.astype(np.float32))
+  np.testing.assert_array_equal(np.sort(seconds), expected)
+  for batch in batches:
+    assert batch["audio"].shape[1] >= batch["samples"].max()
+
+
+def test_processes_share_each_batch(monkeypatch):
+  config = small(**{"batch_size": 2, "augment.speeds": (1.0,)})
+  whole = take(config, 6)
+  monkeypatch.setattr(loader.jax, "process_count", lambda: 2)
+  for index in range(2):
+    monkeypatch.setattr(loader.jax, "process_index", lambda i=index: i)
+    share = [{k: x[index::2] for k, x in b.items()} for b in whole]
+    equal(take(config, 6), share)
+
+
+def test_resumes_bit_for_bit_where_it_was_saved():
+  config = small()
+  iterator = tasks.train_batches(config)
+  for _ in range(5):
+    next(iterator)
+  state = iterator.get_state()
+  expected = [next(iterator) for _ in range(6)]
+  other = tasks.train_batches(config)
+  other.set_state(state)
+  equal([next(other) for _ in range(6)], expected)
+  iterator.close()
+  other.close()
+
+
+def test_source_and_order_can_be_sent_to_a_worker():
+  config = small()
+  source = data.open_source(config, "train")
+  order = loader._ShuffledBuckets(source, config)
+  indices_B = order[0]
+  unpickled = pickle.loads(pickle.dumps((source, order)))
+  np.testing.assert_array_equal(unpickled[1][0], indices_B)
+  rngs = (np.random.default_rng(0) for _ in range(2))
+  batches = [s.train(indices_B, next(rngs)) for s in (source, unpickled[0])]
+  equal(batches[:1], batches[1:])
+
+
+def test_seed_decides_order_and_speeds():
+  equal(take(small(), 3), take(small(), 3))
+  first, other = take(small(), 3), take(small(seed=1), 3)
+  assert any(
+    a["target"].shape != b["target"].shape or (a["target"] != b["target"]).any()
+    for a, b in zip(first, other, strict=True)
+  )
