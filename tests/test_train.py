@@ -222,7 +222,7 @@ def test_rate_does_not_count_what_compiles(monkeypatch, few_images):
   fetch = metrics.StepLog._fetch
 
   def step_fn(state, batch):
-    size = len(batch["label"])
+    size = len(batch["target"])
     clock[0] += 0 if size in sizes else 1000
     sizes.add(size)
     values = {"loss": np.ones(()), "lr": np.ones(()), "grad_norm": np.ones(())}
@@ -243,7 +243,7 @@ def test_rate_does_not_count_what_compiles(monkeypatch, few_images):
   train(config)
   rates = [x["per_second"] for _, split, x in lines if split == "train"]
   # The first step of each size compiles.
-  whole = len(batch["label"])
+  whole = len(batch["target"])
   assert rates == [pytest.approx((whole + whole + whole // 2) / 3)]
 
 
