@@ -12,6 +12,7 @@ import itertools
 import json
 import pathlib
 import statistics
+from collections.abc import Sequence
 
 from absl import app, flags
 from matplotlib import figure as figures
@@ -22,7 +23,7 @@ from sigattn.training import metrics, run_dir
 OUT = pathlib.Path(__file__).parent / "results" / "studies"
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
   for folder in argv[1:]:
     study = pathlib.Path(folder).name
     if study not in FIGURES:
@@ -99,7 +100,7 @@ def _attention_v(line):
   return sum(values) / len(values) / 512**0.5
 
 
-def attention_norm(runs):
+def attention_norm(runs: Sequence[report.Run]) -> figures.Figure:
   places = {"sincos": "sines", "rope": "RoPE", "none": "ALiBi"}
   figure, axes = _figure(10.5, 5.4, 2, 3, sharex=True, sharey="row")
   for run in runs:
@@ -153,7 +154,7 @@ def _accuracy(line):
   return 100 * line["accuracy"]
 
 
-def layer_scale(runs):
+def layer_scale(runs: Sequence[report.Run]) -> figures.Figure:
   scales = {None: "no LayerScale", 1e-4: "LayerScale 1e-4"}
   return _dots(
     runs,
@@ -167,7 +168,7 @@ def layer_scale(runs):
   )
 
 
-def multi_query(runs):
+def multi_query(runs: Sequence[report.Run]) -> figures.Figure:
   return _dots(
     runs,
     {6: "6 heads of keys", 2: "2 heads", 1: "1 head"},
@@ -177,7 +178,7 @@ def multi_query(runs):
   )
 
 
-def logit_bias(runs):
+def logit_bias(runs: Sequence[report.Run]) -> figures.Figure:
   return _dots(
     runs,
     {-6.238: "from -log n", 0.0: "from 0", -10.0: "from -10"},
@@ -188,7 +189,7 @@ def logit_bias(runs):
   )
 
 
-def hybrid_norm(runs):
+def hybrid_norm(runs: Sequence[report.Run]) -> figures.Figure:
   return _dots(
     runs,
     {
@@ -207,7 +208,7 @@ def hybrid_norm(runs):
   )
 
 
-def learning_rate(runs):
+def learning_rate(runs: Sequence[report.Run]) -> figures.Figure:
   """Loss over the rate for each width, and the sensitivity over the widths."""
   figure, axes = _figure(11, 3.2, 1, 4)
   widths = (64, 128, 256)
@@ -239,7 +240,9 @@ def learning_rate(runs):
   return figure
 
 
-def sensitivity(runs):
+def sensitivity(
+  runs: Sequence[report.Run],
+) -> dict[str, dict[str, list[float]]]:
   """{model: {width: [a value for each seed]}}; the study's docstring has it."""
   found = {}
   for (label, width, _), group in _by_width(runs).items():
@@ -260,7 +263,7 @@ def _by_width(runs):
   return found
 
 
-def length(runs):
+def length(runs: Sequence[report.Run]) -> figures.Figure:
   places = {
     (True, "rope"): "ALiBi and RoPE",
     (True, "none"): "ALiBi",
@@ -295,7 +298,9 @@ def length(runs):
   return figure
 
 
-def longer(runs):
+def longer(
+  runs: Sequence[report.Run],
+) -> dict[str, dict[str, dict[int, list[float]]]]:
   """{model: {whose n: {length: [the loss of each seed]}}}."""
   found = {}
   for label, group in report.by_config(runs).items():
@@ -319,7 +324,7 @@ def _longer(run):
   return found
 
 
-def activations(runs):
+def activations(runs: Sequence[report.Run]) -> figures.Figure:
   figure, axes = _figure(7, 3.8)
   for run in runs:
     label = _kind(run.config) + SCALED[run.config["attn.row_power"]]
@@ -334,7 +339,7 @@ def activations(runs):
   return figure
 
 
-def recall(runs):
+def recall(runs: Sequence[report.Run]) -> figures.Figure:
   """Accuracy on new examples: 16 pairs, every variant; then 8 pairs."""
   figure, axes = _figure(10.5, 3.4, 1, 2, sharex=True, sharey=True)
   kinds = {"softmax": "C1", "sigmoid": "C0", "relu": "C2"}

@@ -16,6 +16,8 @@ import pathlib
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -25,7 +27,9 @@ from sigattn.training import metrics, run_dir, setup
 _TRAIN = pathlib.Path(__file__).parent.parent / "train.py"
 
 
-def deltas(config_file, names):
+def deltas(
+  config_file: str | os.PathLike[str], names: Sequence[str]
+) -> list[dict[str, Any]]:
   """The product of the config file's sweeps, as a list of flat dicts.
 
   Raises ValueError for an unknown sweep, or two that set the same key.
@@ -49,7 +53,11 @@ def deltas(config_file, names):
   return merged
 
 
-def command(config_file, overrides, workdir):
+def command(
+  config_file: str | os.PathLike[str],
+  overrides: Mapping[str, object],
+  workdir: str | os.PathLike[str],
+) -> list[str]:
   """The train.py command of one run, as a list of words."""
   words = [f"--config.{key}={value}" for key, value in overrides.items()]
   if not _TRAIN.is_file():

@@ -7,18 +7,24 @@ An image is drawn under how much attention each patch gets, by layer and head;
 of other examples the weights between their first tokens are drawn.
 """
 
+import os
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from sigattn import attention, tasks
 from sigattn.analysis import plots, telemetry
+from sigattn.data import loader
 from sigattn.training import checkpoint, metrics
 
 
-def maps(config, params, batch):
+def maps(
+  config: ConfigDict, params: Any, batch: loader.Batch
+) -> dict[str, np.ndarray]:
   """The weights of every layer: {path of the stack: (L, B, N, T, S)}, NumPy."""
 
   @jax.jit
@@ -36,7 +42,7 @@ def _weights(
   return telemetry.applied(attn, found.weights_BNTS, positions)
 
 
-def example(config, index):
+def example(config: ConfigDict, index: int) -> loader.Batch:
   """Held-out example number `index`, from 0 on, as a batch of one.
 
   Raises ValueError where there are fewer.
@@ -55,7 +61,12 @@ def example(config, index):
   )
 
 
-def draw(workdir, index, step=None, tokens=40):
+def draw(
+  workdir: str | os.PathLike[str],
+  index: int,
+  step: int | str | None = None,
+  tokens: int = 40,
+) -> list[pathlib.Path]:
   """Draws the attention of a run on a held-out example; returns the paths.
 
   For an image that is one PNG: how much attention each patch gets, by layer and

@@ -6,14 +6,20 @@ those of sigattn.training.metrics.read.
 
 import itertools
 import math
+import os
 import re
 import statistics
+from collections.abc import Mapping, Sequence
+from typing import IO
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib import figure as figures
 
 from sigattn.analysis import telemetry
+from sigattn.training import metrics
+
+Groups = Mapping[str, Sequence[Sequence[metrics.Line]]]
 
 INK = "#010101"  # of text and axes, for who wants to exchange it
 _STYLE = {
@@ -36,7 +42,7 @@ _SIZE = 5.2, 3.6  # inches, of one plot
 _LOG = 30  # a range of so many times is drawn on a logarithmic axis
 
 
-def curves(groups, path):
+def curves(groups: Groups, path: str | os.PathLike[str]) -> None:
   """Draws loss, accuracy and CER against the step into one PNG."""
   names = [n for n in ("loss", "accuracy", "cer") if _has(groups, n)]
   with mpl.rc_context(_STYLE):
@@ -46,7 +52,7 @@ def curves(groups, path):
     figure.savefig(path, dpi=120)
 
 
-def curve(groups, name):
+def curve(groups: Groups, name: str) -> figures.Figure:
   """A figure of one metric against the step.
 
   The mean over the runs of a group is the line, their range the band; training
@@ -66,7 +72,9 @@ def _figure(rows, columns, size=_SIZE, **options):
   return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def save(figure, file, kind):
+def save(
+  figure: figures.Figure, file: str | os.PathLike[str] | IO, kind: str
+) -> None:
   """Writes the figure to a path or file: png on white, or svg on nothing."""
   with mpl.rc_context(_STYLE):
     if kind == "svg":
@@ -124,7 +132,7 @@ def _draw_mean(axes, points, band, *, color, **style):
 # Telemetry.
 
 
-def measured(groups):
+def measured(groups: Groups) -> list[str]:
   """The quantities that telemetry has in any of the runs."""
   names = {
     name.partition("/")[0] for line in _telemetry_lines(groups) for name in line
@@ -142,7 +150,7 @@ def _telemetry_lines(groups):
   ]
 
 
-def layers_by_step(groups, quantity):
+def layers_by_step(groups: Groups, quantity: str) -> figures.Figure:
   """A figure of one quantity of telemetry: a plot a group, a line a layer.
 
   The line is the mean over heads and runs, the band their range. Layers go
@@ -207,7 +215,9 @@ def _line_styles(places):
 # Attention of one example.
 
 
-def overlays(image_HWC, attention_LNRC):
+def overlays(
+  image_HWC: np.ndarray, attention_LNRC: np.ndarray
+) -> figures.Figure:
   """A figure of an image under how much attention each patch gets.
 
   A row a layer, a column a head. Bright is the most of the plot, whose number
@@ -230,7 +240,9 @@ def overlays(image_HWC, attention_LNRC):
   return figure
 
 
-def matrices(weights_NTS, tick_labels, title):
+def matrices(
+  weights_NTS: np.ndarray, tick_labels: Sequence[str], title: str
+) -> figures.Figure:
   """A figure of a layer's weights: a plot a head, keys across, queries down.
 
   tick_labels: strings of the tokens. Bright is the plot's largest, whose number

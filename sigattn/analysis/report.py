@@ -9,19 +9,22 @@ deviation of n runs and t the 97.5 % quantile of their n - 1 degrees of freedom.
 """
 
 import math
+import os
 import pathlib
 import statistics
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import rich.table
 from absl import flags
+from ml_collections import ConfigDict
 
 from sigattn.analysis import plots, report_html, telemetry
 from sigattn.training import metrics, optim, run_dir
 
 
-def parameter_table(params):
+def parameter_table(params: Any) -> rich.table.Table:
   """A table of the parameters: path, shape, number; and their sum."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   total = sum(leaf.size for _, leaf in leaves)
@@ -35,7 +38,12 @@ def parameter_table(params):
   return table
 
 
-def finish(workdir, split, best_metric, best_mode):
+def finish(
+  workdir: str | os.PathLike[str],
+  split: str,
+  best_metric: str,
+  best_mode: str,
+) -> None:
   """Prints the evaluations of a run and draws its curves.png."""
   lines = metrics.read(workdir)
   evals = [line for line in lines if line["split"] == split]
@@ -52,28 +60,34 @@ def finish(workdir, split, best_metric, best_mode):
   metrics.log(f"curves: {path}")
 
 
-def evaluation_table(rows, title=None):
+def evaluation_table(
+  rows: Mapping[str, metrics.Line], title: str | None = None
+) -> rich.table.Table:
   """A table with a row for each {name: metrics} and a column a metric."""
   names = []
   for row in rows.values():
     names += [name for name in row if name not in names and name != "split"]
   table = rich.table.Table("", *names, title=title)
   for name, row in rows.items():
-    table.add_row(name, *(format_value(row.get(key)) for key in names))
+    table.add_row(name, *(_format_value(row.get(key)) for key in names))
   return table
 
 
-def variants_table(variants):
+def variants_table(variants: Mapping[str, metrics.Line]) -> rich.table.Table:
   """A table with a column for each {name: metrics} and a row a metric."""
   names = dict.fromkeys(key for row in variants.values() for key in row)
   table = rich.table.Table("", *variants)
   for key in names:
     values = (row.get(key) for row in variants.values())
-    table.add_row(key, *map(format_value, values))
+    table.add_row(key, *map(_format_value, values))
   return table
 
 
-def sweep(runs, root, config):
+def sweep(
+  runs: Sequence[tuple[Mapping[str, object], str]],
+  root: str | os.PathLike[str],
+  config: ConfigDict,
+) -> None:
   """Prints a table of a sweep's runs and draws them all in root/sweep.png.
 
   runs: (what the run changes, its workdir). Runs that differ in the seed alone
@@ -117,7 +131,7 @@ def _spread(values):
   return f"{mean} ± {statistics.stdev(values):.4f} ({low:.4f} to {high:.4f})"
 
 
-def format_value(value):
+def _format_value(value):
   if value is None:
     return ""
   return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
@@ -130,15 +144,15 @@ class Run(NamedTuple):
   """A run's folder, read."""
 
   workdir: str
-  config: dict  # flat: {"attn.kind": "sigmoid", ...}
-  lines: list  # of metrics
+  config: dict[str, Any]  # flat: {"attn.kind": "sigmoid", ...}
+  lines: list[metrics.Line]
 
   @property
-  def evaluation(self):
+  def evaluation(self) -> metrics.Line | None:
     return _last(self.lines, self.config["data.eval_split"])
 
 
-def find(folders):
+def find(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
   """Every Run in or below the folders; ValueError for one that has none."""
   found = {}
   for folder in folders:
@@ -160,7 +174,7 @@ def find(folders):
   ]
 
 
-def differing(runs):
+def differing(runs: Sequence[Run]) -> list[str]:
   """The keys of the config, but for the seed, that not all runs agree on."""
   keys = dict.fromkeys(key for run in runs for key in run.config)
   return [
@@ -171,7 +185,7 @@ def differing(runs):
   ]
 
 
-def by_config(runs):
+def by_config(runs: Sequence[Run]) -> dict[str, list[Run]]:
   """{label: [Run, ...]}: one group are the runs that differ in the seed alone.
 
   The label says what differs: attn.kind=sigmoid.
@@ -183,7 +197,9 @@ def by_config(runs):
   return groups
 
 
-def interval(values):
+def interval(
+  values: Sequence[float],
+) -> tuple[float, float | None, float | None, float | None]:
   """(mean, standard deviation, low, high) with the 95 % interval of the mean.
 
   Student's t, see the module; one value alone has neither: None.
@@ -198,7 +214,10 @@ def interval(values):
   return mean, deviation, mean - half, mean + half
 
 
-def write(folders, out=None):
+def write(
+  folders: Sequence[str | os.PathLike[str]],
+  out: str | os.PathLike[str] | None = None,
+) -> pathlib.Path:
   """Writes the page of all runs in the folders, and PNGs; returns its path.
 
   out: a folder, by default `report` in the first of them.

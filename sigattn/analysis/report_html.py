@@ -7,6 +7,9 @@ is the page's, so that they are dark on light or light on dark as the text is.
 import html
 import io
 import re
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
 
 from sigattn.analysis import plots
 
@@ -47,7 +50,9 @@ svg { max-width: 100%; height: auto; }
 """
 
 
-def document(title, note, sections):
+def document(
+  title: str, note: str, sections: Sequence[tuple[str, str, str]]
+) -> str:
   """The page as a string.
 
   sections: (heading, explanation, HTML) of each part.
@@ -68,7 +73,9 @@ def document(title, note, sections):
   )
 
 
-def table(columns, rows):
+def table(
+  columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]
+) -> str:
   """rows: lists of cells, None for an empty one; numbers stand on the right."""
   numeric = [
     all(isinstance(row[i], (int, float, type(None))) for row in rows)
@@ -96,7 +103,11 @@ def _text(cell):
   return html.escape(str(cell))
 
 
-def figures(named, meanings=None, wide=False):
+def figures(
+  named: Mapping[str, Figure],
+  meanings: Mapping[str, str] | None = None,
+  wide: bool = False,
+) -> str:
   """{name: figure}, beside each other where there is room.
 
   meanings: {name: what the caption says beside the name}. wide: each figure

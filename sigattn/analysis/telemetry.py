@@ -23,15 +23,20 @@ with the ReLU kinds A = 0, where nothing flows back.
 """
 
 import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from sigattn import attention, layers, tasks
+from sigattn.data import loader
 from sigattn.training import mesh, setup
+from sigattn.training.step import State
 
 SPLIT = "telemetry"
 QUANTITIES = {
@@ -59,13 +64,18 @@ _MOMENTS = ("mu", "nu", "trace")  # as optax names them
 _SATURATED = 0.99
 
 
-def is_due(config, step):
+def is_due(config: ConfigDict, step: int) -> bool:
   """Whether update number `step`, from 1 on, is measured."""
   every = config.telemetry.every_steps
   return every > 0 and (step == 1 or step % every == 0)
 
 
-def make(config, update, batches, devices):
+def make(
+  config: ConfigDict,
+  update: Callable[[State, Any], tuple[Any, Any, State]],
+  batches: Iterable[loader.Batch],
+  devices: jax.sharding.Mesh,
+) -> Callable[[State, Any], dict[str, float]]:
   """A function (state, batch) -> {name: float}; see the module.
 
   update: (state, batch) -> (gradients, updates, new state), what a step does
@@ -123,7 +133,12 @@ def _flatten(by_stack, by_tree):
 # Looking into the layers.
 
 
-def observe(config, params, batch, look):
+def observe(
+  config: ConfigDict,
+  params: Any,
+  batch: Mapping[str, jax.Array],
+  look: Callable[..., Any],
+) -> dict[str, Any]:
   """What `look` finds in every attention layer, {path of the stack: tree}.
 
   The arrays of a tree have an axis of layers in front. batch: of evaluation.
@@ -198,8 +213,16 @@ def _run(stack, look, found, path, x_BTD, rng=None, **attn_args):
 
 
 def statistics(
-  attn, query, key, value, *, real_BT, positions=None, streams=(), **options
-):
+  attn: layers.SelfAttention,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  real_BT: jax.Array,
+  positions: jax.Array | None = None,
+  streams: Mapping[str, jax.Array] | None = None,
+  **options: Any,
+) -> dict[str, jax.Array]:
   """The QUANTITIES of attention, (N,) float32, and of the stream, scalars.
 
   Over the real rows that see a key, and the keys that they see. Norms are of
@@ -222,7 +245,7 @@ def statistics(
     "projection_norm": _norm(values["projection"]),
   }
   means = {k: _mean(x, rows_BNT.any(-1), (0,)) for k, x in norm_BN.items()}
-  for name, x_BTD in dict(streams).items():
+  for name, x_BTD in (streams or {}).items():
     norm_B = _norm(jnp.where(real_BT[:, :, None], x_BTD, 0), (1, 2))
     means[f"{name}_norm"] = _mean(norm_B, real_BT.any(-1), (0,))
   p_BNTS = weights_BNTS / jnp.where(sums_BNT > 0, sums_BNT, 1)[..., None]
@@ -240,7 +263,11 @@ def statistics(
   }
 
 
-def applied(attn, weights_BNTS, positions):
+def applied(
+  attn: layers.SelfAttention,
+  weights_BNTS: jax.Array,
+  positions: jax.Array | None,
+) -> jax.Array:
   """The weights with the layer's factor on each row."""
   if not attn.row_power:
     return weights_BNTS
@@ -275,7 +302,9 @@ def _mean(x, where, axes):
   return total / jnp.maximum(where.sum(axes), 1)
 
 
-def norms(tree, stacks=()):
+def norms(
+  tree: Any, stacks: Iterable[Sequence[str]] = ()
+) -> dict[str, jax.Array]:
   """Frobenius norms of a tree like the parameters, {place: array}.
 
   A scalar for each top-level module, and (L,) for the blocks of a stack, under

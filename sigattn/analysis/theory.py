@@ -10,7 +10,9 @@ Shapes: T tokens of width D, N heads of width H. One example, no batch.
 
 import functools
 import math
+import os
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,13 +36,15 @@ class Heads(NamedTuple):
   out_NHD: jax.Array
 
 
-def identity(width):
+def identity(width: int) -> Heads:
   """One head in which every projection is the identity."""
   eye = jnp.eye(width)[None]
   return Heads(eye, eye, eye, eye)
 
 
-def random_heads(key, num_heads, width, head_width):
+def random_heads(
+  key: jax.Array, num_heads: int, width: int, head_width: int
+) -> Heads:
   """Gaussian projections that keep the variance of a unit Gaussian input."""
   keys = jax.random.split(key, 4)
   shape = (num_heads, width, head_width)
@@ -50,7 +54,13 @@ def random_heads(key, num_heads, width, head_width):
   return Heads(q / math.sqrt(head_width), k, v, out)
 
 
-def attend(heads, x_TD, kind="sigmoid", logit_bias=None, mask_TT=None):
+def attend(
+  heads: Heads,
+  x_TD: jax.Array,
+  kind: str = "sigmoid",
+  logit_bias: float | None = None,
+  mask_TT: jax.Array | None = None,
+) -> jax.Array:
   """(T, D) -> (T, D): every head of the operation, and the sum of them.
 
   kind, logit_bias: as in attention.dot_product_attention, the default -log T.
@@ -65,7 +75,9 @@ def attend(heads, x_TD, kind="sigmoid", logit_bias=None, mask_TT=None):
   return jnp.einsum("TNH,NHD->TD", out_TNH, heads.out_NHD)
 
 
-def jacobian_norm(function, x_TD):
+def jacobian_norm(
+  function: Callable[[jax.Array], jax.Array], x_TD: jax.Array
+) -> jax.Array:
   """The spectral norm of the Jacobian of (T, D) -> (T, D) at x, exactly.
 
   It is the local Lipschitz constant in the Euclidean norm of all tokens.
@@ -74,7 +86,12 @@ def jacobian_norm(function, x_TD):
   return jnp.linalg.norm(jacobian, 2)
 
 
-def sigmoid_bound(heads, x_TD, logit_bias=None, mask_TT=None):
+def sigmoid_bound(
+  heads: Heads,
+  x_TD: jax.Array,
+  logit_bias: float | None = None,
+  mask_TT: jax.Array | None = None,
+) -> jax.Array:
   """An upper bound of jacobian_norm for sigmoid (2409.04431, Theorem 2).
 
   A head: |W_v| (s + 2 s' |W_q W_k^T| mean_i |x_i|^2), where s and s' are T
@@ -101,7 +118,9 @@ def sigmoid_bound(heads, x_TD, logit_bias=None, mask_TT=None):
   return _join(heads, v_N * (sup_N + 2 * sup_slope_N * a_N * square))
 
 
-def softmax_bound(heads, x_TD, mask_TT=None):
+def softmax_bound(
+  heads: Heads, x_TD: jax.Array, mask_TT: jax.Array | None = None
+) -> jax.Array:
   """An upper bound of jacobian_norm for softmax.
 
   With P its weights, m_i = sum_j P_ij x_j the mean that row i sees and C_i the
@@ -128,7 +147,9 @@ def softmax_bound(heads, x_TD, mask_TT=None):
   return _join(heads, v_N * (_spectral(p_NTT) + a_N * (query_N + key_N)))
 
 
-def ball_bound(kind, length, radius, logit_bias=None):
+def ball_bound(
+  kind: str, length: int, radius: float, logit_bias: float | None = None
+) -> float:
   """The largest that the bounds can be where |x_i| <= radius for all tokens.
 
   For `identity` heads: |W_v| = |A| = 1, and logits in +-radius^2.
@@ -167,7 +188,14 @@ def _join(heads, bound_N):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def worst_case(kind, length, width, radius, logit_bias, key):
+def worst_case(
+  kind: str,
+  length: int,
+  width: int,
+  radius: float,
+  logit_bias: float | None,
+  key: jax.Array,
+) -> jax.Array:
   """The largest jacobian_norm that gradient ascent finds in a ball.
 
   |x_i| <= radius for every token, `identity` heads, the best of 16 starts
@@ -208,13 +236,13 @@ def worst_case(kind, length, width, radius, logit_bias, key):
   return jax.vmap(ascend)(starts).max()
 
 
-def scaled_sigmoid(u, n):
+def scaled_sigmoid(u: np.ndarray | float, n: int) -> np.ndarray:
   """n sigmoid(u - log n), which goes to e^u as n grows; in float64."""
   u = np.asarray(u, np.float64)
   return n / (1 + n * np.exp(-u))
 
 
-def scaled_sigmoid_gap(u, n):
+def scaled_sigmoid_gap(u: np.ndarray | float, n: int) -> np.ndarray:
   """e^u - n sigmoid(u - log n) = e^2u / (n + e^u), at most e^2u / n."""
   u = np.asarray(u, np.float64)
   return np.exp(2 * u) / (n + np.exp(u))
@@ -234,7 +262,7 @@ class Universal(nnx.Module):
 
   WIDTH = 4
 
-  def __init__(self, length, depth, rngs):
+  def __init__(self, length: int, depth: int, rngs: nnx.Rngs):
     self.attns = nnx.List([
       layers.SelfAttention(self.WIDTH, 4, max_length=length, rngs=rngs)
       for _ in range(depth)
@@ -247,7 +275,7 @@ class Universal(nnx.Module):
       for kernel in (attn.out.kernel, mlp.down.kernel):
         kernel[...] = kernel[...] / depth
 
-  def __call__(self, x_BTD):
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
     for attn, mlp in zip(self.attns, self.mlps, strict=True):
       x_BTD = x_BTD + attn(x_BTD)
       x_BTD = x_BTD + mlp(x_BTD)
@@ -270,7 +298,15 @@ TARGETS = {  # name: an equivariant function of x_BTD in [0, 1]
 }
 
 
-def fit(target, *, depth, length=6, steps=3000, batch=128, seed=0):
+def fit(
+  target: Callable[[jax.Array], jax.Array],
+  *,
+  depth: int,
+  length: int = 6,
+  steps: int = 3000,
+  batch: int = 128,
+  seed: int = 0,
+) -> tuple[Universal, np.ndarray]:
   """Trains a Universal on uniform inputs: (model, errors of each step).
 
   target: a function of x_BTD. The error is root-mean-square, over fresh inputs
@@ -308,7 +344,7 @@ def fit(target, *, depth, length=6, steps=3000, batch=128, seed=0):
 _BIASES = {"-log n": lambda n: -math.log(n), "0": lambda n: 0.0}
 
 
-def inputs(key, length, width):
+def inputs(key: jax.Array, length: int, width: int) -> dict[str, jax.Array]:
   """{name: x_TD}: random tokens, small and large, and adversarial ones."""
   keys = jax.random.split(key, 2)
   x_TD = jax.random.normal(keys[0], (length, width))
@@ -441,7 +477,7 @@ FIGURES = {
 }
 
 
-def draw(folder):
+def draw(folder: str | os.PathLike[str]) -> dict[str, str]:
   """Draws every figure into the folder; returns {quantity: value as text}."""
   import matplotlib.figure  # 0.3 s that only figures need
 

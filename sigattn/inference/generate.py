@@ -13,7 +13,9 @@ Sigmoid's n stays the layer's constant, however long the text has become.
 """
 
 import functools
-from typing import Any, NamedTuple
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,11 @@ import numpy as np
 from absl import flags
 from absl import logging as absl_logging
 from flax import nnx
+from ml_collections import ConfigDict
 
+from sigattn import layers
 from sigattn.data import text
+from sigattn.tasks import lm
 from sigattn.training import checkpoint, setup
 
 _CHUNK = 16  # tokens between two prints of a stream
@@ -40,7 +45,7 @@ class Sampling(NamedTuple):
   top_k: int = 0
   top_p: float = 1.0
 
-  def validate(self):
+  def validate(self) -> None:
     """ValueError for a value that makes no sense."""
     if not 0 <= self.temperature < float("inf"):
       raise ValueError(f"temperature={self.temperature!r}; must be >= 0")
@@ -50,7 +55,9 @@ class Sampling(NamedTuple):
       raise ValueError(f"top_p={self.top_p!r}; must be > 0 and <= 1")
 
 
-def sample(rng, logits_BV, sampling):
+def sample(
+  rng: jax.Array, logits_BV: jax.Array, sampling: Sampling
+) -> jax.Array:
   """int32 (B,): one draw a row."""
   if sampling.temperature == 0:
     return logits_BV.argmax(-1).astype(jnp.int32)
@@ -58,7 +65,7 @@ def sample(rng, logits_BV, sampling):
   return jax.random.categorical(rng, logits_BV).astype(jnp.int32)
 
 
-def keep(logits_BV, sampling):
+def keep(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
   """The logits that top_k and top_p leave, and -inf for the others."""
   if sampling.top_k and sampling.top_k < logits_BV.shape[1]:
     least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
@@ -76,15 +83,21 @@ def keep(logits_BV, sampling):
 class State(NamedTuple):
   """Between two tokens."""
 
-  place: Any  # int32 scalar: the slot of the next token
-  start_B: Any  # each row's first slot that is no padding
-  logits_BV: Any  # of the next token
-  cache: Any
-  done_B: Any  # whether the row has ended
-  rng: Any
+  place: jax.Array  # int32 scalar: the slot of the next token
+  start_B: jax.Array  # each row's first slot that is no padding
+  logits_BV: jax.Array  # of the next token
+  cache: layers.Cache
+  done_B: jax.Array  # whether the row has ended
+  rng: jax.Array
 
 
-def prefill(model, token_BT, start_B, slots, rng):
+def prefill(
+  model: lm.LanguageModel,
+  token_BT: jax.Array,
+  start_B: jax.Array,
+  slots: int,
+  rng: jax.Array,
+) -> State:
   """The State after the prompts, which end together at T."""
   slot_T = jnp.arange(token_BT.shape[1])[None]
   segment_BT = (slot_T >= start_B[:, None]).astype(jnp.int32)
@@ -94,7 +107,14 @@ def prefill(model, token_BT, start_B, slots, rng):
   return State(place, start_B, logits_BV, cache, done_B, rng)
 
 
-def decode(model, state, count, sampling, size, end):
+def decode(
+  model: lm.LanguageModel,
+  state: State,
+  count: int,
+  sampling: Sampling,
+  size: int,
+  end: int,
+) -> tuple[jax.Array, State]:
   """(token (B, count), State): up to `count` tokens, while a row goes on.
 
   What comes after a row's `end` is `end`. size: of the tokenizer, beyond which
@@ -128,7 +148,7 @@ def decode(model, state, count, sampling, size, end):
 class Generator:
   """A language model and its tokenizer: texts in, texts out."""
 
-  def __init__(self, config, params):
+  def __init__(self, config: ConfigDict, params: Any):
     """Raises ValueError for another task's config."""
     if config.task != "lm":
       raise ValueError(f"config.task={config.task!r}; must be 'lm'")
@@ -151,12 +171,21 @@ class Generator:
     self._start, self._go_on = start, go_on
 
   @classmethod
-  def load(cls, workdir, step=None):
+  def load(
+    cls, workdir: str | os.PathLike[str], step: int | str | None = None
+  ) -> Self:
     """Of a run; step: a number, "best", or None for the newest."""
     config, params, _ = checkpoint.load(workdir, step)
     return cls(config, params)
 
-  def __call__(self, prompts, *, max_tokens=256, seed=0, **sampling):
+  def __call__(
+    self,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int = 256,
+    seed: int = 0,
+    **sampling: float,
+  ) -> list[str]:
     """The continuation of each prompt, without it.
 
     sampling: temperature, top_k, top_p. Raises ValueError for a bad value, or
@@ -166,7 +195,14 @@ class Generator:
     [token_BT] = [*chunks] or [np.zeros((len(prompts), 0), np.int32)]
     return [self.tokenizer.decode(row) for row in token_BT]
 
-  def stream(self, prompt, *, max_tokens=256, seed=0, **sampling):
+  def stream(
+    self,
+    prompt: str,
+    *,
+    max_tokens: int = 256,
+    seed: int = 0,
+    **sampling: float,
+  ) -> Iterator[str]:
     """The continuation of one prompt, in pieces as they are made."""
     ids, said = [], 0
     for token_1T in self.tokens([prompt], max_tokens, _CHUNK, seed, **sampling):
@@ -178,7 +214,14 @@ class Generator:
       said = max(said, known)
     yield self.tokenizer.decode(ids)[said:]
 
-  def tokens(self, prompts, max_tokens, chunk, seed=0, **sampling):
+  def tokens(
+    self,
+    prompts: Sequence[str],
+    max_tokens: int,
+    chunk: int,
+    seed: int = 0,
+    **sampling: float,
+  ) -> Iterator[np.ndarray]:
     """int32 (B, up to `chunk`) arrays, `max_tokens` of them together."""
     sampling = Sampling(**sampling)
     sampling.validate()

@@ -9,6 +9,8 @@ notebook: lm_eval.simple_evaluate(HarnessLM(config, params), tasks=[...]).
 
 import itertools
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ import numpy as np
 from absl import flags
 from flax import nnx
 from lm_eval.api import model as harness
+from lm_eval.api.instance import Instance
+from ml_collections import ConfigDict
 
 from sigattn.inference.generate import Generator
 from sigattn.training import checkpoint, metrics, run_dir, setup
@@ -34,7 +38,14 @@ class HarnessLM(harness.TemplateLM):
   are scored or continued at once.
   """
 
-  def __init__(self, config, params, *, batch_size=16, max_length=None):
+  def __init__(
+    self,
+    config: ConfigDict,
+    params: Any,
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+  ):
     """max_length: in tokens; None: the training rows'."""
     super().__init__()
     self._generator = Generator(config, params)
@@ -56,14 +67,16 @@ class HarnessLM(harness.TemplateLM):
     self._score = score
 
   @property
-  def eot_token_id(self):
+  def eot_token_id(self) -> int:
     return self._tokenizer.end
 
   @property
-  def prefix_token_id(self):
+  def prefix_token_id(self) -> int:
     return self._tokenizer.start
 
-  def tok_encode(self, string, add_special_tokens=None, **_):
+  def tok_encode(
+    self, string: str, add_special_tokens: bool | None = None, **_: object
+  ) -> list[int]:
     [ids] = self._tokenizer.encode([string])
     start = [] if add_special_tokens is False else [self._tokenizer.start]
     return [*start, *ids.tolist()]
@@ -97,7 +110,9 @@ class HarnessLM(harness.TemplateLM):
       )
     return found
 
-  def loglikelihood_rolling(self, requests, disable_tqdm=False):
+  def loglikelihood_rolling(
+    self, requests: Sequence[Instance], disable_tqdm: bool = False
+  ) -> list[float]:
     """Log-probability of each whole text, in windows of max_length."""
     found = []
     for request in requests:
@@ -113,7 +128,9 @@ class HarnessLM(harness.TemplateLM):
       found.append(sum(score for score, _ in scores))
     return found
 
-  def generate_until(self, requests, disable_tqdm=False):
+  def generate_until(
+    self, requests: Sequence[Instance], disable_tqdm: bool = False
+  ) -> list[str]:
     """Each context's continuation, up to the first of its stops."""
     del disable_tqdm
     found = [None] * len(requests)

@@ -7,6 +7,8 @@ A line a file; any sample rate, and any format that libsndfile reads.
 
 import itertools
 import os
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import jax
 import numpy as np
@@ -18,7 +20,12 @@ from sigattn.tasks import speech
 from sigattn.training import checkpoint, setup
 
 
-def transcribe(workdir, files, step=None, beam_width=None):
+def transcribe(
+  workdir: str | os.PathLike[str],
+  files: Iterable[str | os.PathLike[str] | BinaryIO],
+  step: int | str | None = None,
+  beam_width: int | None = None,
+) -> Iterator[str]:
   """The texts of recordings, yielded one by one.
 
   files: paths, or file objects opened in binary mode. step: a number, "best",

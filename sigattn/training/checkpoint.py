@@ -6,14 +6,20 @@ place of the data iterator). Evaluation restores one of the first two alone.
 """
 
 import math
+import os
 import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
 import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
+from sigattn.data import loader
 from sigattn.training import run_dir, setup
+from sigattn.training.step import State
 
 
 def _manager(workdir, config, read_only=False):
@@ -48,19 +54,21 @@ class Checkpoints:
   A context manager: leaving it waits until everything is on disk.
   """
 
-  def __init__(self, workdir, config):
+  def __init__(
+    self, workdir: str | os.PathLike[str] | None, config: ConfigDict
+  ):
     self._ckpt, self._workdir = config.ckpt, workdir
     self._manager = None if workdir is None else _manager(workdir, config)
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     if self._manager is not None:
       self._manager.wait_until_finished()
       self._manager.close()
 
-  def is_best(self, metrics):
+  def is_best(self, metrics: Mapping[str, float] | None) -> bool:
     """Whether `metrics` beat those of every checkpoint; None never does."""
     if metrics is None or self._manager is None:
       return False
@@ -73,7 +81,13 @@ class Checkpoints:
       return metrics[name] < old[name]
     return metrics[name] > old[name]
 
-  def save(self, step, state, data, metrics):
+  def save(
+    self,
+    step: int,
+    state: State,
+    data: Iterator[loader.Batch],
+    metrics: Mapping[str, float] | None,
+  ) -> None:
     """Starts to write; `metrics` (or None) decide which one is the best."""
     if self._manager is None:
       return
@@ -92,7 +106,7 @@ class Checkpoints:
       custom_metadata={"format": run_dir.FORMAT},
     )
 
-  def restore(self, state, data):
+  def restore(self, state: State, data: Iterator[loader.Batch]) -> State:
     """The newest state, or `state` itself where there is none; sets `data`."""
     step = None if self._manager is None else self._manager.latest_step()
     if step is None:
@@ -121,7 +135,9 @@ def _train_item(state):
   return {"step": state.step, "opt_state": state.opt_state}
 
 
-def load(workdir, step=None):
+def load(
+  workdir: str | os.PathLike[str], step: int | str | None = None
+) -> tuple[ConfigDict, Any, int]:
   """The config and the evaluation parameters of a run: (config, params, step).
 
   step: a number, "best", or None for the newest. The parameters are the

@@ -3,9 +3,12 @@
 import json
 import logging
 import math
+import os
 import pathlib
 import sys
 import time
+from collections.abc import Mapping
+from typing import Self
 
 import jax
 import rich.console
@@ -14,17 +17,25 @@ import rich.table
 import tensorboardX
 from absl import flags
 from absl import logging as absl_logging
+from ml_collections import ConfigDict
 
 console = rich.console.Console()
 
 # In the files and pictures, not in the line that a person follows.
 _UNSHOWN = ("lr", "grad_norm", "per_second")
 
+Line = dict[str, int | float | str]  # of metrics.jsonl
+
 
 class Writer:
   """Metrics as JSON lines and TensorBoard events; nothing with no workdir."""
 
-  def __init__(self, workdir, start=0, tensorboard=True):
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str] | None,
+    start: int = 0,
+    tensorboard: bool = True,
+  ):
     """start: the step that the run resumes from; later lines are dropped."""
     self._file = self._board = None
     if workdir is None:
@@ -40,7 +51,7 @@ class Writer:
         str(workdir), purge_step=start + 1
       )
 
-  def write(self, step, split, metrics):
+  def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
     """split: "train", or the name of the split that was evaluated."""
     if self._file is None:
       return
@@ -51,17 +62,17 @@ class Writer:
       for name, value in metrics.items():
         self._board.add_scalar(f"{split}/{name}", value, step)
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     if self._file is not None:
       self._file.close()
     if self._board is not None:
       self._board.close()
 
 
-def read(workdir):
+def read(workdir: str | os.PathLike[str]) -> list[Line]:
   """The lines of metrics.jsonl as dicts; a line cut off by a kill is left."""
   path = pathlib.Path(workdir) / "metrics.jsonl"
   lines = []
@@ -77,16 +88,16 @@ def read(workdir):
 class Mean:
   """Means of metrics over the steps since they were last taken."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self._sums = {}
     self._count = 0
 
-  def add(self, metrics):
+  def add(self, metrics: Mapping[str, float]) -> None:
     self._count += 1
     for name, value in metrics.items():
       self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
-  def take(self):
+  def take(self) -> dict[str, float]:
     means = {name: value / self._count for name, value in self._sums.items()}
     self.__init__()
     return means
@@ -98,7 +109,7 @@ class Progress:
   On a terminal the bar lives; elsewhere each call of `line` prints one line.
   """
 
-  def __init__(self, start, total, unit):
+  def __init__(self, start: int, total: int, unit: str):
     self._unit = unit
     self._total = total
     self._step = start
@@ -118,18 +129,20 @@ class Progress:
     )
     self._task = self._bar.add_task("", total=total, completed=start, text="")
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     self._bar.start()
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self._bar.stop()
 
-  def pause(self):
+  def pause(self) -> None:
     """Stops the clock; the next step starts it again without being counted."""
     self._began = None
 
-  def step(self, step, metrics, examples):
+  def step(
+    self, step: int, metrics: Mapping[str, float], examples: int
+  ) -> None:
     """Moves the bar; metrics: those of the last finished step."""
     now = time.perf_counter()
     if self._began is not None:
@@ -140,7 +153,7 @@ class Progress:
     self._step = step
     self._bar.update(self._task, completed=step, text=self._text(metrics))
 
-  def rate(self):
+  def rate(self) -> float:
     """Examples a second."""
     return self._examples / self._seconds if self._seconds else 0.0
 
@@ -155,7 +168,9 @@ class Progress:
       parts += [f"{minutes}:{seconds:02d} left"]
     return "  ".join(parts)
 
-  def line(self, label, metrics, stay=False):
+  def line(
+    self, label: str, metrics: Mapping[str, float], stay: bool = False
+  ) -> None:
     """A line of the log; on a terminal the bar says it, unless it must stay."""
     if stay or not console.is_terminal:
       text = self._text(metrics)
@@ -165,12 +180,14 @@ class Progress:
 class StepLog:
   """Writes the metrics of the step before, while the devices do the next."""
 
-  def __init__(self, config, writer, progress):
+  def __init__(self, config: ConfigDict, writer: Writer, progress: Progress):
     self._config, self._writer, self._progress = config, writer, progress
     self._mean = Mean()
     self._pending = None
 
-  def step(self, step, metrics, examples):
+  def step(
+    self, step: int, metrics: Mapping[str, jax.Array], examples: int
+  ) -> None:
     """A step of so many examples has been given to the devices."""
     self._fetch()
     self._pending = step, metrics, examples
@@ -196,34 +213,36 @@ class StepLog:
       self._writer.write(step, "train", means)
       self._progress.line("train", means)
 
-  def finish(self):
+  def finish(self) -> None:
     """Waits for the step at work, and stops the clock."""
     self._fetch()
     self._progress.pause()
 
-  def evaluation(self, step, split, results):
+  def evaluation(
+    self, step: int, split: str, results: Mapping[str, float]
+  ) -> None:
     """Writes what an evaluation found."""
     self._writer.write(step, split, results)
     self._progress.line(split, results, stay=True)
 
 
-def due(step, every):
+def due(step: int, every: int) -> bool:
   """Whether `step` is one of every `every`; 0 means never."""
   return every > 0 and step % every == 0
 
 
-def log(message):
+def log(message: str | rich.table.Table) -> None:
   """Prints one line for an event, or a table."""
   console.print(message, highlight=False, soft_wrap=True)
   sys.stdout.flush()
 
 
 class _Console(logging.Handler):
-  def emit(self, record):
+  def emit(self, record: logging.LogRecord) -> None:
     log(record.getMessage())
 
 
-def set_up_logs():
+def set_up_logs() -> None:
   """For programs: which attention runs and why, and libraries' warnings.
 
   Everything that the libraries have to say comes with --verbosity=info.

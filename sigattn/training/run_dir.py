@@ -9,8 +9,10 @@ DONE.json     the last evaluation, written when the run is complete
 import json
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 # Counts changes of the config's keys and of the parameters' paths, so that a
 # run of an older kind is refused by name, not by a missing key.
@@ -29,7 +31,7 @@ _FREE = (
 )
 
 
-def flatten(config):
+def flatten(config: ConfigDict) -> dict[str, Any]:
   """{"attn.kind": "sigmoid", ...}, as JSON would give it back."""
   flat = {}
 
@@ -44,7 +46,7 @@ def flatten(config):
   return flat
 
 
-def prepare(workdir, config):
+def prepare(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
   """Makes the folder, or checks that the run in it is this config's.
 
   Raises ValueError naming the first key that differs, or the reason why the
@@ -72,7 +74,7 @@ def _compare(workdir, old, new):
     )
 
 
-def read_config(workdir):
+def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
   """The config of the run in `workdir`; ValueError where there is none."""
   path = pathlib.Path(workdir) / "config.json"
   try:
@@ -83,10 +85,10 @@ def read_config(workdir):
     ) from error
   found = json.loads(text)
   validate_format(found.get("format", 1), workdir)
-  return config_dict.ConfigDict(found["config"]).lock()
+  return ConfigDict(found["config"]).lock()
 
 
-def validate_format(number, workdir):
+def validate_format(number: int, workdir: str | os.PathLike[str]) -> None:
   """ValueError unless a run, or its checkpoint, is of this version's format."""
   if number != FORMAT:
     raise ValueError(
@@ -96,14 +98,14 @@ def validate_format(number, workdir):
     )
 
 
-def write_json(path, value):
+def write_json(path: str | os.PathLike[str], value: object) -> None:
   """Writes the whole file or none of it: a kill leaves no half."""
   partial = pathlib.Path(f"{path}.partial")
   partial.write_text(json.dumps(value, indent=2) + "\n")
   os.replace(partial, path)
 
 
-def done(workdir, total_steps):
+def done(workdir: str | os.PathLike[str] | None, total_steps: int) -> bool:
   """Whether the run in `workdir` has reached total_steps and its last word."""
   if workdir is None:
     return False
@@ -111,18 +113,22 @@ def done(workdir, total_steps):
   return path.exists() and json.loads(path.read_text())["step"] >= total_steps
 
 
-def write_done(workdir, metrics):
+def write_done(
+  workdir: str | os.PathLike[str] | None, metrics: Mapping[str, float]
+) -> None:
   if workdir is not None:
     write_json(pathlib.Path(workdir) / "DONE.json", metrics)
 
 
-def name(overrides):
+def name(overrides: Mapping[str, object]) -> str:
   """{"optim.lr": 1e-3, "seed": 0} -> "optim.lr=0.001,seed=0"."""
   values = ",".join(f"{key}={value}" for key, value in overrides.items())
   return values.replace("/", "-") or "default"
 
 
-def default(config_file, overrides):
+def default(
+  config_file: str | os.PathLike[str], overrides: Mapping[str, object]
+) -> str:
   """runs/<config>/<key=value,...>: one folder for each command.
 
   The same command finds its run again; another override gets its own folder.
