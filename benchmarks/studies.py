@@ -29,15 +29,15 @@ def main(argv: Sequence[str]) -> None:
     if study not in FIGURES:
       raise app.UsageError(f"{folder}: no figure; choose from {[*FIGURES]}")
     runs = report.find([folder])
-    written = {
+    results = {
       "ran": flags.FLAGS.ran,
       "runs": {k: _row(group) for k, group in report.by_config(runs).items()},
     }
     finished = [run for run in runs if _is_finished(run)]
     if study in DERIVED:
-      written[DERIVED[study].__name__] = DERIVED[study](finished)
+      results[DERIVED[study].__name__] = DERIVED[study](finished)
     OUT.mkdir(exist_ok=True)
-    run_dir.write_json(OUT / f"{study}.json", written)
+    run_dir.write_json(OUT / f"{study}.json", results)
     figure = FIGURES[study](finished)
     figure.savefig(OUT / f"{study}.png", dpi=110)
     metrics.log(f"{study}: {len(finished)} of {len(runs)} runs finished")
@@ -82,7 +82,7 @@ def _kind(config):
   return "b = -log n" if bias in (None, -6.238) else f"b = {bias:g}"
 
 
-def _split(run, split, value):
+def _series(run, split, value):
   """(steps, values) of a run's lines; value: a function of a line."""
   lines = [line for line in run.lines if line["split"] == split]
   return [x["step"] for x in lines], [value(x) for x in lines]
@@ -108,9 +108,9 @@ def attention_norm(runs: Sequence[report.Run]) -> figures.Figure:
     label = _kind(run.config)
     style = dict(color=COLORS[label], linewidth=1)
     axes[0, column].semilogy(
-      *_split(run, telemetry.SPLIT, _attention_v), **style, label=label
+      *_series(run, telemetry.SPLIT, _attention_v), **style, label=label
     )
-    axes[1, column].plot(*_split(run, "train", _loss), **style)
+    axes[1, column].plot(*_series(run, "train", _loss), **style)
   for ax, place in zip(axes[0], places.values(), strict=True):
     ax.set_title(place)
   axes[0, 0].set_ylabel("|A V| of a token (rms)")
@@ -130,8 +130,8 @@ def _dots(runs, ticks, tick, value, ylabel, label=_kind):
   order = list(COLORS).index
   runs = sorted(runs, key=lambda run: order(label(run.config)))
   labels = list(dict.fromkeys(label(run.config) for run in runs))
-  found = {tick(run.config) for run in runs}
-  ticks = {place: name for place, name in ticks.items() if place in found}
+  present = {tick(run.config) for run in runs}
+  ticks = {place: name for place, name in ticks.items() if place in present}
   for run in runs:
     name = label(run.config)
     shift = labels.index(name) - (len(labels) - 1) / 2
@@ -244,23 +244,25 @@ def sensitivity(
   runs: Sequence[report.Run],
 ) -> dict[str, dict[str, list[float]]]:
   """{model: {width: [a value for each seed]}}; the study's docstring has it."""
-  found = {}
+  sensitivities = {}
   for (label, width, _), group in _by_width(runs).items():
     final = [min(run.evaluation["loss"], run.lines[0]["loss"]) for run in group]
     value = statistics.fmean(final) - min(final)
-    found.setdefault(label, {}).setdefault(f"width {width}", []).append(value)
-  return found
+    sensitivities.setdefault(label, {}).setdefault(f"width {width}", []).append(
+      value
+    )
+  return sensitivities
 
 
 def _by_width(runs):
   """{(model, width, seed): its runs, by learning rate}."""
-  found, keys = {}, ("model.width", "optim.lr")
+  groups, keys = {}, ("model.width", "optim.lr")
   for run in sorted(runs, key=lambda run: [run.config[x] for x in keys]):
     config = run.config
     label = f"{_kind(config)}, {QK_NORMS[config['attn.qk_norm']]}"
     key = label, config["model.width"], config["seed"]
-    found.setdefault(key, []).append(run)
-  return found
+    groups.setdefault(key, []).append(run)
+  return groups
 
 
 def length(runs: Sequence[report.Run]) -> figures.Figure:
@@ -273,18 +275,18 @@ def length(runs: Sequence[report.Run]) -> figures.Figure:
   for run in runs:
     place = run.config["attn.alibi"], run.config["model.positions"]
     ax = axes[0, list(places).index(place)]
-    for owner, losses in _longer(run).items():
-      if run.config["attn.kind"] == "softmax" and owner == "n of the test":
+    for whose_n, losses in _losses_by_length(run).items():
+      if run.config["attn.kind"] == "softmax" and whose_n == "n of the test":
         continue  # it has no n
       name = _kind(run.config)
       ax.semilogx(
         losses.keys(),
         losses.values(),
-        "--o" if owner == "n of the test" else "-o",
+        "--o" if whose_n == "n of the test" else "-o",
         color=COLORS[name],
         linewidth=1,
         markersize=3,
-        label=f"{name}, {owner}" if name != "softmax" else name,
+        label=f"{name}, {whose_n}" if name != "softmax" else name,
       )
   for ax, place in zip(axes[0], places.values(), strict=True):
     ax.set(title=place, xlabel="length of the test")
@@ -302,26 +304,26 @@ def longer(
   runs: Sequence[report.Run],
 ) -> dict[str, dict[str, dict[int, list[float]]]]:
   """{model: {whose n: {length: [the loss of each seed]}}}."""
-  found = {}
+  losses = {}
   for label, group in report.by_config(runs).items():
-    each = [_longer(run) for run in group]
-    found[label] = {
-      owner: {size: [x[owner][size] for x in each] for size in sizes}
-      for owner, sizes in each[0].items()
+    each = [_losses_by_length(run) for run in group]
+    losses[label] = {
+      whose_n: {size: [x[whose_n][size] for x in each] for size in sizes}
+      for whose_n, sizes in each[0].items()
     }
-  return found
+  return losses
 
 
-def _longer(run):
+def _losses_by_length(run):
   """{whose n: {length: loss}} of what eval.py wrote of a run."""
   path = pathlib.Path(run.workdir) / "eval.json"
-  found = {}
+  losses_by_n = {}
   for name, values in json.loads(path.read_text())["variants"].items():
-    lengths, _, owner = name.partition(", ")
+    lengths, _, whose_n = name.partition(", ")
     factor, trained = map(int, lengths.split(" x "))
-    losses = found.setdefault(owner or "n of the training", {})
+    losses = losses_by_n.setdefault(whose_n or "n of the training", {})
     losses[factor * trained] = values["loss"]
-  return found
+  return losses_by_n
 
 
 def activations(runs: Sequence[report.Run]) -> figures.Figure:
@@ -329,7 +331,7 @@ def activations(runs: Sequence[report.Run]) -> figures.Figure:
   for run in runs:
     label = _kind(run.config) + SCALED[run.config["attn.row_power"]]
     axes[0, 0].plot(
-      *_split(run, "train", _loss),
+      *_series(run, "train", _loss),
       color=COLORS[label],
       linewidth=1,
       label=label,
@@ -347,7 +349,7 @@ def recall(runs: Sequence[report.Run]) -> figures.Figure:
     kind, is_long = run.config["attn.kind"], run.config["data.length"] == 16
     label = _kind(run.config) + SCALED[run.config["attn.row_power"]]
     axes[0, 0 if is_long else 1].plot(
-      *_split(run, "train", lambda line: line["accuracy"]),
+      *_series(run, "train", lambda line: line["accuracy"]),
       color=kinds[kind] if is_long else COLORS[label],
       linewidth=0.9,
       label=kind if is_long else label,
@@ -363,11 +365,11 @@ def recall(runs: Sequence[report.Run]) -> figures.Figure:
 
 def _legend(place, axes, loc="outside right upper"):
   """One for all the axes, with each label once; place: a figure or axes."""
-  found = {}
+  handle_of = {}
   for ax in axes.flat:
     handles, labels = ax.get_legend_handles_labels()
-    found |= dict(zip(labels, handles, strict=True))
-  place.legend(found.values(), found, loc=loc, frameon=False)
+    handle_of |= dict(zip(labels, handles, strict=True))
+  place.legend(handle_of.values(), handle_of, loc=loc, frameon=False)
 
 
 SCALED = {0.0: "", 0.5: ", rows / sqrt(i)", 1.0: ", rows / i"}

@@ -42,12 +42,12 @@ def norm_and_bound(heads, x_TD):
   return exact, theory.sigmoid_bound(heads, x_TD)
 
 
-named, heads = [], []
+inputs, heads = [], []
 for seed in range(12):
   key = jax.random.key(seed)
-  named += theory.inputs(key, n, width).items()
+  inputs += theory.inputs(key, n, width).items()
   heads += [theory.random_heads(key, 2, width, 2)] * 7
-names, tokens = zip(*named, strict=True)
+names, tokens = zip(*inputs, strict=True)
 stacked = jax.tree.map(lambda *x: jnp.stack(x), *heads)
 norms, bounds = norm_and_bound(stacked, jnp.stack(tokens))
 

@@ -72,7 +72,7 @@ def command(
   ]  # fmt: skip
 
 
-def _configured(config, delta):
+def _config_of_run(config, delta):
   """The config of one run; ValueError before any run where it is wrong."""
   run = copy.deepcopy(config)
   try:
@@ -91,23 +91,23 @@ def define_flags() -> None:
   flags.mark_flag_as_required("sweep")
 
 
-def run(given: flags.FlagValues) -> None:
+def run(flag_values: flags.FlagValues) -> None:
   """Trains every run of the sweeps that the flags name, and compares them."""
   metrics.set_up_logs()
-  flag = given["config"]
-  file, config = flag.config_filename, given.config
-  root = given.root or run_dir.default(file, flag.override_values)
+  flag = flag_values["config"]
+  file, config = flag.config_filename, flag_values.config
+  root = flag_values.root or run_dir.default(file, flag.override_values)
   runs = [
-    (delta, _configured(config, delta), f"{root}/{run_dir.name(delta)}")
-    for delta in deltas(file, given.sweep)
+    (delta, _config_of_run(config, delta), f"{root}/{run_dir.name(delta)}")
+    for delta in deltas(file, flag_values.sweep)
   ]
   failed = []
-  for index, (delta, one, workdir) in enumerate(runs, 1):
+  for index, (delta, run_config, workdir) in enumerate(runs, 1):
     words = command(file, flag.override_values | delta, workdir)
-    if given.dry_run:
+    if flag_values.dry_run:
       print(shlex.join(words))
       continue
-    if run_dir.done(workdir, one.total_steps):
+    if run_dir.done(workdir, run_config.total_steps):
       metrics.log(f"run {index}/{len(runs)}: {workdir} is finished")
       continue
     metrics.log(f"run {index}/{len(runs)}: {shlex.join(words)}")
@@ -116,7 +116,7 @@ def run(given: flags.FlagValues) -> None:
       sys.exit(code)
     if code:
       failed.append(workdir)
-  if not given.dry_run:
+  if not flag_values.dry_run:
     report.sweep([(delta, workdir) for delta, _, workdir in runs], root, config)
   if failed:
     sys.exit(f"failed, and left out of the table: {failed}")

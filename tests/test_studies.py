@@ -29,16 +29,16 @@ def deltas(file):
   """What the runs of the docstring's commands change."""
   path = file.relative_to(ROOT)
   command = rf"sigattn\.sweep --config={path}[\s\\]+--sweep=(\S+)"
-  found = re.findall(command, load(file).__doc__)
-  assert found
-  return [x for names in found for x in sweep.deltas(file, names.split(","))]
+  sweeps = re.findall(command, load(file).__doc__)
+  assert sweeps
+  return [x for names in sweeps for x in sweep.deltas(file, names.split(","))]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_run_is_a_config_that_passes_its_check(file):
-  found = deltas(file)
-  assert len(found) > 3
-  for delta in found:
+def test_every_run_is_a_valid_config(file):
+  changes = deltas(file)
+  assert len(changes) > 3
+  for delta in changes:
     config = load(file).get_config()
     config.update_from_flattened_dict(delta)
     setup.validate_config(config)
@@ -46,9 +46,9 @@ def test_every_run_is_a_config_that_passes_its_check(file):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_small_one_trains(file, monkeypatch):
-  whole = tasks.eval_batches
+  eval_batches = tasks.eval_batches
   monkeypatch.setattr(
-    tasks, "eval_batches", lambda *args: [next(iter(whole(*args)))]
+    tasks, "eval_batches", lambda *args: [next(iter(eval_batches(*args)))]
   )
   config = load(file).get_config()
   config.update_from_flattened_dict(deltas(file)[-1])
@@ -86,5 +86,7 @@ def test_a_run_that_was_cut_off_is_listed_and_has_no_value():
 def test_sensitivity_is_the_mean_over_the_rates_above_the_best():
   losses = {1e-3: 2.0, 1e-2: 1.0, 1e-1: 9.0}  # the last is worse than 4
   runs = [run_of(loss, **{"optim.lr": lr}) for lr, loss in losses.items()]
-  found = studies.sensitivity(runs)
-  assert found == {"softmax, no QK norm": {"width 64": [(2 + 1 + 4) / 3 - 1]}}
+  sensitivity = studies.sensitivity(runs)
+  assert sensitivity == {
+    "softmax, no QK norm": {"width 64": [(2 + 1 + 4) / 3 - 1]}
+  }

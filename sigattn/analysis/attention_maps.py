@@ -29,7 +29,7 @@ def maps(
 
   @jax.jit
   def run(params, batch):
-    return telemetry.observe(config, params, batch, _weights)
+    return telemetry.collect(config, params, batch, _weights)
 
   return jax.device_get(run(params, batch))
 
@@ -38,8 +38,8 @@ def _weights(
   attn, query, key, value, *, real_BT, positions, streams, **options
 ):
   del value, real_BT, streams
-  found = attention.attention_weights(query, key, **options)
-  return telemetry.applied(attn, found.weights_BNTS, positions)
+  computed = attention.attention_weights(query, key, **options)
+  return telemetry.apply_row_scale(attn, computed.weights_BNTS, positions)
 
 
 def example(config: ConfigDict, index: int) -> loader.Batch:
@@ -49,15 +49,16 @@ def example(config: ConfigDict, index: int) -> loader.Batch:
   """
   config = config.copy_and_resolve_references().unlock()
   config.batch_size = 1
-  left = index
+  remaining = index
   for batch in tasks.eval_batches(config, config.data.eval_split):
     rows = np.flatnonzero(batch["weight"])
-    if 0 <= left < len(rows):
-      row = rows[left]
+    if 0 <= remaining < len(rows):
+      row = rows[remaining]
       return {name: x[row : row + 1] for name, x in batch.items()}
-    left -= len(rows)
+    remaining -= len(rows)
   raise ValueError(
-    f"example={index}; {config.data.eval_split!r} has {index - left}, from 0 on"
+    f"example={index}; {config.data.eval_split!r} has {index - remaining}, "
+    "from 0 on"
   )
 
 
@@ -106,7 +107,12 @@ def define_flags() -> None:
   flags.DEFINE_integer("tokens", 40, "Of a text, so many are drawn.", 1)
 
 
-def run(given: flags.FlagValues) -> None:
+def run(flag_values: flags.FlagValues) -> None:
   """Draws the example that the flags name, and prints the paths."""
-  for path in draw(given.workdir, given.example, given.step, given.tokens):
+  for path in draw(
+    flag_values.workdir,
+    flag_values.example,
+    flag_values.step,
+    flag_values.tokens,
+  ):
     metrics.log(f"map: {path}")

@@ -39,12 +39,12 @@ _STYLE = {
   "svg.hashsalt": "sigattn",  # the same picture, the same file
 }
 _SIZE = 5.2, 3.6  # inches, of one plot
-_LOG = 30  # a range of so many times is drawn on a logarithmic axis
+_LOG_SCALE_RANGE = 30  # a range of so many times is drawn on a logarithmic axis
 
 
 def curves(groups: Groups, path: str | os.PathLike[str]) -> None:
   """Draws loss, accuracy and CER against the step into one PNG."""
-  names = [n for n in ("loss", "accuracy", "cer") if _has(groups, n)]
+  names = [n for n in ("loss", "accuracy", "cer") if _has_metric(groups, n)]
   with mpl.rc_context(_STYLE):
     figure, axes = _figure(1, len(names))
     for ax, name in zip(axes[0], names, strict=True):
@@ -83,7 +83,7 @@ def save(
       figure.savefig(file, format=kind, dpi=120)
 
 
-def _has(groups, name):
+def _has_metric(groups, name):
   return any(name in line for g in groups.values() for r in g for line in r)
 
 
@@ -132,7 +132,7 @@ def _draw_mean(axes, points, band, *, color, **style):
 # Telemetry.
 
 
-def measured(groups: Groups) -> list[str]:
+def measured_quantities(groups: Groups) -> list[str]:
   """The quantities that telemetry has in any of the runs."""
   names = {
     name.partition("/")[0] for line in _telemetry_lines(groups) for name in line
@@ -176,7 +176,7 @@ def layers_by_step(groups: Groups, quantity: str) -> figures.Figure:
       ax.set(xlabel="step")
       handles, names = ax.get_legend_handles_labels()
       shown |= dict(zip(names, handles, strict=True))
-    if lowest > 0 and highest > _LOG * lowest:
+    if lowest > 0 and highest > _LOG_SCALE_RANGE * lowest:
       axes[0, 0].set_yscale("log")
     for ax in axes[:, 0]:
       ax.set_ylabel(quantity)
@@ -266,8 +266,8 @@ def matrices(
       ax.imshow(weights_TS, cmap="magma", vmin=0)
       ax.set_title(f"head {head}, to {weights_TS.max():.3g}", fontsize="small")
       ticks = dict(fontsize=7, family="monospace", parse_math=False)
-      turned = 90 if max(map(len, tick_labels)) > 1 else 0
-      ax.set_xticks(range(count), tick_labels, rotation=turned, **ticks)
+      rotation = 90 if max(map(len, tick_labels)) > 1 else 0
+      ax.set_xticks(range(count), tick_labels, rotation=rotation, **ticks)
       ax.set_yticks(range(count), tick_labels, **ticks)
       ax.tick_params(length=0)
   return figure

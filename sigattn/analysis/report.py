@@ -154,23 +154,23 @@ class Run(NamedTuple):
 
 def find(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
   """Every Run in or below the folders; ValueError for one that has none."""
-  found = {}
+  paths = {}
   for folder in folders:
-    paths = [
+    run_folders = [
       path.parent
       for path in sorted(pathlib.Path(folder).rglob("config.json"))
       if (path.parent / "metrics.jsonl").exists()
     ]
-    if not paths:
+    if not run_folders:
       raise ValueError(f"{folder}: holds no run (config.json, metrics.jsonl)")
-    found |= dict.fromkeys(paths)
+    paths |= dict.fromkeys(run_folders)
   return [
     Run(
       str(path),
       run_dir.flatten(run_dir.read_config(path)),
       metrics.read(path),
     )
-    for path in found
+    for path in paths
   ]
 
 
@@ -226,9 +226,10 @@ def write(
   out = pathlib.Path(out or pathlib.Path(folders[0]) / "report")
   out.mkdir(parents=True, exist_ok=True)
   lines = {k: [run.lines for run in runs] for k, runs in groups.items()}
-  curves = {name: plots.curve(lines, name) for name in _drawn(groups)}
+  curves = {name: plots.curve(lines, name) for name in _curve_names(groups)}
   measured = {
-    name: plots.layers_by_step(lines, name) for name in plots.measured(lines)
+    name: plots.layers_by_step(lines, name)
+    for name in plots.measured_quantities(lines)
   }
   for name, figure in (curves | measured).items():
     plots.save(figure, out / f"{name}.png", "png")
@@ -266,21 +267,21 @@ _TELEMETRY = (
 )
 
 
-def _drawn(groups):
+def _curve_names(groups):
   """Metrics to draw: what is evaluated, and the gradient's norm."""
   names = {}
-  for run in _all(groups):
+  for run in _all_runs(groups):
     names |= dict.fromkeys(run.evaluation or ())
   names = [x for x in names if x not in ("step", "split") and "@" not in x]
   return [*names, "grad_norm"]
 
 
-def _all(groups):
+def _all_runs(groups):
   return [run for runs in groups.values() for run in runs]
 
 
 def _runs_table(groups):
-  keys = differing(_all(groups))
+  keys = differing(_all_runs(groups))
   rows = []
   for runs in groups.values():
     values = [str(runs[0].config.get(key)) for key in keys]
@@ -292,7 +293,7 @@ def _runs_table(groups):
 
 def _final_table(groups):
   """A row a metric and group, of the runs that have come furthest in it."""
-  found = {}
+  rows_by_metric = {}
   for label, runs in groups.items():
     step = max((run.evaluation or {"step": -1})["step"] for run in runs)
     last = [
@@ -306,9 +307,9 @@ def _final_table(groups):
     for name in last[0] if last else ():
       if name not in ("step", "split"):
         row = [label, step, count, *interval([line[name] for line in last])]
-        found.setdefault(name, []).append(row)
+        rows_by_metric.setdefault(name, []).append(row)
   columns = ["metric", "group", "step", "runs", "mean", "sd", "95 % from", "to"]
-  rows = [[name, *row] for name, rows in found.items() for row in rows]
+  rows = [[name, *row] for name, rows in rows_by_metric.items() for row in rows]
   return columns, rows
 
 
@@ -319,6 +320,6 @@ def define_flags() -> None:
   )
 
 
-def run(given: flags.FlagValues, folders: list[str]) -> None:
+def run(flag_values: flags.FlagValues, folders: list[str]) -> None:
   """Writes the page of the runs in the folders, and prints its path."""
-  metrics.log(f"report: {write(folders, given.out)}")
+  metrics.log(f"report: {write(folders, flag_values.out)}")

@@ -104,18 +104,18 @@ def _text(cell):
 
 
 def figures(
-  named: Mapping[str, Figure],
-  meanings: Mapping[str, str] | None = None,
+  by_name: Mapping[str, Figure],
+  captions: Mapping[str, str] | None = None,
   wide: bool = False,
 ) -> str:
   """{name: figure}, beside each other where there is room.
 
-  meanings: {name: what the caption says beside the name}. wide: each figure
+  captions: {name: what the caption says beside the name}. wide: each figure
   has the whole width.
   """
   parts = []
-  for name, figure in named.items():
-    caption = f"{name}: {meanings[name]}" if meanings else name
+  for name, figure in by_name.items():
+    caption = f"{name}: {captions[name]}" if captions else name
     parts.append(
       f"<figure>{_svg(figure, name)}\n"
       f"<figcaption>{html.escape(caption)}</figcaption></figure>"

@@ -98,16 +98,16 @@ def make(
   @jit
   def attention_statistics(params, batch):
     batch = jax.tree.map(lambda x: x[: config.telemetry.examples], batch)
-    return observe(config, params, batch, statistics)
+    return collect(config, params, batch, statistics)
 
   def measure(state, batch):
-    found = jax.device_get(
+    measured = jax.device_get(
       (
         attention_statistics(state.params, held_out()),
         update_norms(state, batch),
       )
     )
-    return _flatten(*found)
+    return _flatten(*measured)
 
   return measure
 
@@ -133,32 +133,36 @@ def _flatten(by_stack, by_tree):
 # Looking into the layers.
 
 
-def observe(
+def collect(
   config: ConfigDict,
   params: Any,
   batch: Mapping[str, jax.Array],
-  look: Callable[..., Any],
+  measure: Callable[..., Any],
 ) -> dict[str, Any]:
-  """What `look` finds in every attention layer, {path of the stack: tree}.
+  """What `measure` finds in every attention layer, {path of the stack: tree}.
 
   The arrays of a tree have an axis of layers in front. batch: of evaluation.
 
-  look: a function (attn, query, key, value, *, real_BT, positions, streams,
+  measure: a function (attn, query, key, value, *, real_BT, positions, streams,
   **options) -> tree, of the layers.SelfAttention, what it gives to
   dot_product_attention, which queries are tokens of an example, not padding,
   the positions that it is called with, or None, and the stream's (B, T, D):
   attn_added, mlp_added, residual.
   """
   task, model = tasks.get(config.task), setup.model(config, params)
-  found = {}
-  look = functools.partial(look, real_BT=_real(config, task, batch))
+  collected = {}
+  measure = functools.partial(
+    measure, real_BT=_real_tokens(config, task, batch)
+  )
   for path, stack in _stacks(model).items():
     *parents, name = path
     parent = functools.reduce(getattr, parents, model)
     # In the stack's place, a function that runs it.
-    setattr(parent, name, functools.partial(_run, stack, look, found, path))
+    setattr(
+      parent, name, functools.partial(_run, stack, measure, collected, path)
+    )
   task.evaluate(config, model, batch)
-  return {"/".join(path): tree for path, tree in found.items()}
+  return {"/".join(path): tree for path, tree in collected.items()}
 
 
 def _stacks(model):
@@ -169,7 +173,7 @@ def _stacks(model):
   }
 
 
-def _real(config, task, batch):
+def _real_tokens(config, task, batch):
   """bool (B, T or 1): the tokens of examples that are no padding."""
   real_BT = batch["weight"][:, None] > 0
   if hasattr(task, "real_tokens"):
@@ -177,35 +181,37 @@ def _real(config, task, batch):
   return real_BT
 
 
-def _run(stack, look, found, path, x_BTD, rng=None, **attn_args):
-  """stack(x_BTD, **attn_args), and into found[path] what `look` returns."""
+def _run(stack, measure, collected, path, x_BTD, rng=None, **attn_args):
+  """stack(x_BTD, **attn_args); puts the tree of `measure` into collected[path]."""
   del rng  # evaluation drops nothing
   graphdef, states = nnx.split(stack.blocks)
 
   def layer(x_BTD, state):
     block = nnx.merge(graphdef, state)
-    given, options, streams = [], {}, {}
+    qkv, options, streams = [], {}, {}
 
-    def listen(*qkv, implementation, **rest):
-      given.extend(qkv)
+    def record_attention(*arrays, implementation, **rest):
+      qkv.extend(arrays)
       options.update(rest)
       return attention.dot_product_attention(
-        *qkv, implementation=implementation, **rest
+        *arrays, implementation=implementation, **rest
       )
 
-    def keep(name, added, *args):
+    def record_stream(name, added, *args):
       streams[name] = added(*args)
       return streams[name]
 
-    block.attn.attention_fn = listen
+    block.attn.attention_fn = record_attention
     for name in ("attn", "mlp"):
       residual = getattr(block, f"{name}_residual")
-      residual.added = functools.partial(keep, f"{name}_added", residual.added)
+      residual.added = functools.partial(
+        record_stream, f"{name}_added", residual.added
+      )
     streams["residual"] = x_BTD = block(x_BTD, **attn_args)
     options |= {"positions": attn_args.get("positions"), "streams": streams}
-    return x_BTD, look(block.attn, *given, **options)
+    return x_BTD, measure(block.attn, *qkv, **options)
 
-  x_BTD, found[path] = jax.lax.scan(layer, x_BTD, states)
+  x_BTD, collected[path] = jax.lax.scan(layer, x_BTD, states)
   return x_BTD
 
 
@@ -229,41 +235,41 @@ def statistics(
   an example, of which the mean is taken; row_sum_max and logit_max are of all
   examples; the rest are means over the rows or the pairs of a head.
 
-  The arguments are those of `look` in observe.
+  The arguments are those of `measure` in collect.
   """
-  found = attention.attention_weights(query, key, **options)
-  seen_BNTS = found.visible_BNTS & real_BT[:, None, :, None]
-  flat_BNTS = _saturated(attn.kind, found.weights_BNTS)
-  applied_BNTS = applied(attn, found.weights_BNTS, positions)
-  weights_BNTS = jnp.where(seen_BNTS, applied_BNTS, 0)
-  z_BNTS = found.logits_BNTS
-  rows_BNT, sums_BNT = seen_BNTS.any(-1), weights_BNTS.sum(-1)
+  computed = attention.attention_weights(query, key, **options)
+  counted_BNTS = computed.visible_BNTS & real_BT[:, None, :, None]
+  saturated_BNTS = _saturated(attn.kind, computed.weights_BNTS)
+  applied_BNTS = apply_row_scale(attn, computed.weights_BNTS, positions)
+  weights_BNTS = jnp.where(counted_BNTS, applied_BNTS, 0)
+  z_BNTS = computed.logits_BNTS
+  counted_BNT, sums_BNT = counted_BNTS.any(-1), weights_BNTS.sum(-1)
   values = _values(attn, value, weights_BNTS)
   norm_BN = {
     "attention_norm": _norm(weights_BNTS),
     "attention_v_norm": _norm(values["attention_v"]),
     "projection_norm": _norm(values["projection"]),
   }
-  means = {k: _mean(x, rows_BNT.any(-1), (0,)) for k, x in norm_BN.items()}
+  means = {k: _mean(x, counted_BNT.any(-1), (0,)) for k, x in norm_BN.items()}
   for name, x_BTD in (streams or {}).items():
     norm_B = _norm(jnp.where(real_BT[:, :, None], x_BTD, 0), (1, 2))
     means[f"{name}_norm"] = _mean(norm_B, real_BT.any(-1), (0,))
   p_BNTS = weights_BNTS / jnp.where(sums_BNT > 0, sums_BNT, 1)[..., None]
   entropy_BNT = jax.scipy.special.entr(p_BNTS).sum(-1)
-  pairs, rows = (0, 2, 3), (0, 2)
-  centre_N = _mean(z_BNTS, seen_BNTS, pairs)[None, :, None, None]
-  variance_N = _mean(jnp.square(z_BNTS - centre_N), seen_BNTS, pairs)
+  pair_axes, row_axes = (0, 2, 3), (0, 2)
+  centre_N = _mean(z_BNTS, counted_BNTS, pair_axes)[None, :, None, None]
+  variance_N = _mean(jnp.square(z_BNTS - centre_N), counted_BNTS, pair_axes)
   return means | {
-    "row_sum_mean": _mean(sums_BNT, rows_BNT, rows),
-    "row_sum_max": sums_BNT.max(rows),
-    "logit_max": jnp.where(seen_BNTS, z_BNTS, -jnp.inf).max(pairs),
+    "row_sum_mean": _mean(sums_BNT, counted_BNT, row_axes),
+    "row_sum_max": sums_BNT.max(row_axes),
+    "logit_max": jnp.where(counted_BNTS, z_BNTS, -jnp.inf).max(pair_axes),
     "logit_std": jnp.sqrt(variance_N),
-    "entropy": _mean(entropy_BNT, rows_BNT, rows),
-    "saturated": _mean(flat_BNTS, seen_BNTS, pairs),
+    "entropy": _mean(entropy_BNT, counted_BNT, row_axes),
+    "saturated": _mean(saturated_BNTS, counted_BNTS, pair_axes),
   }
 
 
-def applied(
+def apply_row_scale(
   attn: layers.SelfAttention,
   weights_BNTS: jax.Array,
   positions: jax.Array | None,
@@ -313,9 +319,9 @@ def norms(
   squares = {}
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
     names = tuple(entry.key for entry in path)
-    inside = [s for s in stacks if names[: len(s) + 1] == (*s, "blocks")]
-    place = inside[0] if inside else names[:1]
-    axes = tuple(range(1 if inside else 0, x.ndim))
+    parents = [s for s in stacks if names[: len(s) + 1] == (*s, "blocks")]
+    place = parents[0] if parents else names[:1]
+    axes = tuple(range(1 if parents else 0, x.ndim))
     square = jnp.square(x.astype(jnp.float32)).sum(axes)
     squares[place] = squares.get(place, 0.0) + square
   return {"/".join(k): jnp.sqrt(x) for k, x in squares.items()}

@@ -105,17 +105,19 @@ def sigmoid_bound(
   if logit_bias is None:
     logit_bias = attention.default_logit_bias("sigmoid", len(x_TD))
   weights_NTT = jax.nn.sigmoid(_logits(heads, x_TD) + logit_bias)
-  slopes_NTT = weights_NTT * (1 - weights_NTT)
+  derivative_NTT = weights_NTT * (1 - weights_NTT)
   if mask_TT is not None:
-    weights_NTT, slopes_NTT = (
-      jnp.where(mask_TT[None], x, 0) for x in (weights_NTT, slopes_NTT)
+    weights_NTT, derivative_NTT = (
+      jnp.where(mask_TT[None], x, 0) for x in (weights_NTT, derivative_NTT)
     )
-  sup_N, sup_slope_N = (
-    len(x_TD) * x.max((1, 2)) for x in (weights_NTT, slopes_NTT)
+  max_weight_N, max_derivative_N = (
+    len(x_TD) * x.max((1, 2)) for x in (weights_NTT, derivative_NTT)
   )
   a_N, v_N = _norms(heads)
   square = (x_TD**2).sum(-1).mean()
-  return _join(heads, v_N * (sup_N + 2 * sup_slope_N * a_N * square))
+  return _join(
+    heads, v_N * (max_weight_N + 2 * max_derivative_N * a_N * square)
+  )
 
 
 def softmax_bound(
@@ -161,9 +163,9 @@ def ball_bound(
     logit_bias = attention.default_logit_bias(kind, length)
   # sigmoid' is largest at 0, or at the nearest logit that can be reached.
   nearest = max(abs(logit_bias) - square, 0)
-  slope = 1 / (2 + 2 * math.cosh(nearest))
+  derivative = 1 / (2 + 2 * math.cosh(nearest))
   weight = 1 / (1 + math.exp(-(square + logit_bias)))
-  return length * (weight + 2 * slope * square)
+  return length * (weight + 2 * derivative * square)
 
 
 def _logits(heads, x_TD):
@@ -318,8 +320,8 @@ def fit(
 
   def loss(params, x_BTD):
     y_BTD = target(x_BTD)
-    found_BTD = nnx.merge(graphdef, params)(x_BTD)
-    return ((found_BTD - y_BTD) ** 2).mean() / y_BTD.var()
+    prediction_BTD = nnx.merge(graphdef, params)(x_BTD)
+    return ((prediction_BTD - y_BTD) ** 2).mean() / y_BTD.var()
 
   @jax.jit
   def run(params):
@@ -364,7 +366,7 @@ def _tightness(axes, rows):
   """Exact norms against the bounds, for every input, mask and head count."""
   length, width = 12, 6
   causal_TT = jnp.tril(jnp.ones((length, length), bool))
-  found = {"sigmoid": [], "softmax": []}
+  points = {"sigmoid": [], "softmax": []}
   for seed, num_heads in enumerate((1, 1, 1, 3, 3, 3)):
     key = jax.random.key(seed)
     heads = random_heads(key, num_heads, width, width // num_heads)
@@ -377,8 +379,8 @@ def _tightness(axes, rows):
             functools.partial(attend, heads, kind=kind, mask_TT=mask_TT), x_TD
           )
           limit = bound(heads, x_TD, mask_TT=mask_TT)
-          found[kind].append((float(limit), float(exact)))
-  for kind, pairs in found.items():
+          points[kind].append((float(limit), float(exact)))
+  for kind, pairs in points.items():
     limits, exacts = np.array(pairs).T
     axes.loglog(limits, exacts, "o", markersize=3, alpha=0.6, label=kind)
     ratio = exacts / limits
@@ -434,10 +436,11 @@ def _over_radii(axes, rows):
     bounds = [ball_bound(kind, length, r, bias) for r in radii]
     axes.loglog(radii, worst, "o-", color=f"C{index}", label=label)
     axes.loglog(radii, bounds, "--", color=f"C{index}", linewidth=0.8)
-    slopes = np.diff(np.log(worst)) / np.diff(np.log(radii))
+    exponents = np.diff(np.log(worst)) / np.diff(np.log(radii))
     rows[f"worst of |x| <= R, n = {length}, {label}"] = (
       f"R = 0.5: {worst[0]:.2f}, 4: {worst[-1]:.1f} (bound {bounds[-1]:.0f}); "
-      f"R^{slopes.max():.1f} at its steepest, R^{slopes[-1]:.1f} at the end"
+      f"R^{exponents.max():.1f} at its steepest, "
+      f"R^{exponents[-1]:.1f} at the end"
     )
   axes.set(xlabel="R", ylabel="largest |Jacobian|", title=f"ball, n = {length}")
 
@@ -500,10 +503,10 @@ def define_flags() -> None:
   flags.DEFINE_string("out", "runs/theory", "The folder for the figures.")
 
 
-def run(given: flags.FlagValues) -> None:
+def run(flag_values: flags.FlagValues) -> None:
   """Draws the figures and prints the table."""
   table = rich.table.Table("quantity", "value")
-  for row in draw(given.out).items():
+  for row in draw(flag_values.out).items():
     table.add_row(*row)
   metrics.log(table)
-  metrics.log(f"figures: {given.out}")
+  metrics.log(f"figures: {flag_values.out}")

@@ -121,16 +121,16 @@ def decode(
   nothing is drawn.
   """
   batch, vocabulary = state.logits_BV.shape
-  known_V = jnp.arange(vocabulary) < size
+  in_vocabulary_V = jnp.arange(vocabulary) < size
 
-  def more(carry):
+  def unfinished(carry):
     i, state, _ = carry
     return (i < count) & ~state.done_B.all()
 
   def step(carry):
     i, s, token_BT = carry
     rng, key = jax.random.split(s.rng)
-    logits_BV = jnp.where(known_V[None], s.logits_BV, -jnp.inf)
+    logits_BV = jnp.where(in_vocabulary_V[None], s.logits_BV, -jnp.inf)
     token_B = jnp.where(s.done_B, end, sample(key, logits_BV, sampling))
     token_BT = token_BT.at[:, i].set(token_B)
     logits_BV, cache = model.decode(token_B, s.cache, s.place, s.start_B)
@@ -140,7 +140,7 @@ def decode(
 
   token_BT = jnp.full((batch, count), end, jnp.int32)
   _, state, token_BT = jax.lax.while_loop(
-    more, step, (jnp.zeros((), jnp.int32), state, token_BT)
+    unfinished, step, (jnp.zeros((), jnp.int32), state, token_BT)
   )
   return token_BT, state
 
@@ -158,17 +158,17 @@ class Generator:
     size, end = self.tokenizer.size, self.tokenizer.end
 
     @functools.partial(jax.jit, static_argnames="slots")
-    def start(params, token_BT, start_B, rng, slots):
+    def prefill_prompts(params, token_BT, start_B, rng, slots):
       return prefill(nnx.merge(static, params), token_BT, start_B, slots, rng)
 
     @functools.partial(
       jax.jit, static_argnames=("count", "sampling"), donate_argnames="state"
     )
-    def go_on(params, state, count, sampling):
+    def decode_chunk(params, state, count, sampling):
       model = nnx.merge(static, params)
       return decode(model, state, count, sampling, size, end)
 
-    self._start, self._go_on = start, go_on
+    self._prefill, self._decode = prefill_prompts, decode_chunk
 
   @classmethod
   def load(
@@ -204,15 +204,15 @@ class Generator:
     **sampling: float,
   ) -> Iterator[str]:
     """The continuation of one prompt, in pieces as they are made."""
-    ids, said = [], 0
+    ids, yielded = [], 0
     for token_1T in self.tokens([prompt], max_tokens, _CHUNK, seed, **sampling):
       ids += token_1T[0].tolist()
-      whole = self.tokenizer.decode(ids)
+      decoded = self.tokenizer.decode(ids)
       # A character may be more than one token: its first bytes have to wait.
-      known = len(whole.rstrip("\ufffd"))
-      yield whole[said:known]
-      said = max(said, known)
-    yield self.tokenizer.decode(ids)[said:]
+      complete = len(decoded.rstrip("\ufffd"))
+      yield decoded[yielded:complete]
+      yielded = max(yielded, complete)
+    yield self.tokenizer.decode(ids)[yielded:]
 
   def tokens(
     self,
@@ -227,21 +227,21 @@ class Generator:
     sampling.validate()
     if max_tokens < 0:
       raise ValueError(f"{max_tokens=}; must be >= 0")
-    token_BT, start_B = self._pack(prompts)
+    token_BT, start_B = self._pad_prompts(prompts)
     slots = token_BT.shape[1] + max_tokens
-    state = self._start(
+    state = self._prefill(
       self._params, token_BT, start_B, jax.random.key(seed), slots=slots
     )
     for first in range(0, max_tokens, chunk):
       count = min(chunk, max_tokens - first)
-      found, state = self._go_on(
+      new_BT, state = self._decode(
         self._params, state, count=count, sampling=sampling
       )
-      yield np.asarray(found)
+      yield np.asarray(new_BT)
       if state.done_B.all():
         return
 
-  def _pack(self, prompts):
+  def _pad_prompts(self, prompts):
     """Prompts that end together, and where each begins."""
     start = np.array([self.tokenizer.start], np.int32)
     ids = [
@@ -263,13 +263,13 @@ def define_flags() -> None:
   flags.DEFINE_integer("seed", 0, "Another seed, another text.")
 
 
-def run(given: flags.FlagValues) -> None:
+def run(flag_values: flags.FlagValues) -> None:
   """Prints the prompts and their continuations."""
   absl_logging.set_verbosity(absl_logging.WARNING)  # the text alone
   names = ("max_tokens", "seed", "temperature", "top_k", "top_p")
-  options = {name: given[name].value for name in names}
-  prompts = given.prompt
-  generator = Generator.load(given.workdir, given.step)
+  options = {name: flag_values[name].value for name in names}
+  prompts = flag_values.prompt
+  generator = Generator.load(flag_values.workdir, flag_values.step)
   if len(prompts) > 1:
     texts = generator(prompts, **options)
     for prompt, continuation in zip(prompts, texts, strict=True):

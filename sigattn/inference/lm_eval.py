@@ -85,14 +85,14 @@ class HarnessLM(harness.TemplateLM):
     """(log-probability of the continuation, whether it is the likeliest)."""
     del disable_tqdm
     pairs = [(context, continuation) for _, context, continuation in requests]
-    found = [None] * len(pairs)
+    scores = [None] * len(pairs)
     # Texts of like length together, so that little is padding.
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
     for batch in itertools.batched(order, self._batch_size):
-      scores = self._score_pairs([pairs[i] for i in batch])
-      for i, score in zip(batch, scores, strict=True):
-        found[i] = score
-    return found
+      batch_scores = self._score_pairs([pairs[i] for i in batch])
+      for i, score in zip(batch, batch_scores, strict=True):
+        scores[i] = score
+    return scores
 
   def _score_pairs(self, pairs):
     rows = [(*a, *b)[-self._max_length - 1 :] for a, b in pairs]
@@ -100,21 +100,21 @@ class HarnessLM(harness.TemplateLM):
     token_BT = np.full((self._batch_size, length + 1), -1, np.int32)
     for row, ids in zip(token_BT, rows, strict=False):
       row[: len(ids)] = ids
-    log_p_BT, right_BT = jax.device_get(self._score(self._params, token_BT))
-    found = []
+    log_p_BT, correct_BT = jax.device_get(self._score(self._params, token_BT))
+    scores = []
     for i, ((_, continuation), ids) in enumerate(zip(pairs, rows, strict=True)):
       last = len(ids) - 1  # targets
       part = slice(max(last - len(continuation), 0), last)
-      found.append(
-        (float(log_p_BT[i, part].sum()), bool(right_BT[i, part].all()))
+      scores.append(
+        (float(log_p_BT[i, part].sum()), bool(correct_BT[i, part].all()))
       )
-    return found
+    return scores
 
   def loglikelihood_rolling(
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[float]:
     """Log-probability of each whole text, in windows of max_length."""
-    found = []
+    log_probs = []
     for request in requests:
       [string] = request.args
       windows = lm_eval.utils.get_rolling_token_windows(
@@ -125,15 +125,15 @@ class HarnessLM(harness.TemplateLM):
       )
       pairs = [lm_eval.utils.make_disjoint_window(window) for window in windows]
       scores = self._loglikelihood_tokens([(None, *pair) for pair in pairs])
-      found.append(sum(score for score, _ in scores))
-    return found
+      log_probs.append(sum(score for score, _ in scores))
+    return log_probs
 
   def generate_until(
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[str]:
     """Each context's continuation, up to the first of its stops."""
     del disable_tqdm
-    found = [None] * len(requests)
+    texts = [None] * len(requests)
     groups = {}
     for i, request in enumerate(requests):
       context, options = request.args
@@ -141,10 +141,10 @@ class HarnessLM(harness.TemplateLM):
     for group in groups.values():
       for batch in itertools.batched(group, self._batch_size):
         contexts = [requests[i].args[0] for i in batch]
-        texts = self._until(contexts, dict(requests[batch[0]].args[1]))
-        for i, said in zip(batch, texts, strict=True):
-          found[i] = said
-    return found
+        batch_texts = self._until(contexts, dict(requests[batch[0]].args[1]))
+        for i, text in zip(batch, batch_texts, strict=True):
+          texts[i] = text
+    return texts
 
   def _until(self, contexts, options):
     until = options.get("until") or []
@@ -164,10 +164,10 @@ class HarnessLM(harness.TemplateLM):
       for row, new in zip(ids, chunk, strict=True):
         row.extend(new.tolist())
       texts = [self._tokenizer.decode(row) for row in ids]
-      if stops and all(any(s in said for s in stops) for said in texts):
+      if stops and all(any(stop in text for stop in stops) for text in texts):
         break
     for stop in stops:
-      texts = [said.split(stop, 1)[0] for said in texts]
+      texts = [text.split(stop, 1)[0] for text in texts]
     return texts
 
 
@@ -182,25 +182,27 @@ def define_flags() -> None:
   flags.mark_flag_as_required("tasks")
 
 
-def run(given: flags.FlagValues) -> None:
+def run(flag_values: flags.FlagValues) -> None:
   """Prints the harness's table and writes it to the run's lm_eval.json."""
   metrics.set_up_logs()
-  config, params, step = checkpoint.load(given.workdir, given.step)
+  config, params, step = checkpoint.load(flag_values.workdir, flag_values.step)
   model = HarnessLM(
     config,
     params,
-    batch_size=given.batch_size,
-    max_length=given.max_length,
+    batch_size=flag_values.batch_size,
+    max_length=flag_values.max_length,
   )
   results = lm_eval.simple_evaluate(
     model,
-    tasks=given.tasks,
-    num_fewshot=given.num_fewshot,
-    limit=given.limit,
-    task_manager=lm_eval.tasks.TaskManager(include_path=given.include_path),
+    tasks=flag_values.tasks,
+    num_fewshot=flag_values.num_fewshot,
+    limit=flag_values.limit,
+    task_manager=lm_eval.tasks.TaskManager(
+      include_path=flag_values.include_path
+    ),
   )
   print(lm_eval.utils.make_table(results))
   run_dir.write_json(
-    pathlib.Path(given.workdir) / "lm_eval.json",
+    pathlib.Path(flag_values.workdir) / "lm_eval.json",
     {"step": step, "results": results["results"]},
   )

@@ -87,8 +87,10 @@ def define_flags() -> None:
   )
 
 
-def run(given: flags.FlagValues, files: list[str]) -> None:
+def run(flag_values: flags.FlagValues, files: list[str]) -> None:
   """Prints a line for each recording."""
   logging.set_verbosity(logging.WARNING)  # the texts alone
-  for text in transcribe(given.workdir, files, given.step, given.beam_width):
+  for text in transcribe(
+    flag_values.workdir, files, flag_values.step, flag_values.beam_width
+  ):
     print(text, flush=True)

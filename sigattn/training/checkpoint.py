@@ -120,9 +120,9 @@ class Checkpoints:
     }
     if state.ema is not None:
       items["ema"] = ocp.args.StandardRestore(target.ema)
-    found = self._manager.restore(step, args=ocp.args.Composite(**items))
+    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     return state._replace(
-      params=found["params"], ema=found.get("ema"), **found["train"]
+      params=restored["params"], ema=restored.get("ema"), **restored["train"]
     )
 
 
@@ -160,7 +160,7 @@ def load(
     _validate_format(manager, step, workdir)
     params = jax.eval_shape(lambda: setup.init(config)[1])
     item = "ema" if config.optim.ema_decay else "params"
-    found = manager.restore(
+    restored = manager.restore(
       step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(params)})
     )
-  return config, found[item], step
+  return config, restored[item], step

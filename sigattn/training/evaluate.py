@@ -46,8 +46,8 @@ def evaluator(
 
 def variants(config: ConfigDict) -> dict[str, ConfigDict]:
   """{name: config} of what eval.py evaluates beside the run's own split."""
-  of_task = getattr(tasks.get(config.task), "evaluation_variants", None)
-  return of_task(config) if of_task else {}
+  task_variants = getattr(tasks.get(config.task), "evaluation_variants", None)
+  return task_variants(config) if task_variants else {}
 
 
 def _means(config, sums):

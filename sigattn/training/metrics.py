@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 console = rich.console.Console()
 
 # In the files and pictures, not in the line that a person follows.
-_UNSHOWN = ("lr", "grad_norm", "per_second")
+_NOT_ON_THE_BAR = ("lr", "grad_norm", "per_second")
 
 Line = dict[str, int | float | str]  # of metrics.jsonl
 
@@ -115,7 +115,7 @@ class Progress:
     self._step = start
     # Time at work: evaluations, checkpoints and compiling do not count.
     self._seconds, self._examples, self._steps = 0.0, 0, 0
-    self._began = None
+    self._last_step_time = None
     fixed = rich.table.Column(no_wrap=True)
     columns = (
       rich.progress.TextColumn(
@@ -138,18 +138,18 @@ class Progress:
 
   def pause(self) -> None:
     """Stops the clock; the next step starts it again without being counted."""
-    self._began = None
+    self._last_step_time = None
 
   def step(
     self, step: int, metrics: Mapping[str, float], examples: int
   ) -> None:
     """Moves the bar; metrics: those of the last finished step."""
     now = time.perf_counter()
-    if self._began is not None:
-      self._seconds += now - self._began
+    if self._last_step_time is not None:
+      self._seconds += now - self._last_step_time
       self._examples += examples
       self._steps += 1
-    self._began = now
+    self._last_step_time = now
     self._step = step
     self._bar.update(self._task, completed=step, text=self._text(metrics))
 
@@ -159,7 +159,9 @@ class Progress:
 
   def _text(self, metrics):
     first = [name for name in ("loss", "accuracy") if name in metrics]
-    others = [name for name in metrics if name not in (*first, *_UNSHOWN)]
+    others = [
+      name for name in metrics if name not in (*first, *_NOT_ON_THE_BAR)
+    ]
     parts = [f"{name} {metrics[name]:.4f}" for name in first + others]
     if self._steps:
       left = (self._total - self._step) * self._seconds / self._steps
@@ -169,10 +171,10 @@ class Progress:
     return "  ".join(parts)
 
   def line(
-    self, label: str, metrics: Mapping[str, float], stay: bool = False
+    self, label: str, metrics: Mapping[str, float], permanent: bool = False
   ) -> None:
     """A line of the log; on a terminal the bar says it, unless it must stay."""
-    if stay or not console.is_terminal:
+    if permanent or not console.is_terminal:
       text = self._text(metrics)
       log(f"step {self._step}/{self._total}  {label}  {text}")
 
@@ -221,9 +223,9 @@ class StepLog:
   def evaluation(
     self, step: int, split: str, results: Mapping[str, float]
   ) -> None:
-    """Writes what an evaluation found."""
+    """Writes the results of an evaluation."""
     self._writer.write(step, split, results)
-    self._progress.line(split, results, stay=True)
+    self._progress.line(split, results, permanent=True)
 
 
 def due(step: int, every: int) -> bool:

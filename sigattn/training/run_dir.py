@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 FORMAT = 2
 
 # What a rerun may change and still be the same run.
-_FREE = (
+_CHANGEABLE = (
   "total_steps",
   "optim.warmup_steps",  # follows total_steps
   "eval.",
@@ -66,7 +66,7 @@ def prepare(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
 
 def _compare(workdir, old, new):
   for key in sorted(old.keys() | new.keys()):
-    if key.startswith(_FREE) or old.get(key) == new.get(key):
+    if key.startswith(_CHANGEABLE) or old.get(key) == new.get(key):
       continue
     raise ValueError(
       f"{workdir=} holds a run with config.{key}={old.get(key)!r}, this one "
@@ -83,9 +83,9 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     raise ValueError(
       f"{workdir=}: no run here ({path.name}: {error.strerror})"
     ) from error
-  found = json.loads(text)
-  validate_format(found.get("format", 1), workdir)
-  return ConfigDict(found["config"]).lock()
+  contents = json.loads(text)
+  validate_format(contents.get("format", 1), workdir)
+  return ConfigDict(contents["config"]).lock()
 
 
 def validate_format(number: int, workdir: str | os.PathLike[str]) -> None:

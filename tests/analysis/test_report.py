@@ -81,8 +81,8 @@ def test_page_has_what_differs_the_intervals_and_the_pictures(runs):
   path = report.write([runs])
   assert path == runs / "report" / "index.html"
   text = path.read_text()
-  found = Tables(text)
-  differences, final = found.tables
+  page = Tables(text)
+  differences, final = page.tables
   assert differences[0] == ["attn.kind", "runs", "seeds", "folders"]
   assert [row[:3] for row in differences[1:]] == [
     ["sigmoid", "2", "0, 1"], ["soft<max", "1", "0"],
@@ -99,18 +99,18 @@ def test_page_has_what_differs_the_intervals_and_the_pictures(runs):
     "accuracy", "attn.kind=soft<max", "4", "1", "0.5000", "", "", "",
   ]  # fmt: skip
   # Nothing is fetched, and every figure is there as a file too.
-  for tag, attrs in found.tags:
+  for tag, attrs in page.tags:
     assert tag not in ("script", "link", "img", "image", "iframe")
     for name in ("src", "href", "xlink:href"):
       assert attrs.get(name, "#").startswith("#")
   assert not re.search(r"url\((?!#)|@import", text)
   names = {"loss", "accuracy", "grad_norm", "entropy", "grads_norm"}
   assert {path.stem for path in path.parent.glob("*.png")} == names
-  assert [tag for tag, _ in found.tags].count("svg") == len(names)
-  ids = [attrs["id"] for _, attrs in found.tags if "id" in attrs]
+  assert [tag for tag, _ in page.tags].count("svg") == len(names)
+  ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
   assert len(ids) == len(set(ids))
   assert {f"#{x}" for x in ids} >= {
-    attrs["xlink:href"] for _, attrs in found.tags if "xlink:href" in attrs
+    attrs["xlink:href"] for _, attrs in page.tags if "xlink:href" in attrs
   }
 
 

@@ -65,7 +65,7 @@ def numpy_logits(query, key, bias, slopes):
 def numpy_statistics(kind, z, seen, value, kernel):
   """{name: (N,)}, a loop over examples, heads and rows."""
   value = np.repeat(np.asarray(value, np.float64), HEADS // KV_HEADS, axis=2)
-  found = {}
+  statistics = {}
   for head in range(HEADS):
     norms, sums, entropies, logits, weights = [], [], [], [], []
     for example in range(BATCH):
@@ -91,7 +91,9 @@ def numpy_statistics(kind, z, seen, value, kernel):
       projected = out_TH @ np.asarray(kernel, np.float64)[head]
       norms.append([np.linalg.norm(x) for x in (a_TS, out_TH, projected)])
     weights = np.array(weights)
-    flat = weights > 0.99 if kind in ("sigmoid", "softmax") else weights == 0
+    saturated = (
+      weights > 0.99 if kind in ("sigmoid", "softmax") else weights == 0
+    )
     values = dict(
       zip(
         ("attention_norm", "attention_v_norm", "projection_norm"),
@@ -103,11 +105,11 @@ def numpy_statistics(kind, z, seen, value, kernel):
       logit_max=np.max(logits),
       logit_std=np.std(logits),
       entropy=np.mean(entropies),
-      saturated=flat.mean(),
+      saturated=saturated.mean(),
     )
     for name, x in values.items():
-      found.setdefault(name, []).append(x)
-  return found
+      statistics.setdefault(name, []).append(x)
+  return statistics
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -124,7 +126,7 @@ def test_statistics_are_those_of_numpy_and_padding_does_not_count(kind, name):
   options = dict(
     kind=kind, n=N, logit_bias=None, alibi_slopes=slopes, **MASKS[name]
   )
-  found = jax.jit(
+  measured = jax.jit(
     lambda *qkv: telemetry.statistics(
       attn, *qkv, real_BT=jnp.asarray(REAL), **options
     )
@@ -136,11 +138,11 @@ def test_statistics_are_those_of_numpy_and_padding_does_not_count(kind, name):
     value,
     attn.out.kernel[...],
   )
-  assert found.keys() == expected.keys()
+  assert measured.keys() == expected.keys()
   assert max(expected["saturated"]) > 0
   for quantity, x_N in expected.items():
     np.testing.assert_allclose(
-      found[quantity], x_N, rtol=2e-5, atol=1e-6, err_msg=quantity
+      measured[quantity], x_N, rtol=2e-5, atol=1e-6, err_msg=quantity
     )
 
 
@@ -155,19 +157,19 @@ def test_weights_times_values_are_the_attention(kind, name):
   )  # fmt: skip
 
   @jax.jit
-  def both(query, key, value):
-    found = attention.attention_weights(query, key, **options)
+  def weights_product_and_output(query, key, value):
+    computed = attention.attention_weights(query, key, **options)
     v_BSNH = jnp.repeat(value, HEADS // KV_HEADS, axis=2)
-    again = jnp.einsum("BNTS,BSNH->BTNH", found.weights_BNTS, v_BSNH)
+    product = jnp.einsum("BNTS,BSNH->BTNH", computed.weights_BNTS, v_BSNH)
     out = attention.dot_product_attention(query, key, value, **options)
-    return found, again, out
+    return computed, product, out
 
-  found, again, out = both(query, key, value)
+  computed, product, out = weights_product_and_output(query, key, value)
   seen = visible(name).any(-1)[:, :, None, None]
   np.testing.assert_allclose(
-    np.where(seen, again, 0), np.where(seen, out, 0), rtol=1e-5, atol=1e-5
+    np.where(seen, product, 0), np.where(seen, out, 0), rtol=1e-5, atol=1e-5
   )
-  assert not found.weights_BNTS[~found.visible_BNTS].any()
+  assert not computed.weights_BNTS[~computed.visible_BNTS].any()
 
 
 def test_softmax_weights_refuse_a_bias():
@@ -188,14 +190,14 @@ def test_every_layer_is_seen_with_what_it_is_given():
   batch = next(iter(tasks.eval_batches(config, "test")))
 
   @jax.jit
-  def observed(params, batch):
-    return telemetry.observe(
+  def collected(params, batch):
+    return telemetry.collect(
       config, params, batch, lambda attn, q, k, v, **_: (q, v)
     )["encoder"]
 
   @jax.jit
-  def one_by_one(params, batch):
-    given = []
+  def layer_by_layer(params, batch):
+    qv = []
     model = setup.model(config, params)
     graphdef, states = nnx.split(model.encoder.blocks)
 
@@ -204,16 +206,16 @@ def test_every_layer_is_seen_with_what_it_is_given():
         block = nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], states))
         y_BTD = block.attn_residual.norm_in(x_BTD)
         q_BTNH = block.attn.query_norm(block.attn.query(y_BTD))
-        given.append((block.attn.rotate(q_BTNH), block.attn.value(y_BTD)))
+        qv.append((block.attn.rotate(q_BTNH), block.attn.value(y_BTD)))
         x_BTD = block(x_BTD, rng)
       return x_BTD
 
     model.encoder = stack
     tasks.get("vit").evaluate(config, model, batch)
-    return given
+    return qv
 
-  q_LBTNH, v_LBTNH = observed(params, batch)
-  for i, (q_BTNH, v_BTNH) in enumerate(one_by_one(params, batch)):
+  q_LBTNH, v_LBTNH = collected(params, batch)
+  for i, (q_BTNH, v_BTNH) in enumerate(layer_by_layer(params, batch)):
     np.testing.assert_allclose(q_LBTNH[i], q_BTNH, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(v_LBTNH[i], v_BTNH, rtol=1e-4, atol=1e-5)
 
@@ -227,7 +229,7 @@ def test_weights_have_the_factor_that_the_layer_puts_on_its_rows():
   segment = np.array([[1] * 8 + [2] * 5, [1] * 13])
   batch = {"token": token, "segment": segment, "weight": np.ones(2)}
 
-  def look(attn, query, key, value, *, streams, **options):
+  def measure(attn, query, key, value, *, streams, **options):
     weights_BNTS = attention_maps._weights(
       attn, query, key, value, streams=streams, **options
     )
@@ -238,10 +240,10 @@ def test_weights_have_the_factor_that_the_layer_puts_on_its_rows():
       weights_BNTS.sum(3).mean((0, 2)), sums["row_sum_mean"],
     )  # fmt: skip
 
-  again, added, rows, measured = jax.jit(
-    lambda *args: telemetry.observe(config, *args, look)
+  projected, added, rows, measured = jax.jit(
+    lambda *args: telemetry.collect(config, *args, measure)
   )(params, batch)["stack"]
-  np.testing.assert_allclose(again, added, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(projected, added, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(measured, rows, rtol=1e-5)
 
 
@@ -253,8 +255,8 @@ def test_what_a_block_adds_to_the_stream_and_what_comes_of_it(norm):
   batch["weight"] = np.r_[np.ones(5), np.zeros(3)]
 
   @jax.jit
-  def both(params, batch):
-    found = telemetry.observe(config, params, batch, telemetry.statistics)
+  def measured_and_by_hand(params, batch):
+    measured = telemetry.collect(config, params, batch, telemetry.statistics)
     model = setup.model(config, params)
     graphdef, states = nnx.split(model.encoder.blocks)
     by_hand = []
@@ -279,13 +281,13 @@ def test_what_a_block_adds_to_the_stream_and_what_comes_of_it(norm):
 
     model.encoder = stack
     tasks.get("vit").evaluate(config, model, batch)
-    return found["encoder"], by_hand
+    return measured["encoder"], by_hand
 
-  found, by_hand = both(params, batch)
+  statistics, by_hand = measured_and_by_hand(params, batch)
   for layer, parts in enumerate(by_hand):
     for name, x_BTD in parts.items():
       expected = np.mean([np.linalg.norm(x_TD) for x_TD in x_BTD[:5]])
-      measured = found[f"{name}_norm"][layer]
+      measured = statistics[f"{name}_norm"][layer]
       np.testing.assert_allclose(measured, expected, rtol=1e-4, err_msg=name)
 
 
@@ -299,7 +301,7 @@ def test_padding_of_packed_rows_does_not_count():
   def measure(token, segment, weight):
     batch = {"token": token, "segment": segment, "weight": np.array(weight)}
     return jax.jit(
-      lambda *args: telemetry.observe(config, *args, telemetry.statistics)
+      lambda *args: telemetry.collect(config, *args, telemetry.statistics)
     )(params, batch)["stack"]
 
   whole = measure(token, segment, [1.0, 1.0])
@@ -332,19 +334,19 @@ def test_norms_are_of_modules_and_of_each_layer():
     },
     "position": jnp.array([-2.0]),
   }
-  found = telemetry.norms(tree, [("stack",)])
-  assert found.keys() == {"embed", "stack", "position"}
-  assert float(found["embed"]) == 10.0
-  assert float(found["position"]) == 2.0
-  np.testing.assert_array_equal(found["stack"], [5.0, 10.0])
+  norms = telemetry.norms(tree, [("stack",)])
+  assert norms.keys() == {"embed", "stack", "position"}
+  assert float(norms["embed"]) == 10.0
+  assert float(norms["position"]) == 2.0
+  np.testing.assert_array_equal(norms["stack"], [5.0, 10.0])
 
 
 def test_a_run_with_telemetry_computes_what_it_does_without(
   tmp_path, monkeypatch
 ):
-  whole = tasks.eval_batches
+  eval_batches = tasks.eval_batches
   monkeypatch.setattr(
-    tasks, "eval_batches", lambda *args: [next(iter(whole(*args)))]
+    tasks, "eval_batches", lambda *args: [next(iter(eval_batches(*args)))]
   )
   values = {"eval.every_steps": 0, "optim.schedule": "constant"}
   on = {"telemetry.every_steps": 2, "telemetry.examples": 3}
@@ -363,22 +365,28 @@ def test_a_run_with_telemetry_computes_what_it_does_without(
   assert not lines("off", "telemetry")
   plain = lines("on", "train")
   assert plain == lines("off", "train")
-  found = lines("on", "telemetry")
-  both = metrics.read(tmp_path / "on")
-  assert [x["step"] for x in both if x["split"] == "telemetry"] == [1, 2, 4]
-  for step, line in found.items():
+  measured = lines("on", "telemetry")
+  all_lines = metrics.read(tmp_path / "on")
+  assert [x["step"] for x in all_lines if x["split"] == "telemetry"] == [
+    1,
+    2,
+    4,
+  ]
+  for step, line in measured.items():
     numbers = {k: v for k, v in line.items() if k not in ("step", "split")}
     assert np.isfinite([*numbers.values()]).all()
     grads = [v for k, v in numbers.items() if k.startswith("grads_norm/")]
     total = np.linalg.norm(grads)
     assert total == pytest.approx(plain[step]["grad_norm"], rel=1e-5)
-  stream = [k for k in found[1] if k.startswith("residual_norm/")]
+  stream = [k for k in measured[1] if k.startswith("residual_norm/")]
   assert stream == [f"residual_norm/encoder/layer{i}" for i in range(2)]
   # two layers of two heads; the classifier starts from zero
-  assert len([k for k in found[1] if k.startswith("entropy/encoder/")]) == 4
-  assert found[1]["params_norm/head"] == 0.0 < found[2]["params_norm/head"]
-  assert found[1]["mu_norm/head"] == pytest.approx(
-    0.1 * min(1, 1 / plain[1]["grad_norm"]) * found[1]["grads_norm/head"],
+  assert len([k for k in measured[1] if k.startswith("entropy/encoder/")]) == 4
+  assert (
+    measured[1]["params_norm/head"] == 0.0 < measured[2]["params_norm/head"]
+  )
+  assert measured[1]["mu_norm/head"] == pytest.approx(
+    0.1 * min(1, 1 / plain[1]["grad_norm"]) * measured[1]["grads_norm/head"],
     rel=1e-4,
   )
   assert int(state.step) == 5
@@ -387,8 +395,8 @@ def test_a_run_with_telemetry_computes_what_it_does_without(
 def test_example_is_the_one_of_its_number():
   config = vit()
   [batch] = [next(iter(tasks.eval_batches(config, "test")))]
-  found = attention_maps.example(config, 3)
-  np.testing.assert_array_equal(found["image"], batch["image"][3:4])
+  example = attention_maps.example(config, 3)
+  np.testing.assert_array_equal(example["image"], batch["image"][3:4])
   assert config.batch_size == 8
   with pytest.raises(ValueError, match=r"example=2000; 'test' has 2000"):
     attention_maps.example(config, 2000)
@@ -401,10 +409,10 @@ def test_how_much_attention_each_patch_gets(pool):
   config = vit(**{"model.pool": pool})
   tokens = 16 + (pool == "class")
   weights = np.random.default_rng(0).random((2, 2, tokens, tokens))
-  found = tasks.get("vit").patch_attention(config, weights)
-  assert found.shape == (2, 2, 4, 4)
+  patches_LNRC = tasks.get("vit").patch_attention(config, weights)
+  assert patches_LNRC.shape == (2, 2, 4, 4)
   row_T = weights[1, 0].mean(0) if pool == "mean" else weights[1, 0, 0, 1:]
-  assert found[1, 0, 2, 3] == pytest.approx(row_T[2 * 4 + 3])
+  assert patches_LNRC[1, 0, 2, 3] == pytest.approx(row_T[2 * 4 + 3])
 
 
 @pytest.mark.parametrize(
@@ -416,22 +424,22 @@ def test_how_much_attention_each_patch_gets(pool):
     (synthetic_sigmoid, "recall,runlocal"),
   ],
 )
-def test_every_token_that_attends_has_a_label(module, arg):
+def test_every_token_that_attends_has_a_tick_label(module, arg):
   config = module.get_config(arg)
   task, batch = tasks.get(config.task), attention_maps.example(config, 1)
-  labels = task.tick_labels(config, batch)
+  tick_labels = task.tick_labels(config, batch)
   params = jax.eval_shape(lambda: setup.init(config)[1])
-  found = jax.eval_shape(
-    lambda *args: telemetry.observe(config, *args, attention_maps._weights),
+  shapes = jax.eval_shape(
+    lambda *args: telemetry.collect(config, *args, attention_maps._weights),
     params,
     batch,
   )
-  [shape] = [x.shape for x in found.values()]
+  [shape] = [x.shape for x in shapes.values()]
   assert shape[1] == 1
   # Utterances are padded up to the length of their bucket.
-  assert len(labels) == shape[-1] or config.task == "speech"
-  assert 0 < len(labels) <= shape[-1]
-  assert all(isinstance(label, str) for label in labels)
+  assert len(tick_labels) == shape[-1] or config.task == "speech"
+  assert 0 < len(tick_labels) <= shape[-1]
+  assert all(isinstance(label, str) for label in tick_labels)
 
 
 def test_maps_are_drawn_of_a_run(tmp_path, monkeypatch):
@@ -448,8 +456,8 @@ def test_maps_are_drawn_of_a_run(tmp_path, monkeypatch):
   names = [f"example1_stack_layer{i}.png" for i in range(2)]
   assert [path.name for path in paths] == names
   assert Image.open(paths[0]).size[0] > 100
-  weights_NTS, labels, _ = drawn[1]
-  assert len(labels) == 5
+  weights_NTS, tick_labels, _ = drawn[1]
+  assert len(tick_labels) == 5
   # Causal: the first token sees itself alone.
   assert weights_NTS.shape == (2, 32, 32)
   assert (weights_NTS[:, 0, 0] > 0).all()
