@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from absl import app, flags
 from matplotlib import figure as figures
 
-from sigattn.analysis import report, telemetry
+from sigattn.analysis import report_html, telemetry
 from sigattn.training import metrics, run_dir
 
 OUT = pathlib.Path(__file__).parent / "results" / "studies"
@@ -28,10 +28,12 @@ def main(argv: Sequence[str]) -> None:
     study = pathlib.Path(folder).name
     if study not in FIGURES:
       raise app.UsageError(f"{folder}: no figure; choose from {[*FIGURES]}")
-    runs = report.find([folder])
+    runs = report_html.find([folder])
     results = {
       "ran": flags.FLAGS.ran,
-      "runs": {k: _row(group) for k, group in report.by_config(runs).items()},
+      "runs": {
+        k: _row(group) for k, group in report_html.by_config(runs).items()
+      },
     }
     finished = [run for run in runs if _is_finished(run)]
     if study in DERIVED:
@@ -100,7 +102,7 @@ def _attention_v(line):
   return sum(values) / len(values) / 512**0.5
 
 
-def attention_norm(runs: Sequence[report.Run]) -> figures.Figure:
+def attention_norm(runs: Sequence[report_html.Run]) -> figures.Figure:
   places = {"sincos": "sines", "rope": "RoPE", "none": "ALiBi"}
   figure, axes = _figure(10.5, 5.4, 2, 3, sharex=True, sharey="row")
   for run in runs:
@@ -154,7 +156,7 @@ def _accuracy(line):
   return 100 * line["accuracy"]
 
 
-def layer_scale(runs: Sequence[report.Run]) -> figures.Figure:
+def layer_scale(runs: Sequence[report_html.Run]) -> figures.Figure:
   scales = {None: "no LayerScale", 1e-4: "LayerScale 1e-4"}
   return _dots(
     runs,
@@ -168,7 +170,7 @@ def layer_scale(runs: Sequence[report.Run]) -> figures.Figure:
   )
 
 
-def multi_query(runs: Sequence[report.Run]) -> figures.Figure:
+def multi_query(runs: Sequence[report_html.Run]) -> figures.Figure:
   return _dots(
     runs,
     {6: "6 heads of keys", 2: "2 heads", 1: "1 head"},
@@ -178,7 +180,7 @@ def multi_query(runs: Sequence[report.Run]) -> figures.Figure:
   )
 
 
-def logit_bias(runs: Sequence[report.Run]) -> figures.Figure:
+def logit_bias(runs: Sequence[report_html.Run]) -> figures.Figure:
   return _dots(
     runs,
     {-6.238: "from -log n", 0.0: "from 0", -10.0: "from -10"},
@@ -189,7 +191,7 @@ def logit_bias(runs: Sequence[report.Run]) -> figures.Figure:
   )
 
 
-def hybrid_norm(runs: Sequence[report.Run]) -> figures.Figure:
+def hybrid_norm(runs: Sequence[report_html.Run]) -> figures.Figure:
   return _dots(
     runs,
     {
@@ -208,7 +210,7 @@ def hybrid_norm(runs: Sequence[report.Run]) -> figures.Figure:
   )
 
 
-def learning_rate(runs: Sequence[report.Run]) -> figures.Figure:
+def learning_rate(runs: Sequence[report_html.Run]) -> figures.Figure:
   """Loss over the rate for each width, and the sensitivity over the widths."""
   figure, axes = _figure(11, 3.2, 1, 4)
   widths = (64, 128, 256)
@@ -241,7 +243,7 @@ def learning_rate(runs: Sequence[report.Run]) -> figures.Figure:
 
 
 def sensitivity(
-  runs: Sequence[report.Run],
+  runs: Sequence[report_html.Run],
 ) -> dict[str, dict[str, list[float]]]:
   """{model: {width: [a value for each seed]}}; the study's docstring has it."""
   sensitivities = {}
@@ -265,7 +267,7 @@ def _by_width(runs):
   return groups
 
 
-def length(runs: Sequence[report.Run]) -> figures.Figure:
+def length(runs: Sequence[report_html.Run]) -> figures.Figure:
   places = {
     (True, "rope"): "ALiBi and RoPE",
     (True, "none"): "ALiBi",
@@ -301,11 +303,11 @@ def length(runs: Sequence[report.Run]) -> figures.Figure:
 
 
 def longer(
-  runs: Sequence[report.Run],
+  runs: Sequence[report_html.Run],
 ) -> dict[str, dict[str, dict[int, list[float]]]]:
   """{model: {whose n: {length: [the loss of each seed]}}}."""
   losses = {}
-  for label, group in report.by_config(runs).items():
+  for label, group in report_html.by_config(runs).items():
     each = [_losses_by_length(run) for run in group]
     losses[label] = {
       whose_n: {size: [x[whose_n][size] for x in each] for size in sizes}
@@ -326,7 +328,7 @@ def _losses_by_length(run):
   return losses_by_n
 
 
-def activations(runs: Sequence[report.Run]) -> figures.Figure:
+def activations(runs: Sequence[report_html.Run]) -> figures.Figure:
   figure, axes = _figure(7, 3.8)
   for run in runs:
     label = _kind(run.config) + SCALED[run.config["attn.row_power"]]
@@ -341,7 +343,7 @@ def activations(runs: Sequence[report.Run]) -> figures.Figure:
   return figure
 
 
-def recall(runs: Sequence[report.Run]) -> figures.Figure:
+def recall(runs: Sequence[report_html.Run]) -> figures.Figure:
   """Accuracy on new examples: 16 pairs, every variant; then 8 pairs."""
   figure, axes = _figure(10.5, 3.4, 1, 2, sharex=True, sharey=True)
   kinds = {"softmax": "C1", "sigmoid": "C0", "relu": "C2"}

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import studies
 from sigattn import sweep, tasks
-from sigattn.analysis import report
+from sigattn.analysis import report_html
 from sigattn.training import setup
 from train import train
 
@@ -71,7 +71,7 @@ def run_of(loss, seed=0, step=10, **config):
   }
   first = {"step": 1, "split": "train", "loss": 4.0}
   last = {"step": step, "split": "test", "loss": loss, "accuracy": 0.5}
-  return report.Run("", base | config, [first, last])
+  return report_html.Run("", base | config, [first, last])
 
 
 def test_a_run_that_was_cut_off_is_listed_and_has_no_value():

@@ -182,7 +182,7 @@ def _real_tokens(config, task, batch):
 
 
 def _run(stack, measure, collected, path, x_BTD, rng=None, **attn_args):
-  """stack(x_BTD, **attn_args); puts the tree of `measure` into collected[path]."""
+  """Runs the stack and stores what `measure` returns in collected[path]."""
   del rng  # evaluation drops nothing
   graphdef, states = nnx.split(stack.blocks)
 

@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import jax
@@ -83,6 +83,11 @@ def read(workdir: str | os.PathLike[str]) -> list[Line]:
       except json.JSONDecodeError:
         console.print(f"{path}: dropped the unreadable line {text!r}")
   return lines
+
+
+def last_evaluation(lines: Sequence[Line], split: str) -> Line | None:
+  """The last line of `split`, or None if the run was not evaluated on it."""
+  return next((x for x in reversed(lines) if x["split"] == split), None)
 
 
 class Mean:

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from sigattn.analysis import report
+from sigattn.analysis import report_html
 from sigattn.training import run_dir
 
 # Student's t, 97.5 %, of a textbook's table: degrees of freedom: quantile.
@@ -78,7 +78,7 @@ class Tables(html.parser.HTMLParser):
 
 
 def test_page_has_what_differs_the_intervals_and_the_pictures(runs):
-  path = report.write([runs])
+  path = report_html.write([runs])
   assert path == runs / "report" / "index.html"
   text = path.read_text()
   page = Tables(text)
@@ -119,7 +119,7 @@ def test_each_layer_is_a_line_over_its_heads(runs):
 
   lines = {
     label: [run.lines for run in runs]
-    for label, runs in report.by_config(report.find([runs])).items()
+    for label, runs in report_html.by_config(report_html.find([runs])).items()
   }
   figure = plots.layers_by_step(lines, "entropy")
   assert [ax.get_title() for ax in figure.axes] == [*lines]
@@ -136,7 +136,7 @@ def test_each_layer_is_a_line_over_its_heads(runs):
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_interval_is_students(count):
   values = [float(x) for x in range(count)]
-  mean, deviation, low, high = report.interval(values)
+  mean, deviation, low, high = report_html.interval(values)
   assert mean == (count - 1) / 2
   assert deviation == pytest.approx(math.sqrt(count * (count + 1) / 12))
   half = T[count - 1] * deviation / math.sqrt(count)
@@ -146,19 +146,21 @@ def test_interval_is_students(count):
 def test_one_group_and_a_folder_of_its_own(tmp_path):
   write_run(tmp_path / "a", "sigmoid", 0, 0.1)
   write_run(tmp_path / "b", "sigmoid", 0, 0.1, total_steps=7)
-  path = report.write([tmp_path / "a"], tmp_path / "x" / "y")
+  path = report_html.write([tmp_path / "a"], tmp_path / "x" / "y")
   assert path == tmp_path / "x" / "y" / "index.html"
   [row] = Tables(path.read_text()).tables[0][1:]
   assert row[0] == "1"
   # A key that one config lacks differs, too.
-  assert report.differing(report.find([tmp_path])) == ["total_steps"]
+  assert report_html.differing(report_html.find([tmp_path])) == ["total_steps"]
 
 
 def test_run_that_is_behind_its_group_is_left_out(runs):
   path = runs / "b" / "metrics.jsonl"
   lines = path.read_text().splitlines()
   path.write_text("\n".join(lines[:3]) + "\n")
-  _, rows = report._final_table(report.by_config(report.find([runs])))
+  _, rows = report_html._final_table(
+    report_html.by_config(report_html.find([runs]))
+  )
   assert rows[2] == [
     "accuracy", "attn.kind=sigmoid", 4, "1 of 2", 0.4, None, None, None,
   ]  # fmt: skip
@@ -166,4 +168,4 @@ def test_run_that_is_behind_its_group_is_left_out(runs):
 
 def test_folder_without_runs_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"empty: holds no run"):
-    report.write([tmp_path / "empty"])
+    report_html.write([tmp_path / "empty"])
