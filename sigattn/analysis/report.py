@@ -111,7 +111,7 @@ def sweep(
     return
   table, rows = rich.table.Table("", "runs", title=f"{root}: {split}"), {}
   for label, group in groups.items():
-    last = [metrics.last_evaluation(run, split) for run in group]
+    last = [metrics.last_evaluation(lines, split) for lines in group]
     names = [key for key in last[0] if key not in ("step", "split")]
     if not rows:
       for key in names:

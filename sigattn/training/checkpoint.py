@@ -1,8 +1,10 @@
-"""Checkpoints by Orbax: all that a killed run needs to go on as if it had not.
+"""Saves and restores the training state with Orbax.
 
-A step's checkpoint holds four items: `params`, `ema` (the averaged parameters,
-where the config asks for them), `train` (optimizer and step) and `data` (the
-place of the data iterator). Evaluation restores one of the first two alone.
+A run that was killed continues from its newest checkpoint exactly as if it had
+not been interrupted. The checkpoint of a step has up to four items: `params`,
+`ema` (the averaged parameters, if config.optim.ema_decay > 0), `train` (the
+optimizer state and the step) and `data` (the state of the data iterator).
+Evaluation restores only `ema`, or `params` where there is no average.
 """
 
 import math
@@ -26,7 +28,7 @@ def _manager(workdir, config, read_only=False):
   ckpt = config.ckpt
   worst = math.inf if ckpt.best_mode == "min" else -math.inf
 
-  def metric(metrics):  # a step that was not evaluated has none
+  def metric(metrics):  # steps without an evaluation count as the worst
     return metrics.get(ckpt.best_metric, worst)
 
   best = checkpoint_managers.BestN(
@@ -39,7 +41,7 @@ def _manager(workdir, config, read_only=False):
     preservation_policy=checkpoint_managers.AnyPreservationPolicy(
       [newest, best]
     ),
-    best_fn=metric,  # for best_step; the policy decides what is kept
+    best_fn=metric,  # used by best_step; the policy decides what is kept
     best_mode=ckpt.best_mode,
     read_only=read_only,
     create=not read_only,
@@ -49,9 +51,10 @@ def _manager(workdir, config, read_only=False):
 
 
 class Checkpoints:
-  """A run's training state in `workdir`/checkpoints; with None it keeps none.
+  """Saves a run's training state in workdir/checkpoints and restores it.
 
-  A context manager: leaving it waits until everything is on disk.
+  A context manager: on exit it waits until everything is on disk. If `workdir`
+  is None, nothing is saved or restored.
   """
 
   def __init__(
@@ -69,7 +72,10 @@ class Checkpoints:
       self._manager.close()
 
   def is_best(self, metrics: Mapping[str, float] | None) -> bool:
-    """Whether `metrics` beat those of every checkpoint; None never does."""
+    """Whether `metrics` are better than those of every saved checkpoint.
+
+    False for None. config.ckpt.best_metric and best_mode define "better".
+    """
     if metrics is None or self._manager is None:
       return False
     best = self._manager.best_step()
@@ -88,7 +94,15 @@ class Checkpoints:
     data: Iterator[loader.Batch],
     metrics: Mapping[str, float] | None,
   ) -> None:
-    """Starts to write; `metrics` (or None) decide which one is the best."""
+    """Starts to write a checkpoint; the writing continues in the background.
+
+    Args:
+      step: the number of updates done.
+      state: the training state after them.
+      data: the iterator of the training batches, whose state is saved.
+      metrics: the evaluation at this step, by which the best checkpoint is
+        chosen; None if there was none.
+    """
     if self._manager is None:
       return
     items = {
@@ -98,7 +112,7 @@ class Checkpoints:
     }
     if state.ema is not None:
       items["ema"] = ocp.args.StandardSave(state.ema)
-    # Not None, of which Orbax warns each time.
+    # Orbax warns at every save if the metrics are None.
     self._manager.save(
       step,
       args=ocp.args.Composite(**items),
@@ -107,7 +121,11 @@ class Checkpoints:
     )
 
   def restore(self, state: State, data: Iterator[loader.Batch]) -> State:
-    """The newest state, or `state` itself where there is none; sets `data`."""
+    """Returns the newest saved state and sets the iterator `data` to its place.
+
+    Without a checkpoint it returns `state` and leaves `data` alone. Raises
+    ValueError for a checkpoint of another version's format.
+    """
     step = None if self._manager is None else self._manager.latest_step()
     if step is None:
       return state
@@ -138,11 +156,19 @@ def _train_item(state):
 def load(
   workdir: str | os.PathLike[str], step: int | str | None = None
 ) -> tuple[ConfigDict, Any, int]:
-  """The config and the evaluation parameters of a run: (config, params, step).
+  """Restores a run for evaluation.
 
-  step: a number, "best", or None for the newest. The parameters are the
-  average where the run kept one. Raises ValueError where there is no such run
-  or no such step.
+  Args:
+    workdir: the folder of the run.
+    step: the number of a saved step, "best", or None for the newest.
+
+  Returns:
+    (config, params, step). The parameters are the exponential average if
+    config.optim.ema_decay > 0, otherwise those of the last update.
+
+  Raises:
+    ValueError: if there is no such run or no such step, or if the run is of
+      another version's format.
   """
   config = run_dir.read_config(workdir)
   with _manager(workdir, config, read_only=True) as manager:
@@ -154,7 +180,9 @@ def load(
     elif step == "best":
       step = manager.best_step()
       if not manager.metrics(step):
-        raise ValueError(f"step='best': {workdir} was evaluated at no {steps=}")
+        raise ValueError(
+          f"step='best': none of the {steps=} in {workdir} was evaluated"
+        )
     if step not in steps:
       raise ValueError(f"{step=}: {workdir} holds the steps {steps}")
     _validate_format(manager, step, workdir)

@@ -1,4 +1,4 @@
-"""What a run writes and what a person sees while it trains."""
+"""Writes the metrics of a run to files and shows them while it trains."""
 
 import json
 import logging
@@ -21,14 +21,18 @@ from ml_collections import ConfigDict
 
 console = rich.console.Console()
 
-# In the files and pictures, not in the line that a person follows.
+# Metrics that are written to the files but are not shown in the progress bar.
 _NOT_ON_THE_BAR = ("lr", "grad_norm", "per_second")
 
-Line = dict[str, int | float | str]  # of metrics.jsonl
+# One line of metrics.jsonl: {"step": 100, "split": "train", "loss": 1.5, ...}.
+Line = dict[str, int | float | str]
 
 
 class Writer:
-  """Metrics as JSON lines and TensorBoard events; nothing with no workdir."""
+  """Writes metrics to workdir/metrics.jsonl and to TensorBoard event files.
+
+  A context manager. If `workdir` is None, nothing is written.
+  """
 
   def __init__(
     self,
@@ -36,13 +40,19 @@ class Writer:
     start: int = 0,
     tensorboard: bool = True,
   ):
-    """start: the step that the run resumes from; later lines are dropped."""
+    """Opens the files.
+
+    Args:
+      workdir: the folder of the run, or None.
+      start: the step that the run resumes from; later lines are dropped.
+      tensorboard: whether to write event files too.
+    """
     self._file = self._board = None
     if workdir is None:
       return
     path = pathlib.Path(workdir) / "metrics.jsonl"
-    # A killed run has written beyond its last checkpoint: those steps come
-    # again, and must not stand twice.
+    # A killed run may have written lines after its last checkpoint. It repeats
+    # those steps, and no step may be in the file twice.
     kept = [line for line in read(workdir) if line["step"] <= start]
     path.write_text("".join(json.dumps(line) + "\n" for line in kept))
     self._file = path.open("a")
@@ -52,7 +62,10 @@ class Writer:
       )
 
   def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-    """split: "train", or the name of the split that was evaluated."""
+    """Writes one line.
+
+    split: "train", "telemetry", or the name of the evaluated split.
+    """
     if self._file is None:
       return
     line = {"step": step, "split": split, **metrics}
@@ -73,7 +86,11 @@ class Writer:
 
 
 def read(workdir: str | os.PathLike[str]) -> list[Line]:
-  """The lines of metrics.jsonl as dicts; a line cut off by a kill is left."""
+  """Reads the lines of workdir/metrics.jsonl; none if there is no such file.
+
+  A killed run may have left an incomplete line, which is dropped with a
+  message.
+  """
   path = pathlib.Path(workdir) / "metrics.jsonl"
   lines = []
   if path.exists():
@@ -91,34 +108,40 @@ def last_evaluation(lines: Sequence[Line], split: str) -> Line | None:
 
 
 class Mean:
-  """Means of metrics over the steps since they were last taken."""
+  """Means of metrics over the steps since `take` was last called."""
 
   def __init__(self) -> None:
     self._sums = {}
     self._count = 0
 
   def add(self, metrics: Mapping[str, float]) -> None:
+    """Adds the metrics of one step."""
     self._count += 1
     for name, value in metrics.items():
       self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
   def take(self) -> dict[str, float]:
+    """Returns the means and starts again from nothing."""
     means = {name: value / self._count for name, value in self._sums.items()}
     self.__init__()
     return means
 
 
 class Progress:
-  """A bar with step, loss, accuracy, rate and time left; lines in a log.
+  """Shows step, loss, accuracy, rate and remaining time.
 
-  On a terminal the bar lives; elsewhere each call of `line` prints one line.
+  A context manager. On a terminal it draws a progress bar; where the output is
+  not a terminal, each call of `line` prints one line instead.
+
+  start, total: the first and last step. unit: what the task counts, "images".
   """
 
   def __init__(self, start: int, total: int, unit: str):
     self._unit = unit
     self._total = total
     self._step = start
-    # Time at work: evaluations, checkpoints and compiling do not count.
+    # The time of training steps alone, without evaluations, checkpoints and
+    # compiling; the examples and steps done in that time.
     self._seconds, self._examples, self._steps = 0.0, 0, 0
     self._last_step_time = None
     fixed = rich.table.Column(no_wrap=True)
@@ -142,13 +165,13 @@ class Progress:
     self._bar.stop()
 
   def pause(self) -> None:
-    """Stops the clock; the next step starts it again without being counted."""
+    """Stops the clock until the next step, which itself is not counted."""
     self._last_step_time = None
 
   def step(
     self, step: int, metrics: Mapping[str, float], examples: int
   ) -> None:
-    """Moves the bar; metrics: those of the last finished step."""
+    """Moves the bar to a finished step with its metrics and its examples."""
     now = time.perf_counter()
     if self._last_step_time is not None:
       self._seconds += now - self._last_step_time
@@ -159,7 +182,7 @@ class Progress:
     self._bar.update(self._task, completed=step, text=self._text(metrics))
 
   def rate(self) -> float:
-    """Examples a second."""
+    """Examples per second; 0 until a step has been timed."""
     return self._examples / self._seconds if self._seconds else 0.0
 
   def _text(self, metrics):
@@ -178,14 +201,21 @@ class Progress:
   def line(
     self, label: str, metrics: Mapping[str, float], permanent: bool = False
   ) -> None:
-    """A line of the log; on a terminal the bar says it, unless it must stay."""
+    """Prints one line of the log.
+
+    On a terminal, where the bar shows the same, only a `permanent` line is
+    printed.
+    """
     if permanent or not console.is_terminal:
       text = self._text(metrics)
       log(f"step {self._step}/{self._total}  {label}  {text}")
 
 
 class StepLog:
-  """Writes the metrics of the step before, while the devices do the next."""
+  """Writes the metrics of one step while the devices compute the next.
+
+  Reading the metrics of the current step would make the devices wait.
+  """
 
   def __init__(self, config: ConfigDict, writer: Writer, progress: Progress):
     self._config, self._writer, self._progress = config, writer, progress
@@ -195,7 +225,16 @@ class StepLog:
   def step(
     self, step: int, metrics: Mapping[str, jax.Array], examples: int
   ) -> None:
-    """A step of so many examples has been given to the devices."""
+    """Records a step that was started, and writes the step before it.
+
+    Args:
+      step: its number.
+      metrics: its scalars, which the devices may still be computing.
+      examples: the number of examples in its batch.
+
+    Raises:
+      FloatingPointError: if the loss of the step before is not finite.
+    """
     self._fetch()
     self._pending = step, metrics, examples
 
@@ -209,8 +248,9 @@ class StepLog:
       raise FloatingPointError(
         f"loss={values['loss']} at step {step} "
         f"(grad_norm={values['grad_norm']:.3g}, lr={values['lr']:.3g}); "
-        "the newest checkpoint is from before. A lower config.optim.lr, a "
-        "smaller config.optim.clip_norm or config.attn.qk_norm=layernorm help"
+        "the newest checkpoint is from an earlier step. Try a lower "
+        "config.optim.lr, a smaller config.optim.clip_norm or "
+        "config.attn.qk_norm=layernorm"
       )
     self._mean.add(values)
     self._progress.step(step, values, examples)
@@ -221,25 +261,28 @@ class StepLog:
       self._progress.line("train", means)
 
   def finish(self) -> None:
-    """Waits for the step at work, and stops the clock."""
+    """Waits for the current step, writes its metrics and stops the clock.
+
+    Raises FloatingPointError if its loss is not finite.
+    """
     self._fetch()
     self._progress.pause()
 
   def evaluation(
     self, step: int, split: str, results: Mapping[str, float]
   ) -> None:
-    """Writes the results of an evaluation."""
+    """Writes and prints the results of an evaluation."""
     self._writer.write(step, split, results)
     self._progress.line(split, results, permanent=True)
 
 
 def due(step: int, every: int) -> bool:
-  """Whether `step` is one of every `every`; 0 means never."""
+  """Whether `step` is a multiple of `every`; never for every = 0."""
   return every > 0 and step % every == 0
 
 
 def log(message: str | rich.table.Table) -> None:
-  """Prints one line for an event, or a table."""
+  """Prints a line or a table, above the progress bar if there is one."""
   console.print(message, highlight=False, soft_wrap=True)
   sys.stdout.flush()
 
@@ -250,9 +293,10 @@ class _Console(logging.Handler):
 
 
 def set_up_logs() -> None:
-  """For programs: which attention runs and why, and libraries' warnings.
+  """Configures logging for command-line programs.
 
-  Everything that the libraries have to say comes with --verbosity=info.
+  Shows which attention implementation was chosen and why, and the warnings of
+  libraries. --verbosity=info shows the libraries' other messages too.
   """
   if not flags.FLAGS["verbosity"].present:
     absl_logging.set_verbosity(absl_logging.WARNING)
