@@ -3,13 +3,14 @@
   python -m sigattn generate --workdir=runs/lm_sigmoid/default \\
     --prompt="In the beginning" --temperature=0.7
 
-prints the text as it comes; several --prompt are continued as one batch and
-printed when they are done. In a notebook:
+prints the text while it is generated. With several --prompt flags, the prompts
+are continued as one batch and printed at the end. In a notebook:
 
   generator = Generator.load("runs/lm_sigmoid/default")
   [text] = generator(["In the beginning"], max_tokens=100)
 
-Sigmoid's n stays the layer's constant, however long the text has become.
+The n of sigmoid attention stays the constant that the layer was built with,
+however long the text becomes.
 """
 
 import functools
@@ -30,15 +31,16 @@ from sigattn.data import text
 from sigattn.tasks import lm
 from sigattn.training import checkpoint, setup
 
-_CHUNK = 16  # tokens between two prints of a stream
+_CHUNK = 16  # tokens that are generated before a stream yields them
 
 
 class Sampling(NamedTuple):
-  """How a token is drawn: softmax(logits / temperature) of the ones left.
+  """How the next token is drawn: from softmax(logits / temperature).
 
-  top_k: the k likeliest are left; 0: all. top_p: of those, the fewest likeliest
-  that have this share of the probability together (1904.09751); 1: all.
-  temperature 0: the likeliest.
+  temperature: 0 always takes the most likely token.
+  top_k: only the k most likely tokens can be drawn; 0 allows all.
+  top_p: only the smallest set of most likely tokens whose probabilities add up
+    to at least top_p can be drawn (nucleus sampling, 1904.09751); 1 allows all.
   """
 
   temperature: float = 1.0
@@ -46,7 +48,7 @@ class Sampling(NamedTuple):
   top_p: float = 1.0
 
   def validate(self) -> None:
-    """ValueError for a value that makes no sense."""
+    """Raises ValueError for a value out of range."""
     if not 0 <= self.temperature < float("inf"):
       raise ValueError(f"temperature={self.temperature!r}; must be >= 0")
     if self.top_k < 0:
@@ -58,7 +60,7 @@ class Sampling(NamedTuple):
 def sample(
   rng: jax.Array, logits_BV: jax.Array, sampling: Sampling
 ) -> jax.Array:
-  """int32 (B,): one draw a row."""
+  """Draws one token for each row of logits; int32 (B,)."""
   if sampling.temperature == 0:
     return logits_BV.argmax(-1).astype(jnp.int32)
   logits_BV = keep(logits_BV / sampling.temperature, sampling)
@@ -66,7 +68,7 @@ def sample(
 
 
 def keep(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-  """The logits that top_k and top_p leave, and -inf for the others."""
+  """The logits of the tokens that top_k and top_p allow, -inf for others."""
   if sampling.top_k and sampling.top_k < logits_BV.shape[1]:
     least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
     logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
@@ -81,13 +83,13 @@ def keep(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 class State(NamedTuple):
-  """Between two tokens."""
+  """The state of decoding between two tokens."""
 
-  place: jax.Array  # int32 scalar: the slot of the next token
-  start_B: jax.Array  # each row's first slot that is no padding
-  logits_BV: jax.Array  # of the next token
+  place: jax.Array  # int32 scalar, the cache slot of the next token
+  start_B: jax.Array  # the first slot of each row that is not padding
+  logits_BV: jax.Array  # logits of the next token
   cache: layers.Cache
-  done_B: jax.Array  # whether the row has ended
+  done_B: jax.Array  # bool, whether the row has ended
   rng: jax.Array
 
 
@@ -98,7 +100,15 @@ def prefill(
   slots: int,
   rng: jax.Array,
 ) -> State:
-  """The State after the prompts, which end together at T."""
+  """Reads the prompts and returns the State after them.
+
+  Args:
+    model: the language model.
+    token_BT: the prompts, padded at the start so that all end at T.
+    start_B: the first slot of each row that is not padding.
+    slots: the number of tokens that the cache holds, prompt included.
+    rng: the key from which tokens will be drawn.
+  """
   slot_T = jnp.arange(token_BT.shape[1])[None]
   segment_BT = (slot_T >= start_B[:, None]).astype(jnp.int32)
   logits_BV, cache = model.prefill(token_BT, segment_BT, slots)
@@ -115,10 +125,18 @@ def decode(
   size: int,
   end: int,
 ) -> tuple[jax.Array, State]:
-  """(token (B, count), State): up to `count` tokens, while a row goes on.
+  """Draws up to `count` tokens per row and stops when all rows have ended.
 
-  What comes after a row's `end` is `end`. size: of the tokenizer, beyond which
-  nothing is drawn.
+  Args:
+    model: the language model.
+    state: the State after the previous token.
+    count: the maximum number of tokens.
+    sampling: how they are drawn.
+    size: the vocabulary of the tokenizer; no index >= size is drawn.
+    end: the token that ends a row.
+
+  Returns:
+    (tokens (B, count), State). After a row has ended, its tokens are `end`.
   """
   batch, vocabulary = state.logits_BV.shape
   in_vocabulary_V = jnp.arange(vocabulary) < size
@@ -146,10 +164,10 @@ def decode(
 
 
 class Generator:
-  """A language model and its tokenizer: texts in, texts out."""
+  """A language model with its tokenizer: continues texts."""
 
   def __init__(self, config: ConfigDict, params: Any):
-    """Raises ValueError for another task's config."""
+    """Raises ValueError if the config is not of the task "lm"."""
     if config.task != "lm":
       raise ValueError(f"config.task={config.task!r}; must be 'lm'")
     self.tokenizer = text.tokenizer(config)
@@ -174,7 +192,11 @@ class Generator:
   def load(
     cls, workdir: str | os.PathLike[str], step: int | str | None = None
   ) -> Self:
-    """Of a run; step: a number, "best", or None for the newest."""
+    """Loads the model of a run.
+
+    workdir, step: as in checkpoint.load, which raises ValueError if there is no
+    such run or step.
+    """
     config, params, _ = checkpoint.load(workdir, step)
     return cls(config, params)
 
@@ -186,10 +208,17 @@ class Generator:
     seed: int = 0,
     **sampling: float,
   ) -> list[str]:
-    """The continuation of each prompt, without it.
+    """Returns the continuation of each prompt, without the prompt.
 
-    sampling: temperature, top_k, top_p. Raises ValueError for a bad value, or
-    a prompt that the tokenizer does not know.
+    Args:
+      prompts: texts, which are continued as one batch.
+      max_tokens: the maximum number of new tokens per prompt.
+      seed: of the random draws.
+      **sampling: temperature, top_k and top_p, see Sampling.
+
+    Raises:
+      ValueError: for a value out of range, or a prompt that the tokenizer
+        cannot encode.
     """
     chunks = self.tokens(prompts, max_tokens, max_tokens, seed, **sampling)
     [token_BT] = [*chunks] or [np.zeros((len(prompts), 0), np.int32)]
@@ -203,12 +232,16 @@ class Generator:
     seed: int = 0,
     **sampling: float,
   ) -> Iterator[str]:
-    """The continuation of one prompt, in pieces as they are made."""
+    """Yields the continuation of one prompt, piece by piece.
+
+    The arguments and errors are those of __call__.
+    """
     ids, yielded = [], 0
     for token_1T in self.tokens([prompt], max_tokens, _CHUNK, seed, **sampling):
       ids += token_1T[0].tolist()
       decoded = self.tokenizer.decode(ids)
-      # A character may be more than one token: its first bytes have to wait.
+      # A character may consist of several tokens. Its first bytes decode to
+      # U+FFFD and are held back until the character is complete.
       complete = len(decoded.rstrip("\ufffd"))
       yield decoded[yielded:complete]
       yielded = max(yielded, complete)
@@ -222,7 +255,11 @@ class Generator:
     seed: int = 0,
     **sampling: float,
   ) -> Iterator[np.ndarray]:
-    """int32 (B, up to `chunk`) arrays, `max_tokens` of them together."""
+    """Yields the new tokens as int32 arrays (B, up to `chunk`).
+
+    Up to `max_tokens` tokens per row in all, fewer if every row ends earlier.
+    The other arguments and the errors are those of __call__.
+    """
     sampling = Sampling(**sampling)
     sampling.validate()
     if max_tokens < 0:
@@ -242,30 +279,38 @@ class Generator:
         return
 
   def _pad_prompts(self, prompts):
-    """Prompts that end together, and where each begins."""
+    """Pads the prompts at the start: (tokens (B, T), first real slot (B,))."""
     start = np.array([self.tokenizer.start], np.int32)
     ids = [
       np.concatenate([start, x]) for x in self.tokenizer.encode(list(prompts))
     ]
-    # A power of two: few lengths to compile for.
+    # A power of two, so that few lengths are compiled.
     length = 1 << max(4, (max(map(len, ids)) - 1).bit_length())
     token_BT = np.stack([np.pad(x, (length - len(x), 0)) for x in ids])
     return token_BT, np.array([length - len(x) for x in ids], np.int32)
 
 
 def define_flags() -> None:
-  """The flags of `python -m sigattn generate`, besides the shared ones."""
-  flags.DEFINE_multi_string("prompt", [""], "Repeat it for a batch.")
-  flags.DEFINE_integer("max_tokens", 256, "At most so many new ones a prompt.")
-  flags.DEFINE_float("temperature", 0.8, "0: always the likeliest token.")
-  flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest; 0: from all.")
-  flags.DEFINE_float("top_p", 1.0, "Draw from this share of the probability.")
-  flags.DEFINE_integer("seed", 0, "Another seed, another text.")
+  """Defines the flags of `python -m sigattn generate`, except shared ones."""
+  flags.DEFINE_multi_string(
+    "prompt", [""], "The text to continue; repeat the flag for several texts."
+  )
+  flags.DEFINE_integer("max_tokens", 256, "Maximum number of new tokens.")
+  flags.DEFINE_float("temperature", 0.8, "0: always the most likely token.")
+  flags.DEFINE_integer(
+    "top_k", 0, "Draw from the k most likely tokens; 0: from all."
+  )
+  flags.DEFINE_float(
+    "top_p",
+    1.0,
+    "Draw from the most likely tokens with this total probability.",
+  )
+  flags.DEFINE_integer("seed", 0, "Seed of the random draws.")
 
 
 def run(flag_values: flags.FlagValues) -> None:
-  """Prints the prompts and their continuations."""
-  absl_logging.set_verbosity(absl_logging.WARNING)  # the text alone
+  """Prints the prompts with their continuations."""
+  absl_logging.set_verbosity(absl_logging.WARNING)  # print only the text
   names = ("max_tokens", "seed", "temperature", "top_k", "top_p")
   options = {name: flag_values[name].value for name in names}
   prompts = flag_values.prompt

@@ -1,10 +1,12 @@
-"""Scores a language model on tasks of EleutherAI's lm-evaluation-harness.
+"""Evaluates a language model on tasks of EleutherAI's lm-evaluation-harness.
 
   python -m sigattn lm_eval --workdir=runs/my_model \\
     --tasks=hellaswag,arc_easy,arc_challenge,piqa,sciq,winogrande,lambada_openai
 
-prints the harness's table and writes it to the run's lm_eval.json. In a
-notebook: lm_eval.simple_evaluate(HarnessLM(config, params), tasks=[...]).
+prints the harness's table and writes its numbers to lm_eval.json in the run's
+folder. In a notebook:
+
+  lm_eval.simple_evaluate(HarnessLM(config, params), tasks=[...])
 """
 
 import itertools
@@ -27,15 +29,14 @@ from ml_collections import ConfigDict
 from sigattn.inference.generate import Generator
 from sigattn.training import checkpoint, metrics, run_dir, setup
 
-_MAX_NEW = 256  # tokens, where a task does not say
+_MAX_NEW = 256  # tokens to generate for a task that sets no limit
 
 
 class HarnessLM(harness.TemplateLM):
-  """A model of ours as one of the harness's.
+  """A language model of this library, wrapped for the harness.
 
-  Every text begins with the tokenizer's `start`, as the training documents do.
-  What is longer than `max_length` loses its beginning. batch_size: texts that
-  are scored or continued at once.
+  Every text begins with the tokenizer's `start` token, as the training
+  documents do.
   """
 
   def __init__(
@@ -46,7 +47,15 @@ class HarnessLM(harness.TemplateLM):
     batch_size: int = 16,
     max_length: int | None = None,
   ):
-    """max_length: in tokens; None: the training rows'."""
+    """Wraps a model.
+
+    Args:
+      config: of the run.
+      params: its parameters, a nested dict of arrays.
+      batch_size: the number of texts that are scored or continued at once.
+      max_length: in tokens; longer texts lose their beginning. None means
+        config.data.length.
+    """
     super().__init__()
     self._generator = Generator(config, params)
     self._tokenizer = self._generator.tokenizer
@@ -57,7 +66,7 @@ class HarnessLM(harness.TemplateLM):
 
     @jax.jit
     def score(params, token_BT):
-      """Log-probability of each next token, and whether it is the likeliest."""
+      """Log-probability of each next token, and whether it is the argmax."""
       logits_BTV = nnx.merge(static, params)(token_BT[:, :-1])
       target_BT = jnp.maximum(token_BT[:, 1:], 0)
       log_p_BTV = jax.nn.log_softmax(logits_BTV)
@@ -68,25 +77,31 @@ class HarnessLM(harness.TemplateLM):
 
   @property
   def eot_token_id(self) -> int:
+    """The token that ends a document."""
     return self._tokenizer.end
 
   @property
   def prefix_token_id(self) -> int:
+    """The token that starts a document."""
     return self._tokenizer.start
 
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **_: object
   ) -> list[int]:
+    """The tokens of a text; `start` first unless add_special_tokens=False."""
     [ids] = self._tokenizer.encode([string])
     start = [] if add_special_tokens is False else [self._tokenizer.start]
     return [*start, *ids.tolist()]
 
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
-    """(log-probability of the continuation, whether it is the likeliest)."""
+    """(log-probability, whether greedy decoding gives it) per continuation.
+
+    requests: (_, tokens of the context, tokens of the continuation) each.
+    """
     del disable_tqdm
     pairs = [(context, continuation) for _, context, continuation in requests]
     scores = [None] * len(pairs)
-    # Texts of like length together, so that little is padding.
+    # Batches have texts of similar length, so that there is little padding.
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
     for batch in itertools.batched(order, self._batch_size):
       batch_scores = self._score_pairs([pairs[i] for i in batch])
@@ -95,6 +110,7 @@ class HarnessLM(harness.TemplateLM):
     return scores
 
   def _score_pairs(self, pairs):
+    """Scores of one batch of (context, continuation) pairs of token lists."""
     rows = [(*a, *b)[-self._max_length - 1 :] for a, b in pairs]
     length = 1 << (max(map(len, rows)) - 1).bit_length()
     token_BT = np.full((self._batch_size, length + 1), -1, np.int32)
@@ -103,7 +119,7 @@ class HarnessLM(harness.TemplateLM):
     log_p_BT, correct_BT = jax.device_get(self._score(self._params, token_BT))
     scores = []
     for i, ((_, continuation), ids) in enumerate(zip(pairs, rows, strict=True)):
-      last = len(ids) - 1  # targets
+      last = len(ids) - 1  # the number of targets: one less than tokens
       part = slice(max(last - len(continuation), 0), last)
       scores.append(
         (float(log_p_BT[i, part].sum()), bool(correct_BT[i, part].all()))
@@ -113,7 +129,11 @@ class HarnessLM(harness.TemplateLM):
   def loglikelihood_rolling(
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[float]:
-    """Log-probability of each whole text, in windows of max_length."""
+    """The log-probability of each whole text, in nats.
+
+    A text longer than max_length is scored in windows, each of whose tokens
+    counts once.
+    """
     log_probs = []
     for request in requests:
       [string] = request.args
@@ -131,7 +151,10 @@ class HarnessLM(harness.TemplateLM):
   def generate_until(
     self, requests: Sequence[Instance], disable_tqdm: bool = False
   ) -> list[str]:
-    """Each context's continuation, up to the first of its stops."""
+    """The greedy or sampled continuation of each context.
+
+    It ends before the first of the request's stop strings.
+    """
     del disable_tqdm
     texts = [None] * len(requests)
     groups = {}
@@ -172,18 +195,22 @@ class HarnessLM(harness.TemplateLM):
 
 
 def define_flags() -> None:
-  """The flags of `python -m sigattn lm_eval`, besides the shared ones."""
+  """Defines the flags of `python -m sigattn lm_eval`, except shared ones."""
   flags.DEFINE_list("tasks", None, "Names of the harness's tasks.")
-  flags.DEFINE_integer("num_fewshot", None, "Examples in a context.")
-  flags.DEFINE_integer("limit", None, "The first examples of a task alone.")
-  flags.DEFINE_integer("batch_size", 16, "Texts at once.")
-  flags.DEFINE_integer("max_length", None, "Tokens; by default as trained.")
-  flags.DEFINE_string("include_path", None, "A folder of tasks of your own.")
+  flags.DEFINE_integer(
+    "num_fewshot", None, "Number of examples in the context."
+  )
+  flags.DEFINE_integer("limit", None, "Use only the first examples of a task.")
+  flags.DEFINE_integer("batch_size", 16, "Texts per batch.")
+  flags.DEFINE_integer(
+    "max_length", None, "In tokens; by default config.data.length."
+  )
+  flags.DEFINE_string("include_path", None, "A folder with your own tasks.")
   flags.mark_flag_as_required("tasks")
 
 
 def run(flag_values: flags.FlagValues) -> None:
-  """Prints the harness's table and writes it to the run's lm_eval.json."""
+  """Prints the harness's table and writes its numbers to lm_eval.json."""
   metrics.set_up_logs()
   config, params, step = checkpoint.load(flag_values.workdir, flag_values.step)
   model = HarnessLM(
