@@ -1,11 +1,12 @@
-"""The figures and numbers of RESULTS.md, from the runs of configs/studies.
+"""Makes the figures and numbers of RESULTS.md from the runs of configs/studies.
 
   python -m benchmarks.studies runs/attention_norm --ran="H100, 2026-11-25"
 
-A folder is named for its study and holds its runs. For each, the last
-evaluation of every run goes to benchmarks/results/studies/STUDY.json, beside
-the device and date that --ran says, and a figure to STUDY.png. Runs that have
-not come to their end are listed with the step that they came to, and not drawn.
+Each folder has the name of a study and contains its runs. For each study, this
+writes the last evaluation of every run, with the device and date that --ran
+names, to benchmarks/results/studies/STUDY.json, and a figure to STUDY.png. Runs
+that did not reach their last step are listed with the step that they reached,
+and are not drawn.
 """
 
 import itertools
@@ -24,10 +25,13 @@ OUT = pathlib.Path(__file__).parent / "results" / "studies"
 
 
 def main(argv: Sequence[str]) -> None:
+  """Writes the JSON and PNG files of the studies whose folders argv names."""
   for folder in argv[1:]:
     study = pathlib.Path(folder).name
     if study not in FIGURES:
-      raise app.UsageError(f"{folder}: no figure; choose from {[*FIGURES]}")
+      raise app.UsageError(
+        f"{folder}: {study!r} is not a study; choose from {[*FIGURES]}"
+      )
     runs = report_html.find([folder])
     results = {
       "ran": flags.FLAGS.ran,
@@ -51,7 +55,7 @@ def _is_finished(run):
 
 
 def _row(group):
-  """What the JSON says of runs that differ in the seed alone."""
+  """The JSON entry of a group of runs that differ only in the seed."""
   finished = [run for run in group if _is_finished(run)]
   row = {
     "seed": [run.config["seed"] for run in finished],
@@ -77,7 +81,7 @@ def _figure(width, height, rows=1, columns=1, **options):
 
 
 def _kind(config):
-  """softmax, b = 0 and so on."""
+  """The label of an attention kind, a key of COLORS: "softmax", "b = 0"."""
   if config["attn.kind"] != "sigmoid":
     return config["attn.kind"]
   bias = config["attn.logit_bias"]
@@ -85,7 +89,7 @@ def _kind(config):
 
 
 def _series(run, split, value):
-  """(steps, values) of a run's lines; value: a function of a line."""
+  """(steps, values) of a run's lines of one split; `value` reads a line."""
   lines = [line for line in run.lines if line["split"] == split]
   return [x["step"] for x in lines], [value(x) for x in lines]
 
@@ -95,7 +99,7 @@ def _loss(line):
 
 
 def _attention_v(line):
-  """Mean over heads of ||A V|| of an example of n = 512, over sqrt(n)."""
+  """Mean over layers and heads of |A V| / sqrt(n); an example has n = 512."""
   values = [
     x for name, x in line.items() if name.startswith("attention_v_norm")
   ]
@@ -103,6 +107,7 @@ def _attention_v(line):
 
 
 def attention_norm(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Norm of the attention output and training loss, by position encoding."""
   places = {"sincos": "sines", "rope": "RoPE", "none": "ALiBi"}
   figure, axes = _figure(10.5, 5.4, 2, 3, sharex=True, sharey="row")
   for run in runs:
@@ -124,9 +129,12 @@ def attention_norm(runs: Sequence[report_html.Run]) -> figures.Figure:
 
 
 def _dots(runs, ticks, tick, value, ylabel, label=_kind):
-  """A dot for each run. ticks: {what tick(config) returns: its name}.
+  """A figure with a dot for each run.
 
-  Places that no run has are left out.
+  ticks: {value of tick(config): its label on the axis}; values that no run has
+  are left out. tick: a function of a run's config, the position on the axis.
+  value: a function of an evaluation, the height of the dot. label: a function
+  of a config, the key of COLORS.
   """
   figure, axes = _figure(7, 3.4)
   order = list(COLORS).index
@@ -157,6 +165,7 @@ def _accuracy(line):
 
 
 def layer_scale(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Accuracy with and without LayerScale and QK norm."""
   scales = {None: "no LayerScale", 1e-4: "LayerScale 1e-4"}
   return _dots(
     runs,
@@ -171,6 +180,7 @@ def layer_scale(runs: Sequence[report_html.Run]) -> figures.Figure:
 
 
 def multi_query(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Accuracy by the number of key heads."""
   return _dots(
     runs,
     {6: "6 heads of keys", 2: "2 heads", 1: "1 head"},
@@ -181,6 +191,7 @@ def multi_query(runs: Sequence[report_html.Run]) -> figures.Figure:
 
 
 def logit_bias(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Loss by the initial bias, constant or trained."""
   return _dots(
     runs,
     {-6.238: "from -log n", 0.0: "from 0", -10.0: "from -10"},
@@ -192,6 +203,7 @@ def logit_bias(runs: Sequence[report_html.Run]) -> figures.Figure:
 
 
 def hybrid_norm(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Loss by length, learning rate and placement of the norms."""
   return _dots(
     runs,
     {
@@ -211,7 +223,7 @@ def hybrid_norm(runs: Sequence[report_html.Run]) -> figures.Figure:
 
 
 def learning_rate(runs: Sequence[report_html.Run]) -> figures.Figure:
-  """Loss over the rate for each width, and the sensitivity over the widths."""
+  """Loss by learning rate for each width, and sensitivity by width."""
   figure, axes = _figure(11, 3.2, 1, 4)
   widths = (64, 128, 256)
   for (label, width, _), group in _by_width(runs).items():
@@ -245,7 +257,11 @@ def learning_rate(runs: Sequence[report_html.Run]) -> figures.Figure:
 def sensitivity(
   runs: Sequence[report_html.Run],
 ) -> dict[str, dict[str, list[float]]]:
-  """{model: {width: [a value for each seed]}}; the study's docstring has it."""
+  """The sensitivity to the learning rate, {model: {width: [one per seed]}}.
+
+  It is the mean over the learning rates of min(final loss, initial loss), minus
+  the lowest of these values; see configs/studies/learning_rate.py.
+  """
   sensitivities = {}
   for (label, width, _), group in _by_width(runs).items():
     final = [min(run.evaluation["loss"], run.lines[0]["loss"]) for run in group]
@@ -257,7 +273,7 @@ def sensitivity(
 
 
 def _by_width(runs):
-  """{(model, width, seed): its runs, by learning rate}."""
+  """{(model, width, seed): its runs, sorted by learning rate}."""
   groups, keys = {}, ("model.width", "optim.lr")
   for run in sorted(runs, key=lambda run: [run.config[x] for x in keys]):
     config = run.config
@@ -268,6 +284,7 @@ def _by_width(runs):
 
 
 def length(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Loss by the length of the test, for each position encoding."""
   places = {
     (True, "rope"): "ALiBi and RoPE",
     (True, "none"): "ALiBi",
@@ -279,7 +296,7 @@ def length(runs: Sequence[report_html.Run]) -> figures.Figure:
     ax = axes[0, list(places).index(place)]
     for whose_n, losses in _losses_by_length(run).items():
       if run.config["attn.kind"] == "softmax" and whose_n == "n of the test":
-        continue  # it has no n
+        continue  # softmax does not depend on n
       name = _kind(run.config)
       ax.semilogx(
         losses.keys(),
@@ -305,7 +322,10 @@ def length(runs: Sequence[report_html.Run]) -> figures.Figure:
 def longer(
   runs: Sequence[report_html.Run],
 ) -> dict[str, dict[str, dict[int, list[float]]]]:
-  """{model: {whose n: {length: [the loss of each seed]}}}."""
+  """Losses at other lengths, {model: {whose n: {length: [one per seed]}}}.
+
+  whose n: "n of the training" or "n of the test", the n of sigmoid attention.
+  """
   losses = {}
   for label, group in report_html.by_config(runs).items():
     each = [_losses_by_length(run) for run in group]
@@ -317,7 +337,7 @@ def longer(
 
 
 def _losses_by_length(run):
-  """{whose n: {length: loss}} of what eval.py wrote of a run."""
+  """{whose n: {length: loss}} from the eval.json of a run."""
   path = pathlib.Path(run.workdir) / "eval.json"
   losses_by_n = {}
   for name, values in json.loads(path.read_text())["variants"].items():
@@ -329,6 +349,7 @@ def _losses_by_length(run):
 
 
 def activations(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Training loss of each kind of attention."""
   figure, axes = _figure(7, 3.8)
   for run in runs:
     label = _kind(run.config) + SCALED[run.config["attn.row_power"]]
@@ -344,7 +365,10 @@ def activations(runs: Sequence[report_html.Run]) -> figures.Figure:
 
 
 def recall(runs: Sequence[report_html.Run]) -> figures.Figure:
-  """Accuracy on new examples: 16 pairs, every variant; then 8 pairs."""
+  """Training accuracy by step, for 16 pairs (every variant) and for 8 pairs.
+
+  Every training example is new, so this is the accuracy on unseen examples.
+  """
   figure, axes = _figure(10.5, 3.4, 1, 2, sharex=True, sharey=True)
   kinds = {"softmax": "C1", "sigmoid": "C0", "relu": "C2"}
   for run in runs:
@@ -366,7 +390,10 @@ def recall(runs: Sequence[report_html.Run]) -> figures.Figure:
 
 
 def _legend(place, axes, loc="outside right upper"):
-  """One for all the axes, with each label once; place: a figure or axes."""
+  """Adds one legend for all the axes, in which each label occurs once.
+
+  place: the figure or the axes to which the legend is added.
+  """
   handle_of = {}
   for ax in axes.flat:
     handles, labels = ax.get_legend_handles_labels()
@@ -404,6 +431,6 @@ FIGURES = {
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("ran", None, "Where and when the runs were made.")
+  flags.DEFINE_string("ran", None, "The device and date of the runs.")
   flags.mark_flag_as_required("ran")
   app.run(main)
