@@ -1,4 +1,4 @@
-"""Sweeps: the product, the commands, the skipping, the table."""
+"""Sweeps: their product, the commands, skipped runs, and the table."""
 
 import json
 import pathlib
@@ -28,7 +28,7 @@ def test_sweeps_multiply():
   assert len({json.dumps(delta) for delta in deltas}) == 9
 
 
-def test_unknown_sweep_is_refused_with_the_known_ones():
+def test_error_for_an_unknown_sweep_names_the_known_ones():
   with pytest.raises(ValueError, match=r"'sed'; .*'attn', 'lr', 'seed'"):
     sweep.deltas(CONFIG, ["sed"])
   with pytest.raises(ValueError, match="two set one key"):
@@ -52,7 +52,7 @@ def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path):
   assert not root.exists()
 
 
-def test_runs_compares_and_skips_what_is_finished(tmp_path):
+def test_sweep_trains_compares_and_skips_finished_runs(tmp_path):
   config = tmp_path / "mine.py"
   config.write_text("""
 from configs.synthetic_sigmoid import get_config

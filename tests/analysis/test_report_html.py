@@ -1,4 +1,4 @@
-"""The page of a set of runs, made of folders written by hand."""
+"""The HTML page about a set of runs, whose folders the tests write."""
 
 import html.parser
 import json
@@ -10,7 +10,7 @@ import pytest
 from sigattn.analysis import report_html
 from sigattn.training import run_dir
 
-# Student's t, 97.5 %, of a textbook's table: degrees of freedom: quantile.
+# {degrees of freedom: 97.5 % quantile of Student's t}, from a textbook.
 T = {1: 12.706, 2: 4.303, 9: 2.262}
 
 
@@ -77,7 +77,7 @@ class Tables(html.parser.HTMLParser):
       self.tables[-1][-1][-1] += data
 
 
-def test_page_has_what_differs_the_intervals_and_the_pictures(runs):
+def test_page_has_the_differing_values_the_intervals_and_the_figures(runs):
   path = report_html.write([runs])
   assert path == runs / "report" / "index.html"
   text = path.read_text()
@@ -98,7 +98,7 @@ def test_page_has_what_differs_the_intervals_and_the_pictures(runs):
   assert final[4] == [
     "accuracy", "attn.kind=soft<max", "4", "1", "0.5000", "", "", "",
   ]  # fmt: skip
-  # Nothing is fetched, and every figure is there as a file too.
+  # The page loads nothing, and every figure is also saved as a file.
   for tag, attrs in page.tags:
     assert tag not in ("script", "link", "img", "image", "iframe")
     for name in ("src", "href", "xlink:href"):
@@ -114,25 +114,6 @@ def test_page_has_what_differs_the_intervals_and_the_pictures(runs):
   }
 
 
-def test_each_layer_is_a_line_over_its_heads(runs):
-  from sigattn.analysis import plots
-
-  lines = {
-    label: [run.lines for run in runs]
-    for label, runs in report_html.by_config(report_html.find([runs])).items()
-  }
-  figure = plots.layers_by_step(lines, "entropy")
-  assert [ax.get_title() for ax in figure.axes] == [*lines]
-  drawn = {
-    line.get_label(): list(zip(*line.get_data(), strict=True))
-    for line in figure.axes[0].lines
-  }
-  assert drawn == {
-    "encoder/layer0": [(2, 2.0), (4, 2.0)],
-    "encoder/layer1": [(2, 0.2), (4, 0.4)],
-  }
-
-
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_interval_is_students(count):
   values = [float(x) for x in range(count)]
@@ -143,14 +124,14 @@ def test_interval_is_students(count):
   assert (low, high) == pytest.approx((mean - half, mean + half), rel=1e-3)
 
 
-def test_one_group_and_a_folder_of_its_own(tmp_path):
+def test_single_group_in_an_explicit_output_folder(tmp_path):
   write_run(tmp_path / "a", "sigmoid", 0, 0.1)
   write_run(tmp_path / "b", "sigmoid", 0, 0.1, total_steps=7)
   path = report_html.write([tmp_path / "a"], tmp_path / "x" / "y")
   assert path == tmp_path / "x" / "y" / "index.html"
   [row] = Tables(path.read_text()).tables[0][1:]
   assert row[0] == "1"
-  # A key that one config lacks differs, too.
+  # A key that only one of the configs has counts as differing.
   assert report_html.differing(report_html.find([tmp_path])) == ["total_steps"]
 
 

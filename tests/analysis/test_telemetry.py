@@ -1,23 +1,22 @@
-"""Telemetry: its numbers against NumPy, and that training does not feel it."""
+"""Telemetry: its numbers equal NumPy's, and it does not change training."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 
-from configs import lm_sigmoid, speech_sigmoid, synthetic_sigmoid, vit_sigmoid
+from configs import lm_sigmoid, vit_sigmoid
 from sigattn import attention, layers, positions, tasks
-from sigattn.analysis import attention_maps, plots, telemetry
-from sigattn.training import checkpoint, metrics, setup
+from sigattn.analysis import attention_maps, telemetry
+from sigattn.training import metrics, setup
 from train import train
 
 KINDS = ("sigmoid", "softmax", "relu", "relu2")
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_WIDTH, N = 3, 6, 4, 2, 8, 9
 WIDTH = HEADS * HEAD_WIDTH
 
-# Padding at the end: of a length, or of its own segment.
+# Rows end in padding, which is marked by lengths or by segment 0.
 SEQ_LENGTHS = np.array([6, 4, 1], np.int32)
 SEGMENTS = np.array([[1] * 6, [1, 1, 2, 2, 0, 0], [1, 0, 0, 0, 0, 0]], np.int32)
 REAL = np.arange(LENGTH)[None] < SEQ_LENGTHS[:, None]
@@ -33,7 +32,7 @@ MASKS = {
 
 
 def visible(name):
-  """bool (B, T, S), of the rows that are no padding."""
+  """bool (B, T, S): which keys each row sees; none for padding rows."""
   i, j = np.mgrid[:LENGTH, :LENGTH]
   if name == "lengths":
     seen = REAL[:, None, :]
@@ -54,7 +53,7 @@ def arrays(seed=0):
 
 
 def numpy_logits(query, key, bias, slopes):
-  """(B, N, T, S) float64, term by term."""
+  """Logits (B, N, T, S) in float64, as the sum of their terms."""
   q, k = (np.asarray(x, np.float64) for x in (query, key))
   k = np.repeat(k, HEADS // KV_HEADS, axis=2)
   z = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(HEAD_WIDTH)
@@ -63,7 +62,7 @@ def numpy_logits(query, key, bias, slopes):
 
 
 def numpy_statistics(kind, z, seen, value, kernel):
-  """{name: (N,)}, a loop over examples, heads and rows."""
+  """{name: (N,)}, computed by loops over heads, examples and rows."""
   value = np.repeat(np.asarray(value, np.float64), HEADS // KV_HEADS, axis=2)
   statistics = {}
   for head in range(HEADS):
@@ -116,7 +115,7 @@ def numpy_statistics(kind, z, seen, value, kernel):
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_are_those_of_numpy_and_padding_does_not_count(kind, name):
   query, key, value = arrays()
-  query = 4 * query  # some weights are saturated
+  query = 4 * query  # so that some weights are saturated
   attn = layers.SelfAttention(
     WIDTH, HEADS, num_kv_heads=KV_HEADS, max_length=N, kind=kind,
     rngs=nnx.Rngs(0),
@@ -184,7 +183,7 @@ def vit(**values):
   return config
 
 
-def test_every_layer_is_seen_with_what_it_is_given():
+def test_collect_sees_the_arguments_of_every_layer():
   config = vit(**{"model.positions": "rope", "attn.qk_norm": "layernorm"})
   _, params = setup.init(config)
   batch = next(iter(tasks.eval_batches(config, "test")))
@@ -223,7 +222,7 @@ def test_every_layer_is_seen_with_what_it_is_given():
 def test_weights_have_the_factor_that_the_layer_puts_on_its_rows():
   config = lm_sigmoid.get_config("runlocal")
   config.attn.row_power = 0.5
-  config.model.norm = "pre"  # so that A V W_out is what attention adds
+  config.model.norm = "pre"  # then attention adds exactly A V W_out
   _, params = setup.init(config)
   token = np.random.default_rng(0).integers(1, 50, (2, 13))
   segment = np.array([[1] * 8 + [2] * 5, [1] * 13])
@@ -248,7 +247,7 @@ def test_weights_have_the_factor_that_the_layer_puts_on_its_rows():
 
 
 @pytest.mark.parametrize("norm", layers.NORM_PLACES)
-def test_what_a_block_adds_to_the_stream_and_what_comes_of_it(norm):
+def test_norms_of_the_residual_stream_and_of_what_blocks_add(norm):
   config = vit(**{"model.norm": norm, "model.layer_scale": 0.3})
   _, params = setup.init(config)
   batch = next(iter(tasks.eval_batches(config, "test")))
@@ -308,8 +307,9 @@ def test_padding_of_packed_rows_does_not_count():
   padded = measure(
     np.pad(token, pad, constant_values=-1), np.pad(segment, pad), [1.0, 1.0]
   )
-  # The first of four padding tokens is what the last real one predicts: no
-  # input of a shorter row. Here it takes the place of the last real input.
+  # The model reads all tokens but the last. With four padding tokens it
+  # therefore also reads the last real token, which it does not read in the
+  # shorter row. `longer` reads it too, because it has one more token.
   longer = measure(
     np.pad(token, ((0, 0), (0, 1)), constant_values=7),
     np.pad(segment, ((0, 0), (0, 1)), mode="edge"),
@@ -341,9 +341,7 @@ def test_norms_are_of_modules_and_of_each_layer():
   np.testing.assert_array_equal(norms["stack"], [5.0, 10.0])
 
 
-def test_a_run_with_telemetry_computes_what_it_does_without(
-  tmp_path, monkeypatch
-):
+def test_telemetry_does_not_change_training(tmp_path, monkeypatch):
   eval_batches = tasks.eval_batches
   monkeypatch.setattr(
     tasks, "eval_batches", lambda *args: [next(iter(eval_batches(*args)))]
@@ -351,7 +349,7 @@ def test_a_run_with_telemetry_computes_what_it_does_without(
   values = {"eval.every_steps": 0, "optim.schedule": "constant"}
   on = {"telemetry.every_steps": 2, "telemetry.examples": 3}
   train(vit(total_steps=5, **values), tmp_path / "off")
-  # Stopped and resumed: no line may be there twice or be missing.
+  # This run is stopped and resumed: no line may be missing or occur twice.
   train(vit(total_steps=3, **values, **on), tmp_path / "on")
   state = train(vit(total_steps=5, **values, **on), tmp_path / "on")
 
@@ -380,7 +378,7 @@ def test_a_run_with_telemetry_computes_what_it_does_without(
     assert total == pytest.approx(plain[step]["grad_norm"], rel=1e-5)
   stream = [k for k in measured[1] if k.startswith("residual_norm/")]
   assert stream == [f"residual_norm/encoder/layer{i}" for i in range(2)]
-  # two layers of two heads; the classifier starts from zero
+  # There are two layers with two heads; the classifier starts from zero.
   assert len([k for k in measured[1] if k.startswith("entropy/encoder/")]) == 4
   assert (
     measured[1]["params_norm/head"] == 0.0 < measured[2]["params_norm/head"]
@@ -390,88 +388,3 @@ def test_a_run_with_telemetry_computes_what_it_does_without(
     rel=1e-4,
   )
   assert int(state.step) == 5
-
-
-def test_example_is_the_one_of_its_number():
-  config = vit()
-  [batch] = [next(iter(tasks.eval_batches(config, "test")))]
-  example = attention_maps.example(config, 3)
-  np.testing.assert_array_equal(example["image"], batch["image"][3:4])
-  assert config.batch_size == 8
-  with pytest.raises(ValueError, match=r"example=2000; 'test' has 2000"):
-    attention_maps.example(config, 2000)
-  with pytest.raises(ValueError, match=r"example=-1"):
-    attention_maps.example(config, -1)
-
-
-@pytest.mark.parametrize("pool", ["mean", "class"])
-def test_how_much_attention_each_patch_gets(pool):
-  config = vit(**{"model.pool": pool})
-  tokens = 16 + (pool == "class")
-  weights = np.random.default_rng(0).random((2, 2, tokens, tokens))
-  patches_LNRC = tasks.get("vit").patch_attention(config, weights)
-  assert patches_LNRC.shape == (2, 2, 4, 4)
-  row_T = weights[1, 0].mean(0) if pool == "mean" else weights[1, 0, 0, 1:]
-  assert patches_LNRC[1, 0, 2, 3] == pytest.approx(row_T[2 * 4 + 3])
-
-
-@pytest.mark.parametrize(
-  ("module", "arg"),
-  [
-    (lm_sigmoid, "runlocal"),
-    (speech_sigmoid, "runlocal"),
-    (synthetic_sigmoid, "summation,runlocal"),
-    (synthetic_sigmoid, "recall,runlocal"),
-  ],
-)
-def test_every_token_that_attends_has_a_tick_label(module, arg):
-  config = module.get_config(arg)
-  task, batch = tasks.get(config.task), attention_maps.example(config, 1)
-  tick_labels = task.tick_labels(config, batch)
-  params = jax.eval_shape(lambda: setup.init(config)[1])
-  shapes = jax.eval_shape(
-    lambda *args: telemetry.collect(config, *args, attention_maps._weights),
-    params,
-    batch,
-  )
-  [shape] = [x.shape for x in shapes.values()]
-  assert shape[1] == 1
-  # Utterances are padded up to the length of their bucket.
-  assert len(tick_labels) == shape[-1] or config.task == "speech"
-  assert 0 < len(tick_labels) <= shape[-1]
-  assert all(isinstance(label, str) for label in tick_labels)
-
-
-def test_maps_are_drawn_of_a_run(tmp_path, monkeypatch):
-  config = lm_sigmoid.get_config("runlocal")
-  _, params = setup.init(config)
-  monkeypatch.setattr(checkpoint, "load", lambda *_: (config, params, 2))
-  drawn = []
-  monkeypatch.setattr(
-    plots,
-    "matrices",
-    lambda *args: drawn.append(args) or plots._figure(1, 1)[0],
-  )
-  paths = attention_maps.draw(tmp_path, 1, tokens=5)
-  names = [f"example1_stack_layer{i}.png" for i in range(2)]
-  assert [path.name for path in paths] == names
-  assert Image.open(paths[0]).size[0] > 100
-  weights_NTS, tick_labels, _ = drawn[1]
-  assert len(tick_labels) == 5
-  # Causal: the first token sees itself alone.
-  assert weights_NTS.shape == (2, 32, 32)
-  assert (weights_NTS[:, 0, 0] > 0).all()
-  assert not weights_NTS[:, 0, 1:].any()
-
-
-def test_pictures_show_every_head():
-  weights = np.random.default_rng(0).random((5, 4, 4))
-  figure = plots.matrices(weights, ["a", "$", " "], "title")
-  shown = [ax.images[0].get_array() for ax in figure.axes]
-  assert len(shown) == 5
-  np.testing.assert_array_equal(shown[4], weights[4, :3, :3])
-  ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-  assert ticks == ["a", "$", "\u2423"]
-  image = np.zeros((8, 8, 3), np.uint8)
-  figure = plots.overlays(image, weights.reshape(5, 4, 2, 2))
-  assert [len(ax.images) for ax in figure.axes] == 5 * [1, 2, 2, 2, 2]

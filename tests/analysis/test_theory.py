@@ -1,4 +1,4 @@
-"""The inequalities of the theory, on random and on adversarial inputs."""
+"""The bounds and the universal model, on random and adversarial inputs."""
 
 import functools
 import math
@@ -54,7 +54,7 @@ def test_jacobian_norm_is_the_steepest_finite_difference(kind):
   attend = jax.jit(functools.partial(theory.attend, heads, kind=kind))
   norm = float(theory.jacobian_norm(attend, x_TD))
   step = jax.random.normal(jax.random.key(2), (T, D))
-  # Power iteration, forward by differences and back by the transpose.
+  # Power iteration: finite differences forward, the transpose backward.
   _, pullback = jax.vjp(attend, x_TD)
   for _ in range(30):
     step = step / jnp.linalg.norm(step)

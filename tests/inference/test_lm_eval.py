@@ -1,4 +1,4 @@
-"""The harness's scores of a small local task, against a count by hand."""
+"""The harness's scores of a small local task equal those of the plain model."""
 
 import json
 
@@ -41,10 +41,12 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def trained():
-  """Config, parameters, and a function of numbers (T,) to log p (T, V)."""
+  """Config, parameters, and a function from tokens (T,) to log p (T, V)."""
   config = lm_sigmoid.get_config("runlocal")
   _, params = setup.init(config)
-  params = jax.tree.map(lambda x: 2 * x, params)  # that prefer some to others
+  params = jax.tree.map(
+    lambda x: 2 * x, params
+  )  # larger differences between logits
   forward = jax.jit(lambda p, x: jax.nn.log_softmax(setup.model(config, p)(x)))
 
   def table(ids):
@@ -55,7 +57,7 @@ def trained():
 
 
 def log_p(trained, context, continuation):
-  """The sum over the continuation, of the plain forward pass."""
+  """Log-probability of the continuation by the plain forward pass."""
   config, _, table = trained
   tokenizer = text.tokenizer(config)
   [before], [after] = (tokenizer.encode([x]) for x in (context, continuation))
@@ -64,7 +66,7 @@ def log_p(trained, context, continuation):
   return sum(log_p_TV[i - 1, ids[i]] for i in range(first, len(ids)))
 
 
-def test_scores_equal_a_count_by_hand(trained, tmp_path):
+def test_scores_equal_the_plain_forward_pass(trained, tmp_path):
   from sigattn.inference import lm_eval as harness
 
   config, params, _ = trained
@@ -115,8 +117,8 @@ def test_rolling_and_generation(trained):
     [instance("loglikelihood_rolling", string)]
   )
   expected = log_p(trained, "", string[:8])
-  # Windows of 8: the second begins with the last token of the first, the last
-  # one has as much before its only token as there is room for.
+  # Windows have 8 tokens. The second begins with the last token of the first.
+  # The last has a single new token, after as many old ones as fit.
   for window, count in ((string[7:16], 8), (string[8:17], 1)):
     [ids] = model._tokenizer.encode([window])
     expected += sum(table(ids)[i, ids[i + 1]] for i in range(8 - count, 8))

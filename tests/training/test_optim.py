@@ -1,4 +1,4 @@
-"""The optimizer against formulas."""
+"""The optimizer and its schedules equal their formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient():
   np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-5)
 
 
-def test_average_forgets_the_start_and_then_decays_as_asked():
+def test_average_forgets_the_start_and_then_decays_with_ema_decay():
   ema, params = {"w": jnp.array(0.0)}, {"w": jnp.array(1.0)}
   first = optim.average(ema, params, jnp.array(0), 0.999)
   late = optim.average(ema, params, jnp.array(10**6), 0.999)
