@@ -180,7 +180,9 @@ def collect(
     parent = functools.reduce(getattr, parents, model)
     # A function that runs the stack and calls `measure` takes its place.
     setattr(
-      parent, name, functools.partial(_run, stack, measure, collected, path)
+      parent,
+      name,
+      functools.partial(_run_stack, stack, measure, collected, path),
     )
   task.evaluate(config, model, batch)
   return {"/".join(path): tree for path, tree in collected.items()}
@@ -203,7 +205,7 @@ def _real_tokens(config, task, batch):
   return real_BT
 
 
-def _run(stack, measure, collected, path, x_BTD, rng=None, **attn_args):
+def _run_stack(stack, measure, collected, path, x_BTD, rng=None, **attn_args):
   """Runs the stack and stores what `measure` returns in collected[path]."""
   del rng  # there is no dropout in evaluation
   graphdef, states = nnx.split(stack.blocks)

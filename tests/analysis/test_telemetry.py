@@ -303,7 +303,7 @@ def test_padding_of_packed_rows_does_not_count():
       lambda *args: telemetry.collect(config, *args, telemetry.statistics)
     )(params, batch)["stack"]
 
-  whole = measure(token, segment, [1.0, 1.0])
+  unpadded = measure(token, segment, [1.0, 1.0])
   padded = measure(
     np.pad(token, pad, constant_values=-1), np.pad(segment, pad), [1.0, 1.0]
   )
@@ -320,10 +320,10 @@ def test_padding_of_packed_rows_does_not_count():
     np.concatenate([segment, segment[:1]]),
     [1.0, 1.0, 0.0],
   )
-  for name, x_LN in whole.items():
+  for name, x_LN in unpadded.items():
     np.testing.assert_allclose(padded[name], longer[name], rtol=1e-5)
     np.testing.assert_allclose(filled[name], x_LN, rtol=1e-5)
-  assert not np.allclose(padded["row_sum_mean"], whole["row_sum_mean"])
+  assert not np.allclose(padded["row_sum_mean"], unpadded["row_sum_mean"])
 
 
 def test_norms_are_of_modules_and_of_each_layer():
