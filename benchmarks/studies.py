@@ -1,42 +1,49 @@
-"""The figures and numbers of RESULTS.md, from the runs of configs/studies.
+"""Makes the figures and numbers of RESULTS.md from the runs of configs/studies.
 
   python -m benchmarks.studies runs/attention_norm --ran="H100, 2026-11-25"
 
-A folder is named for its study and holds its runs. For each, the last
-evaluation of every run goes to benchmarks/results/studies/STUDY.json, beside
-the device and date that --ran says, and a figure to STUDY.png. Runs that have
-not come to their end are listed with the step that they came to, and not drawn.
+Each folder has the name of a study and contains its runs. For each study, this
+writes the last evaluation of every run, with the device and date that --ran
+names, to benchmarks/results/studies/STUDY.json, and a figure to STUDY.png. Runs
+that did not reach their last step are listed with the step that they reached,
+and are not drawn.
 """
 
 import itertools
 import json
 import pathlib
 import statistics
+from collections.abc import Sequence
 
 from absl import app, flags
 from matplotlib import figure as figures
 
-from sigattn.analysis import report, telemetry
+from sigattn.analysis import report_html, telemetry
 from sigattn.training import metrics, run_dir
 
 OUT = pathlib.Path(__file__).parent / "results" / "studies"
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
+  """Writes the JSON and PNG files of the studies whose folders argv names."""
   for folder in argv[1:]:
     study = pathlib.Path(folder).name
     if study not in FIGURES:
-      raise app.UsageError(f"{folder}: no figure; choose from {[*FIGURES]}")
-    runs = report.find([folder])
-    written = {
+      raise app.UsageError(
+        f"{folder}: {study!r} is not a study; choose from {[*FIGURES]}"
+      )
+    runs = report_html.find([folder])
+    results = {
       "ran": flags.FLAGS.ran,
-      "runs": {k: _row(group) for k, group in report.by_config(runs).items()},
+      "runs": {
+        k: _row(group) for k, group in report_html.by_config(runs).items()
+      },
     }
     finished = [run for run in runs if _is_finished(run)]
     if study in DERIVED:
-      written[DERIVED[study].__name__] = DERIVED[study](finished)
+      results[DERIVED[study].__name__] = DERIVED[study](finished)
     OUT.mkdir(exist_ok=True)
-    run_dir.write_json(OUT / f"{study}.json", written)
+    run_dir.write_json(OUT / f"{study}.json", results)
     figure = FIGURES[study](finished)
     figure.savefig(OUT / f"{study}.png", dpi=110)
     metrics.log(f"{study}: {len(finished)} of {len(runs)} runs finished")
@@ -48,7 +55,7 @@ def _is_finished(run):
 
 
 def _row(group):
-  """What the JSON says of runs that differ in the seed alone."""
+  """The JSON entry of a group of runs that differ only in the seed."""
   finished = [run for run in group if _is_finished(run)]
   row = {
     "seed": [run.config["seed"] for run in finished],
@@ -74,15 +81,15 @@ def _figure(width, height, rows=1, columns=1, **options):
 
 
 def _kind(config):
-  """softmax, b = 0 and so on."""
+  """The label of an attention kind, a key of COLORS: "softmax", "b = 0"."""
   if config["attn.kind"] != "sigmoid":
     return config["attn.kind"]
   bias = config["attn.logit_bias"]
   return "b = -log n" if bias in (None, -6.238) else f"b = {bias:g}"
 
 
-def _split(run, split, value):
-  """(steps, values) of a run's lines; value: a function of a line."""
+def _series(run, split, value):
+  """(steps, values) of a run's lines of one split; `value` reads a line."""
   lines = [line for line in run.lines if line["split"] == split]
   return [x["step"] for x in lines], [value(x) for x in lines]
 
@@ -92,14 +99,15 @@ def _loss(line):
 
 
 def _attention_v(line):
-  """Mean over heads of ||A V|| of an example of n = 512, over sqrt(n)."""
+  """Mean over layers and heads of |A V| / sqrt(n); an example has n = 512."""
   values = [
     x for name, x in line.items() if name.startswith("attention_v_norm")
   ]
   return sum(values) / len(values) / 512**0.5
 
 
-def attention_norm(runs):
+def attention_norm(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Norm of the attention output and training loss, by position encoding."""
   places = {"sincos": "sines", "rope": "RoPE", "none": "ALiBi"}
   figure, axes = _figure(10.5, 5.4, 2, 3, sharex=True, sharey="row")
   for run in runs:
@@ -107,9 +115,9 @@ def attention_norm(runs):
     label = _kind(run.config)
     style = dict(color=COLORS[label], linewidth=1)
     axes[0, column].semilogy(
-      *_split(run, telemetry.SPLIT, _attention_v), **style, label=label
+      *_series(run, telemetry.SPLIT, _attention_v), **style, label=label
     )
-    axes[1, column].plot(*_split(run, "train", _loss), **style)
+    axes[1, column].plot(*_series(run, "train", _loss), **style)
   for ax, place in zip(axes[0], places.values(), strict=True):
     ax.set_title(place)
   axes[0, 0].set_ylabel("|A V| of a token (rms)")
@@ -121,16 +129,19 @@ def attention_norm(runs):
 
 
 def _dots(runs, ticks, tick, value, ylabel, label=_kind):
-  """A dot for each run. ticks: {what tick(config) returns: its name}.
+  """A figure with a dot for each run.
 
-  Places that no run has are left out.
+  ticks: {value of tick(config): its label on the axis}; values that no run has
+  are left out. tick: a function of a run's config, the position on the axis.
+  value: a function of an evaluation, the height of the dot. label: a function
+  of a config, the key of COLORS.
   """
   figure, axes = _figure(7, 3.4)
   order = list(COLORS).index
   runs = sorted(runs, key=lambda run: order(label(run.config)))
   labels = list(dict.fromkeys(label(run.config) for run in runs))
-  found = {tick(run.config) for run in runs}
-  ticks = {place: name for place, name in ticks.items() if place in found}
+  present = {tick(run.config) for run in runs}
+  ticks = {place: name for place, name in ticks.items() if place in present}
   for run in runs:
     name = label(run.config)
     shift = labels.index(name) - (len(labels) - 1) / 2
@@ -153,7 +164,8 @@ def _accuracy(line):
   return 100 * line["accuracy"]
 
 
-def layer_scale(runs):
+def layer_scale(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Accuracy with and without LayerScale and QK norm."""
   scales = {None: "no LayerScale", 1e-4: "LayerScale 1e-4"}
   return _dots(
     runs,
@@ -167,7 +179,8 @@ def layer_scale(runs):
   )
 
 
-def multi_query(runs):
+def multi_query(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Accuracy by the number of key heads."""
   return _dots(
     runs,
     {6: "6 heads of keys", 2: "2 heads", 1: "1 head"},
@@ -177,7 +190,8 @@ def multi_query(runs):
   )
 
 
-def logit_bias(runs):
+def logit_bias(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Loss by the initial bias, constant or trained."""
   return _dots(
     runs,
     {-6.238: "from -log n", 0.0: "from 0", -10.0: "from -10"},
@@ -188,7 +202,8 @@ def logit_bias(runs):
   )
 
 
-def hybrid_norm(runs):
+def hybrid_norm(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Loss by length, learning rate and placement of the norms."""
   return _dots(
     runs,
     {
@@ -207,8 +222,8 @@ def hybrid_norm(runs):
   )
 
 
-def learning_rate(runs):
-  """Loss over the rate for each width, and the sensitivity over the widths."""
+def learning_rate(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Loss by learning rate for each width, and sensitivity by width."""
   figure, axes = _figure(11, 3.2, 1, 4)
   widths = (64, 128, 256)
   for (label, width, _), group in _by_width(runs).items():
@@ -239,28 +254,37 @@ def learning_rate(runs):
   return figure
 
 
-def sensitivity(runs):
-  """{model: {width: [a value for each seed]}}; the study's docstring has it."""
-  found = {}
+def sensitivity(
+  runs: Sequence[report_html.Run],
+) -> dict[str, dict[str, list[float]]]:
+  """The sensitivity to the learning rate, {model: {width: [one per seed]}}.
+
+  It is the mean over the learning rates of min(final loss, initial loss), minus
+  the lowest of these values; see configs/studies/learning_rate.py.
+  """
+  sensitivities = {}
   for (label, width, _), group in _by_width(runs).items():
     final = [min(run.evaluation["loss"], run.lines[0]["loss"]) for run in group]
     value = statistics.fmean(final) - min(final)
-    found.setdefault(label, {}).setdefault(f"width {width}", []).append(value)
-  return found
+    sensitivities.setdefault(label, {}).setdefault(f"width {width}", []).append(
+      value
+    )
+  return sensitivities
 
 
 def _by_width(runs):
-  """{(model, width, seed): its runs, by learning rate}."""
-  found, keys = {}, ("model.width", "optim.lr")
+  """{(model, width, seed): its runs, sorted by learning rate}."""
+  groups, keys = {}, ("model.width", "optim.lr")
   for run in sorted(runs, key=lambda run: [run.config[x] for x in keys]):
     config = run.config
     label = f"{_kind(config)}, {QK_NORMS[config['attn.qk_norm']]}"
     key = label, config["model.width"], config["seed"]
-    found.setdefault(key, []).append(run)
-  return found
+    groups.setdefault(key, []).append(run)
+  return groups
 
 
-def length(runs):
+def length(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Loss by the length of the test, for each position encoding."""
   places = {
     (True, "rope"): "ALiBi and RoPE",
     (True, "none"): "ALiBi",
@@ -270,18 +294,18 @@ def length(runs):
   for run in runs:
     place = run.config["attn.alibi"], run.config["model.positions"]
     ax = axes[0, list(places).index(place)]
-    for owner, losses in _longer(run).items():
-      if run.config["attn.kind"] == "softmax" and owner == "n of the test":
-        continue  # it has no n
+    for whose_n, losses in _losses_by_length(run).items():
+      if run.config["attn.kind"] == "softmax" and whose_n == "n of the test":
+        continue  # softmax does not depend on n
       name = _kind(run.config)
       ax.semilogx(
         losses.keys(),
         losses.values(),
-        "--o" if owner == "n of the test" else "-o",
+        "--o" if whose_n == "n of the test" else "-o",
         color=COLORS[name],
         linewidth=1,
         markersize=3,
-        label=f"{name}, {owner}" if name != "softmax" else name,
+        label=f"{name}, {whose_n}" if name != "softmax" else name,
       )
   for ax, place in zip(axes[0], places.values(), strict=True):
     ax.set(title=place, xlabel="length of the test")
@@ -295,36 +319,42 @@ def length(runs):
   return figure
 
 
-def longer(runs):
-  """{model: {whose n: {length: [the loss of each seed]}}}."""
-  found = {}
-  for label, group in report.by_config(runs).items():
-    each = [_longer(run) for run in group]
-    found[label] = {
-      owner: {size: [x[owner][size] for x in each] for size in sizes}
-      for owner, sizes in each[0].items()
+def longer(
+  runs: Sequence[report_html.Run],
+) -> dict[str, dict[str, dict[int, list[float]]]]:
+  """Losses at other lengths, {model: {whose n: {length: [one per seed]}}}.
+
+  whose n: "n of the training" or "n of the test", the n of sigmoid attention.
+  """
+  losses = {}
+  for label, group in report_html.by_config(runs).items():
+    each = [_losses_by_length(run) for run in group]
+    losses[label] = {
+      whose_n: {size: [x[whose_n][size] for x in each] for size in sizes}
+      for whose_n, sizes in each[0].items()
     }
-  return found
+  return losses
 
 
-def _longer(run):
-  """{whose n: {length: loss}} of what eval.py wrote of a run."""
+def _losses_by_length(run):
+  """{whose n: {length: loss}} from the eval.json of a run."""
   path = pathlib.Path(run.workdir) / "eval.json"
-  found = {}
+  losses_by_n = {}
   for name, values in json.loads(path.read_text())["variants"].items():
-    lengths, _, owner = name.partition(", ")
+    lengths, _, whose_n = name.partition(", ")
     factor, trained = map(int, lengths.split(" x "))
-    losses = found.setdefault(owner or "n of the training", {})
+    losses = losses_by_n.setdefault(whose_n or "n of the training", {})
     losses[factor * trained] = values["loss"]
-  return found
+  return losses_by_n
 
 
-def activations(runs):
+def activations(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Training loss of each kind of attention."""
   figure, axes = _figure(7, 3.8)
   for run in runs:
     label = _kind(run.config) + SCALED[run.config["attn.row_power"]]
     axes[0, 0].plot(
-      *_split(run, "train", _loss),
+      *_series(run, "train", _loss),
       color=COLORS[label],
       linewidth=1,
       label=label,
@@ -334,15 +364,18 @@ def activations(runs):
   return figure
 
 
-def recall(runs):
-  """Accuracy on new examples: 16 pairs, every variant; then 8 pairs."""
+def recall(runs: Sequence[report_html.Run]) -> figures.Figure:
+  """Training accuracy by step, for 16 pairs (every variant) and for 8 pairs.
+
+  Every training example is new, so this is the accuracy on unseen examples.
+  """
   figure, axes = _figure(10.5, 3.4, 1, 2, sharex=True, sharey=True)
   kinds = {"softmax": "C1", "sigmoid": "C0", "relu": "C2"}
   for run in runs:
     kind, is_long = run.config["attn.kind"], run.config["data.length"] == 16
     label = _kind(run.config) + SCALED[run.config["attn.row_power"]]
     axes[0, 0 if is_long else 1].plot(
-      *_split(run, "train", lambda line: line["accuracy"]),
+      *_series(run, "train", lambda line: line["accuracy"]),
       color=kinds[kind] if is_long else COLORS[label],
       linewidth=0.9,
       label=kind if is_long else label,
@@ -357,12 +390,15 @@ def recall(runs):
 
 
 def _legend(place, axes, loc="outside right upper"):
-  """One for all the axes, with each label once; place: a figure or axes."""
-  found = {}
+  """Adds one legend for all the axes, in which each label occurs once.
+
+  place: the figure or the axes to which the legend is added.
+  """
+  handle_of = {}
   for ax in axes.flat:
     handles, labels = ax.get_legend_handles_labels()
-    found |= dict(zip(labels, handles, strict=True))
-  place.legend(found.values(), found, loc=loc, frameon=False)
+    handle_of |= dict(zip(labels, handles, strict=True))
+  place.legend(handle_of.values(), handle_of, loc=loc, frameon=False)
 
 
 SCALED = {0.0: "", 0.5: ", rows / sqrt(i)", 1.0: ", rows / i"}
@@ -395,6 +431,6 @@ FIGURES = {
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("ran", None, "Where and when the runs were made.")
+  flags.DEFINE_string("ran", None, "The device and date of the runs.")
   flags.mark_flag_as_required("ran")
   app.run(main)

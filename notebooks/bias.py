@@ -1,15 +1,16 @@
 # %% [markdown]
-# # Why the bias
+# # Why sigmoid attention needs a bias
 #
-# Sigmoid attention gives every pair a weight between 0 and 1, and nothing
-# divides by the length: without a bias a row of n keys weighs n / 2 in all when
-# training starts. With b = -log n it weighs about 1, as softmax's does exactly
+# Sigmoid attention gives every query-key pair its own weight between 0 and 1
+# and does not normalise the rows. Without a bias, the weights of a row of n
+# keys therefore add up to about n / 2 at the start of training. With
+# b = -log n they add up to about 1. With softmax they add up to exactly 1
 # (Ramapuram et al., [2409.04431](https://arxiv.org/abs/2409.04431)).
 
 # %%
 import sys
 
-sys.path.append("..")  # the root of the repository, from here
+sys.path.append("..")  # the root of the repository
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,10 @@ biases = {
 # %% [markdown]
 # ## The sum of a row
 #
-# With values of 1, attention returns the sum of each row's weights. The logits
-# u of random queries and keys are about N(0, 1), so that with b = -log n the
-# sum goes to the mean of e^u, which is e^(1/2) = 1.65: the same for every n.
+# If all values are 1, attention returns the sum of the weights of each row. The
+# logits u of random queries and keys are approximately N(0, 1). With
+# b = -log n the sum therefore converges to the mean of e^u, which is
+# e^(1/2) = 1.65, independent of n.
 
 
 # %%
@@ -52,8 +54,10 @@ for name, bias in biases.items():
 # %% [markdown]
 # ## The norm of the output
 #
-# Values have a part in common and a part of their own. The one adds up to the
-# row's sum, the other to its square root; with b = -log n neither grows.
+# In the next cell each value is a random vector plus a vector that is common to
+# all tokens. The common part of the output grows like the sum of a row's
+# weights, and the random part grows more slowly, because random vectors partly
+# cancel. With b = -log n the norm of the output does not grow with n.
 
 
 # %%
@@ -85,13 +89,13 @@ axes.grid(alpha=0.3)
 plt.show()
 
 # %% [markdown]
-# A bias of -10 is right for n = e^10 = 22,026 and too low for all of these.
+# A bias of -10 is right for n = e^10 = 22,026 and too low for these lengths.
 #
-# ## The limit
+# ## The limit of long sequences
 #
-# n sigmoid(u - log n) goes to e^u: with this bias sigmoid attention becomes
-# attention by the exponential, divided by n instead of by its sum. The gap is
-# e^2u / (n + e^u).
+# n sigmoid(u - log n) converges to e^u as n grows. With this bias, sigmoid
+# attention approaches attention with exponential weights that are divided by n
+# instead of by their sum. The difference is e^2u / (n + e^u).
 
 # %%
 u = np.linspace(-3, 4, 200)
@@ -105,10 +109,11 @@ axes.grid(alpha=0.3)
 plt.show()
 
 # %% [markdown]
-# ## Which n
+# ## Which n to use
 #
-# One constant, the longest that the model is built for, in training and
-# evaluation alike. `n` says it where the keys at hand are fewer:
+# n is a constant of the model: the maximum length that it is built for, in
+# training and in evaluation. The argument `n` sets it, for example when fewer
+# keys are given:
 
 # %%
 q, k, v = tokens(64)

@@ -1,13 +1,14 @@
 # %% [markdown]
-# # Sigmoid attention as a drop-in
+# # Sigmoid attention as a drop-in replacement
 #
-# `sigattn.dot_product_attention` has the arguments of
-# `jax.nn.dot_product_attention`; `kind` chooses what becomes of the logits.
+# `sigattn.dot_product_attention` takes the arguments of
+# `jax.nn.dot_product_attention`. The argument `kind` selects the function that
+# turns logits into weights; its default is sigmoid.
 
 # %%
 import sys
 
-sys.path.append("..")  # the root of the repository, from here
+sys.path.append("..")  # the root of the repository
 
 # %% [markdown]
 # ## In five lines
@@ -23,7 +24,7 @@ out = sigattn.dot_product_attention(q, k, v, is_causal=True)
 out.shape, out.dtype
 
 # %% [markdown]
-# Softmax goes to `jax.nn` itself:
+# With `kind="softmax"` it calls `jax.nn.dot_product_attention`:
 
 # %%
 softmax = sigattn.dot_product_attention(q, k, v, kind="softmax", is_causal=True)
@@ -31,7 +32,7 @@ expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
 bool((softmax == expected).all())
 
 # %% [markdown]
-# ## In a layer of Flax
+# ## In a Flax layer
 
 # %%
 from flax import nnx
@@ -47,11 +48,13 @@ x = jax.random.normal(jax.random.key(1), (2, 128, 512))
 layer(x).shape
 
 # %% [markdown]
-# ## What is different
+# ## How it differs from softmax
 #
-# A pair's weight depends on that pair alone: `sigmoid(q k / sqrt(d) + b)`. So
-# blocks of keys simply add up, if both use the bias of the whole, `n = 128`.
-# Softmax would need the sums of both rows.
+# The weight of a query-key pair, `sigmoid(q k / sqrt(d) + b)`, depends on that
+# pair alone. The outputs for two blocks of keys can therefore be added, if both
+# use the bias of the whole sequence, `n = 128`. With softmax this is wrong,
+# because each block is normalised by its own sum. The relative error of the
+# added outputs:
 
 
 # %%
@@ -67,7 +70,7 @@ def gap(kind):
 {kind: round(gap(kind), 5) for kind in ("sigmoid", "relu", "softmax")}
 
 # %% [markdown]
-# A row that sees no key is zero, where softmax has no answer:
+# A query that sees no key gets the output zero. Softmax is undefined there.
 
 # %%
 lengths = jnp.array([128, 0])  # the second example is all padding
@@ -75,9 +78,10 @@ out = sigattn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)
 [float(jnp.abs(example).max()) for example in out]
 
 # %% [markdown]
-# ## Which code computes it
+# ## Which implementation computes it
 #
-# The fastest implementation that can. One that is named and cannot says why.
+# By default the fastest implementation that supports the problem is used. If
+# you name an implementation that does not support it, the error says why.
 
 # %%
 try:

@@ -1,20 +1,20 @@
 # %% [markdown]
-# # How steep attention is
+# # How strongly attention's output changes with its input
 #
 # Theorem 2 of [2409.04431](https://arxiv.org/abs/2409.04431) bounds the
-# Jacobian of sigmoid attention at tokens x_1 .. x_n:
+# Jacobian of sigmoid attention at the tokens x_1 .. x_n:
 #
 # $$\|J\| \le \|W_v\| \left(s + 2 s' \|W_q W_k^T\| \cdot
 # \tfrac{1}{n}\sum_i |x_i|^2\right)$$
 #
-# where s and s' are n times the largest weight and the largest slope of the
-# sigmoid. It depends on the mean squared size of the tokens, not on the
-# largest.
+# where s is n times the largest weight and s' is n times the largest derivative
+# of the sigmoid. The bound depends on the mean squared norm of the tokens, not
+# on their largest norm.
 
 # %%
 import sys
 
-sys.path.append("..")  # the root of the repository, from here
+sys.path.append("..")  # the root of the repository
 
 import functools
 
@@ -28,8 +28,9 @@ from sigattn.analysis import theory
 # %% [markdown]
 # ## The bound holds
 #
-# `theory.jacobian_norm` computes the spectral norm exactly, of the operation
-# that the models use. Random heads, and random and adversarial tokens:
+# `theory.jacobian_norm` computes the exact spectral norm of the Jacobian of the
+# operation that the models use. The next cell compares it with the bound for
+# random heads, on random and on adversarial tokens.
 
 # %%
 n, width = 8, 4
@@ -42,12 +43,12 @@ def norm_and_bound(heads, x_TD):
   return exact, theory.sigmoid_bound(heads, x_TD)
 
 
-named, heads = [], []
+inputs, heads = [], []
 for seed in range(12):
   key = jax.random.key(seed)
-  named += theory.inputs(key, n, width).items()
+  inputs += theory.inputs(key, n, width).items()
   heads += [theory.random_heads(key, 2, width, 2)] * 7
-names, tokens = zip(*named, strict=True)
+names, tokens = zip(*inputs, strict=True)
 stacked = jax.tree.map(lambda *x: jnp.stack(x), *heads)
 norms, bounds = norm_and_bound(stacked, jnp.stack(tokens))
 
@@ -64,7 +65,7 @@ plt.show()
 print(f"largest ratio: {float((norms / bounds).max()):.3f}")
 
 # %% [markdown]
-# Equal tokens, with projections that are the identity, reach it:
+# If all projections are the identity, equal tokens attain the bound:
 
 # %%
 x = jnp.full((n, width), 0.4)
@@ -74,9 +75,10 @@ bound = theory.sigmoid_bound(theory.identity(width), x)
 print(f"norm {float(exact):.5f}, bound {float(bound):.5f}")
 
 # %% [markdown]
-# ## With the length
+# ## How the bound depends on the length
 #
-# b = -log n keeps the bound where it is; without it, it grows like n.
+# With b = -log n the bound stays nearly constant. Without a bias it grows like
+# n.
 
 # %%
 for n in (16, 64, 256, 1024):
@@ -88,11 +90,12 @@ for n in (16, 64, 256, 1024):
   print(f"n = {n:5}   b = -log n: {values[0]:5.2f}   b = 0: {values[1]:7.1f}")
 
 # %% [markdown]
-# ## With the radius
+# ## How the norm depends on the radius
 #
-# In a ball |x_i| <= R the constant is at most of the order R^2. Gradient ascent
-# looks for the steepest place (a lower bound of the true maximum); the dashed
-# lines are bounds of the whole ball.
+# For tokens in a ball |x_i| <= R, the norm of the Jacobian is at most of order
+# R^2. The points are the largest norms that gradient ascent reaches, which are
+# lower bounds of the true maximum. The dashed lines are upper bounds for the
+# whole ball.
 
 # %%
 radii = np.array([0.5, 1.5, 4.0])

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Training and sweeping from a notebook
 #
-# A config is the whole experiment, `train` a function of it, and a sweep a list
-# of differences.
+# A config describes a whole experiment, `train` is a function of a config, and
+# a sweep is a list of changes to a config.
 
 # %%
 import sys
 
-sys.path.append("..")  # the root of the repository, from here
+sys.path.append("..")  # the root of the repository
 
 import pathlib
 import tempfile
@@ -22,8 +22,8 @@ from train import train
 # %% [markdown]
 # ## One run
 #
-# The default of `configs/vit_sigmoid.py`, smaller and shorter: Fashion-MNIST in
-# patches of 7 pixels.
+# This is a smaller and shorter version of the default run of
+# `configs/vit_sigmoid.py`: Fashion-MNIST in patches of 7 x 7 pixels.
 
 
 # %%
@@ -41,28 +41,31 @@ def small(**changes):
   return config
 
 
-state = train(small())  # without a folder it writes nothing
+state = train(small())  # writes nothing, because no folder is given
 
 # %% [markdown]
-# The state holds the parameters; `setup.model` makes a callable model of them.
+# The state contains the parameters. `setup.model` makes a callable model from
+# them.
 
 # %%
 config = small()
 model = setup.model(config, state.params)
 batch = next(iter(tasks.eval_batches(config, "test")))
 images = batch["image"][:8]
-guesses = model(tasks.get("vit").normalize(config.data, images)).argmax(-1)
+predictions = model(tasks.get("vit").normalize(config.data, images)).argmax(-1)
 figure, row = plt.subplots(1, 8, figsize=(8, 1.4), layout="constrained")
-for axes, image, guess, label in zip(
-  row, images, guesses, batch["label"], strict=False
+for axes, image, prediction, target in zip(
+  row, images, predictions, batch["label"], strict=False
 ):
   axes.imshow(image[..., 0], cmap="gray_r")
-  axes.set_title(f"{int(guess)} ({int(label)})", fontsize="small")
+  axes.set_title(f"{int(prediction)} ({int(target)})", fontsize="small")
   axes.axis("off")
 plt.show()
 
 # %% [markdown]
-# Guess, and in brackets the label. A bad value is refused before any work:
+# Above each image are the predicted class and, in brackets, the true one.
+#
+# A wrong value in a config raises an error before any work starts:
 
 # %%
 try:
@@ -73,12 +76,13 @@ except ValueError as error:
 # %% [markdown]
 # ## A sweep
 #
-# The generators beside `get_config` are those that `python -m sigattn.sweep`
-# takes. In a folder, a run keeps its metrics as lines of JSON. The training
-# loss is the higher one, since it is of images that are mixed up (mixup).
+# A sweep is a generator in the config file, such as `sweep_attn`;
+# `python -m sigattn.sweep` uses the same ones. If `train` is given a folder, it
+# writes its metrics there as lines of JSON. The training loss is higher than
+# the held-out loss, because the training images are mixed (mixup).
 
 # %%
-metrics.console.quiet = True  # no tables and progress of each run
+metrics.console.quiet = True  # hides each run's tables and progress
 root = pathlib.Path(tempfile.mkdtemp())
 runs = {}
 for delta in vit_sigmoid.sweep_attn():

@@ -1,11 +1,12 @@
-"""Runs a config's sweeps, one after the other, and compares the runs.
+"""Trains the runs of a config's sweeps one after the other and compares them.
 
   python -m sigattn.sweep --config=configs/vit_sigmoid.py --sweep=attn,lr,seed
 
-A sweep is a generator beside get_config: sweep_lr yields {"optim.lr": 1e-3}
-and so on. Several multiply. Each run is a train.py of its own in its own
-folder; finished runs are skipped, killed ones resumed. --config.a.b=value
-holds for every run; --dry_run prints the commands.
+A sweep is a generator in the config file, beside get_config: sweep_lr yields
+{"optim.lr": 1e-3} and so on. Several sweeps are combined as a product. Each run
+is a separate process of train.py with its own folder. Finished runs are
+skipped, and interrupted runs are resumed. --config.a.b=value applies to every
+run. --dry_run only prints the commands.
 """
 
 import copy
@@ -16,6 +17,8 @@ import pathlib
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -25,10 +28,17 @@ from sigattn.training import metrics, run_dir, setup
 _TRAIN = pathlib.Path(__file__).parent.parent / "train.py"
 
 
-def deltas(config_file, names):
-  """The product of the config file's sweeps, as a list of flat dicts.
+def deltas(
+  config_file: str | os.PathLike[str], names: Sequence[str]
+) -> list[dict[str, Any]]:
+  """The product of the named sweeps, as a list of flat dicts of overrides.
 
-  Raises ValueError for an unknown sweep, or two that set the same key.
+  Args:
+    config_file: for example configs/vit.py:runlocal.
+    names: of its sweeps; "lr" stands for its generator sweep_lr.
+
+  Raises:
+    ValueError: for an unknown sweep, or two sweeps that set the same key.
   """
   path = str(config_file).partition(":")[0]
   spec = importlib.util.spec_from_file_location("swept_config", path)
@@ -49,13 +59,20 @@ def deltas(config_file, names):
   return merged
 
 
-def command(config_file, overrides, workdir):
-  """The train.py command of one run, as a list of words."""
+def command(
+  config_file: str | os.PathLike[str],
+  overrides: Mapping[str, object],
+  workdir: str | os.PathLike[str],
+) -> list[str]:
+  """The train.py command of one run, as a list of words.
+
+  Raises ValueError where train.py is missing, as in an installed package.
+  """
   words = [f"--config.{key}={value}" for key, value in overrides.items()]
   if not _TRAIN.is_file():
     raise ValueError(
-      "a sweep runs train.py, which is part of a checkout of the repository, "
-      "not of the installed package: work in a checkout"
+      "a sweep runs train.py, which the installed package does not contain; "
+      "run the sweep in a checkout of the repository"
     )
   train = os.path.relpath(_TRAIN)
   return [
@@ -64,8 +81,8 @@ def command(config_file, overrides, workdir):
   ]  # fmt: skip
 
 
-def _configured(config, delta):
-  """The config of one run; ValueError before any run where it is wrong."""
+def _config_of_run(config, delta):
+  """The validated config of one run; raises ValueError if it is wrong."""
   run = copy.deepcopy(config)
   try:
     run.update_from_flattened_dict(delta)
@@ -76,39 +93,48 @@ def _configured(config, delta):
 
 
 def define_flags() -> None:
-  """The flags of `python -m sigattn sweep`, besides --config."""
-  flags.DEFINE_list("sweep", None, "Sweeps of the config file: attn,lr,seed.")
-  flags.DEFINE_string("root", None, "Holds the runs; by default below runs/.")
-  flags.DEFINE_bool("dry_run", False, "Print the commands, run nothing.")
+  """Defines the flags of `python -m sigattn sweep`, except --config."""
+  flags.DEFINE_list(
+    "sweep", None, "Sweeps of the config file, for example attn,lr,seed."
+  )
+  flags.DEFINE_string(
+    "root", None, "The folder for the runs; by default in runs/."
+  )
+  flags.DEFINE_bool(
+    "dry_run", False, "Print the commands without running them."
+  )
   flags.mark_flag_as_required("sweep")
 
 
-def run(given: flags.FlagValues) -> None:
-  """Trains every run of the sweeps that the flags name, and compares them."""
+def run(flag_values: flags.FlagValues) -> None:
+  """Trains every run of the sweeps and prints a table that compares them.
+
+  All configs are validated before the first run starts.
+  """
   metrics.set_up_logs()
-  flag = given["config"]
-  file, config = flag.config_filename, given.config
-  root = given.root or run_dir.default(file, flag.override_values)
+  flag = flag_values["config"]
+  file, config = flag.config_filename, flag_values.config
+  root = flag_values.root or run_dir.default(file, flag.override_values)
   runs = [
-    (delta, _configured(config, delta), f"{root}/{run_dir.name(delta)}")
-    for delta in deltas(file, given.sweep)
+    (delta, _config_of_run(config, delta), f"{root}/{run_dir.name(delta)}")
+    for delta in deltas(file, flag_values.sweep)
   ]
   failed = []
-  for index, (delta, one, workdir) in enumerate(runs, 1):
+  for index, (delta, run_config, workdir) in enumerate(runs, 1):
     words = command(file, flag.override_values | delta, workdir)
-    if given.dry_run:
+    if flag_values.dry_run:
       print(shlex.join(words))
       continue
-    if run_dir.done(workdir, one.total_steps):
+    if run_dir.done(workdir, run_config.total_steps):
       metrics.log(f"run {index}/{len(runs)}: {workdir} is finished")
       continue
     metrics.log(f"run {index}/{len(runs)}: {shlex.join(words)}")
     code = subprocess.run(words, check=False).returncode
-    if code == 130:  # Ctrl-C reached the run, which has saved its state.
+    if code == 130:  # the run was stopped by Ctrl-C and has saved its state
       sys.exit(code)
     if code:
       failed.append(workdir)
-  if not given.dry_run:
+  if not flag_values.dry_run:
     report.sweep([(delta, workdir) for delta, _, workdir in runs], root, config)
   if failed:
     sys.exit(f"failed, and left out of the table: {failed}")

@@ -1,4 +1,4 @@
-"""The studies: every run of every sweep is a valid config, and takes a step."""
+"""The studies: every run has a valid config, and a small run takes a step."""
 
 import importlib
 import pathlib
@@ -8,13 +8,13 @@ import pytest
 
 from benchmarks import studies
 from sigattn import sweep, tasks
-from sigattn.analysis import report
+from sigattn.analysis import report_html
 from sigattn.training import setup
 from train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs" / "studies").glob("[!_]*.py"))
-SMALL = {  # what makes a step of any of them take seconds
+SMALL = {  # changes with which a step takes seconds
   "lm": {"data.length": 16},
   "vit": {},
   "synthetic": {"data.eval_examples": 8},
@@ -26,29 +26,29 @@ def load(file):
 
 
 def deltas(file):
-  """What the runs of the docstring's commands change."""
+  """The overrides of all the runs that the commands in the docstring start."""
   path = file.relative_to(ROOT)
   command = rf"sigattn\.sweep --config={path}[\s\\]+--sweep=(\S+)"
-  found = re.findall(command, load(file).__doc__)
-  assert found
-  return [x for names in found for x in sweep.deltas(file, names.split(","))]
+  sweeps = re.findall(command, load(file).__doc__)
+  assert sweeps
+  return [x for names in sweeps for x in sweep.deltas(file, names.split(","))]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_run_is_a_config_that_passes_its_check(file):
-  found = deltas(file)
-  assert len(found) > 3
-  for delta in found:
+def test_every_run_is_a_valid_config(file):
+  changes = deltas(file)
+  assert len(changes) > 3
+  for delta in changes:
     config = load(file).get_config()
     config.update_from_flattened_dict(delta)
     setup.validate_config(config)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_small_one_trains(file, monkeypatch):
-  whole = tasks.eval_batches
+def test_a_small_run_takes_a_step(file, monkeypatch):
+  eval_batches = tasks.eval_batches
   monkeypatch.setattr(
-    tasks, "eval_batches", lambda *args: [next(iter(whole(*args)))]
+    tasks, "eval_batches", lambda *args: [next(iter(eval_batches(*args)))]
   )
   config = load(file).get_config()
   config.update_from_flattened_dict(deltas(file)[-1])
@@ -60,7 +60,7 @@ def test_a_small_one_trains(file, monkeypatch):
 
 
 def run_of(loss, seed=0, step=10, **config):
-  """A run of ten steps that began at a loss of 4 and came to `step`."""
+  """A run of ten steps with an initial loss of 4, which reached `step`."""
   base = {
     "seed": seed,
     "total_steps": 10,
@@ -71,10 +71,10 @@ def run_of(loss, seed=0, step=10, **config):
   }
   first = {"step": 1, "split": "train", "loss": 4.0}
   last = {"step": step, "split": "test", "loss": loss, "accuracy": 0.5}
-  return report.Run("", base | config, [first, last])
+  return report_html.Run("", base | config, [first, last])
 
 
-def test_a_run_that_was_cut_off_is_listed_and_has_no_value():
+def test_run_that_was_cut_off_is_listed_without_values():
   assert studies._row([run_of(1.0, 0), run_of(2.0, 1, step=7)]) == {
     "seed": [0],
     "loss": [1.0],
@@ -84,7 +84,13 @@ def test_a_run_that_was_cut_off_is_listed_and_has_no_value():
 
 
 def test_sensitivity_is_the_mean_over_the_rates_above_the_best():
-  losses = {1e-3: 2.0, 1e-2: 1.0, 1e-1: 9.0}  # the last is worse than 4
+  losses = {
+    1e-3: 2.0,
+    1e-2: 1.0,
+    1e-1: 9.0,
+  }  # the last exceeds the initial loss of 4
   runs = [run_of(loss, **{"optim.lr": lr}) for lr, loss in losses.items()]
-  found = studies.sensitivity(runs)
-  assert found == {"softmax, no QK norm": {"width 64": [(2 + 1 + 4) / 3 - 1]}}
+  sensitivity = studies.sensitivity(runs)
+  assert sensitivity == {
+    "softmax, no QK norm": {"width 64": [(2 + 1 + 4) / 3 - 1]}
+  }

@@ -1,4 +1,4 @@
-"""Sweeps: the product, the commands, the skipping, the table."""
+"""Sweeps: their product, the commands, skipped runs, and the table."""
 
 import json
 import pathlib
@@ -21,14 +21,14 @@ def run(*words):
 
 
 def test_sweeps_multiply():
-  found = sweep.deltas(CONFIG, ["attn", "seed"])
-  assert len(found) == 9
-  assert found[0] == {"attn.kind": "sigmoid", "seed": 0}
-  assert found[-1] == {"attn.kind": "relu", "seed": 2}
-  assert len({json.dumps(delta) for delta in found}) == 9
+  deltas = sweep.deltas(CONFIG, ["attn", "seed"])
+  assert len(deltas) == 9
+  assert deltas[0] == {"attn.kind": "sigmoid", "seed": 0}
+  assert deltas[-1] == {"attn.kind": "relu", "seed": 2}
+  assert len({json.dumps(delta) for delta in deltas}) == 9
 
 
-def test_unknown_sweep_is_refused_with_the_known_ones():
+def test_error_for_an_unknown_sweep_names_the_known_ones():
   with pytest.raises(ValueError, match=r"'sed'; .*'attn', 'lr', 'seed'"):
     sweep.deltas(CONFIG, ["sed"])
   with pytest.raises(ValueError, match="two set one key"):
@@ -37,12 +37,12 @@ def test_unknown_sweep_is_refused_with_the_known_ones():
 
 def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path):
   root = tmp_path / "root"
-  done = run(
+  finished = run(
     f"--config={CONFIG}:runlocal", "--sweep=attn,seed", "--dry_run",
     f"--root={root}", "--config.optim.b1=0.8",
   )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  lines = done.stdout.splitlines()
+  assert finished.returncode == 0, finished.stderr
+  lines = finished.stdout.splitlines()
   assert len(lines) == 9
   assert (
     f"train.py --config={CONFIG}:runlocal --config.optim.b1=0.8" in lines[0]
@@ -52,7 +52,7 @@ def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path):
   assert not root.exists()
 
 
-def test_runs_compares_and_skips_what_is_finished(tmp_path):
+def test_sweep_trains_compares_and_skips_finished_runs(tmp_path):
   config = tmp_path / "mine.py"
   config.write_text("""
 from configs.synthetic_sigmoid import get_config

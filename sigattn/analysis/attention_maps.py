@@ -1,29 +1,40 @@
-"""The attention weights of one held-out example, as pictures.
+"""Draws the attention weights of one held-out example.
 
   python -m sigattn attention_maps --workdir=runs/vit_sigmoid/default \\
     --example=3
 
-An image is drawn under how much attention each patch gets, by layer and head;
-of other examples the weights between their first tokens are drawn.
+For an image, the attention that each patch receives is drawn over it, for every
+layer and head. For other examples, the matrix of weights between the first
+tokens is drawn.
 """
 
+import os
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from sigattn import attention, tasks
 from sigattn.analysis import plots, telemetry
+from sigattn.data import loader
 from sigattn.training import checkpoint, metrics
 
 
-def maps(config, params, batch):
-  """The weights of every layer: {path of the stack: (L, B, N, T, S)}, NumPy."""
+def maps(
+  config: ConfigDict, params: Any, batch: loader.Batch
+) -> dict[str, np.ndarray]:
+  """The attention weights of every layer and head.
+
+  Returns {path of the stack: float32 (L, B, N, T, S)}: what the layers multiply
+  their values by, row scaling included.
+  """
 
   @jax.jit
   def run(params, batch):
-    return telemetry.observe(config, params, batch, _weights)
+    return telemetry.collect(config, params, batch, _weights)
 
   return jax.device_get(run(params, batch))
 
@@ -31,37 +42,55 @@ def maps(config, params, batch):
 def _weights(
   attn, query, key, value, *, real_BT, positions, streams, **options
 ):
+  """The weights that one layer applies; see `measure` in telemetry.collect."""
   del value, real_BT, streams
-  found = attention.attention_weights(query, key, **options)
-  return telemetry.applied(attn, found.weights_BNTS, positions)
+  computed = attention.attention_weights(query, key, **options)
+  return telemetry.apply_row_scale(attn, computed.weights_BNTS, positions)
 
 
-def example(config, index):
-  """Held-out example number `index`, from 0 on, as a batch of one.
+def example(config: ConfigDict, index: int) -> loader.Batch:
+  """The held-out example number `index`, counted from 0, as a batch of one.
 
-  Raises ValueError where there are fewer.
+  Raises ValueError if config.data.eval_split has fewer examples.
   """
   config = config.copy_and_resolve_references().unlock()
   config.batch_size = 1
-  left = index
+  remaining = index
   for batch in tasks.eval_batches(config, config.data.eval_split):
     rows = np.flatnonzero(batch["weight"])
-    if 0 <= left < len(rows):
-      row = rows[left]
+    if 0 <= remaining < len(rows):
+      row = rows[remaining]
       return {name: x[row : row + 1] for name, x in batch.items()}
-    left -= len(rows)
+    remaining -= len(rows)
   raise ValueError(
-    f"example={index}; {config.data.eval_split!r} has {index - left}, from 0 on"
+    f"example={index}; {config.data.eval_split!r} has {index - remaining} "
+    "examples, counted from 0"
   )
 
 
-def draw(workdir, index, step=None, tokens=40):
-  """Draws the attention of a run on a held-out example; returns the paths.
+def draw(
+  workdir: str | os.PathLike[str],
+  index: int,
+  step: int | str | None = None,
+  tokens: int = 40,
+) -> list[pathlib.Path]:
+  """Draws the attention of a run on a held-out example into workdir/maps.
 
-  For an image that is one PNG: how much attention each patch gets, by layer and
-  head. Otherwise it is a PNG for each layer, with the weights between the first
-  `tokens` tokens. They lie in workdir/maps.
-  step: as in checkpoint.load. Raises ValueError for what is not there.
+  For an image it draws one PNG per stack: the attention that each patch
+  receives, by layer and head. Otherwise it draws one PNG per layer, with the
+  weights between the first `tokens` tokens.
+
+  Args:
+    workdir: the folder of the run.
+    index: the number of the example, from 0.
+    step: a number, "best", or None for the newest.
+    tokens: the number of tokens to draw, except for images.
+
+  Returns:
+    The paths of the PNG files.
+
+  Raises:
+    ValueError: if there is no such run, step or example.
   """
   config, params, step = checkpoint.load(workdir, step)
   task, batch = tasks.get(config.task), example(config, index)
@@ -90,12 +119,19 @@ def draw(workdir, index, step=None, tokens=40):
 
 
 def define_flags() -> None:
-  """The flags of the command, besides the shared ones."""
-  flags.DEFINE_integer("example", 0, "Number of a held-out example.")
-  flags.DEFINE_integer("tokens", 40, "Of a text, so many are drawn.", 1)
+  """Defines the flags of the command, except shared ones."""
+  flags.DEFINE_integer("example", 0, "Number of the held-out example, from 0.")
+  flags.DEFINE_integer(
+    "tokens", 40, "Number of tokens to draw, except for images.", 1
+  )
 
 
-def run(given: flags.FlagValues) -> None:
-  """Draws the example that the flags name, and prints the paths."""
-  for path in draw(given.workdir, given.example, given.step, given.tokens):
+def run(flag_values: flags.FlagValues) -> None:
+  """Draws the example and prints the paths of the files."""
+  for path in draw(
+    flag_values.workdir,
+    flag_values.example,
+    flag_values.step,
+    flag_values.tokens,
+  ):
     metrics.log(f"map: {path}")

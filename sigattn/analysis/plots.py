@@ -1,21 +1,27 @@
-"""Pictures of runs: curves of metrics, and telemetry layer by step.
+"""Draws figures of runs: curves of metrics, telemetry, and attention weights.
 
-Runs come as groups {label: [lines of a run, of another seed, ...]}; lines are
-those of sigattn.training.metrics.read.
+Runs are given as groups, {label: [lines of one run, lines of another seed,
+...]}, where the lines are those of sigattn.training.metrics.read.
 """
 
 import itertools
 import math
+import os
 import re
 import statistics
+from collections.abc import Mapping, Sequence
+from typing import IO
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib import figure as figures
 
 from sigattn.analysis import telemetry
+from sigattn.training import metrics
 
-INK = "#010101"  # of text and axes, for who wants to exchange it
+Groups = Mapping[str, Sequence[Sequence[metrics.Line]]]
+
+INK = "#010101"  # of text and axes; report_html replaces it in an SVG
 _STYLE = {
   "axes.edgecolor": INK,
   "axes.labelcolor": INK,
@@ -30,15 +36,15 @@ _STYLE = {
   "legend.frameon": False,
   "legend.fontsize": "small",
   "svg.fonttype": "none",
-  "svg.hashsalt": "sigattn",  # the same picture, the same file
+  "svg.hashsalt": "sigattn",  # the same figure gives the same file
 }
-_SIZE = 5.2, 3.6  # inches, of one plot
-_LOG = 30  # a range of so many times is drawn on a logarithmic axis
+_SIZE = 5.2, 3.6  # width and height of one plot in inches
+_LOG_SCALE_RANGE = 30  # largest / smallest value, above which an axis is log
 
 
-def curves(groups, path):
-  """Draws loss, accuracy and CER against the step into one PNG."""
-  names = [n for n in ("loss", "accuracy", "cer") if _has(groups, n)]
+def curves(groups: Groups, path: str | os.PathLike[str]) -> None:
+  """Draws loss, accuracy and character error rate by step into one PNG file."""
+  names = [n for n in ("loss", "accuracy", "cer") if _has_metric(groups, n)]
   with mpl.rc_context(_STYLE):
     figure, axes = _figure(1, len(names))
     for ax, name in zip(axes[0], names, strict=True):
@@ -46,11 +52,11 @@ def curves(groups, path):
     figure.savefig(path, dpi=120)
 
 
-def curve(groups, name):
-  """A figure of one metric against the step.
+def curve(groups: Groups, name: str) -> figures.Figure:
+  """Draws one metric by step, as a line for each group and split.
 
-  The mean over the runs of a group is the line, their range the band; training
-  is thin, held out is thick.
+  A line is the mean over the runs of a group, and a band is their range. Thin
+  lines are training, thick lines are held-out data.
   """
   with mpl.rc_context(_STYLE):
     figure, axes = _figure(1, 1)
@@ -66,8 +72,13 @@ def _figure(rows, columns, size=_SIZE, **options):
   return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def save(figure, file, kind):
-  """Writes the figure to a path or file: png on white, or svg on nothing."""
+def save(
+  figure: figures.Figure, file: str | os.PathLike[str] | IO, kind: str
+) -> None:
+  """Saves a figure to a path or an open file.
+
+  kind: "png" with a white background, or "svg" with a transparent one.
+  """
   with mpl.rc_context(_STYLE):
     if kind == "svg":
       figure.savefig(file, format=kind, transparent=True)
@@ -75,7 +86,7 @@ def save(figure, file, kind):
       figure.savefig(file, format=kind, dpi=120)
 
 
-def _has(groups, name):
+def _has_metric(groups, name):
   return any(name in line for g in groups.values() for r in g for line in r)
 
 
@@ -103,9 +114,9 @@ def _draw_curves(axes, groups, name):
 
 
 def _draw_mean(axes, points, band, *, color, **style):
-  """The mean at each step as a line, the range as a band; nothing of nothing.
+  """Draws the mean at each step as a line and, if `band`, the range as a band.
 
-  points: (step, value), several with one step.
+  points: (step, value) pairs, several per step; nothing is drawn for none.
   """
   by_step = {}
   for step, value in points:
@@ -124,8 +135,8 @@ def _draw_mean(axes, points, band, *, color, **style):
 # Telemetry.
 
 
-def measured(groups):
-  """The quantities that telemetry has in any of the runs."""
+def measured_quantities(groups: Groups) -> list[str]:
+  """The names in telemetry.QUANTITIES that any of the runs has measured."""
   names = {
     name.partition("/")[0] for line in _telemetry_lines(groups) for name in line
   }
@@ -142,11 +153,11 @@ def _telemetry_lines(groups):
   ]
 
 
-def layers_by_step(groups, quantity):
-  """A figure of one quantity of telemetry: a plot a group, a line a layer.
+def layers_by_step(groups: Groups, quantity: str) -> figures.Figure:
+  """Draws a telemetry quantity by step: a plot per group, a line per layer.
 
-  The line is the mean over heads and runs, the band their range. Layers go
-  from purple to yellow; other modules are grey.
+  A line is the mean over heads and runs, and a band is their range. Colours go
+  from purple (first layer) to yellow (last layer); other modules are grey.
   """
   groups = {k: v for k, v in groups.items() if _telemetry_lines({k: v})}
   columns = min(len(groups), 3)
@@ -168,7 +179,7 @@ def layers_by_step(groups, quantity):
       ax.set(xlabel="step")
       handles, names = ax.get_legend_handles_labels()
       shown |= dict(zip(names, handles, strict=True))
-    if lowest > 0 and highest > _LOG * lowest:
+    if lowest > 0 and highest > _LOG_SCALE_RANGE * lowest:
       axes[0, 0].set_yscale("log")
     for ax in axes[:, 0]:
       ax.set_ylabel(quantity)
@@ -177,7 +188,10 @@ def layers_by_step(groups, quantity):
 
 
 def _by_place(groups, quantity):
-  """{place without its head: [(step, value), ...]}."""
+  """The points of a quantity by layer: {encoder/layer0: [(step, value), ...]}.
+
+  All heads of a layer are in one list.
+  """
   places = {}
   for line in _telemetry_lines(groups):
     for name, value in line.items():
@@ -189,9 +203,10 @@ def _by_place(groups, quantity):
 
 
 def _line_styles(places):
+  """One style per place: shades for layers, dashed grey for other modules."""
   layered = [place for place in places if re.search(r"layer\d+$", place)]
   others = [place for place in places if place not in layered]
-  shades = np.linspace(0.3, 0.9, len(layered))  # seen on white and on black
+  shades = np.linspace(0.3, 0.9, len(layered))  # visible on white and on black
   styles = {
     place: dict(color=mpl.colormaps["plasma"](shade))
     for place, shade in zip(layered, shades, strict=True)
@@ -207,11 +222,16 @@ def _line_styles(places):
 # Attention of one example.
 
 
-def overlays(image_HWC, attention_LNRC):
-  """A figure of an image under how much attention each patch gets.
+def overlays(
+  image_HWC: np.ndarray, attention_LNRC: np.ndarray
+) -> figures.Figure:
+  """Draws over an image how much attention each patch receives.
 
-  A row a layer, a column a head. Bright is the most of the plot, whose number
-  stands above it. image_HWC: uint8. attention_LNRC: of vit.patch_attention.
+  One row per layer and one column per head. The brightest patch of a plot has
+  the number in its title.
+
+  image_HWC: uint8. attention_LNRC: the result of the task's patch_attention,
+  layers by heads by rows by columns of patches.
   """
   layers, heads = attention_LNRC.shape[:2]
   height, width = image_HWC.shape[:2]
@@ -230,18 +250,23 @@ def overlays(image_HWC, attention_LNRC):
   return figure
 
 
-def matrices(weights_NTS, tick_labels, title):
-  """A figure of a layer's weights: a plot a head, keys across, queries down.
+def matrices(
+  weights_NTS: np.ndarray, tick_labels: Sequence[str], title: str
+) -> figures.Figure:
+  """Draws a layer's attention weights: one plot per head, queries by keys.
 
-  tick_labels: strings of the tokens. Bright is the plot's largest, whose number
-  stands above it.
+  Each row is a query and each column is a key. The brightest weight of a plot
+  has the number in its title.
+
+  weights_NTS: of one example; only the first len(tick_labels) tokens are drawn.
+  tick_labels: the text of each token. title: of the figure.
   """
   count = len(tick_labels)
   weights_NTS = weights_NTS[:, :count, :count]
   columns = min(len(weights_NTS), 4)
   rows = -(-len(weights_NTS) // columns)
   side = max(2.5, 0.13 * count + 0.6)
-  # A space would be no label at all.
+  # A blank label would be invisible, so it is shown as U+2423.
   tick_labels = [x if x.strip() else "\u2423" for x in tick_labels]
   with mpl.rc_context(_STYLE | {"axes.grid": False}):
     figure, axes = _figure(rows, columns, (side, side))
@@ -254,8 +279,8 @@ def matrices(weights_NTS, tick_labels, title):
       ax.imshow(weights_TS, cmap="magma", vmin=0)
       ax.set_title(f"head {head}, to {weights_TS.max():.3g}", fontsize="small")
       ticks = dict(fontsize=7, family="monospace", parse_math=False)
-      turned = 90 if max(map(len, tick_labels)) > 1 else 0
-      ax.set_xticks(range(count), tick_labels, rotation=turned, **ticks)
+      rotation = 90 if max(map(len, tick_labels)) > 1 else 0
+      ax.set_xticks(range(count), tick_labels, rotation=rotation, **ticks)
       ax.set_yticks(range(count), tick_labels, **ticks)
       ax.tick_params(length=0)
   return figure

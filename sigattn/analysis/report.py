@@ -1,28 +1,24 @@
-"""Reports of runs: tables on the terminal, and a page of any set of them.
+"""Tables on the terminal: parameters, evaluations, and the runs of a sweep."""
 
-  python -m sigattn report runs/vit_sigmoid [more folders] [--out=folder]
-
-makes one HTML page, which needs nothing beside itself, and its figures as PNG.
-Every run in or below the folders is in it; runs that differ in the seed alone
-are one group. The interval is Student's: mean +- t s / sqrt(n), s the standard
-deviation of n runs and t the 97.5 % quantile of their n - 1 degrees of freedom.
-"""
-
-import math
+import os
 import pathlib
 import statistics
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import rich.table
-from absl import flags
+from ml_collections import ConfigDict
 
-from sigattn.analysis import plots, report_html, telemetry
+from sigattn.analysis import plots
+
+# sigattn.cli names this module as that of the command `report`.
+from sigattn.analysis.report_html import define_flags, run  # noqa: F401
 from sigattn.training import metrics, optim, run_dir
 
 
-def parameter_table(params):
-  """A table of the parameters: path, shape, number; and their sum."""
+def parameter_table(params: Any) -> rich.table.Table:
+  """A table with the path, shape and size of each parameter, and the total."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   total = sum(leaf.size for _, leaf in leaves)
   table = rich.table.Table("parameter", "shape", "number")
@@ -35,8 +31,22 @@ def parameter_table(params):
   return table
 
 
-def finish(workdir, split, best_metric, best_mode):
-  """Prints the evaluations of a run and draws its curves.png."""
+def finish(
+  workdir: str | os.PathLike[str],
+  split: str,
+  best_metric: str,
+  best_mode: str,
+) -> None:
+  """Prints the best and last evaluations of a run and draws curves.png.
+
+  Does nothing if the run was never evaluated on `split`.
+
+  Args:
+    workdir: the run's folder; curves.png is written there.
+    split: the evaluated split.
+    best_metric: the metric that decides which evaluation is the best.
+    best_mode: "max" or "min", which values of best_metric are better.
+  """
   lines = metrics.read(workdir)
   evals = [line for line in lines if line["split"] == split]
   if not evals:
@@ -52,45 +62,56 @@ def finish(workdir, split, best_metric, best_mode):
   metrics.log(f"curves: {path}")
 
 
-def evaluation_table(rows, title=None):
-  """A table with a row for each {name: metrics} and a column a metric."""
+def evaluation_table(
+  rows: Mapping[str, metrics.Line], title: str | None = None
+) -> rich.table.Table:
+  """A table with one row per {name: metrics} and one column per metric."""
   names = []
   for row in rows.values():
     names += [name for name in row if name not in names and name != "split"]
   table = rich.table.Table("", *names, title=title)
   for name, row in rows.items():
-    table.add_row(name, *(format_value(row.get(key)) for key in names))
+    table.add_row(name, *(_format_value(row.get(key)) for key in names))
   return table
 
 
-def variants_table(variants):
-  """A table with a column for each {name: metrics} and a row a metric."""
+def variants_table(variants: Mapping[str, metrics.Line]) -> rich.table.Table:
+  """A table with one column per {name: metrics} and one row per metric."""
   names = dict.fromkeys(key for row in variants.values() for key in row)
   table = rich.table.Table("", *variants)
   for key in names:
     values = (row.get(key) for row in variants.values())
-    table.add_row(key, *map(format_value, values))
+    table.add_row(key, *map(_format_value, values))
   return table
 
 
-def sweep(runs, root, config):
-  """Prints a table of a sweep's runs and draws them all in root/sweep.png.
+def sweep(
+  runs: Sequence[tuple[Mapping[str, object], str]],
+  root: str | os.PathLike[str],
+  config: ConfigDict,
+) -> None:
+  """Prints a table of a sweep's runs and draws their curves.
 
-  runs: (what the run changes, its workdir). Runs that differ in the seed alone
-  are one row: mean, standard deviation and range of their last evaluation.
-  Runs without an evaluation are left out.
+  Runs that differ only in the seed share a row, which shows the mean, standard
+  deviation and range of their last evaluations. Runs without an evaluation are
+  left out. Also writes root/sweep.json and root/sweep.png.
+
+  Args:
+    runs: (the config values that the run changes, its workdir) of each run.
+    root: the folder of the sweep.
+    config: the config that all runs share; its data.eval_split is reported.
   """
   split, groups = config.data.eval_split, {}
   for delta, workdir in runs:
     lines = metrics.read(workdir)
-    if _last(lines, split):
+    if metrics.last_evaluation(lines, split):
       label = run_dir.name({k: v for k, v in delta.items() if k != "seed"})
       groups.setdefault(label, []).append(lines)
   if not groups:
     return
   table, rows = rich.table.Table("", "runs", title=f"{root}: {split}"), {}
   for label, group in groups.items():
-    last = [_last(run, split) for run in group]
+    last = [metrics.last_evaluation(lines, split) for lines in group]
     names = [key for key in last[0] if key not in ("step", "split")]
     if not rows:
       for key in names:
@@ -104,12 +125,8 @@ def sweep(runs, root, config):
   metrics.log(f"curves: {path}")
 
 
-def _last(lines, split):
-  """The last evaluation of a run, or None."""
-  return next((x for x in reversed(lines) if x["split"] == split), None)
-
-
 def _spread(values):
+  """Mean, standard deviation and range as text; the mean alone of one value."""
   mean = f"{statistics.fmean(values):.4f}"
   if len(values) == 1:
     return mean
@@ -117,189 +134,7 @@ def _spread(values):
   return f"{mean} ± {statistics.stdev(values):.4f} ({low:.4f} to {high:.4f})"
 
 
-def format_value(value):
+def _format_value(value):
   if value is None:
     return ""
   return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
-# The report_html.
-
-
-class Run(NamedTuple):
-  """A run's folder, read."""
-
-  workdir: str
-  config: dict  # flat: {"attn.kind": "sigmoid", ...}
-  lines: list  # of metrics
-
-  @property
-  def evaluation(self):
-    return _last(self.lines, self.config["data.eval_split"])
-
-
-def find(folders):
-  """Every Run in or below the folders; ValueError for one that has none."""
-  found = {}
-  for folder in folders:
-    paths = [
-      path.parent
-      for path in sorted(pathlib.Path(folder).rglob("config.json"))
-      if (path.parent / "metrics.jsonl").exists()
-    ]
-    if not paths:
-      raise ValueError(f"{folder}: holds no run (config.json, metrics.jsonl)")
-    found |= dict.fromkeys(paths)
-  return [
-    Run(
-      str(path),
-      run_dir.flatten(run_dir.read_config(path)),
-      metrics.read(path),
-    )
-    for path in found
-  ]
-
-
-def differing(runs):
-  """The keys of the config, but for the seed, that not all runs agree on."""
-  keys = dict.fromkeys(key for run in runs for key in run.config)
-  return [
-    key
-    for key in keys
-    if key != "seed"
-    and any(run.config.get(key) != runs[0].config.get(key) for run in runs)
-  ]
-
-
-def by_config(runs):
-  """{label: [Run, ...]}: one group are the runs that differ in the seed alone.
-
-  The label says what differs: attn.kind=sigmoid.
-  """
-  keys, groups = differing(runs), {}
-  for run in runs:
-    label = run_dir.name({key: run.config.get(key) for key in keys})
-    groups.setdefault(label if keys else "all", []).append(run)
-  return groups
-
-
-def interval(values):
-  """(mean, standard deviation, low, high) with the 95 % interval of the mean.
-
-  Student's t, see the module; one value alone has neither: None.
-  """
-  import scipy.stats  # 0.4 s that only a page needs
-
-  mean, n = statistics.fmean(values), len(values)
-  if n == 1:
-    return mean, None, None, None
-  deviation = statistics.stdev(values)
-  half = scipy.stats.t.ppf(0.975, n - 1) * deviation / math.sqrt(n)
-  return mean, deviation, mean - half, mean + half
-
-
-def write(folders, out=None):
-  """Writes the page of all runs in the folders, and PNGs; returns its path.
-
-  out: a folder, by default `report` in the first of them.
-  """
-  groups = by_config(find(folders))
-  out = pathlib.Path(out or pathlib.Path(folders[0]) / "report")
-  out.mkdir(parents=True, exist_ok=True)
-  lines = {k: [run.lines for run in runs] for k, runs in groups.items()}
-  curves = {name: plots.curve(lines, name) for name in _drawn(groups)}
-  measured = {
-    name: plots.layers_by_step(lines, name) for name in plots.measured(lines)
-  }
-  for name, figure in (curves | measured).items():
-    plots.save(figure, out / f"{name}.png", "png")
-  sections = [
-    ("Runs", _RUNS, report_html.table(*_runs_table(groups))),
-    ("Final evaluation", _FINAL, report_html.table(*_final_table(groups))),
-    ("Curves", _CURVES, report_html.figures(curves)),
-  ]
-  if measured:
-    wide = len(groups) > 1
-    body = report_html.figures(measured, telemetry.QUANTITIES, wide)
-    sections.append(("Telemetry, layer by step", _TELEMETRY, body))
-  path = out / "index.html"
-  title = f"Report of {', '.join(map(str, folders))}"
-  count = sum(map(len, groups.values()))
-  note = f"Runs: {count}. Those that differ in the seed alone are one group."
-  path.write_text(report_html.document(title, note, sections))
-  return path
-
-
-_RUNS = "The values of the config that differ, and the runs of each group."
-_FINAL = (
-  "The last evaluation of each run: mean and standard deviation (sd) over the "
-  "runs of a group, and the 95 % confidence interval of the mean by Student's "
-  "t distribution with one degree of freedom less than runs. Runs that have "
-  "not come as far as others of their group are left out."
-)
-_CURVES = (
-  "Line: mean over the runs of a group. Band: their range. Thick: held out. "
-  "Thin: training, means since the line before."
-)
-_TELEMETRY = (
-  "Line: mean over heads and runs. Band: their range. Layers go from purple to "
-  "yellow; other modules of the model are grey."
-)
-
-
-def _drawn(groups):
-  """Metrics to draw: what is evaluated, and the gradient's norm."""
-  names = {}
-  for run in _all(groups):
-    names |= dict.fromkeys(run.evaluation or ())
-  names = [x for x in names if x not in ("step", "split") and "@" not in x]
-  return [*names, "grad_norm"]
-
-
-def _all(groups):
-  return [run for runs in groups.values() for run in runs]
-
-
-def _runs_table(groups):
-  keys = differing(_all(groups))
-  rows = []
-  for runs in groups.values():
-    values = [str(runs[0].config.get(key)) for key in keys]
-    seeds = ", ".join(str(run.config["seed"]) for run in runs)
-    places = ", ".join(run.workdir for run in runs)
-    rows.append([*values, len(runs), seeds, places])
-  return [*keys, "runs", "seeds", "folders"], rows
-
-
-def _final_table(groups):
-  """A row a metric and group, of the runs that have come furthest in it."""
-  found = {}
-  for label, runs in groups.items():
-    step = max((run.evaluation or {"step": -1})["step"] for run in runs)
-    last = [
-      run.evaluation
-      for run in runs
-      if run.evaluation and run.evaluation["step"] == step
-    ]
-    count = (
-      f"{len(last)} of {len(runs)}" if len(last) < len(runs) else len(runs)
-    )
-    for name in last[0] if last else ():
-      if name not in ("step", "split"):
-        row = [label, step, count, *interval([line[name] for line in last])]
-        found.setdefault(name, []).append(row)
-  columns = ["metric", "group", "step", "runs", "mean", "sd", "95 % from", "to"]
-  rows = [[name, *row] for name, rows in found.items() for row in rows]
-  return columns, rows
-
-
-def define_flags() -> None:
-  """The flags of `python -m sigattn report`, besides the folders."""
-  flags.DEFINE_string(
-    "out", None, "A folder; by default `report` in the first."
-  )
-
-
-def run(given: flags.FlagValues, folders: list[str]) -> None:
-  """Writes the page of the runs in the folders, and prints its path."""
-  metrics.log(f"report: {write(folders, given.out)}")

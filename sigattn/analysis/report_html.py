@@ -1,14 +1,231 @@
-"""One HTML page of tables and figures, readable on a screen and on paper.
+"""Writes an HTML page about any set of runs.
 
-It needs no network: its style stands in it, and its figures are SVG. Their ink
-is the page's, so that they are dark on light or light on dark as the text is.
+  python -m sigattn report runs/vit_sigmoid [more folders] [--out=folder]
+
+The page covers every run in or below the folders. Runs that differ only in the
+seed form one group. The page shows which config values differ, the final
+evaluations, the training curves, and the telemetry where a run has it. It is
+one file that needs no network, readable on a screen and on paper: it contains
+its style sheet, and its figures are SVG in the colour of the text, so that they
+follow a light or dark theme. The figures are also saved as PNG.
+
+The confidence interval of a mean is Student's: mean +- t s / sqrt(n), where s
+is the standard deviation of n runs and t is the 97.5 % quantile of the t
+distribution with n - 1 degrees of freedom.
 """
 
 import html
 import io
+import math
+import os
+import pathlib
 import re
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from sigattn.analysis import plots
+from absl import flags
+from matplotlib.figure import Figure
+
+from sigattn.analysis import plots, telemetry
+from sigattn.training import metrics, run_dir
+
+_RUNS = "The config values that differ between groups, and each group's runs."
+_FINAL = (
+  "The last evaluation of each run: mean and standard deviation (sd) over the "
+  "runs of a group, and the 95 % confidence interval of the mean by Student's "
+  "t distribution with n - 1 degrees of freedom for n runs. Runs that have "
+  "made fewer steps than others of their group are left out."
+)
+_CURVES = (
+  "Line: mean over the runs of a group. Band: their range. Thick lines: "
+  "held-out data. Thin lines: training, averaged since the previous point."
+)
+_TELEMETRY = (
+  "Line: mean over heads and runs. Band: their range. Colours go from purple "
+  "(first layer) to yellow (last layer); other modules of the model are grey."
+)
+
+# Runs and groups of runs.
+
+
+class Run(NamedTuple):
+  """The contents of one run's folder."""
+
+  workdir: str
+  config: dict[str, Any]  # flat: {"attn.kind": "sigmoid", ...}
+  lines: list[metrics.Line]  # of metrics.jsonl
+
+  @property
+  def evaluation(self) -> metrics.Line | None:
+    """The last evaluation on the run's own held-out split, or None."""
+    return metrics.last_evaluation(self.lines, self.config["data.eval_split"])
+
+
+def find(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
+  """Reads every run in or below the folders, each run once.
+
+  Raises ValueError for a folder that contains no run.
+  """
+  paths = {}  # a dict, because the folders may overlap
+  for folder in folders:
+    run_folders = [
+      path.parent
+      for path in sorted(pathlib.Path(folder).rglob("config.json"))
+      if (path.parent / "metrics.jsonl").exists()
+    ]
+    if not run_folders:
+      raise ValueError(f"{folder}: holds no run (config.json, metrics.jsonl)")
+    paths |= dict.fromkeys(run_folders)
+  return [
+    Run(
+      str(path),
+      run_dir.flatten(run_dir.read_config(path)),
+      metrics.read(path),
+    )
+    for path in paths
+  ]
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+  """The config keys, except the seed, whose values differ between the runs.
+
+  A key that only some of the configs have counts as differing.
+  """
+  keys = dict.fromkeys(key for run in runs for key in run.config)
+  return [
+    key
+    for key in keys
+    if key != "seed"
+    and any(run.config.get(key) != runs[0].config.get(key) for run in runs)
+  ]
+
+
+def by_config(runs: Sequence[Run]) -> dict[str, list[Run]]:
+  """Groups the runs that differ only in the seed: {label: [Run, ...]}.
+
+  The label names the values that distinguish a group: attn.kind=sigmoid.
+  """
+  keys, groups = differing(runs), {}
+  for run in runs:
+    label = run_dir.name({key: run.config.get(key) for key in keys})
+    groups.setdefault(label if keys else "all", []).append(run)
+  return groups
+
+
+def interval(
+  values: Sequence[float],
+) -> tuple[float, float | None, float | None, float | None]:
+  """(mean, standard deviation, low, high) with the 95 % interval of the mean.
+
+  The interval is Student's; the module's docstring has the formula. For a
+  single value all but the mean are None.
+  """
+  import scipy.stats  # takes 0.4 s, and only this function needs it
+
+  mean, n = statistics.fmean(values), len(values)
+  if n == 1:
+    return mean, None, None, None
+  deviation = statistics.stdev(values)
+  half = scipy.stats.t.ppf(0.975, n - 1) * deviation / math.sqrt(n)
+  return mean, deviation, mean - half, mean + half
+
+
+# The page and its parts.
+
+
+def write(
+  folders: Sequence[str | os.PathLike[str]],
+  out: str | os.PathLike[str] | None = None,
+) -> pathlib.Path:
+  """Writes the page and the PNG figures of all runs; returns the page's path.
+
+  Args:
+    folders: each run in or below them is included.
+    out: the folder to write to; None means `report` in the first folder.
+
+  Raises:
+    ValueError: for a folder that contains no run.
+  """
+  groups = by_config(find(folders))
+  out = pathlib.Path(out or pathlib.Path(folders[0]) / "report")
+  out.mkdir(parents=True, exist_ok=True)
+  lines = {k: [run.lines for run in runs] for k, runs in groups.items()}
+  curves = {name: plots.curve(lines, name) for name in _curve_names(groups)}
+  layers = {
+    name: plots.layers_by_step(lines, name)
+    for name in plots.measured_quantities(lines)
+  }
+  for name, figure in (curves | layers).items():
+    plots.save(figure, out / f"{name}.png", "png")
+  sections = [
+    ("Runs", _RUNS, table(*_runs_table(groups))),
+    ("Final evaluation", _FINAL, table(*_final_table(groups))),
+    ("Curves", _CURVES, figures(curves)),
+  ]
+  if layers:
+    body = figures(layers, telemetry.QUANTITIES, wide=len(groups) > 1)
+    sections.append(("Telemetry, layer by step", _TELEMETRY, body))
+  path = out / "index.html"
+  title = f"Report of {', '.join(map(str, folders))}"
+  count = sum(map(len, groups.values()))
+  note = f"{count} runs. Runs that differ only in the seed form one group."
+  path.write_text(document(title, note, sections))
+  return path
+
+
+def _all_runs(groups):
+  return [run for runs in groups.values() for run in runs]
+
+
+def _curve_names(groups):
+  """The metrics to draw: the evaluated ones and the norm of the gradient."""
+  names = {}
+  for run in _all_runs(groups):
+    names |= dict.fromkeys(run.evaluation or ())
+  # loss@0:16 and the like are losses by position, too many to draw.
+  names = [x for x in names if x not in ("step", "split") and "@" not in x]
+  return [*names, "grad_norm"]
+
+
+def _runs_table(groups):
+  """(columns, rows) of a table with one row per group."""
+  keys = differing(_all_runs(groups))
+  rows = []
+  for runs in groups.values():
+    values = [str(runs[0].config.get(key)) for key in keys]
+    seeds = ", ".join(str(run.config["seed"]) for run in runs)
+    folders = ", ".join(run.workdir for run in runs)
+    rows.append([*values, len(runs), seeds, folders])
+  return [*keys, "runs", "seeds", "folders"], rows
+
+
+def _final_table(groups):
+  """(columns, rows) of a table with one row per metric and group.
+
+  Only the runs that were evaluated at their group's highest step are included.
+  """
+  rows_by_metric = {}
+  for label, runs in groups.items():
+    step = max((run.evaluation or {"step": -1})["step"] for run in runs)
+    last = [
+      run.evaluation
+      for run in runs
+      if run.evaluation and run.evaluation["step"] == step
+    ]
+    count = (
+      f"{len(last)} of {len(runs)}" if len(last) < len(runs) else len(runs)
+    )
+    for name in last[0] if last else ():
+      if name not in ("step", "split"):
+        row = [label, step, count, *interval([line[name] for line in last])]
+        rows_by_metric.setdefault(name, []).append(row)
+  columns = ["metric", "group", "step", "runs", "mean", "sd", "95 % from", "to"]
+  rows = [[name, *row] for name, rows in rows_by_metric.items() for row in rows]
+  return columns, rows
+
+
+# HTML.
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff;
@@ -47,10 +264,12 @@ svg { max-width: 100%; height: auto; }
 """
 
 
-def document(title, note, sections):
-  """The page as a string.
+def document(
+  title: str, note: str, sections: Sequence[tuple[str, str, str]]
+) -> str:
+  """The HTML of the whole page.
 
-  sections: (heading, explanation, HTML) of each part.
+  sections: (heading, explanation, HTML) of each section.
   """
   parts = [
     f"<section><h2>{html.escape(heading)}</h2>\n"
@@ -68,8 +287,13 @@ def document(title, note, sections):
   )
 
 
-def table(columns, rows):
-  """rows: lists of cells, None for an empty one; numbers stand on the right."""
+def table(
+  columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]
+) -> str:
+  """The HTML of a table; None makes an empty cell.
+
+  Columns that contain nothing but numbers are aligned to the right.
+  """
   numeric = [
     all(isinstance(row[i], (int, float, type(None))) for row in rows)
     for i in range(len(columns))
@@ -96,15 +320,19 @@ def _text(cell):
   return html.escape(str(cell))
 
 
-def figures(named, meanings=None, wide=False):
-  """{name: figure}, beside each other where there is room.
+def figures(
+  by_name: Mapping[str, Figure],
+  captions: Mapping[str, str] | None = None,
+  wide: bool = False,
+) -> str:
+  """The HTML of figures, side by side where the window is wide enough.
 
-  meanings: {name: what the caption says beside the name}. wide: each figure
-  has the whole width.
+  by_name: {name: figure}. captions: {name: text that follows the name in the
+  caption}. wide: gives each figure the full width.
   """
   parts = []
-  for name, figure in named.items():
-    caption = f"{name}: {meanings[name]}" if meanings else name
+  for name, figure in by_name.items():
+    caption = f"{name}: {captions[name]}" if captions else name
     parts.append(
       f"<figure>{_svg(figure, name)}\n"
       f"<figcaption>{html.escape(caption)}</figcaption></figure>"
@@ -114,11 +342,28 @@ def figures(named, meanings=None, wide=False):
 
 
 def _svg(figure, name):
-  """The figure as an element of the page, in the page's ink."""
+  """The figure as an SVG element in the colour of the page's text."""
   file = io.StringIO()
   plots.save(figure, file, "svg")
   text = file.getvalue().replace(plots.INK, "currentColor")
   text = text[text.index("<svg") :]
-  # The ids of one figure are not those of another.
+  # The prefix makes the ids unique: the page has several figures.
   text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
   return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+
+
+# The command.
+
+
+def define_flags() -> None:
+  """Defines the flags of `python -m sigattn report`."""
+  flags.DEFINE_string(
+    "out",
+    None,
+    "The folder to write to; by default `report` in the first of the folders.",
+  )
+
+
+def run(flag_values: flags.FlagValues, folders: list[str]) -> None:
+  """Writes the page about the runs in the folders and prints its path."""
+  metrics.log(f"report: {write(folders, flag_values.out)}")

@@ -1,16 +1,20 @@
-"""How steeply attention changes with its input, bounded and measured.
+"""Bounds and measures how strongly attention's output changes with its input.
 
   python -m sigattn theory --out=benchmarks/results/theory
 
-draws the figures and prints the table; the functions are for notebooks. They
-ask the operation itself (sigattn.attention) for its output and its Jacobian.
+draws the figures and prints a table of the numbers. The functions can be used
+in notebooks. Outputs and Jacobians are those of the operation that the models
+use, sigattn.attention.dot_product_attention.
 
-Shapes: T tokens of width D, N heads of width H. One example, no batch.
+|x| is the Euclidean norm of a vector and the spectral norm of a matrix.
+Shapes: T tokens of width D, N heads of width H; one example without a batch.
 """
 
 import functools
 import math
+import os
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -26,7 +30,10 @@ from sigattn.training import metrics
 
 
 class Heads(NamedTuple):
-  """The projections of an attention layer; 1 / sqrt(H) is in `query`."""
+  """The projections of an attention layer.
+
+  The factor 1 / sqrt(H) of the logits is part of query_NDH.
+  """
 
   query_NDH: jax.Array
   key_NDH: jax.Array
@@ -34,14 +41,19 @@ class Heads(NamedTuple):
   out_NHD: jax.Array
 
 
-def identity(width):
-  """One head in which every projection is the identity."""
+def identity(width: int) -> Heads:
+  """A single head whose four projections are the identity."""
   eye = jnp.eye(width)[None]
   return Heads(eye, eye, eye, eye)
 
 
-def random_heads(key, num_heads, width, head_width):
-  """Gaussian projections that keep the variance of a unit Gaussian input."""
+def random_heads(
+  key: jax.Array, num_heads: int, width: int, head_width: int
+) -> Heads:
+  """Gaussian projections that preserve the variance of a unit Gaussian input.
+
+  key: a JAX random key.
+  """
   keys = jax.random.split(key, 4)
   shape = (num_heads, width, head_width)
   q, k, v = (jax.random.normal(x, shape) / math.sqrt(width) for x in keys[:3])
@@ -50,11 +62,18 @@ def random_heads(key, num_heads, width, head_width):
   return Heads(q / math.sqrt(head_width), k, v, out)
 
 
-def attend(heads, x_TD, kind="sigmoid", logit_bias=None, mask_TT=None):
-  """(T, D) -> (T, D): every head of the operation, and the sum of them.
+def attend(
+  heads: Heads,
+  x_TD: jax.Array,
+  kind: str = "sigmoid",
+  logit_bias: float | None = None,
+  mask_TT: jax.Array | None = None,
+) -> jax.Array:
+  """An attention layer, (T, D) -> (T, D): the sum of the projected heads.
 
-  kind, logit_bias: as in attention.dot_product_attention, the default -log T.
-  mask_TT: bool, True where the query (row) sees the key.
+  kind, logit_bias: as in attention.dot_product_attention; for sigmoid the
+  default bias is -log T.
+  mask_TT: bool, True where the query (row) sees the key (column).
   """
   q_TNH, k_TNH, v_TNH = (
     jnp.einsum("TD,NDH->TNH", x_TD, weight) for weight in heads[:3]
@@ -65,54 +84,71 @@ def attend(heads, x_TD, kind="sigmoid", logit_bias=None, mask_TT=None):
   return jnp.einsum("TNH,NHD->TD", out_TNH, heads.out_NHD)
 
 
-def jacobian_norm(function, x_TD):
-  """The spectral norm of the Jacobian of (T, D) -> (T, D) at x, exactly.
+def jacobian_norm(
+  function: Callable[[jax.Array], jax.Array], x_TD: jax.Array
+) -> jax.Array:
+  """The exact spectral norm of the Jacobian of (T, D) -> (T, D) at x_TD.
 
-  It is the local Lipschitz constant in the Euclidean norm of all tokens.
+  It is the local Lipschitz constant, where the norm of the input and output is
+  the Euclidean norm over all tokens together.
   """
   jacobian = jax.jacrev(function)(x_TD).reshape(x_TD.size, x_TD.size)
   return jnp.linalg.norm(jacobian, 2)
 
 
-def sigmoid_bound(heads, x_TD, logit_bias=None, mask_TT=None):
+def sigmoid_bound(
+  heads: Heads,
+  x_TD: jax.Array,
+  logit_bias: float | None = None,
+  mask_TT: jax.Array | None = None,
+) -> jax.Array:
   """An upper bound of jacobian_norm for sigmoid (2409.04431, Theorem 2).
 
-  A head: |W_v| (s + 2 s' |W_q W_k^T| mean_i |x_i|^2), where s and s' are T
-  times the largest weight and the largest slope sigmoid' of a visible pair.
-  Heads: |W_out| times the root of the sum of their squares.
+  For one head it is |W_v| (s + 2 s' |W_q W_k^T| mean_i |x_i|^2), where s is T
+  times the largest weight and s' is T times the largest derivative sigmoid' of
+  a visible pair. For several heads it is |W_out| times the square root of the
+  sum of the squares of the heads' bounds.
 
-  Each of the three parts of a row's differential, by the values, the query and
-  the keys, is bounded by Cauchy-Schwarz over the keys. It holds for any mask.
-  With `identity` heads, tokens that are all equal reach it.
+  The differential of a row has three parts, by the values, by the query and by
+  the keys; each is bounded by Cauchy-Schwarz over the keys. The bound holds for
+  any mask. With `identity` heads, tokens that are all equal attain it.
+
+  The arguments are those of `attend`.
   """
   if logit_bias is None:
     logit_bias = attention.default_logit_bias("sigmoid", len(x_TD))
   weights_NTT = jax.nn.sigmoid(_logits(heads, x_TD) + logit_bias)
-  slopes_NTT = weights_NTT * (1 - weights_NTT)
+  derivative_NTT = weights_NTT * (1 - weights_NTT)
   if mask_TT is not None:
-    weights_NTT, slopes_NTT = (
-      jnp.where(mask_TT[None], x, 0) for x in (weights_NTT, slopes_NTT)
+    weights_NTT, derivative_NTT = (
+      jnp.where(mask_TT[None], x, 0) for x in (weights_NTT, derivative_NTT)
     )
-  sup_N, sup_slope_N = (
-    len(x_TD) * x.max((1, 2)) for x in (weights_NTT, slopes_NTT)
+  max_weight_N, max_derivative_N = (
+    len(x_TD) * x.max((1, 2)) for x in (weights_NTT, derivative_NTT)
   )
   a_N, v_N = _norms(heads)
   square = (x_TD**2).sum(-1).mean()
-  return _join(heads, v_N * (sup_N + 2 * sup_slope_N * a_N * square))
+  return _join(
+    heads, v_N * (max_weight_N + 2 * max_derivative_N * a_N * square)
+  )
 
 
-def softmax_bound(heads, x_TD, mask_TT=None):
+def softmax_bound(
+  heads: Heads, x_TD: jax.Array, mask_TT: jax.Array | None = None
+) -> jax.Array:
   """An upper bound of jacobian_norm for softmax.
 
-  With P its weights, m_i = sum_j P_ij x_j the mean that row i sees and C_i the
-  covariance about it, a head has at most
+  Let P be the weights, m_i = sum_j P_ij x_j the mean token under row i, C_i the
+  covariance of the tokens under row i, and A = W_q W_k^T. The bound of one head
+  is
 
-    |W_v| (|P| + |A| max_i |C_i| + |A| sqrt(sum_i |x_i|^2 sum_j P_ij^2
-    |x_j - m_i|^2)),   A = W_q W_k^T,
+    |W_v| (|P| + |A| max_i |C_i|
+           + |A| sqrt(sum_i |x_i|^2 sum_j P_ij^2 |x_j - m_i|^2)),
 
-  for the values, the query and the keys. On a ball of radius R this is at most
-  |W_v| (sqrt(T) + |A| R^2 (1 + sqrt(T))): the square root of the length that
-  2312.14820 proves tight on compact sets.
+  whose three terms come from the values, the query and the keys. Heads are
+  combined as in sigmoid_bound. In a ball of radius R the bound is at most
+  |W_v| (sqrt(T) + |A| R^2 (1 + sqrt(T))). 2312.14820 proves that this growth
+  with the square root of the length is tight on compact sets.
   """
   logits_NTT = _logits(heads, x_TD)
   if mask_TT is not None:
@@ -128,21 +164,25 @@ def softmax_bound(heads, x_TD, mask_TT=None):
   return _join(heads, v_N * (_spectral(p_NTT) + a_N * (query_N + key_N)))
 
 
-def ball_bound(kind, length, radius, logit_bias=None):
-  """The largest that the bounds can be where |x_i| <= radius for all tokens.
+def ball_bound(
+  kind: str, length: int, radius: float, logit_bias: float | None = None
+) -> float:
+  """The maximum of the bound over all inputs with |x_i| <= radius.
 
-  For `identity` heads: |W_v| = |A| = 1, and logits in +-radius^2.
+  It is for `identity` heads, where |W_v| = |A| = 1 and the logits are between
+  -radius^2 and radius^2. kind: "sigmoid" or "softmax". length: the number of
+  tokens. logit_bias: of sigmoid; None for -log(length).
   """
   square = radius**2
   if kind == "softmax":
     return math.sqrt(length) + square * (1 + math.sqrt(length))
   if logit_bias is None:
     logit_bias = attention.default_logit_bias(kind, length)
-  # sigmoid' is largest at 0, or at the nearest logit that can be reached.
+  # sigmoid' is largest at 0, or at the possible logit that is closest to 0.
   nearest = max(abs(logit_bias) - square, 0)
-  slope = 1 / (2 + 2 * math.cosh(nearest))
+  derivative = 1 / (2 + 2 * math.cosh(nearest))
   weight = 1 / (1 + math.exp(-(square + logit_bias)))
-  return length * (weight + 2 * slope * square)
+  return length * (weight + 2 * derivative * square)
 
 
 def _logits(heads, x_TD):
@@ -161,18 +201,27 @@ def _spectral(x):
 
 
 def _join(heads, bound_N):
-  """Heads side by side, then `out`: |W_out| sqrt(sum of squares)."""
+  """Combines the bounds of the heads: |W_out| sqrt(sum of their squares)."""
   width = heads.out_NHD.shape[-1]
   return _spectral(heads.out_NHD.reshape(-1, width)) * jnp.linalg.norm(bound_N)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def worst_case(kind, length, width, radius, logit_bias, key):
-  """The largest jacobian_norm that gradient ascent finds in a ball.
+def worst_case(
+  kind: str,
+  length: int,
+  width: int,
+  radius: float,
+  logit_bias: float | None,
+  key: jax.Array,
+) -> jax.Array:
+  """The largest jacobian_norm that gradient ascent reaches in a ball.
 
-  |x_i| <= radius for every token, `identity` heads, the best of 16 starts
-  after 200 steps of shrinking length along the normalised gradient. A lower
-  bound of the true supremum. logit_bias: None for the kind's default.
+  The inputs have |x_i| <= radius for every token, and the heads are `identity`.
+  The result is the best of 16 starts, each with 200 steps of decreasing length
+  along the normalised gradient. It is a lower bound of the true supremum.
+
+  logit_bias: None for the kind's default. key: a JAX random key.
   """
   heads = identity(width)
 
@@ -198,7 +247,7 @@ def worst_case(kind, length, width, radius, logit_bias, key):
 
   spread, size, noise, one = jax.random.split(key, 4)
   starts = jax.random.normal(spread, (16, length, width))
-  # Half of them: all tokens nearly alike, but for the first.
+  # In half of the starts all tokens but the first are nearly equal.
   alike = jax.random.normal(one, (8, 1, width))
   alike *= jax.random.uniform(size, (8, 1, 1)) / jnp.linalg.norm(
     alike, axis=-1, keepdims=True
@@ -208,14 +257,14 @@ def worst_case(kind, length, width, radius, logit_bias, key):
   return jax.vmap(ascend)(starts).max()
 
 
-def scaled_sigmoid(u, n):
-  """n sigmoid(u - log n), which goes to e^u as n grows; in float64."""
+def scaled_sigmoid(u: np.ndarray | float, n: int) -> np.ndarray:
+  """n sigmoid(u - log n) in float64; it converges to e^u as n grows."""
   u = np.asarray(u, np.float64)
   return n / (1 + n * np.exp(-u))
 
 
-def scaled_sigmoid_gap(u, n):
-  """e^u - n sigmoid(u - log n) = e^2u / (n + e^u), at most e^2u / n."""
+def scaled_sigmoid_gap(u: np.ndarray | float, n: int) -> np.ndarray:
+  """e^u - n sigmoid(u - log n) = e^2u / (n + e^u) <= e^2u / n, in float64."""
   u = np.asarray(u, np.float64)
   return np.exp(2 * u) / (n + np.exp(u))
 
@@ -224,17 +273,19 @@ def scaled_sigmoid_gap(u, n):
 
 
 class Universal(nnx.Module):
-  """Sigmoid attention with 4 heads of width 1, MLPs of hidden width 4.
+  """A transformer of sigmoid attention with 4 heads of width 1 and small MLPs.
 
-  x + attn(x), then x + mlp(x), `depth` times, with no norm: the class T^(4,1,4)
-  that can come arbitrarily close to every continuous function of a bounded
-  domain which permutes its outputs as its inputs are permuted (2409.04431,
-  Theorem 1). Tokens have width 4 here; the MLP's activation is GELU.
+  It computes x + attn(x), then x + mlp(x), `depth` times without norms. Tokens
+  have width 4; the MLPs have hidden width 4 and GELU. This is the class
+  T^(4,1,4), which approximates every continuous permutation-equivariant
+  function on a compact domain arbitrarily well (2409.04431, Theorem 1).
+
+  length: the number of tokens, sigmoid's n.
   """
 
   WIDTH = 4
 
-  def __init__(self, length, depth, rngs):
+  def __init__(self, length: int, depth: int, rngs: nnx.Rngs):
     self.attns = nnx.List([
       layers.SelfAttention(self.WIDTH, 4, max_length=length, rngs=rngs)
       for _ in range(depth)
@@ -242,12 +293,13 @@ class Universal(nnx.Module):
     self.mlps = nnx.List([
       layers.Mlp(self.WIDTH, 4, rngs=rngs) for _ in range(depth)
     ])  # fmt: skip
-    # Without norms a deep one would start far off, and stay there.
+    # Without norms a deep model would start with large outputs and would not
+    # recover from them.
     for attn, mlp in zip(self.attns, self.mlps, strict=True):
       for kernel in (attn.out.kernel, mlp.down.kernel):
         kernel[...] = kernel[...] / depth
 
-  def __call__(self, x_BTD):
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
     for attn, mlp in zip(self.attns, self.mlps, strict=True):
       x_BTD = x_BTD + attn(x_BTD)
       x_BTD = x_BTD + mlp(x_BTD)
@@ -261,7 +313,8 @@ def _softmax_target(x_BTD):
   ]
 
 
-TARGETS = {  # name: an equivariant function of x_BTD in [0, 1]
+# Permutation-equivariant functions of x_BTD in [0, 1].
+TARGETS = {
   "x - mean": lambda x_BTD: x_BTD - x_BTD.mean(1, keepdims=True),
   "maximum": lambda x_BTD: jnp.broadcast_to(
     x_BTD.max(1, keepdims=True), x_BTD.shape
@@ -270,11 +323,29 @@ TARGETS = {  # name: an equivariant function of x_BTD in [0, 1]
 }
 
 
-def fit(target, *, depth, length=6, steps=3000, batch=128, seed=0):
-  """Trains a Universal on uniform inputs: (model, errors of each step).
+def fit(
+  target: Callable[[jax.Array], jax.Array],
+  *,
+  depth: int,
+  length: int = 6,
+  steps: int = 3000,
+  batch: int = 128,
+  seed: int = 0,
+) -> tuple[Universal, np.ndarray]:
+  """Trains a Universal model with Adam on uniform inputs in [0, 1].
 
-  target: a function of x_BTD. The error is root-mean-square, over fresh inputs
-  at each step, relative to the target's standard deviation.
+  Args:
+    target: the function of x_BTD to learn, for example one of TARGETS.
+    depth: the number of layers.
+    length: the number of tokens.
+    steps: the number of updates.
+    batch: the number of fresh inputs per update.
+    seed: of the initialisation and of the inputs.
+
+  Returns:
+    (model, errors (steps,)). The error of a step is the root-mean-square error
+    on its inputs before the update, relative to the target's standard
+    deviation.
   """
   graphdef, params = nnx.split(Universal(length, depth, nnx.Rngs(seed)))
   shape = (batch, length, Universal.WIDTH)
@@ -282,8 +353,8 @@ def fit(target, *, depth, length=6, steps=3000, batch=128, seed=0):
 
   def loss(params, x_BTD):
     y_BTD = target(x_BTD)
-    found_BTD = nnx.merge(graphdef, params)(x_BTD)
-    return ((found_BTD - y_BTD) ** 2).mean() / y_BTD.var()
+    prediction_BTD = nnx.merge(graphdef, params)(x_BTD)
+    return ((prediction_BTD - y_BTD) ** 2).mean() / y_BTD.var()
 
   @jax.jit
   def run(params):
@@ -308,8 +379,8 @@ def fit(target, *, depth, length=6, steps=3000, batch=128, seed=0):
 _BIASES = {"-log n": lambda n: -math.log(n), "0": lambda n: 0.0}
 
 
-def inputs(key, length, width):
-  """{name: x_TD}: random tokens, small and large, and adversarial ones."""
+def inputs(key: jax.Array, length: int, width: int) -> dict[str, jax.Array]:
+  """Random inputs of several sizes and adversarial inputs, {name: x_TD}."""
   keys = jax.random.split(key, 2)
   x_TD = jax.random.normal(keys[0], (length, width))
   one_D = jax.random.normal(keys[1], (width,))
@@ -325,10 +396,10 @@ def inputs(key, length, width):
 
 
 def _tightness(axes, rows):
-  """Exact norms against the bounds, for every input, mask and head count."""
+  """Draws exact norms against bounds for all inputs, masks and head counts."""
   length, width = 12, 6
   causal_TT = jnp.tril(jnp.ones((length, length), bool))
-  found = {"sigmoid": [], "softmax": []}
+  points = {"sigmoid": [], "softmax": []}
   for seed, num_heads in enumerate((1, 1, 1, 3, 3, 3)):
     key = jax.random.key(seed)
     heads = random_heads(key, num_heads, width, width // num_heads)
@@ -341,8 +412,8 @@ def _tightness(axes, rows):
             functools.partial(attend, heads, kind=kind, mask_TT=mask_TT), x_TD
           )
           limit = bound(heads, x_TD, mask_TT=mask_TT)
-          found[kind].append((float(limit), float(exact)))
-  for kind, pairs in found.items():
+          points[kind].append((float(limit), float(exact)))
+  for kind, pairs in points.items():
     limits, exacts = np.array(pairs).T
     axes.loglog(limits, exacts, "o", markersize=3, alpha=0.6, label=kind)
     ratio = exacts / limits
@@ -358,7 +429,7 @@ def _tightness(axes, rows):
 
 
 def _over_lengths(axes, rows):
-  """Random tokens of norm 1 at growing lengths, with and without -log n."""
+  """Draws norms and bounds by length, for random tokens of norm 1."""
   lengths, width = (8, 16, 32, 64, 128), 4
   heads = identity(width)
   cases = {f"sigmoid, b = {k}": ("sigmoid", f) for k, f in _BIASES.items()}
@@ -384,7 +455,7 @@ def _over_lengths(axes, rows):
 
 
 def _over_radii(axes, rows):
-  """The worst input of a ball, found by gradient ascent."""
+  """Draws the largest norm that gradient ascent reaches in balls, by radius."""
   length, width, radii = 16, 2, np.array((0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0))
   cases = {
     f"sigmoid, b = {k}": ("sigmoid", f(length)) for k, f in _BIASES.items()
@@ -398,16 +469,17 @@ def _over_radii(axes, rows):
     bounds = [ball_bound(kind, length, r, bias) for r in radii]
     axes.loglog(radii, worst, "o-", color=f"C{index}", label=label)
     axes.loglog(radii, bounds, "--", color=f"C{index}", linewidth=0.8)
-    slopes = np.diff(np.log(worst)) / np.diff(np.log(radii))
+    exponents = np.diff(np.log(worst)) / np.diff(np.log(radii))
     rows[f"worst of |x| <= R, n = {length}, {label}"] = (
       f"R = 0.5: {worst[0]:.2f}, 4: {worst[-1]:.1f} (bound {bounds[-1]:.0f}); "
-      f"R^{slopes.max():.1f} at its steepest, R^{slopes[-1]:.1f} at the end"
+      f"R^{exponents.max():.1f} at its steepest, "
+      f"R^{exponents[-1]:.1f} at the end"
     )
   axes.set(xlabel="R", ylabel="largest |Jacobian|", title=f"ball, n = {length}")
 
 
 def _limit(axes, rows):
-  """n sigmoid(u - log n) for growing n, and e^u."""
+  """Draws n sigmoid(u - log n) for several n, and its limit e^u."""
   u = np.linspace(-3, 5, 200)
   for n in (4, 16, 64, 256, 1024):
     axes.semilogy(u, scaled_sigmoid(u, n), linewidth=1, label=f"n = {n}")
@@ -419,7 +491,7 @@ def _limit(axes, rows):
 
 
 def _fits(axes, rows):
-  """Errors of the small transformer at growing depth, for each target."""
+  """Draws the error of the Universal model by depth, for each target."""
   depths = (1, 2, 4, 8)
   for name, target in TARGETS.items():
     last = [fit(target, depth=depth)[1][-100:].mean() for depth in depths]
@@ -441,9 +513,12 @@ FIGURES = {
 }
 
 
-def draw(folder):
-  """Draws every figure into the folder; returns {quantity: value as text}."""
-  import matplotlib.figure  # 0.3 s that only figures need
+def draw(folder: str | os.PathLike[str]) -> dict[str, str]:
+  """Draws every figure into the folder as PNG.
+
+  Returns the numbers of the table, {quantity: value as text}.
+  """
+  import matplotlib.figure  # takes 0.3 s, and only this function needs it
 
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -460,14 +535,14 @@ def draw(folder):
 
 
 def define_flags() -> None:
-  """The flags of `python -m sigattn theory`."""
+  """Defines the flags of `python -m sigattn theory`."""
   flags.DEFINE_string("out", "runs/theory", "The folder for the figures.")
 
 
-def run(given: flags.FlagValues) -> None:
+def run(flag_values: flags.FlagValues) -> None:
   """Draws the figures and prints the table."""
   table = rich.table.Table("quantity", "value")
-  for row in draw(given.out).items():
+  for row in draw(flag_values.out).items():
     table.add_row(*row)
   metrics.log(table)
-  metrics.log(f"figures: {given.out}")
+  metrics.log(f"figures: {flag_values.out}")

@@ -3,17 +3,20 @@
   python -m sigattn generate --workdir=runs/lm_sigmoid/default \\
     --prompt="In the beginning" --temperature=0.7
 
-prints the text as it comes; several --prompt are continued as one batch and
-printed when they are done. In a notebook:
+prints the text while it is generated. With several --prompt flags, the prompts
+are continued as one batch and printed at the end. In a notebook:
 
   generator = Generator.load("runs/lm_sigmoid/default")
   [text] = generator(["In the beginning"], max_tokens=100)
 
-Sigmoid's n stays the layer's constant, however long the text has become.
+The n of sigmoid attention stays the constant that the layer was built with,
+however long the text becomes.
 """
 
 import functools
-from typing import Any, NamedTuple
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,27 +24,31 @@ import numpy as np
 from absl import flags
 from absl import logging as absl_logging
 from flax import nnx
+from ml_collections import ConfigDict
 
+from sigattn import layers
 from sigattn.data import text
+from sigattn.tasks import lm
 from sigattn.training import checkpoint, setup
 
-_CHUNK = 16  # tokens between two prints of a stream
+_CHUNK = 16  # tokens that are generated before a stream yields them
 
 
 class Sampling(NamedTuple):
-  """How a token is drawn: softmax(logits / temperature) of the ones left.
+  """How the next token is drawn: from softmax(logits / temperature).
 
-  top_k: the k likeliest are left; 0: all. top_p: of those, the fewest likeliest
-  that have this share of the probability together (1904.09751); 1: all.
-  temperature 0: the likeliest.
+  temperature: 0 always takes the most likely token.
+  top_k: only the k most likely tokens can be drawn; 0 allows all.
+  top_p: only the smallest set of most likely tokens whose probabilities add up
+    to at least top_p can be drawn (nucleus sampling, 1904.09751); 1 allows all.
   """
 
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
 
-  def validate(self):
-    """ValueError for a value that makes no sense."""
+  def validate(self) -> None:
+    """Raises ValueError for a value out of range."""
     if not 0 <= self.temperature < float("inf"):
       raise ValueError(f"temperature={self.temperature!r}; must be >= 0")
     if self.top_k < 0:
@@ -50,16 +57,18 @@ class Sampling(NamedTuple):
       raise ValueError(f"top_p={self.top_p!r}; must be > 0 and <= 1")
 
 
-def sample(rng, logits_BV, sampling):
-  """int32 (B,): one draw a row."""
+def sample(
+  rng: jax.Array, logits_BV: jax.Array, sampling: Sampling
+) -> jax.Array:
+  """Draws one token for each row of logits; int32 (B,)."""
   if sampling.temperature == 0:
     return logits_BV.argmax(-1).astype(jnp.int32)
   logits_BV = keep(logits_BV / sampling.temperature, sampling)
   return jax.random.categorical(rng, logits_BV).astype(jnp.int32)
 
 
-def keep(logits_BV, sampling):
-  """The logits that top_k and top_p leave, and -inf for the others."""
+def keep(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+  """The logits of the tokens that top_k and top_p allow, -inf for others."""
   if sampling.top_k and sampling.top_k < logits_BV.shape[1]:
     least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
     logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
@@ -74,18 +83,32 @@ def keep(logits_BV, sampling):
 
 
 class State(NamedTuple):
-  """Between two tokens."""
+  """The state of decoding between two tokens."""
 
-  place: Any  # int32 scalar: the slot of the next token
-  start_B: Any  # each row's first slot that is no padding
-  logits_BV: Any  # of the next token
-  cache: Any
-  done_B: Any  # whether the row has ended
-  rng: Any
+  place: jax.Array  # int32 scalar, the cache slot of the next token
+  start_B: jax.Array  # the first slot of each row that is not padding
+  logits_BV: jax.Array  # logits of the next token
+  cache: layers.Cache
+  done_B: jax.Array  # bool, whether the row has ended
+  rng: jax.Array
 
 
-def prefill(model, token_BT, start_B, slots, rng):
-  """The State after the prompts, which end together at T."""
+def prefill(
+  model: lm.LanguageModel,
+  token_BT: jax.Array,
+  start_B: jax.Array,
+  slots: int,
+  rng: jax.Array,
+) -> State:
+  """Reads the prompts and returns the State after them.
+
+  Args:
+    model: the language model.
+    token_BT: the prompts, padded at the start so that all end at T.
+    start_B: the first slot of each row that is not padding.
+    slots: the number of tokens that the cache holds, prompt included.
+    rng: the key from which tokens will be drawn.
+  """
   slot_T = jnp.arange(token_BT.shape[1])[None]
   segment_BT = (slot_T >= start_B[:, None]).astype(jnp.int32)
   logits_BV, cache = model.prefill(token_BT, segment_BT, slots)
@@ -94,23 +117,38 @@ def prefill(model, token_BT, start_B, slots, rng):
   return State(place, start_B, logits_BV, cache, done_B, rng)
 
 
-def decode(model, state, count, sampling, size, end):
-  """(token (B, count), State): up to `count` tokens, while a row goes on.
+def decode(
+  model: lm.LanguageModel,
+  state: State,
+  count: int,
+  sampling: Sampling,
+  size: int,
+  end: int,
+) -> tuple[jax.Array, State]:
+  """Draws up to `count` tokens per row and stops when all rows have ended.
 
-  What comes after a row's `end` is `end`. size: of the tokenizer, beyond which
-  nothing is drawn.
+  Args:
+    model: the language model.
+    state: the State after the previous token.
+    count: the maximum number of tokens.
+    sampling: how they are drawn.
+    size: the vocabulary of the tokenizer; no index >= size is drawn.
+    end: the token that ends a row.
+
+  Returns:
+    (tokens (B, count), State). After a row has ended, its tokens are `end`.
   """
   batch, vocabulary = state.logits_BV.shape
-  known_V = jnp.arange(vocabulary) < size
+  in_vocabulary_V = jnp.arange(vocabulary) < size
 
-  def more(carry):
+  def unfinished(carry):
     i, state, _ = carry
     return (i < count) & ~state.done_B.all()
 
   def step(carry):
     i, s, token_BT = carry
     rng, key = jax.random.split(s.rng)
-    logits_BV = jnp.where(known_V[None], s.logits_BV, -jnp.inf)
+    logits_BV = jnp.where(in_vocabulary_V[None], s.logits_BV, -jnp.inf)
     token_B = jnp.where(s.done_B, end, sample(key, logits_BV, sampling))
     token_BT = token_BT.at[:, i].set(token_B)
     logits_BV, cache = model.decode(token_B, s.cache, s.place, s.start_B)
@@ -120,16 +158,16 @@ def decode(model, state, count, sampling, size, end):
 
   token_BT = jnp.full((batch, count), end, jnp.int32)
   _, state, token_BT = jax.lax.while_loop(
-    more, step, (jnp.zeros((), jnp.int32), state, token_BT)
+    unfinished, step, (jnp.zeros((), jnp.int32), state, token_BT)
   )
   return token_BT, state
 
 
 class Generator:
-  """A language model and its tokenizer: texts in, texts out."""
+  """A language model with its tokenizer: continues texts."""
 
-  def __init__(self, config, params):
-    """Raises ValueError for another task's config."""
+  def __init__(self, config: ConfigDict, params: Any):
+    """Raises ValueError if the config is not of the task "lm"."""
     if config.task != "lm":
       raise ValueError(f"config.task={config.task!r}; must be 'lm'")
     self.tokenizer = text.tokenizer(config)
@@ -138,95 +176,145 @@ class Generator:
     size, end = self.tokenizer.size, self.tokenizer.end
 
     @functools.partial(jax.jit, static_argnames="slots")
-    def start(params, token_BT, start_B, rng, slots):
+    def prefill_prompts(params, token_BT, start_B, rng, slots):
       return prefill(nnx.merge(static, params), token_BT, start_B, slots, rng)
 
     @functools.partial(
       jax.jit, static_argnames=("count", "sampling"), donate_argnames="state"
     )
-    def go_on(params, state, count, sampling):
+    def decode_chunk(params, state, count, sampling):
       model = nnx.merge(static, params)
       return decode(model, state, count, sampling, size, end)
 
-    self._start, self._go_on = start, go_on
+    self._prefill, self._decode = prefill_prompts, decode_chunk
 
   @classmethod
-  def load(cls, workdir, step=None):
-    """Of a run; step: a number, "best", or None for the newest."""
+  def load(
+    cls, workdir: str | os.PathLike[str], step: int | str | None = None
+  ) -> Self:
+    """Loads the model of a run.
+
+    workdir, step: as in checkpoint.load, which raises ValueError if there is no
+    such run or step.
+    """
     config, params, _ = checkpoint.load(workdir, step)
     return cls(config, params)
 
-  def __call__(self, prompts, *, max_tokens=256, seed=0, **sampling):
-    """The continuation of each prompt, without it.
+  def __call__(
+    self,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int = 256,
+    seed: int = 0,
+    **sampling: float,
+  ) -> list[str]:
+    """Returns the continuation of each prompt, without the prompt.
 
-    sampling: temperature, top_k, top_p. Raises ValueError for a bad value, or
-    a prompt that the tokenizer does not know.
+    Args:
+      prompts: texts, which are continued as one batch.
+      max_tokens: the maximum number of new tokens per prompt.
+      seed: of the random draws.
+      **sampling: temperature, top_k and top_p, see Sampling.
+
+    Raises:
+      ValueError: for a value out of range, or a prompt that the tokenizer
+        cannot encode.
     """
     chunks = self.tokens(prompts, max_tokens, max_tokens, seed, **sampling)
     [token_BT] = [*chunks] or [np.zeros((len(prompts), 0), np.int32)]
     return [self.tokenizer.decode(row) for row in token_BT]
 
-  def stream(self, prompt, *, max_tokens=256, seed=0, **sampling):
-    """The continuation of one prompt, in pieces as they are made."""
-    ids, said = [], 0
+  def stream(
+    self,
+    prompt: str,
+    *,
+    max_tokens: int = 256,
+    seed: int = 0,
+    **sampling: float,
+  ) -> Iterator[str]:
+    """Yields the continuation of one prompt, piece by piece.
+
+    The arguments and errors are those of __call__.
+    """
+    ids, yielded = [], 0
     for token_1T in self.tokens([prompt], max_tokens, _CHUNK, seed, **sampling):
       ids += token_1T[0].tolist()
-      whole = self.tokenizer.decode(ids)
-      # A character may be more than one token: its first bytes have to wait.
-      known = len(whole.rstrip("\ufffd"))
-      yield whole[said:known]
-      said = max(said, known)
-    yield self.tokenizer.decode(ids)[said:]
+      decoded = self.tokenizer.decode(ids)
+      # A character may consist of several tokens. Its first bytes decode to
+      # U+FFFD and are held back until the character is complete.
+      complete = len(decoded.rstrip("\ufffd"))
+      yield decoded[yielded:complete]
+      yielded = max(yielded, complete)
+    yield self.tokenizer.decode(ids)[yielded:]
 
-  def tokens(self, prompts, max_tokens, chunk, seed=0, **sampling):
-    """int32 (B, up to `chunk`) arrays, `max_tokens` of them together."""
+  def tokens(
+    self,
+    prompts: Sequence[str],
+    max_tokens: int,
+    chunk: int,
+    seed: int = 0,
+    **sampling: float,
+  ) -> Iterator[np.ndarray]:
+    """Yields the new tokens as int32 arrays (B, up to `chunk`).
+
+    Up to `max_tokens` tokens per row in all, fewer if every row ends earlier.
+    The other arguments and the errors are those of __call__.
+    """
     sampling = Sampling(**sampling)
     sampling.validate()
     if max_tokens < 0:
       raise ValueError(f"{max_tokens=}; must be >= 0")
-    token_BT, start_B = self._pack(prompts)
+    token_BT, start_B = self._pad_prompts(prompts)
     slots = token_BT.shape[1] + max_tokens
-    state = self._start(
+    state = self._prefill(
       self._params, token_BT, start_B, jax.random.key(seed), slots=slots
     )
     for first in range(0, max_tokens, chunk):
       count = min(chunk, max_tokens - first)
-      found, state = self._go_on(
+      new_BT, state = self._decode(
         self._params, state, count=count, sampling=sampling
       )
-      yield np.asarray(found)
+      yield np.asarray(new_BT)
       if state.done_B.all():
         return
 
-  def _pack(self, prompts):
-    """Prompts that end together, and where each begins."""
+  def _pad_prompts(self, prompts):
+    """Pads the prompts at the start: (tokens (B, T), first real slot (B,))."""
     start = np.array([self.tokenizer.start], np.int32)
     ids = [
       np.concatenate([start, x]) for x in self.tokenizer.encode(list(prompts))
     ]
-    # A power of two: few lengths to compile for.
+    # A power of two, so that few lengths are compiled.
     length = 1 << max(4, (max(map(len, ids)) - 1).bit_length())
     token_BT = np.stack([np.pad(x, (length - len(x), 0)) for x in ids])
     return token_BT, np.array([length - len(x) for x in ids], np.int32)
 
 
 def define_flags() -> None:
-  """The flags of `python -m sigattn generate`, besides the shared ones."""
-  flags.DEFINE_multi_string("prompt", [""], "Repeat it for a batch.")
-  flags.DEFINE_integer("max_tokens", 256, "At most so many new ones a prompt.")
-  flags.DEFINE_float("temperature", 0.8, "0: always the likeliest token.")
-  flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest; 0: from all.")
-  flags.DEFINE_float("top_p", 1.0, "Draw from this share of the probability.")
-  flags.DEFINE_integer("seed", 0, "Another seed, another text.")
+  """Defines the flags of `python -m sigattn generate`, except shared ones."""
+  flags.DEFINE_multi_string(
+    "prompt", [""], "The text to continue; repeat the flag for several texts."
+  )
+  flags.DEFINE_integer("max_tokens", 256, "Maximum number of new tokens.")
+  flags.DEFINE_float("temperature", 0.8, "0: always the most likely token.")
+  flags.DEFINE_integer(
+    "top_k", 0, "Draw from the k most likely tokens; 0: from all."
+  )
+  flags.DEFINE_float(
+    "top_p",
+    1.0,
+    "Draw from the most likely tokens with this total probability.",
+  )
+  flags.DEFINE_integer("seed", 0, "Seed of the random draws.")
 
 
-def run(given: flags.FlagValues) -> None:
-  """Prints the prompts and their continuations."""
-  absl_logging.set_verbosity(absl_logging.WARNING)  # the text alone
+def run(flag_values: flags.FlagValues) -> None:
+  """Prints the prompts with their continuations."""
+  absl_logging.set_verbosity(absl_logging.WARNING)  # print only the text
   names = ("max_tokens", "seed", "temperature", "top_k", "top_p")
-  options = {name: given[name].value for name in names}
-  prompts = given.prompt
-  generator = Generator.load(given.workdir, given.step)
+  options = {name: flag_values[name].value for name in names}
+  prompts = flag_values.prompt
+  generator = Generator.load(flag_values.workdir, flag_values.step)
   if len(prompts) > 1:
     texts = generator(prompts, **options)
     for prompt, continuation in zip(prompts, texts, strict=True):

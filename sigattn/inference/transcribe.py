@@ -1,12 +1,15 @@
-"""Prints the texts of recordings, by a model that train.py has trained.
+"""Transcribes recordings with a trained speech model.
 
   python -m sigattn transcribe --workdir=runs/speech_sigmoid/default a.wav b.mp3
 
-A line a file; any sample rate, and any format that libsndfile reads.
+prints one line of text per file. The files may have any sample rate and any
+format that libsndfile reads.
 """
 
 import itertools
 import os
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import jax
 import numpy as np
@@ -18,21 +21,34 @@ from sigattn.tasks import speech
 from sigattn.training import checkpoint, setup
 
 
-def transcribe(workdir, files, step=None, beam_width=None):
-  """The texts of recordings, yielded one by one.
+def transcribe(
+  workdir: str | os.PathLike[str],
+  files: Iterable[str | os.PathLike[str] | BinaryIO],
+  step: int | str | None = None,
+  beam_width: int | None = None,
+) -> Iterator[str]:
+  """Returns an iterator over the texts of the recordings.
 
-  files: paths, or file objects opened in binary mode. step: a number, "best",
-  or None for the newest. beam_width: of the search for a text; None: the run's
-  config.eval.beam_width.
+  The model and all files are loaded before the first text is computed.
 
-  Raises ValueError where there is no such run of task speech, and for a file
-  that cannot be read or holds no sound, before anything is transcribed.
+  Args:
+    workdir: the folder of a run of the task "speech".
+    files: paths, or file objects opened in binary mode.
+    step: a number, "best", or None for the newest.
+    beam_width: of the beam search; 1 means greedy decoding, None means the
+      run's config.eval.beam_width.
+
+  Raises:
+    ValueError: if there is no such run or step, if its task is another one, or
+      if a file cannot be read or contains no sound.
   """
   if beam_width is not None and beam_width < 1:
     raise ValueError(f"{beam_width=}; must be >= 1")
   config, params, step = checkpoint.load(workdir, step)
   if config.task != "speech":
-    raise ValueError(f"{workdir=}: a run of task {config.task!r}, not 'speech'")
+    raise ValueError(
+      f"{workdir=}: a run of task {config.task!r}; must be 'speech'"
+    )
   if beam_width is not None:
     config.eval.beam_width = beam_width
   audio = [_read(file, config.data.sample_rate) for file in files]
@@ -55,7 +71,10 @@ def _texts(config, params, audio):
 
 
 def _padded(config, samples):
-  """Samples of a bucket, or of the longest one several times: few shapes."""
+  """The number of samples to pad to, so that few shapes are compiled.
+
+  It is the length of a bucket, or a multiple of the longest bucket's length.
+  """
   edges = [int(x * config.data.sample_rate) for x in config.data.bucket_seconds]
   longer = (edges[-1] * times for times in itertools.count(2))
   return next(x for x in itertools.chain(edges, longer) if x >= samples)
@@ -66,7 +85,7 @@ def _read(file, sample_rate):
     raise ValueError(f"{file}: no such file")
   try:
     audio_S = recordings.read(file, sample_rate)
-  except Exception as error:  # libsndfile's, and those of files.
+  except Exception as error:  # errors of libsndfile and of the file system
     raise ValueError(f"{file}: cannot be read: {error}") from error
   if not len(audio_S):
     raise ValueError(f"{file}: holds no sound")
@@ -74,14 +93,18 @@ def _read(file, sample_rate):
 
 
 def define_flags() -> None:
-  """The flags of `python -m sigattn transcribe`, besides the shared ones."""
+  """Defines the flags of `python -m sigattn transcribe`, except shared ones."""
   flags.DEFINE_integer(
-    "beam_width", None, "Of the search; 1: greedy. By default as the run's."
+    "beam_width",
+    None,
+    "Width of the beam search; 1: greedy. By default the run's own.",
   )
 
 
-def run(given: flags.FlagValues, files: list[str]) -> None:
-  """Prints a line for each recording."""
-  logging.set_verbosity(logging.WARNING)  # the texts alone
-  for text in transcribe(given.workdir, files, given.step, given.beam_width):
+def run(flag_values: flags.FlagValues, files: list[str]) -> None:
+  """Prints the text of each recording on its own line."""
+  logging.set_verbosity(logging.WARNING)  # print only the texts
+  for text in transcribe(
+    flag_values.workdir, files, flag_values.step, flag_values.beam_width
+  ):
     print(text, flush=True)

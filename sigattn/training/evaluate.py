@@ -1,4 +1,4 @@
-"""Metrics of a model over whole splits."""
+"""Evaluates a model on whole splits of the data."""
 
 import functools
 import operator
@@ -17,16 +17,22 @@ from sigattn.training import mesh, setup
 def evaluator(
   config: ConfigDict, devices: jax.sharding.Mesh
 ) -> Callable[[Any, Iterable[loader.Batch]], dict[str, float]]:
-  """A function (params, batches) -> metrics, as the task's `results` says.
+  """Returns a function (params, batches) -> metrics.
 
-  devices: the mesh over which each batch is split.
+  It adds up what the task's `evaluate` returns for each batch and passes the
+  sums to the task's `results`; a task without `results` gets each sum divided
+  by the sum of the weights.
+
+  Args:
+    config: of the run, or of one of its evaluation variants.
+    devices: the mesh over which each batch is split.
   """
   task = tasks.get(config.task)
   static = setup.graphdef(config)
   score = getattr(task, "score", None)
   results = getattr(task, "results", _means)
 
-  # Replicated, so that each process has all of it.
+  # Replicated, because each process reads all of the sums.
   @functools.partial(jax.jit, out_shardings=mesh.replicated(devices))
   def sums(params, batch):
     return task.evaluate(config, nnx.merge(static, params), batch)
@@ -45,9 +51,12 @@ def evaluator(
 
 
 def variants(config: ConfigDict) -> dict[str, ConfigDict]:
-  """{name: config} of what eval.py evaluates beside the run's own split."""
-  of_task = getattr(tasks.get(config.task), "evaluation_variants", None)
-  return of_task(config) if of_task else {}
+  """The configs that eval.py evaluates in addition to the run's own.
+
+  Returns {name: config}, empty if the task has no `evaluation_variants`.
+  """
+  task_variants = getattr(tasks.get(config.task), "evaluation_variants", None)
+  return task_variants(config) if task_variants else {}
 
 
 def _means(config, sums):

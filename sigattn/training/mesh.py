@@ -1,4 +1,4 @@
-"""Where arrays live: batches split over all devices, parameters on each."""
+"""Places arrays: batches are split over the devices, parameters replicated."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def make() -> Mesh:
-  """One axis, data, over every device."""
+  """A mesh of all devices with a single axis, "data"."""
   return jax.make_mesh(
     (jax.device_count(),),
     ("data",),
@@ -31,17 +31,21 @@ RULES = (_devices_share_a_batch,)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """All of an array on each device."""
+  """The sharding that puts the whole array on each device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch(mesh: Mesh) -> NamedSharding:
-  """The leading axis split over the devices."""
+  """The sharding that splits the leading axis over the devices."""
   return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def put(tree: Any, mesh: Mesh) -> Any:
-  """A process's NumPy share of a batch as one global array on the devices."""
+  """Makes global arrays on the devices from this process's share of a batch.
+
+  tree: a pytree of NumPy arrays, whose leading axis is the process's share of
+  the batch.
+  """
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(batch(mesh), x), tree
   )

@@ -1,11 +1,14 @@
-"""What a run writes and what a person sees while it trains."""
+"""Writes the metrics of a run to files and shows them while it trains."""
 
 import json
 import logging
 import math
+import os
 import pathlib
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import jax
 import rich.console
@@ -14,24 +17,42 @@ import rich.table
 import tensorboardX
 from absl import flags
 from absl import logging as absl_logging
+from ml_collections import ConfigDict
 
 console = rich.console.Console()
 
-# In the files and pictures, not in the line that a person follows.
-_UNSHOWN = ("lr", "grad_norm", "per_second")
+# Metrics that are written to the files but are not shown in the progress bar.
+_NOT_ON_THE_BAR = ("lr", "grad_norm", "per_second")
+
+# One line of metrics.jsonl: {"step": 100, "split": "train", "loss": 1.5, ...}.
+Line = dict[str, int | float | str]
 
 
 class Writer:
-  """Metrics as JSON lines and TensorBoard events; nothing with no workdir."""
+  """Writes metrics to workdir/metrics.jsonl and to TensorBoard event files.
 
-  def __init__(self, workdir, start=0, tensorboard=True):
-    """start: the step that the run resumes from; later lines are dropped."""
+  A context manager. If `workdir` is None, nothing is written.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str] | None,
+    start: int = 0,
+    tensorboard: bool = True,
+  ):
+    """Opens the files.
+
+    Args:
+      workdir: the folder of the run, or None.
+      start: the step that the run resumes from; later lines are dropped.
+      tensorboard: whether to write event files too.
+    """
     self._file = self._board = None
     if workdir is None:
       return
     path = pathlib.Path(workdir) / "metrics.jsonl"
-    # A killed run has written beyond its last checkpoint: those steps come
-    # again, and must not stand twice.
+    # A killed run may have written lines after its last checkpoint. It repeats
+    # those steps, and no step may be in the file twice.
     kept = [line for line in read(workdir) if line["step"] <= start]
     path.write_text("".join(json.dumps(line) + "\n" for line in kept))
     self._file = path.open("a")
@@ -40,8 +61,11 @@ class Writer:
         str(workdir), purge_step=start + 1
       )
 
-  def write(self, step, split, metrics):
-    """split: "train", or the name of the split that was evaluated."""
+  def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+    """Writes one line.
+
+    split: "train", "telemetry", or the name of the evaluated split.
+    """
     if self._file is None:
       return
     line = {"step": step, "split": split, **metrics}
@@ -51,18 +75,22 @@ class Writer:
       for name, value in metrics.items():
         self._board.add_scalar(f"{split}/{name}", value, step)
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     if self._file is not None:
       self._file.close()
     if self._board is not None:
       self._board.close()
 
 
-def read(workdir):
-  """The lines of metrics.jsonl as dicts; a line cut off by a kill is left."""
+def read(workdir: str | os.PathLike[str]) -> list[Line]:
+  """Reads the lines of workdir/metrics.jsonl; none if there is no such file.
+
+  A killed run may have left an incomplete line, which is dropped with a
+  message.
+  """
   path = pathlib.Path(workdir) / "metrics.jsonl"
   lines = []
   if path.exists():
@@ -74,37 +102,48 @@ def read(workdir):
   return lines
 
 
-class Mean:
-  """Means of metrics over the steps since they were last taken."""
+def last_evaluation(lines: Sequence[Line], split: str) -> Line | None:
+  """The last line of `split`, or None if the run was not evaluated on it."""
+  return next((x for x in reversed(lines) if x["split"] == split), None)
 
-  def __init__(self):
+
+class Mean:
+  """Means of metrics over the steps since `take` was last called."""
+
+  def __init__(self) -> None:
     self._sums = {}
     self._count = 0
 
-  def add(self, metrics):
+  def add(self, metrics: Mapping[str, float]) -> None:
+    """Adds the metrics of one step."""
     self._count += 1
     for name, value in metrics.items():
       self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
-  def take(self):
+  def take(self) -> dict[str, float]:
+    """Returns the means and starts again from nothing."""
     means = {name: value / self._count for name, value in self._sums.items()}
     self.__init__()
     return means
 
 
 class Progress:
-  """A bar with step, loss, accuracy, rate and time left; lines in a log.
+  """Shows step, loss, accuracy, rate and remaining time.
 
-  On a terminal the bar lives; elsewhere each call of `line` prints one line.
+  A context manager. On a terminal it draws a progress bar; where the output is
+  not a terminal, each call of `line` prints one line instead.
+
+  start, total: the first and last step. unit: what the task counts, "images".
   """
 
-  def __init__(self, start, total, unit):
+  def __init__(self, start: int, total: int, unit: str):
     self._unit = unit
     self._total = total
     self._step = start
-    # Time at work: evaluations, checkpoints and compiling do not count.
+    # The time of training steps alone, without evaluations, checkpoints and
+    # compiling; the examples and steps done in that time.
     self._seconds, self._examples, self._steps = 0.0, 0, 0
-    self._began = None
+    self._last_step_time = None
     fixed = rich.table.Column(no_wrap=True)
     columns = (
       rich.progress.TextColumn(
@@ -118,35 +157,39 @@ class Progress:
     )
     self._task = self._bar.add_task("", total=total, completed=start, text="")
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     self._bar.start()
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self._bar.stop()
 
-  def pause(self):
-    """Stops the clock; the next step starts it again without being counted."""
-    self._began = None
+  def pause(self) -> None:
+    """Stops the clock until the next step, which itself is not counted."""
+    self._last_step_time = None
 
-  def step(self, step, metrics, examples):
-    """Moves the bar; metrics: those of the last finished step."""
+  def step(
+    self, step: int, metrics: Mapping[str, float], examples: int
+  ) -> None:
+    """Moves the bar to a finished step with its metrics and its examples."""
     now = time.perf_counter()
-    if self._began is not None:
-      self._seconds += now - self._began
+    if self._last_step_time is not None:
+      self._seconds += now - self._last_step_time
       self._examples += examples
       self._steps += 1
-    self._began = now
+    self._last_step_time = now
     self._step = step
     self._bar.update(self._task, completed=step, text=self._text(metrics))
 
-  def rate(self):
-    """Examples a second."""
+  def rate(self) -> float:
+    """Examples per second; 0 until a step has been timed."""
     return self._examples / self._seconds if self._seconds else 0.0
 
   def _text(self, metrics):
     first = [name for name in ("loss", "accuracy") if name in metrics]
-    others = [name for name in metrics if name not in (*first, *_UNSHOWN)]
+    others = [
+      name for name in metrics if name not in (*first, *_NOT_ON_THE_BAR)
+    ]
     parts = [f"{name} {metrics[name]:.4f}" for name in first + others]
     if self._steps:
       left = (self._total - self._step) * self._seconds / self._steps
@@ -155,23 +198,43 @@ class Progress:
       parts += [f"{minutes}:{seconds:02d} left"]
     return "  ".join(parts)
 
-  def line(self, label, metrics, stay=False):
-    """A line of the log; on a terminal the bar says it, unless it must stay."""
-    if stay or not console.is_terminal:
+  def line(
+    self, label: str, metrics: Mapping[str, float], permanent: bool = False
+  ) -> None:
+    """Prints one line of the log.
+
+    On a terminal, where the bar shows the same, only a `permanent` line is
+    printed.
+    """
+    if permanent or not console.is_terminal:
       text = self._text(metrics)
       log(f"step {self._step}/{self._total}  {label}  {text}")
 
 
 class StepLog:
-  """Writes the metrics of the step before, while the devices do the next."""
+  """Writes the metrics of one step while the devices compute the next.
 
-  def __init__(self, config, writer, progress):
+  Reading the metrics of the current step would make the devices wait.
+  """
+
+  def __init__(self, config: ConfigDict, writer: Writer, progress: Progress):
     self._config, self._writer, self._progress = config, writer, progress
     self._mean = Mean()
     self._pending = None
 
-  def step(self, step, metrics, examples):
-    """A step of so many examples has been given to the devices."""
+  def step(
+    self, step: int, metrics: Mapping[str, jax.Array], examples: int
+  ) -> None:
+    """Records a step that was started, and writes the step before it.
+
+    Args:
+      step: its number.
+      metrics: its scalars, which the devices may still be computing.
+      examples: the number of examples in its batch.
+
+    Raises:
+      FloatingPointError: if the loss of the step before is not finite.
+    """
     self._fetch()
     self._pending = step, metrics, examples
 
@@ -185,8 +248,9 @@ class StepLog:
       raise FloatingPointError(
         f"loss={values['loss']} at step {step} "
         f"(grad_norm={values['grad_norm']:.3g}, lr={values['lr']:.3g}); "
-        "the newest checkpoint is from before. A lower config.optim.lr, a "
-        "smaller config.optim.clip_norm or config.attn.qk_norm=layernorm help"
+        "the newest checkpoint is from an earlier step. Try a lower "
+        "config.optim.lr, a smaller config.optim.clip_norm or "
+        "config.attn.qk_norm=layernorm"
       )
     self._mean.add(values)
     self._progress.step(step, values, examples)
@@ -196,37 +260,43 @@ class StepLog:
       self._writer.write(step, "train", means)
       self._progress.line("train", means)
 
-  def finish(self):
-    """Waits for the step at work, and stops the clock."""
+  def finish(self) -> None:
+    """Waits for the current step, writes its metrics and stops the clock.
+
+    Raises FloatingPointError if its loss is not finite.
+    """
     self._fetch()
     self._progress.pause()
 
-  def evaluation(self, step, split, results):
-    """Writes what an evaluation found."""
+  def evaluation(
+    self, step: int, split: str, results: Mapping[str, float]
+  ) -> None:
+    """Writes and prints the results of an evaluation."""
     self._writer.write(step, split, results)
-    self._progress.line(split, results, stay=True)
+    self._progress.line(split, results, permanent=True)
 
 
-def due(step, every):
-  """Whether `step` is one of every `every`; 0 means never."""
+def due(step: int, every: int) -> bool:
+  """Whether `step` is a multiple of `every`; never for every = 0."""
   return every > 0 and step % every == 0
 
 
-def log(message):
-  """Prints one line for an event, or a table."""
+def log(message: str | rich.table.Table) -> None:
+  """Prints a line or a table, above the progress bar if there is one."""
   console.print(message, highlight=False, soft_wrap=True)
   sys.stdout.flush()
 
 
 class _Console(logging.Handler):
-  def emit(self, record):
+  def emit(self, record: logging.LogRecord) -> None:
     log(record.getMessage())
 
 
-def set_up_logs():
-  """For programs: which attention runs and why, and libraries' warnings.
+def set_up_logs() -> None:
+  """Configures logging for command-line programs.
 
-  Everything that the libraries have to say comes with --verbosity=info.
+  Shows which attention implementation was chosen and why, and the warnings of
+  libraries. --verbosity=info shows the libraries' other messages too.
   """
   if not flags.FLAGS["verbosity"].present:
     absl_logging.set_verbosity(absl_logging.WARNING)

@@ -1,4 +1,4 @@
-"""The optimizer that a config describes, built from optax."""
+"""Builds the optimizer and its schedule from a config, with optax."""
 
 import re
 from collections.abc import Sequence
@@ -28,13 +28,14 @@ OPTIMIZERS = {
 
 def _rsqrt(optim, steps):
   """lr / sqrt(1 + step / warmup_steps): the warm-up sets the time scale."""
-  del steps  # It has no end.
+  del steps  # this schedule does not depend on the end
   scale = max(optim.warmup_steps, 1)
-  # join_schedules asks for steps before the warm-up's end too, and drops them.
+  # join_schedules also evaluates this at negative steps, during the warm-up,
+  # and drops the results; maximum keeps them finite.
   return lambda step: optim.lr * (1 + jnp.maximum(step, 0) / scale) ** -0.5
 
 
-SCHEDULES = {  # of the steps after the warm-up
+SCHEDULES = {  # step 0 is the end of the warm-up
   "cosine": lambda c, steps: optax.cosine_decay_schedule(
     c.lr, steps, alpha=c.end_lr
   ),
@@ -72,37 +73,49 @@ Groups = Sequence[tuple[str, float]]  # (regular expression of a path, factor)
 
 
 def schedule(config: ConfigDict) -> optax.Schedule:
-  """Learning rate as a function of the update: linear warm-up, then decay."""
+  """The learning rate of update 0, 1, ...: a linear warm-up, then a decay.
+
+  The warm-up takes config.optim.warmup_steps updates and ends at
+  config.optim.lr; config.optim.schedule names the decay, one of SCHEDULES.
+  """
   optim = config.optim
   warmup = optim.warmup_steps
   decay = SCHEDULES[optim.schedule](optim, max(config.total_steps - warmup, 1))
   if not warmup:
     return decay
-  # From lr / warmup, not 0: the first update should not be a wasted one.
+  # Starts from lr / warmup, because a first update at 0 would be wasted.
   rise = optax.linear_schedule(optim.lr / warmup, optim.lr, warmup)
   return optax.join_schedules([rise, decay], [warmup])
 
 
 def path_name(path: jax.tree_util.KeyPath) -> str:
-  """A parameter's path in a pytree as text: blocks/mlp/up/kernel."""
+  """Formats a parameter's path in a pytree as text: blocks/mlp/up/kernel."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def decay_factors(params: Any, groups: Groups) -> Any:
-  """Each parameter's factor on the weight decay; no match in groups means 0."""
+  """The factor on the weight decay for each parameter, a tree like `params`.
+
+  The first pattern of `groups` that matches the whole path of a parameter
+  decides; the factor is 0 if none matches. Raises ValueError for a pattern that
+  decides for no parameter.
+  """
   return _factors(params, groups, "decay_groups", default=0.0)
 
 
 def lr_factors(params: Any, groups: Groups) -> Any:
-  """Each parameter's factor on the learning rate; no match means 1."""
+  """The factor on the learning rate for each parameter, a tree like `params`.
+
+  As decay_factors, but the factor is 1 if no pattern matches.
+  """
   return _factors(params, groups, "lr_groups", default=1.0)
 
 
 def _factors(params, groups, key, default):
-  """Each parameter's factor by the first match in groups.
+  """The factor of the first pattern in `groups` that matches, or `default`.
 
-  Raises ValueError for a pattern that no parameter matches: a misspelt group
-  would otherwise change the optimizer in silence.
+  Raises ValueError for a pattern that decides for no parameter, because a
+  misspelt pattern would otherwise change the optimizer without notice.
   """
   used = set()
 
@@ -127,7 +140,7 @@ def _factors(params, groups, key, default):
 
 
 def _decayed_weights(weight_decay, factors):
-  """Adds weight_decay * factor * parameter to each update (AdamW's place)."""
+  """Adds weight_decay * factor * parameter to each update, as in AdamW."""
 
   def update(updates, params):
     return jax.tree.map(
@@ -148,10 +161,15 @@ def _scaled(factors):
 
 
 def make(config: ConfigDict, params: Any) -> optax.GradientTransformation:
-  """Clip by the global norm, precondition, decay, scale by -learning rate.
+  """The optimizer: clips, preconditions, decays, scales by -learning rate.
 
-  A factor on a learning rate comes before the decay, which it leaves alone: in
-  muP the decay does not change with the width.
+  The steps, in this order: clipping by the global norm (config.optim.clip_norm,
+  0 for none), the update of config.optim.name, the factors of lr_groups, the
+  weight decay, the learning rate. The factors come before the decay, so they do
+  not change it: in muP the decay does not depend on the width.
+
+  Raises ValueError for a pattern in lr_groups or decay_groups that matches no
+  parameter.
   """
   optim = config.optim
   chain = []
@@ -168,10 +186,10 @@ def make(config: ConfigDict, params: Any) -> optax.GradientTransformation:
 
 
 def average(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
-  """Exponential average of the parameters, ema + (1 - d)(params - ema).
+  """Updates the exponential average: ema + (1 - d) (params - ema).
 
-  d = min(decay, (1 + step) / (10 + step)), so that the first steps, far from
-  the end, are soon forgotten in short runs.
+  d = min(decay, (1 + step) / (10 + step)). The smaller d of the first steps
+  makes the average forget the initial parameters, in short runs too.
   """
   step = step.astype("float32")
   rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))

@@ -1,4 +1,4 @@
-"""The process that trains: how it is asked to stop, and its memory."""
+"""Settings of the training process: signals that stop it, and its memory."""
 
 import contextlib
 import ctypes
@@ -13,7 +13,11 @@ from sigattn.training import metrics
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-  """An event that the first Ctrl-C or SIGTERM sets; the second one kills."""
+  """Yields an event that the first Ctrl-C or SIGTERM sets.
+
+  A second signal has its usual effect and ends the process at once. Outside the
+  main thread, which alone receives signals, the event is never set.
+  """
   stop = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     yield stop
@@ -21,7 +25,7 @@ def stop_signals() -> Iterator[threading.Event]:
   old = {}
 
   def handle(number, _):
-    metrics.log("stopping after this step; once more to stop at once")
+    metrics.log("stopping after this step; repeat the signal to stop at once")
     stop.set()
     signal.signal(number, old[number])
 
@@ -35,18 +39,22 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 def keep_freed_memory() -> None:
-  """Lets a CPU's step reuse the memory that the last one freed.
+  """Lets a training step on a CPU reuse the memory that the last step freed.
 
-  By default glibc gives large buffers back to the kernel, which then clears
-  page after page for the next step: 55 instead of 40 ms, with three layers and
-  64 images a step on two cores (2026-11-23). glibc does so, whatever it was
-  told, with buffers above 64 MiB of any thread but the first: 100 instead of 64
-  ms of a core, for the gradient of four layers of the acoustic model
-  (2026-11-25). To be called before JAX starts its threads.
+  Call it before JAX starts its threads. It has no effect on other devices, nor
+  where the C library is not glibc.
+
+  By default glibc returns large buffers to the kernel, which has to clear every
+  page again for the next step: 55 instead of 40 ms per step of three layers and
+  64 images on two cores (2026-11-23). In every thread but the first, glibc
+  does so with buffers above 64 MiB whatever its settings are: 100 instead of
+  64 ms of one core for the gradient of four layers of the acoustic model
+  (2026-11-25). Therefore steps have to run in the first thread.
   """
-  # Steps then run, and allocate, in the thread that asks for them.
+  # Without asynchronous dispatch a step runs, and allocates, in the thread that
+  # calls it.
   jax.config.update("jax_cpu_enable_async_dispatch", False)
-  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only in glibc
   if jax.default_backend() == "cpu" and mallopt is not None:
-    mallopt(-4, 0)  # M_MMAP_MAX: large buffers from the heap too
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+    mallopt(-4, 0)  # M_MMAP_MAX: allocate large buffers on the heap
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap

@@ -1,8 +1,8 @@
-"""What a config describes, checked as a whole and built.
+"""Validates a whole config and builds the model that it describes.
 
-`validate_config` refuses a bad config before any work starts; `init`,
-`graphdef` and `model` build the model of a task, with its parameters or
-without.
+`validate_config` rejects a bad config before any work starts. `init` builds a
+task's model and its parameters, `graphdef` the model without parameters, and
+`model` a callable model with given parameters.
 """
 
 from typing import Any
@@ -44,34 +44,37 @@ RULES = (_best_metric_of_the_task,)
 
 
 def tables(task: str) -> tuple[dict[str, validate.Field], list[validate.Rule]]:
-  """All fields and rules of the configs of a task.
+  """All fields and rules that the config of a task is validated with.
 
   task: one of tasks.TASKS.
   """
   module = tasks.get(task)
   fields, rules = dict(FIELDS), list(RULES)
-  # The source's last: to look up what it offers may take a while.
+  # The data source's rules come last, because they may have to look up what a
+  # data set offers, which takes a while.
   for part in (optim, mesh, loader, module, module.SOURCE):
     rules += part.RULES
-  # Its fields first: the model's follow some of them.
+  # The source's fields come before the task's, which depend on some of them.
   for part in (optim, mesh, loader, module.SOURCE, module):
     fields |= part.FIELDS
   return fields, rules
 
 
 def validate_config(config: ConfigDict) -> None:
-  """Raises ValueError with the path of a bad value, the value, what is right.
+  """Raises ValueError if any value of the config is wrong.
 
-  Called before any work starts and before anything is written.
+  The message names the path of the value, the value, and what would be right.
+  To be called before any work starts and before anything is written.
   """
   validate.fields(config, {"task": FIELDS["task"]})
   validate.fields(config, *tables(config.task))
 
 
 def init(config: ConfigDict) -> tuple[nnx.GraphDef, Any]:
-  """The model's static part and its parameters, a nested dict of arrays.
+  """The model's static part and its initial parameters, a nested dict.
 
-  Compiled, so that a large model is initialised where it will live.
+  The initialisation is compiled, so that a large model is made directly on the
+  device. Its random numbers follow from config.seed.
   """
   task = tasks.get(config.task)
 
@@ -83,11 +86,11 @@ def init(config: ConfigDict) -> tuple[nnx.GraphDef, Any]:
 
 
 def graphdef(config: ConfigDict) -> nnx.GraphDef:
-  """The model's static part, made without allocating its parameters."""
+  """The model's static part, built without allocating parameters."""
   task = tasks.get(config.task)
   return nnx.graphdef(nnx.eval_shape(lambda: task.build(config, nnx.Rngs(0))))
 
 
 def model(config: ConfigDict, params: Any) -> nnx.Module:
-  """The model with the given parameters: callable, for notebooks and tools."""
+  """The callable model with the given parameters, a nested dict of arrays."""
   return nnx.merge(graphdef(config), params)

@@ -1,4 +1,8 @@
-"""One update: the loss and its gradient, the optimizer, the next State."""
+"""One update: computes loss and gradient, applies the optimizer.
+
+The step is the same program on one device and on many; only the shardings of
+its arguments differ.
+"""
 
 import functools
 from collections.abc import Callable
@@ -15,16 +19,16 @@ from sigattn.training import mesh, optim, setup
 
 
 class State(NamedTuple):
-  """All that an update changes."""
+  """Everything that an update changes."""
 
-  step: jax.Array  # int32 scalar: updates done
+  step: jax.Array  # int32 scalar, the number of updates done
   params: Any  # nested dict of float32 arrays
   opt_state: Any
   ema: Any  # like params; None where config.optim.ema_decay is 0
 
 
-# (state, batch) -> (gradients, what is added to the parameters, the new state,
-# metrics).
+# (state, batch) -> (gradients, updates, new state, metrics), where the updates
+# are what the optimizer added to the parameters.
 Update = Callable[[State, Any], tuple[Any, Any, State, dict[str, jax.Array]]]
 # (state, batch) -> (the new state, metrics); the old state is donated.
 Step = Callable[[State, Any], tuple[State, dict[str, jax.Array]]]
@@ -33,7 +37,7 @@ Step = Callable[[State, Any], tuple[State, dict[str, jax.Array]]]
 def init(
   config: ConfigDict, devices: jax.sharding.Mesh
 ) -> tuple[State, Update]:
-  """The first State, on the devices, and what updates it."""
+  """The initial State, replicated over the devices, and its update function."""
   static, params = setup.init(config)
   tx = optim.make(config, params)
 
@@ -46,7 +50,7 @@ def init(
 
 
 def jitted(update: Update) -> Step:
-  """(state, batch) -> (state, metrics), jitted, with the old state donated."""
+  """Jits the step (state, batch) -> (state, metrics); it donates the state."""
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state, batch):
@@ -65,7 +69,7 @@ def _update(config, static, tx):
     return task.loss(config, nnx.merge(static, params), batch, rng)
 
   def update(state, batch):
-    # 0 is the initialisation's.
+    # The number 0 is left to the initialisation.
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step + 1)
     (_, metrics), grads = _accumulate(
       gradients, state.params, batch, rng, config.optim.accumulate
@@ -86,10 +90,11 @@ def _update(config, static, tx):
 
 
 def _accumulate(gradients, params, batch, rng, parts):
-  """gradients(params, batch, rng), as a mean over `parts` micro-batches."""
+  """The mean of gradients(params, batch, rng) over `parts` micro-batches."""
   if parts == 1:
     return gradients(params, batch, rng)
-  # Every parts-th example, so that each micro-batch lies on all the devices.
+  # A micro-batch has every parts-th example, so that it is spread over all the
+  # devices.
   batches = jax.tree.map(
     lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch
   )

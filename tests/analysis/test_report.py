@@ -1,169 +1,59 @@
-"""The page of a set of runs, made of folders written by hand."""
+"""The tables that train.py, eval.py and a sweep print."""
 
-import html.parser
 import json
-import math
-import re
 
-import pytest
+import numpy as np
 
+from configs import vit_sigmoid
 from sigattn.analysis import report
-from sigattn.training import run_dir
-
-# Student's t, 97.5 %, of a textbook's table: degrees of freedom: quantile.
-T = {1: 12.706, 2: 4.303, 9: 2.262}
+from sigattn.training import metrics
 
 
-def write_run(folder, kind, seed, accuracy, **config):
-  folder.mkdir(parents=True)
-  values = {
-    "seed": seed,
-    "attn": {"kind": kind, "qk_norm": "none"},
-    "data": {"eval_split": "test"},
-    **config,
+def cells(table):
+  """The cells of a rich table, column by column."""
+  return [list(column.cells) for column in table.columns]
+
+
+def test_parameter_table_has_shapes_sizes_and_the_total():
+  params = {"head": {"bias": np.zeros(10), "kernel": np.zeros((300, 10))}}
+  assert cells(report.parameter_table(params)) == [
+    ["head/bias", "head/kernel", "all"],
+    ["10", "300x10", ""],
+    ["10", "3,000", "3,010"],
+  ]
+
+
+def test_evaluations_are_rows_and_variants_are_columns():
+  rows = {
+    "best": {"step": 1000, "split": "test", "loss": 0.5},
+    "last": {"step": 2000, "split": "test", "loss": 0.75, "accuracy": 1.0},
   }
-  content = {"format": run_dir.FORMAT, "config": values}
-  (folder / "config.json").write_text(json.dumps(content))
-  lines = []
-  for step in (2, 4):
-    lines += [
-      {"step": step, "split": "train", "loss": 2.0, "grad_norm": 1.0},
-      {"step": step, "split": "test", "loss": 1.5, "accuracy": accuracy * step},
-      {
-        "step": step, "split": "telemetry",
-        "entropy/encoder/layer0/head0": 1.0,
-        "entropy/encoder/layer0/head1": 3.0,
-        "entropy/encoder/layer1/head0": 0.1 * step,
-        "grads_norm/head": 0.5, "grads_norm/encoder/layer0": 1e-3,
-      },
-    ]  # fmt: skip
-  text = "".join(json.dumps(line) + "\n" for line in lines)
-  (folder / "metrics.jsonl").write_text(text)
+  table = report.evaluation_table(rows, title="a title")
+  assert [x.header for x in table.columns] == ["", "step", "loss", "accuracy"]
+  assert cells(table) == [
+    ["best", "last"],
+    ["1,000", "2,000"],
+    ["0.5000", "0.7500"],
+    ["", "1.0000"],
+  ]
+  table = report.variants_table({"2 x 32": {"loss": 1.0}, "4 x 32": {}})
+  assert [x.header for x in table.columns] == ["", "2 x 32", "4 x 32"]
+  assert cells(table) == [["loss"], ["1.0000"], [""]]
 
 
-@pytest.fixture
-def runs(tmp_path):
-  write_run(tmp_path / "a", "sigmoid", 0, 0.1)
-  write_run(tmp_path / "b", "sigmoid", 1, 0.2)
-  write_run(tmp_path / "deep" / "c", "soft<max", 0, 0.125)
-  return tmp_path
-
-
-class Tables(html.parser.HTMLParser):
-  """The cells of each table, and every tag with its attributes."""
-
-  def __init__(self, text):
-    super().__init__()
-    self.tables, self.tags, self._cell = [], [], None
-    self.feed(text)
-    self.close()
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append((tag, dict(attrs)))
-    if tag == "table":
-      self.tables.append([])
-    elif tag == "tr":
-      self.tables[-1].append([])
-    elif tag in ("td", "th"):
-      self.tables[-1][-1].append("")
-      self._cell = tag
-
-  def handle_endtag(self, tag):
-    if tag == self._cell:
-      self._cell = None
-
-  def handle_data(self, data):
-    if self._cell:
-      self.tables[-1][-1][-1] += data
-
-
-def test_page_has_what_differs_the_intervals_and_the_pictures(runs):
-  path = report.write([runs])
-  assert path == runs / "report" / "index.html"
-  text = path.read_text()
-  found = Tables(text)
-  differences, final = found.tables
-  assert differences[0] == ["attn.kind", "runs", "seeds", "folders"]
-  assert [row[:3] for row in differences[1:]] == [
-    ["sigmoid", "2", "0, 1"], ["soft<max", "1", "0"],
-  ]  # fmt: skip
-  mean, deviation = 0.6, math.sqrt(2) * 0.2
-  half = T[1] * deviation / math.sqrt(2)
-  row = ["accuracy", "attn.kind=sigmoid", "4", "2"]
-  row += [f"{x:.4f}" for x in (mean, deviation)]
-  assert final[3][:6] == row
-  low, high = map(float, final[3][6:])
-  assert low == pytest.approx(mean - half, abs=1e-3)
-  assert high == pytest.approx(mean + half, abs=1e-3)
-  assert final[4] == [
-    "accuracy", "attn.kind=soft<max", "4", "1", "0.5000", "", "", "",
-  ]  # fmt: skip
-  # Nothing is fetched, and every figure is there as a file too.
-  for tag, attrs in found.tags:
-    assert tag not in ("script", "link", "img", "image", "iframe")
-    for name in ("src", "href", "xlink:href"):
-      assert attrs.get(name, "#").startswith("#")
-  assert not re.search(r"url\((?!#)|@import", text)
-  names = {"loss", "accuracy", "grad_norm", "entropy", "grads_norm"}
-  assert {path.stem for path in path.parent.glob("*.png")} == names
-  assert [tag for tag, _ in found.tags].count("svg") == len(names)
-  ids = [attrs["id"] for _, attrs in found.tags if "id" in attrs]
-  assert len(ids) == len(set(ids))
-  assert {f"#{x}" for x in ids} >= {
-    attrs["xlink:href"] for _, attrs in found.tags if "xlink:href" in attrs
-  }
-
-
-def test_each_layer_is_a_line_over_its_heads(runs):
-  from sigattn.analysis import plots
-
-  lines = {
-    label: [run.lines for run in runs]
-    for label, runs in report.by_config(report.find([runs])).items()
-  }
-  figure = plots.layers_by_step(lines, "entropy")
-  assert [ax.get_title() for ax in figure.axes] == [*lines]
-  drawn = {
-    line.get_label(): list(zip(*line.get_data(), strict=True))
-    for line in figure.axes[0].lines
-  }
-  assert drawn == {
-    "encoder/layer0": [(2, 2.0), (4, 2.0)],
-    "encoder/layer1": [(2, 0.2), (4, 0.4)],
-  }
-
-
-@pytest.mark.parametrize("count", [2, 3, 10])
-def test_interval_is_students(count):
-  values = [float(x) for x in range(count)]
-  mean, deviation, low, high = report.interval(values)
-  assert mean == (count - 1) / 2
-  assert deviation == pytest.approx(math.sqrt(count * (count + 1) / 12))
-  half = T[count - 1] * deviation / math.sqrt(count)
-  assert (low, high) == pytest.approx((mean - half, mean + half), rel=1e-3)
-
-
-def test_one_group_and_a_folder_of_its_own(tmp_path):
-  write_run(tmp_path / "a", "sigmoid", 0, 0.1)
-  write_run(tmp_path / "b", "sigmoid", 0, 0.1, total_steps=7)
-  path = report.write([tmp_path / "a"], tmp_path / "x" / "y")
-  assert path == tmp_path / "x" / "y" / "index.html"
-  [row] = Tables(path.read_text()).tables[0][1:]
-  assert row[0] == "1"
-  # A key that one config lacks differs, too.
-  assert report.differing(report.find([tmp_path])) == ["total_steps"]
-
-
-def test_run_that_is_behind_its_group_is_left_out(runs):
-  path = runs / "b" / "metrics.jsonl"
-  lines = path.read_text().splitlines()
-  path.write_text("\n".join(lines[:3]) + "\n")
-  _, rows = report._final_table(report.by_config(report.find([runs])))
-  assert rows[2] == [
-    "accuracy", "attn.kind=sigmoid", 4, "1 of 2", 0.4, None, None, None,
-  ]  # fmt: skip
-
-
-def test_folder_without_runs_is_refused(tmp_path):
-  with pytest.raises(ValueError, match=r"empty: holds no run"):
-    report.write([tmp_path / "empty"])
+def test_sweep_joins_seeds_and_leaves_out_runs_without_evaluation(tmp_path):
+  runs = []
+  for seed, accuracy in ((0, 0.25), (1, 0.75), (2, None)):
+    workdir = tmp_path / str(seed)
+    workdir.mkdir()
+    with metrics.Writer(workdir, tensorboard=False) as writer:
+      writer.write(2, "train", {"loss": 1.0})
+      if accuracy is not None:
+        writer.write(2, "test", {"accuracy": accuracy})
+    runs.append(({"attn.kind": "relu", "seed": seed}, str(workdir)))
+  config = vit_sigmoid.get_config("runlocal")
+  assert config.data.eval_split == "test"
+  report.sweep(runs, tmp_path, config)
+  table = json.loads((tmp_path / "sweep.json").read_text())
+  assert table == {"attn.kind=relu": {"accuracy": [0.25, 0.75]}}
+  assert (tmp_path / "sweep.png").exists()

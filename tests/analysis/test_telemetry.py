@@ -1,23 +1,22 @@
-"""Telemetry: its numbers against NumPy, and that training does not feel it."""
+"""Telemetry: its numbers equal NumPy's, and it does not change training."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 
-from configs import lm_sigmoid, speech_sigmoid, synthetic_sigmoid, vit_sigmoid
+from configs import lm_sigmoid, vit_sigmoid
 from sigattn import attention, layers, positions, tasks
-from sigattn.analysis import attention_maps, plots, telemetry
-from sigattn.training import checkpoint, metrics, setup
+from sigattn.analysis import attention_maps, telemetry
+from sigattn.training import metrics, setup
 from train import train
 
 KINDS = ("sigmoid", "softmax", "relu", "relu2")
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_WIDTH, N = 3, 6, 4, 2, 8, 9
 WIDTH = HEADS * HEAD_WIDTH
 
-# Padding at the end: of a length, or of its own segment.
+# Rows end in padding, which is marked by lengths or by segment 0.
 SEQ_LENGTHS = np.array([6, 4, 1], np.int32)
 SEGMENTS = np.array([[1] * 6, [1, 1, 2, 2, 0, 0], [1, 0, 0, 0, 0, 0]], np.int32)
 REAL = np.arange(LENGTH)[None] < SEQ_LENGTHS[:, None]
@@ -33,7 +32,7 @@ MASKS = {
 
 
 def visible(name):
-  """bool (B, T, S), of the rows that are no padding."""
+  """bool (B, T, S): which keys each row sees; none for padding rows."""
   i, j = np.mgrid[:LENGTH, :LENGTH]
   if name == "lengths":
     seen = REAL[:, None, :]
@@ -54,7 +53,7 @@ def arrays(seed=0):
 
 
 def numpy_logits(query, key, bias, slopes):
-  """(B, N, T, S) float64, term by term."""
+  """Logits (B, N, T, S) in float64, as the sum of their terms."""
   q, k = (np.asarray(x, np.float64) for x in (query, key))
   k = np.repeat(k, HEADS // KV_HEADS, axis=2)
   z = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(HEAD_WIDTH)
@@ -63,9 +62,9 @@ def numpy_logits(query, key, bias, slopes):
 
 
 def numpy_statistics(kind, z, seen, value, kernel):
-  """{name: (N,)}, a loop over examples, heads and rows."""
+  """{name: (N,)}, computed by loops over heads, examples and rows."""
   value = np.repeat(np.asarray(value, np.float64), HEADS // KV_HEADS, axis=2)
-  found = {}
+  statistics = {}
   for head in range(HEADS):
     norms, sums, entropies, logits, weights = [], [], [], [], []
     for example in range(BATCH):
@@ -91,7 +90,9 @@ def numpy_statistics(kind, z, seen, value, kernel):
       projected = out_TH @ np.asarray(kernel, np.float64)[head]
       norms.append([np.linalg.norm(x) for x in (a_TS, out_TH, projected)])
     weights = np.array(weights)
-    flat = weights > 0.99 if kind in ("sigmoid", "softmax") else weights == 0
+    saturated = (
+      weights > 0.99 if kind in ("sigmoid", "softmax") else weights == 0
+    )
     values = dict(
       zip(
         ("attention_norm", "attention_v_norm", "projection_norm"),
@@ -103,18 +104,18 @@ def numpy_statistics(kind, z, seen, value, kernel):
       logit_max=np.max(logits),
       logit_std=np.std(logits),
       entropy=np.mean(entropies),
-      saturated=flat.mean(),
+      saturated=saturated.mean(),
     )
     for name, x in values.items():
-      found.setdefault(name, []).append(x)
-  return found
+      statistics.setdefault(name, []).append(x)
+  return statistics
 
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_are_those_of_numpy_and_padding_does_not_count(kind, name):
   query, key, value = arrays()
-  query = 4 * query  # some weights are saturated
+  query = 4 * query  # so that some weights are saturated
   attn = layers.SelfAttention(
     WIDTH, HEADS, num_kv_heads=KV_HEADS, max_length=N, kind=kind,
     rngs=nnx.Rngs(0),
@@ -124,7 +125,7 @@ def test_statistics_are_those_of_numpy_and_padding_does_not_count(kind, name):
   options = dict(
     kind=kind, n=N, logit_bias=None, alibi_slopes=slopes, **MASKS[name]
   )
-  found = jax.jit(
+  measured = jax.jit(
     lambda *qkv: telemetry.statistics(
       attn, *qkv, real_BT=jnp.asarray(REAL), **options
     )
@@ -136,11 +137,11 @@ def test_statistics_are_those_of_numpy_and_padding_does_not_count(kind, name):
     value,
     attn.out.kernel[...],
   )
-  assert found.keys() == expected.keys()
+  assert measured.keys() == expected.keys()
   assert max(expected["saturated"]) > 0
   for quantity, x_N in expected.items():
     np.testing.assert_allclose(
-      found[quantity], x_N, rtol=2e-5, atol=1e-6, err_msg=quantity
+      measured[quantity], x_N, rtol=2e-5, atol=1e-6, err_msg=quantity
     )
 
 
@@ -155,19 +156,19 @@ def test_weights_times_values_are_the_attention(kind, name):
   )  # fmt: skip
 
   @jax.jit
-  def both(query, key, value):
-    found = attention.attention_weights(query, key, **options)
+  def weights_product_and_output(query, key, value):
+    computed = attention.attention_weights(query, key, **options)
     v_BSNH = jnp.repeat(value, HEADS // KV_HEADS, axis=2)
-    again = jnp.einsum("BNTS,BSNH->BTNH", found.weights_BNTS, v_BSNH)
+    product = jnp.einsum("BNTS,BSNH->BTNH", computed.weights_BNTS, v_BSNH)
     out = attention.dot_product_attention(query, key, value, **options)
-    return found, again, out
+    return computed, product, out
 
-  found, again, out = both(query, key, value)
+  computed, product, out = weights_product_and_output(query, key, value)
   seen = visible(name).any(-1)[:, :, None, None]
   np.testing.assert_allclose(
-    np.where(seen, again, 0), np.where(seen, out, 0), rtol=1e-5, atol=1e-5
+    np.where(seen, product, 0), np.where(seen, out, 0), rtol=1e-5, atol=1e-5
   )
-  assert not found.weights_BNTS[~found.visible_BNTS].any()
+  assert not computed.weights_BNTS[~computed.visible_BNTS].any()
 
 
 def test_softmax_weights_refuse_a_bias():
@@ -182,20 +183,20 @@ def vit(**values):
   return config
 
 
-def test_every_layer_is_seen_with_what_it_is_given():
+def test_collect_sees_the_arguments_of_every_layer():
   config = vit(**{"model.positions": "rope", "attn.qk_norm": "layernorm"})
   _, params = setup.init(config)
   batch = next(iter(tasks.eval_batches(config, "test")))
 
   @jax.jit
-  def observed(params, batch):
-    return telemetry.observe(
+  def collected(params, batch):
+    return telemetry.collect(
       config, params, batch, lambda attn, q, k, v, **_: (q, v)
     )["encoder"]
 
   @jax.jit
-  def one_by_one(params, batch):
-    given = []
+  def layer_by_layer(params, batch):
+    qv = []
     model = setup.model(config, params)
     graphdef, states = nnx.split(model.encoder.blocks)
 
@@ -204,16 +205,16 @@ def test_every_layer_is_seen_with_what_it_is_given():
         block = nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], states))
         y_BTD = block.attn_residual.norm_in(x_BTD)
         q_BTNH = block.attn.query_norm(block.attn.query(y_BTD))
-        given.append((block.attn.rotate(q_BTNH), block.attn.value(y_BTD)))
+        qv.append((block.attn.rotate(q_BTNH), block.attn.value(y_BTD)))
         x_BTD = block(x_BTD, rng)
       return x_BTD
 
     model.encoder = stack
     tasks.get("vit").evaluate(config, model, batch)
-    return given
+    return qv
 
-  q_LBTNH, v_LBTNH = observed(params, batch)
-  for i, (q_BTNH, v_BTNH) in enumerate(one_by_one(params, batch)):
+  q_LBTNH, v_LBTNH = collected(params, batch)
+  for i, (q_BTNH, v_BTNH) in enumerate(layer_by_layer(params, batch)):
     np.testing.assert_allclose(q_LBTNH[i], q_BTNH, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(v_LBTNH[i], v_BTNH, rtol=1e-4, atol=1e-5)
 
@@ -221,13 +222,13 @@ def test_every_layer_is_seen_with_what_it_is_given():
 def test_weights_have_the_factor_that_the_layer_puts_on_its_rows():
   config = lm_sigmoid.get_config("runlocal")
   config.attn.row_power = 0.5
-  config.model.norm = "pre"  # so that A V W_out is what attention adds
+  config.model.norm = "pre"  # then attention adds exactly A V W_out
   _, params = setup.init(config)
   token = np.random.default_rng(0).integers(1, 50, (2, 13))
   segment = np.array([[1] * 8 + [2] * 5, [1] * 13])
   batch = {"token": token, "segment": segment, "weight": np.ones(2)}
 
-  def look(attn, query, key, value, *, streams, **options):
+  def measure(attn, query, key, value, *, streams, **options):
     weights_BNTS = attention_maps._weights(
       attn, query, key, value, streams=streams, **options
     )
@@ -238,23 +239,23 @@ def test_weights_have_the_factor_that_the_layer_puts_on_its_rows():
       weights_BNTS.sum(3).mean((0, 2)), sums["row_sum_mean"],
     )  # fmt: skip
 
-  again, added, rows, measured = jax.jit(
-    lambda *args: telemetry.observe(config, *args, look)
+  projected, added, rows, measured = jax.jit(
+    lambda *args: telemetry.collect(config, *args, measure)
   )(params, batch)["stack"]
-  np.testing.assert_allclose(again, added, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(projected, added, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(measured, rows, rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", layers.NORM_PLACES)
-def test_what_a_block_adds_to_the_stream_and_what_comes_of_it(norm):
+def test_norms_of_the_residual_stream_and_of_what_blocks_add(norm):
   config = vit(**{"model.norm": norm, "model.layer_scale": 0.3})
   _, params = setup.init(config)
   batch = next(iter(tasks.eval_batches(config, "test")))
   batch["weight"] = np.r_[np.ones(5), np.zeros(3)]
 
   @jax.jit
-  def both(params, batch):
-    found = telemetry.observe(config, params, batch, telemetry.statistics)
+  def measured_and_by_hand(params, batch):
+    measured = telemetry.collect(config, params, batch, telemetry.statistics)
     model = setup.model(config, params)
     graphdef, states = nnx.split(model.encoder.blocks)
     by_hand = []
@@ -279,13 +280,13 @@ def test_what_a_block_adds_to_the_stream_and_what_comes_of_it(norm):
 
     model.encoder = stack
     tasks.get("vit").evaluate(config, model, batch)
-    return found["encoder"], by_hand
+    return measured["encoder"], by_hand
 
-  found, by_hand = both(params, batch)
+  statistics, by_hand = measured_and_by_hand(params, batch)
   for layer, parts in enumerate(by_hand):
     for name, x_BTD in parts.items():
       expected = np.mean([np.linalg.norm(x_TD) for x_TD in x_BTD[:5]])
-      measured = found[f"{name}_norm"][layer]
+      measured = statistics[f"{name}_norm"][layer]
       np.testing.assert_allclose(measured, expected, rtol=1e-4, err_msg=name)
 
 
@@ -299,15 +300,16 @@ def test_padding_of_packed_rows_does_not_count():
   def measure(token, segment, weight):
     batch = {"token": token, "segment": segment, "weight": np.array(weight)}
     return jax.jit(
-      lambda *args: telemetry.observe(config, *args, telemetry.statistics)
+      lambda *args: telemetry.collect(config, *args, telemetry.statistics)
     )(params, batch)["stack"]
 
-  whole = measure(token, segment, [1.0, 1.0])
+  unpadded = measure(token, segment, [1.0, 1.0])
   padded = measure(
     np.pad(token, pad, constant_values=-1), np.pad(segment, pad), [1.0, 1.0]
   )
-  # The first of four padding tokens is what the last real one predicts: no
-  # input of a shorter row. Here it takes the place of the last real input.
+  # The model reads all tokens but the last. With four padding tokens it
+  # therefore also reads the last real token, which it does not read in the
+  # shorter row. `longer` reads it too, because it has one more token.
   longer = measure(
     np.pad(token, ((0, 0), (0, 1)), constant_values=7),
     np.pad(segment, ((0, 0), (0, 1)), mode="edge"),
@@ -318,10 +320,10 @@ def test_padding_of_packed_rows_does_not_count():
     np.concatenate([segment, segment[:1]]),
     [1.0, 1.0, 0.0],
   )
-  for name, x_LN in whole.items():
+  for name, x_LN in unpadded.items():
     np.testing.assert_allclose(padded[name], longer[name], rtol=1e-5)
     np.testing.assert_allclose(filled[name], x_LN, rtol=1e-5)
-  assert not np.allclose(padded["row_sum_mean"], whole["row_sum_mean"])
+  assert not np.allclose(padded["row_sum_mean"], unpadded["row_sum_mean"])
 
 
 def test_norms_are_of_modules_and_of_each_layer():
@@ -332,24 +334,22 @@ def test_norms_are_of_modules_and_of_each_layer():
     },
     "position": jnp.array([-2.0]),
   }
-  found = telemetry.norms(tree, [("stack",)])
-  assert found.keys() == {"embed", "stack", "position"}
-  assert float(found["embed"]) == 10.0
-  assert float(found["position"]) == 2.0
-  np.testing.assert_array_equal(found["stack"], [5.0, 10.0])
+  norms = telemetry.norms(tree, [("stack",)])
+  assert norms.keys() == {"embed", "stack", "position"}
+  assert float(norms["embed"]) == 10.0
+  assert float(norms["position"]) == 2.0
+  np.testing.assert_array_equal(norms["stack"], [5.0, 10.0])
 
 
-def test_a_run_with_telemetry_computes_what_it_does_without(
-  tmp_path, monkeypatch
-):
-  whole = tasks.eval_batches
+def test_telemetry_does_not_change_training(tmp_path, monkeypatch):
+  eval_batches = tasks.eval_batches
   monkeypatch.setattr(
-    tasks, "eval_batches", lambda *args: [next(iter(whole(*args)))]
+    tasks, "eval_batches", lambda *args: [next(iter(eval_batches(*args)))]
   )
   values = {"eval.every_steps": 0, "optim.schedule": "constant"}
   on = {"telemetry.every_steps": 2, "telemetry.examples": 3}
   train(vit(total_steps=5, **values), tmp_path / "off")
-  # Stopped and resumed: no line may be there twice or be missing.
+  # This run is stopped and resumed: no line may be missing or occur twice.
   train(vit(total_steps=3, **values, **on), tmp_path / "on")
   state = train(vit(total_steps=5, **values, **on), tmp_path / "on")
 
@@ -363,107 +363,28 @@ def test_a_run_with_telemetry_computes_what_it_does_without(
   assert not lines("off", "telemetry")
   plain = lines("on", "train")
   assert plain == lines("off", "train")
-  found = lines("on", "telemetry")
-  both = metrics.read(tmp_path / "on")
-  assert [x["step"] for x in both if x["split"] == "telemetry"] == [1, 2, 4]
-  for step, line in found.items():
+  measured = lines("on", "telemetry")
+  all_lines = metrics.read(tmp_path / "on")
+  assert [x["step"] for x in all_lines if x["split"] == "telemetry"] == [
+    1,
+    2,
+    4,
+  ]
+  for step, line in measured.items():
     numbers = {k: v for k, v in line.items() if k not in ("step", "split")}
     assert np.isfinite([*numbers.values()]).all()
     grads = [v for k, v in numbers.items() if k.startswith("grads_norm/")]
     total = np.linalg.norm(grads)
     assert total == pytest.approx(plain[step]["grad_norm"], rel=1e-5)
-  stream = [k for k in found[1] if k.startswith("residual_norm/")]
+  stream = [k for k in measured[1] if k.startswith("residual_norm/")]
   assert stream == [f"residual_norm/encoder/layer{i}" for i in range(2)]
-  # two layers of two heads; the classifier starts from zero
-  assert len([k for k in found[1] if k.startswith("entropy/encoder/")]) == 4
-  assert found[1]["params_norm/head"] == 0.0 < found[2]["params_norm/head"]
-  assert found[1]["mu_norm/head"] == pytest.approx(
-    0.1 * min(1, 1 / plain[1]["grad_norm"]) * found[1]["grads_norm/head"],
+  # There are two layers with two heads; the classifier starts from zero.
+  assert len([k for k in measured[1] if k.startswith("entropy/encoder/")]) == 4
+  assert (
+    measured[1]["params_norm/head"] == 0.0 < measured[2]["params_norm/head"]
+  )
+  assert measured[1]["mu_norm/head"] == pytest.approx(
+    0.1 * min(1, 1 / plain[1]["grad_norm"]) * measured[1]["grads_norm/head"],
     rel=1e-4,
   )
   assert int(state.step) == 5
-
-
-def test_example_is_the_one_of_its_number():
-  config = vit()
-  [batch] = [next(iter(tasks.eval_batches(config, "test")))]
-  found = attention_maps.example(config, 3)
-  np.testing.assert_array_equal(found["image"], batch["image"][3:4])
-  assert config.batch_size == 8
-  with pytest.raises(ValueError, match=r"example=2000; 'test' has 2000"):
-    attention_maps.example(config, 2000)
-  with pytest.raises(ValueError, match=r"example=-1"):
-    attention_maps.example(config, -1)
-
-
-@pytest.mark.parametrize("pool", ["mean", "class"])
-def test_how_much_attention_each_patch_gets(pool):
-  config = vit(**{"model.pool": pool})
-  tokens = 16 + (pool == "class")
-  weights = np.random.default_rng(0).random((2, 2, tokens, tokens))
-  found = tasks.get("vit").patch_attention(config, weights)
-  assert found.shape == (2, 2, 4, 4)
-  row_T = weights[1, 0].mean(0) if pool == "mean" else weights[1, 0, 0, 1:]
-  assert found[1, 0, 2, 3] == pytest.approx(row_T[2 * 4 + 3])
-
-
-@pytest.mark.parametrize(
-  ("module", "arg"),
-  [
-    (lm_sigmoid, "runlocal"),
-    (speech_sigmoid, "runlocal"),
-    (synthetic_sigmoid, "summation,runlocal"),
-    (synthetic_sigmoid, "recall,runlocal"),
-  ],
-)
-def test_every_token_that_attends_has_a_label(module, arg):
-  config = module.get_config(arg)
-  task, batch = tasks.get(config.task), attention_maps.example(config, 1)
-  labels = task.tick_labels(config, batch)
-  params = jax.eval_shape(lambda: setup.init(config)[1])
-  found = jax.eval_shape(
-    lambda *args: telemetry.observe(config, *args, attention_maps._weights),
-    params,
-    batch,
-  )
-  [shape] = [x.shape for x in found.values()]
-  assert shape[1] == 1
-  # Utterances are padded up to the length of their bucket.
-  assert len(labels) == shape[-1] or config.task == "speech"
-  assert 0 < len(labels) <= shape[-1]
-  assert all(isinstance(label, str) for label in labels)
-
-
-def test_maps_are_drawn_of_a_run(tmp_path, monkeypatch):
-  config = lm_sigmoid.get_config("runlocal")
-  _, params = setup.init(config)
-  monkeypatch.setattr(checkpoint, "load", lambda *_: (config, params, 2))
-  drawn = []
-  monkeypatch.setattr(
-    plots,
-    "matrices",
-    lambda *args: drawn.append(args) or plots._figure(1, 1)[0],
-  )
-  paths = attention_maps.draw(tmp_path, 1, tokens=5)
-  names = [f"example1_stack_layer{i}.png" for i in range(2)]
-  assert [path.name for path in paths] == names
-  assert Image.open(paths[0]).size[0] > 100
-  weights_NTS, labels, _ = drawn[1]
-  assert len(labels) == 5
-  # Causal: the first token sees itself alone.
-  assert weights_NTS.shape == (2, 32, 32)
-  assert (weights_NTS[:, 0, 0] > 0).all()
-  assert not weights_NTS[:, 0, 1:].any()
-
-
-def test_pictures_show_every_head():
-  weights = np.random.default_rng(0).random((5, 4, 4))
-  figure = plots.matrices(weights, ["a", "$", " "], "title")
-  shown = [ax.images[0].get_array() for ax in figure.axes]
-  assert len(shown) == 5
-  np.testing.assert_array_equal(shown[4], weights[4, :3, :3])
-  ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-  assert ticks == ["a", "$", "\u2423"]
-  image = np.zeros((8, 8, 3), np.uint8)
-  figure = plots.overlays(image, weights.reshape(5, 4, 2, 2))
-  assert [len(ax.images) for ax in figure.axes] == 5 * [1, 2, 2, 2, 2]

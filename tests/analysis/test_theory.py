@@ -1,4 +1,4 @@
-"""The inequalities of the theory, on random and on adversarial inputs."""
+"""The bounds and the universal model, on random and adversarial inputs."""
 
 import functools
 import math
@@ -29,10 +29,10 @@ def test_no_input_exceeds_the_bound(kind, mask_TT, num_heads):
   heads, xs = [], []
   for seed in range(8):
     key = jax.random.key(seed)
-    found = theory.inputs(key, T, D).values()
-    made = theory.random_heads(key, num_heads, D, D // num_heads)
-    heads += [made] * len(found)
-    xs += list(found)
+    inputs = theory.inputs(key, T, D).values()
+    random_heads = theory.random_heads(key, num_heads, D, D // num_heads)
+    heads += [random_heads] * len(inputs)
+    xs += list(inputs)
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *heads)
   norms, bounds = norm_and_bound(stacked, jnp.stack(xs))
   assert (norms <= 1.0001 * bounds).all()
@@ -52,15 +52,15 @@ def test_jacobian_norm_is_the_steepest_finite_difference(kind):
   heads = theory.random_heads(jax.random.key(0), 2, D, 2)
   x_TD = jax.random.normal(jax.random.key(1), (T, D))
   attend = jax.jit(functools.partial(theory.attend, heads, kind=kind))
-  found = float(theory.jacobian_norm(attend, x_TD))
+  norm = float(theory.jacobian_norm(attend, x_TD))
   step = jax.random.normal(jax.random.key(2), (T, D))
-  # Power iteration, forward by differences and back by the transpose.
+  # Power iteration: finite differences forward, the transpose backward.
   _, pullback = jax.vjp(attend, x_TD)
   for _ in range(30):
     step = step / jnp.linalg.norm(step)
     change = (attend(x_TD + 1e-2 * step) - attend(x_TD - 1e-2 * step)) / 2e-2
     (step,) = pullback(change)
-  assert float(jnp.linalg.norm(change)) == pytest.approx(found, rel=5e-3)
+  assert float(jnp.linalg.norm(change)) == pytest.approx(norm, rel=5e-3)
 
 
 def test_bound_is_flat_in_n_with_the_default_bias_and_linear_without():
@@ -111,19 +111,19 @@ def test_ball_bound_is_the_largest_of_the_bounds_in_the_ball():
       x_TD *= 1.2 / np.linalg.norm(x_TD, axis=1, keepdims=True)
       assert bound(heads, jnp.float32(x_TD)) <= 1.0001 * limit
   equal_TD = jnp.full((T, 2), 1.2 / math.sqrt(2))
-  found = float(theory.sigmoid_bound(heads, equal_TD))
-  assert found <= 1.0001 * theory.ball_bound("sigmoid", T, 1.2)
-  assert found > 0.8 * theory.ball_bound("sigmoid", T, 1.2)
+  bound = float(theory.sigmoid_bound(heads, equal_TD))
+  assert bound <= 1.0001 * theory.ball_bound("sigmoid", T, 1.2)
+  assert bound > 0.8 * theory.ball_bound("sigmoid", T, 1.2)
 
 
 def test_scaled_sigmoid_goes_to_the_exponential_with_the_stated_gap():
   u = np.linspace(-8, 8, 33)
   for n in (1, 10, 10_000):
-    found = theory.scaled_sigmoid(u, n)
+    scaled = theory.scaled_sigmoid(u, n)
     sigmoid = np.float64(jax.nn.sigmoid(jnp.float32(u - math.log(n))))
-    np.testing.assert_allclose(found, n * sigmoid, rtol=2e-5)
+    np.testing.assert_allclose(scaled, n * sigmoid, rtol=2e-5)
     gap = theory.scaled_sigmoid_gap(u, n)
-    np.testing.assert_allclose(np.exp(u) - found, gap, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(np.exp(u) - scaled, gap, rtol=1e-6, atol=1e-9)
     assert (gap <= np.exp(2 * u) / n).all()
     assert (gap > 0).all()
 

@@ -1,4 +1,4 @@
-"""The harness's scores of a small local task, against a count by hand."""
+"""The harness's scores of a small local task equal those of the plain model."""
 
 import json
 
@@ -41,10 +41,12 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def trained():
-  """Config, parameters, and a function of numbers (T,) to log p (T, V)."""
+  """Config, parameters, and a function from tokens (T,) to log p (T, V)."""
   config = lm_sigmoid.get_config("runlocal")
   _, params = setup.init(config)
-  params = jax.tree.map(lambda x: 2 * x, params)  # that prefer some to others
+  params = jax.tree.map(
+    lambda x: 2 * x, params
+  )  # larger differences between logits
   forward = jax.jit(lambda p, x: jax.nn.log_softmax(setup.model(config, p)(x)))
 
   def table(ids):
@@ -55,16 +57,16 @@ def trained():
 
 
 def log_p(trained, context, continuation):
-  """The sum over the continuation, of the plain forward pass."""
+  """Log-probability of the continuation by the plain forward pass."""
   config, _, table = trained
   tokenizer = text.tokenizer(config)
   [before], [after] = (tokenizer.encode([x]) for x in (context, continuation))
   ids = np.array([tokenizer.start, *before, *after], np.int32)
-  first, found = len(ids) - len(after), table(ids)
-  return sum(found[i - 1, ids[i]] for i in range(first, len(ids)))
+  first, log_p_TV = len(ids) - len(after), table(ids)
+  return sum(log_p_TV[i - 1, ids[i]] for i in range(first, len(ids)))
 
 
-def test_scores_equal_a_count_by_hand(trained, tmp_path):
+def test_scores_equal_the_plain_forward_pass(trained, tmp_path):
   from sigattn.inference import lm_eval as harness
 
   config, params, _ = trained
@@ -77,26 +79,26 @@ def test_scores_equal_a_count_by_hand(trained, tmp_path):
   )
   (tmp_path / "local_choice.yaml").write_text(TASK.format(path=path))
   model = harness.HarnessLM(config, params, batch_size=4, max_length=64)
-  found = lm_eval.simple_evaluate(
+  results = lm_eval.simple_evaluate(
     model,
     tasks=["local_choice"],
     task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path)),
     bootstrap_iters=0,
   )
-  right, right_by_length = 0, 0
+  correct, correct_by_length = 0, 0
   scores = []
   for question, choices, label in QUESTIONS:
     row = [log_p(trained, question, x) for x in choices]
     scores.append(row)
-    right += np.argmax(row) == label
+    correct += np.argmax(row) == label
     size = [len(x) for x in choices]
-    right_by_length += np.argmax(np.divide(row, size)) == label
-  result = found["results"]["local_choice"]
-  assert result["acc,none"] == right / 4
-  assert result["acc_norm,none"] == right_by_length / 4
-  for sample in found["samples"]["local_choice"]:
-    said = [x[0][0] for x in sample["resps"]]
-    np.testing.assert_allclose(said, scores[sample["doc_id"]], rtol=1e-4)
+    correct_by_length += np.argmax(np.divide(row, size)) == label
+  metrics = results["results"]["local_choice"]
+  assert metrics["acc,none"] == correct / 4
+  assert metrics["acc_norm,none"] == correct_by_length / 4
+  for sample in results["samples"]["local_choice"]:
+    log_probs = [x[0][0] for x in sample["resps"]]
+    np.testing.assert_allclose(log_probs, scores[sample["doc_id"]], rtol=1e-4)
 
 
 def test_rolling_and_generation(trained):
@@ -110,21 +112,21 @@ def test_rolling_and_generation(trained):
   def instance(kind, *args):
     return Instance(request_type=kind, doc={}, arguments=args, idx=0)
 
-  said = "And God said, Let"
-  [found] = model.loglikelihood_rolling(
-    [instance("loglikelihood_rolling", said)]
+  string = "And God said, Let"
+  [log_prob] = model.loglikelihood_rolling(
+    [instance("loglikelihood_rolling", string)]
   )
-  whole = log_p(trained, "", said[:8])
-  # Windows of 8: the second begins with the last token of the first, the last
-  # one has as much before its only token as there is room for.
-  for window, count in ((said[7:16], 8), (said[8:17], 1)):
+  expected = log_p(trained, "", string[:8])
+  # Windows have 8 tokens. The second begins with the last token of the first.
+  # The last has a single new token, after as many old ones as fit.
+  for window, count in ((string[7:16], 8), (string[8:17], 1)):
     [ids] = model._tokenizer.encode([window])
-    whole += sum(table(ids)[i, ids[i + 1]] for i in range(8 - count, 8))
-  assert found == pytest.approx(whole, rel=1e-4)
+    expected += sum(table(ids)[i, ids[i + 1]] for i in range(8 - count, 8))
+  assert log_prob == pytest.approx(expected, rel=1e-4)
 
   options = {"until": ["e"], "max_gen_toks": 12, "do_sample": False}
-  asked = [instance("generate_until", x, options) for x in ("In", "And God")]
+  requests = [instance("generate_until", x, options) for x in ("In", "And God")]
   greedy = generate.Generator(config, params)(
     ["In", "And God"], max_tokens=12, temperature=0
   )
-  assert model.generate_until(asked) == [x.split("e")[0] for x in greedy]
+  assert model.generate_until(requests) == [x.split("e")[0] for x in greedy]

@@ -1,4 +1,4 @@
-"""The optimizer against formulas."""
+"""The optimizer and its schedules equal their formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -78,18 +78,22 @@ def test_lr_groups_scale_the_update_and_not_the_decay():
 def test_adamw_equals_optax_adamw_on_the_decayed_parameters():
   config = make_config(schedule="constant", warmup_steps=0, clip_norm=0.0)
   config.optim.weight_decay = 0.1
-  ours = optim.make(config, PARAMS)
+  optimizer = optim.make(config, PARAMS)
   c = config.optim
   mask = {"layer": {"kernel": True, "bias": False}, "head": {"kernel": True}}
-  theirs = optax.adamw(
+  reference = optax.adamw(
     c.lr, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=0.1, mask=mask
   )
-  ours_state, theirs_state = ours.init(PARAMS), theirs.init(PARAMS)
+  state, reference_state = optimizer.init(PARAMS), reference.init(PARAMS)
   for step in range(3):
     grads = jax.tree.map(lambda x, s=step: jnp.sin(x + s), PARAMS)
-    a, ours_state = ours.update(grads, ours_state, PARAMS)
-    b, theirs_state = theirs.update(grads, theirs_state, PARAMS)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
+    updates, state = optimizer.update(grads, state, PARAMS)
+    expected, reference_state = reference.update(grads, reference_state, PARAMS)
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6),
+      updates,
+      expected,
+    )
 
 
 def test_clipping_is_by_the_norm_of_the_whole_gradient():
@@ -103,7 +107,7 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient():
   np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-5)
 
 
-def test_average_forgets_the_start_and_then_decays_as_asked():
+def test_average_forgets_the_start_and_then_decays_with_ema_decay():
   ema, params = {"w": jnp.array(0.0)}, {"w": jnp.array(1.0)}
   first = optim.average(ema, params, jnp.array(0), 0.999)
   late = optim.average(ema, params, jnp.array(10**6), 0.999)

@@ -1,0 +1,50 @@
+"""Figures: the lines, images and labels that they contain."""
+
+import numpy as np
+
+from sigattn.analysis import plots
+
+
+def telemetry_lines():
+  """The telemetry of a run: two heads in layer 0, one head in layer 1."""
+  return [
+    {
+      "step": step,
+      "split": "telemetry",
+      "entropy/encoder/layer0/head0": 1.0,
+      "entropy/encoder/layer0/head1": 3.0,
+      "entropy/encoder/layer1/head0": 0.1 * step,
+      "grads_norm/encoder/layer0": 1e-3,
+    }
+    for step in (2, 4)
+  ]
+
+
+def test_each_layer_is_a_line_over_its_heads():
+  groups = {
+    "sigmoid": [telemetry_lines(), telemetry_lines()],
+    "softmax": [telemetry_lines()],
+  }
+  figure = plots.layers_by_step(groups, "entropy")
+  assert [ax.get_title() for ax in figure.axes] == [*groups]
+  drawn = {
+    line.get_label(): list(zip(*line.get_data(), strict=True))
+    for line in figure.axes[0].lines
+  }
+  assert drawn == {
+    "encoder/layer0": [(2, 2.0), (4, 2.0)],
+    "encoder/layer1": [(2, 0.2), (4, 0.4)],
+  }
+
+
+def test_figures_show_every_head():
+  weights = np.random.default_rng(0).random((5, 4, 4))
+  figure = plots.matrices(weights, ["a", "$", " "], "title")
+  shown = [ax.images[0].get_array() for ax in figure.axes]
+  assert len(shown) == 5
+  np.testing.assert_array_equal(shown[4], weights[4, :3, :3])
+  ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+  assert ticks == ["a", "$", "\u2423"]
+  image = np.zeros((8, 8, 3), np.uint8)
+  figure = plots.overlays(image, weights.reshape(5, 4, 2, 2))
+  assert [len(ax.images) for ax in figure.axes] == 5 * [1, 2, 2, 2, 2]
