@@ -55,7 +55,7 @@ images = batch["image"][:8]
 predictions = model(tasks.get("vit").normalize(config.data, images)).argmax(-1)
 figure, row = plt.subplots(1, 8, figsize=(8, 1.4), layout="constrained")
 for axes, image, prediction, target in zip(
-  row, images, predictions, batch["label"], strict=False
+  row, images, predictions, batch["target"], strict=False
 ):
   axes.imshow(image[..., 0], cmap="gray_r")
   axes.set_title(f"{int(prediction)} ({int(target)})", fontsize="small")

@@ -37,7 +37,7 @@ COMMANDS = {
   ),
   "lm_eval": Command("sigattn.inference.lm_eval", ("workdir", "step")),
   "sweep": Command("sigattn.sweep", ("config",)),
-  "report": Command("sigattn.analysis.report", words="folders of runs"),
+  "report": Command("sigattn.analysis.report_html", words="folders of runs"),
   "attention_maps": Command(
     "sigattn.analysis.attention_maps", ("workdir", "step")
   ),

@@ -11,9 +11,6 @@ import rich.table
 from ml_collections import ConfigDict
 
 from sigattn.analysis import plots
-
-# sigattn.cli names this module as that of the command `report`.
-from sigattn.analysis.report_html import define_flags, run  # noqa: F401
 from sigattn.training import metrics, optim, run_dir
 
 

@@ -13,6 +13,10 @@ import zlib
 from collections.abc import Iterable
 from typing import BinaryIO
 
+from sigattn import extras
+
+extras.require("speech")
+
 import numpy as np
 import pyarrow.parquet
 import scipy.signal

@@ -14,6 +14,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from sigattn import extras
+
+extras.require("eval")
+
 import jax
 import jax.numpy as jnp
 import lm_eval

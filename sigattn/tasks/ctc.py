@@ -7,6 +7,10 @@ in sigattn/tasks/speech.py.
 
 import math
 
+from sigattn import extras
+
+extras.require("speech")
+
 import jiwer
 import numpy as np
 
