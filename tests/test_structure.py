@@ -23,7 +23,15 @@ ARROWS = {
   "validate": {"extras"},
   "stack": {"attention", "layers", "validate", "extras"},
   "data": {"validate", "extras"},
-  "tasks": {"stack", "layers", "attention", "positions", "data", "validate"},
+  "tasks": {
+    "stack",
+    "layers",
+    "attention",
+    "positions",
+    "data",
+    "validate",
+    "extras",
+  },
 }
 ARROWS["training"] = {"tasks", "data", "validate", "extras"}
 _ABOVE_TRAINING = {"training", *ARROWS["training"], *ARROWS["tasks"]}
