@@ -127,11 +127,17 @@ class _Gradients(NamedTuple):
 def _backward(problem, saved, d_out):
   query, key, value, operands = saved
   q_BTKGH, do_BTKGH = _group(query, problem), _group(d_out, problem)
+
+  def zeros(x):
+    return None if x is None else jnp.zeros(x.shape, _logits_dtype(problem))
+
   grads = _Gradients(
-    *(
-      None if x is None else jnp.zeros(x.shape, _logits_dtype(problem))
-      for x in (q_BTKGH, key, value, *operands[:1], *operands[2:4])
-    )
+    q_BTKGH=zeros(q_BTKGH),
+    k_BSKH=zeros(key),
+    v_BSKH=zeros(value),
+    bias=zeros(operands.bias),
+    logit_bias=zeros(operands.logit_bias),
+    alibi_slopes=zeros(operands.alibi_slopes),
   )
   for start, stop in _query_blocks(problem):
 
@@ -266,13 +272,10 @@ def _over_keys(add, total, problem, start, stop):
 
 def _key_range(problem, start, stop):
   """The keys that some query in start..stop sees by its position."""
-  low, high = 0, problem.key_len
-  if problem.is_causal:
-    high = min(high, stop)
-  if problem.window:
-    left, right = problem.window
-    low, high = max(low, start - left), min(high, stop + right)
-  return low, high
+  left, right = problem.bounds
+  low = 0 if left is None else max(start - left, 0)
+  high = problem.key_len if right is None else stop + right
+  return low, min(high, problem.key_len)
 
 
 def _inputs(problem, operands, block, q_BTKGH, k_BSKH, v_BSKH, *do_BTKGH):

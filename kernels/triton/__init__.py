@@ -8,13 +8,11 @@ and dk with dv, without atomics: the same numbers at every run.
 
 import functools
 import importlib.util
-import math
 
 import jax
 import jax.numpy as jnp
 
-from sigattn.kernels import batching_and_sharding, device, numerics, segments
-from sigattn.kernels.problem import Operands
+from sigattn.kernels import device, differentiation, numerics, segments
 from sigattn.kernels.triton import tiles
 
 _PACKAGES = {"triton": "triton", "jax_triton": "jax-triton"}
@@ -58,43 +56,11 @@ def attention(query, key, value, operands, problem):
   """
   asked = jax.config.jax_default_matmul_precision
   precision = _PRECISIONS.get(asked, "ieee")
-  return _attention(problem, precision, query, key, value, operands)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(problem, precision, query, key, value, operands):
-  compute = functools.partial(_forward, precision)
-  (out,) = batching_and_sharding.over_batch(
-    compute, ("BTNH",), problem, query, key, value, operands
-  )
-  return out
-
-
-def _save_inputs(problem, precision, query, key, value, operands):
-  out = _attention(problem, precision, query, key, value, operands)
-  return out, (query, key, value, operands)
-
-
-def _pull_back(problem, precision, saved, d_out):
-  query, key, value, operands = saved
-  compute = functools.partial(_backward, precision)
-  *d_inputs, d_bias_BN, d_slopes_BN = batching_and_sharding.over_batch(
-    compute, ("BTNH", "BSKH", "BSKH", "BN", "BN"),
-    problem, query, key, value, operands, d_out,
+  return differentiation.attention(
+    functools.partial(_forward, precision),
+    functools.partial(_backward, precision),
+    problem, query, key, value, operands,
   )  # fmt: skip
-  inputs = query, key, value
-  d_operands = Operands()._replace(
-    logit_bias=batching_and_sharding.head_cotangent(
-      d_bias_BN, operands.logit_bias
-    ),
-    alibi_slopes=batching_and_sharding.head_cotangent(
-      d_slopes_BN, operands.alibi_slopes
-    ),
-  )
-  return *map(batching_and_sharding.cotangent, d_inputs, inputs), d_operands
-
-
-_attention.defvjp(_save_inputs, _pull_back)
 
 
 def _forward(precision, problem, query, key, value, operands):
@@ -103,8 +69,9 @@ def _forward(precision, problem, query, key, value, operands):
   return forward(problem, precision, tile, query, key, value, operands)
 
 
-def _backward(precision, problem, query, key, value, operands, d_out):
+def _backward(precision, trained, problem, query, key, value, operands, d_out):
   """(dq, dk, dv, dlogit_bias (B, N), dslopes (B, N)), the last two float32."""
+  del trained  # The last two cost next to nothing.
   arrays = query, key, value, operands, d_out.astype(query.dtype)
   d_q, d_bias, d_slopes = backward_q(
     problem, precision, _tile(problem, "backward_q"), *arrays
@@ -213,9 +180,7 @@ def constants(direction, problem, precision, tile):
 
   scales = _scales(problem)
   activation, shapes = _activation(problem), problem.shapes
-  left, right = problem.window or (None, None)
-  if problem.is_causal:  # the keys j <= i + 0
-    right = 0
+  left, right = problem.bounds
 
   def stride(shape):
     # None: there are none; 0: all examples share them.
@@ -248,18 +213,9 @@ def constants(direction, problem, precision, tile):
 def _scales(problem):
   """The constant factors that the kernels leave out of their sums."""
   activation = _activation(problem)
-  p_scale = d_z_scale = 1.0
-  if problem.dtype == "float16" and problem.kind == "sigmoid":
-    # Normal numbers begin at 2^-14 = e^-9.7. Weights are at most 1, and 1 + t
-    # at most 2. What their gradients reach depends on do v^T: these are lifted
-    # to e^-8 times that, so that 64 of it may meet a saturated weight.
-    p_scale = 2.0**14
-    bias = problem.logit_bias
-    bias = -math.log(problem.key_len) if bias is None else bias
-    d_z_scale = 2.0 ** min(max(round(-bias / math.log(2)) - 11, 0), 12)
-  elif problem.dtype == "float16" and problem.kind == "relu2":
-    # Squares leave the range from 256 on.
-    p_scale = 2.0 ** -max(round(math.log2(problem.normalizer)), 0)
+  # The gradients of tanh's weights are four times those of sigmoid's, 1 + t
+  # twice the weights.
+  p_scale, d_z_scale = numerics.float16_scales(problem, headroom=11)
   twice = {"tanh": 2.0}.get(activation, 1.0)
   slopes = {"tanh": 4.0, "relu2": 0.5}.get(activation, 1.0)
   sum_scale = 1 / (slopes * d_z_scale * problem.normalizer)

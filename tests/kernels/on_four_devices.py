@@ -27,9 +27,9 @@ def forward(precision, problem, query, key, value, operands):
   return (xla.reference(query, key, value, operands, problem),)
 
 
-def backward(precision, problem, query, key, value, operands, d_out):
+def backward(precision, trained, problem, query, key, value, operands, d_out):
   """As the kernels: the operands' gradients not yet summed over examples."""
-  del precision
+  del precision, trained
   heads = problem.batch, problem.num_heads
   operands = operands._replace(
     logit_bias=jnp.broadcast_to(operands.logit_bias, heads),

@@ -69,7 +69,7 @@ def test_16_bit_of_many_blocks(case, dtype, implementation):
   compare.assert_16_bit(larger(case, 13, implementation), dtype)
 
 
-@pytest.mark.parametrize("width", tiles.ADDED)
+@pytest.mark.parametrize("width", tiles.FUSED_BACKWARD)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_16_bit_of_what_long_sequences_take(
   case, width, implementation, monkeypatch
@@ -77,11 +77,11 @@ def test_16_bit_of_what_long_sequences_take(
   if implementation != "mosaic":
     pytest.skip("has one way")
   monkeypatch.setattr(tiles, "LONG", 0)
-  added = {
+  everywhere = {
     width: dataclasses.replace(x, open=0, masked=0)
-    for width, x in tiles.ADDED.items()
+    for width, x in tiles.FUSED_BACKWARD.items()
   }
-  monkeypatch.setattr(tiles, "ADDED", added)
+  monkeypatch.setattr(tiles, "FUSED_BACKWARD", everywhere)
   case = dataclasses.replace(larger(case, 13, implementation), width=width)
   compare.assert_16_bit(case, "bfloat16")
 
@@ -135,10 +135,10 @@ def test_each_gpu_of_a_mesh_computes_its_part(axis, manual):
   count = 2
   rng = np.random.default_rng(0)
   query, key, value, d_out = (
-    jnp.asarray(rng.standard_normal((4, 512, 4, 64)), "bfloat16")
+    jnp.asarray(rng.standard_normal((4, 1024, 4, 64)), "bfloat16")
     for _ in range(4)
   )
-  arrays = query, key, value, jnp.full((4,), -6.0), jnp.array([9, 512, 77, 300])
+  arrays = query, key, value, jnp.full((4,), -6.0), jnp.array([9, 1024, 77, 300])
 
   def attend(query, key, value, bias, lengths):
     return sigattn.dot_product_attention(
