@@ -41,9 +41,9 @@ def float16_scales(problem, headroom):
 
   Normal numbers begin at 2^-14 = e^-9.7, and sigmoid's weights are at most 1:
   weight_scale is 2^14. What dz = phi'(z) (do v^T) reaches depends on do v^T:
-  for the usual weights, of about e^b, it is lifted to 2^-headroom of it, so
-  that values of up to 2^(headroom - 2) may meet a weight of 1 / 2. Squares of
-  relu leave the range from 256 on, and are divided by the normalizer at once.
+  for the usual weights, of about e^b, dz is lifted to 2^-headroom of it, by
+  2^12 at most. Squares of relu leave the range from 256 on, and are divided by
+  the normalizer at once.
   """
   if problem.dtype == "float16" and problem.kind == "sigmoid":
     bias = problem.logit_bias

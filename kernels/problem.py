@@ -180,7 +180,7 @@ def _window(window):
 def _check_operands(p, operands):
   logits = (p.batch, p.num_heads, p.query_len, p.key_len)
   per_head = (p.batch, p.num_heads)
-  wanted = Operands(
+  full_shapes = Operands(
     bias=logits,
     mask=logits,
     logit_bias=per_head,
@@ -195,7 +195,7 @@ def _check_operands(p, operands):
     bias=range(4), mask=range(4), logit_bias=(0,), alibi_slopes=(0,)
   )
   for name, shape, full, axes in zip(
-    Operands._fields, p.shapes, wanted, free, strict=True
+    Operands._fields, p.shapes, full_shapes, free, strict=True
   ):
     if shape is not None and not _fits(shape, full, axes or ()):
       raise ValueError(f"{name}.shape={shape}; must broadcast to {full}")

@@ -157,11 +157,11 @@ def _add_gradients(
   grads, problem, operands, block, q_BTKGH, k_BSKH, v_BSKH, do_BTKGH, visible
 ):
   z_BKGTS = _logits(q_BTKGH, k_BSKH, operands, problem, block)
-  p_BKGTS, slope_BKGTS = _activation(z_BKGTS, problem)
+  p_BKGTS, derivative_BKGTS = _activation(z_BKGTS, problem)
   dp_BKGTS = _einsum("BTKGH,BSKH->BKGTS", do_BTKGH, v_BSKH, problem)
   # After both factors: neither a hidden weight nor a hidden NaN comes through.
   p_BKGTS = _only(visible, p_BKGTS)
-  dz_BKGTS = _only(visible, slope_BKGTS * dp_BKGTS)
+  dz_BKGTS = _only(visible, derivative_BKGTS * dp_BKGTS)
 
   dq = _product("BKGTS,BSKH->BTKGH", dz_BKGTS, k_BSKH, problem)
   dk = _product("BKGTS,BTKGH->BSKH", dz_BKGTS, q_BTKGH, problem)
@@ -310,15 +310,15 @@ def _activation(z, problem):
   """The weights activation(z) / normalizer, and their derivative by z."""
   if problem.kind == "sigmoid":
     p = lax.logistic(z)
-    slope = p * (1 - p)
+    derivative = p * (1 - p)
   elif problem.kind == "relu":
-    p, slope = jnp.maximum(z, 0), (z > 0).astype(z.dtype)
+    p, derivative = jnp.maximum(z, 0), (z > 0).astype(z.dtype)
   else:
     p = jnp.maximum(z, 0)
-    p, slope = p * p, 2 * p
+    p, derivative = p * p, 2 * p
   if problem.normalizer == 1:
-    return p, slope
-  return p / problem.normalizer, slope / problem.normalizer
+    return p, derivative
+  return p / problem.normalizer, derivative / problem.normalizer
 
 
 def _logits(q_BTKGH, k_BSKH, operands, problem, block):

@@ -27,9 +27,8 @@ from sigattn.kernels.mosaic.weights import Form
 from sigattn.kernels.problem import Operands, Problem
 
 _ALIGNED = 8  # Sequences are padded to a multiple of it for the copy engine.
-# The products for dq and dk leave the factors of logits to the end. dz of
-# float16 is lifted to 2^-9 of do v^T for the usual weights, so that values of
-# up to 2^7 may meet a weight of 1 / 2.
+# dz of float16 is lifted to 2^-9 of do v^T for the usual weights, so that some
+# of 2^7 may meet a weight of 1 / 2.
 _HEADROOM = 9
 
 

@@ -83,10 +83,12 @@ def check_run(mesh):
     jnp.asarray(rng.standard_normal((4, 1024, 2, 64)), "bfloat16")
     for _ in range(4)
   ]
-  wanted = gradients("xla", *(x.astype("float32") for x in arrays))
+  expected = gradients("xla", *(x.astype("float32") for x in arrays))
   arrays = [jax.device_put(x, meshes.batch(mesh)) for x in arrays]
-  found = jax.jit(gradients, static_argnums=0)("mosaic", *arrays)
-  for name, x, y in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
+  actual = jax.jit(gradients, static_argnums=0)("mosaic", *arrays)
+  for name, x, y in zip(
+    ("out", "dq", "dk", "dv"), actual, expected, strict=True
+  ):
     if x.sharding.num_devices != 4 or compare.error(x, y) > 4e-3:
       raise SystemExit(f"{name}: {x.sharding}, {compare.error(x, y)}")
 

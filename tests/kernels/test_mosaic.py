@@ -147,8 +147,8 @@ def test_gradients_on_the_mesh_of_the_training_program():
   ],
 )
 def test_what_it_declines(capability, change, reason, monkeypatch):
-  found = device.Device("Testing", capability)
-  compare.use_only(monkeypatch, "mosaic", found)
+  card = device.Device("Testing", capability)
+  compare.use_only(monkeypatch, "mosaic", card)
   problem = dataclasses.replace(tune_triton.example(64, "bfloat16"), **change)
   assert mosaic.unsupported(problem) == reason
 
@@ -202,11 +202,11 @@ def test_gradients_of_slopes_are_summed_only_where_they_are_wanted(
   argnums, monkeypatch
 ):
   compare.use_only(monkeypatch, "mosaic", H100)
-  asked = []
+  requested = []
   run = dkv.run
 
   def spy(*args, sums):
-    asked.append(sums)
+    requested.append(sums)
     return run(*args, sums=sums)
 
   monkeypatch.setattr(dkv, "run", spy)
@@ -219,7 +219,7 @@ def test_gradients_of_slopes_are_summed_only_where_they_are_wanted(
   slopes = jax.ShapeDtypeStruct((2,), "float32")
   gradients = jax.jit(jax.grad(loss, argnums))
   gradients.trace(x, x, x, slopes).lower(lowering_platforms=("cuda",))
-  assert set(asked) == {3 in argnums}
+  assert set(requested) == {3 in argnums}
 
 
 @pytest.mark.parametrize("width", [64, 128])
@@ -239,13 +239,15 @@ def test_no_program_gets_much_more_than_its_share(
   tile = of_width.forward if of_queries else of_width.dkv
   schedule = host._schedule(problem, tile)
   rows = tile.stationary
-  theirs = [row[1 : 1 + row[0]] for row in schedule.table]
+  tiles_of_programs = [row[1 : 1 + row[0]] for row in schedule.table]
   heads, count = problem.batch * problem.num_heads, length // rows
-  assert sorted(np.concatenate(theirs)) == list(range(heads * count))
+  assert sorted(np.concatenate(tiles_of_programs)) == list(range(heads * count))
   # A tile's beginning and end count as a block.
   costs = 1 + np.arange(1, count + 1) * rows // tile.streamed
   costs = costs if of_queries else costs[::-1]
-  loads = np.array([costs[of_one % count].sum() for of_one in theirs])
+  loads = np.array(
+    [costs[of_one % count].sum() for of_one in tiles_of_programs]
+  )
   assert loads.max() < 1.03 * loads.mean()
 
 
@@ -256,5 +258,5 @@ def test_blocks_seen_are_those_that_kernels_visit(bounds):
   low, _, _, high = blocks.visible_blocks(
     first, first + rows - 1, *bounds, block, length
   )
-  found = blocks.count_visible(count, rows, *bounds, block, length)
-  np.testing.assert_array_equal(found, high - low)
+  actual = blocks.count_visible(count, rows, *bounds, block, length)
+  np.testing.assert_array_equal(actual, high - low)
