@@ -165,8 +165,8 @@ def prepare(table, field):
       return calls
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    found = dict(zip(pairs, pool.map(run, pairs), strict=True))
-  return {pair: calls for pair, calls in found.items() if calls}
+    prepared = dict(zip(pairs, pool.map(run, pairs), strict=True))
+  return {pair: calls for pair, calls in prepared.items() if calls}
 
 
 def speed(cell, field, prepared):
@@ -179,10 +179,10 @@ def speed(cell, field, prepared):
     if baseline.compiled and (cell, baseline) not in prepared:
       continue  # What went wrong was said when it was prepared.
     with _reported(baseline, cell):
-      found = prepared.get((cell, baseline)) or baseline.calls(cell)
+      by_pass = prepared.get((cell, baseline)) or baseline.calls(cell)
       for direction in baselines.PASSES:
-        baseline.wait(found[direction]())
-      calls |= {(baseline, direction): found[direction] for direction in found}
+        baseline.wait(by_pass[direction]())
+      calls |= {(baseline, name): call for name, call in by_pass.items()}
   rounds = {key: [] for key in calls}
   for _ in range(_ROUNDS):
     for (baseline, direction), call in calls.items():
@@ -190,7 +190,7 @@ def speed(cell, field, prepared):
         time = milliseconds(call, baseline.wait, repeats=1)
         rounds[baseline, direction].append(time)
   times = {key: statistics.median(x) for key, x in rounds.items() if x}
-  for (baseline, direction), found in times.items():
+  for (baseline, direction), time in times.items():
     softmax = [t for (r, d), t in times.items() if r.softmax and d == direction]
     yield {
       "implementation": baseline.name,
@@ -202,9 +202,9 @@ def speed(cell, field, prepared):
       "causal": cell.causal,
       "padding": cell.padding,
       "dtype": "bfloat16",
-      "milliseconds": round(found, 4),
-      "tflops": round(cell.flops(direction) / found / 1e9, 1),
-      "ratio_to_best_softmax": round(min(softmax) / found, 3)
+      "milliseconds": round(time, 4),
+      "tflops": round(cell.flops(direction) / time / 1e9, 1),
+      "ratio_to_best_softmax": round(min(softmax) / time, 3)
       if softmax
       else None,
     }
@@ -275,8 +275,8 @@ def plot(path):
   """
   from matplotlib import pyplot
 
-  found = json.loads(path.read_text())
-  rows = [r for r in found["rows"] if not r["padding"] and r["seq_len"] >= 512]
+  result = json.loads(path.read_text())
+  rows = [r for r in result["rows"] if not r["padding"] and r["seq_len"] >= 512]
   names = list(dict.fromkeys(r["implementation"] for r in rows))
   panels = [
     (width, direction)
@@ -314,7 +314,7 @@ def plot(path):
     frameon=False,
   )  # fmt: skip
   figure.suptitle(
-    f"{found['device']}, bfloat16, 16,384 tokens; dashed: causal", fontsize=11
+    f"{result['device']}, bfloat16, 16,384 tokens; dashed: causal", fontsize=11
   )
   figure.savefig(path.with_suffix(".png"), dpi=110)
   return path.with_suffix(".png")
@@ -335,7 +335,7 @@ def _cpu(lengths):
   }
 
 
-def _write(name, device, found):
+def _write(name, device, measurements):
   result = {
     "device": device,
     "date": datetime.date.today().isoformat(),
@@ -344,7 +344,7 @@ def _write(name, device, found):
   }
   path = _FOLDER / f"{name}.json"
   path.parent.mkdir(exist_ok=True)
-  path.write_text(json.dumps(result | found, indent=1) + "\n")
+  path.write_text(json.dumps(result | measurements, indent=1) + "\n")
   return path.relative_to(_FOLDER.parents[1])
 
 
@@ -365,7 +365,7 @@ def main():
     "--plot", type=pathlib.Path, help="draws this file, and measures nothing"
   )
   arguments = parser.parse_args()
-  asked = set()
+  chosen = set()
   for part in arguments.baselines:
     names = {
       x.name for x in baselines.BASELINES if part.lower() in x.name.lower()
@@ -373,7 +373,7 @@ def main():
     if not names:
       known = ", ".join(baseline.name for baseline in baselines.BASELINES)
       parser.error(f"--baselines {part}: no part of {known}")
-    asked |= names
+    chosen |= names
   if arguments.plot:
     if not arguments.plot.is_file():
       parser.error(f"--plot {arguments.plot}: there is no such file")
@@ -386,7 +386,7 @@ def main():
     return
   field = []
   for baseline in baselines.BASELINES:
-    if baseline.name not in asked:
+    if baseline.name not in chosen:
       continue
     if baseline.installed:
       field.append(baseline)

@@ -56,7 +56,7 @@ class Resources(NamedTuple):
 
 
 def resources(problem, direction, tile, capability):
-  """What the machine code of a kernel needs; no GPU is asked."""
+  """What the machine code of a kernel needs; it needs no GPU."""
   import triton
   from triton.backends.compiler import GPUTarget
   from triton.compiler import ASTSource
@@ -65,19 +65,19 @@ def resources(problem, direction, tile, capability):
 
   kernel = getattr(kernels, direction)
   names = kernel.arg_names
-  told = constants(direction, problem, "ieee", tile)
+  constexprs = constants(direction, problem, "ieee", tile)
   short = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
   types = dict.fromkeys(names, short[problem.dtype])
   types |= dict.fromkeys(FLOATS, "*fp32")
   types |= dict.fromkeys(INTEGERS, "*i32")
-  types |= dict.fromkeys(told, "constexpr")
+  types |= dict.fromkeys(constexprs, "constexpr")
   aligned = [["tt.divisibility", 16]]
   compiled = triton.compile(
     ASTSource(
       kernel,
       {name: types[name] for name in names},
-      told,
-      {(i,): aligned for i, x in enumerate(names) if x not in told},
+      constexprs,
+      {(i,): aligned for i, x in enumerate(names) if x not in constexprs},
     ),
     target=GPUTarget("cuda", capability, 32),
     options=dict(num_warps=tile.num_warps, num_stages=tile.num_stages),
@@ -134,12 +134,12 @@ def check(cards, dtypes, widths, passes, examples):
   ):
     problem = EXAMPLES[name](width, dtype)
     chosen = tiles.tile(problem, direction, capability)
-    found = resources(problem, direction, chosen, capability)
-    good &= (fits := found.fit(capability))
+    needs = resources(problem, direction, chosen, capability)
+    good &= (fits := needs.fit(capability))
     print(
       f"sm_{capability} {dtype:8} {width:3} {direction:11} {name:10} "
-      f"{' x '.join(map(str, chosen)):18} {found.registers:3} registers, "
-      f"{found.spilled} B spilled, {found.shared / 1024:.0f} KiB shared"
+      f"{' x '.join(map(str, chosen)):18} {needs.registers:3} registers, "
+      f"{needs.spilled} B spilled, {needs.shared / 1024:.0f} KiB shared"
       f"{'' if fits else '  DOES NOT FIT'}",
       flush=True,
     )
@@ -220,10 +220,10 @@ def fastest(times):
       counts.
   """
   groups = {}
-  for job, found in times.items():
+  for job, time in times.items():
     key = tiles.bits_of(job.dtype), job.direction, job.width
     case = job.dtype, job.length, job.causal
-    groups.setdefault(key, {}).setdefault(job.tile, {})[case] = found
+    groups.setdefault(key, {}).setdefault(job.tile, {})[case] = time
   capability = device.current().capability
   chosen = {}
   for (bits, direction, width), by_tile in groups.items():
@@ -239,7 +239,7 @@ def fastest(times):
     }
     for candidate in sorted(whole, key=whole.get):
       needs = (resources(x, direction, candidate, capability) for x in examples)
-      if all(found.fit(capability) for found in needs):
+      if all(x.fit(capability) for x in needs):
         chosen[bits, direction, width] = candidate
         break
   return chosen
@@ -247,16 +247,16 @@ def fastest(times):
 
 def write(chosen, short=False, path=TABLE):
   """Puts the tiles into the table of the card at hand."""
-  found = device.current()
+  card_at_hand = device.current()
   table = json.loads(TABLE.read_text())
-  near = max(x for x in map(int, table) if x <= found.capability)
+  near = max(x for x in map(int, table) if x <= card_at_hand.capability)
   card = json.loads(json.dumps(table[str(near)]))
   for (bits, direction, width), best in chosen.items():
     table_of = card.setdefault("short", {}) if short else card["tiles"]
     passes = table_of.setdefault(bits, {}).setdefault(direction, {})
     passes[str(width)] = best
-  table[str(found.capability)] = card | {
-    "device": found.kind,
+  table[str(card_at_hand.capability)] = card | {
+    "device": card_at_hand.kind,
     "date": datetime.date.today().isoformat(),
   }
   text = json.dumps(table, indent=2)
@@ -306,11 +306,11 @@ def main():
     for tile in candidates(direction, width, dtype)
   ]
   times = {}
-  for job, found in measure(jobs, args.processes):
-    ok = isinstance(found, float)
-    print(*job[:-1], *job.tile, f"{found:.4f} ms" if ok else found, flush=True)
+  for job, time in measure(jobs, args.processes):
+    ok = isinstance(time, float)
+    print(*job[:-1], *job.tile, f"{time:.4f} ms" if ok else time, flush=True)
     if ok:
-      times[job] = found
+      times[job] = time
   write(fastest(times), short)
   print(f"written to {TABLE}")
 

@@ -71,9 +71,9 @@ def over_batch(compute, outputs, problem, query, key, value, operands, *d_out):
       _fold(x, size if b else None, size, problem.batch, a)
       for x, b, a in zip(arrays, batched, axes, strict=True)
     ]
-    found = over_batch(compute, outputs, *arguments(arrays))
-    found = tuple(x.reshape(size, -1, *x.shape[1:]) for x in found)
-    return found, (True,) * len(found)
+    results = over_batch(compute, outputs, *arguments(arrays))
+    results = tuple(x.reshape(size, -1, *x.shape[1:]) for x in results)
+    return results, (True,) * len(results)
 
   return call(*arrays)
 
@@ -133,11 +133,11 @@ def shards(query, key, value, operands):
     batch, None, heads if key.shape[2] > 1 else None, None
   )
   inputs = of_queries, of_keys, of_keys
-  for name, found, spec in zip(_NAMES, types, inputs, strict=True):
-    if found.spec != spec:
+  for name, sharding, spec in zip(_NAMES, types, inputs, strict=True):
+    if sharding.spec != spec:
       raise ValueError(
-        f"{name} is sharded as {found.spec}, not {spec}: only batch and heads"
-        " may be split, and are alike in query, key and value (jax.reshard)"
+        f"{name} is sharded as {sharding.spec}, not {spec}: only batch and"
+        " heads may be split, and alike in query, key and value (jax.reshard)"
       )
   names = {"B": batch, "N": heads}
 

@@ -33,10 +33,30 @@ def exact_sigmoid(problem):
   return problem.logit_bias < bounds["alibi" if alibi else "plain"]
 
 
+def float16_scales(problem, headroom):
+  """(weight_scale, dz_scale), powers of two against underflow in float16.
+
+  A kernel multiplies weights and gradients of logits by them before it rounds
+  to 16 bits, and divides the sums by them. Both are 1 in other dtypes.
+
+  Normal numbers begin at 2^-14 = e^-9.7, and sigmoid's weights are at most 1:
+  weight_scale is 2^14. What dz = phi'(z) (do v^T) reaches depends on do v^T:
+  for the usual weights, of about e^b, dz is lifted to 2^-headroom of it, by
+  2^12 at most. Squares of relu leave the range from 256 on, and are divided by
+  the normalizer at once.
+  """
+  if problem.dtype == "float16" and problem.kind == "sigmoid":
+    bias = problem.logit_bias
+    bias = -math.log(problem.key_len) if bias is None else bias
+    lift = min(max(round(-bias / math.log(2)) - headroom, 0), 12)
+    return 2.0**14, 2.0**lift
+  if problem.dtype == "float16" and problem.kind == "relu2":
+    return 2.0 ** -max(round(math.log2(problem.normalizer)), 0), 1.0
+  return 1.0, 1.0
+
+
 def _nearest(problem):
   """The least distance |i + S - T - j| that ALiBi puts on a visible key."""
   offset = problem.key_len - problem.query_len
-  left, right = problem.window or (math.inf, math.inf)
-  if problem.is_causal:
-    right = 0
+  left, right = (math.inf if x is None else x for x in problem.bounds)
   return max(offset - right, -offset - left, 0)

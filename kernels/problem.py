@@ -27,6 +27,13 @@ class Operands(NamedTuple):
   key_value_segment_ids: Any = None  # (B, S) int32
 
 
+# The operands that hold integers.
+INTEGERS = (
+  "query_seq_lengths", "key_value_seq_lengths", "query_segment_ids",
+  "key_value_segment_ids",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
   """Everything about one attention but the numbers in its arrays.
@@ -49,6 +56,15 @@ class Problem:
   is_causal: bool
   window: tuple[int, int] | None  # keys to the left and right of a query
   shapes: Operands  # the shape of each operand, or None
+
+  @property
+  def bounds(self):
+    """(left, right): query i sees the keys i - left .. i + right by position.
+
+    None: no bound on that side. A causal mask is right = 0: the keys j <= i.
+    """
+    left, right = self.window or (None, None)
+    return left, 0 if self.is_causal else right
 
   @property
   def masked_by_data(self):
@@ -164,7 +180,7 @@ def _window(window):
 def _check_operands(p, operands):
   logits = (p.batch, p.num_heads, p.query_len, p.key_len)
   per_head = (p.batch, p.num_heads)
-  wanted = Operands(
+  full_shapes = Operands(
     bias=logits,
     mask=logits,
     logit_bias=per_head,
@@ -179,7 +195,7 @@ def _check_operands(p, operands):
     bias=range(4), mask=range(4), logit_bias=(0,), alibi_slopes=(0,)
   )
   for name, shape, full, axes in zip(
-    Operands._fields, p.shapes, wanted, free, strict=True
+    Operands._fields, p.shapes, full_shapes, free, strict=True
   ):
     if shape is not None and not _fits(shape, full, axes or ()):
       raise ValueError(f"{name}.shape={shape}; must broadcast to {full}")
@@ -188,7 +204,7 @@ def _check_operands(p, operands):
       f"mask.dtype={operands.mask.dtype.name}; must be bool (what is to be "
       "added to the logits goes to bias)"
     )
-  for name in Operands._fields[4:]:
+  for name in INTEGERS:
     array = getattr(operands, name)
     if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
       raise ValueError(f"{name}.dtype={array.dtype.name}; must be an integer")

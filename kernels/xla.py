@@ -127,11 +127,17 @@ class _Gradients(NamedTuple):
 def _backward(problem, saved, d_out):
   query, key, value, operands = saved
   q_BTKGH, do_BTKGH = _group(query, problem), _group(d_out, problem)
+
+  def zeros(x):
+    return None if x is None else jnp.zeros(x.shape, _logits_dtype(problem))
+
   grads = _Gradients(
-    *(
-      None if x is None else jnp.zeros(x.shape, _logits_dtype(problem))
-      for x in (q_BTKGH, key, value, *operands[:1], *operands[2:4])
-    )
+    q_BTKGH=zeros(q_BTKGH),
+    k_BSKH=zeros(key),
+    v_BSKH=zeros(value),
+    bias=zeros(operands.bias),
+    logit_bias=zeros(operands.logit_bias),
+    alibi_slopes=zeros(operands.alibi_slopes),
   )
   for start, stop in _query_blocks(problem):
 
@@ -151,11 +157,11 @@ def _add_gradients(
   grads, problem, operands, block, q_BTKGH, k_BSKH, v_BSKH, do_BTKGH, visible
 ):
   z_BKGTS = _logits(q_BTKGH, k_BSKH, operands, problem, block)
-  p_BKGTS, slope_BKGTS = _activation(z_BKGTS, problem)
+  p_BKGTS, derivative_BKGTS = _activation(z_BKGTS, problem)
   dp_BKGTS = _einsum("BTKGH,BSKH->BKGTS", do_BTKGH, v_BSKH, problem)
   # After both factors: neither a hidden weight nor a hidden NaN comes through.
   p_BKGTS = _only(visible, p_BKGTS)
-  dz_BKGTS = _only(visible, slope_BKGTS * dp_BKGTS)
+  dz_BKGTS = _only(visible, derivative_BKGTS * dp_BKGTS)
 
   dq = _product("BKGTS,BSKH->BTKGH", dz_BKGTS, k_BSKH, problem)
   dk = _product("BKGTS,BTKGH->BSKH", dz_BKGTS, q_BTKGH, problem)
@@ -266,13 +272,10 @@ def _over_keys(add, total, problem, start, stop):
 
 def _key_range(problem, start, stop):
   """The keys that some query in start..stop sees by its position."""
-  low, high = 0, problem.key_len
-  if problem.is_causal:
-    high = min(high, stop)
-  if problem.window:
-    left, right = problem.window
-    low, high = max(low, start - left), min(high, stop + right)
-  return low, high
+  left, right = problem.bounds
+  low = 0 if left is None else max(start - left, 0)
+  high = problem.key_len if right is None else stop + right
+  return low, min(high, problem.key_len)
 
 
 def _inputs(problem, operands, block, q_BTKGH, k_BSKH, v_BSKH, *do_BTKGH):
@@ -307,15 +310,15 @@ def _activation(z, problem):
   """The weights activation(z) / normalizer, and their derivative by z."""
   if problem.kind == "sigmoid":
     p = lax.logistic(z)
-    slope = p * (1 - p)
+    derivative = p * (1 - p)
   elif problem.kind == "relu":
-    p, slope = jnp.maximum(z, 0), (z > 0).astype(z.dtype)
+    p, derivative = jnp.maximum(z, 0), (z > 0).astype(z.dtype)
   else:
     p = jnp.maximum(z, 0)
-    p, slope = p * p, 2 * p
+    p, derivative = p * p, 2 * p
   if problem.normalizer == 1:
-    return p, slope
-  return p / problem.normalizer, slope / problem.normalizer
+    return p, derivative
+  return p / problem.normalizer, derivative / problem.normalizer
 
 
 def _logits(q_BTKGH, k_BSKH, operands, problem, block):

@@ -35,9 +35,9 @@ def unsupported(problem):
     return f"head_dim={problem.head_dim}; one of {sorted(tiles.TILES)}"
   if 0 in (problem.batch, problem.query_len, problem.key_len):
     return "nothing to compute"
-  found = device.current()
-  if found.capability != 90:
-    return f"needs a Hopper GPU (9.0), device is {found.kind}"
+  card = device.current()
+  if card.capability != 90:
+    return f"needs a Hopper GPU (9.0), device is {card.kind}"
   if jax.__version__ not in TESTED_JAX:
     tested = ", ".join(TESTED_JAX)
     return f"tested with jax {tested}, installed is {jax.__version__}"

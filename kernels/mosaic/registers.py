@@ -1,32 +1,64 @@
-"""Masks and distances of a tile in registers, by constants of the instructions.
+"""Instructions on a tile in registers: masks, distances and tanh of scores.
 
-The tensor cores leave a tile of 64 rows spread over a warpgroup: thread
-32 w + 4 r + c holds the numbers of the rows 16 w + r + 8 i and the columns
-2 c + 8 j + k, for i, k < 2. Row less column is then a number of the thread, for
-each of two i, less a constant, 8 j + k, which a comparison or an addition takes
-as an immediate. Written with an array of column numbers instead, the compiler
-computes that array before the loop over blocks and keeps all of it, up to 64
-numbers a thread, where the products leave no register.
+The layout of a fragment. The tensor cores (wgmma) leave a tile of 64 rows
+spread over a warpgroup, 4 warps of 32 threads:
+
+  thread 32 w + 4 r + c, w < 4, r < 8, c < 4, holds the numbers of
+    rows     16 w + r + 8 i    for i < 2
+    columns  2 c + 8 j + k     for k < 2, j < columns / 8
+
+  a warp's 16 rows, 8 columns of them (one j), thread by thread; w = 0:
+
+              column 0   1   2   3   4   5   6   7
+    row 0  (r = 0)   t0  t0  t1  t1  t2  t2  t3  t3    i = 0
+    row 1  (r = 1)   t4  t4  t5  t5  t6  t6  t7  t7
+    ...
+    row 8  (r = 0)   t0  t0  t1  t1  t2  t2  t3  t3    i = 1
+
+In Pallas this is Layout.WGMMA. Its registers are an array of pairs (the two k),
+in the order of j and then i; so pair number 2 j + i.
+
+Row minus column is then a number that belongs to the thread, one for each i,
+minus a constant, 8 j + k. A comparison or an addition takes that constant as an
+immediate. Written with an array of column numbers instead, the compiler
+computes the array before the loop over blocks and keeps all of it: up to 64
+numbers a thread, where the products leave no registers.
+
+What this needs of jax that is not public, with the reason:
+
+  FragmentedArray(_registers=..., _layout=..., _is_signed=...)
+    builds a tile from registers. There is no public constructor for it.
+  jaxlib.mlir.dialects.llvm
+    jax.extend.mlir has no llvm dialect; inline assembly needs it.
+
+tests/kernels/mosaic_interpreter.py also imports jax._src, to let Pallas's
+interpreter multiply a factor that lies in registers. mosaic.TESTED_JAX names
+the versions of jax with which all of this was tried.
 """
 
 import functools
+import struct
+from collections.abc import Callable
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, math, vector
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, math, vector
+from jaxlib.mlir.dialects import llvm
 
+WARPGROUP = 128  # threads
 _SPLAT = plgpu.Layout.WG_SPLAT(())
+_PACE = 4  # pairs whose tanh is computed at a time
 
 
-def hide(x, low, high, hidden):
+def hide(x: jax.Array, low, high, hidden: float) -> jax.Array:
   """x where row + low <= column <= row + high, else `hidden`.
 
-  x: (64, columns) float32, in registers as the tensor cores leave it. low,
-  high: int32 scalars, or None: no bound. hidden: a number.
+  x: (64, columns) float32, in Layout.WGMMA. low, high: int32 scalars, or None:
+  no bound, but not both.
   """
   sides = (low, arith.CmpIPredicate.sle), (high, arith.CmpIPredicate.sge)
   sides = [
@@ -34,103 +66,124 @@ def hide(x, low, high, hidden):
   ]
   bounds, predicates = zip(*sides, strict=True)
 
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WGMMA, *[_SPLAT] * len(bounds)),
-    return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, plgpu.Layout.WGMMA),
-  )
-  def cover(_, x, *bounds):
+  def cover(x, *bounds):
     f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-    limits = [_rows(bound.registers.item()) for bound in bounds]
+    limits = [_rows_minus_columns(bound) for bound in bounds]
 
     def one(value, i, column):
-      column = utils.c(column, i32)
+      column = mgpu.c(column, i32)
       seen = [
         arith.cmpi(predicate, limit[i], column)
         for predicate, limit in zip(predicates, limits, strict=True)
       ]
       seen = functools.reduce(arith.andi, seen)
-      return arith.select(seen, value, utils.c(hidden, f32))
+      return arith.select(seen, value, mgpu.c(hidden, f32))
 
     return _map(one, x)
 
-  return cover(x, *bounds)
+  return _in_registers(cover, x, *bounds)
 
 
-def distance(x, offset):
+def distance(x: jax.Array, offset) -> jax.Array:
   """|row + offset - column|, float32, of the shape of x. offset: int32."""
 
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WGMMA, _SPLAT),
-    return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, plgpu.Layout.WGMMA),
-  )
-  def compute(_, x, offset):
+  def compute(x, offset):
     f32 = ir.F32Type.get()
-    firsts = [arith.sitofp(f32, r) for r in _rows(offset.registers.item())]
+    firsts = [arith.sitofp(f32, r) for r in _rows_minus_columns(offset)]
 
     def one(_, i, column):
-      return math.absf(arith.subf(firsts[i], utils.c(float(column), f32)))
+      return math.absf(arith.subf(firsts[i], mgpu.c(float(column), f32)))
 
     return _map(one, x)
 
-  return compute(x, jnp.asarray(offset, jnp.int32))
+  return _in_registers(compute, x, jnp.asarray(offset, jnp.int32))
 
 
-def plane(x, first, slope, offset):
+def plane(x: jax.Array, first, slope, offset) -> jax.Array:
   """first + slope (row + offset - column), float32, of the shape of x.
 
   first, slope: numbers or float32 scalars. offset: int32.
   """
 
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WGMMA, _SPLAT, _SPLAT, _SPLAT),
-    return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, plgpu.Layout.WGMMA),
-  )
-  def compute(_, x, *given):
+  def compute(x, *numbers):
     f32 = ir.F32Type.get()
-    first, slope, offset = (s.registers.item() for s in given)
-    firsts = on_plane(first, slope, offset)
+    _, slope, _ = numbers
+    firsts = _first_on_plane(*numbers)
 
     def one(_, i, column):
       # One instruction: products would be computed before the loop, and kept.
-      return math.fma(slope, utils.c(float(-column), f32), firsts[i])
+      return math.fma(slope, mgpu.c(float(-column), f32), firsts[i])
 
     return _map(one, x)
 
-  return compute(x, *scalars(first, slope, offset))
+  return _in_registers(compute, x, *_plane_scalars(first, slope, offset))
 
 
-def scalars(first, slope, offset):
-  """The numbers of a plane as arrays, of the types that on_plane takes."""
-  return (
-    jnp.asarray(first, jnp.float32),
-    jnp.asarray(slope, jnp.float32),
-    jnp.asarray(offset, jnp.int32),
+def tanh(
+  x: jax.Array, scale: float, bias, slope=None, offset=None
+) -> jax.Array:
+  """tanh(scale x + bias + slope (row + offset - column)) by the hardware.
+
+  Paced: a few at a time, so that the tensor cores go on. Products of matrices
+  and arithmetic share a multiprocessor's registers: while the tensor cores run,
+  a warp's tanh takes 10.7 cycles for 8, and what stands before it costs two to
+  three more (benchmarks/NOTES.md, "What the registers give"). Left alone, the
+  compiler computes the arguments of a whole tile first, while the
+  special-function unit idles, and reads two registers for each. Here the
+  arguments of the next few elements wait for the first tanh of the last few,
+  since their bias is made to depend on it: both units work at the same time,
+  and the bias stays in the operand cache.
+
+  Args:
+    x: (64, columns) float32, in Layout.WGMMA.
+    scale: a number.
+    bias, slope: numbers or float32 scalars; without a slope it is 0.
+    offset: int32.
+  """
+  numbers = [bias]
+  if slope is not None:
+    numbers = _plane_scalars(bias, slope, offset)
+
+  def compute(x, *numbers):
+    copy = _code_of_copy()
+    bias, firsts = numbers[0], None
+    if len(numbers) > 1:
+      bias, firsts = numbers[1], _first_on_plane(*numbers)
+    # The number that waits: the bias, or with a plane the slope.
+    waiting, first = bias, None
+    turned = np.empty_like(x.registers)
+    for index, (place, pair) in enumerate(np.ndenumerate(x.registers)):
+      if index and index % _PACE == 0:
+        waiting = _wait(bias, first, copy)
+      both = _tanh_of_pair(pair, index, scale, waiting, firsts)
+      if index % _PACE == 0:
+        first = both[0]
+      turned[place] = vector.from_elements(pair.type, both)
+    return _fragment(turned, x.layout)
+
+  return _in_registers(compute, x, *numbers)
+
+
+def _in_registers(compute: Callable, x: jax.Array, *numbers) -> jax.Array:
+  """compute(x, *numbers), in MLIR, with the shape of x.
+
+  compute takes a FragmentedArray and one MLIR value for each number.
+  """
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WGMMA, *[_SPLAT] * len(numbers)),
+    return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, plgpu.Layout.WGMMA),
   )
+  def inline(_, x, *numbers):
+    return compute(x, *(number.registers.item() for number in numbers))
+
+  return inline(x, *numbers)
 
 
-def on_plane(first, slope, offset):
-  """[first + slope (16 w + r + 8 i - 2 c + offset) for i in (0, 1)]."""
-  f32 = ir.F32Type.get()
-  return [
-    arith.addf(first, arith.mulf(slope, arith.sitofp(f32, row)))
-    for row in _rows(offset)
-  ]
-
-
-def _rows(offset):
-  """[16 w + r + 8 i - 2 c + offset for i in (0, 1)] of this thread."""
-  i32 = ir.IntegerType.get_signless(32)
-
-  def number(x):
-    return utils.c(x, i32)
-
-  thread = arith.remui(utils.thread_idx(), number(128))
-  warp = arith.divui(thread, number(32))
-  row = arith.divui(arith.remui(thread, number(32)), number(4))
-  column = arith.muli(arith.remui(thread, number(4)), number(2))
-  row = arith.addi(row, arith.muli(warp, number(16)))
-  first = arith.addi(arith.subi(row, column), offset)
-  return first, arith.addi(first, number(8))
+def _fragment(registers, layout):
+  return mgpu.FragmentedArray(
+    _registers=registers, _layout=layout, _is_signed=None
+  )
 
 
 def _map(function, x):
@@ -142,6 +195,106 @@ def _map(function, x):
       function(vector.extract(pair, [], [k]), i, 8 * j + k) for k in range(2)
     ]
     registers[place] = vector.from_elements(pair.type, numbers)
-  return mgpu.FragmentedArray(
-    _registers=registers, _layout=x.layout, _is_signed=None
+  return _fragment(registers, x.layout)
+
+
+def _plane_scalars(first, slope, offset):
+  """The numbers of a plane as arrays, of the types that MLIR expects."""
+  return (
+    jnp.asarray(first, jnp.float32),
+    jnp.asarray(slope, jnp.float32),
+    jnp.asarray(offset, jnp.int32),
   )
+
+
+def _first_on_plane(first, slope, offset):
+  """[first + slope (16 w + r + 8 i - 2 c + offset) for i in (0, 1)]."""
+  f32 = ir.F32Type.get()
+  return [
+    arith.addf(first, arith.mulf(slope, arith.sitofp(f32, row)))
+    for row in _rows_minus_columns(offset)
+  ]
+
+
+def _rows_minus_columns(offset):
+  """[16 w + r + 8 i - 2 c + offset for i in (0, 1)] of this thread."""
+  i32 = ir.IntegerType.get_signless(32)
+
+  def number(x):
+    return mgpu.c(x, i32)
+
+  thread = arith.remui(mgpu.thread_idx(), number(WARPGROUP))
+  warp = arith.divui(thread, number(32))
+  row = arith.divui(arith.remui(thread, number(32)), number(4))
+  column = arith.muli(arith.remui(thread, number(4)), number(2))
+  row = arith.addi(row, arith.muli(warp, number(16)))
+  first = arith.addi(arith.subi(row, column), offset)
+  return first, arith.addi(first, number(8))
+
+
+# Assembly for tanh.
+
+
+def _code_of_copy():
+  """0x3210, for which prmt copies its first operand, as no compiler can tell.
+
+  The number depends on the grid's second index, which is always 0.
+  """
+  i32 = ir.IntegerType.get_signless(32)
+  return _assembly(
+    i32, [],
+    "{ .reg .u32 row; mov.u32 row, %ctaid.y; shl.b32 row, row, 16;"
+    " or.b32 $0, row, 0x3210; }",
+    "=r",
+  )  # fmt: skip
+
+
+def _wait(bias, first, copy):
+  """The bias, in a form that depends on the number `first`."""
+  return _assembly(
+    ir.F32Type.get(),
+    [bias, first, copy],
+    "prmt.b32 $0, $1, $2, $3;",
+    "=f,f,f,r",
+  )
+
+
+def _tanh_of_pair(pair, index, scale, waiting, firsts):
+  """tanh of the two numbers of a pair, number `index` of the fragment."""
+  i32 = ir.IntegerType.get_signless(32)
+  j, i = divmod(index, 2)
+  return [
+    _tanh_of_number(
+      llvm.extractelement(pair, mgpu.c(k, i32)),
+      scale,
+      waiting,
+      None if firsts is None else firsts[i],
+      8 * j + k,
+    )
+    for k in range(2)
+  ]
+
+
+def _tanh_of_number(number, scale, waiting, first, column):
+  operands = [number, waiting]
+  argument = f"fma.rn.f32 z, $1, {_float(scale)}, $2;"
+  if first is not None:
+    operands.append(first)
+    argument = (
+      f"fma.rn.f32 z, $2, {_float(-column)}, $3;"
+      f" fma.rn.f32 z, $1, {_float(scale)}, z;"
+    )
+  return _assembly(
+    ir.F32Type.get(), operands,
+    f"{{ .reg .f32 z; {argument} tanh.approx.f32 $0, z; }}",
+    "=f" + ",f" * len(operands),
+  )  # fmt: skip
+
+
+def _assembly(*arguments):
+  return llvm.inline_asm(*arguments, has_side_effects=False)
+
+
+def _float(x):
+  """A float32 as PTX writes it."""
+  return f"0f{struct.unpack('<I', struct.pack('<f', x))[0]:08X}"

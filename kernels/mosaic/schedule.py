@@ -34,16 +34,16 @@ class Schedule:
     most, rest = heaviest_first[:-last], heaviest_first[-last:]
     heads = np.arange(self._heads) * self._tiles
     order = [*(heads[:, None] + most).flat, *(heads + rest[:, None]).flat]
-    theirs = [[] for _ in range(self.programs)]
+    of_program = [[] for _ in range(self.programs)]
     loads = [(0, program) for program in range(self.programs)]  # a heap
     for position in order:
       load, program = loads[0]
-      theirs[program].append(position)
+      of_program[program].append(position)
       load += int(costs[position % self._tiles])
       heapq.heapreplace(loads, (load, program))
-    table = np.zeros((self.programs, 1 + max(map(len, theirs))), np.int32)
-    for row, found in zip(table, theirs, strict=True):
-      row[: len(found) + 1] = len(found), *found
+    table = np.zeros((self.programs, 1 + max(map(len, of_program))), np.int32)
+    for row, positions in zip(table, of_program, strict=True):
+      row[: len(positions) + 1] = len(positions), *positions
     return table
 
   def array(self):

@@ -1,70 +1,124 @@
-"""How the Hopper kernels are cut up, by head width."""
+"""How the Hopper kernels are cut up, by head width.
+
+Two sizes are always block_q and block_kv, numbers of queries and of keys. In
+forward.py and dq.py a tile of queries is stationary in shared memory and blocks
+of keys are streamed past it; in dkv.py and fused_backward.py it is the other
+way round. Shared code asks a tile for `stationary` and `streamed`.
+"""
 
 import dataclasses
+from typing import ClassVar, NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
-  """How a kernel is cut up."""
+class QueryTile:
+  """How a kernel with stationary queries is cut up."""
 
-  rows: int  # of one compute warpgroup
-  block: int  # rows of the other side at a time
-  stages: int  # blocks in shared memory
-  warpgroups: int  # that compute
-  registers: int  # of a thread of those; all warpgroups' must fit in 512
+  block_q: int  # queries of one compute warpgroup
+  block_kv: int  # keys of one streamed block
+  stages: int  # streamed blocks in shared memory
+  warpgroups: int  # compute warpgroups; one more feeds them
+  registers: int  # per compute thread; those of all warpgroups: at most 512
   overlap: bool = False  # start a step's second product with the next's first
-  paced: bool = False  # tanh by tanh
+  paced: bool = False  # compute tanh in small groups, see registers.tanh
+
+  of_queries: ClassVar[bool] = True  # Queries are stationary.
+
+  @property
+  def stationary(self) -> int:
+    """Queries of all compute warpgroups together."""
+    return self.block_q * self.warpgroups
+
+  @property
+  def streamed(self) -> int:
+    """Keys of one block."""
+    return self.block_kv
 
 
-# By head width: tiles of queries for the output and for dq, and of keys.
+@dataclasses.dataclass(frozen=True)
+class KeyTile:
+  """How a kernel with stationary keys is cut up."""
+
+  block_kv: int  # keys of one compute warpgroup
+  block_q: int  # queries of one streamed block
+  stages: int  # as in QueryTile
+  warpgroups: int
+  registers: int
+
+  of_queries: ClassVar[bool] = False
+
+  @property
+  def stationary(self) -> int:
+    """Keys of all compute warpgroups together."""
+    return self.block_kv * self.warpgroups
+
+  @property
+  def streamed(self) -> int:
+    """Queries of one block."""
+    return self.block_q
+
+
+class Tiles(NamedTuple):
+  """The tiles of one head width."""
+
+  forward: QueryTile
+  dq: QueryTile
+  dkv: KeyTile
+
+
 TILES = {
-  32: (
-    Tile(64, 128, 3, 3, 160),
-    Tile(64, 128, 2, 2, 240),
-    Tile(64, 64, 2, 2, 240),
+  32: Tiles(
+    QueryTile(64, 128, 3, 3, 160),
+    QueryTile(64, 128, 2, 2, 240),
+    KeyTile(64, 64, 2, 2, 240),
   ),
-  64: (
-    Tile(64, 64, 4, 4, 112, paced=True),
-    Tile(64, 128, 2, 2, 240),
-    Tile(64, 64, 2, 2, 240),
+  64: Tiles(
+    QueryTile(64, 64, 4, 4, 112, paced=True),
+    QueryTile(64, 128, 2, 2, 240),
+    KeyTile(64, 64, 2, 2, 240),
   ),
-  96: (
-    Tile(64, 128, 2, 2, 240, overlap=True),
-    Tile(64, 128, 2, 2, 240),
-    Tile(64, 64, 2, 2, 240),
+  96: Tiles(
+    QueryTile(64, 128, 2, 2, 240, overlap=True),
+    QueryTile(64, 128, 2, 2, 240),
+    KeyTile(64, 64, 2, 2, 240),
   ),
-  128: (
-    Tile(64, 128, 2, 2, 240, overlap=True),
-    Tile(64, 128, 2, 2, 240),
-    Tile(64, 64, 2, 2, 240),
+  128: Tiles(
+    QueryTile(64, 128, 2, 2, 240, overlap=True),
+    QueryTile(64, 128, 2, 2, 240),
+    KeyTile(64, 64, 2, 2, 240),
   ),
-  192: (
-    Tile(64, 64, 2, 2, 240),
-    Tile(64, 32, 2, 2, 240),
-    Tile(64, 64, 2, 2, 240),
+  192: Tiles(
+    QueryTile(64, 64, 2, 2, 240),
+    QueryTile(64, 32, 2, 2, 240),
+    KeyTile(64, 64, 2, 2, 240),
   ),
-  256: (
-    Tile(64, 32, 2, 2, 240),
-    Tile(64, 32, 1, 2, 240),
-    Tile(64, 32, 2, 2, 240),
+  256: Tiles(
+    QueryTile(64, 32, 2, 2, 240),
+    QueryTile(64, 32, 1, 2, 240),
+    KeyTile(64, 32, 2, 2, 240),
   ),
 }
-# Of the output, where most blocks are full and all are computed alike.
-LONG_TILES = {64: Tile(64, 192, 2, 3, 160, paced=True)}
+
+# Of the forward pass without masks, ALiBi, lengths and segments, from LONG keys
+# on: most blocks are full, and all are computed alike.
+LONG_TILES = {64: QueryTile(64, 192, 2, 3, 160, paced=True)}
 LONG = 8192
 
 
 @dataclasses.dataclass(frozen=True)
-class Added:
-  """Where shares of dq are added in memory: from so many keys on."""
+class FusedBackward:
+  """The tile of the fused backward pass, and where it is the faster one."""
 
-  tile: Tile  # of keys
-  open: float  # without masks
-  masked: float
+  tile: KeyTile
+  open: float  # minimum key length without a mask
+  masked: float  # minimum key length with one
 
 
-ADDED = {
-  64: Added(Tile(64, 128, 3, 2, 240), open=1024, masked=1024),
-  128: Added(Tile(64, 64, 3, 2, 240), open=1024, masked=2048),
+FUSED_BACKWARD = {
+  64: FusedBackward(KeyTile(64, 128, 3, 2, 240), open=1024, masked=1024),
+  128: FusedBackward(KeyTile(64, 64, 3, 2, 240), open=1024, masked=2048),
 }
-BOTH = 128  # The head width up to which registers hold dk and dv at once.
+
+# The head width up to which the registers hold dk and dv at the same time.
+# Wider heads compute them one after the other.
+WIDEST_DK_AND_DV = 128

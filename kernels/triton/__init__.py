@@ -8,13 +8,11 @@ and dk with dv, without atomics: the same numbers at every run.
 
 import functools
 import importlib.util
-import math
 
 import jax
 import jax.numpy as jnp
 
-from sigattn.kernels import batching_and_sharding, device, numerics, segments
-from sigattn.kernels.problem import Operands
+from sigattn.kernels import device, differentiation, numerics, segments
 from sigattn.kernels.triton import tiles
 
 _PACKAGES = {"triton": "triton", "jax_triton": "jax-triton"}
@@ -40,9 +38,9 @@ def unsupported(problem):
     return f"head_dim={problem.head_dim}; at most 256"
   if 0 in (problem.batch, problem.query_len, problem.key_len):
     return "nothing to compute"
-  found = device.current()
-  if found.capability is None or found.capability < 80:
-    return f"needs an NVIDIA GPU since Ampere (8.0), device is {found.kind}"
+  card = device.current()
+  if card.capability is None or card.capability < 80:
+    return f"needs an NVIDIA GPU since Ampere (8.0), device is {card.kind}"
   for module, package in _PACKAGES.items():
     if importlib.util.find_spec(module) is None:
       return f"needs the package {package} (requirements-gpu.txt)"
@@ -58,43 +56,11 @@ def attention(query, key, value, operands, problem):
   """
   asked = jax.config.jax_default_matmul_precision
   precision = _PRECISIONS.get(asked, "ieee")
-  return _attention(problem, precision, query, key, value, operands)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(problem, precision, query, key, value, operands):
-  compute = functools.partial(_forward, precision)
-  (out,) = batching_and_sharding.over_batch(
-    compute, ("BTNH",), problem, query, key, value, operands
-  )
-  return out
-
-
-def _save_inputs(problem, precision, query, key, value, operands):
-  out = _attention(problem, precision, query, key, value, operands)
-  return out, (query, key, value, operands)
-
-
-def _pull_back(problem, precision, saved, d_out):
-  query, key, value, operands = saved
-  compute = functools.partial(_backward, precision)
-  *d_inputs, d_bias_BN, d_slopes_BN = batching_and_sharding.over_batch(
-    compute, ("BTNH", "BSKH", "BSKH", "BN", "BN"),
-    problem, query, key, value, operands, d_out,
+  return differentiation.attention(
+    functools.partial(_forward, precision),
+    functools.partial(_backward, precision),
+    problem, query, key, value, operands,
   )  # fmt: skip
-  inputs = query, key, value
-  d_operands = Operands()._replace(
-    logit_bias=batching_and_sharding.head_cotangent(
-      d_bias_BN, operands.logit_bias
-    ),
-    alibi_slopes=batching_and_sharding.head_cotangent(
-      d_slopes_BN, operands.alibi_slopes
-    ),
-  )
-  return *map(batching_and_sharding.cotangent, d_inputs, inputs), d_operands
-
-
-_attention.defvjp(_save_inputs, _pull_back)
 
 
 def _forward(precision, problem, query, key, value, operands):
@@ -103,8 +69,9 @@ def _forward(precision, problem, query, key, value, operands):
   return forward(problem, precision, tile, query, key, value, operands)
 
 
-def _backward(precision, problem, query, key, value, operands, d_out):
+def _backward(precision, trained, problem, query, key, value, operands, d_out):
   """(dq, dk, dv, dlogit_bias (B, N), dslopes (B, N)), the last two float32."""
+  del trained  # The last two cost next to nothing.
   arrays = query, key, value, operands, d_out.astype(query.dtype)
   d_q, d_bias, d_slopes = backward_q(
     problem, precision, _tile(problem, "backward_q"), *arrays
@@ -139,7 +106,7 @@ def backward_q(problem, precision, tile, query, key, value, operands, d_out):
 
 def backward_kv(problem, precision, tile, query, key, value, operands, d_out):
   """dk, dv"""
-  extra = _operands(problem, operands, tile.block_k, False)
+  extra = _operands(problem, operands, tile.block_kv, False)
   return _call(
     "backward_kv", problem, precision, tile, (query, key, value, d_out, *extra),
     (key, value),
@@ -149,7 +116,7 @@ def backward_kv(problem, precision, tile, query, key, value, operands, d_out):
 def programs(direction, problem, tile):
   """How many programs a kernel is started with."""
   length, block, heads = (
-    (problem.key_len, tile.block_k, problem.num_kv_heads)
+    (problem.key_len, tile.block_kv, problem.num_kv_heads)
     if direction == "backward_kv"
     else (problem.query_len, tile.block_q, problem.num_heads)
   )
@@ -186,7 +153,7 @@ def _start(kernel, arrays, outs, tile, count, constants):
   )
 
 
-# What the kernels are told.
+# The constants and operands of the kernels.
 
 
 def _tile(problem, direction):
@@ -213,9 +180,7 @@ def constants(direction, problem, precision, tile):
 
   scales = _scales(problem)
   activation, shapes = _activation(problem), problem.shapes
-  left, right = problem.window or (None, None)
-  if problem.is_causal:  # the keys j <= i + 0
-    right = 0
+  left, right = problem.bounds
 
   def stride(shape):
     # None: there are none; 0: all examples share them.
@@ -229,7 +194,7 @@ def constants(direction, problem, precision, tile):
     H=problem.head_dim,
     BLOCK_H=tiles.padded(problem.head_dim),
     BLOCK_Q=tile.block_q,
-    BLOCK_K=tile.block_k,
+    BLOCK_KV=tile.block_kv,
     ACTIVATION=activation,
     SCALE=problem.scale * kernels.UNITS[activation],
     BIAS=problem.logit_bias,
@@ -248,21 +213,12 @@ def constants(direction, problem, precision, tile):
 def _scales(problem):
   """The constant factors that the kernels leave out of their sums."""
   activation = _activation(problem)
-  p_scale = d_z_scale = 1.0
-  if problem.dtype == "float16" and problem.kind == "sigmoid":
-    # Normal numbers begin at 2^-14 = e^-9.7. Weights are at most 1, and 1 + t
-    # at most 2. What their gradients reach depends on do v^T: these are lifted
-    # to e^-8 times that, so that 64 of it may meet a saturated weight.
-    p_scale = 2.0**14
-    bias = problem.logit_bias
-    bias = -math.log(problem.key_len) if bias is None else bias
-    d_z_scale = 2.0 ** min(max(round(-bias / math.log(2)) - 11, 0), 12)
-  elif problem.dtype == "float16" and problem.kind == "relu2":
-    # Squares leave the range from 256 on.
-    p_scale = 2.0 ** -max(round(math.log2(problem.normalizer)), 0)
+  # dz of tanh is four times that of sigmoid: hence two bits more than Mosaic
+  # has. Values of do v^T up to 64 may meet a saturated weight.
+  p_scale, d_z_scale = numerics.float16_scales(problem, headroom=11)
   twice = {"tanh": 2.0}.get(activation, 1.0)
-  slopes = {"tanh": 4.0, "relu2": 0.5}.get(activation, 1.0)
-  sum_scale = 1 / (slopes * d_z_scale * problem.normalizer)
+  derivatives = {"tanh": 4.0, "relu2": 0.5}.get(activation, 1.0)
+  sum_scale = 1 / (derivatives * d_z_scale * problem.normalizer)
   return dict(
     P_SCALE=p_scale,
     OUT_SCALE=1 / (twice * p_scale * problem.normalizer),

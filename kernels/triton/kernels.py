@@ -37,7 +37,7 @@ def forward(
   out,
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
   H: tl.constexpr, BLOCK_H: tl.constexpr,
-  BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+  BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
   ACTIVATION: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
   P_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
   PRECISION: tl.constexpr,
@@ -54,7 +54,7 @@ def forward(
   k_len = _length(k_lengths, batch, S, K_LENGTHS)
   q_base, k_base = _bases(batch, head, T, S, N, K, H)
   start, full, edge, stop = _runs(
-    first, BLOCK_Q, q_len, k_len, spans, batch, _blocks(T, BLOCK_Q), BLOCK_K,
+    first, BLOCK_Q, q_len, k_len, spans, batch, _blocks(T, BLOCK_Q), BLOCK_KV,
     LEFT, RIGHT, SEGMENTS,
   )  # fmt: skip
   i = first + tl.arange(0, BLOCK_Q)
@@ -62,13 +62,13 @@ def forward(
   i_ids = _load_ids(q_ids + batch * T, i, q_len, SEGMENTS)
   acc = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
 
-  RAGGED: tl.constexpr = K_LENGTHS or S % BLOCK_K != 0
-  for j in tl.range(start, stop, BLOCK_K):
+  RAGGED: tl.constexpr = K_LENGTHS or S % BLOCK_KV != 0
+  for j in tl.range(start, stop, BLOCK_KV):
     acc = _forward_block(
       acc, q_tile, k + k_base, v + k_base, i, j, (j < full) | (j >= edge),
       i_ids, k_ids + batch * S, k_len, bias, slope, S - T, K * H, H, BLOCK_H,
-      BLOCK_K, ACTIVATION, SCALE, P_SCALE, PRECISION, LEFT, RIGHT, SLOPE_STRIDE,
-      SEGMENTS, RAGGED,
+      BLOCK_KV, ACTIVATION, SCALE, P_SCALE, PRECISION, LEFT, RIGHT,
+      SLOPE_STRIDE, SEGMENTS, RAGGED,
     )  # fmt: skip
   _store(
     out + q_base, acc * OUT_SCALE, first, q_len, T, N * H, H, BLOCK_H, BLOCK_Q
@@ -79,14 +79,14 @@ def forward(
 def _forward_block(
   acc, q_tile, k, v, i, start, at_edge, i_ids, k_ids, k_len, bias, slope,
   OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
-  BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
+  BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, ACTIVATION: tl.constexpr,
   SCALE: tl.constexpr, P_SCALE: tl.constexpr, PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr, SLOPES: tl.constexpr,
   SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-  """acc with the share of the keys start .. start + BLOCK_K."""
-  j = start + tl.arange(0, BLOCK_K)
-  k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, RAGGED)
+  """acc with the share of the keys start .. start + BLOCK_KV."""
+  j = start + tl.arange(0, BLOCK_KV)
+  k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_KV, RAGGED)
   s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
   x = _logits(s, i[:, None], j[None, :], bias, slope, OFFSET, SCALE, SLOPES)
   p, _ = _weights(x, ACTIVATION, P_SCALE, 1.0)
@@ -96,7 +96,7 @@ def _forward_block(
       p, i[:, None], j[None, :], i_ids[:, None], j_ids[None, :], LEFT, RIGHT,
       SEGMENTS,
     )  # fmt: skip
-  v_tile = _load(v, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, RAGGED)
+  v_tile = _load(v, start, k_len, STRIDE, H, BLOCK_H, BLOCK_KV, RAGGED)
   return tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
 
@@ -106,7 +106,7 @@ def backward_q(
   d_q, d_bias, d_slope,
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
   H: tl.constexpr, BLOCK_H: tl.constexpr,
-  BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+  BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
   ACTIVATION: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
   D_Z_SCALE: tl.constexpr, D_Q_SCALE: tl.constexpr, SUM_SCALE: tl.constexpr,
   PRECISION: tl.constexpr,
@@ -127,7 +127,7 @@ def backward_q(
   k_len = _length(k_lengths, batch, S, K_LENGTHS)
   q_base, k_base = _bases(batch, head, T, S, N, K, H)
   start, full, edge, stop = _runs(
-    first, BLOCK_Q, q_len, k_len, spans, batch, _blocks(T, BLOCK_Q), BLOCK_K,
+    first, BLOCK_Q, q_len, k_len, spans, batch, _blocks(T, BLOCK_Q), BLOCK_KV,
     LEFT, RIGHT, SEGMENTS,
   )  # fmt: skip
   i = first + tl.arange(0, BLOCK_Q)
@@ -140,12 +140,12 @@ def backward_q(
   sum_dz = tl.zeros((BLOCK_Q,), tl.float32)
   sum_far = tl.zeros((BLOCK_Q,), tl.float32)
 
-  RAGGED: tl.constexpr = K_LENGTHS or S % BLOCK_K != 0
-  for j in tl.range(start, stop, BLOCK_K):
+  RAGGED: tl.constexpr = K_LENGTHS or S % BLOCK_KV != 0
+  for j in tl.range(start, stop, BLOCK_KV):
     acc, sum_dz, sum_far = _backward_q_block(
       acc, sum_dz, sum_far, q_tile, do_tile, k + k_base, v + k_base, i, j,
       (j < full) | (j >= edge), i_ids, k_ids + batch * S, k_len, bias, slope,
-      S - T, K * H, H, BLOCK_H, BLOCK_K, ACTIVATION, SCALE, D_Z_SCALE,
+      S - T, K * H, H, BLOCK_H, BLOCK_KV, ACTIVATION, SCALE, D_Z_SCALE,
       PRECISION, LEFT, RIGHT, BIAS_STRIDE, SLOPE_STRIDE, SEGMENTS, RAGGED,
     )  # fmt: skip
   _store(
@@ -164,15 +164,15 @@ def _backward_q_block(
   acc, sum_dz, sum_far, q_tile, do_tile, k, v, i, start, at_edge, i_ids, k_ids,
   k_len, bias, slope,
   OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
-  BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
+  BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, ACTIVATION: tl.constexpr,
   SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr, PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr, BIASES: tl.constexpr,
   SLOPES: tl.constexpr, SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-  """The sums with the share of the keys start .. start + BLOCK_K."""
-  j = start + tl.arange(0, BLOCK_K)
-  k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, RAGGED)
-  v_tile = _load(v, start, k_len, STRIDE, H, BLOCK_H, BLOCK_K, RAGGED)
+  """The sums with the share of the keys start .. start + BLOCK_KV."""
+  j = start + tl.arange(0, BLOCK_KV)
+  k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_KV, RAGGED)
+  v_tile = _load(v, start, k_len, STRIDE, H, BLOCK_H, BLOCK_KV, RAGGED)
   s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
   dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
   x = _logits(s, i[:, None], j[None, :], bias, slope, OFFSET, SCALE, SLOPES)
@@ -198,7 +198,7 @@ def backward_kv(
   d_k, d_v,
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
   H: tl.constexpr, BLOCK_H: tl.constexpr,
-  BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+  BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
   ACTIVATION: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
   P_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
   D_Z_SCALE: tl.constexpr, D_Q_SCALE: tl.constexpr,
@@ -213,20 +213,20 @@ def backward_kv(
   tiles are transposed (keys down, queries across): so p and dz come out of one
   product in the registers that the next one takes them from.
   """
-  batch, kv_head, first = _place(S, K, BLOCK_K, False)
+  batch, kv_head, first = _place(S, K, BLOCK_KV, False)
   q_len = _length(q_lengths, batch, T, Q_LENGTHS)
   k_len = _length(k_lengths, batch, S, K_LENGTHS)
   start, full, edge, stop = _runs(
-    first, BLOCK_K, k_len, q_len, spans, batch, _blocks(S, BLOCK_K), BLOCK_Q,
+    first, BLOCK_KV, k_len, q_len, spans, batch, _blocks(S, BLOCK_KV), BLOCK_Q,
     RIGHT, LEFT, SEGMENTS,
   )  # fmt: skip
-  j = first + tl.arange(0, BLOCK_K)
+  j = first + tl.arange(0, BLOCK_KV)
   _, k_base = _bases(batch, kv_head * (N // K), T, S, N, K, H)
-  k_tile = _load(k + k_base, first, k_len, K * H, H, BLOCK_H, BLOCK_K, True)
-  v_tile = _load(v + k_base, first, k_len, K * H, H, BLOCK_H, BLOCK_K, True)
+  k_tile = _load(k + k_base, first, k_len, K * H, H, BLOCK_H, BLOCK_KV, True)
+  v_tile = _load(v + k_base, first, k_len, K * H, H, BLOCK_H, BLOCK_KV, True)
   j_ids = _load_ids(k_ids + batch * S, j, k_len, SEGMENTS)
-  acc_k = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
-  acc_v = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
+  acc_k = tl.zeros((BLOCK_KV, BLOCK_H), tl.float32)
+  acc_v = tl.zeros((BLOCK_KV, BLOCK_H), tl.float32)
 
   RAGGED: tl.constexpr = Q_LENGTHS or T % BLOCK_Q != 0
   for head in range(kv_head * (N // K), (kv_head + 1) * (N // K)):
@@ -243,10 +243,26 @@ def backward_kv(
         D_Z_SCALE, PRECISION, LEFT, RIGHT, SLOPE_STRIDE, SEGMENTS, RAGGED,
       )  # fmt: skip
   _store(
-    d_k + k_base, acc_k * D_Q_SCALE, first, k_len, S, K * H, H, BLOCK_H, BLOCK_K
+    d_k + k_base,
+    acc_k * D_Q_SCALE,
+    first,
+    k_len,
+    S,
+    K * H,
+    H,
+    BLOCK_H,
+    BLOCK_KV,
   )
   _store(
-    d_v + k_base, acc_v * OUT_SCALE, first, k_len, S, K * H, H, BLOCK_H, BLOCK_K
+    d_v + k_base,
+    acc_v * OUT_SCALE,
+    first,
+    k_len,
+    S,
+    K * H,
+    H,
+    BLOCK_H,
+    BLOCK_KV,
   )
 
 
@@ -268,19 +284,19 @@ def _backward_kv_block(
   s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
   dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
   x = _logits(s, i[None, :], j[:, None], bias, slope, OFFSET, SCALE, SLOPES)
-  p, slopes = _weights(x, ACTIVATION, P_SCALE, D_Z_SCALE)
+  p, derivative = _weights(x, ACTIVATION, P_SCALE, D_Z_SCALE)
   if (LEFT is not None or RIGHT is not None or SEGMENTS) and at_edge:
     i_ids = _load_ids(q_ids, i, q_len, SEGMENTS)
     p = _visible(
       p, i[None, :], j[:, None], i_ids[None, :], j_ids[:, None], LEFT, RIGHT,
       SEGMENTS,
     )  # fmt: skip
-    slopes = _visible(
-      slopes, i[None, :], j[:, None], i_ids[None, :], j_ids[:, None], LEFT,
+    derivative = _visible(
+      derivative, i[None, :], j[:, None], i_ids[None, :], j_ids[:, None], LEFT,
       RIGHT, SEGMENTS,
     )  # fmt: skip
   acc_v = tl.dot(p.to(do_tile.dtype), do_tile, acc_v, input_precision=PRECISION)
-  dz = slopes * dp  # While the tensor cores work on the line before.
+  dz = derivative * dp  # While the tensor cores work on the line before.
   acc_k = tl.dot(dz.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION)
   return acc_k, acc_v
 
@@ -311,24 +327,27 @@ def _unit(activation):
 def _weights(
   x, ACTIVATION: tl.constexpr, P_SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr
 ):
-  """P_SCALE times the weights, D_Z_SCALE times their slopes; up to constants.
+  """P_SCALE times the weights, D_Z_SCALE times their derivatives.
 
-  The constants (2 and 4 for tanh, 1/2 for the slope of relu2) are taken back
-  when the sums are stored, once a row rather than once a weight.
+  Up to constants: 2 and 4 for tanh, 1/2 for the derivative of relu2. The sums
+  are divided by them when they are stored, once per row and not per weight.
   """
   if ACTIVATION == "tanh":
     t = tanh(x)
-    p, slope = t * P_SCALE + P_SCALE, D_Z_SCALE - (t * D_Z_SCALE) * t
+    p, derivative = t * P_SCALE + P_SCALE, D_Z_SCALE - (t * D_Z_SCALE) * t
   elif ACTIVATION == "exp":
     p = 1.0 / (1.0 + tl.exp2(x))
-    slope = (p - p * p) * D_Z_SCALE
+    derivative = (p - p * p) * D_Z_SCALE
     p *= P_SCALE
   elif ACTIVATION == "relu":
-    p, slope = tl.maximum(x, 0.0) * P_SCALE, tl.where(x > 0, D_Z_SCALE, 0.0)
+    p, derivative = (
+      tl.maximum(x, 0.0) * P_SCALE,
+      tl.where(x > 0, D_Z_SCALE, 0.0),
+    )
   else:
     r = tl.maximum(x, 0.0)
-    p, slope = r * r * P_SCALE, r * D_Z_SCALE
-  return p, slope
+    p, derivative = r * r * P_SCALE, r * D_Z_SCALE
+  return p, derivative
 
 
 @triton.jit
@@ -443,10 +462,10 @@ def _length(lengths, batch, full: tl.constexpr, GIVEN: tl.constexpr):
 
 @triton.jit
 def _load_ids(ids, rows, limit, SEGMENTS: tl.constexpr):
-  found = rows
+  values = rows
   if SEGMENTS:
-    found = tl.load(ids + rows, mask=rows < limit, other=0)
-  return found
+    values = tl.load(ids + rows, mask=rows < limit, other=0)
+  return values
 
 
 @triton.jit

@@ -19,7 +19,7 @@ SHORT = 256  # tokens up to which a sequence takes short tiles
 
 class Tile(NamedTuple):
   block_q: int
-  block_k: int
+  block_kv: int
   num_warps: int
   num_stages: int
 
@@ -30,24 +30,24 @@ def tile(problem, direction, capability):
   cards = [x for x in sorted(map(int, table)) if x <= capability]
   card = table[str(cards[-1])]
   bits, width = bits_of(problem.dtype), str(padded(problem.head_dim))
-  found = card["tiles"][bits][direction][width]
+  whole = card["tiles"][bits][direction][width]
   if max(problem.query_len, problem.key_len) <= SHORT:
     short = card.get("short", {}).get(bits, {}).get(direction, {})
-    found = short.get(width, found)
-  found = Tile(*found)
+    whole = short.get(width, whole)
+  whole = Tile(*whole)
   if problem.window or problem.shapes.query_segment_ids is not None:
     # Masks that keep more in registers: halve what is gone over.
-    name = "block_q" if direction == "backward_kv" else "block_k"
-    block = getattr(found, name)
-    found = found._replace(**{name: min(block, max(block // 2, 32))})
+    name = "block_q" if direction == "backward_kv" else "block_kv"
+    block = getattr(whole, name)
+    whole = whole._replace(**{name: min(block, max(block // 2, 32))})
   # Short sequences need no larger blocks, nor the warps for them.
-  block_q = min(found.block_q, padded(problem.query_len))
-  block_k = min(found.block_k, padded(problem.key_len))
-  rows, all_rows = block_q, found.block_q
+  block_q = min(whole.block_q, padded(problem.query_len))
+  block_kv = min(whole.block_kv, padded(problem.key_len))
+  rows, all_rows = block_q, whole.block_q
   if direction == "backward_kv":
-    rows, all_rows = block_k, found.block_k
-  warps = max(found.num_warps * rows // all_rows, 1)
-  return Tile(block_q, block_k, warps, found.num_stages)
+    rows, all_rows = block_kv, whole.block_kv
+  warps = max(whole.num_warps * rows // all_rows, 1)
+  return Tile(block_q, block_kv, warps, whole.num_stages)
 
 
 def padded(length):

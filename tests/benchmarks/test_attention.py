@@ -86,17 +86,17 @@ def test_a_baseline_that_fails_is_named_and_left_out(field, capsys):
 
 
 def test_a_baseline_that_fails_when_it_is_timed_has_no_rows(field, capsys):
-  asked = []
+  started = []
 
   def call():
-    asked.append(1)
-    if len(asked) > len(baselines.PASSES):
+    started.append(1)
+    if len(started) > len(baselines.PASSES):
       raise RuntimeError("out of memory")
 
   def calls(cell):
     return dict.fromkeys(baselines.PASSES, call)
 
-  field[0] = Baseline("other", True, "torch", calls, lambda found: None)
+  field[0] = Baseline("other", True, "torch", calls, lambda result: None)
   rows = list(attention.speed(CELLS[0], field, attention.prepare(CELLS, field)))
   assert {row["implementation"] for row in rows} == {"XLA (jax.nn)"}
   assert "other, Cell(width=16" in capsys.readouterr().out

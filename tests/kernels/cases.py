@@ -246,29 +246,29 @@ def exact(case, arrays, options, cotangent):
   z = z + np.asarray(offset, np.float64).reshape(*np.shape(offset), 1, 1)
   if case.kind == "sigmoid":
     p = np.exp(-np.logaddexp(0, -z))  # which does not overflow
-    slope = p / (1 + np.exp(z))
+    derivative = p / (1 + np.exp(z))
   elif case.kind == "relu":
-    p, slope = np.maximum(z, 0) / s, (z > 0) / s
+    p, derivative = np.maximum(z, 0) / s, (z > 0) / s
   else:
-    p, slope = np.maximum(z, 0) ** 2 / s, 2 * np.maximum(z, 0) / s
+    p, derivative = np.maximum(z, 0) ** 2 / s, 2 * np.maximum(z, 0) / s
   seen = visible(case, options)
-  p, slope = p * seen, slope * seen
-  dz = slope * np.einsum("btnh,bsnh->bnts", do, v)
+  p, derivative = p * seen, derivative * seen
+  dz = derivative * np.einsum("btnh,bsnh->bnts", do, v)
   dk = scale * np.einsum("bnts,btnh->bsnh", dz, q)
   dv = np.einsum("bnts,btnh->bsnh", p, do)
-  found = {
+  results = {
     "out": np.einsum("bnts,bsnh->btnh", p, v),
     "query": scale * np.einsum("bnts,bsnh->btnh", dz, k),
     "key": dk.reshape(b, s, kv, n // kv, h).sum(3),
     "value": dv.reshape(b, s, kv, n // kv, h).sum(3),
   }
   if case.bias_per_head:
-    found["logit_bias"] = _reduce(dz.sum((2, 3)), np.shape(offset))
+    results["logit_bias"] = _reduce(dz.sum((2, 3)), np.shape(offset))
   if case.alibi:
-    found["alibi_slopes"] = -(dz * distance).sum((0, 2, 3))
+    results["alibi_slopes"] = -(dz * distance).sum((0, 2, 3))
   if case.bias:
-    found["bias"] = _reduce(dz, options["bias"].shape)
-  return found
+    results["bias"] = _reduce(dz, options["bias"].shape)
+  return results
 
 
 def _reduce(x, shape):

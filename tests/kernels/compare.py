@@ -40,29 +40,32 @@ def run_or_skip(arrays, options, cotangent):
     return pytest.skip(str(reason))
 
 
-def use_only(monkeypatch, name, found):
+def use_only(monkeypatch, name, card):
   """Makes `name` the only implementation, and a Device what it runs on."""
   module = dispatch.IMPLEMENTATIONS[name]
   monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", {name: module})
-  monkeypatch.setattr(device, "current", lambda: found)
+  monkeypatch.setattr(device, "current", lambda: card)
   dispatch._choose.cache_clear()
 
 
-def error(found, wanted):
-  """Root mean square of the difference, relative to that of `wanted`."""
-  found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-  assert found.shape == wanted.shape
-  size = np.sqrt(np.mean(wanted**2))
-  return np.sqrt(np.mean((found - wanted) ** 2)) / (size or 1.0)
+def error(actual, expected):
+  """Root mean square of the difference, relative to that of `expected`."""
+  actual, expected = (
+    np.asarray(actual, np.float64),
+    np.asarray(expected, np.float64),
+  )
+  assert actual.shape == expected.shape
+  size = np.sqrt(np.mean(expected**2))
+  return np.sqrt(np.mean((actual - expected) ** 2)) / (size or 1.0)
 
 
 def assert_float32(case, bound):
   arrays, options, cotangent = cases.draw(case)
-  wanted = cases.exact(case, arrays, options, cotangent)
-  found = run_or_skip(arrays, options, cotangent)
-  assert found.keys() == wanted.keys()
-  for name, value in wanted.items():
-    assert error(found[name], value) < bound, name
+  expected = cases.exact(case, arrays, options, cotangent)
+  actual = run_or_skip(arrays, options, cotangent)
+  assert actual.keys() == expected.keys()
+  for name, value in expected.items():
+    assert error(actual[name], value) < bound, name
 
 
 def plain_16_bit(case, arrays, options, cotangent):
@@ -100,14 +103,14 @@ def plain_16_bit(case, arrays, options, cotangent):
 def assert_16_bit(case, dtype):
   """A kernel errs at most twice as much as plain_16_bit, against float64."""
   arrays, options, cotangent = cases.draw(case, dtype)
-  found = run_or_skip(arrays, options, cotangent)
-  wanted = cases.exact(case, arrays, options, cotangent)
+  actual = run_or_skip(arrays, options, cotangent)
+  expected = cases.exact(case, arrays, options, cotangent)
   plain = plain_16_bit(case, arrays, options, cotangent)
   unit = float(jnp.finfo(dtype).eps)
-  for name, value in wanted.items():
+  for name, value in expected.items():
     # Of the operands' gradients, which are float32, a 16-bit error is allowed.
-    theirs = error(plain[name], value) if name in plain else unit
-    assert error(found[name], value) <= 2 * theirs + 0.2 * unit, name
+    allowed = error(plain[name], value) if name in plain else unit
+    assert error(actual[name], value) <= 2 * allowed + 0.2 * unit, name
 
 
 def assert_nan_in_padding_leaks_nowhere(name, width=8, dtype="float32"):
@@ -122,6 +125,6 @@ def assert_nan_in_padding_leaks_nowhere(name, width=8, dtype="float32"):
     keys = options["key_value_seq_lengths"][example]
     dirty[0][example, queries:] = cotangent[example, queries:] = np.nan
     dirty[1][example, keys:] = dirty[2][example, keys:] = np.nan
-  found = run(dirty, options, cotangent)
+  actual = run(dirty, options, cotangent)
   for name, value in clean.items():
-    np.testing.assert_array_equal(found[name], value, name)
+    np.testing.assert_array_equal(actual[name], value, name)

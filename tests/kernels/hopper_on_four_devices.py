@@ -22,7 +22,7 @@ import numpy as np
 
 import sigattn
 from sigattn.kernels import device
-from sigattn.kernels.mosaic import host, kernels, reduce
+from sigattn.kernels.mosaic import host, key_tiles, query_tiles, reduce
 from sigattn.training import mesh as meshes
 from tests.kernels import compare
 
@@ -50,28 +50,29 @@ def check_compile(mesh):
       raise
 
 
-def launch_plain_jax(kernel, schedule, tile, shapes, *_, barriers=True):
-  """In the place of kernels._launch: plain sigmoid attention in float32."""
-  del kernel, schedule, tile, shapes
+def launch_plain_jax(kernel, *_, automatic_barriers=True):
+  """In the place of pipeline.launch: plain sigmoid attention in float32."""
+  del kernel, automatic_barriers
 
   def forward(query, key, value):
     scale, bias = query.shape[-1] ** -0.5, -math.log(key.shape[1])
     z = scale * jnp.einsum("btnh,bsnh->bnts", query, key) + bias
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.sigmoid(z), value)
 
-  def run(query, key, value, d_out=None, d_query_ref=None):
-    arrays = [x.astype("float32") for x in (query, key, value)]
-    if d_out is None:
-      return [forward(*arrays).astype(query.dtype)]
-    if barriers:
-      raise SystemExit("dq was not added in global memory")
-    _, pull_back = jax.vjp(forward, *arrays)
-    dq, dk, dv = pull_back(d_out.astype("float32"))
+  def run(inputs):
+    query, key, value = (
+      inputs[name].astype("float32") for name in ("query", "key", "value")
+    )
+    if inputs["d_out"] is None:
+      return [forward(query, key, value).astype("bfloat16")]
+    _, pull_back = jax.vjp(forward, query, key, value)
+    dq, dk, dv = pull_back(inputs["d_out"].astype("float32"))
     # The sums lack the factor of the logits; in_rows only permutes.
     dq = dq * query.shape[-1] ** 0.5
-    zeros = jnp.zeros(d_query_ref.shape, "float32")
-    d_query_ref[...] += jax.vjp(reduce.in_rows, zeros)[1](dq)[0]
-    return [dk.astype(key.dtype), dv.astype(value.dtype)]
+    dq_sums = inputs["dq_sums"]
+    zeros = jnp.zeros(dq_sums.shape, "float32")
+    dq_sums[...] += jax.vjp(reduce.in_rows, zeros)[1](dq)[0]
+    return [dk.astype("bfloat16"), dv.astype("bfloat16")]
 
   return run
 
@@ -82,10 +83,12 @@ def check_run(mesh):
     jnp.asarray(rng.standard_normal((4, 1024, 2, 64)), "bfloat16")
     for _ in range(4)
   ]
-  wanted = gradients("xla", *(x.astype("float32") for x in arrays))
+  expected = gradients("xla", *(x.astype("float32") for x in arrays))
   arrays = [jax.device_put(x, meshes.batch(mesh)) for x in arrays]
-  found = jax.jit(gradients, static_argnums=0)("mosaic", *arrays)
-  for name, x, y in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
+  actual = jax.jit(gradients, static_argnums=0)("mosaic", *arrays)
+  for name, x, y in zip(
+    ("out", "dq", "dk", "dv"), actual, expected, strict=True
+  ):
     if x.sharding.num_devices != 4 or compare.error(x, y) > 4e-3:
       raise SystemExit(f"{name}: {x.sharding}, {compare.error(x, y)}")
 
@@ -94,6 +97,6 @@ if __name__ == "__main__":
   device.current = lambda: device.Device("NVIDIA H100", 90)
   host._programs = lambda: 132
   check_compile(meshes.make())
-  kernels._launch = launch_plain_jax
+  query_tiles.launch = key_tiles.launch = launch_plain_jax
   jax.clear_caches()
   check_run(meshes.make())

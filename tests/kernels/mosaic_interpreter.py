@@ -26,7 +26,7 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 from jax._src.state import types
 
 from sigattn.kernels import batching_and_sharding, device, dispatch
-from sigattn.kernels.mosaic import host, reduce, registers, tanh, tiles
+from sigattn.kernels.mosaic import host, reduce, registers, tiles
 from tests.kernels import cases, compare
 
 
@@ -75,7 +75,7 @@ def _plane(x, first, slope, offset):
 
 
 def _tanh(x, scale, bias, slope=0.0, offset=0):
-  """tanh.tanh, likewise."""
+  """registers.tanh, likewise."""
   return jnp.tanh(scale * x + _plane(x, bias, slope, offset))
 
 
@@ -103,17 +103,19 @@ def _pretend(form):
   dispatch.IMPLEMENTATIONS = {"mosaic": "sigattn.kernels.mosaic"}
   device.current = lambda: device.Device("NVIDIA H100", 90)
   host._programs = lambda: 3 if form == "two" else 1
-  tiles.ADDED = {
+  tiles.FUSED_BACKWARD = {
     width: dataclasses.replace(x, open=0, masked=0)
-    for width, x in tiles.ADDED.items()
+    for width, x in tiles.FUSED_BACKWARD.items()
     if form == "added"
   }
   reduce.add = _add
-  tanh.tanh = _tanh
+  registers.tanh = _tanh
   registers.hide, registers.distance = _hide, _distance
   registers.plane = _plane
   tiles.TILES = {
-    width: tuple(dataclasses.replace(x, warpgroups=2) for x in of_width)
+    width: tiles.Tiles(
+      *(dataclasses.replace(x, warpgroups=2) for x in of_width)
+    )
     for width, of_width in tiles.TILES.items()
   }
   # The interpreter's effects go through neither custom_vmap nor partitioning.
@@ -131,16 +133,16 @@ def main(width, form, names):
     case = dataclasses.replace(table[name], width=width)
     arrays, options, cotangent = cases.draw(case, "bfloat16")
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-      found = compare.run(arrays, options, cotangent)
-      jax.block_until_ready(found)
-    wanted = cases.exact(case, arrays, options, cotangent)
+      actual = compare.run(arrays, options, cotangent)
+      jax.block_until_ready(actual)
+    expected = cases.exact(case, arrays, options, cotangent)
     plain = compare.plain_16_bit(case, arrays, options, cotangent)
     unit = float(jnp.finfo("bfloat16").eps)
-    for key, value in wanted.items():
-      theirs = compare.error(plain[key], value) if key in plain else unit
-      ours = compare.error(found[key], value)
-      print(f"{name} {key}: {ours:.1e}, plain bfloat16 {theirs:.1e}")
-      wrong |= not ours <= 2 * theirs + 0.2 * unit
+    for key, value in expected.items():
+      allowed = compare.error(plain[key], value) if key in plain else unit
+      ours = compare.error(actual[key], value)
+      print(f"{name} {key}: {ours:.1e}, plain bfloat16 {allowed:.1e}")
+      wrong |= not ours <= 2 * allowed + 0.2 * unit
   sys.exit(wrong)
 
 

@@ -27,9 +27,9 @@ def forward(precision, problem, query, key, value, operands):
   return (xla.reference(query, key, value, operands, problem),)
 
 
-def backward(precision, problem, query, key, value, operands, d_out):
+def backward(precision, trained, problem, query, key, value, operands, d_out):
   """As the kernels: the operands' gradients not yet summed over examples."""
-  del precision
+  del precision, trained
   heads = problem.batch, problem.num_heads
   operands = operands._replace(
     logit_bias=jnp.broadcast_to(operands.logit_bias, heads),
@@ -60,8 +60,8 @@ def with_gradients(f, *arrays):
   return out, pull_back(jnp.cos(out))
 
 
-def check(name, found, wanted):
-  for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+def check(name, actual, expected):
+  for x, y in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
     if not np.allclose(x, y, rtol=1e-5, atol=1e-5):
       raise SystemExit(f"{name}: {np.abs(x - y).max()}")
 
@@ -75,7 +75,7 @@ def check_meshes(kv_heads):
   def ours(*arrays):
     return attend("triton", *arrays)
 
-  wanted = with_gradients(lambda *x: attend("xla", *x), *arrays)
+  expected = with_gradients(lambda *x: attend("xla", *x), *arrays)
   mesh = make_mesh(jax.sharding.AxisType.Auto)
   split = PartitionSpec("data", None, "model")
   heads, batch = PartitionSpec("model"), PartitionSpec("data")
@@ -85,11 +85,13 @@ def check_meshes(kv_heads):
     for x, spec in zip(arrays, specs, strict=True)
   ]
 
-  check_without_moving("automatic", ours, sharded, wanted)
+  check_without_moving("automatic", ours, sharded, expected)
 
   manual = jax.shard_map(ours, mesh=mesh, in_specs=specs, out_specs=split)
   check(
-    "shard_map", jax.jit(lambda *x: with_gradients(manual, *x))(*arrays), wanted
+    "shard_map",
+    jax.jit(lambda *x: with_gradients(manual, *x))(*arrays),
+    expected,
   )
 
   # Explicit: the mesh is in the types of query, key and value.
@@ -98,7 +100,7 @@ def check_meshes(kv_heads):
   for name in "triton", "xla":
     check_without_moving(
       f"explicit, {name}", functools.partial(attend, name),
-      [*typed, *arrays[3:]], wanted,
+      [*typed, *arrays[3:]], expected,
     )  # fmt: skip
 
 
@@ -106,10 +108,10 @@ def make_mesh(axis_type):
   return jax.make_mesh((2, 2), ("data", "model"), axis_types=(axis_type,) * 2)
 
 
-def check_without_moving(name, attend, arrays, wanted):
+def check_without_moving(name, attend, arrays, expected):
   jitted = jax.jit(functools.partial(with_gradients, attend))
   compiled = jitted.lower(*arrays).compile()
-  check(name, compiled(*arrays), wanted)
+  check(name, compiled(*arrays), expected)
   moved = re.findall("all-gather|all-to-all|permute", compiled.as_text())
   if moved:
     raise SystemExit(f"{name}: {moved}")

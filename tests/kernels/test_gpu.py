@@ -69,7 +69,7 @@ def test_16_bit_of_many_blocks(case, dtype, implementation):
   compare.assert_16_bit(larger(case, 13, implementation), dtype)
 
 
-@pytest.mark.parametrize("width", tiles.ADDED)
+@pytest.mark.parametrize("width", tiles.FUSED_BACKWARD)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_16_bit_of_what_long_sequences_take(
   case, width, implementation, monkeypatch
@@ -77,11 +77,11 @@ def test_16_bit_of_what_long_sequences_take(
   if implementation != "mosaic":
     pytest.skip("has one way")
   monkeypatch.setattr(tiles, "LONG", 0)
-  added = {
+  everywhere = {
     width: dataclasses.replace(x, open=0, masked=0)
-    for width, x in tiles.ADDED.items()
+    for width, x in tiles.FUSED_BACKWARD.items()
   }
-  monkeypatch.setattr(tiles, "ADDED", added)
+  monkeypatch.setattr(tiles, "FUSED_BACKWARD", everywhere)
   case = dataclasses.replace(larger(case, 13, implementation), width=width)
   compare.assert_16_bit(case, "bfloat16")
 
@@ -106,9 +106,9 @@ def test_nan_in_padding_leaks_nowhere(name, implementation):
 def test_the_same_bits_at_every_run(index, implementation, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
   case = larger(cases.BLOCKS[index], 40, implementation)
-  found = [compare.run(*cases.draw(case, "bfloat16")) for _ in range(2)]
-  for name, value in found[0].items():
-    np.testing.assert_array_equal(value, found[1][name], name)
+  actual = [compare.run(*cases.draw(case, "bfloat16")) for _ in range(2)]
+  for name, value in actual[0].items():
+    np.testing.assert_array_equal(value, actual[1][name], name)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -120,9 +120,9 @@ def test_small_weights_keep_their_sum(bias, dtype):
   )
   arrays, options, cotangent = cases.draw(case, dtype)
   arrays[2] = np.full_like(arrays[2], 16)
-  wanted = cases.exact(case, arrays, options, cotangent)["out"]
-  found = compare.run_or_skip(arrays, options, cotangent)["out"]
-  lost = np.mean(np.asarray(found, np.float64) / wanted - 1)
+  expected = cases.exact(case, arrays, options, cotangent)["out"]
+  actual = compare.run_or_skip(arrays, options, cotangent)["out"]
+  lost = np.mean(np.asarray(actual, np.float64) / expected - 1)
   print(f"{bias=} {dtype} {lost=:.1e}")
   assert abs(lost) < 1e-3
 
@@ -135,10 +135,10 @@ def test_each_gpu_of_a_mesh_computes_its_part(axis, manual):
   count = 2
   rng = np.random.default_rng(0)
   query, key, value, d_out = (
-    jnp.asarray(rng.standard_normal((4, 512, 4, 64)), "bfloat16")
+    jnp.asarray(rng.standard_normal((4, 1024, 4, 64)), "bfloat16")
     for _ in range(4)
   )
-  arrays = query, key, value, jnp.full((4,), -6.0), jnp.array([9, 512, 77, 300])
+  arrays = query, key, value, jnp.full((4,), -6.0), jnp.array([9, 999, 77, 300])
 
   def attend(query, key, value, bias, lengths):
     return sigattn.dot_product_attention(
@@ -165,7 +165,7 @@ def test_each_gpu_of_a_mesh_computes_its_part(axis, manual):
     )
     return out, *pull_back(d_out)
 
-  wanted = jax.jit(functools.partial(gradients, attend))(*arrays, d_out)
+  expected = jax.jit(functools.partial(gradients, attend))(*arrays, d_out)
   sharded = [
     jax.device_put(x, NamedSharding(mesh, spec))
     for x, spec in zip((*arrays, d_out), (*specs, split), strict=True)
@@ -175,7 +175,7 @@ def test_each_gpu_of_a_mesh_computes_its_part(axis, manual):
   )
   text = compiled.as_text()
   assert not re.findall("all-gather|all-to-all|collective-permute", text)
-  for x, y in zip(compiled(*sharded), wanted, strict=True):
+  for x, y in zip(compiled(*sharded), expected, strict=True):
     assert compare.error(x, y) < 1e-3
 
 
@@ -200,9 +200,9 @@ def test_long_sequences_on_the_mesh_of_the_training_program(width, is_causal):
     out, pull_back = jax.vjp(attend, *arrays[:3])
     return out, *pull_back(arrays[3])
 
-  wanted = gradients(*arrays)
+  expected = gradients(*arrays)
   batch = meshes.batch(meshes.make())
-  found = gradients(*(jax.device_put(x, batch) for x in arrays))
-  for x, y in zip(found, wanted, strict=True):
+  actual = gradients(*(jax.device_put(x, batch) for x in arrays))
+  for x, y in zip(actual, expected, strict=True):
     assert x.sharding.is_equivalent_to(batch, x.ndim)
     assert compare.error(x, y) < 1e-3

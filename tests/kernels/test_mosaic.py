@@ -12,7 +12,7 @@ import pytest
 import sigattn
 from benchmarks import tune_triton
 from sigattn.kernels import device, mosaic
-from sigattn.kernels.mosaic import host, kernels, tiles
+from sigattn.kernels.mosaic import blocks, dkv, host, tiles
 from sigattn.kernels.problem import Operands
 from tests.kernels import compare
 
@@ -63,7 +63,7 @@ def test_interpreted_output_and_gradients(width, form, names):
   [(width, 1024, True) for width in tiles.TILES]
   + [
     (width, 4096, is_causal)
-    for width in tiles.ADDED
+    for width in tiles.FUSED_BACKWARD
     for is_causal in (False, True)
   ],
 )
@@ -92,7 +92,7 @@ def test_tiles_are_lowered_for_cuda(width, length, is_causal, has_slopes):
     jax.jit(both).trace(x, x, x, x, slopes).lower(lowering_platforms=("cuda",))
   )
   # The output; dk and dv, one after the other in wide heads; dq.
-  count = 2 + (width > tiles.BOTH)
+  count = 2 + (width > tiles.WIDEST_DK_AND_DV)
   count += not host._adds_in_any_order(host._form(problem), problem)
   assert lowered.as_text().count("custom_call @mosaic_gpu") == count
 
@@ -147,8 +147,8 @@ def test_gradients_on_the_mesh_of_the_training_program():
   ],
 )
 def test_what_it_declines(capability, change, reason, monkeypatch):
-  found = device.Device("Testing", capability)
-  compare.use_only(monkeypatch, "mosaic", found)
+  card = device.Device("Testing", capability)
+  compare.use_only(monkeypatch, "mosaic", card)
   problem = dataclasses.replace(tune_triton.example(64, "bfloat16"), **change)
   assert mosaic.unsupported(problem) == reason
 
@@ -202,14 +202,14 @@ def test_gradients_of_slopes_are_summed_only_where_they_are_wanted(
   argnums, monkeypatch
 ):
   compare.use_only(monkeypatch, "mosaic", H100)
-  asked = []
-  by_keys = kernels.by_keys
+  requested = []
+  run = dkv.run
 
-  def spy(*args, sums, **options):
-    asked.append(sums)
-    return by_keys(*args, sums=sums, **options)
+  def spy(*args, sums):
+    requested.append(sums)
+    return run(*args, sums=sums)
 
-  monkeypatch.setattr(kernels, "by_keys", spy)
+  monkeypatch.setattr(dkv, "run", spy)
 
   def loss(query, key, value, slopes):
     out = sigattn.dot_product_attention(query, key, value, alibi_slopes=slopes)
@@ -219,7 +219,7 @@ def test_gradients_of_slopes_are_summed_only_where_they_are_wanted(
   slopes = jax.ShapeDtypeStruct((2,), "float32")
   gradients = jax.jit(jax.grad(loss, argnums))
   gradients.trace(x, x, x, slopes).lower(lowering_platforms=("cuda",))
-  assert set(asked) == {3 in argnums}
+  assert set(requested) == {3 in argnums}
 
 
 @pytest.mark.parametrize("width", [64, 128])
@@ -235,16 +235,19 @@ def test_no_program_gets_much_more_than_its_share(
     problem, batch=max(16384 // length, 1), num_heads=2048 // width,
     num_kv_heads=2048 // width,
   )  # fmt: skip
-  tile = tiles.TILES[width][0 if of_queries else 2]
-  schedule = host._schedule(problem, Operands(), tile, of_queries)
-  rows = tile.rows * tile.warpgroups
-  theirs = [row[1 : 1 + row[0]] for row in schedule.table]
+  of_width = tiles.TILES[width]
+  tile = of_width.forward if of_queries else of_width.dkv
+  schedule = host._schedule(problem, tile)
+  rows = tile.stationary
+  tiles_of_programs = [row[1 : 1 + row[0]] for row in schedule.table]
   heads, count = problem.batch * problem.num_heads, length // rows
-  assert sorted(np.concatenate(theirs)) == list(range(heads * count))
+  assert sorted(np.concatenate(tiles_of_programs)) == list(range(heads * count))
   # A tile's beginning and end count as a block.
-  costs = 1 + np.arange(1, count + 1) * rows // tile.block
+  costs = 1 + np.arange(1, count + 1) * rows // tile.streamed
   costs = costs if of_queries else costs[::-1]
-  loads = np.array([costs[of_one % count].sum() for of_one in theirs])
+  loads = np.array(
+    [costs[of_one % count].sum() for of_one in tiles_of_programs]
+  )
   assert loads.max() < 1.03 * loads.mean()
 
 
@@ -252,8 +255,8 @@ def test_no_program_gets_much_more_than_its_share(
 def test_blocks_seen_are_those_that_kernels_visit(bounds):
   count, rows, block, length = 9, 48, 32, 300
   first = np.arange(count) * rows
-  low, _, _, high = kernels.visible_blocks(
+  low, _, _, high = blocks.visible_blocks(
     first, first + rows - 1, *bounds, block, length
   )
-  found = host._blocks_seen(count, rows, *bounds, block, length)
-  np.testing.assert_array_equal(found, high - low)
+  actual = blocks.count_visible(count, rows, *bounds, block, length)
+  np.testing.assert_array_equal(actual, high - low)

@@ -95,11 +95,11 @@ def test_interpreted_output_and_gradients(case, interpreter, monkeypatch):
   # The larger, the fewer to interpret.
   set_blocks(monkeypatch, 16 if case in cases.BLOCKS else 64)
   arrays, options, cotangent = cases.draw(case)
-  found = compare.run_or_skip(arrays, options, cotangent)
-  wanted = cases.exact(case, arrays, options, cotangent)
-  assert found.keys() == wanted.keys()
-  for name, value in wanted.items():
-    assert compare.error(found[name], value) < 2e-6, name
+  actual = compare.run_or_skip(arrays, options, cotangent)
+  expected = cases.exact(case, arrays, options, cotangent)
+  assert actual.keys() == expected.keys()
+  for name, value in expected.items():
+    assert compare.error(actual[name], value) < 2e-6, name
 
 
 @pytest.mark.parametrize("bias", [-16.0, 2.0])
@@ -134,13 +134,13 @@ def test_interpreted_empty_blocks_are_skipped(mask, interpreter, monkeypatch):
   first[0][:, :16] = last[1][:, 48:] = last[2][:, 48:] = np.nan
   # Queries 0 to 31 see no key from 48 on, and so no key from 32 on (under a
   # causal mask: from 16 on) is seen by the queries before 16.
-  found = compare.run(last, options, cotangent)
+  actual = compare.run(last, options, cotangent)
   for name in ("out", "query"):
-    np.testing.assert_array_equal(found[name][:, :32], clean[name][:, :32])
-  found = compare.run(first, options, cotangent)
+    np.testing.assert_array_equal(actual[name][:, :32], clean[name][:, :32])
+  actual = compare.run(first, options, cotangent)
   for name in ("key", "value"):
-    np.testing.assert_array_equal(found[name][:, 32:], clean[name][:, 32:])
-  assert np.isnan(found["key"][:, :16]).any()
+    np.testing.assert_array_equal(actual[name][:, 32:], clean[name][:, 32:])
+  assert np.isnan(actual["key"][:, :16]).any()
 
 
 def test_jit_vmap_and_checkpoint_change_nothing(interpreter, monkeypatch):
@@ -163,11 +163,11 @@ def test_jit_vmap_and_checkpoint_change_nothing(interpreter, monkeypatch):
     out, pull_back = jax.vjp(lambda *x: g(*x, lengths), *arrays, bias)
     return out, *pull_back(jnp.asarray(cotangent))
 
-  wanted = with_gradients(f)
+  expected = with_gradients(f)
   vmapped = jax.vmap(one, in_axes=(0, 0, 0, None, 0))
   for g in (jax.jit(f), jax.checkpoint(f), vmapped):
-    for found, value in zip(with_gradients(g), wanted, strict=True):
-      np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+    for actual, value in zip(with_gradients(g), expected, strict=True):
+      np.testing.assert_allclose(actual, value, rtol=1e-5, atol=1e-6)
 
 
 def test_meshes_split_batch_and_heads_without_gathering():
@@ -203,8 +203,8 @@ def test_it_names_the_package_that_is_missing(monkeypatch):
 def test_short_sequences_have_tiles_of_their_own(tmp_path, monkeypatch):
   """They are written beside the others, and taken up to 256 tokens."""
   monkeypatch.setattr(device, "current", lambda: device.Device("A10", 86))
-  path, found = tmp_path / "tiles.json", tiles.Tile(64, 32, 2, 2)
-  tune_triton.write({("16", "forward", 64): found}, short=True, path=path)
+  path, short_tile = tmp_path / "tiles.json", tiles.Tile(64, 32, 2, 2)
+  tune_triton.write({("16", "forward", 64): short_tile}, short=True, path=path)
   table = json.loads(path.read_text())
   assert table["86"]["device"] == "A10"
   assert table["90"] == tiles._table()["90"]
@@ -214,8 +214,8 @@ def test_short_sequences_have_tiles_of_their_own(tmp_path, monkeypatch):
     problem = tune_triton.example(64, "bfloat16", length)
     return tiles.tile(problem, direction, 86)
 
-  assert tile("forward", 256) == found
-  assert tile("forward", 257) != found
+  assert tile("forward", 256) == short_tile
+  assert tile("forward", 257) != short_tile
   assert tile("backward_q", 256) == tile("backward_q", 257)
 
 
@@ -302,8 +302,8 @@ def test_float32_is_exact_unless_asked(asked, precision, monkeypatch):
 
   monkeypatch.setattr(triton_attention, "_start", start)
   monkeypatch.setattr(triton_attention, "_PACKAGES", {})
-  found = device.Device("NVIDIA A100", 80)
-  compare.use_only(monkeypatch, "triton", found)
+  card = device.Device("NVIDIA A100", 80)
+  compare.use_only(monkeypatch, "triton", card)
   x = jnp.ones((1, 16, 1, 16))
   with jax.default_matmul_precision(asked):
     attention.dot_product_attention(x, x, x)

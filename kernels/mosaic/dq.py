@@ -1,0 +1,70 @@
+"""The gradient of the queries: dq = scale dz k, with stationary queries.
+
+The two-kernel backward pass is this kernel and dkv.py: seven products of
+matrices in all, and the same bits at every run. query_tiles.py says which
+warpgroups, shared memory and barriers there are. One step of a compute
+warpgroup, for one block of keys and values:
+
+  wait k_full, v_full   s = q k^T, dp = do v^T       tensor cores
+  v_free                dz = phi'(s) dp              registers
+                        dq += dz k                   tensor cores
+  k_free
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+from sigattn.kernels.mosaic import query_tiles
+from sigattn.kernels.mosaic.pipeline import accumulator, read
+from sigattn.kernels.mosaic.schedule import Schedule
+from sigattn.kernels.mosaic.tiles import QueryTile
+from sigattn.kernels.mosaic.weights import Form, to_16_bits
+
+
+def run(
+  form: Form,
+  tile: QueryTile,
+  schedule: Schedule,
+  inputs: Mapping[str, jax.Array | None],
+  scale: float,
+) -> jax.Array:
+  """scale dz k, (B, T, N, H), where dz = Form.dz_scale phi'(z) (do v^T).
+
+  inputs: names of pipeline.Gmem and arrays. Rows from query_lengths on are 0.
+  """
+  return query_tiles.run(_accumulate, form, tile, schedule, inputs, scale)
+
+
+def _accumulate(queries, total):
+  """Adds dz k of all blocks."""
+  query_tiles.loops(queries, functools.partial(_step, queries, total))
+
+
+def _step(queries, total, e, masked):
+  tile, keys = queries.context.tile, queries.context.keys
+  c = queries.count + e
+  keys.wait(c)
+  queries.context.values.wait(c)
+  shape = accumulator(tile.block_q, tile.block_kv)
+  dz = pl.run_scoped(
+    functools.partial(_logit_gradient, queries, e, c, masked), shape, shape
+  )
+  plgpu.wgmma(total, dz, keys.block(c))
+  plgpu.wgmma_wait(0)
+  keys.release(c)
+
+
+def _logit_gradient(queries, e, c, masked, s_ref, dp_ref):
+  """dz of step e, in 16 bits. c: of the step, counted over all tiles."""
+  context = queries.context
+  keys, values = context.keys, context.values
+  plgpu.wgmma(s_ref, queries.smem, keys.block(c).transpose((1, 0)))
+  plgpu.wgmma(dp_ref, queries.d_out, values.block(c).transpose((1, 0)))
+  _, derivative = queries.weigh(read(s_ref, 1), e, masked)
+  dz = derivative() * read(dp_ref, 0)
+  values.release(c)
+  return to_16_bits(dz, context.form.dz_scale, context.dtype)

@@ -1,0 +1,151 @@
+"""The forward pass: out = scale p v, with stationary queries.
+
+query_tiles.py says which warpgroups, shared memory and barriers there are. One
+step of a compute warpgroup, for one block of keys and values:
+
+  wait k_full   s = q k^T           tensor cores
+  k_free        p = phi(s)          registers
+  wait v_full   out += p v          tensor cores, p from registers
+  v_free
+
+Two warpgroups take turns by themselves: while the tensor cores compute the
+products of one, the other computes its activation. Within one warpgroup:
+
+  default   The values of the first 64 keys are multiplied while the weights of
+            the next 64 are computed.
+  overlap   The scores of step e and the values of step e - 1 are started
+            together (head widths 96 and 128, which have registers for it).
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from sigattn.kernels.mosaic import query_tiles
+from sigattn.kernels.mosaic.blocks import int32
+from sigattn.kernels.mosaic.pipeline import accumulator, read
+from sigattn.kernels.mosaic.schedule import Schedule
+from sigattn.kernels.mosaic.tiles import QueryTile
+from sigattn.kernels.mosaic.weights import Form, to_16_bits
+
+_PART = 64  # keys whose values are started at once
+
+
+def run(
+  form: Form,
+  tile: QueryTile,
+  schedule: Schedule,
+  inputs: Mapping[str, jax.Array | None],
+  scale: float,
+) -> jax.Array:
+  """scale p v, (B, T, N, H), where p = Form.weight_scale phi(z).
+
+  inputs: names of pipeline.Gmem and arrays. Rows from query_lengths on are 0.
+  """
+  accumulate = _accumulate_overlapping if tile.overlap else _accumulate
+  return query_tiles.run(accumulate, form, tile, schedule, inputs, scale)
+
+
+def _accumulate(queries, total):
+  """Adds p v of all blocks."""
+  query_tiles.loops(queries, functools.partial(_step, queries, total))
+
+
+def _step(queries, total, e, masked):
+  """The products of the first keys run during the activation of the next."""
+  tile, values = queries.context.tile, queries.context.values
+  part = _PART if tile.block_kv % _PART == 0 else tile.block_kv
+  s = _scores_alone(queries, e)
+  values.wait(queries.count + e)
+  for start in range(0, tile.block_kv, part):
+    p = _weights(queries, e, s[:, start : start + part], masked, start)
+    block = values.block(queries.count + e).at[pl.ds(start, part)]
+    plgpu.wgmma(total, p, block)
+  _finish(queries, e)
+
+
+def _accumulate_overlapping(queries, total):
+  """Adds p v of all blocks, scores and values started together.
+
+  Only the scores are waited for before the weights of step e. In the machine
+  code the other wait comes ahead of the weights too (benchmarks/NOTES.md): what
+  is left is one round of products a step.
+  """
+  steps, values = queries.steps, queries.context.values
+  first = int32(0)
+  if queries.context.form.masked:  # All masked steps but one, which comes next.
+    first = jnp.maximum(steps.masked - 1, 0)
+    masked_step = functools.partial(_step, queries, total)
+    lax.fori_loop(0, first, lambda e, _: masked_step(e, True), None)
+  p = _weights(queries, first, _scores_alone(queries, first), True)
+  step = functools.partial(_overlapping_step, queries, total)
+  p = lax.fori_loop(first + 1, steps.count, step, p)
+  last = steps.count - 1
+  values.wait(queries.count + last)
+  _add_values(queries, total, last, p)
+  _finish(queries, last)
+
+
+def _overlapping_step(queries, total, e, p):
+  """The scores of step e and the values of step e - 1; the weights of step e.
+
+  p: the weights of step e - 1.
+  """
+
+  def run(ref):
+    _start_scores(queries, e, ref)
+    _add_values(queries, total, e - 1, p)
+    next_p = _weights(queries, e, _read_scores(queries, e, ref, 1), False)
+    _finish(queries, e - 1)
+    return next_p
+
+  queries.context.keys.wait(queries.count + e)
+  queries.context.values.wait(queries.count + e - 1)
+  return pl.run_scoped(run, _scores_accumulator(queries))
+
+
+def _scores_accumulator(queries):
+  tile = queries.context.tile
+  return accumulator(tile.block_q, tile.block_kv)
+
+
+def _scores_alone(queries, e):
+  """The scores of a step, with nothing else running."""
+
+  def run(ref):
+    _start_scores(queries, e, ref)
+    return _read_scores(queries, e, ref, 0)
+
+  queries.context.keys.wait(queries.count + e)
+  return pl.run_scoped(run, _scores_accumulator(queries))
+
+
+def _start_scores(queries, e, ref):
+  keys = queries.context.keys.block(queries.count + e)
+  plgpu.wgmma(ref, queries.smem, keys.transpose((1, 0)))
+
+
+def _read_scores(queries, e, ref, in_flight):
+  s = read(ref, in_flight)
+  queries.context.keys.release(queries.count + e)
+  return s
+
+
+def _weights(queries, e, s, masked, column=0):
+  context = queries.context
+  p, _ = queries.weigh(s, e, masked, column)
+  return to_16_bits(p, context.form.weight_scale, context.dtype)
+
+
+def _add_values(queries, total, e, p):
+  plgpu.wgmma(total, p, queries.context.values.block(queries.count + e))
+
+
+def _finish(queries, e):
+  plgpu.wgmma_wait(0)
+  queries.context.values.release(queries.count + e)

@@ -1,0 +1,213 @@
+"""The fused backward pass: dk, dv and dq in one kernel with stationary keys.
+
+Five products of matrices instead of the seven of dq.py and dkv.py. Keys are
+stationary, so each block of queries gets a share of its dq from each tile of
+keys. The shares are added to float32 sums in global memory (reduce.py), in the
+order in which programs come to them: the last bits differ from run to run.
+
+key_tiles.py says which warpgroups, shared memory and barriers there are. The
+share of dq of a step is dz k, summed over the keys of all compute warpgroups.
+Each warpgroup computes 64 x 64 numbers of it, from dz of all of them. So dz
+goes through shared memory, in two slots by turns, and the share of step e - 1
+is computed in step e, that no warpgroup waits for the other's dz of this step:
+
+  compute warpgroup, step e                           memory warpgroup
+    wait q_full, do_full
+    s, dp, p, dz as in dkv.py
+    wait dz_ready (of step e - 1)
+    start share = dz k          (of step e - 1)
+    write dz to its slot
+    start dk += dz q
+    do_free
+    arrive dz_written  ------------------------->     wait dz_written
+    add the share to global memory                    fence: commit_smem
+    q_free             <-------------------------     arrive dz_ready
+
+The warpgroups keep half a step apart: one's products run while the other
+computes its weights. The memory warpgroup fences, because a compute warpgroup
+would wait at the fence until what it added to dq has arrived in memory.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax import lax
+
+from sigattn.kernels.mosaic import key_tiles, reduce
+from sigattn.kernels.mosaic.blocks import StepsInOrder, int32
+from sigattn.kernels.mosaic.pipeline import accumulator, at_step, read
+from sigattn.kernels.mosaic.schedule import Schedule, rem
+from sigattn.kernels.mosaic.tiles import KeyTile
+from sigattn.kernels.mosaic.weights import Form, to_16_bits
+
+_SHARE = reduce.SIDE  # queries and columns of dq that a warpgroup adds
+
+
+def run(
+  form: Form,
+  tile: KeyTile,
+  schedule: Schedule,
+  inputs: Mapping[str, jax.Array | None],
+  scales: Mapping[str, float],
+  sums: bool = False,
+) -> list[jax.Array]:
+  """[dq, dk, dv], and with `sums` those of dz, as dkv.run.
+
+  dq is dz k in the order of reduce, without a factor and with queries up to a
+  multiple of block_q. inputs: names of pipeline.Gmem and arrays; of dq_sums
+  the values to which dq is added.
+  """
+  variant = key_tiles.Variant(StepsInOrder, _accumulate, _publish_dz)
+  kernel, outputs = key_tiles.build(
+    variant, form, tile, schedule, inputs, scales, sums
+  )
+
+  # XLA sees one call that returns everything, with the sums of dq in the place
+  # of their first value. A mutable array (jax.new_ref) would do the same, but
+  # custom_partitioning refuses its effects, so that no mesh of several devices
+  # could run the kernel.
+  def body(refs):
+    sums_ref, result_refs = refs
+    results = kernel({**inputs, "dq_sums": sums_ref})
+    for ref, x in zip(result_refs, results, strict=True):
+      ref[...] = x
+
+  empty = [lax.empty(x.shape, x.dtype) for x in outputs.values()]
+  dq_sums, results = pl.run_state(body)((inputs["dq_sums"], empty))
+  return [dq_sums, *results]
+
+
+def zeros(query: jax.Array, tile: KeyTile) -> jax.Array:
+  """The sums of dq before anything is added. query: (B, T, N, H)."""
+  # Blocks may reach beyond the sequence.
+  batch, length, heads, width = query.shape
+  length = pl.cdiv(length, tile.block_q) * tile.block_q
+  return reduce.zeros(batch, length, heads, width)
+
+
+def _accumulate(head, totals):
+  """Adds dk, dv and dq of all blocks; returns the sums of dz.
+
+  One loop, with and without masks: between two the compiler moves dk and dv to
+  other registers, and runs out of them. Positions are compared in every block,
+  mostly hidden behind the products; ids are loaded only where they are needed.
+  """
+  totals = _first_step(head, totals)
+  step = functools.partial(_step, head)
+  totals = lax.fori_loop(1, head.keys.steps.count, step, totals)
+  _add_last_share(head)
+  return totals
+
+
+def _logit_gradient(head, e, totals):
+  form, steps = head.context.form, head.keys.steps
+  masked = steps.masked(e) if form.segments else form.masked
+  c = head.position(e)
+  return c, *key_tiles.logit_gradient(head, e, totals, masked)
+
+
+def _first_step(head, totals):
+  """A step without a share of dq, since there is no step before it."""
+  context = head.context
+  c, dz, totals = _logit_gradient(head, int32(0), totals)
+  dz = to_16_bits(dz, context.form.dz_scale, context.dtype)
+  _hand_over(head, c, dz)
+  plgpu.wgmma_wait(1)
+  context.d_outs.release(c)
+  plgpu.barrier_arrive(context.smem.dz_written)
+  plgpu.wgmma_wait(0)
+  context.queries.release(c)
+  return totals
+
+
+def _step(head, e, totals):
+  """A step that also adds the share of dq of the step before."""
+  context = head.context
+  c, dz, totals = _logit_gradient(head, e, totals)
+  plgpu.barrier_wait(context.smem.dz_ready)
+  dq = pl.run_scoped(
+    functools.partial(_end_step, head, c, dz), accumulator(_SHARE, _SHARE)
+  )
+  _add_share(head, dq, e - 1)
+  plgpu.wgmma_wait(0)
+  context.queries.release(c)
+  return totals
+
+
+def _end_step(head, c, dz, share_ref):
+  """The share of dq of the step before, with dk's product of this one running.
+
+  Hands dz to the other warpgroups.
+  """
+  context = head.context
+  dz = to_16_bits(dz, context.form.dz_scale, context.dtype)
+  _start_share(context, share_ref, c - 1)
+  _hand_over(head, c, dz)
+  dq = read(share_ref, 1)
+  context.d_outs.release(c)
+  plgpu.barrier_arrive(context.smem.dz_written)
+  return dq
+
+
+def _hand_over(head, c, dz):
+  """Writes dz to its slot and starts the product for dk.
+
+  There are two slots: that of the step before is being read.
+  """
+  context = head.context
+  slot = rem(c, 2) * context.tile.warpgroups + context.warpgroup
+  context.smem.dz.at[slot][...] = dz
+  plgpu.wgmma(head.dk, dz, context.queries.block(c))
+
+
+def _place_of_share(context):
+  """(row, column) of this warpgroup's share of a block's dq, in shares."""
+  row, column = int32(0), context.warpgroup
+  if context.tile.block_q > _SHARE:
+    row, column = column, row
+  return row, column
+
+
+def _start_share(context, ref, c):
+  """Starts the products of this warpgroup's share of dq."""
+  tile, smem = context.tile, context.smem
+  row, column = _place_of_share(context)
+  slot = rem(c, 2) * tile.warpgroups
+  of_block = pl.ds(row * _SHARE, _SHARE)
+  of_width = pl.ds(column * _SHARE, _SHARE)
+  for other in range(tile.warpgroups):
+    plgpu.wgmma(
+      ref,
+      smem.dz.at[slot + other, :, of_block].transpose((1, 0)),
+      smem.keys.at[at_step(other, c), :, of_width],
+    )
+
+
+def _add_share(head, dq, e):
+  context, keys = head.context, head.keys
+  row, column = _place_of_share(context)
+  row = keys.steps.block(e) * (context.tile.block_q // _SHARE) + row
+  reduce.add(dq, context.gmem.dq_sums.at[keys.batch, head.head, row, column])
+
+
+def _add_last_share(head):
+  keys = head.keys
+
+  def run(ref):
+    last = keys.count + (head.g + 1) * keys.steps.count - 1
+    _start_share(head.context, ref, last)
+    return read(ref, 0)
+
+  plgpu.barrier_wait(head.context.smem.dz_ready)
+  dq = pl.run_scoped(run, accumulator(_SHARE, _SHARE))
+  _add_share(head, dq, keys.steps.count - 1)
+
+
+def _publish_dz(context):
+  """Memory warpgroup: makes dz of a step visible to the tensor cores."""
+  plgpu.barrier_wait(context.smem.dz_written)
+  plgpu.commit_smem()
+  plgpu.barrier_arrive(context.smem.dz_ready)

@@ -1,0 +1,492 @@
+"""Kernels with stationary keys: what dkv.py and fused_backward.py share.
+
+A program works off tiles of keys. Each of its compute warpgroups has block_kv
+of the tile's keys and keeps float32 accumulators (block_kv, H) of dk and dv for
+them in registers. Blocks of block_q queries, with their cotangents d_out, are
+streamed past all of them: those of each query head that shares the key head.
+Scores are transposed: rows are keys, columns are queries.
+
+  shared memory, W warpgroups, in 16-bit numbers
+    keys, values    2 x W x block_kv x H
+    queries, d_out  2 x stages x block_q x H   two rings
+    dz              2 W x block_kv x block_q   fused_backward.py only
+    dk, dv          W x block_kv x H           fused_backward.py only; in dkv.py
+                                               they leave through the slots of
+                                               keys and values
+    sums of dz      W x (1 or 2) x block_kv x float32, if they are wanted
+  For example, fused at H = 128: 3 x 2 x 64 x 128 numbers stationary, 2 x 3 x 64
+  x 128 streamed and 4 x 64 x 64 of dz, 96 + 96 + 32 KiB of 227 KiB.
+
+  barriers                      who arrives                     who waits
+    kv_full[W]                  copy engine: keys and values    the warpgroup
+    kv_free                     each compute warpgroup          memory
+    q_full, do_full[stages]     copy engine                     all compute
+    q_free, do_free[stages]     each compute warpgroup          memory
+    dz_written                  each compute warpgroup          memory
+    dz_ready                    memory                          all compute
+  The last two are of fused_backward.py.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from sigattn.kernels.mosaic import weights
+from sigattn.kernels.mosaic.blocks import (
+  Steps,
+  StepsInOrder,
+  blocks_of_tile,
+  int32,
+)
+from sigattn.kernels.mosaic.pipeline import (
+  Gmem,
+  Ring,
+  accumulator,
+  at_step,
+  by_role,
+  launch,
+  read,
+  smem_blocks,
+  store,
+  zero_padding,
+)
+from sigattn.kernels.mosaic.schedule import Schedule, div, rem
+from sigattn.kernels.mosaic.tiles import KeyTile
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """In what the two kernels differ."""
+
+  steps: type[Steps] | type[StepsInOrder]
+  # (head, sums of dz) -> sums of dz: adds dk and dv of all blocks of a head.
+  accumulate: Callable[["Head", list], list]
+  # The memory warpgroup calls it once a step: makes dz visible to the products.
+  publish_dz: Callable[["Context"], None] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Sizes of a problem; letters as in problem.py."""
+
+  batch: int
+  query_len: int
+  heads: int
+  key_len: int
+  kv_heads: int
+  width: int
+
+  @property
+  def group(self):
+    """Query heads that share a key head."""
+    return self.heads // self.kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Smem:
+  """What lies in shared memory, barriers included; see the top of the file."""
+
+  keys: Any
+  values: Any
+  queries: Any
+  d_outs: Any
+  dz: Any
+  out: Any
+  sums: Any
+  kv_full: Any
+  kv_free: Any
+  q_full: Any
+  do_full: Any
+  q_free: Any
+  do_free: Any
+  dz_written: Any
+  dz_ready: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What a program knows before it begins."""
+
+  variant: Variant
+  form: weights.Form
+  tile: KeyTile
+  schedule: Schedule
+  sizes: Sizes
+  scales: Mapping[str, float]
+  gmem: Gmem
+  smem: Smem
+  queries: Ring
+  d_outs: Ring
+  warpgroup: jax.Array
+  tiles: jax.Array  # number of this program's tiles
+
+  @property
+  def dtype(self):
+    """Of query, key, value and the results."""
+    return self.gmem.query.dtype
+
+  @property
+  def num_sums(self):
+    """How many sums of dz each key has: 0, 1 or, with ALiBi, 2."""
+    return 0 if self.smem.sums is None else 1 + self.form.alibi
+
+  def locate(self, i):
+    """(batch, key head, first key, blocks) of this program's i-th tile."""
+    tile, gmem, form = self.tile, self.gmem, self.form
+    head, index = self.schedule.tile(gmem.table, i)
+    batch, head = div(head, self.sizes.kv_heads), rem(head, self.sizes.kv_heads)
+    blocks = blocks_of_tile(
+      gmem.plan, batch, index, tile.stationary, form.right, form.left,
+      tile.block_q, self.sizes.query_len,
+    )  # fmt: skip
+    steps = self.variant.steps.make(*blocks)
+    return batch, head, index * tile.stationary, steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """The keys of one warpgroup in one tile."""
+
+  context: Context
+  batch: jax.Array
+  kv_head: jax.Array
+  first: jax.Array
+  ids: jax.Array | None
+  steps: Steps | StepsInOrder
+  count: jax.Array  # blocks that were streamed before this tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """The same, and one of the query heads that share the key head."""
+
+  keys: Keys
+  g: jax.Array  # which one
+  head: jax.Array
+  bias: float | jax.Array
+  slope: jax.Array | None
+  dk: Any  # an accumulator; None: not wanted
+  dv: Any
+
+  @property
+  def context(self):
+    """Of the program."""
+    return self.keys.context
+
+  def position(self, e):
+    """How many blocks were streamed before step e."""
+    return self.keys.count + self.g * self.keys.steps.count + e
+
+
+def build(
+  variant: Variant,
+  form: weights.Form,
+  tile: KeyTile,
+  schedule: Schedule,
+  inputs: Mapping[str, jax.Array | None],
+  scales: Mapping[str, float],
+  sums: bool,
+) -> tuple[
+  Callable[[Mapping[str, Any]], list[jax.Array]],
+  dict[str, jax.ShapeDtypeStruct],
+]:
+  """(a function of the inputs that runs the kernel, what its results are).
+
+  Args:
+    variant: which of the two kernels.
+    form, tile, schedule: the mathematics, and how it is cut up.
+    inputs: names of Gmem and arrays. Rows of dv from key_lengths on become 0.
+    scales: the factor of "dk" and of "dv"; of those that are wanted.
+    sums: whether dz is summed over the queries, and with ALiBi -dz distance.
+  """
+  query, key = inputs["query"], inputs["key"]
+  sizes = Sizes(*query.shape[:3], *key.shape[1:])
+
+  def kernel(gmem, *smem):
+    smem = Smem(*smem)
+    context = Context(
+      variant, form, tile, schedule, sizes, scales, gmem, smem,
+      Ring(smem.queries, smem.q_full, smem.q_free, tile.stages),
+      Ring(smem.d_outs, smem.do_full, smem.do_free, tile.stages),
+      lax.axis_index("warpgroup"), schedule.count(gmem.table),
+    )  # fmt: skip
+    by_role(
+      tile, context.warpgroup, functools.partial(_compute, context),
+      functools.partial(_feed, context),
+    )  # fmt: skip
+
+  num_sums = (1 + form.alibi) if sums else 0
+  fused = variant.publish_dz is not None
+  outputs = {
+    name: jax.ShapeDtypeStruct(key.shape, key.dtype) for name in scales
+  }
+  if sums:
+    padded = pl.cdiv(sizes.key_len, tile.stationary) * tile.stationary
+    shape = num_sums, sizes.batch, sizes.heads, padded
+    outputs["dz_sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  scratch = _scratch(tile, sizes.width, key.dtype, num_sums, fused)
+  kernel = launch(
+    kernel, schedule, tile, inputs, outputs, scratch,
+    automatic_barriers=not fused,  # dz has barriers of its own.
+  )  # fmt: skip
+  return kernel, outputs
+
+
+def _scratch(tile, width, dtype, num_sums, fused):
+  """What lies in shared memory, in the order of Smem."""
+
+  def blocks(count, rows, width):
+    return smem_blocks(tile, count, rows, width, dtype)
+
+  stationary = blocks(tile.warpgroups, tile.block_kv, width)
+  streamed = blocks(tile.stages, tile.block_q, width)
+  dz = blocks(2 * tile.warpgroups, tile.block_kv, tile.block_q)
+  sums = plgpu.SMEM((tile.warpgroups, num_sums, tile.block_kv), jnp.float32)
+  full = plgpu.Barrier(num_barriers=tile.stages)
+  free = plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
+  by_all = plgpu.Barrier(num_arrivals=tile.warpgroups)
+  return [
+    stationary, stationary, streamed, streamed,
+    dz if fused else None,
+    stationary if fused else None,
+    sums if num_sums else None,
+    plgpu.Barrier(num_barriers=tile.warpgroups, num_arrivals=2),
+    by_all, full, full, free, free, by_all, plgpu.Barrier(),
+  ]  # fmt: skip
+
+
+# Compute warpgroups.
+
+
+def _compute(context):
+  one = functools.partial(_compute_tile, context)
+  lax.fori_loop(0, context.tiles, one, int32(0))
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _compute_tile(context, i, count):
+  """The i-th tile; returns the number of blocks that were streamed by then."""
+  tile, scales = context.tile, context.scales
+  batch, kv_head, first, steps = context.locate(i)
+  first += context.warpgroup * tile.block_kv
+  ids = weights.load_ids(
+    context.form, context.gmem.key_ids, batch, first, tile.block_kv, weights.ROW
+  )
+  keys = Keys(context, batch, kv_head, first, ids, steps, count)
+  total = accumulator(tile.block_kv, context.sizes.width)
+  dk, dv = pl.run_scoped(
+    functools.partial(_sum_heads, keys),
+    *(total if name in scales else None for name in ("dk", "dv")),
+  )
+  if dv is not None:  # dk is 0 there, since the values are.
+    dv = zero_padding(dv, first, context.gmem.key_lengths, batch)
+  _store(keys, {"dk": dk, "dv": dv})
+  return count + context.sizes.group * steps.count
+
+
+def _sum_heads(keys, dk, dv):
+  """dk and dv of all query heads of the key head."""
+  context = keys.context
+  plgpu.barrier_wait(context.smem.kv_full.at[context.warpgroup])
+  if context.sizes.group == 1:
+    _sum_blocks(keys, dk, dv, int32(0))
+  else:
+    pl.loop(0, context.sizes.group)(
+      functools.partial(_sum_blocks, keys, dk, dv)
+    )
+  return [None if x is None else x[...] for x in (dk, dv)]
+
+
+def _sum_blocks(keys, dk, dv, g):
+  """Adds dk and dv of one query head, and stores its sums of dz."""
+  context = keys.context
+  block_kv, sums = context.tile.block_kv, context.smem.sums
+  head = keys.kv_head * context.sizes.group + g
+  bias, slope = weights.scalars(
+    context.form, context.gmem.scalars, keys.batch, head
+  )
+  zeros = plgpu.layout_cast(jnp.zeros((block_kv,), jnp.float32), weights.ROW)
+  totals = context.variant.accumulate(
+    Head(keys, g, head, bias, slope, dk, dv), [zeros] * context.num_sums
+  )
+  rows = pl.ds(keys.first, block_kv)
+  for index, total in enumerate(totals):
+    store(
+      total,
+      sums.at[context.warpgroup, index],
+      context.gmem.dz_sums.at[index, keys.batch, head, rows],
+    )
+
+
+def _store(keys, gradients):
+  """Stores dk and dv, and says that the slots of keys and values are free."""
+  context = keys.context
+  smem, scales = context.smem, context.scales
+  slots = {"dk": smem.keys, "dv": smem.values}
+  if smem.out is not None:  # They leave through a slot of their own.
+    plgpu.barrier_arrive(smem.kv_free)
+    slots = dict.fromkeys(slots, smem.out)
+  rows = pl.ds(keys.first, context.tile.block_kv)
+  for name, scale in scales.items():
+    destination = getattr(context.gmem, name).at[keys.batch, rows, keys.kv_head]
+    gradient = (gradients[name] * scale).astype(context.dtype)
+    store(gradient, slots[name].at[context.warpgroup], destination)
+  if smem.out is None:
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(smem.kv_free)
+
+
+# The gradient of the logits.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+  """One block of queries past the stationary keys."""
+
+  head: Head
+  e: jax.Array
+  masked: bool | jax.Array
+  q: Any  # in shared memory, as all that follow
+  d_out: Any
+  keys: Any
+  values: Any
+
+
+def logit_gradient(
+  head: Head, e: jax.Array, totals: list, masked: bool | jax.Array
+) -> tuple[jax.Array | None, list]:
+  """(dz of step e, sums of dz), with the product for dv still running.
+
+  dz = phi'(z) (do v^T), (keys, queries) float32, in registers; None where dk is
+  not wanted. totals: the sums of dz up to here.
+  """
+  context = head.context
+  smem, c = context.smem, head.position(e)
+  q, d_out = context.queries.block(c), context.d_outs.block(c)
+  here = at_step(context.warpgroup, c)
+  step = _Step(
+    head, e, masked, q, d_out, smem.keys.at[here], smem.values.at[here]
+  )
+  context.queries.wait(c)
+  context.d_outs.wait(c)
+  return pl.run_scoped(
+    functools.partial(_start_scores, step, totals), _scores_accumulator(context)
+  )
+
+
+def _scores_accumulator(context):
+  return accumulator(context.tile.block_kv, context.tile.block_q)
+
+
+def _start_scores(step, totals, s_ref):
+  plgpu.wgmma(s_ref, step.keys, step.q.transpose((1, 0)))
+  has_dk = step.head.dk is not None
+  return pl.run_scoped(
+    functools.partial(_finish, step, totals, s_ref),
+    _scores_accumulator(step.head.context) if has_dk else None,
+  )
+
+
+def _finish(step, totals, s_ref, dp_ref):
+  """Weights, the product for dv, and dz."""
+  head, context = step.head, step.head.context
+  form = context.form
+  if dp_ref is not None:
+    plgpu.wgmma(dp_ref, step.values, step.d_out.transpose((1, 0)))
+  s = read(s_ref, int(head.dk is not None))
+  p, derivative, place = _weigh(step, s)
+  if head.dv is not None:
+    p = weights.to_16_bits(p, form.weight_scale, context.dtype)
+    plgpu.wgmma(head.dv, p, step.d_out)
+  if dp_ref is None:
+    return None, totals
+  dz = derivative() * read(dp_ref, int(head.dv is not None))
+  if not context.num_sums:
+    return dz, totals
+  parts = [dz.sum(1)]
+  if form.alibi:
+    parts.append(-(dz * place.distance(dz, form.offset)).sum(1))
+  return dz, [t + x for t, x in zip(totals, parts, strict=True)]
+
+
+def _weigh(step, s):
+  """(weights, their derivative, where the block stands)."""
+  head, context = step.head, step.head.context
+  keys, block_q = head.keys, context.tile.block_q
+  start = keys.steps.block(step.e) * block_q
+  place = weights.Place(keys.first, start, of_queries=False)
+
+  def ids():
+    return keys.ids, weights.load_ids(
+      context.form, context.gmem.query_ids, keys.batch, start, block_q,
+      weights.COLUMN,
+    )  # fmt: skip
+
+  p, derivative = weights.weights(
+    context.form, s, head.bias, head.slope, place, ids, step.masked
+  )
+  return p, derivative, place
+
+
+# The memory warpgroup.
+
+
+def _feed(context):
+  one = functools.partial(_feed_tile, context)
+  count = lax.fori_loop(0, context.tiles, one, int32(0))
+  plgpu.barrier_wait(context.smem.kv_free)
+  context.queries.drain(count)
+  context.d_outs.drain(count)
+
+
+def _feed_tile(context, i, count):
+  """Brings the keys and values of the i-th tile, and streams its blocks."""
+  batch, kv_head, first, steps = context.locate(i)
+  publish_dz = context.variant.publish_dz
+  # The step whose end the next copies wait for.
+  behind = context.tile.stages - 1
+  fill = functools.partial(_fill, context, batch, kv_head, steps, count)
+
+  def step(x, _):
+    fill(x)
+    if publish_dz is not None:
+      pl.when(x >= behind)(functools.partial(publish_dz, context))
+
+  fill(int32(0))  # While the tile before ends.
+
+  @pl.when(i > 0)
+  def _():
+    plgpu.barrier_wait(context.smem.kv_free)
+
+  _load_keys(context, batch, kv_head, first)
+  count_here = context.sizes.group * steps.count
+  lax.fori_loop(1, count_here, step, None)
+  if publish_dz is not None:
+    rest = jnp.minimum(behind, context.sizes.group * steps.count)
+    lax.fori_loop(0, rest, lambda *_: publish_dz(context), None)
+  return count + context.sizes.group * steps.count
+
+
+def _fill(context, batch, kv_head, steps, count, x):
+  """Streams the x-th block of a tile, counted over the heads of a group."""
+  gmem, block_q = context.gmem, context.tile.block_q
+  g, e = lax.div(x, steps.count), lax.rem(x, steps.count)
+  at = batch, pl.ds(steps.block(e) * block_q, block_q)
+  at = *at, kv_head * context.sizes.group + g
+  context.queries.fill(count + x, gmem.query.at[at])
+  context.d_outs.fill(count + x, gmem.d_out.at[at])
+
+
+def _load_keys(context, batch, kv_head, first):
+  gmem, smem, block_kv = context.gmem, context.smem, context.tile.block_kv
+  for n in range(context.tile.warpgroups):
+    at = batch, pl.ds(first + n * block_kv, block_kv), kv_head
+    for source, slots in ((gmem.key, smem.keys), (gmem.value, smem.values)):
+      plgpu.copy_gmem_to_smem(source.at[at], slots.at[n], smem.kv_full.at[n])

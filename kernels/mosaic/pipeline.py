@@ -1,0 +1,236 @@
+"""What all Hopper kernels are built of: launch, shared memory, ring, products.
+
+A kernel is a persistent grid: one program for each multiprocessor, each of
+which works off many tiles. A program has a few compute warpgroups and, after
+them, one memory warpgroup. The memory warpgroup lets the copy engine (TMA)
+bring blocks into a ring of slots in shared memory, as far ahead as there are
+slots:
+
+  memory warpgroup                       compute warpgroups
+    wait free[slot]                        wait full[slot]
+    copy a block to slot -- full[slot] ->  products with the tensor cores
+                         <- free[slot] --  arrive free[slot] when they are done
+
+While one warpgroup stores its result, the others compute, and the blocks of the
+next tile are on their way.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from sigattn.kernels.mosaic.schedule import Schedule, rem
+from sigattn.kernels.mosaic.tiles import KeyTile, QueryTile
+
+_MEMORY_REGISTERS = 24  # of a thread of the memory warpgroup
+
+
+@dataclasses.dataclass(frozen=True)
+class Gmem:
+  """The arrays of a kernel in global memory, as Refs; None where absent.
+
+  Inputs first, then outputs. B, T, S, N, K and H as in problem.py.
+  """
+
+  query: Any  # (B, T, N, H)
+  key: Any  # (B, S, K, H)
+  value: Any  # (B, S, K, H)
+  d_out: Any = None  # (B, T, N, H)
+  scalars: Any = None  # (B, N, 2) float32: logit_bias and slope
+  plan: Any = None  # (B, tiles, 4) int32, as blocks.plan
+  query_ids: Any = None  # (B, T and the rest of a tile) int32
+  key_ids: Any = None  # (B, S and the rest of a tile) int32
+  query_lengths: Any = None  # (B,) int32
+  key_lengths: Any = None  # (B,) int32
+  table: Any = None  # of the schedule
+  out: Any = None  # (B, T, N, H); of dq.py the gradient of the queries
+  dq_sums: Any = None  # as reduce.zeros; input and output
+  dk: Any = None  # (B, S, K, H)
+  dv: Any = None  # (B, S, K, H)
+  dz_sums: Any = None  # (1 or 2, B, N, S and the rest of a tile) float32
+
+
+def launch(
+  kernel: Callable[..., None],
+  schedule: Schedule,
+  tile: QueryTile | KeyTile,
+  inputs: Mapping[str, jax.Array | None],
+  outputs: Mapping[str, jax.ShapeDtypeStruct],
+  scratch: Sequence[Any],
+  *,
+  automatic_barriers: bool = True,
+) -> Callable[[Mapping[str, Any]], list[jax.Array]]:
+  """A function of `inputs` (arrays or Refs) that runs a kernel.
+
+  Args:
+    kernel: takes Gmem and a Ref for each element of scratch.
+    schedule, tile: how many programs and warpgroups there are.
+    inputs: names of Gmem and arrays; those that are None are left out.
+    outputs: names of Gmem and what the results look like.
+    scratch: what lies in shared memory, barriers included.
+    automatic_barriers: whether Mosaic adds barriers between writes to shared
+      memory and reads of it.
+  """
+  names = [name for name, x in inputs.items() if x is not None]
+  in_gmem = len(names) + len(outputs)
+
+  def body(*refs):
+    gmem = zip((*names, *outputs), refs[:in_gmem], strict=True)
+    kernel(Gmem(**dict(gmem)), *refs[in_gmem:])
+
+  run = plgpu.kernel(
+    body,
+    out_type=list(outputs.values()),
+    grid=(schedule.programs,),
+    grid_names=("program",),
+    num_threads=tile.warpgroups + 1,
+    thread_name="warpgroup",
+    scratch_types=scratch,
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True,
+      lowering_semantics=plgpu.LoweringSemantics.Lane,
+      unsafe_no_auto_barriers=not automatic_barriers,
+      reduction_scratch_bytes=0,  # Sums over rows stay in a warp.
+    ),
+  )
+  return lambda inputs: run(*(inputs[name] for name in names))
+
+
+def by_role(
+  tile: QueryTile | KeyTile,
+  warpgroup: jax.Array,
+  compute: Callable[[], None],
+  feed: Callable[[], None],
+) -> None:
+  """Runs compute in the compute warpgroups, and feed in the memory warpgroup.
+
+  The registers of a multiprocessor go from the memory warpgroup, which hardly
+  needs any, to the others.
+  """
+
+  @pl.when(warpgroup < tile.warpgroups)
+  def _():
+    plgpu.set_max_registers(tile.registers, action="increase")
+    compute()
+
+  @pl.when(warpgroup == tile.warpgroups)
+  def _():
+    plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
+    feed()
+
+
+# Shared memory.
+
+
+def smem_blocks(
+  tile: QueryTile | KeyTile, count: int, rows: int, width: int, dtype
+) -> Any:
+  """Shared memory for blocks, laid out for tensor cores and copy engine.
+
+  count * rows * width numbers.
+  """
+  bits = jnp.finfo(dtype).bits
+  # Products take as many rows of a block at once as the swizzle is wide.
+  swizzle = plgpu.find_swizzle(math.gcd(width, tile.streamed) * bits)
+  return plgpu.SMEM(
+    (count, rows, width),
+    dtype,
+    transforms=(
+      plgpu.TilingTransform((8, 8 * swizzle // bits)),
+      plgpu.SwizzleTransform(swizzle),
+    ),
+  )
+
+
+class Ring:
+  """Slots in shared memory for streamed blocks, counted by steps."""
+
+  def __init__(self, smem: Any, full: Any, free: Any, stages: int):
+    """smem: (stages, rows, width). full, free: a barrier for each slot."""
+    self._smem, self._full, self._free = smem, full, free
+    self._stages = stages
+
+  def _slot(self, step):
+    return rem(step, self._stages)
+
+  def fill(self, step: jax.Array, source: Any) -> None:
+    """Memory warpgroup: starts to copy a block in, once its slot is free."""
+    slot = self._slot(step)
+
+    @pl.when(step >= self._stages)
+    def _():
+      plgpu.barrier_wait(self._free.at[slot])
+
+    plgpu.copy_gmem_to_smem(source, self._smem.at[slot], self._full.at[slot])
+
+  def drain(self, count: jax.Array) -> None:
+    """Memory warpgroup: waits until the last of `count` blocks was used."""
+
+    def last(step, _):
+      plgpu.barrier_wait(self._free.at[self._slot(step)])
+
+    lax.fori_loop(jnp.maximum(count - self._stages, 0), count, last, None)
+
+  def wait(self, step: jax.Array) -> None:
+    """Compute warpgroup: waits for the block of a step."""
+    plgpu.barrier_wait(self._full.at[self._slot(step)])
+
+  def block(self, step: jax.Array) -> Any:
+    """The block of a step, a Ref (rows, width)."""
+    return self._smem.at[self._slot(step)]
+
+  def release(self, step: jax.Array) -> None:
+    """Compute warpgroup: says that it needs the block no more."""
+    plgpu.barrier_arrive(self._free.at[self._slot(step)])
+
+
+def store(value: jax.Array, smem: Any, destination: Any) -> None:
+  """Writes a tile to global memory through smem; the copy runs on."""
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # The copy before this.
+  smem[...] = value
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(smem, destination)
+
+
+# Products and loops.
+
+
+def accumulator(*shape: int) -> Any:
+  """float32 registers to which the tensor cores add."""
+  return plgpu.ACC(shape, jnp.float32)
+
+
+def read(accumulator: Any, in_flight: int) -> jax.Array:
+  """An accumulator, once at most `in_flight` later products are running."""
+  value = plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
+  # Else what follows may move ahead of the wait.
+  return lax.optimization_barrier(value)
+
+
+def at_step(index: int | jax.Array, step: jax.Array) -> jax.Array:
+  """The index, in a form that no compiler computes before the loop of steps.
+
+  It would compute the addresses of every slice that the products take, keep
+  them in registers, and spill those.
+  """
+  return index + jnp.minimum(lax.optimization_barrier(step), 0)
+
+
+def zero_padding(
+  x: jax.Array, first: jax.Array, lengths: Any, batch: jax.Array
+) -> jax.Array:
+  """x with zeros in its rows from lengths[batch] on, if there are lengths.
+
+  first: where the rows of x begin in their sequence. lengths: a Ref, or None.
+  """
+  if lengths is None:
+    return x
+  row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
+  return jnp.where(row < lengths[batch] - first, x, 0.0)

@@ -1,0 +1,312 @@
+"""Kernels with stationary queries: what forward.py and dq.py share.
+
+A program works off tiles of queries. Each of its compute warpgroups has block_q
+of the tile's queries and keeps a float32 accumulator (block_q, H) for them in
+registers. Blocks of block_kv keys and values are streamed past all of them.
+
+  shared memory, W warpgroups, in 16-bit numbers
+    queries  2 W x block_q x H    this tile's and the next one's; the output of
+                                  a tile leaves through the slot of its queries
+    d_out      W x block_q x H    dq.py only
+    keys     stages x block_kv x H    a ring
+    values   stages x block_kv x H    a ring
+  For example, forward at H = 128: 4 x 64 x 128 and 2 x 2 x 128 x 128 numbers,
+  64 + 128 KiB of 227 KiB.
+
+  barriers                  who arrives                      who waits
+    q_full[2 W]             copy engine: queries (and d_out) the warpgroup
+    k_full, v_full[stages]  copy engine                      all compute
+    k_free, v_free[stages]  each compute warpgroup           memory
+
+A compute warpgroup loads its own queries, those of the next tile while it works
+on this one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax import lax
+
+from sigattn.kernels.mosaic import weights
+from sigattn.kernels.mosaic.blocks import (
+  Steps,
+  blocks_of_tile,
+  int32,
+  visible_blocks,
+)
+from sigattn.kernels.mosaic.pipeline import (
+  Gmem,
+  Ring,
+  accumulator,
+  by_role,
+  launch,
+  smem_blocks,
+  store,
+  zero_padding,
+)
+from sigattn.kernels.mosaic.schedule import Schedule, div, rem
+from sigattn.kernels.mosaic.tiles import QueryTile
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What a program knows before it begins."""
+
+  form: weights.Form
+  tile: QueryTile
+  schedule: Schedule
+  heads: int
+  group: int  # queries' heads to a key head
+  key_len: int
+  scale: float  # of the result
+  accumulate: Callable[["Queries", Any], None]
+  gmem: Gmem
+  q_smem: Any
+  do_smem: Any  # None in the forward pass
+  q_full: Any
+  keys: Ring
+  values: Ring
+  warpgroup: jax.Array
+  tiles: jax.Array  # number of this program's tiles
+
+  @property
+  def dtype(self):
+    """Of query, key, value and the result."""
+    return self.gmem.query.dtype
+
+  def locate(self, i):
+    """(batch, head, first query, blocks) of this program's i-th tile."""
+    tile, gmem, form = self.tile, self.gmem, self.form
+    head, index = self.schedule.tile(gmem.table, i)
+    batch, head = div(head, self.heads), rem(head, self.heads)
+    blocks = blocks_of_tile(
+      gmem.plan, batch, index, tile.stationary, form.left, form.right,
+      tile.block_kv, self.key_len,
+    )  # fmt: skip
+    return batch, head, index * tile.stationary, Steps.make(*blocks)
+
+  def slot(self, i):
+    """Where the queries of the i-th tile lie, and its output after them."""
+    return rem(i, 2) * self.tile.warpgroups + self.warpgroup
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+  """The queries of one warpgroup in one tile."""
+
+  context: Context
+  batch: jax.Array
+  first: jax.Array
+  bias: float | jax.Array
+  slope: jax.Array | None
+  ids: jax.Array | None
+  steps: Steps
+  count: jax.Array  # blocks that were streamed before this tile
+  smem: Any  # (block_q, H)
+
+  @property
+  def d_out(self):
+    """The output's cotangent, in shared memory."""
+    return self.context.do_smem.at[self.context.warpgroup]
+
+  def weigh(self, s, step, masked, column=0):
+    """weights of the scores with the keys of a step, from `column` on."""
+    context = self.context
+    start = self.steps.block(step) * context.tile.block_kv + column
+
+    def ids():
+      return self.ids, weights.load_ids(
+        context.form, context.gmem.key_ids, self.batch, start, s.shape[1],
+        weights.COLUMN,
+      )  # fmt: skip
+
+    return weights.weights(
+      context.form, s, self.bias, self.slope,
+      weights.Place(self.first, start, of_queries=True), ids, masked,
+      paced=context.tile.paced, in_output_unit=context.do_smem is None,
+    )  # fmt: skip
+
+
+def run(
+  accumulate: Callable[[Queries, Any], None],
+  form: weights.Form,
+  tile: QueryTile,
+  schedule: Schedule,
+  inputs: Mapping[str, jax.Array | None],
+  scale: float,
+) -> jax.Array:
+  """(B, T, N, H): scale times what `accumulate` adds up for each query.
+
+  Args:
+    accumulate: adds the contributions of all blocks to an accumulator.
+    form, tile, schedule: the mathematics, and how it is cut up.
+    inputs: names of Gmem and arrays. Rows from query_lengths on become 0.
+    scale: a number.
+  """
+  query, d_out = inputs["query"], inputs["d_out"]
+  heads, width = query.shape[2:]
+  key_len, kv_heads = inputs["key"].shape[1:3]
+
+  def kernel(
+    gmem, q_smem, do_smem, k_smem, v_smem, q_full, k_full, v_full, k_free,
+    v_free,
+  ):  # fmt: skip
+    context = Context(
+      form, tile, schedule, heads, heads // kv_heads, key_len, scale,
+      accumulate, gmem, q_smem, do_smem, q_full,
+      Ring(k_smem, k_full, k_free, tile.stages),
+      Ring(v_smem, v_full, v_free, tile.stages),
+      lax.axis_index("warpgroup"), schedule.count(gmem.table),
+    )  # fmt: skip
+    by_role(
+      tile, context.warpgroup, functools.partial(_compute, context),
+      functools.partial(_feed, context),
+    )  # fmt: skip
+
+  def blocks(count, rows):
+    return smem_blocks(tile, count, rows, width, query.dtype)
+
+  full = plgpu.Barrier(num_barriers=tile.stages)
+  free = plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
+  scratch = [
+    blocks(2 * tile.warpgroups, tile.block_q),
+    None if d_out is None else blocks(tile.warpgroups, tile.block_q),
+    blocks(tile.stages, tile.block_kv),
+    blocks(tile.stages, tile.block_kv),
+    plgpu.Barrier(
+      num_barriers=2 * tile.warpgroups, num_arrivals=1 if d_out is None else 2
+    ),
+    full, full, free, free,
+  ]  # fmt: skip
+  outputs = {"out": jax.ShapeDtypeStruct(query.shape, query.dtype)}
+  (out,) = launch(kernel, schedule, tile, inputs, outputs, scratch)(inputs)
+  return out
+
+
+# Compute warpgroups.
+
+
+def _compute(context):
+  _load_queries(context, int32(0))
+  _load_d_out(context, int32(0))
+  one = functools.partial(_compute_tile, context)
+  lax.fori_loop(0, context.tiles, one, int32(0))
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _load_queries(context, i):
+  _load(context, i, context.gmem.query, context.q_smem.at[context.slot(i)])
+
+
+def _load_d_out(context, i):
+  if context.do_smem is not None:
+    smem = context.do_smem.at[context.warpgroup]
+    _load(context, i, context.gmem.d_out, smem)
+
+
+def _load(context, i, source, smem):
+  """Starts to load this warpgroup's rows of the i-th tile, if there is one."""
+
+  @pl.when(i < context.tiles)
+  def _():
+    block_q = context.tile.block_q
+    batch, head, first, _ = context.locate(i)
+    at = batch, pl.ds(first + context.warpgroup * block_q, block_q), head
+    plgpu.copy_gmem_to_smem(
+      source.at[at], smem, context.q_full.at[context.slot(i)]
+    )
+
+
+def _compute_tile(context, i, count):
+  """The i-th tile; returns the number of blocks that were streamed by then."""
+  form, tile, gmem = context.form, context.tile, context.gmem
+  batch, head, first, steps = context.locate(i)
+  first += context.warpgroup * tile.block_q
+  *_, full_high, high = visible_blocks(
+    first, first + tile.block_q - 1, form.left, form.right, tile.block_kv,
+    context.key_len,
+  )  # fmt: skip
+  steps = steps.skip_from(high)
+  if gmem.plan is None:  # Else more than positions may be masked.
+    steps = steps.mask_from(full_high)
+  bias, slope = weights.scalars(form, gmem.scalars, batch, head)
+  ids = weights.load_ids(
+    form, gmem.query_ids, batch, first, tile.block_q, weights.ROW
+  )
+  smem = context.q_smem.at[context.slot(i)]
+  queries = Queries(context, batch, first, bias, slope, ids, steps, count, smem)
+  width = gmem.query.shape[-1]
+  out = pl.run_scoped(
+    functools.partial(_sum_blocks, queries, i),
+    accumulator(tile.block_q, width),
+  )
+  out = out if context.scale == 1 else out * context.scale
+  out = zero_padding(out, first, gmem.query_lengths, batch)
+  destination = gmem.out.at[batch, pl.ds(first, tile.block_q), head]
+  store(out.astype(context.dtype), smem, destination)
+  return count + steps.count
+
+
+def _sum_blocks(queries, i, total):
+  """The contributions of all blocks; loads the next tile meanwhile."""
+  context = queries.context
+  plgpu.barrier_wait(context.q_full.at[context.slot(i)])
+  # The last tile's output lies where the next one's queries will.
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  _load_queries(context, i + 1)
+  context.accumulate(queries, total)
+  _load_d_out(context, i + 1)
+  return total[...]
+
+
+def loops(queries: Queries, step: Callable[[jax.Array, bool], None]) -> None:
+  """step(e, masked) of all steps: first those with a mask, then the others.
+
+  Blocks that only other warpgroups need are waited for and released.
+  """
+  context, steps = queries.context, queries.steps
+
+  def skip(e, _):
+    for ring in (context.keys, context.values):
+      ring.wait(queries.count + e)
+      ring.release(queries.count + e)
+
+  def run(first, last, masked):
+    lax.fori_loop(first, last, lambda e, _: step(e, masked), None)
+
+  first = int32(0)
+  if context.form.masked:
+    lax.fori_loop(first, steps.skipped, skip, None)
+    run(steps.skipped, steps.masked, True)
+    first = steps.masked
+  run(first, steps.count, False)
+
+
+# The memory warpgroup.
+
+
+def _feed(context):
+  one = functools.partial(_feed_tile, context)
+  count = lax.fori_loop(0, context.tiles, one, int32(0))
+  context.keys.drain(count)
+  context.values.drain(count)
+
+
+def _feed_tile(context, i, count):
+  """Streams the blocks of the i-th tile."""
+  batch, head, _, steps = context.locate(i)
+  gmem, block_kv = context.gmem, context.tile.block_kv
+
+  def step(e, _):
+    at = batch, pl.ds(steps.block(e) * block_kv, block_kv)
+    at = *at, div(head, context.group)
+    context.keys.fill(count + e, gmem.key.at[at])
+    context.values.fill(count + e, gmem.value.at[at])
+
+  lax.fori_loop(0, steps.count, step, None)
+  return count + steps.count

@@ -1,0 +1,260 @@
+"""The mathematics of one block: from scores q k^T to weights, in registers.
+
+A block of scores s has stationary rows and streamed columns. Its logits are
+
+  z = scale s + logit_bias - slope |i + S - T - j|
+
+for query i and key j. Its weights are phi(z), or 0 where the pair is hidden.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from sigattn.kernels.mosaic import registers
+
+_WGMMA = plgpu.Layout.WGMMA
+ROW, COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)  # one number a row, a column
+_LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """What the kernels need to know of the mathematics."""
+
+  kind: str
+  exact: bool  # sigmoid by exp2 and a division; else by the hardware's tanh
+  scale: float
+  logit_bias: float | None  # None: in scalars
+  alibi: bool
+  left: int | None  # query i sees the keys i - left .. i + right
+  right: int | None
+  segments: bool
+  offset: int  # S - T, by which ALiBi's distances are shifted
+  weight_scale: float  # of weights rounded to 16 bits
+  dz_scale: float  # of gradients of logits rounded to 16 bits
+
+  @property
+  def tanh(self) -> bool:
+    """Whether the weights are (1 + tanh(z / 2)) / 2, by the hardware's tanh."""
+    return self.kind == "sigmoid" and not self.exact
+
+  @property
+  def output_unit(self) -> float:
+    """The factor that the forward pass leaves in its weights.
+
+    Two where they are 1 + tanh: to halve them would read more registers than
+    to add 1 (registers.tanh). The output is divided by it once.
+    """
+    return 2.0 if self.tanh else 1.0
+
+  @property
+  def masked(self) -> bool:
+    """Whether positions or segments hide pairs."""
+    return self.segments or self.left is not None or self.right is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a block's rows and columns stand in their sequences."""
+
+  rows: jax.Array  # the first
+  columns: jax.Array  # the first
+  of_queries: bool  # The rows are queries; else keys.
+
+  def bounds(self, left, right) -> tuple:
+    """(low, high): row + low <= column <= row + high is what a row sees.
+
+    Where query - left <= key <= query + right; None: no bound.
+    """
+    if not self.of_queries:
+      left, right = right, left  # Key - right <= query <= key + left.
+    shift = self.rows - self.columns
+    return (
+      None if left is None else shift - left,
+      None if right is None else shift + right,
+    )
+
+  def apart(self, offset) -> jax.Array:
+    """|query + offset - key| is |row + apart - column|."""
+    if not self.of_queries:
+      offset = -offset
+    return self.rows - self.columns + offset
+
+  def side(self, form: Form) -> float | None:
+    """s where each visible distance is s (row + apart - column), s = 1 or -1.
+
+    None: not the same everywhere.
+    """
+    if form.right is None or form.right > form.offset:
+      return None
+    return 1.0 if self.of_queries else -1.0
+
+  def sides(self, offset, shape) -> tuple[jax.Array, jax.Array]:
+    """(whether a block has both signs, the sign if it has one)."""
+    apart = self.apart(offset)
+    above, below = apart >= shape[1] - 1, apart <= 1 - shape[0]
+    return ~(above | below), jnp.where(above, 1.0, -1.0)
+
+  def distance(self, x, offset) -> jax.Array:
+    """|query + offset - key|, float32, of the shape of x."""
+    return registers.distance(x, self.apart(offset))
+
+
+def scalars(form: Form, ref, batch, head) -> tuple:
+  """(logit_bias, slope) of a head. ref: a Ref (B, N, 2), or None."""
+  bias, slope = form.logit_bias, None
+  if bias is None:
+    bias = ref[batch, head, 0]
+  if form.alibi:
+    slope = ref[batch, head, 1]
+  return bias, slope
+
+
+def load_ids(form: Form, ref, batch, start, count, layout) -> jax.Array | None:
+  """`count` segment ids from `start` on; None without segments."""
+  if not form.segments:
+    return None
+  rows = ref.at[batch, pl.ds(start, count)]
+  return plgpu.load(rows, layout=layout, optimized=False)
+
+
+def to_16_bits(x, factor, dtype) -> jax.Array:
+  """x times a power of two that keeps small numbers from underflow."""
+  return (x if factor == 1 else x * factor).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Logits:
+  """How a block's scores become logits, in units of the activation."""
+
+  form: Form
+  place: Place
+  unit: float  # The activation takes unit * z.
+  scale: float  # times unit
+  bias: float | jax.Array  # times unit
+  slope: jax.Array | None
+  load_ids: Callable[[], tuple]
+  masked: bool | jax.Array
+  paced: bool
+
+  def hide(self, x, hidden):
+    """x, or `hidden` where a pair is not visible."""
+    if not self.form.masked or self.masked is False:
+      return x
+    cover = functools.partial(self._cover, hidden=hidden)
+    if self.masked is True:
+      return cover(x)
+    return lax.cond(self.masked, cover, lambda x: x, x)
+
+  def _cover(self, x, hidden):
+    form = self.form
+    if form.left is not None or form.right is not None:
+      low, high = self.place.bounds(form.left, form.right)
+      x = registers.hide(x, low, high, hidden)
+    if form.segments:
+      row, column = self.load_ids()
+      same = lax.broadcast_in_dim(row, x.shape, [0]) == lax.broadcast_in_dim(
+        column, x.shape, [1]
+      )
+      x = jnp.where(same, x, hidden)
+    return x
+
+  def activate(self, z):
+    """Hides logits and applies tanh, if that is the form of the sigmoid.
+
+    Before the activation: hiding the weights themselves lets the compiler move
+    work between the products, which then wait for each other.
+    """
+    z = self.hide(z, -math.inf * self.unit)
+    return jnp.tanh(z) if self.form.tanh else z
+
+  def one_sided(self, x, _=None, sign=1.0):
+    """With distances that are sign (row + apart - column), or without ALiBi."""
+    plane = ()
+    if self.form.alibi:
+      slope = -self.unit * sign * self.slope
+      plane = slope, self.place.apart(self.form.offset)
+    if self.paced:
+      return registers.tanh(x, self.scale, self.bias, *plane)
+    if self.form.alibi:
+      return self.activate(
+        x * self.scale + registers.plane(x, self.bias, *plane)
+      )
+    return self.activate(x * self.scale + self.bias)
+
+  def two_sided(self, x, _=None):
+    """With distances that are absolute values."""
+    far = self.place.distance(x, self.form.offset)
+    z = x * self.scale + self.bias - (self.unit * self.slope) * far
+    return jnp.tanh(z) if self.paced else self.activate(z)
+
+  def compute(self, s):
+    """tanh of the logits, or the logits where the kind has no tanh."""
+    # Paced, the mask comes first: tanh follows the scores at once.
+    x = self.hide(s, -math.inf) if self.paced else s
+    form, place = self.form, self.place
+    sign = place.side(form)
+    if not form.alibi or sign is not None:
+      return self.one_sided(x, sign=sign)
+    if not place.of_queries:
+      return self.two_sided(x)  # Stationary keys leave no registers to branch.
+    both, sign = place.sides(form.offset, x.shape)
+    return lax.cond(
+      both,
+      functools.partial(self.two_sided, x),
+      functools.partial(self.one_sided, x, sign=sign),
+      None,
+    )
+
+
+def weights(
+  form: Form,
+  s: jax.Array,
+  bias,
+  slope,
+  place: Place,
+  ids: Callable[[], tuple],
+  masked: bool | jax.Array,
+  *,
+  paced: bool = False,
+  in_output_unit: bool = False,
+) -> tuple[jax.Array, Callable[[], jax.Array] | None]:
+  """(phi(z), phi') of the logits z = scale s + bias - slope distance.
+
+  phi' is a function without arguments, to be called only where it is needed.
+
+  Args:
+    form: the mathematics.
+    s: (rows, columns) float32, in registers as the tensor cores leave it.
+    bias, slope: numbers that the head shares.
+    place: where the block stands.
+    ids: returns the segment ids of the rows and of the columns.
+    masked: whether a pair may be hidden; a bool, or a traced one, on which the
+      kernel branches.
+    paced: whether tanh is computed in small groups (registers.tanh).
+    in_output_unit: weights in Form.output_unit, and no phi'.
+  """
+  unit = 1.0
+  if form.kind == "sigmoid":
+    unit = -_LOG2_E if form.exact else 0.5
+  paced = paced and form.tanh and form.scale > 0
+  z = _Logits(
+    form, place, unit, unit * form.scale, unit * bias, slope, ids, masked, paced
+  ).compute(s)
+  if form.kind == "relu":
+    return jnp.maximum(z, 0.0), lambda: jnp.where(z > 0, 1.0, 0.0)
+  if form.kind == "relu2":
+    p = jnp.maximum(z, 0.0)
+    return p * p, lambda: 2 * p
+  if form.tanh and in_output_unit:
+    return 1 + z, None
+  p = 0.5 * z + 0.5 if form.tanh else 1 / (1 + jnp.exp2(z))
+  return p, lambda: p - p * p
