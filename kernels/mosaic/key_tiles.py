@@ -84,7 +84,7 @@ class Sizes:
   width: int
 
   @property
-  def group(self):
+  def group(self) -> int:
     """Query heads that share a key head."""
     return self.heads // self.kv_heads
 
@@ -128,16 +128,16 @@ class Context:
   tiles: jax.Array  # number of this program's tiles
 
   @property
-  def dtype(self):
+  def dtype(self) -> jnp.dtype:
     """Of query, key, value and the results."""
     return self.gmem.query.dtype
 
   @property
-  def num_sums(self):
+  def num_sums(self) -> int:
     """How many sums of dz each key has: 0, 1 or, with ALiBi, 2."""
     return 0 if self.smem.sums is None else 1 + self.form.alibi
 
-  def locate(self, i):
+  def locate(self, i: jax.Array) -> tuple:
     """(batch, key head, first key, blocks) of this program's i-th tile."""
     tile, gmem, form = self.tile, self.gmem, self.form
     head, index = self.schedule.tile(gmem.table, i)
@@ -176,11 +176,11 @@ class Head:
   dv: Any
 
   @property
-  def context(self):
-    """Of the program."""
+  def context(self) -> Context:
+    """The context of the program."""
     return self.keys.context
 
-  def position(self, e):
+  def position(self, e: jax.Array) -> jax.Array:
     """How many blocks were streamed before step e."""
     return self.keys.count + self.g * self.keys.steps.count + e
 

@@ -130,11 +130,15 @@ def by_role(
 
 
 def smem_blocks(
-  tile: QueryTile | KeyTile, count: int, rows: int, width: int, dtype
+  tile: QueryTile | KeyTile,
+  count: int,
+  rows: int,
+  width: int,
+  dtype: jnp.dtype,
 ) -> Any:
-  """Shared memory for blocks, laid out for tensor cores and copy engine.
+  """Shared memory for `count` blocks of (rows, width).
 
-  count * rows * width numbers.
+  It is tiled and swizzled as the tensor cores and the copy engine require.
   """
   bits = jnp.finfo(dtype).bits
   # Products take as many rows of a block at once as the swizzle is wide.

@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jax import lax
 
 from sigattn.kernels.mosaic import weights
@@ -75,11 +76,11 @@ class Context:
   tiles: jax.Array  # number of this program's tiles
 
   @property
-  def dtype(self):
+  def dtype(self) -> jnp.dtype:
     """Of query, key, value and the result."""
     return self.gmem.query.dtype
 
-  def locate(self, i):
+  def locate(self, i: jax.Array) -> tuple:
     """(batch, head, first query, blocks) of this program's i-th tile."""
     tile, gmem, form = self.tile, self.gmem, self.form
     head, index = self.schedule.tile(gmem.table, i)
@@ -90,8 +91,8 @@ class Context:
     )  # fmt: skip
     return batch, head, index * tile.stationary, Steps.make(*blocks)
 
-  def slot(self, i):
-    """Where the queries of the i-th tile lie, and its output after them."""
+  def slot(self, i: jax.Array) -> jax.Array:
+    """The slot of the queries of the i-th tile, and then of its output."""
     return rem(i, 2) * self.tile.warpgroups + self.warpgroup
 
 
@@ -110,12 +111,14 @@ class Queries:
   smem: Any  # (block_q, H)
 
   @property
-  def d_out(self):
-    """The output's cotangent, in shared memory."""
+  def d_out(self) -> Any:
+    """The output's cotangent, a Ref (block_q, H) in shared memory."""
     return self.context.do_smem.at[self.context.warpgroup]
 
-  def weigh(self, s, step, masked, column=0):
-    """weights of the scores with the keys of a step, from `column` on."""
+  def weigh(
+    self, s: jax.Array, step: jax.Array, masked: bool, column: int = 0
+  ) -> tuple[jax.Array, Callable[[], jax.Array] | None]:
+    """weights.weights of the scores with a step's keys, from `column` on."""
     context = self.context
     start = self.steps.block(step) * context.tile.block_kv + column
 
