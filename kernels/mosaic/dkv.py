@@ -46,7 +46,7 @@ def run(
   scales: the factors of "dk" and "dv". inputs: names of pipeline.Gmem and
   arrays. Rows of dv from key_lengths on are 0.
   """
-  variant = key_tiles.Variant(Steps, _accumulate)
+  variant = key_tiles.Variant("sigattn_dkv", Steps, _accumulate)
   kernel, _ = key_tiles.build(
     variant, form, tile, schedule, inputs, scales, sums
   )

@@ -60,7 +60,9 @@ def run(
   multiple of block_q. inputs: names of pipeline.Gmem and arrays; of dq_sums
   the values to which dq is added.
   """
-  variant = key_tiles.Variant(StepsInOrder, _accumulate, _publish_dz)
+  variant = key_tiles.Variant(
+    "sigattn_fused_backward", StepsInOrder, _accumulate, _publish_dz
+  )
   kernel, outputs = key_tiles.build(
     variant, form, tile, schedule, inputs, scales, sums
   )

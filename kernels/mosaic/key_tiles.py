@@ -65,6 +65,7 @@ from sigattn.kernels.mosaic.tiles import KeyTile
 class Variant:
   """In what the two kernels differ."""
 
+  name: str  # for profilers
   steps: type[Steps] | type[StepsInOrder]
   # (head, sums of dz) -> sums of dz: adds dk and dv of all blocks of a head.
   accumulate: Callable[["Head", list], list]
@@ -233,7 +234,7 @@ def build(
     outputs["dz_sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
   scratch = _scratch(tile, sizes.width, key.dtype, num_sums, fused)
   kernel = launch(
-    kernel, schedule, tile, inputs, outputs, scratch,
+    variant.name, kernel, schedule, tile, inputs, outputs, scratch,
     automatic_barriers=not fused,  # dz has barriers of its own.
   )  # fmt: skip
   return kernel, outputs

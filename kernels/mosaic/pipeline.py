@@ -58,6 +58,7 @@ class Gmem:
 
 
 def launch(
+  name: str,
   kernel: Callable[..., None],
   schedule: Schedule,
   tile: QueryTile | KeyTile,
@@ -70,6 +71,7 @@ def launch(
   """A function of `inputs` (arrays or Refs) that runs a kernel.
 
   Args:
+    name: what profilers and the dumps of Mosaic call it.
     kernel: takes Gmem and a Ref for each element of scratch.
     schedule, tile: how many programs and warpgroups there are.
     inputs: names of Gmem and arrays; those that are None are left out.
@@ -90,6 +92,7 @@ def launch(
     out_type=list(outputs.values()),
     grid=(schedule.programs,),
     grid_names=("program",),
+    kernel_name=name,
     num_threads=tile.warpgroups + 1,
     thread_name="warpgroup",
     scratch_types=scratch,

@@ -136,6 +136,7 @@ class Queries:
 
 
 def run(
+  name: str,
   accumulate: Callable[[Queries, Any], None],
   form: weights.Form,
   tile: QueryTile,
@@ -146,6 +147,7 @@ def run(
   """(B, T, N, H): scale times what `accumulate` adds up for each query.
 
   Args:
+    name: of the kernel, for profilers.
     accumulate: adds the contributions of all blocks to an accumulator.
     form, tile, schedule: the mathematics, and how it is cut up.
     inputs: names of Gmem and arrays. Rows from query_lengths on become 0.
@@ -187,7 +189,9 @@ def run(
     full, full, free, free,
   ]  # fmt: skip
   outputs = {"out": jax.ShapeDtypeStruct(query.shape, query.dtype)}
-  (out,) = launch(kernel, schedule, tile, inputs, outputs, scratch)(inputs)
+  (out,) = launch(name, kernel, schedule, tile, inputs, outputs, scratch)(
+    inputs
+  )
   return out
 
 
