@@ -5,6 +5,7 @@
   dq              dq = dz k           queries are stationary    query_tiles
   dkv             dk, dv              keys are stationary       key_tiles
   fused_backward  dq, dk, dv          keys are stationary       key_tiles
+  logit_gradient  dz, for dkv and fused_backward
   schedule        which tiles each program computes
   tiles           block sizes
   blocks          which blocks a tile sees

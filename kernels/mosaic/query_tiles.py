@@ -62,7 +62,7 @@ class Context:
   tile: QueryTile
   schedule: Schedule
   heads: int
-  group: int  # queries' heads to a key head
+  group: int  # query heads that share a key head
   key_len: int
   scale: float  # of the result
   accumulate: Callable[["Queries", Any], None]
@@ -162,37 +162,54 @@ def run(
     v_free,
   ):  # fmt: skip
     context = Context(
-      form, tile, schedule, heads, heads // kv_heads, key_len, scale,
-      accumulate, gmem, q_smem, do_smem, q_full,
-      Ring(k_smem, k_full, k_free, tile.stages),
-      Ring(v_smem, v_full, v_free, tile.stages),
-      lax.axis_index("warpgroup"), schedule.count(gmem.table),
-    )  # fmt: skip
+      form=form,
+      tile=tile,
+      schedule=schedule,
+      heads=heads,
+      group=heads // kv_heads,
+      key_len=key_len,
+      scale=scale,
+      accumulate=accumulate,
+      gmem=gmem,
+      q_smem=q_smem,
+      do_smem=do_smem,
+      q_full=q_full,
+      keys=Ring(k_smem, k_full, k_free, tile.stages),
+      values=Ring(v_smem, v_full, v_free, tile.stages),
+      warpgroup=lax.axis_index("warpgroup"),
+      tiles=schedule.count(gmem.table),
+    )
     by_role(
       tile, context.warpgroup, functools.partial(_compute, context),
       functools.partial(_feed, context),
     )  # fmt: skip
 
-  def blocks(count, rows):
-    return smem_blocks(tile, count, rows, width, query.dtype)
-
-  full = plgpu.Barrier(num_barriers=tile.stages)
-  free = plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
-  scratch = [
-    blocks(2 * tile.warpgroups, tile.block_q),
-    None if d_out is None else blocks(tile.warpgroups, tile.block_q),
-    blocks(tile.stages, tile.block_kv),
-    blocks(tile.stages, tile.block_kv),
-    plgpu.Barrier(
-      num_barriers=2 * tile.warpgroups, num_arrivals=1 if d_out is None else 2
-    ),
-    full, full, free, free,
-  ]  # fmt: skip
+  scratch = _scratch(tile, width, query.dtype, d_out is not None)
   outputs = {"out": jax.ShapeDtypeStruct(query.shape, query.dtype)}
   (out,) = launch(name, kernel, schedule, tile, inputs, outputs, scratch)(
     inputs
   )
   return out
+
+
+def _scratch(tile, width, dtype, has_d_out):
+  """What lies in shared memory, in the order of the kernel's arguments."""
+
+  def blocks(count, rows):
+    return smem_blocks(tile, count, rows, width, dtype)
+
+  queries_full = plgpu.Barrier(
+    num_barriers=2 * tile.warpgroups, num_arrivals=2 if has_d_out else 1
+  )
+  full = plgpu.Barrier(num_barriers=tile.stages)
+  free = plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
+  return [
+    blocks(2 * tile.warpgroups, tile.block_q),
+    blocks(tile.warpgroups, tile.block_q) if has_d_out else None,
+    blocks(tile.stages, tile.block_kv),
+    blocks(tile.stages, tile.block_kv),
+    queries_full, full, full, free, free,
+  ]  # fmt: skip
 
 
 # Compute warpgroups.
@@ -246,7 +263,10 @@ def _compute_tile(context, i, count):
     form, gmem.query_ids, batch, first, tile.block_q, weights.ROW
   )
   smem = context.q_smem.at[context.slot(i)]
-  queries = Queries(context, batch, first, bias, slope, ids, steps, count, smem)
+  queries = Queries(
+    context=context, batch=batch, first=first, bias=bias, slope=slope, ids=ids,
+    steps=steps, count=count, smem=smem,
+  )  # fmt: skip
   width = gmem.query.shape[-1]
   out = pl.run_scoped(
     functools.partial(_sum_blocks, queries, i),

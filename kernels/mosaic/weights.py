@@ -262,8 +262,9 @@ def weights(
     unit = -_LOG2_E if form.exact else 0.5
   paced = paced and form.tanh and form.scale > 0
   z = _Logits(
-    form, place, unit, unit * form.scale, unit * bias, slope, ids, masked, paced
-  ).compute(s)
+    form=form, place=place, unit=unit, scale=unit * form.scale,
+    bias=unit * bias, slope=slope, load_ids=ids, masked=masked, paced=paced,
+  ).compute(s)  # fmt: skip
   if form.kind == "relu":
     return jnp.maximum(z, 0.0), lambda: jnp.where(z > 0, 1.0, 0.0)
   if form.kind == "relu2":
