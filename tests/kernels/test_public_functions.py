@@ -1,4 +1,4 @@
-"""What is public in kernels/ says its types and what it computes."""
+"""Public functions of kernels/ have types and docstrings."""
 
 import ast
 import pathlib
