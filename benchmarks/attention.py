@@ -1,16 +1,15 @@
 """Measures attention: python -m benchmarks.attention
 
-On a GPU it times our kernels and every baseline that is installed, in bfloat16:
-forward alone, backward alone and both, for 16,384 tokens with N H = 2,048 and
-for ViT-B's 196 tokens, then for batches of which a part is padding. Then it
-measures the memory of a forward and backward pass. It prints one table and
-writes benchmarks/results/kernels_<device>.json.
+On a GPU it measures our kernels and every installed baseline in bfloat16. First
+the memory of a forward and backward pass; then the time of forward, backward
+and both, for 16,384 tokens with N H = 2,048, for ViT-B's 196 tokens, and for
+batches that contain padding. It prints one table and writes
+benchmarks/results/kernels_<device>.json.
 
 On a CPU it measures, for each length, the peak memory of one forward and
 backward pass of sigmoid attention (B=1, N=4, H=64, float32) beyond what the
-process held before. Beside it stands the size of one matrix of weights, of
-which the plain form keeps several. It writes
-benchmarks/results/memory_cpu.json.
+process used before. The table also has the size of one n x n matrix of weights,
+of which plain JAX keeps several. It writes benchmarks/results/memory_cpu.json.
 
   python -m benchmarks.attention --lengths 1024 8192 --baselines mosaic cuDNN
   python -m benchmarks.attention \\
@@ -40,17 +39,16 @@ from benchmarks.baselines import Cell
 from benchmarks.timing import milliseconds
 from sigattn.kernels import dispatch
 
-HEADS, WIDTH = 4, 64  # of the CPU's table
-LENGTHS = tuple(1024 * 2**i for i in range(6))  # the GPU's but the last
-TOKENS, CHANNELS = 16384, 2048  # of the GPU's: B n and N H
+HEADS, WIDTH = 4, 64  # of the table for a CPU
+LENGTHS = tuple(1024 * 2**i for i in range(6))  # a GPU's table omits the last
+TOKENS, CHANNELS = 16384, 2048  # B n and N H of a GPU's table
 _ROUNDS = 9
 _FOLDER = pathlib.Path(__file__).parent / "results"
 
 
 def memory(length):
   """{seq_len, peak_mib, weights_mib} of a length, in a process of its own."""
-  # Not multiprocessing's Pool, which starts a worker that cannot start again
-  # and again.
+  # multiprocessing.Pool would restart a worker that cannot start, forever.
   spawn = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
     peak = pool.submit(_measure, length).result()
@@ -73,7 +71,7 @@ def _measure(length):
 
     return jax.grad(loss, (0, 1, 2))(x, x, x)
 
-  # What JAX itself takes to compile and run anything is there before.
+  # A first call, so that what JAX itself needs is not counted.
   jax.block_until_ready(gradients(jnp.ones((1, 8, HEADS, WIDTH))))
   before = _peak_mib()
   x = jax.random.normal(jax.random.key(0), (1, length, HEADS, WIDTH))
@@ -82,7 +80,7 @@ def _measure(length):
 
 
 def _peak_mib():
-  # Not getrusage, whose peak a process inherits from the one that starts it.
+  # getrusage would not do: a process inherits the peak of its parent.
   status = pathlib.Path("/proc/self/status").read_text()
   return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
 
@@ -96,7 +94,7 @@ def _commit():
 
 
 def cells(lengths, widths):
-  """Of the GPU's table."""
+  """The problem sizes of a GPU's table."""
   table = [
     Cell(width, length, max(TOKENS // length, 1), CHANNELS // width, causal)
     for width in widths
@@ -111,7 +109,7 @@ def cells(lengths, widths):
 
 
 def _matmul_tflops():
-  """The ceiling: a product of 8192 x 8192 bfloat16 matrices."""
+  """The rate of a product of 8192 x 8192 bfloat16 matrices."""
   x = jax.random.normal(jax.random.key(0), (8192, 8192), "bfloat16")
   product = jax.jit(jnp.matmul)
   return 2 * 8192**3 / milliseconds(lambda: product(x, x)) / 1e9
@@ -123,7 +121,7 @@ def _able(field, cell):
 
 @contextlib.contextmanager
 def _reported(baseline, cell):
-  """Prints what goes wrong in others' code, which may refuse a size."""
+  """Prints an error instead of raising it: a baseline may refuse a size."""
   try:
     yield
   except Exception as error:
@@ -144,10 +142,10 @@ def _memory_on_gpu(widths, field):
 
 
 def prepare(table, field):
-  """{(cell, baseline): calls} of those that XLA compiles, side by side.
+  """{(cell, baseline): calls}, compiled in parallel where that is possible.
 
-  Compilers take most of the time that a table needs, and a compiler must not
-  run beside what is timed.
+  Compilation takes most of the time that a table needs. It must not run while
+  something is timed.
   """
   pairs = [
     (cell, baseline)
@@ -172,12 +170,12 @@ def prepare(table, field):
 def speed(cell, field, prepared):
   """Yields a row for each baseline of `field` and pass.
 
-  They take turns, so that a card which grows warm and slow does so for all.
+  They take turns, so that a card that throttles slows all of them down alike.
   """
   calls = {}
   for baseline in _able(field, cell):
     if baseline.compiled and (cell, baseline) not in prepared:
-      continue  # What went wrong was said when it was prepared.
+      continue  # Its error was printed when it was prepared.
     with _reported(baseline, cell):
       by_pass = prepared.get((cell, baseline)) or baseline.calls(cell)
       for direction in baselines.PASSES:
@@ -211,7 +209,7 @@ def speed(cell, field, prepared):
 
 
 def _gpu(lengths, widths, field, save):
-  """The whole result; what there is of it is saved after each cell."""
+  """The whole result. A partial result is saved after each cell."""
   kind = jax.devices()[0].device_kind
   ceiling = _matmul_tflops()
   print(f"{kind}: a product of matrices at {ceiling:.0f} TFLOP/s")
@@ -244,14 +242,14 @@ def _gpu(lengths, widths, field, save):
       )
     save(result)
   result["ratios"] = list(_means(result["rows"]))
-  print("time of the fastest softmax by ours, over the cells without padding:")
+  print("speed-up over the fastest softmax baseline, without padded cells:")
   for row in result["ratios"]:
     print("{:18}{:>10} H{}: mean {:.3f}, least {:.3f}".format(*row.values()))
   return result
 
 
 def _means(rows):
-  """Geometric mean and least of ratio_to_best_softmax."""
+  """Geometric mean and minimum of ratio_to_best_softmax."""
   groups = {}
   for row in rows:
     ratio = row["ratio_to_best_softmax"]
@@ -269,9 +267,9 @@ def _means(rows):
 
 
 def plot(path):
-  """Draws TFLOP/s against lengths from 512 on, of a file of the GPU's.
+  """Draws TFLOP/s against the length, from 512 tokens on.
 
-  path: x.json; returns x.png.
+  path: x.json, a result of a GPU. Returns x.png.
   """
   from matplotlib import pyplot
 
@@ -349,7 +347,7 @@ def _write(name, device, measurements):
 
 
 def main():
-  # Room for what comes from torch. Read when JAX first looks for a GPU.
+  # Leave memory for torch. JAX reads this when it first looks for a GPU.
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--lengths", type=int, nargs="+")

@@ -1,7 +1,8 @@
-"""Attention of others, to be measured beside ours; none of it is required.
+"""Implementations of attention that the benchmark compares.
 
-A Baseline builds, for a problem size (a Cell), one callable per pass: a
-function without arguments that starts the work on the GPU.
+Those of other authors are optional: what is not installed is left out. A
+Baseline builds one callable per pass for a problem size (a Cell): a function
+without arguments that starts the work on the GPU.
 """
 
 import dataclasses
@@ -22,14 +23,14 @@ PASSES = ("forward", "backward", "both")
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """A problem size: B = batch, T = S = length, N = heads, H = width."""
+  """A problem size: B = batch, T = S = length, N = K = heads, H = width."""
 
   width: int
   length: int
   batch: int
   heads: int
   causal: bool
-  padding: float = 0.0  # share of the tokens that lie beyond their length
+  padding: float = 0.0  # share of the tokens that are padding
 
   @property
   def shape(self):
@@ -37,14 +38,17 @@ class Cell:
 
   @property
   def lengths(self):
-    """(B,): evenly from all to what leaves `padding`; None without padding."""
+    """(B,) evenly spaced lengths with that share of padding, or None."""
     if not self.padding:
       return None
     spread = jnp.linspace(0.0, 2 * self.padding, self.batch)
     return jnp.round(self.length * (1 - spread)).astype(jnp.int32)
 
   def flops(self, direction):
-    """4 B n^2 N H, half of it if causal; backward counts 2.5 times."""
+    """4 B n^2 N H for a forward pass, half of it if causal.
+
+    A backward pass counts 2.5 times, and both together 3.5 times.
+    """
     times = {"forward": 1.0, "backward": 2.5, "both": 3.5}[direction]
     square = self.batch * self.length**2 * self.heads * self.width
     return 4 * square * times * (0.5 if self.causal else 1.0)
@@ -52,19 +56,22 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
+  """One implementation: how to call its passes, and which sizes it can do."""
+
   name: str
   softmax: bool
-  package: str  # that must be there
-  calls: Callable  # of a Cell: {pass: call}
-  wait: Callable  # for what a call gave
+  package: str  # the package that it needs
+  calls: Callable  # Cell -> {pass: call}
+  wait: Callable  # waits for what a call returned
   can: Callable = lambda cell: not cell.padding
   cudnn: bool = False
 
   @property
   def compiled(self):
-    """Whether XLA alone compiles it: long, but safely in many threads.
+    """Whether it can be compiled in many threads at a time.
 
-    Not cuDNN: what another thread starts breaks the graph that it captures.
+    XLA can, and it takes long. cuDNN cannot: it captures a graph, which breaks
+    if another thread launches anything.
     """
     return self.package in ("jax", "flash_attn3_jax") and not self.cudnn
 
@@ -79,7 +86,7 @@ def _inputs(cell):
 
 
 def _jax_calls(attend, cell):
-  """attend: of query, key, value."""
+  """The calls of attend(query, key, value)."""
   *inputs, d_out = _inputs(cell)
   forward = jax.jit(attend)
   _, pullback = jax.vjp(forward, *inputs)
@@ -136,7 +143,7 @@ def _flash_3(cell):
 
 
 def _torch_calls(attend, cell):
-  """attend: of query, key, value, (B, n, N, H) each."""
+  """The calls of attend(query, key, value), (B, n, N, H) each."""
   import torch
 
   torch.manual_seed(0)
@@ -185,7 +192,7 @@ def _triton_sigmoid(cell):
   import torch
   import triton_sigmoid
 
-  # jax-triton takes Triton's cache away, without which this does not run.
+  # jax-triton empties this variable, and Triton does not run without it.
   if not os.environ.get("TRITON_CACHE_DIR"):
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
   attend = functools.partial(
@@ -203,7 +210,7 @@ def _triton_sigmoid(cell):
 
 
 def _fits_in_memory(cell):
-  """Whether some n x n matrices of each head do, and take no age."""
+  """Whether n x n matrices fit in memory and finish quickly."""
   return not cell.padding and cell.batch * cell.heads * cell.length**2 < 2**30
 
 
@@ -274,11 +281,10 @@ BASELINES = (
 
 
 def memory(baseline, cell):
-  """{saved_mib, peak_mib} of a forward and backward pass, beyond its inputs.
+  """{saved_mib, peak_mib} of a forward and backward pass, without its inputs.
 
-  saved: what is kept from the forward to the backward pass besides query, key
-  and value. peak: the output, the gradients and all room that is needed at
-  once.
+  saved_mib: what the forward pass saves besides query, key and value.
+  peak_mib: output, gradients and temporary memory at its peak.
   """
   measure = _torch_memory if baseline.wait is _torch_wait else _jax_memory
   saved, peak = measure(baseline.calls(cell))

@@ -7,12 +7,19 @@ import jax
 
 
 def milliseconds(call, wait=jax.block_until_ready, repeats=5):
-  """Median time of a call, of as many at once as hide the start of one."""
+  """Median time of a call, with calls batched to hide launch overhead.
+
+  Args:
+    call: a function without arguments that starts work on the GPU.
+    wait: waits for what a call returned.
+    repeats: the number of batches.
+  """
 
   def run(count):
     begin = time.perf_counter()
     for _ in range(count):
-      # A GPU works in order. Results that are kept would fill its memory.
+      # A GPU works in order, so the last result suffices. Others are dropped:
+      # they would fill its memory.
       last = call()
     wait(last)
     return (time.perf_counter() - begin) / count * 1e3

@@ -1,13 +1,14 @@
-"""Tiles of the Triton kernels.
+"""Tunes the tiles of the Triton kernels, or checks their table.
 
-  python -m benchmarks.tune_triton          times tiles on the card at hand
+  python -m benchmarks.tune_triton          times tiles on this machine's card
   python -m benchmarks.tune_triton --check  compiles the table's for every card
 
-The first tries many tiles for each pass, head width and size of the numbers,
-and writes the fastest that does not spill to kernels/triton/tiles.json; with
---lengths up to 256, as tiles of short sequences, which take the others where
-there are none. Nothing is tuned when a program runs: a card that is not in the
-table takes the tiles of the next older one. The second needs no GPU.
+The first tries many tiles for each pass, head width and number of bits. It
+writes the fastest tile that does not spill to kernels/triton/tiles.json. With
+--lengths up to 256 it writes tiles of short sequences; without such tiles,
+short sequences take the others. Nothing is tuned when a program runs: a card
+that is not in the table takes the tiles of the next older one. The second needs
+no GPU.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from sigattn.kernels.triton.tiles import (
   Tile,
 )
 
-# What one program may have of a multiprocessor's shared memory.
+# The largest part of a multiprocessor's shared memory for one program.
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 
 
@@ -46,6 +47,8 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 
 
 class Resources(NamedTuple):
+  """What a kernel needs of a multiprocessor."""
+
   registers: int  # of a thread, at most 255
   spilled: int  # bytes of a thread
   shared: int  # bytes of a program
@@ -56,7 +59,7 @@ class Resources(NamedTuple):
 
 
 def resources(problem, direction, tile, capability):
-  """What the machine code of a kernel needs; it needs no GPU."""
+  """The Resources of a kernel, compiled without a GPU."""
   import triton
   from triton.backends.compiler import GPUTarget
   from triton.compiler import ASTSource
@@ -106,7 +109,7 @@ def example(width, dtype, length=4096, **options):
 
 
 def example_of_everything(width, dtype):
-  """An example with every operand and mask that there is."""
+  """An example with every operand and mask that the kernels support."""
   shape = example(width, dtype)
   batch, length = shape.batch, shape.query_len
   heads = jax.ShapeDtypeStruct((batch, shape.num_heads), "float32")
@@ -127,7 +130,7 @@ EXAMPLES = {
 
 
 def check(cards, dtypes, widths, passes, examples):
-  """Prints what each tile of the table needs; False where one does not fit."""
+  """Prints the Resources of each tile; False if one does not fit."""
   good = True
   for capability, dtype, width, direction, name in itertools.product(
     cards, dtypes, widths, passes, examples
@@ -159,7 +162,7 @@ class Job(NamedTuple):
 
 
 def candidates(direction, width, dtype):
-  """Every tile worth a try."""
+  """Every tile that is worth trying."""
   rows, others = (64, 128), (32, 64, 128)
   if width >= 256:
     others = (16, 32, 64)
@@ -167,16 +170,16 @@ def candidates(direction, width, dtype):
     rows = others = (16, 32, 64)
   for row, other in itertools.product(rows, others):
     if dtype == "float32" and max(row, other) * width > 2**12:
-      continue  # Its products are unrolled: compiling takes minutes.
+      continue  # Its products are unrolled, and compilation takes minutes.
     for warps, stages in itertools.product((4, 8), (2, 3, 4)):
       q, k = (other, row) if direction == "backward_kv" else (row, other)
       yield Tile(q, k, warps, stages)
 
 
 def measure(jobs, processes):
-  """(job, milliseconds or why not) of each.
+  """(job, milliseconds or an error message) of each job.
 
-  They are compiled side by side, and timed one at a time.
+  Jobs are compiled in parallel and timed one at a time.
   """
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   context = multiprocessing.get_context("spawn")
@@ -208,16 +211,16 @@ def _measure(job):
       keys = jax.random.split(jax.random.key(0), count)
       arrays = [jax.random.normal(key, shape, job.dtype) for key in keys]
       return job, milliseconds(functools.partial(compiled, *arrays))
-  except Exception as error:  # Too much for the card or for the compiler.
+  except Exception as error:  # Too large for the card or for the compiler.
     return job, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
 
 
 def fastest(times):
-  """{(bits, pass, width): tile} of those that fit, by their times in ms.
+  """{(bits, pass, width): tile}, the fastest tiles that fit the card.
 
   Args:
-    times: {job: milliseconds}; of jobs of the same pass, width and bits the sum
-      counts.
+    times: {job: milliseconds}. Jobs of the same pass, width and number of bits
+      are compared by the sum of their times.
   """
   groups = {}
   for job, time in times.items():
@@ -246,17 +249,17 @@ def fastest(times):
 
 
 def write(chosen, short=False, path=TABLE):
-  """Puts the tiles into the table of the card at hand."""
-  card_at_hand = device.current()
+  """Writes the tiles to the table, for this machine's card."""
+  this_card = device.current()
   table = json.loads(TABLE.read_text())
-  near = max(x for x in map(int, table) if x <= card_at_hand.capability)
+  near = max(x for x in map(int, table) if x <= this_card.capability)
   card = json.loads(json.dumps(table[str(near)]))
   for (bits, direction, width), best in chosen.items():
     table_of = card.setdefault("short", {}) if short else card["tiles"]
     passes = table_of.setdefault(bits, {}).setdefault(direction, {})
     passes[str(width)] = best
-  table[str(card_at_hand.capability)] = card | {
-    "device": card_at_hand.kind,
+  table[str(this_card.capability)] = card | {
+    "device": this_card.kind,
     "date": datetime.date.today().isoformat(),
   }
   text = json.dumps(table, indent=2)

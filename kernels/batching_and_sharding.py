@@ -1,39 +1,51 @@
-"""What a kernel lacks beside plain JAX: vmap, and meshes.
+"""vmap and sharding rules for the kernels.
 
-A kernel is a primitive that JAX can neither batch nor split, though attention
-is the same for every example and every group of heads. So a vmapped axis is
-folded into the batch, and on a mesh that splits batch or heads each device
-computes its part, without gathering.
+JAX can neither batch nor split a kernel, although attention is the same for
+every example and every group of heads. Therefore a vmapped axis is folded into
+the batch. On a mesh that splits batch or heads, each device computes its part,
+and nothing is gathered.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sigattn.kernels.problem import Operands
+from sigattn.kernels.problem import Operands, Problem
 
 _NAMES = ("query", "key", "value")
-# The axes of each argument; those of _FREE may be 1 and stay so.
+# The axes of each argument. Those of _FREE may have size 1 and keep it.
 _INPUTS = ("BTNH", "BSKH", "BSKH")
 _OPERANDS = Operands("BNTS", "BNTS", "BN", "BN", "B", "B", "BT", "BS")
 _COTANGENT = "BTNH"
 _FREE = ("BNTS", "BN")
 
 
-def over_batch(compute, outputs, problem, query, key, value, operands, *d_out):
+def over_batch(
+  compute: Callable[..., tuple[jax.Array, ...]],
+  outputs: Sequence[str],
+  problem: Problem,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  operands: Operands,
+  *d_out: jax.Array,
+) -> tuple[jax.Array, ...]:
   """compute(problem, query, ...), also under vmap and on a mesh.
 
   Args:
-    compute: takes the other arguments, also with another batch or number of
-      heads than here; returns a tuple of arrays.
-    outputs: the axes of each of those, like "BTNH" or "BN". None may be a sum
-      over examples: give the shares, and add them outside.
-    problem, query, key, value, operands: as in attention.
+    compute: takes the other arguments, also with a different batch or number of
+      heads, and returns a tuple of arrays.
+    outputs: the axes of each of those arrays, such as "BTNH" or "BN". None of
+      them may be a sum over examples: compute one for each example, and add
+      them outside.
+    problem, query, key, value, operands: as in xla.attention.
     d_out: the cotangent of the output, or nothing.
   """
   arrays, tree = jax.tree.flatten((query, key, value, operands, *d_out))
@@ -45,7 +57,7 @@ def over_batch(compute, outputs, problem, query, key, value, operands, *d_out):
   axes = [*_INPUTS, *given, *(_COTANGENT for _ in d_out)]
 
   def arguments(arrays):
-    """Of compute: the problem is that of the arrays' shapes."""
+    """The arguments of compute, with a problem that fits the arrays."""
     query, key, value, operands, *d_out = jax.tree.unflatten(tree, arrays)
     resized = dataclasses.replace(
       problem,
@@ -88,22 +100,27 @@ def _fold(x, batched, size, batch, axes):
   return x.reshape(-1, *x.shape[2:])
 
 
-def varying(x, arrays):
-  """In a shard_map: x differs between devices where some input does."""
+def varying(x: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
+  """x, marked in a shard_map as different on each device if an array is."""
   names = frozenset().union(*(jax.typeof(a).mat.varying for a in arrays))
   names -= jax.typeof(x).mat.varying
   return jax.lax.pcast(x, tuple(names), to="varying") if names else x
 
 
-def cotangent(grad, x):
-  """grad with shape and dtype of x; where shards share x, their sum."""
+def cotangent(grad: jax.Array, x: jax.Array) -> jax.Array:
+  """grad with the shape and dtype of x; summed over devices that share x."""
   names = jax.typeof(grad).mat.varying - jax.typeof(x).mat.varying
   grad = jax.lax.psum(grad, tuple(names)) if names else grad
   return grad.reshape(x.shape).astype(x.dtype)
 
 
-def head_cotangent(grad_BN, operand):
-  """cotangent of an operand (B or 1, N) or None, from its share per example."""
+def head_cotangent(
+  grad_BN: jax.Array, operand: jax.Array | None
+) -> jax.Array | None:
+  """The cotangent of an operand (B or 1, N), from one for each example.
+
+  None if there is no operand.
+  """
   if operand is None:
     return None
   if operand.shape[0] == 1:
@@ -114,21 +131,25 @@ def head_cotangent(grad_BN, operand):
 # Meshes.
 
 
-def shards(query, key, value, operands):
-  """(mesh, specs of these, spec of the output) of an explicit mesh.
+def shards(
+  query: jax.Array, key: jax.Array, value: jax.Array, operands: Operands
+) -> tuple[Mesh, tuple, PartitionSpec] | None:
+  """(mesh, specs of the arguments, spec of the output) of an explicit mesh.
 
-  Such a mesh has its axes in the types of arrays, and what XLA cannot split
-  fails. None where it splits none of query, key and value.
+  The axes of such a mesh are part of the types of arrays, and an operation that
+  XLA cannot split is an error. None if query, key and value are not split.
 
   Raises:
-    ValueError: where it splits anything but batch and heads, or not alike.
+    ValueError: if anything but batch and heads is split, or if query, key and
+      value are split in different ways.
   """
   types = [jax.typeof(x).sharding for x in (query, key, value)]
   if not any(name for sharding in types for name in sharding.spec):
     return None
   batch, _, heads, _ = types[0].spec
   of_queries = PartitionSpec(batch, None, heads, None)
-  # Groups of queries stay with their key; of one key head, all groups have it.
+  # A group of query heads is on the device of its key head. A single key head
+  # is on all devices.
   of_keys = PartitionSpec(
     batch, None, heads if key.shape[2] > 1 else None, None
   )
@@ -153,10 +174,15 @@ def shards(query, key, value, operands):
   return types[0].mesh, (*inputs, of_operands), of_queries
 
 
-def over_shards(attend, mesh, in_specs, out_spec):
-  """attend(query, key, value, operands) of what each device holds."""
+def over_shards(
+  attend: Callable[..., jax.Array], mesh: Any, in_specs: tuple, out_spec: Any
+) -> Callable[..., jax.Array]:
+  """attend(query, key, value, operands), of the part that each device holds.
 
-  def move(x, spec):  # Operands may lie anywhere: they are small.
+  mesh, in_specs, out_spec: as shards returns them.
+  """
+
+  def move(x, spec):  # Operands may be on any device: they are small.
     return jax.reshard(x, NamedSharding(mesh, spec))
 
   # Outside of a jit an abstract mesh has no devices.
@@ -176,7 +202,7 @@ def _partitioned(local, problem, axes, outputs, arrays):
   def shardings(mesh, spec, arrays, axes):
     batch, _, heads, _ = (*spec, *[None] * (4 - len(spec)))
     if problem.num_kv_heads % _size(mesh, heads):
-      heads = None  # A group of queries stays with its key.
+      heads = None  # A group of query heads needs its key head.
     names = {"B": batch, "N": heads, "K": heads}
 
     def one(x, axes):
@@ -203,9 +229,9 @@ def _partitioned(local, problem, axes, outputs, arrays):
 
 
 def _rule(problem, axes, outputs, arrays):
-  """Which axes go together, and that only batch and key heads may be split.
+  """The sharding rule in Shardy's notation: only batch and key heads split.
 
-  In Shardy's notation: b t (k g) h, b s k h, b s k h -> b t (k g) h.
+  For example: b t (k g) h, b s k h, b s k h -> b t (k g) h.
   """
   group = problem.num_heads // problem.num_kv_heads
   heads = "k"
@@ -214,7 +240,7 @@ def _rule(problem, axes, outputs, arrays):
   words = {"B": "b", "N": heads}
 
   def one(index, axes, shape=None):
-    # An axis of 1 that is broadcast goes with no other.
+    # An axis of size 1 that is broadcast is related to no other.
     shape = shape if axes in _FREE and shape else [0] * len(axes)
     return " ".join(
       f"{axis.lower()}{index}" if n == 1 else words.get(axis, axis.lower())
@@ -228,7 +254,7 @@ def _rule(problem, axes, outputs, arrays):
   right = [one("", a) for a in outputs]
   return dict(
     sharding_rule=f"{', '.join(left)} -> {', '.join(right)}",
-    # In the order in which they appear.
+    # The order must be that of their first appearance.
     need_replication_factors=("t", *("g" * (group > 1)), "h", "s"),
     **({"g": group} if heads == "(k g)" else {}),
   )

@@ -1,4 +1,4 @@
-"""What is computed on: asked for at each call, inside jit too."""
+"""The current device, queried at each call, inside jit too."""
 
 import re
 from typing import NamedTuple
@@ -7,20 +7,22 @@ import jax
 
 
 class Device(NamedTuple):
-  kind: str  # as its maker calls it: NVIDIA H200, cpu
+  """What the choice of a kernel depends on."""
+
+  kind: str  # the maker's name, such as NVIDIA H200, or cpu
   capability: int | None  # 90 for compute capability 9.0; None: not NVIDIA's
 
 
-def current():
-  """The device that JAX puts new arrays on.
+def current() -> Device:
+  """The device on which JAX puts new arrays.
 
-  Arrays that were committed elsewhere do not count: tracers do not know where
-  they are.
+  Arrays that were committed to another device are not considered, because
+  tracers do not know where they are.
   """
   device = jax.config.jax_default_device or jax.local_devices()[0]
   if isinstance(device, str):
     device = jax.local_devices(backend=device)[0]
-  # A GPU of AMD's has gfx942 here, a CPU nothing.
+  # An AMD GPU has gfx942 here, and a CPU has nothing.
   version = str(getattr(device, "compute_capability", ""))
   digits = re.fullmatch(r"(\d+)\.(\d)", version)
   capability = int(digits[1] + digits[2]) if digits else None

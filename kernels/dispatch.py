@@ -1,14 +1,19 @@
 """Pointwise attention: activation(scale q k^T + ...) v, by the best kernel.
 
-Knows neither Flax nor the rest of the project: it could be lifted out as it
-stands. An implementation is a module with
-  unsupported(problem) -> str   why it cannot; empty where it can
+This package imports neither Flax nor the rest of the project. An implementation
+is a module with two functions:
+
+  unsupported(problem) -> str   the reason why it cannot; empty if it can
   attention(query, key, value, operands, problem) -> (B, T, N, H)
 """
 
 import functools
 import importlib
 import logging
+from types import ModuleType
+from typing import Any
+
+import jax
 
 from sigattn.kernels import batching_and_sharding, device, xla
 from sigattn.kernels.problem import Operands, Problem, make_problem
@@ -17,35 +22,37 @@ __all__ = [
   "IMPLEMENTATIONS", "Operands", "Problem", "attention", "choose", "weights",
 ]  # fmt: skip
 
-# Fastest first for long sequences. xla takes every problem, and so is the last.
+# The fastest for long sequences comes first. xla takes every problem, so it is
+# the last.
 IMPLEMENTATIONS = {
   "mosaic": "sigattn.kernels.mosaic",
   "triton": "sigattn.kernels.triton",
   "xla": "sigattn.kernels.xla",
 }
 
-# Mosaic's tiles are large, and it pads lengths to a multiple of 8 by a copy: on
-# an H100 196 tokens of width 64 took 2.1 times Triton's time forward and 1.9
-# backward; at 1,024 tokens both passes together take as long.
+# Below this length Triton is tried before Mosaic. Mosaic has large tiles, and
+# pads lengths to a multiple of 8 by a copy: on an H100, 196 tokens of width 64
+# took 2.1 times Triton's time forward and 1.9 times backward. At 1,024 tokens
+# both take the same time for the two passes together.
 _SHORT = 512
 
 _logger = logging.getLogger(__name__)
 
 
 def attention(
-  query,
-  key,
-  value,
-  operands,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  operands: Operands,
   *,
-  kind,
-  scale,
-  logit_bias,
-  normalizer=1.0,
-  is_causal=False,
-  local_window_size=None,
-  implementation=None,
-):
+  kind: str,
+  scale: float,
+  logit_bias: float | None,
+  normalizer: float = 1.0,
+  is_causal: bool = False,
+  local_window_size: int | tuple[int, int] | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
   """out = activation(scale q k^T + bias + logit_bias + alibi) v / normalizer.
 
   A row of the output without a visible key is zero.
@@ -53,18 +60,22 @@ def attention(
   Args:
     query: (B, T, N, H).
     key, value: (B, S, K, H), K dividing N.
-    operands: arrays that change the logits or what is visible.
+    operands: arrays that change the logits or decide what is visible.
     kind: sigmoid, relu or relu2 (the square of relu).
     scale: a float.
-    logit_bias: a float, or None where operands.logit_bias holds an array.
+    logit_bias: a float, or None if operands.logit_bias holds an array.
     normalizer: a float.
     is_causal: query i sees the keys j <= i, as in jax.nn.
     local_window_size: w or (left, right): query i sees i - left .. i + right.
-    implementation: a name of IMPLEMENTATIONS; None: the first that can.
+    implementation: a name of IMPLEMENTATIONS. None: the first that supports
+      the problem.
+
+  Returns:
+    (B, T, N, H), with the dtype of query.
 
   Raises:
     ValueError: for arguments that make no sense for any implementation.
-    NotImplementedError: where the named implementation cannot.
+    NotImplementedError: if the named implementation does not support them.
   """
   options = dict(
     kind=kind,
@@ -89,11 +100,18 @@ def attention(
   return module.attention(query, key, value, operands, problem)
 
 
-def weights(query, key, operands, *, local_window_size=None, **options):
-  """(logits, weights, visible) of `attention`, each (B, N, T, S): to look at.
+def weights(
+  query: jax.Array,
+  key: jax.Array,
+  operands: Operands,
+  *,
+  local_window_size: int | tuple[int, int] | None = None,
+  **options: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(logits, weights, visible) of `attention`, each (B, N, T, S), to look at.
 
-  The specification's, in float32 and all at once. The arguments are those of
-  `attention`, without the values and the implementation.
+  The specification computes them, in float32 and all at once. The arguments are
+  those of `attention`, without the values and the implementation.
   """
   problem = make_problem(
     query, key, key, operands, window=local_window_size, **options
@@ -101,11 +119,15 @@ def weights(query, key, operands, *, local_window_size=None, **options):
   return xla.weights(query, key, operands, problem)
 
 
-def choose(problem: Problem, implementation=None):
+def choose(problem: Problem, implementation: str | None = None) -> str:
   """The name of the implementation that will compute the problem.
 
-  Raises ValueError for an unknown name, NotImplementedError with the reasons
-  where none (or not the named one) can.
+  The choice, and why others were rejected, is logged once per problem.
+
+  Raises:
+    ValueError: for an unknown name.
+    NotImplementedError: with the reasons, if none supports the problem, or if
+      the named one does not.
   """
   if implementation is not None and implementation not in IMPLEMENTATIONS:
     raise ValueError(
@@ -114,7 +136,7 @@ def choose(problem: Problem, implementation=None):
   return _choose(problem, implementation, device.current())
 
 
-# Once a problem and device: so is the line in the log.
+# Cached, so that each problem is logged once for each device.
 @functools.lru_cache(maxsize=4096)
 def _choose(problem, implementation, _):
   declined = {}
@@ -132,8 +154,9 @@ def _choose(problem, implementation, _):
 def _fastest_first(problem):
   names = list(IMPLEMENTATIONS)
   short = max(problem.query_len, problem.key_len) < _SHORT
-  # Forward and backward without a mask 4.2 ms for Triton's 3.5 (n = 2,048,
-  # H = 32); with a causal one as fast, and faster with wider heads.
+  # With ALiBi and H = 32 (n = 2,048), forward and backward without a mask take
+  # Mosaic 4.2 ms and Triton 3.5. With a causal mask both take the same time,
+  # and with wider heads Mosaic is faster.
   alibi = problem.shapes.alibi_slopes is not None and problem.head_dim <= 32
   if (short or alibi) and "mosaic" in names[:-1]:
     names.remove("mosaic")
@@ -141,6 +164,6 @@ def _fastest_first(problem):
   return names
 
 
-def _module(name):
-  # Imported when asked for: a laptop need not have Triton.
+def _module(name) -> ModuleType:
+  # Imported only when it is used: a laptop need not have Triton.
   return importlib.import_module(IMPLEMENTATIONS[name])

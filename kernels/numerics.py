@@ -1,28 +1,33 @@
-"""Where a 16-bit kernel needs more than the fast form of its arithmetic."""
+"""Numerical choices of 16-bit kernels: the form of the sigmoid, and scales."""
 
 import math
 
-# The least b at which the tanh form below is exact enough.
+from sigattn.kernels.problem import Problem
+
+# The least logit bias at which the tanh form is exact enough.
 _TANH_BIAS = {
   "bfloat16": {"plain": -11.0, "alibi": -9.0},
   "float16": {"plain": -9.0, "alibi": math.inf},
 }
 
 
-def exact_sigmoid(problem):
+def exact_sigmoid(problem: Problem) -> bool:
   """Whether a 16-bit kernel must keep the relative precision of small weights.
 
   With the hardware's tanh, sigmoid(z) = 0.5 + 0.5 tanh(z / 2) costs one slow
-  operation, 1 / (1 + exp(-z)) two. But near -1 a tanh in float32 has steps of
-  6e-8, so that the sum of a row of weights of about e^b loses, in the mean (V =
-  1, an H200): 4e-4 at b = -9.7, 6e-4 at -11.1, 5e-3 at -13.9, 12 % at -16,
-  beside 1.4e-3 of the rounding of a bfloat16 output. So tanh is for b >= -11,
-  key lengths up to 60,000 by default. ALiBi spreads a row's weights down to
-  nothing, each with the same absolute loss: 7e-4 of the sum at b = -9, hence
-  the bound there, provided that a query sees its own place, of distance 0; the
-  gradient of a slope magnifies that loss by the distance. float16 rounds eight
-  times finer than bfloat16. The values of a bias in an array are not known:
-  exact.
+  operation; 1 / (1 + exp(-z)) costs two. But near -1 a float32 tanh has steps
+  of 6e-8. Therefore the sum of a row of weights of about e^b loses a part, in
+  the mean (V = 1, measured on an H200):
+
+    b     -9.7  -11.1  -13.9  -16     rounding a bfloat16 output
+    loss  4e-4  6e-4   5e-3   1.2e-1  1.4e-3
+
+  So tanh is used for b >= -11, which are key lengths up to 60,000 by default.
+  ALiBi lets the weights of a row decay to nothing, each with the same absolute
+  loss: 7e-4 of the sum at b = -9. Its bound is therefore -9, and it holds only
+  if a query sees a key at distance 0. The gradient of a slope magnifies the
+  loss by the distance. float16 rounds eight times finer than bfloat16. If the
+  bias is an array, its values are not known, and the exact form is used.
   """
   if problem.logit_bias is None:
     return True
@@ -33,7 +38,7 @@ def exact_sigmoid(problem):
   return problem.logit_bias < bounds["alibi" if alibi else "plain"]
 
 
-def float16_scales(problem, headroom):
+def float16_scales(problem: Problem, headroom: int) -> tuple[float, float]:
   """(weight_scale, dz_scale), powers of two against underflow in float16.
 
   A kernel multiplies weights and gradients of logits by them before it rounds

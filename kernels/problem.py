@@ -1,4 +1,4 @@
-"""Which attention is to be computed: checked once, hashable.
+"""The description of one attention, validated once and hashable.
 
 Shapes: B batch, T queries, S keys, N heads, K key-value heads, G = N / K
 queries to a key head, H head width.
@@ -8,6 +8,7 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 ACTIVATIONS = ("sigmoid", "relu", "relu2")
@@ -15,7 +16,10 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Operands(NamedTuple):
-  """What attention reads besides query, key and value; None where absent."""
+  """What attention reads besides query, key and value; None where absent.
+
+  The members are arrays, and in Problem.shapes their shapes.
+  """
 
   bias: Any = None  # (B or 1, N or 1, T or 1, S or 1), added to the logits
   mask: Any = None  # the same shapes, bool; True: visible
@@ -36,10 +40,10 @@ INTEGERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """Everything about one attention but the numbers in its arrays.
+  """Everything about one attention except the numbers in its arrays.
 
-  Hashable, so that it is a static argument of jit, the key of a tuning table
-  and of the log. `make_problem` validates and builds it.
+  It is hashable, so that it can be a static argument of jit, and the key of a
+  cache. `make_problem` validates and builds it.
   """
 
   kind: str  # one of ACTIVATIONS
@@ -58,7 +62,7 @@ class Problem:
   shapes: Operands  # the shape of each operand, or None
 
   @property
-  def bounds(self):
+  def bounds(self) -> tuple[int | None, int | None]:
     """(left, right): query i sees the keys i - left .. i + right by position.
 
     None: no bound on that side. A causal mask is right = 0: the keys j <= i.
@@ -67,8 +71,8 @@ class Problem:
     return left, 0 if self.is_causal else right
 
   @property
-  def masked_by_data(self):
-    """Whether what is visible depends on more than the positions."""
+  def masked_by_data(self) -> bool:
+    """Whether visibility depends on more than the positions."""
     s = self.shapes
     return any(
       x is not None
@@ -80,8 +84,8 @@ class Problem:
       )
     )
 
-  def __str__(self):
-    """sigmoid B2 T1024 S1024 N8 K8 H64 bfloat16 causal, say."""
+  def __str__(self) -> str:
+    """For example: sigmoid B2 T1024 S1024 N8 K8 H64 bfloat16 causal."""
     words = [
       f"{self.kind} B{self.batch} T{self.query_len} S{self.key_len} "
       f"N{self.num_heads} K{self.num_kv_heads} H{self.head_dim} {self.dtype}"
@@ -93,22 +97,33 @@ class Problem:
 
 
 def make_problem(
-  query,
-  key,
-  value,
-  operands,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  operands: Operands,
   *,
-  kind,
-  scale,
-  logit_bias,
-  normalizer,
-  is_causal,
-  window,
-):
-  """The Problem of these arrays; ValueError where they make no sense.
+  kind: str,
+  scale: float,
+  logit_bias: float | None,
+  normalizer: float,
+  is_causal: bool,
+  window: int | tuple[int, int] | None,
+) -> Problem:
+  """The Problem of these arrays.
 
-  query: (B, T, N, H). key, value: (B, S, K, H). logit_bias: a float, or None
-  where operands.logit_bias is an array.
+  Args:
+    query: (B, T, N, H).
+    key, value: (B, S, K, H).
+    operands: see Operands.
+    kind: one of ACTIVATIONS.
+    scale: the factor of q k^T.
+    logit_bias: a float, or None if operands.logit_bias is an array.
+    normalizer: the divisor of the weights.
+    is_causal: query i sees the keys j <= i.
+    window: w or (left, right), numbers of keys beside a query.
+
+  Raises:
+    ValueError: for arguments that make no sense; it names value and choices.
   """
   if kind not in ACTIVATIONS:
     raise ValueError(f"{kind=}; choose from {ACTIVATIONS}")
@@ -171,8 +186,8 @@ def _window(window):
   pair = (window, window) if isinstance(window, int) else tuple(window)
   if len(pair) != 2 or min(pair) < 0:
     raise ValueError(
-      f"local_window_size={window!r}; must be a number of keys >= 0, or such "
-      "numbers to the left and to the right"
+      f"local_window_size={window!r}; must be a number of keys >= 0, or a pair "
+      "of such numbers: to the left and to the right"
     )
   return pair
 
@@ -201,8 +216,8 @@ def _check_operands(p, operands):
       raise ValueError(f"{name}.shape={shape}; must broadcast to {full}")
   if operands.mask is not None and operands.mask.dtype != bool:
     raise ValueError(
-      f"mask.dtype={operands.mask.dtype.name}; must be bool (what is to be "
-      "added to the logits goes to bias)"
+      f"mask.dtype={operands.mask.dtype.name}; must be bool (use bias for "
+      "numbers that are added to the logits)"
     )
   for name in INTEGERS:
     array = getattr(operands, name)
@@ -225,7 +240,7 @@ def _fits(shape, full, free):
 
 def _check_numbers(p):
   if (p.logit_bias is None) == (p.shapes.logit_bias is None):
-    raise ValueError("logit_bias; must be a number or an array, one of them")
+    raise ValueError("logit_bias; must be either a number or an array")
   for name in ("scale", "logit_bias", "normalizer"):
     number = getattr(p, name)
     if number is not None and not math.isfinite(number):

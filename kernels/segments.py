@@ -1,4 +1,4 @@
-"""Which stretch of the other side a block of rows has its segments in."""
+"""Where the segments of a block of rows lie on the other side."""
 
 import functools
 
@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 
 
-def spans(rows, others, block):
-  """What each block of rows has to look at: (B, blocks, 3) int32.
+def spans(rows: jax.Array, others: jax.Array, block: int) -> jax.Array:
+  """The span of the other side that each block of rows sees, (B, blocks, 3).
 
-  The first and one past the last of the other side with a segment of the
-  block's; then the latter again where the block sees all in between, else 0.
+  Each span is three int32 numbers: the first position with a segment of the
+  block, one past the last such position, and that number again if every row of
+  the block sees everything in between, else 0.
 
   Args:
     rows: (B, R) segment ids.
     others: (B, O) segment ids of the other side.
-    block: number of rows.
+    block: the number of rows in a block.
   """
   batch, length = rows.shape
   order = jnp.argsort(others, axis=1, stable=True)

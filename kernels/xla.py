@@ -1,17 +1,18 @@
-"""Pointwise attention in plain JAX: the specification, and what runs anywhere.
+"""Pointwise attention in plain JAX: the specification, and a portable form.
 
-`reference` is the definition: every weight at once, in float32, differentiated
-by JAX. `attention` gives the same numbers in memory that grows with S rather
-than T S. It needs no running maximum, no sum and no log-sum-exp, because a
-weight depends on its own logit alone: the shares of blocks of keys are added,
-and the backward pass recomputes each block from query, key and value:
+`reference` is the definition: it computes all weights at once, in float32, and
+JAX differentiates it. `attention` computes the same numbers in memory that
+grows with S and not with T S. It needs no running maximum, no sum and no
+log-sum-exp, because a weight depends on its own logit alone. The contributions
+of blocks of keys are added, and the backward pass recomputes each block from
+query, key and value:
 
   z = scale q k^T + bias + logit_bias - slope |i + S - T - j|
   p = activation(z) / normalizer       out = p v
   dv = p^T do    dz = activation'(z) / normalizer * (do v^T)
   dq = scale dz k    dk = scale dz^T q    dbias, dlogit_bias, dslope: sums of dz
 
-Arrays inside are grouped: q_BTKGH, k_BSKH, and logits z_BKGTS.
+Inside, arrays are grouped: q_BTKGH, k_BSKH, and logits z_BKGTS.
 """
 
 import functools
@@ -22,24 +23,39 @@ import jax.numpy as jnp
 from jax import lax
 
 from sigattn.kernels import batching_and_sharding
-from sigattn.kernels.problem import Operands
+from sigattn.kernels.problem import Operands, Problem
 
 _TILE = 2**24  # weights computed at a time: 64 MiB in float32
-_MIN_BLOCK = 128  # keys: fewer would be all overhead
+_MIN_BLOCK = 128  # keys; with fewer, overhead dominates
 _BANDS = 8  # query blocks under a causal mask: 7 of 16 parts are not computed
 
 
-def unsupported(problem):
-  """Empty: it takes everything."""
+def unsupported(problem: Problem) -> str:
+  """Empty, because this implementation supports every problem."""
   del problem
   return ""
 
 
-def reference(query, key, value, operands, problem):
+def reference(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  operands: Operands,
+  problem: Problem,
+) -> jax.Array:
   """activation(scale q k^T + ...) v / normalizer, all at once in float32.
 
-  The specification, of which every other implementation is a faster form. It
-  keeps all the weights, and JAX differentiates it in both modes.
+  This is the specification: every other implementation is a faster form of it.
+  It keeps all weights, (B, N, T, S), and JAX differentiates it in both modes.
+
+  Args:
+    query: (B, T, N, H).
+    key, value: (B, S, K, H).
+    operands: as in Operands.
+    problem: the Problem of these arrays.
+
+  Returns:
+    (B, T, N, H), with the dtype of query.
   """
   with jax.default_matmul_precision("highest"):
     _, p_BKGTS, _ = _all_weights(query, key, operands, problem)
@@ -48,11 +64,13 @@ def reference(query, key, value, operands, problem):
   return out_BTKGH.reshape(query.shape).astype(query.dtype)
 
 
-def weights(query, key, operands, problem):
-  """What `reference` multiplies the values with, and what it is made of.
+def weights(
+  query: jax.Array, key: jax.Array, operands: Operands, problem: Problem
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(logits, weights, visible) of `reference`, each (B, N, T, S).
 
-  Returns (logits, weights, visible), each (B, N, T, S): logits before the
-  activation, in float32, of hidden pairs too; weights 0 where not visible.
+  The logits are those before the activation, in float32, also of hidden pairs.
+  The weights are 0 where a pair is not visible.
   """
   with jax.default_matmul_precision("highest"):
     z_BKGTS, p_BKGTS, visible = _all_weights(query, key, operands, problem)
@@ -73,13 +91,20 @@ def _all_weights(query, key, operands, problem):
   return z_BKGTS, _only(visible, p_BKGTS), visible
 
 
-def attention(query, key, value, operands, problem):
-  """`reference` in blocks of keys; saves query, key and value alone.
+def attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  operands: Operands,
+  problem: Problem,
+) -> jax.Array:
+  """`reference` in blocks of keys. It saves query, key and value alone.
 
-  Reverse mode only (jax.grad, jax.vjp, jax.jacrev, and those of them).
-  bfloat16 weights are rounded to bfloat16 before their product with the
-  values; float16's stay float32, because exp(-16) underflows in float16.
-  Rows that a length, segment or mask hides from everything may hold NaN.
+  Only reverse mode works (jax.grad, jax.vjp, jax.jacrev, also of each other).
+  bfloat16 weights are rounded to bfloat16 before their product with the values.
+  With float16 inputs they remain float32, because exp(-16) underflows in
+  float16. Rows that are hidden from everything by a length, segment or mask may
+  contain NaN. Arguments and result are those of `reference`.
   """
   return _attention(problem, query, key, value, operands)
 
@@ -114,7 +139,7 @@ def _forward(problem, query, key, value, operands):
 
 
 class _Gradients(NamedTuple):
-  """Sums over the blocks; None for an operand that is absent."""
+  """Sums over the blocks; None for an absent operand."""
 
   q_BTKGH: Any
   k_BSKH: Any
@@ -159,7 +184,7 @@ def _add_gradients(
   z_BKGTS = _logits(q_BTKGH, k_BSKH, operands, problem, block)
   p_BKGTS, derivative_BKGTS = _activation(z_BKGTS, problem)
   dp_BKGTS = _einsum("BTKGH,BSKH->BKGTS", do_BTKGH, v_BSKH, problem)
-  # After both factors: neither a hidden weight nor a hidden NaN comes through.
+  # The mask comes after both factors, so that a hidden NaN has no effect.
   p_BKGTS = _only(visible, p_BKGTS)
   dz_BKGTS = _only(visible, derivative_BKGTS * dp_BKGTS)
 
@@ -209,7 +234,7 @@ def _add_at(total, part, starts):
 
 
 def _as_inputs(grads, query, key, value, operands):
-  """The cotangents in the shapes and dtypes of what they belong to."""
+  """The cotangents, with the shapes and dtypes of the inputs."""
 
   def like(grad, x):
     return None if x is None else batching_and_sharding.cotangent(grad, x)
@@ -240,7 +265,7 @@ class _Block(NamedTuple):
 
 
 def _query_blocks(problem):
-  """(start, stop) of the queries that are computed together."""
+  """(start, stop) of the blocks of queries that are computed together."""
   length = problem.query_len
   if _is_small(problem) or not (problem.is_causal or problem.window):
     return [(0, length)]
@@ -254,7 +279,7 @@ def _is_small(problem):
 
 
 def _over_keys(add, total, problem, start, stop):
-  """total = add(total, first, size) for each block of the keys they see."""
+  """Applies add(total, first, size) to each block of visible keys."""
   low, high = _key_range(problem, start, stop)
   block = high - low
   if not _is_small(problem):
@@ -271,7 +296,7 @@ def _over_keys(add, total, problem, start, stop):
 
 
 def _key_range(problem, start, stop):
-  """The keys that some query in start..stop sees by its position."""
+  """(low, high): the keys that queries start..stop see by their positions."""
   left, right = problem.bounds
   low = 0 if left is None else max(start - left, 0)
   high = problem.key_len if right is None else stop + right
@@ -279,9 +304,9 @@ def _key_range(problem, start, stop):
 
 
 def _inputs(problem, operands, block, q_BTKGH, k_BSKH, v_BSKH, *do_BTKGH):
-  """The block's rows of each array, and what is visible in it.
+  """The block's rows of each array, and which pairs are visible in it.
 
-  Rows that nothing in the block sees are zeroed, since 0 NaN is NaN.
+  Rows that are hidden from the whole block are set to 0, since 0 NaN is NaN.
   """
   queries = [
     lax.slice_in_dim(x, block.query, block.query + block.queries, axis=1)
@@ -307,7 +332,7 @@ def _slice(x, axis, start, size):
 
 
 def _activation(z, problem):
-  """The weights activation(z) / normalizer, and their derivative by z."""
+  """The weights activation(z) / normalizer, and their derivatives by z."""
   if problem.kind == "sigmoid":
     p = lax.logistic(z)
     derivative = p * (1 - p)
@@ -334,7 +359,7 @@ def _logits(q_BTKGH, k_BSKH, operands, problem, block):
 
 
 def _visible(operands, problem, block):
-  """bool (B or 1, K or 1, G or 1, T, S), or None where all is visible."""
+  """bool (B or 1, K or 1, G or 1, T, S), or None if everything is visible."""
   i = block.query + jnp.arange(block.queries)[:, None]
   j = block.key + jnp.arange(block.keys)[None]
   parts = []
@@ -368,12 +393,12 @@ def _visible(operands, problem, block):
 
 
 def _only(visible, x):
-  """x where it is visible, else 0."""
+  """x where a pair is visible, else 0."""
   return x if visible is None else jnp.where(visible, x, jnp.zeros_like(x))
 
 
 def _distance(problem, block):
-  """|i + S - T - j|: the last query and the last key stand together."""
+  """|i + S - T - j|: the last query and the last key have distance 0."""
   i = block.query + jnp.arange(block.queries)[:, None]
   j = block.key + jnp.arange(block.keys)[None]
   offset = problem.key_len - problem.query_len
@@ -417,7 +442,7 @@ def _einsum(equation, a, b, problem):
 
 
 def _product(equation, weights, x, problem):
-  """The product of weights (or their gradients) with rows of an input."""
+  """The product of weights, or of their gradients, with rows of an input."""
   dtype = _logits_dtype(problem)
   if problem.dtype == "bfloat16":
     dtype = jnp.bfloat16

@@ -1,31 +1,48 @@
 """Pointwise attention on Hopper GPUs (H100, H200), in Pallas Mosaic GPU.
 
-The host side: what can be done, with which constants, and the derivative. The
-kernels are in kernels. Forward saves query, key and value alone.
+  host            arguments, padding, and the choice of kernels
+  forward         out = p v           queries are stationary    query_tiles
+  dq              dq = dz k           queries are stationary    query_tiles
+  dkv             dk, dv              keys are stationary       key_tiles
+  fused_backward  dq, dk, dv          keys are stationary       key_tiles
+  logit_gradient  dz, for dkv and fused_backward
+  schedule        which tiles each program computes
+  tiles           block sizes
+  blocks          which blocks a tile sees
+  weights         from scores to weights
+  pipeline        launch, shared memory, products
+  registers       masks, distances and tanh in registers
+  reduce          additions to global memory
 
-The backward pass computes dk and dv with the keys at rest. For short sequences
-dq comes from a kernel of its own with the queries at rest: seven products of
-matrices in all, the same bits at every run. For long ones (_ADDED says from
-where) the kernel of the keys adds each block's share of dq to float32 sums in
-memory: five products, and a sum whose order, and so whose last bits, differ
-from run to run, unless XLA is asked for determinism
-(XLA_FLAGS=--xla_gpu_deterministic_ops=true). Both forms measured on an H100,
-n = 8,192 without a mask, TFLOP/s by five products: 512 and 607 at head width
-128, 398 and 551 at 64 (benchmarks/NOTES.md).
+The forward pass saves query, key and value alone. There are two backward
+passes. For short sequences it is dkv and dq, with seven products of matrices,
+and every run gives the same bits. For long ones it is fused_backward, which
+adds each block's share of dq to float32 sums in global memory: five products,
+but the order of the sum, and so its last bits, differ from run to run. With
+XLA_FLAGS=--xla_gpu_deterministic_ops=true all lengths take the first one.
+tiles.FUSED_BACKWARD has the lengths from which the second one is taken. Both
+measured on an H100, n = 8,192 without a mask, in TFLOP/s counting five
+products: 512 and 607 at head width 128, 398 and 551 at 64
+(benchmarks/NOTES.md).
 """
 
 import jax
 
 from sigattn.kernels import device
 from sigattn.kernels.mosaic import tiles
+from sigattn.kernels.problem import Operands, Problem
 
-# Pallas changes with each release of jax: these kernels passed their tests with
-# these versions. What else they need of jax's inside is listed in registers.py.
+# Pallas changes with each release of jax. These are the versions with which the
+# kernels passed their tests. registers.py lists what is used of jax that is not
+# public.
 TESTED_JAX = ("0.11.2",)
 
 
-def unsupported(problem):
-  """Why not; empty where it can."""
+def unsupported(problem: Problem) -> str:
+  """The reason why these kernels cannot compute a problem; empty if they can.
+
+  It imports nothing that an untested version of jax may lack.
+  """
   if problem.dtype not in ("bfloat16", "float16"):
     return f"{problem.dtype} is not implemented"
   for name in ("bias", "mask"):
@@ -44,15 +61,21 @@ def unsupported(problem):
   return ""
 
 
-def attention(query, key, value, operands, problem):
-  """As xla.attention, in 16 bits with float32 sums. Reverse mode only.
+def attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  operands: Operands,
+  problem: Problem,
+) -> jax.Array:
+  """As xla.attention, in 16 bits with float32 sums. Only reverse mode works.
 
   Sigmoid weights come from the hardware's tanh where that is exact enough, see
-  problem.exact_sigmoid. float16 weights are multiplied by a power of two, so
+  numerics.exact_sigmoid. float16 weights are multiplied by a power of two, so
   that they do not underflow. For long sequences the gradient of query is a sum
-  in no fixed order unless XLA is asked for determinism; see above.
+  in no fixed order, see above.
   """
-  # Not at the top: another jax may lack what this imports.
+  # Imported here, because another jax may lack what this module imports.
   from sigattn.kernels.mosaic import host
 
   return host.attention(problem, query, key, value, operands)

@@ -12,6 +12,7 @@ first, in a loop of their own, and all others follow in a loop without a mask.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +63,19 @@ def visible_blocks(
 
 
 def blocks_of_tile(
-  plan_ref, batch, tile, rows, before, after, block, length
+  plan_ref: Any,
+  batch: jax.Array,
+  tile: jax.Array,
+  rows: int,
+  before: int | None,
+  after: int | None,
+  block: int,
+  length: int,
 ) -> list[jax.Array] | tuple[jax.Array, ...]:
-  """visible_blocks of a tile; from the plan where they depend on data."""
+  """visible_blocks of a tile of `rows` rows.
+
+  They are read from the plan, a Ref (B, tiles, 4), if there is one.
+  """
   if plan_ref is not None:
     return [plan_ref[batch, tile, i] for i in range(4)]
   first = tile * rows
@@ -89,7 +100,13 @@ class Steps:
   count: jax.Array  # number of steps
 
   @classmethod
-  def make(cls, low, full_low, full_high, high) -> "Steps":
+  def make(
+    cls,
+    low: jax.Array,
+    full_low: jax.Array,
+    full_high: jax.Array,
+    high: jax.Array,
+  ) -> "Steps":
     """The steps of a tile that sees these blocks."""
     upper = high - full_high
     edges = upper + full_low - low
@@ -97,19 +114,19 @@ class Steps:
       low, full_low, high, upper, edges, int32(0), edges, count=high - low
     )
 
-  def skip_from(self, high) -> "Steps":
+  def skip_from(self, high: jax.Array) -> "Steps":
     """The same without the blocks from `high` on, which are the first ones."""
     skipped = jnp.clip(self.high - high, 0, self.upper)
     return dataclasses.replace(self, skipped=skipped)
 
-  def mask_from(self, full_high) -> "Steps":
+  def mask_from(self, full_high: jax.Array) -> "Steps":
     """The same without masks below `full_high`, if there is no lower edge."""
     upper = jnp.clip(self.high - full_high, 0, self.upper)
     one_edge = self.edges == self.upper
     masked = jnp.where(one_edge, upper, self.edges)
     return dataclasses.replace(self, masked=masked)
 
-  def block(self, step) -> jax.Array:
+  def block(self, step: jax.Array) -> jax.Array:
     """The block of a step."""
     edge = jnp.where(
       step < self.upper, self.high - 1 - step, self.low + step - self.upper
@@ -127,15 +144,21 @@ class StepsInOrder:
   count: jax.Array  # number of steps
 
   @classmethod
-  def make(cls, low, full_low, full_high, high) -> "StepsInOrder":
+  def make(
+    cls,
+    low: jax.Array,
+    full_low: jax.Array,
+    full_high: jax.Array,
+    high: jax.Array,
+  ) -> "StepsInOrder":
     """The steps of a tile that sees these blocks."""
     return cls(low, full_low, full_high, count=high - low)
 
-  def block(self, step) -> jax.Array:
+  def block(self, step: jax.Array) -> jax.Array:
     """The block of a step."""
     return self.low + step
 
-  def masked(self, step) -> jax.Array:
+  def masked(self, step: jax.Array) -> jax.Array:
     """Whether the block of a step has a mask."""
     block = self.block(step)
     return (block < self.full_low) | (block >= self.full_high)

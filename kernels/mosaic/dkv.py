@@ -23,7 +23,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax import lax
 
-from sigattn.kernels.mosaic import key_tiles
+from sigattn.kernels.mosaic import key_tiles, logit_gradient
 from sigattn.kernels.mosaic.blocks import Steps, int32
 from sigattn.kernels.mosaic.schedule import Schedule
 from sigattn.kernels.mosaic.tiles import KeyTile
@@ -46,7 +46,7 @@ def run(
   scales: the factors of "dk" and "dv". inputs: names of pipeline.Gmem and
   arrays. Rows of dv from key_lengths on are 0.
   """
-  variant = key_tiles.Variant(Steps, _accumulate)
+  variant = key_tiles.Variant("sigattn_dkv", Steps, _accumulate)
   kernel, _ = key_tiles.build(
     variant, form, tile, schedule, inputs, scales, sums
   )
@@ -67,7 +67,7 @@ def _accumulate(head, totals):
 def _step(head, e, totals, masked):
   context = head.context
   c = head.position(e)
-  dz, totals = key_tiles.logit_gradient(head, e, totals, masked)
+  dz, totals = logit_gradient.compute(head, e, totals, masked)
   if dz is not None:
     dz = to_16_bits(dz, context.form.dz_scale, context.dtype)
     plgpu.wgmma(head.dk, dz, context.queries.block(c))

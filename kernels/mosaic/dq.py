@@ -36,7 +36,9 @@ def run(
 
   inputs: names of pipeline.Gmem and arrays. Rows from query_lengths on are 0.
   """
-  return query_tiles.run(_accumulate, form, tile, schedule, inputs, scale)
+  return query_tiles.run(
+    "sigattn_dq", _accumulate, form, tile, schedule, inputs, scale
+  )
 
 
 def _accumulate(queries, total):

@@ -48,7 +48,9 @@ def run(
   inputs: names of pipeline.Gmem and arrays. Rows from query_lengths on are 0.
   """
   accumulate = _accumulate_overlapping if tile.overlap else _accumulate
-  return query_tiles.run(accumulate, form, tile, schedule, inputs, scale)
+  return query_tiles.run(
+    "sigattn_forward", accumulate, form, tile, schedule, inputs, scale
+  )
 
 
 def _accumulate(queries, total):

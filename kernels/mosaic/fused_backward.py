@@ -36,7 +36,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax import lax
 
-from sigattn.kernels.mosaic import key_tiles, reduce
+from sigattn.kernels.mosaic import key_tiles, logit_gradient, reduce
 from sigattn.kernels.mosaic.blocks import StepsInOrder, int32
 from sigattn.kernels.mosaic.pipeline import accumulator, at_step, read
 from sigattn.kernels.mosaic.schedule import Schedule, rem
@@ -60,7 +60,9 @@ def run(
   multiple of block_q. inputs: names of pipeline.Gmem and arrays; of dq_sums
   the values to which dq is added.
   """
-  variant = key_tiles.Variant(StepsInOrder, _accumulate, _publish_dz)
+  variant = key_tiles.Variant(
+    "sigattn_fused_backward", StepsInOrder, _accumulate, _publish_dz
+  )
   kernel, outputs = key_tiles.build(
     variant, form, tile, schedule, inputs, scales, sums
   )
@@ -106,7 +108,7 @@ def _logit_gradient(head, e, totals):
   form, steps = head.context.form, head.keys.steps
   masked = steps.masked(e) if form.segments else form.masked
   c = head.position(e)
-  return c, *key_tiles.logit_gradient(head, e, totals, masked)
+  return c, *logit_gradient.compute(head, e, totals, masked)
 
 
 def _first_step(head, totals):

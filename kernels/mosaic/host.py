@@ -85,8 +85,8 @@ def _backward(trained, problem, query, key, value, operands, d_out):
   key, value = (
     _without_padding(x, operands.key_value_seq_lengths) for x in (key, value)
   )
-  adds = _adds_in_any_order(form, problem)
-  backward = _fused_backward if adds else _two_kernel_backward
+  fused = _takes_fused_backward(form, problem)
+  backward = _fused_backward if fused else _two_kernel_backward
   d_query, dk, dv, *sums = backward(
     trained, form, problem, operands, query, key, value, d_out
   )
@@ -96,8 +96,12 @@ def _backward(trained, problem, query, key, value, operands, d_out):
   )  # fmt: skip
 
 
-def _adds_in_any_order(form, problem):
-  """Whether dq is a sum in no fixed order, which is faster where it is long."""
+def _takes_fused_backward(form, problem):
+  """Whether the fused backward pass is the faster one, and is allowed.
+
+  It adds dq in no fixed order, so it is not allowed if XLA is asked for
+  deterministic operations.
+  """
   flags = os.environ.get("XLA_FLAGS", "").split()
   deterministic = any(
     flag in ("--xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=true")

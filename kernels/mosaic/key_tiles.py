@@ -49,10 +49,8 @@ from sigattn.kernels.mosaic.pipeline import (
   Gmem,
   Ring,
   accumulator,
-  at_step,
   by_role,
   launch,
-  read,
   smem_blocks,
   store,
   zero_padding,
@@ -65,6 +63,7 @@ from sigattn.kernels.mosaic.tiles import KeyTile
 class Variant:
   """In what the two kernels differ."""
 
+  name: str  # for profilers
   steps: type[Steps] | type[StepsInOrder]
   # (head, sums of dz) -> sums of dz: adds dk and dv of all blocks of a head.
   accumulate: Callable[["Head", list], list]
@@ -84,7 +83,7 @@ class Sizes:
   width: int
 
   @property
-  def group(self):
+  def group(self) -> int:
     """Query heads that share a key head."""
     return self.heads // self.kv_heads
 
@@ -128,16 +127,16 @@ class Context:
   tiles: jax.Array  # number of this program's tiles
 
   @property
-  def dtype(self):
+  def dtype(self) -> jnp.dtype:
     """Of query, key, value and the results."""
     return self.gmem.query.dtype
 
   @property
-  def num_sums(self):
+  def num_sums(self) -> int:
     """How many sums of dz each key has: 0, 1 or, with ALiBi, 2."""
     return 0 if self.smem.sums is None else 1 + self.form.alibi
 
-  def locate(self, i):
+  def locate(self, i: jax.Array) -> tuple:
     """(batch, key head, first key, blocks) of this program's i-th tile."""
     tile, gmem, form = self.tile, self.gmem, self.form
     head, index = self.schedule.tile(gmem.table, i)
@@ -176,11 +175,11 @@ class Head:
   dv: Any
 
   @property
-  def context(self):
-    """Of the program."""
+  def context(self) -> Context:
+    """The context of the program."""
     return self.keys.context
 
-  def position(self, e):
+  def position(self, e: jax.Array) -> jax.Array:
     """How many blocks were streamed before step e."""
     return self.keys.count + self.g * self.keys.steps.count + e
 
@@ -212,11 +211,19 @@ def build(
   def kernel(gmem, *smem):
     smem = Smem(*smem)
     context = Context(
-      variant, form, tile, schedule, sizes, scales, gmem, smem,
-      Ring(smem.queries, smem.q_full, smem.q_free, tile.stages),
-      Ring(smem.d_outs, smem.do_full, smem.do_free, tile.stages),
-      lax.axis_index("warpgroup"), schedule.count(gmem.table),
-    )  # fmt: skip
+      variant=variant,
+      form=form,
+      tile=tile,
+      schedule=schedule,
+      sizes=sizes,
+      scales=scales,
+      gmem=gmem,
+      smem=smem,
+      queries=Ring(smem.queries, smem.q_full, smem.q_free, tile.stages),
+      d_outs=Ring(smem.d_outs, smem.do_full, smem.do_free, tile.stages),
+      warpgroup=lax.axis_index("warpgroup"),
+      tiles=schedule.count(gmem.table),
+    )
     by_role(
       tile, context.warpgroup, functools.partial(_compute, context),
       functools.partial(_feed, context),
@@ -233,7 +240,7 @@ def build(
     outputs["dz_sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
   scratch = _scratch(tile, sizes.width, key.dtype, num_sums, fused)
   kernel = launch(
-    kernel, schedule, tile, inputs, outputs, scratch,
+    variant.name, kernel, schedule, tile, inputs, outputs, scratch,
     automatic_barriers=not fused,  # dz has barriers of its own.
   )  # fmt: skip
   return kernel, outputs
@@ -279,7 +286,10 @@ def _compute_tile(context, i, count):
   ids = weights.load_ids(
     context.form, context.gmem.key_ids, batch, first, tile.block_kv, weights.ROW
   )
-  keys = Keys(context, batch, kv_head, first, ids, steps, count)
+  keys = Keys(
+    context=context, batch=batch, kv_head=kv_head, first=first, ids=ids,
+    steps=steps, count=count,
+  )  # fmt: skip
   total = accumulator(tile.block_kv, context.sizes.width)
   dk, dv = pl.run_scoped(
     functools.partial(_sum_heads, keys),
@@ -313,9 +323,10 @@ def _sum_blocks(keys, dk, dv, g):
     context.form, context.gmem.scalars, keys.batch, head
   )
   zeros = plgpu.layout_cast(jnp.zeros((block_kv,), jnp.float32), weights.ROW)
-  totals = context.variant.accumulate(
-    Head(keys, g, head, bias, slope, dk, dv), [zeros] * context.num_sums
+  of_head = Head(
+    keys=keys, g=g, head=head, bias=bias, slope=slope, dk=dk, dv=dv
   )
+  totals = context.variant.accumulate(of_head, [zeros] * context.num_sums)
   rows = pl.ds(keys.first, block_kv)
   for index, total in enumerate(totals):
     store(
@@ -341,98 +352,6 @@ def _store(keys, gradients):
   if smem.out is None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     plgpu.barrier_arrive(smem.kv_free)
-
-
-# The gradient of the logits.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-  """One block of queries past the stationary keys."""
-
-  head: Head
-  e: jax.Array
-  masked: bool | jax.Array
-  q: Any  # in shared memory, as all that follow
-  d_out: Any
-  keys: Any
-  values: Any
-
-
-def logit_gradient(
-  head: Head, e: jax.Array, totals: list, masked: bool | jax.Array
-) -> tuple[jax.Array | None, list]:
-  """(dz of step e, sums of dz), with the product for dv still running.
-
-  dz = phi'(z) (do v^T), (keys, queries) float32, in registers; None where dk is
-  not wanted. totals: the sums of dz up to here.
-  """
-  context = head.context
-  smem, c = context.smem, head.position(e)
-  q, d_out = context.queries.block(c), context.d_outs.block(c)
-  here = at_step(context.warpgroup, c)
-  step = _Step(
-    head, e, masked, q, d_out, smem.keys.at[here], smem.values.at[here]
-  )
-  context.queries.wait(c)
-  context.d_outs.wait(c)
-  return pl.run_scoped(
-    functools.partial(_start_scores, step, totals), _scores_accumulator(context)
-  )
-
-
-def _scores_accumulator(context):
-  return accumulator(context.tile.block_kv, context.tile.block_q)
-
-
-def _start_scores(step, totals, s_ref):
-  plgpu.wgmma(s_ref, step.keys, step.q.transpose((1, 0)))
-  has_dk = step.head.dk is not None
-  return pl.run_scoped(
-    functools.partial(_finish, step, totals, s_ref),
-    _scores_accumulator(step.head.context) if has_dk else None,
-  )
-
-
-def _finish(step, totals, s_ref, dp_ref):
-  """Weights, the product for dv, and dz."""
-  head, context = step.head, step.head.context
-  form = context.form
-  if dp_ref is not None:
-    plgpu.wgmma(dp_ref, step.values, step.d_out.transpose((1, 0)))
-  s = read(s_ref, int(head.dk is not None))
-  p, derivative, place = _weigh(step, s)
-  if head.dv is not None:
-    p = weights.to_16_bits(p, form.weight_scale, context.dtype)
-    plgpu.wgmma(head.dv, p, step.d_out)
-  if dp_ref is None:
-    return None, totals
-  dz = derivative() * read(dp_ref, int(head.dv is not None))
-  if not context.num_sums:
-    return dz, totals
-  parts = [dz.sum(1)]
-  if form.alibi:
-    parts.append(-(dz * place.distance(dz, form.offset)).sum(1))
-  return dz, [t + x for t, x in zip(totals, parts, strict=True)]
-
-
-def _weigh(step, s):
-  """(weights, their derivative, where the block stands)."""
-  head, context = step.head, step.head.context
-  keys, block_q = head.keys, context.tile.block_q
-  start = keys.steps.block(step.e) * block_q
-  place = weights.Place(keys.first, start, of_queries=False)
-
-  def ids():
-    return keys.ids, weights.load_ids(
-      context.form, context.gmem.query_ids, keys.batch, start, block_q,
-      weights.COLUMN,
-    )  # fmt: skip
-
-  p, derivative = weights.weights(
-    context.form, s, head.bias, head.slope, place, ids, step.masked
-  )
-  return p, derivative, place
 
 
 # The memory warpgroup.
@@ -466,8 +385,7 @@ def _feed_tile(context, i, count):
     plgpu.barrier_wait(context.smem.kv_free)
 
   _load_keys(context, batch, kv_head, first)
-  count_here = context.sizes.group * steps.count
-  lax.fori_loop(1, count_here, step, None)
+  lax.fori_loop(1, context.sizes.group * steps.count, step, None)
   if publish_dz is not None:
     rest = jnp.minimum(behind, context.sizes.group * steps.count)
     lax.fori_loop(0, rest, lambda *_: publish_dz(context), None)

@@ -58,6 +58,7 @@ class Gmem:
 
 
 def launch(
+  name: str,
   kernel: Callable[..., None],
   schedule: Schedule,
   tile: QueryTile | KeyTile,
@@ -70,6 +71,7 @@ def launch(
   """A function of `inputs` (arrays or Refs) that runs a kernel.
 
   Args:
+    name: what profilers and the dumps of Mosaic call it.
     kernel: takes Gmem and a Ref for each element of scratch.
     schedule, tile: how many programs and warpgroups there are.
     inputs: names of Gmem and arrays; those that are None are left out.
@@ -90,6 +92,7 @@ def launch(
     out_type=list(outputs.values()),
     grid=(schedule.programs,),
     grid_names=("program",),
+    kernel_name=name,
     num_threads=tile.warpgroups + 1,
     thread_name="warpgroup",
     scratch_types=scratch,
@@ -130,11 +133,15 @@ def by_role(
 
 
 def smem_blocks(
-  tile: QueryTile | KeyTile, count: int, rows: int, width: int, dtype
+  tile: QueryTile | KeyTile,
+  count: int,
+  rows: int,
+  width: int,
+  dtype: jnp.dtype,
 ) -> Any:
-  """Shared memory for blocks, laid out for tensor cores and copy engine.
+  """Shared memory for `count` blocks of (rows, width).
 
-  count * rows * width numbers.
+  It is tiled and swizzled as the tensor cores and the copy engine require.
   """
   bits = jnp.finfo(dtype).bits
   # Products take as many rows of a block at once as the swizzle is wide.

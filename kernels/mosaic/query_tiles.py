@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jax import lax
 
 from sigattn.kernels.mosaic import weights
@@ -61,7 +62,7 @@ class Context:
   tile: QueryTile
   schedule: Schedule
   heads: int
-  group: int  # queries' heads to a key head
+  group: int  # query heads that share a key head
   key_len: int
   scale: float  # of the result
   accumulate: Callable[["Queries", Any], None]
@@ -75,11 +76,11 @@ class Context:
   tiles: jax.Array  # number of this program's tiles
 
   @property
-  def dtype(self):
+  def dtype(self) -> jnp.dtype:
     """Of query, key, value and the result."""
     return self.gmem.query.dtype
 
-  def locate(self, i):
+  def locate(self, i: jax.Array) -> tuple:
     """(batch, head, first query, blocks) of this program's i-th tile."""
     tile, gmem, form = self.tile, self.gmem, self.form
     head, index = self.schedule.tile(gmem.table, i)
@@ -90,8 +91,8 @@ class Context:
     )  # fmt: skip
     return batch, head, index * tile.stationary, Steps.make(*blocks)
 
-  def slot(self, i):
-    """Where the queries of the i-th tile lie, and its output after them."""
+  def slot(self, i: jax.Array) -> jax.Array:
+    """The slot of the queries of the i-th tile, and then of its output."""
     return rem(i, 2) * self.tile.warpgroups + self.warpgroup
 
 
@@ -110,12 +111,14 @@ class Queries:
   smem: Any  # (block_q, H)
 
   @property
-  def d_out(self):
-    """The output's cotangent, in shared memory."""
+  def d_out(self) -> Any:
+    """The output's cotangent, a Ref (block_q, H) in shared memory."""
     return self.context.do_smem.at[self.context.warpgroup]
 
-  def weigh(self, s, step, masked, column=0):
-    """weights of the scores with the keys of a step, from `column` on."""
+  def weigh(
+    self, s: jax.Array, step: jax.Array, masked: bool, column: int = 0
+  ) -> tuple[jax.Array, Callable[[], jax.Array] | None]:
+    """weights.weights of the scores with a step's keys, from `column` on."""
     context = self.context
     start = self.steps.block(step) * context.tile.block_kv + column
 
@@ -133,6 +136,7 @@ class Queries:
 
 
 def run(
+  name: str,
   accumulate: Callable[[Queries, Any], None],
   form: weights.Form,
   tile: QueryTile,
@@ -143,6 +147,7 @@ def run(
   """(B, T, N, H): scale times what `accumulate` adds up for each query.
 
   Args:
+    name: of the kernel, for profilers.
     accumulate: adds the contributions of all blocks to an accumulator.
     form, tile, schedule: the mathematics, and how it is cut up.
     inputs: names of Gmem and arrays. Rows from query_lengths on become 0.
@@ -157,35 +162,54 @@ def run(
     v_free,
   ):  # fmt: skip
     context = Context(
-      form, tile, schedule, heads, heads // kv_heads, key_len, scale,
-      accumulate, gmem, q_smem, do_smem, q_full,
-      Ring(k_smem, k_full, k_free, tile.stages),
-      Ring(v_smem, v_full, v_free, tile.stages),
-      lax.axis_index("warpgroup"), schedule.count(gmem.table),
-    )  # fmt: skip
+      form=form,
+      tile=tile,
+      schedule=schedule,
+      heads=heads,
+      group=heads // kv_heads,
+      key_len=key_len,
+      scale=scale,
+      accumulate=accumulate,
+      gmem=gmem,
+      q_smem=q_smem,
+      do_smem=do_smem,
+      q_full=q_full,
+      keys=Ring(k_smem, k_full, k_free, tile.stages),
+      values=Ring(v_smem, v_full, v_free, tile.stages),
+      warpgroup=lax.axis_index("warpgroup"),
+      tiles=schedule.count(gmem.table),
+    )
     by_role(
       tile, context.warpgroup, functools.partial(_compute, context),
       functools.partial(_feed, context),
     )  # fmt: skip
 
-  def blocks(count, rows):
-    return smem_blocks(tile, count, rows, width, query.dtype)
+  scratch = _scratch(tile, width, query.dtype, d_out is not None)
+  outputs = {"out": jax.ShapeDtypeStruct(query.shape, query.dtype)}
+  (out,) = launch(name, kernel, schedule, tile, inputs, outputs, scratch)(
+    inputs
+  )
+  return out
 
+
+def _scratch(tile, width, dtype, has_d_out):
+  """What lies in shared memory, in the order of the kernel's arguments."""
+
+  def blocks(count, rows):
+    return smem_blocks(tile, count, rows, width, dtype)
+
+  queries_full = plgpu.Barrier(
+    num_barriers=2 * tile.warpgroups, num_arrivals=2 if has_d_out else 1
+  )
   full = plgpu.Barrier(num_barriers=tile.stages)
   free = plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
-  scratch = [
+  return [
     blocks(2 * tile.warpgroups, tile.block_q),
-    None if d_out is None else blocks(tile.warpgroups, tile.block_q),
+    blocks(tile.warpgroups, tile.block_q) if has_d_out else None,
     blocks(tile.stages, tile.block_kv),
     blocks(tile.stages, tile.block_kv),
-    plgpu.Barrier(
-      num_barriers=2 * tile.warpgroups, num_arrivals=1 if d_out is None else 2
-    ),
-    full, full, free, free,
+    queries_full, full, full, free, free,
   ]  # fmt: skip
-  outputs = {"out": jax.ShapeDtypeStruct(query.shape, query.dtype)}
-  (out,) = launch(kernel, schedule, tile, inputs, outputs, scratch)(inputs)
-  return out
 
 
 # Compute warpgroups.
@@ -239,7 +263,10 @@ def _compute_tile(context, i, count):
     form, gmem.query_ids, batch, first, tile.block_q, weights.ROW
   )
   smem = context.q_smem.at[context.slot(i)]
-  queries = Queries(context, batch, first, bias, slope, ids, steps, count, smem)
+  queries = Queries(
+    context=context, batch=batch, first=first, bias=bias, slope=slope, ids=ids,
+    steps=steps, count=count, smem=smem,
+  )  # fmt: skip
   width = gmem.query.shape[-1]
   out = pl.run_scoped(
     functools.partial(_sum_blocks, queries, i),

@@ -12,6 +12,8 @@ engine it is no faster (benchmarks/NOTES.md, "How dq is added").
   in_rows(total)  # (B, T, N, H)
 """
 
+from typing import Any
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -41,7 +43,7 @@ def in_rows(total: jax.Array) -> jax.Array:
   return total.reshape(batch, tall * SIDE, heads, wide * SIDE)
 
 
-def add(tile: jax.Array, total) -> None:
+def add(tile: jax.Array, total: Any) -> None:
   """total += tile, in the order in which warpgroups come to it.
 
   tile: (64, 64) float32, in Layout.WGMMA. total: a Ref (8, 128, 4).

@@ -54,7 +54,9 @@ _SPLAT = plgpu.Layout.WG_SPLAT(())
 _PACE = 4  # pairs whose tanh is computed at a time
 
 
-def hide(x: jax.Array, low, high, hidden: float) -> jax.Array:
+def hide(
+  x: jax.Array, low: jax.Array | None, high: jax.Array | None, hidden: float
+) -> jax.Array:
   """x where row + low <= column <= row + high, else `hidden`.
 
   x: (64, columns) float32, in Layout.WGMMA. low, high: int32 scalars, or None:
@@ -84,7 +86,7 @@ def hide(x: jax.Array, low, high, hidden: float) -> jax.Array:
   return _in_registers(cover, x, *bounds)
 
 
-def distance(x: jax.Array, offset) -> jax.Array:
+def distance(x: jax.Array, offset: int | jax.Array) -> jax.Array:
   """|row + offset - column|, float32, of the shape of x. offset: int32."""
 
   def compute(x, offset):
@@ -99,7 +101,12 @@ def distance(x: jax.Array, offset) -> jax.Array:
   return _in_registers(compute, x, jnp.asarray(offset, jnp.int32))
 
 
-def plane(x: jax.Array, first, slope, offset) -> jax.Array:
+def plane(
+  x: jax.Array,
+  first: float | jax.Array,
+  slope: float | jax.Array,
+  offset: int | jax.Array,
+) -> jax.Array:
   """first + slope (row + offset - column), float32, of the shape of x.
 
   first, slope: numbers or float32 scalars. offset: int32.
@@ -120,7 +127,11 @@ def plane(x: jax.Array, first, slope, offset) -> jax.Array:
 
 
 def tanh(
-  x: jax.Array, scale: float, bias, slope=None, offset=None
+  x: jax.Array,
+  scale: float,
+  bias: float | jax.Array,
+  slope: float | jax.Array | None = None,
+  offset: int | jax.Array | None = None,
 ) -> jax.Array:
   """tanh(scale x + bias + slope (row + offset - column)) by the hardware.
 

@@ -1,6 +1,7 @@
-"""Which tiles a program of the Hopper kernels works off."""
+"""Assigns tiles to persistent programs."""
 
 import heapq
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +10,36 @@ from jax import lax
 
 
 class Schedule:
-  """Which tiles a program works off, and in which order.
+  """Which tiles each program computes, and in which order.
 
-  Head after head, so that a head's blocks stay in the second-level cache, and
-  the heaviest tile of a head first.
+  Heads follow one another, so that a head's blocks are found in the
+  second-level cache. Within a head the heaviest tile comes first.
 
-  Where tiles differ in work, a table says which are whose: each goes to the
-  program that has had least by then, and the lightest quarter of every head
-  comes last of all and fills the gaps. 2,048 tiles of a causal mask on 132
-  programs: the busiest has 1.00 to 1.01 times its share. By turns it would have
-  1.03, or 1.54 where a head has nearly as many tiles as there are programs.
+  If tiles differ in work, a table assigns them: each tile goes to the program
+  that has the least work so far. The lightest quarter of every head comes at
+  the very end and fills the gaps. With 2,048 tiles of a causal mask on 132
+  programs, the busiest program has 1.00 to 1.01 times its share. Dealt out in
+  turns it would have 1.03 times, or 1.54 times if a head has nearly as many
+  tiles as there are programs.
   """
 
-  def __init__(self, tiles, heads, programs, heavy_last, costs=None):
-    """costs: (tiles,) work of each, where it differs between them."""
+  def __init__(
+    self,
+    tiles: int,
+    heads: int,
+    programs: int,
+    heavy_last: bool,
+    costs: np.ndarray | None = None,
+  ):
+    """Plans the tiles of all heads.
+
+    Args:
+      tiles: number of tiles of one head.
+      heads: number of heads, of all examples together.
+      programs: number of programs that run at a time.
+      heavy_last: whether the last tiles of a head have the most work.
+      costs: (tiles,) the work of each tile, if it differs between them.
+    """
     self._tiles, self._heads, self._heavy_last = tiles, heads, heavy_last
     self._total, self.programs = tiles * heads, min(programs, tiles * heads)
     # (programs, 1 + most) int32: how many, and head * tiles + tile of each.
@@ -46,29 +63,36 @@ class Schedule:
       row[: len(positions) + 1] = len(positions), *positions
     return table
 
-  def array(self):
-    """The table as an array, or None."""
+  def array(self) -> jax.Array | None:
+    """The table as an array; None if every tile has the same work."""
     if self.table is None:
       return None
-    # Of a jit of its own: custom_partitioning takes no function with constants.
+    # jit, because custom_partitioning accepts no function with constants.
     return jax.jit(lambda: jnp.asarray(self.table))()
 
-  def count(self, table):
-    """How many are this program's. table: a Ref of the array, or None."""
+  def count(self, table: Any) -> jax.Array:
+    """The number of this program's tiles.
+
+    table: a Ref of the array, or None.
+    """
     program = lax.axis_index("program")
     if table is not None:
       return table[program, 0]
-    # All rounds but the last are full. Not by a division, which registers that
-    # threads share cannot do: all in a loop so long would be kept by each.
+    # All rounds but the last are full. A division would be simpler, but uniform
+    # registers, which threads share, cannot divide: then each thread would keep
+    # this count, and the addresses that depend on it, in registers of its own.
     rounds = -(-self._total // self.programs)
     last = (rounds - 1) * self.programs + program
     return rounds - (last >= self._total).astype(jnp.int32)
 
-  def tile(self, table, i):
-    """(head, tile) of this program's i-th; head counts over the batch too."""
+  def tile(self, table: Any, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(head, tile) of this program's i-th tile.
+
+    The number of a head is counted over all examples.
+    """
     program = lax.axis_index("program")
     if table is not None:
-      # So that a compiler knows it, and divides by shifting.
+      # The compiler learns that it is not negative, and divides by shifting.
       position = jnp.maximum(table[program, i + 1], 0)
       return div(position, self._tiles), rem(position, self._tiles)
     position = i * self.programs + program
@@ -78,9 +102,11 @@ class Schedule:
     return div(position, self._tiles), tile
 
 
-def div(a, b):
-  return lax.div(a, lax.full_like(a, b))  # Of what is not negative.
+def div(a: jax.Array, b: int) -> jax.Array:
+  """a // b, for a >= 0."""
+  return lax.div(a, lax.full_like(a, b))
 
 
-def rem(a, b):
+def rem(a: jax.Array, b: int) -> jax.Array:
+  """a % b, for a >= 0."""
   return lax.rem(a, lax.full_like(a, b))

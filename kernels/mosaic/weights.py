@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -69,7 +70,7 @@ class Place:
   columns: jax.Array  # the first
   of_queries: bool  # The rows are queries; else keys.
 
-  def bounds(self, left, right) -> tuple:
+  def bounds(self, left: int | None, right: int | None) -> tuple:
     """(low, high): row + low <= column <= row + high is what a row sees.
 
     Where query - left <= key <= query + right; None: no bound.
@@ -82,7 +83,7 @@ class Place:
       None if right is None else shift + right,
     )
 
-  def apart(self, offset) -> jax.Array:
+  def apart(self, offset: int) -> jax.Array:
     """|query + offset - key| is |row + apart - column|."""
     if not self.of_queries:
       offset = -offset
@@ -97,18 +98,22 @@ class Place:
       return None
     return 1.0 if self.of_queries else -1.0
 
-  def sides(self, offset, shape) -> tuple[jax.Array, jax.Array]:
+  def sides(
+    self, offset: int, shape: tuple[int, int]
+  ) -> tuple[jax.Array, jax.Array]:
     """(whether a block has both signs, the sign if it has one)."""
     apart = self.apart(offset)
     above, below = apart >= shape[1] - 1, apart <= 1 - shape[0]
     return ~(above | below), jnp.where(above, 1.0, -1.0)
 
-  def distance(self, x, offset) -> jax.Array:
+  def distance(self, x: jax.Array, offset: int) -> jax.Array:
     """|query + offset - key|, float32, of the shape of x."""
     return registers.distance(x, self.apart(offset))
 
 
-def scalars(form: Form, ref, batch, head) -> tuple:
+def scalars(
+  form: Form, ref: Any, batch: jax.Array, head: jax.Array
+) -> tuple[float | jax.Array, jax.Array | None]:
   """(logit_bias, slope) of a head. ref: a Ref (B, N, 2), or None."""
   bias, slope = form.logit_bias, None
   if bias is None:
@@ -118,15 +123,25 @@ def scalars(form: Form, ref, batch, head) -> tuple:
   return bias, slope
 
 
-def load_ids(form: Form, ref, batch, start, count, layout) -> jax.Array | None:
-  """`count` segment ids from `start` on; None without segments."""
+def load_ids(
+  form: Form,
+  ref: Any,
+  batch: jax.Array,
+  start: jax.Array,
+  count: int,
+  layout: Any,
+) -> jax.Array | None:
+  """`count` segment ids from `start` on; None without segments.
+
+  ref: a Ref (B, length). layout: ROW or COLUMN.
+  """
   if not form.segments:
     return None
   rows = ref.at[batch, pl.ds(start, count)]
   return plgpu.load(rows, layout=layout, optimized=False)
 
 
-def to_16_bits(x, factor, dtype) -> jax.Array:
+def to_16_bits(x: jax.Array, factor: float, dtype: jnp.dtype) -> jax.Array:
   """x times a power of two that keeps small numbers from underflow."""
   return (x if factor == 1 else x * factor).astype(dtype)
 
@@ -218,8 +233,8 @@ class _Logits:
 def weights(
   form: Form,
   s: jax.Array,
-  bias,
-  slope,
+  bias: float | jax.Array,
+  slope: jax.Array | None,
   place: Place,
   ids: Callable[[], tuple],
   masked: bool | jax.Array,
@@ -247,8 +262,9 @@ def weights(
     unit = -_LOG2_E if form.exact else 0.5
   paced = paced and form.tanh and form.scale > 0
   z = _Logits(
-    form, place, unit, unit * form.scale, unit * bias, slope, ids, masked, paced
-  ).compute(s)
+    form=form, place=place, unit=unit, scale=unit * form.scale,
+    bias=unit * bias, slope=slope, load_ids=ids, masked=masked, paced=paced,
+  ).compute(s)  # fmt: skip
   if form.kind == "relu":
     return jnp.maximum(z, 0.0), lambda: jnp.where(z > 0, 1.0, 0.0)
   if form.kind == "relu2":

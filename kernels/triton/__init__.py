@@ -1,34 +1,38 @@
 """Pointwise attention in Triton, for NVIDIA GPUs since Ampere.
 
-The host side: what can be done, with which constants, and the derivative. The
-kernels are in kernels.py. Forward saves query, key and value alone. The
-backward pass is two kernels, dq (with the gradients of logit_bias and slopes)
-and dk with dv, without atomics: the same numbers at every run.
+This is the host side: which problems are supported, and with which constants
+and operands the kernels of kernels.py are called. The forward pass saves query,
+key and value alone. The backward pass has two kernels, one for dq (and the
+gradients of logit_bias and slopes) and one for dk and dv. Neither uses atomics,
+so every run gives the same numbers.
 """
 
 import functools
 import importlib.util
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sigattn.kernels import device, differentiation, numerics, segments
+from sigattn.kernels.problem import Operands, Problem
 from sigattn.kernels.triton import tiles
+from sigattn.kernels.triton.tiles import Tile
 
 _PACKAGES = {"triton": "triton", "jax_triton": "jax-triton"}
-# The kernels' pointers that are not of the dtype of query, key and value.
+# The kernels' pointers whose dtype is not that of query, key and value.
 FLOATS = ("logit_bias", "slopes", "d_bias", "d_slope")
 INTEGERS = ("q_lengths", "k_lengths", "q_ids", "k_ids", "spans")
 _PRECISIONS = {
-  # jax.default_matmul_precision: Triton's. Exact unless asked.
+  # jax.default_matmul_precision: Triton's. Exact by default.
   None: "ieee", "default": "ieee", "highest": "ieee", "float32": "ieee",
   "high": "tf32x3", "tensorfloat32": "tf32", "TF32_TF32_F32": "tf32",
   "TF32_TF32_F32_X3": "tf32x3",
 }  # fmt: skip
 
 
-def unsupported(problem):
-  """Why not; empty where it can."""
+def unsupported(problem: Problem) -> str:
+  """The reason why these kernels cannot compute a problem, or ""."""
   if problem.dtype == "float64":
     return "float64 is not implemented"
   for name in ("bias", "mask"):
@@ -47,15 +51,20 @@ def unsupported(problem):
   return ""
 
 
-def attention(query, key, value, operands, problem):
-  """As xla.attention; float32 products are exact in float32.
+def attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  operands: Operands,
+  problem: Problem,
+) -> jax.Array:
+  """As xla.attention. Only reverse mode works.
 
-  Unless jax.default_matmul_precision asks for tensorfloat32 or high (three
-  products of tf32). Reverse mode only. float16 weights are multiplied by a
-  power of two, so that they do not underflow.
+  Products of float32 are exact in float32, unless jax.default_matmul_precision
+  is tensorfloat32 or high (three products of tf32). float16 weights are
+  multiplied by a power of two, so that they do not underflow.
   """
-  asked = jax.config.jax_default_matmul_precision
-  precision = _PRECISIONS.get(asked, "ieee")
+  precision = _PRECISIONS.get(jax.config.jax_default_matmul_precision, "ieee")
   return differentiation.attention(
     functools.partial(_forward, precision),
     functools.partial(_backward, precision),
@@ -71,7 +80,7 @@ def _forward(precision, problem, query, key, value, operands):
 
 def _backward(precision, trained, problem, query, key, value, operands, d_out):
   """(dq, dk, dv, dlogit_bias (B, N), dslopes (B, N)), the last two float32."""
-  del trained  # The last two cost next to nothing.
+  del trained  # The last two are cheap here, and always computed.
   arrays = query, key, value, operands, d_out.astype(query.dtype)
   d_q, d_bias, d_slopes = backward_q(
     problem, precision, _tile(problem, "backward_q"), *arrays
@@ -82,17 +91,40 @@ def _backward(precision, trained, problem, query, key, value, operands, d_out):
   return d_q, d_k, d_v, d_bias.sum(-1), d_slopes.sum(-1)
 
 
-# The passes, each with a tile of its own.
+# The passes. Each has its own tile.
 
 
-def forward(problem, precision, tile, query, key, value, operands):
-  """(out,)"""
+def forward(
+  problem: Problem,
+  precision: str,
+  tile: Tile,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  operands: Operands,
+) -> list[jax.Array]:
+  """[out], out = p v: (B, T, N, H).
+
+  precision: of float32 products, a value of Triton's input_precision.
+  """
   arrays = query, key, value, *_operands(problem, operands, tile.block_q, True)
   return _call("forward", problem, precision, tile, arrays, (query,))
 
 
-def backward_q(problem, precision, tile, query, key, value, operands, d_out):
-  """dq, and the shares (B, N, blocks) of dlogit_bias and dslopes."""
+def backward_q(
+  problem: Problem,
+  precision: str,
+  tile: Tile,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  operands: Operands,
+  d_out: jax.Array,
+) -> list[jax.Array]:
+  """[dq, dlogit_bias, dslopes]: (B, T, N, H), and two of (B, N, blocks).
+
+  The last two are shares of the gradients, one for each block of queries.
+  """
   extra = _operands(problem, operands, tile.block_q, True)
   blocks = -(-problem.query_len // tile.block_q)
   shares = jax.ShapeDtypeStruct(
@@ -104,8 +136,17 @@ def backward_q(problem, precision, tile, query, key, value, operands, d_out):
   )  # fmt: skip
 
 
-def backward_kv(problem, precision, tile, query, key, value, operands, d_out):
-  """dk, dv"""
+def backward_kv(
+  problem: Problem,
+  precision: str,
+  tile: Tile,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  operands: Operands,
+  d_out: jax.Array,
+) -> list[jax.Array]:
+  """[dk, dv]: (B, S, K, H) each."""
   extra = _operands(problem, operands, tile.block_kv, False)
   return _call(
     "backward_kv", problem, precision, tile, (query, key, value, d_out, *extra),
@@ -113,8 +154,8 @@ def backward_kv(problem, precision, tile, query, key, value, operands, d_out):
   )  # fmt: skip
 
 
-def programs(direction, problem, tile):
-  """How many programs a kernel is started with."""
+def programs(direction: str, problem: Problem, tile: Tile) -> int:
+  """The number of programs of a kernel. direction: one of tiles.PASSES."""
   length, block, heads = (
     (problem.key_len, tile.block_kv, problem.num_kv_heads)
     if direction == "backward_kv"
@@ -167,15 +208,17 @@ def _activation(problem):
   return "exp" if exact else "tanh"
 
 
-_SCALES = {  # those that a kernel takes
+_SCALES = {  # the scales that each kernel takes
   "forward": ("P_SCALE", "OUT_SCALE"),
   "backward_q": ("D_Z_SCALE", "D_Q_SCALE", "SUM_SCALE"),
   "backward_kv": ("P_SCALE", "OUT_SCALE", "D_Z_SCALE", "D_Q_SCALE"),
 }
 
 
-def constants(direction, problem, precision, tile):
-  """All that a kernel knows when it is compiled, besides warps and stages."""
+def constants(
+  direction: str, problem: Problem, precision: str, tile: Tile
+) -> dict[str, Any]:
+  """The compile-time arguments of a kernel, except warps and stages."""
   from sigattn.kernels.triton import kernels
 
   scales = _scales(problem)
@@ -183,7 +226,7 @@ def constants(direction, problem, precision, tile):
   left, right = problem.bounds
 
   def stride(shape):
-    # None: there are none; 0: all examples share them.
+    # None: there is no array; 0: all examples share it.
     return shape and (0 if shape[0] == 1 else problem.num_heads)
 
   return dict(
@@ -211,7 +254,7 @@ def constants(direction, problem, precision, tile):
 
 
 def _scales(problem):
-  """The constant factors that the kernels leave out of their sums."""
+  """The constant factors that the kernels apply to their sums."""
   activation = _activation(problem)
   # dz of tanh is four times that of sigmoid: hence two bits more than Mosaic
   # has. Values of do v^T up to 64 may meet a saturated weight.
@@ -229,7 +272,7 @@ def _scales(problem):
 
 
 def _operands(problem, operands, block, of_queries):
-  """The kernels' operands in order; those that are absent are not read."""
+  """The kernels' operands in order. Absent ones are never read."""
   unread = jnp.zeros(1, jnp.int32)
 
   def given(x, dtype):

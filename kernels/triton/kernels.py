@@ -1,25 +1,25 @@
-"""The device side of triton: forward, dq with operands, dk with dv.
+"""The Triton kernels: forward, dq with the operands' gradients, dk with dv.
 
-A program owns a block of rows (queries; or keys, for dk and dv), keeps them on
-the chip and goes over the blocks of the other side. A weight depends on its own
-logit alone, so a block's share is simply added, and nothing but q, k and v is
-needed to compute the weights again.
+Each program has a stationary block of rows (queries; or keys, for dk and dv)
+and streams the blocks of the other side past it. A weight depends on its own
+logit alone. So the contributions of blocks are simply added, and the backward
+pass recomputes the weights from q, k and v.
 
-The blocks in which something is visible follow one another. Those at an edge of
-what is visible pay for a mask, the rest do not, and what a mask empties is
+The blocks in which something is visible follow one another. Only blocks at the
+edge of the visible part have a mask. Blocks that are hidden altogether are
 neither loaded nor computed.
 
 Lengths need no mask of the weights: rows beyond them are loaded as zeros, which
-add nothing to any sum. So may what lies there be NaN.
+add nothing to any sum. Padding may therefore contain NaN.
 
-Arrays: q, out (B, T, N, H), k, v (B, S, K, H); everything that is known when
-the kernel is compiled is a constexpr, lengths and strides too.
+Arrays: q, out (B, T, N, H), k, v (B, S, K, H). Everything that is known at
+compile time is a constexpr, lengths and strides included.
 """
 
 import triton
 import triton.language as tl
 
-# What a logit is multiplied by before _weights takes it.
+# The factor of a logit in the argument of _weights.
 UNITS = {"tanh": 0.5, "exp": -1.4426950408889634, "relu": 1.0, "relu2": 1.0}
 
 
@@ -84,7 +84,7 @@ def _forward_block(
   LEFT: tl.constexpr, RIGHT: tl.constexpr, SLOPES: tl.constexpr,
   SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-  """acc with the share of the keys start .. start + BLOCK_KV."""
+  """acc plus the contribution of the keys start .. start + BLOCK_KV."""
   j = start + tl.arange(0, BLOCK_KV)
   k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_KV, RAGGED)
   s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
@@ -114,10 +114,10 @@ def backward_q(
   BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
   Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-  """dq_i = D_Q_SCALE sum_j dz_ij k_j, and this block's share of the operands'.
+  """dq_i = D_Q_SCALE sum_j dz_ij k_j, and the operands' gradients.
 
-  d_bias = SUM_SCALE sum dz, d_slope = -SUM_SCALE sum dz |i + S - T - j|: one
-  number a program, (B, N, blocks of queries).
+  d_bias = SUM_SCALE sum dz, d_slope = -SUM_SCALE sum dz |i + S - T - j|. Each
+  program writes one number of both, (B, N, blocks of queries).
   """
   batch, head, first = _place(T, N, BLOCK_Q, RIGHT is not None)
   bias, slope = _per_head(
@@ -169,7 +169,7 @@ def _backward_q_block(
   LEFT: tl.constexpr, RIGHT: tl.constexpr, BIASES: tl.constexpr,
   SLOPES: tl.constexpr, SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-  """The sums with the share of the keys start .. start + BLOCK_KV."""
+  """The sums plus the contributions of the keys start .. start + BLOCK_KV."""
   j = start + tl.arange(0, BLOCK_KV)
   k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_KV, RAGGED)
   v_tile = _load(v, start, k_len, STRIDE, H, BLOCK_H, BLOCK_KV, RAGGED)
@@ -209,9 +209,9 @@ def backward_kv(
 ):  # fmt: skip
   """dv_j = OUT_SCALE sum_i p_ij do_i, dk_j = D_Q_SCALE sum_i dz_ij q_i.
 
-  For a block of keys of one key head, over the queries of all its heads. The
-  tiles are transposed (keys down, queries across): so p and dz come out of one
-  product in the registers that the next one takes them from.
+  For a block of keys of one key head, over the queries of all its heads. Tiles
+  are transposed (rows are keys, columns are queries): so a product leaves p and
+  dz in the registers from which the next product takes them.
   """
   batch, kv_head, first = _place(S, K, BLOCK_KV, False)
   q_len = _length(q_lengths, batch, T, Q_LENGTHS)
@@ -277,7 +277,7 @@ def _backward_kv_block(
   LEFT: tl.constexpr, RIGHT: tl.constexpr, SLOPES: tl.constexpr,
   SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-  """The sums with the share of the queries start .. start + BLOCK_Q."""
+  """The sums plus the contributions of queries start .. start + BLOCK_Q."""
   i = start + tl.arange(0, BLOCK_Q)
   q_tile = _load(q, start, q_len, STRIDE, H, BLOCK_H, BLOCK_Q, RAGGED)
   do_tile = _load(d_out, start, q_len, STRIDE, H, BLOCK_H, BLOCK_Q, RAGGED)
@@ -296,7 +296,8 @@ def _backward_kv_block(
       RIGHT, SEGMENTS,
     )  # fmt: skip
   acc_v = tl.dot(p.to(do_tile.dtype), do_tile, acc_v, input_precision=PRECISION)
-  dz = derivative * dp  # While the tensor cores work on the line before.
+  # The tensor cores compute acc_v meanwhile.
+  dz = derivative * dp
   acc_k = tl.dot(dz.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION)
   return acc_k, acc_v
 
@@ -365,7 +366,7 @@ def _visible(
   return x
 
 
-# Where a program works.
+# What a program works on.
 
 
 @triton.jit
@@ -375,8 +376,8 @@ def _place(
 ):  # fmt: skip
   """Batch, head and first row of this program.
 
-  Blocks of a head are neighbours, and find its keys in the cache. Those with
-  the most to do begin.
+  Blocks of a head are neighbours, so that they find its keys in the cache. The
+  blocks with the most work come first.
   """
   blocks: tl.constexpr = _blocks(LENGTH, BLOCK)
   block = tl.program_id(0) % blocks
@@ -411,8 +412,8 @@ def _runs(
   """start, full, edge, stop: what the rows first .. first + rows can see.
 
   Row r sees r - BEFORE to r + AFTER of the other side. Every row sees all of
-  full .. edge; start .. full and edge .. stop want a mask. All but stop are
-  multiples of OTHER_BLOCK.
+  full .. edge. Blocks in start .. full and edge .. stop need a mask. All but
+  stop are multiples of OTHER_BLOCK.
   """
   last = min(first + rows, limit) - 1
   low, full_low = 0, 0

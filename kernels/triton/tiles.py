@@ -1,7 +1,7 @@
-"""The table of tiles of the Triton kernels: the block sizes of each card.
+"""The table of tiles of the Triton kernels: block sizes for each card.
 
-Nothing is tuned when a program runs: a card that is not in the table takes the
-tiles of the next older one. `python -m benchmarks.tune_triton` writes the
+Nothing is tuned when a program runs. A card that is not in the table takes the
+tiles of the next older card. `python -m benchmarks.tune_triton` writes the
 table.
 """
 
@@ -9,6 +9,8 @@ import functools
 import json
 import pathlib
 from typing import NamedTuple
+
+from sigattn.kernels.problem import Problem
 
 TABLE = pathlib.Path(__file__).with_name("tiles.json")
 PASSES = ("forward", "backward_q", "backward_kv")
@@ -18,14 +20,19 @@ SHORT = 256  # tokens up to which a sequence takes short tiles
 
 
 class Tile(NamedTuple):
-  block_q: int
-  block_kv: int
+  """How a kernel is cut up; the order is that of the table in tiles.json."""
+
+  block_q: int  # queries
+  block_kv: int  # keys
   num_warps: int
-  num_stages: int
+  num_stages: int  # blocks that are loaded ahead
 
 
-def tile(problem, direction, capability):
-  """The tile of a pass, one of PASSES, on a card."""
+def tile(problem: Problem, direction: str, capability: int) -> Tile:
+  """The tile of a pass.
+
+  direction: one of PASSES. capability: of the card, 90 for 9.0.
+  """
   table = _table()
   cards = [x for x in sorted(map(int, table)) if x <= capability]
   card = table[str(cards[-1])]
@@ -36,11 +43,11 @@ def tile(problem, direction, capability):
     whole = short.get(width, whole)
   whole = Tile(*whole)
   if problem.window or problem.shapes.query_segment_ids is not None:
-    # Masks that keep more in registers: halve what is gone over.
+    # These masks need more registers, so the streamed block is halved.
     name = "block_q" if direction == "backward_kv" else "block_kv"
     block = getattr(whole, name)
     whole = whole._replace(**{name: min(block, max(block // 2, 32))})
-  # Short sequences need no larger blocks, nor the warps for them.
+  # Blocks need not be longer than the sequence, and need fewer warps then.
   block_q = min(whole.block_q, padded(problem.query_len))
   block_kv = min(whole.block_kv, padded(problem.key_len))
   rows, all_rows = block_q, whole.block_q
@@ -50,12 +57,13 @@ def tile(problem, direction, capability):
   return Tile(block_q, block_kv, warps, whole.num_stages)
 
 
-def padded(length):
-  """Triton's tiles are powers of two, and its products begin at 16."""
+def padded(length: int) -> int:
+  """The next power of two, at least 16, as Triton's products require."""
   return max(16, 1 << (length - 1).bit_length())
 
 
-def bits_of(dtype):
+def bits_of(dtype: str) -> str:
+  """The key of a dtype in the table: its number of bits."""
   return "32" if dtype == "float32" else "16"
 
 

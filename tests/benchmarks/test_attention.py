@@ -1,4 +1,4 @@
-"""The benchmark of the kernels, with what of the field a CPU can run."""
+"""The attention benchmark, with the baselines that run on a CPU."""
 
 import functools
 import json

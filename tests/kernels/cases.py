@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Shapes and options of one attention; the operands are drawn from them."""
+  """Shapes and options of one attention problem."""
 
   name: str
   batch: int = 2
@@ -85,19 +85,19 @@ CASES = [
   ),
 ]  # fmt: skip
 
-# For kernels that go by blocks: enough of them that some are full, some at an
-# edge and some skipped. The kernels do without dense operands.
+# These have so many blocks that some are full, some lie at an edge, and some
+# are skipped. They have no dense operands, which the kernels do not support.
 BLOCKS = [
   dataclasses.replace(CASES[-1], name="all_but_dense", mask=None, bias=None),
   Case("blocks_causal", batch=1, queries=70, heads=2, causal=True),
-  Case(  # A warpgroup masks fewer blocks than its tile has at the edge.
+  Case(  # A warpgroup masks fewer blocks than its whole tile has at the edge.
     "blocks_causal_alibi", batch=1, queries=200, heads=1, causal=True,
     alibi=True,
   ),
-  # Keys before, around and behind a block of queries. Of one head alone the
-  # gradient of a slope may be a thousandth of what it is the sum of.
+  # Keys before, around and behind a block of queries. There are two heads,
+  # because the gradient of one slope may be a thousandth of its terms.
   Case("blocks_alibi", batch=1, queries=200, heads=2, alibi=True),
-  Case(  # What is visible lies on both sides of distance 0.
+  Case(  # Visible keys lie on both sides of distance 0.
     "blocks_causal_alibi_cross", batch=1, queries=200, keys=90, heads=1,
     causal=True, alibi=True,
   ),
@@ -122,7 +122,7 @@ BLOCKS = [
 
 
 def arbitrary(seed):
-  """A Case of any sizes and options, without dense operands."""
+  """A Case with random sizes and options, without dense operands."""
   rng = np.random.default_rng(seed)
 
   def maybe(value):
@@ -154,8 +154,7 @@ ARBITRARY = [arbitrary(seed) for seed in range(12)]
 def draw(case, dtype="float32", seed=0):
   """(query, key, value), the other arguments, and a cotangent of the output.
 
-  NumPy arrays, of float32 rounded to dtype where they enter as query, key,
-  value or cotangent.
+  They are NumPy arrays. query, key, value and cotangent are rounded to dtype.
   """
   rng = np.random.default_rng(seed)
   b, t, s, n, k, h = case.shape
@@ -203,7 +202,7 @@ def _dtype(name):
 
 
 def visible(case, options):
-  """bool (B, N, T, S), by loops over the definition."""
+  """bool (B, N, T, S), computed straight from the definition."""
   b, t, s, n, *_ = case.shape
   seen = np.ones((b, n, t, s), bool)
   i, j = np.arange(t)[:, None], np.arange(s)[None]
@@ -226,8 +225,8 @@ def visible(case, options):
 def exact(case, arrays, options, cotangent):
   """Output and gradients in NumPy float64: a dict of arrays.
 
-  out, query, key, value, and of logit_bias, alibi_slopes and bias those that
-  the case has as arrays.
+  Its keys are out, query, key, value, and those of logit_bias, alibi_slopes and
+  bias that the case has as arrays.
   """
   q, k, v, do = (np.asarray(x, np.float64) for x in (*arrays, cotangent))
   b, t, s, n, kv, h = case.shape
@@ -272,7 +271,7 @@ def exact(case, arrays, options, cotangent):
 
 
 def _reduce(x, shape):
-  """x summed over the axes that `shape` does not have, or has as 1."""
+  """x summed over the axes that are missing in `shape`, or 1 there."""
   x = x.sum(tuple(range(x.ndim - len(shape))))
   axes = tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] > 1)
   return x.sum(axes, keepdims=True)

@@ -1,4 +1,4 @@
-"""Compares an implementation of attention with float64, for all its tests."""
+"""Compares an implementation of attention with NumPy in float64."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ WITH_GRADIENT = ("logit_bias", "alibi_slopes", "bias")
 
 
 def run(arrays, options, cotangent):
-  """{"out": ..., "query": its gradient, ...} of the operation."""
+  """The output ("out") and the gradients of the operation, by name."""
   arrays = dict(zip(("query", "key", "value"), arrays, strict=True))
   given = {k: v for k, v in options.items() if isinstance(v, np.ndarray)}
   static = {k: v for k, v in options.items() if k not in given}
@@ -33,7 +33,7 @@ def run(arrays, options, cotangent):
 
 
 def run_or_skip(arrays, options, cotangent):
-  """run; a case that the implementation declines skips with the reason."""
+  """run, or skips the test with the reason of the implementation."""
   try:
     return run(arrays, options, cotangent)
   except NotImplementedError as reason:
@@ -41,7 +41,7 @@ def run_or_skip(arrays, options, cotangent):
 
 
 def use_only(monkeypatch, name, card):
-  """Makes `name` the only implementation, and a Device what it runs on."""
+  """Makes `name` the only implementation, and `card` the current device."""
   module = dispatch.IMPLEMENTATIONS[name]
   monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", {name: module})
   monkeypatch.setattr(device, "current", lambda: card)
@@ -69,7 +69,7 @@ def assert_float32(case, bound):
 
 
 def plain_16_bit(case, arrays, options, cotangent):
-  """What a user would write in jnp, weights kept in 16 bits."""
+  """What a user would write in jnp, with weights in 16 bits."""
   seen = jnp.asarray(cases.visible(case, options))
   b, t, s, n, kv, h = case.shape
   scale = h**-0.5 if case.scale is None else case.scale
@@ -101,14 +101,14 @@ def plain_16_bit(case, arrays, options, cotangent):
 
 
 def assert_16_bit(case, dtype):
-  """A kernel errs at most twice as much as plain_16_bit, against float64."""
+  """The kernel's error is at most twice that of plain_16_bit."""
   arrays, options, cotangent = cases.draw(case, dtype)
   actual = run_or_skip(arrays, options, cotangent)
   expected = cases.exact(case, arrays, options, cotangent)
   plain = plain_16_bit(case, arrays, options, cotangent)
   unit = float(jnp.finfo(dtype).eps)
   for name, value in expected.items():
-    # Of the operands' gradients, which are float32, a 16-bit error is allowed.
+    # The operands' gradients are float32; a 16-bit error is allowed.
     allowed = error(plain[name], value) if name in plain else unit
     assert error(actual[name], value) <= 2 * allowed + 0.2 * unit, name
 

@@ -50,9 +50,9 @@ def check_compile(mesh):
       raise
 
 
-def launch_plain_jax(kernel, *_, automatic_barriers=True):
+def launch_plain_jax(name, *_, automatic_barriers=True):
   """In the place of pipeline.launch: plain sigmoid attention in float32."""
-  del kernel, automatic_barriers
+  del name, automatic_barriers
 
   def forward(query, key, value):
     scale, bias = query.shape[-1] ** -0.5, -math.log(key.shape[1])

@@ -1,13 +1,13 @@
 """Runs cases of the Hopper kernels in Pallas's interpreter: slow, but exact.
 
-  python -m tests.kernels.mosaic_interpreter 64 two all_but_dense ...
-  python -m tests.kernels.mosaic_interpreter 64 added all_but_dense ...
+  python -m tests.kernels.mosaic_interpreter 64 two_kernels all_but_dense ...
+  python -m tests.kernels.mosaic_interpreter 64 fused all_but_dense ...
 
-with dq in a kernel of its own, or added by that of the keys. Prints how much
-each output and gradient errs, and exits with 1 where one errs more than twice
-as much as plain bfloat16. A barrier that is waited for in vain hangs: give it a
-time limit. With more than three warpgroups the interpreter runs out of threads
-on a small machine, so that two compute here.
+The second argument chooses the backward pass. The program prints the error of
+each output and gradient, and exits with 1 if one is more than twice that of
+plain bfloat16. A missing arrival at a barrier hangs, so set a time limit. The
+interpreter needs a thread for each warpgroup. A small machine has no more than
+three, so that two warpgroups compute here.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from tests.kernels import cases, compare
 
 
 def _let_products_read_registers():
-  """The interpreter's wgmma wants both factors in memory: lend it some."""
+  """Copies a factor in registers to memory, as the interpreter requires."""
   interpreter = next(
     x
     for x in vars(jaxpr_interpret).values()
@@ -64,18 +64,18 @@ def _let_products_read_registers():
 
 
 def _add(tile, total):
-  """reduce.add without instructions that the interpreter lacks."""
+  """reduce.add in plain JAX; the interpreter has no inline instructions."""
   rows_and_columns = tile.reshape(4, 2, 8, 8, 4, 2)  # w i r j c k
   total[...] += rows_and_columns.transpose(3, 0, 2, 4, 1, 5).reshape(8, 128, 4)
 
 
 def _plane(x, first, slope, offset):
-  """registers.plane, likewise."""
+  """registers.plane in plain JAX."""
   return first + slope * (offset - _columns_less_rows(x)).astype(jnp.float32)
 
 
 def _tanh(x, scale, bias, slope=0.0, offset=0):
-  """registers.tanh, likewise."""
+  """registers.tanh in plain JAX."""
   return jnp.tanh(scale * x + _plane(x, bias, slope, offset))
 
 
@@ -85,7 +85,7 @@ def _columns_less_rows(x):
 
 
 def _hide(x, low, high, hidden):
-  """registers.hide, likewise."""
+  """registers.hide in plain JAX."""
   apart = _columns_less_rows(x)
   for bound, sign in ((low, 1), (high, -1)):
     if bound is not None:
@@ -94,19 +94,19 @@ def _hide(x, low, high, hidden):
 
 
 def _distance(x, offset):
-  """registers.distance, likewise."""
+  """registers.distance in plain JAX."""
   return jnp.abs(_columns_less_rows(x) - offset).astype(jnp.float32)
 
 
-def _pretend(form):
-  """An H100 of three multiprocessors; of one where dq is added."""
+def _pretend(backward):
+  """Simulates an H100 with three multiprocessors, or one where dq is added."""
   dispatch.IMPLEMENTATIONS = {"mosaic": "sigattn.kernels.mosaic"}
   device.current = lambda: device.Device("NVIDIA H100", 90)
-  host._programs = lambda: 3 if form == "two" else 1
+  host._programs = lambda: 3 if backward == "two_kernels" else 1
   tiles.FUSED_BACKWARD = {
     width: dataclasses.replace(x, open=0, masked=0)
     for width, x in tiles.FUSED_BACKWARD.items()
-    if form == "added"
+    if backward == "fused"
   }
   reduce.add = _add
   registers.tanh = _tanh
@@ -118,15 +118,15 @@ def _pretend(form):
     )
     for width, of_width in tiles.TILES.items()
   }
-  # The interpreter's effects go through neither custom_vmap nor partitioning.
+  # Neither custom_vmap nor partitioning accepts the interpreter's effects.
   batching_and_sharding.over_batch = lambda compute, _, *arguments: compute(
     *arguments
   )
 
 
-def main(width, form, names):
+def main(width, backward, names):
   _let_products_read_registers()
-  _pretend(form)
+  _pretend(backward)
   table = {case.name: case for case in cases.CASES + cases.BLOCKS}
   wrong = False
   for name in names:

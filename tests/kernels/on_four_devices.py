@@ -1,7 +1,7 @@
-"""Attention on meshes, Triton's kernels replaced by plain JAX.
+"""Attention on meshes, with plain JAX in the place of Triton's kernels.
 
-A process of its own, for test_triton.py: the others have one device. Prints
-what is wrong.
+test_triton.py runs this in a process of its own with four simulated devices,
+because the other tests have one. It prints what is wrong.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def forward(precision, problem, query, key, value, operands):
 
 
 def backward(precision, trained, problem, query, key, value, operands, d_out):
-  """As the kernels: the operands' gradients not yet summed over examples."""
+  """Like the kernels, it does not sum operands' gradients over examples."""
   del precision, trained
   heads = problem.batch, problem.num_heads
   operands = operands._replace(

@@ -1,4 +1,4 @@
-"""The kernels on a GPU:
+"""The kernels on a GPU.
 
 JAX_PLATFORMS=cuda python -m pytest -n 8 tests/kernels/test_gpu.py
 """
@@ -23,12 +23,12 @@ if jax.default_backend() != "gpu":
   pytest.skip("needs a GPU", allow_module_level=True)
 
 CASES = cases.CASES + cases.BLOCKS + cases.ARBITRARY
-# Of the cases of many blocks, in turn.
+# The head widths of the cases of many blocks.
 WIDTHS = {
   "mosaic": (32, 64, 96, 128, 192, 256),
   "triton": (32, 64, 96, 128, 256),
 }
-# More tiles than a GPU has multiprocessors: a persistent kernel goes round.
+# More tiles than multiprocessors, so that a program computes several.
 ROUNDS = [
   cases.Case("rounds", batch=4, queries=520, heads=24, kv_heads=12, width=64),
   cases.Case(
@@ -44,7 +44,7 @@ def implementation(request, monkeypatch):
 
 
 def larger(case, times, implementation):
-  """The case with `times` as many tokens and one of WIDTHS."""
+  """The case with `times` as many tokens, and a width of WIDTHS."""
   widths = WIDTHS[implementation]
   return dataclasses.replace(
     case,
@@ -75,7 +75,7 @@ def test_16_bit_of_what_long_sequences_take(
   case, width, implementation, monkeypatch
 ):
   if implementation != "mosaic":
-    pytest.skip("has one way")
+    pytest.skip("Triton has one backward pass")
   monkeypatch.setattr(tiles, "LONG", 0)
   everywhere = {
     width: dataclasses.replace(x, open=0, masked=0)
@@ -114,7 +114,7 @@ def test_the_same_bits_at_every_run(index, implementation, monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("bias", [-8.0, -11.0, -11.1, -14.0, -16.0])
 def test_small_weights_keep_their_sum(bias, dtype):
-  """V = 16: what is lost of a row's sum, in the mean, is below rounding."""
+  """With V = 16, the mean loss of a row's sum is below rounding."""
   case = cases.Case(
     "sum", batch=1, queries=256, keys=4096, heads=2, width=128, logit_bias=bias
   )
@@ -131,7 +131,7 @@ def test_small_weights_keep_their_sum(bias, dtype):
 @pytest.mark.parametrize("axis", ["batch", "heads"])
 @pytest.mark.parametrize("manual", [False, True])
 def test_each_gpu_of_a_mesh_computes_its_part(axis, manual):
-  """In jit and in shard_map, without moving anything between them."""
+  """In jit and in shard_map, without communication between the GPUs."""
   count = 2
   rng = np.random.default_rng(0)
   query, key, value, d_out = (
@@ -183,7 +183,7 @@ def test_each_gpu_of_a_mesh_computes_its_part(axis, manual):
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_long_sequences_on_the_mesh_of_the_training_program(width, is_causal):
-  """Where dq is added in global memory: gradients equal one device's."""
+  """Gradients equal those of one device where dq is added in global memory."""
   rng = np.random.default_rng(0)
   arrays = [
     jnp.asarray(

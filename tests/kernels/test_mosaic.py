@@ -1,4 +1,4 @@
-"""The Hopper kernels without a GPU: interpreted, lowered, declined."""
+"""The Hopper kernels without a GPU: what they compute, lower to and decline."""
 
 import dataclasses
 import os
@@ -25,18 +25,18 @@ H100 = device.Device("NVIDIA H100", 90)
 @pytest.mark.parametrize(
   ("width", "form", "names"),
   [
-    (64, "two", ["all_but_dense", "blocks_causal_alibi"]),
-    (64, "two", ["blocks_narrow_window", "blocks_causal_alibi_cross"]),
-    (128, "two", ["blocks_window"]),
-    (64, "added", ["all_but_dense", "grouped", "blocks_alibi"]),
-    (128, "added", ["vit_197", "blocks_causal"]),
+    (64, "two_kernels", ["all_but_dense", "blocks_causal_alibi"]),
+    (64, "two_kernels", ["blocks_narrow_window", "blocks_causal_alibi_cross"]),
+    (128, "two_kernels", ["blocks_window"]),
+    (64, "fused", ["all_but_dense", "grouped", "blocks_alibi"]),
+    (128, "fused", ["vit_197", "blocks_causal"]),
   ],
 )
 def test_interpreted_output_and_gradients(width, form, names):
-  """In a process of its own: what waits in vain would hang.
+  """In a process of its own, because a missing arrival at a barrier hangs.
 
-  Eight devices: each warpgroup blocks a thread of XLA's, which has no more than
-  devices or cores.
+  It simulates eight devices. Each warpgroup blocks a thread of XLA's, and XLA
+  has no more threads than devices or cores.
   """
   subprocess.run(
     [
@@ -68,9 +68,9 @@ def test_interpreted_output_and_gradients(width, form, names):
   ],
 )
 def test_tiles_are_lowered_for_cuda(width, length, is_causal, has_slopes):
-  """Shapes, layouts and shared memory fit: 0.3 s a kernel.
+  """Shapes and layouts are valid, and shared memory suffices.
 
-  Most shared memory is needed where ALiBi's slopes are trained too.
+  Problems with trained slopes of ALiBi need the most shared memory.
   """
   problem = tune_triton.example(width, "bfloat16", length, is_causal=is_causal)
   slopes = None
@@ -91,9 +91,10 @@ def test_tiles_are_lowered_for_cuda(width, length, is_causal, has_slopes):
   lowered = (
     jax.jit(both).trace(x, x, x, x, slopes).lower(lowering_platforms=("cuda",))
   )
-  # The output; dk and dv, one after the other in wide heads; dq.
+  # One kernel for the output, one for dk and dv, or two in wide heads, and one
+  # for dq unless the kernel of the keys adds it.
   count = 2 + (width > tiles.WIDEST_DK_AND_DV)
-  count += not host._adds_in_any_order(host._form(problem), problem)
+  count += not host._takes_fused_backward(host._form(problem), problem)
   assert lowered.as_text().count("custom_call @mosaic_gpu") == count
 
 
@@ -102,7 +103,7 @@ def test_tiles_are_lowered_for_cuda(width, length, is_causal, has_slopes):
   "options", [{"is_causal": True}, {"local_window_size": 64}, {}], ids=str
 )
 def test_what_users_call_is_lowered(options, around, monkeypatch):
-  """With what is around the kernels: derivatives, vmap, partitioning."""
+  """The public operation with its derivative, vmap and partitioning."""
   compare.use_only(monkeypatch, "mosaic", H100)
 
   def attend(query, key, value):
@@ -127,7 +128,7 @@ def test_what_users_call_is_lowered(options, around, monkeypatch):
 
 
 def test_gradients_on_the_mesh_of_the_training_program():
-  """Which splits the batch of four devices automatically."""
+  """On four simulated devices, between which XLA splits the batch."""
   subprocess.run(
     [sys.executable, "-m", "tests.kernels.hopper_on_four_devices"],
     timeout=250,
@@ -154,7 +155,7 @@ def test_what_it_declines(capability, change, reason, monkeypatch):
 
 
 def test_it_declines_a_jax_that_it_was_not_tested_with(monkeypatch):
-  """And imports nothing that such a jax may lack: see mosaic.TESTED_JAX."""
+  """The reason names both versions, see mosaic.TESTED_JAX."""
   compare.use_only(monkeypatch, "mosaic", H100)
   monkeypatch.setattr(jax, "__version__", "0.12.0")
   problem = tune_triton.example(64, "bfloat16")
@@ -178,7 +179,7 @@ def test_asking_imports_nothing_that_changes_with_jax():
 
 
 @pytest.mark.parametrize(
-  ("width", "length", "is_causal", "adds"),
+  ("width", "length", "is_causal", "fused"),
   [
     (64, 512, False, False), (64, 1024, False, True), (64, 1024, True, True),
     (128, 512, False, False), (128, 1024, False, True),
@@ -186,15 +187,15 @@ def test_asking_imports_nothing_that_changes_with_jax():
     (96, 8192, False, False),
   ],
 )  # fmt: skip
-def test_dq_is_added_in_any_order_where_that_is_faster(
-  width, length, is_causal, adds, monkeypatch
+def test_the_fused_backward_pass_is_taken_where_it_is_faster(
+  width, length, is_causal, fused, monkeypatch
 ):
   problem = tune_triton.example(width, "bfloat16", length, is_causal=is_causal)
   form = host._form(problem)
   monkeypatch.delenv("XLA_FLAGS", raising=False)
-  assert host._adds_in_any_order(form, problem) == adds
+  assert host._takes_fused_backward(form, problem) == fused
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
-  assert not host._adds_in_any_order(form, problem)
+  assert not host._takes_fused_backward(form, problem)
 
 
 @pytest.mark.parametrize("argnums", [(0,), (0, 3)])
@@ -228,7 +229,7 @@ def test_gradients_of_slopes_are_summed_only_where_they_are_wanted(
 def test_no_program_gets_much_more_than_its_share(
   width, length, of_queries, monkeypatch
 ):
-  """All take as long as the slowest; and every tile is someone's, once."""
+  """Every tile is assigned once, and the programs have similar work."""
   monkeypatch.setattr(host, "_programs", lambda: 132)
   problem = tune_triton.example(width, "bfloat16", length, is_causal=True)
   problem = dataclasses.replace(
@@ -242,7 +243,7 @@ def test_no_program_gets_much_more_than_its_share(
   tiles_of_programs = [row[1 : 1 + row[0]] for row in schedule.table]
   heads, count = problem.batch * problem.num_heads, length // rows
   assert sorted(np.concatenate(tiles_of_programs)) == list(range(heads * count))
-  # A tile's beginning and end count as a block.
+  # The beginning and end of a tile cost as much as a block.
   costs = 1 + np.arange(1, count + 1) * rows // tile.streamed
   costs = costs if of_queries else costs[::-1]
   loads = np.array(

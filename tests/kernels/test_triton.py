@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU: Triton's interpreter on NumPy arrays.
 
-Whether they compile for each card is asked in a process of its own, because a
-kernel is either interpreted or compiled.
+A process of its own checks that they compile for each card, because in one
+process a kernel is either interpreted or compiled.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _ONE_AT_A_TIME = threading.Lock()  # The interpreter's state is global.
 
 
 class _Array:
-  """As much of a torch tensor, and of its storage, as the interpreter uses."""
+  """The part of a torch tensor and its storage that the interpreter uses."""
 
   def __init__(self, array):
     self.array, self.device = array, "cpu"
@@ -51,16 +51,16 @@ class _Array:
 
 @triton.jit
 def tanh(x):
-  """kernels.tanh without assembly, which the interpreter has not."""
+  """kernels.tanh without assembly, which the interpreter does not support."""
   return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
 
 
 def _interpreted(kernel, arrays, outs, tile, count, constants):
-  """triton_attention._start for Triton's interpreter."""
+  """In the place of triton_attention._start, for Triton's interpreter."""
   del tile
 
   def run(*arrays):
-    # NaN: what no program writes must be seen.
+    # A number that no program writes remains NaN, and is noticed.
     results = [np.full(x.shape, np.nan, x.dtype) for x in outs]
     inputs = [_Array(np.array(x)) for x in arrays]
     with _ONE_AT_A_TIME:
@@ -72,7 +72,7 @@ def _interpreted(kernel, arrays, outs, tile, count, constants):
 
 @pytest.fixture
 def interpreter(monkeypatch):
-  """Lets Triton's kernels run on the CPU, as if it were an H100."""
+  """Lets Triton's kernels run on the CPU, which pretends to be an H100."""
   from sigattn.kernels.triton import kernels
 
   monkeypatch.setattr(kernels, "tanh", tanh)
@@ -92,7 +92,7 @@ def set_blocks(monkeypatch, size):
 
 @pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
 def test_interpreted_output_and_gradients(case, interpreter, monkeypatch):
-  # The larger, the fewer to interpret.
+  # Larger blocks are fewer, which makes the interpreter faster.
   set_blocks(monkeypatch, 16 if case in cases.BLOCKS else 64)
   arrays, options, cotangent = cases.draw(case)
   actual = compare.run_or_skip(arrays, options, cotangent)
@@ -119,7 +119,7 @@ def test_interpreted_nan_in_padding_leaks_nowhere(interpreter, monkeypatch):
 
 @pytest.mark.parametrize("mask", ["causal", "window", "segments"])
 def test_interpreted_empty_blocks_are_skipped(mask, interpreter, monkeypatch):
-  """NaN in them would come through a product with weights of zero."""
+  """NaN in such a block would survive a product with weights of zero."""
   set_blocks(monkeypatch, 16)
   case = cases.Case(
     "skipped", batch=1, queries=64, heads=1, causal=mask == "causal",
@@ -201,7 +201,7 @@ def test_it_names_the_package_that_is_missing(monkeypatch):
 
 
 def test_short_sequences_have_tiles_of_their_own(tmp_path, monkeypatch):
-  """They are written beside the others, and taken up to 256 tokens."""
+  """The table has them beside the others; they are used up to 256 tokens."""
   monkeypatch.setattr(device, "current", lambda: device.Device("A10", 86))
   path, short_tile = tmp_path / "tiles.json", tiles.Tile(64, 32, 2, 2)
   tune_triton.write({("16", "forward", 64): short_tile}, short=True, path=path)
@@ -248,7 +248,7 @@ def test_the_fastest_tile_that_fits_what_it_was_timed_on(monkeypatch):
 
 
 def test_tiles_compile_without_spills():
-  """Some; python -m benchmarks.tune_triton --check compiles all."""
+  """A few of them; python -m benchmarks.tune_triton --check compiles all."""
   environment = {k: v for k, v in os.environ.items() if "INTERPRET" not in k}
   command = (
     "benchmarks.tune_triton --check --cards 86 90 --dtypes bfloat16 --widths 64"

@@ -161,8 +161,10 @@ def test_jit_vmap_and_checkpoint_change_nothing(causal):
 
 
 def test_memory_of_forward_and_backward():
-  """The plain form keeps several matrices of this size; the benchmark prints
-  other lengths, 16,384 among them, which take longer."""
+  """Plain JAX keeps several matrices of `weights_mib`; this keeps none.
+
+  The benchmark measures other lengths, such as 16,384, which take longer.
+  """
   row = benchmark.memory(8192)
   assert row["weights_mib"] == 1024
   assert 0 < row["peak_mib"] < 640

@@ -1,0 +1,112 @@
+"""The gradient of the logits for a block of queries, with stationary keys.
+
+dkv.py and fused_backward.py share it. Scores are transposed: rows are keys,
+columns are queries.
+
+  s = k q^T, dp = v do^T    tensor cores
+  p = phi(s)                registers, while dp is computed
+  dv += p do                tensor cores
+  dz = phi'(s) dp           registers, while dv is computed
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+from sigattn.kernels.mosaic import weights
+from sigattn.kernels.mosaic.key_tiles import Head
+from sigattn.kernels.mosaic.pipeline import accumulator, at_step, read
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+  """One block of queries past the stationary keys."""
+
+  head: Head
+  e: jax.Array
+  masked: bool | jax.Array
+  q: Any  # in shared memory, as all that follow
+  d_out: Any
+  keys: Any
+  values: Any
+
+
+def compute(
+  head: Head, e: jax.Array, totals: list, masked: bool | jax.Array
+) -> tuple[jax.Array | None, list]:
+  """(dz of step e, sums of dz), with the product for dv still running.
+
+  dz = phi'(z) (do v^T), (keys, queries) float32, in registers; None where dk is
+  not wanted. totals: the sums of dz up to here.
+  """
+  context = head.context
+  smem, c = context.smem, head.position(e)
+  q, d_out = context.queries.block(c), context.d_outs.block(c)
+  here = at_step(context.warpgroup, c)
+  step = _Step(
+    head=head, e=e, masked=masked, q=q, d_out=d_out, keys=smem.keys.at[here],
+    values=smem.values.at[here],
+  )  # fmt: skip
+  context.queries.wait(c)
+  context.d_outs.wait(c)
+  return pl.run_scoped(
+    functools.partial(_start_scores, step, totals), _scores_accumulator(context)
+  )
+
+
+def _scores_accumulator(context):
+  return accumulator(context.tile.block_kv, context.tile.block_q)
+
+
+def _start_scores(step, totals, s_ref):
+  plgpu.wgmma(s_ref, step.keys, step.q.transpose((1, 0)))
+  has_dk = step.head.dk is not None
+  return pl.run_scoped(
+    functools.partial(_finish, step, totals, s_ref),
+    _scores_accumulator(step.head.context) if has_dk else None,
+  )
+
+
+def _finish(step, totals, s_ref, dp_ref):
+  """Weights, the product for dv, and dz."""
+  head, context = step.head, step.head.context
+  form = context.form
+  if dp_ref is not None:
+    plgpu.wgmma(dp_ref, step.values, step.d_out.transpose((1, 0)))
+  s = read(s_ref, int(head.dk is not None))
+  p, derivative, place = _weigh(step, s)
+  if head.dv is not None:
+    p = weights.to_16_bits(p, form.weight_scale, context.dtype)
+    plgpu.wgmma(head.dv, p, step.d_out)
+  if dp_ref is None:
+    return None, totals
+  dz = derivative() * read(dp_ref, int(head.dv is not None))
+  if not context.num_sums:
+    return dz, totals
+  parts = [dz.sum(1)]
+  if form.alibi:
+    parts.append(-(dz * place.distance(dz, form.offset)).sum(1))
+  return dz, [t + x for t, x in zip(totals, parts, strict=True)]
+
+
+def _weigh(step, s):
+  """(weights, their derivative, where the block stands)."""
+  head, context = step.head, step.head.context
+  keys, block_q = head.keys, context.tile.block_q
+  start = keys.steps.block(step.e) * block_q
+  place = weights.Place(keys.first, start, of_queries=False)
+
+  def ids():
+    return keys.ids, weights.load_ids(
+      context.form, context.gmem.query_ids, keys.batch, start, block_q,
+      weights.COLUMN,
+    )  # fmt: skip
+
+  p, derivative = weights.weights(
+    context.form, s, head.bias, head.slope, place, ids, step.masked
+  )
+  return p, derivative, place

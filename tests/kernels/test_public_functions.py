@@ -1,0 +1,46 @@
+"""Public functions of kernels/ have types and docstrings."""
+
+import ast
+import pathlib
+
+import pytest
+
+import sigattn.kernels.dispatch as dispatch
+
+_ROOT = pathlib.Path(dispatch.__file__).parent
+# Triton's functions have types of its own (tl.constexpr).
+_FILES = sorted(
+  path
+  for path in _ROOT.rglob("*.py")
+  if path != _ROOT / "triton" / "kernels.py"
+)
+
+
+def _public(node):
+  """The public functions and classes in a module, and in its classes."""
+  for child in node.body:
+    kinds = ast.FunctionDef, ast.ClassDef
+    if not isinstance(child, kinds) or child.name.startswith("_"):
+      continue
+    yield child
+    if isinstance(child, ast.ClassDef):
+      yield from _public(child)
+
+
+def _untyped(function):
+  arguments = function.args
+  for x in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
+    if x.annotation is None and x.arg not in ("self", "cls"):
+      yield x.arg
+  if function.returns is None:
+    yield "return"
+
+
+@pytest.mark.parametrize(
+  "path", _FILES, ids=lambda path: str(path.relative_to(_ROOT))
+)
+def test_public_functions_have_types_and_docstrings(path):
+  for node in _public(ast.parse(path.read_text())):
+    assert ast.get_docstring(node), node.name
+    if isinstance(node, ast.FunctionDef):
+      assert not list(_untyped(node)), node.name
