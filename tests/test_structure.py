@@ -138,7 +138,8 @@ def test_public_functions_have_types():
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     arguments = [x for x in arguments if x.arg not in ("self", "cls")]
     typed = all(x.annotation is not None for x in arguments)
-    if is_public(name) and not (typed and node.returns is not None):
+    returns = node.returns is not None or name.endswith("__init__")
+    if is_public(name) and not (typed and returns):
       bare.append(f"{module}.{name}")
   assert not bare
 
