@@ -40,13 +40,12 @@ def over_batch(
   """compute(problem, query, ...), also under vmap and on a mesh.
 
   Args:
-    compute: takes the other arguments, also with a different batch or number of
-      heads, and returns a tuple of arrays.
+    compute: takes the other arguments, and works for any batch and heads.
     outputs: the axes of each of those arrays, such as "BTNH" or "BN". None of
       them may be a sum over examples: compute one for each example, and add
       them outside.
-    problem, query, key, value, operands: as in xla.attention.
-    d_out: the cotangent of the output, or nothing.
+    problem, query, key, value, operands, d_out: as in xla.attention; d_out is
+      the cotangent of the output, or absent.
   """
   arrays, tree = jax.tree.flatten((query, key, value, operands, *d_out))
   given = [

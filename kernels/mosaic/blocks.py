@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 
 from sigattn.kernels import segments
 from sigattn.kernels.mosaic.schedule import div
+from sigattn.kernels.mosaic.tiles import KeyTile, QueryTile
 from sigattn.kernels.mosaic.weights import Form
 from sigattn.kernels.problem import Operands, Problem
 
@@ -84,7 +85,7 @@ def blocks_of_tile(
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-  """The blocks of a tile, those with a mask before all others.
+  """The order of a tile's blocks: those with a mask come before all others.
 
   The masked blocks at the upper edge come first, from the last one backwards.
   Then come those at the lower edge.
@@ -115,12 +116,12 @@ class Steps:
     )
 
   def skip_from(self, high: jax.Array) -> "Steps":
-    """The same without the blocks from `high` on, which are the first ones."""
+    """These steps, skipping the blocks from `high` on, which come first."""
     skipped = jnp.clip(self.high - high, 0, self.upper)
     return dataclasses.replace(self, skipped=skipped)
 
   def mask_from(self, full_high: jax.Array) -> "Steps":
-    """The same without masks below `full_high`, if there is no lower edge."""
+    """These steps without masks below `full_high`, unless at a lower edge."""
     upper = jnp.clip(self.high - full_high, 0, self.upper)
     one_edge = self.edges == self.upper
     masked = jnp.where(one_edge, upper, self.edges)
@@ -136,7 +137,7 @@ class Steps:
 
 @dataclasses.dataclass(frozen=True)
 class StepsInOrder:
-  """The blocks of a tile one after the other, for a single loop."""
+  """The order of a tile's blocks for a single loop: one after the other."""
 
   low: jax.Array
   full_low: jax.Array
@@ -171,13 +172,11 @@ def plan(
   form: Form,
   problem: Problem,
   operands: Operands,
-  rows: int,
-  block: int,
-  of_queries: bool,
+  tile: QueryTile | KeyTile,
 ) -> jax.Array | None:
-  """(B, tiles, 4) int32: visible_blocks of tiles of `rows` rows.
+  """(B, tiles, 4) int32: visible_blocks of each tile.
 
-  None where positions alone decide: then the kernel computes them.
+  None if positions alone decide: then the kernel computes them.
   """
   if not problem.masked_by_data:
     return None
@@ -185,7 +184,8 @@ def plan(
   before, after = form.left, form.right
   lengths = [operands.query_seq_lengths, operands.key_value_seq_lengths]
   ids = [operands.query_segment_ids, operands.key_value_segment_ids]
-  if not of_queries:
+  rows, block = tile.stationary, tile.streamed
+  if not tile.of_queries:
     length, others, before, after = others, length, after, before
     lengths.reverse()
     ids.reverse()
@@ -193,7 +193,7 @@ def plan(
   bounds = visible_blocks(first, first + rows - 1, before, after, block, others)
   shape = problem.batch, len(first)
   low, full_low, full_high, high = (jnp.broadcast_to(x, shape) for x in bounds)
-  if lengths[1] is not None:  # Zeros follow: none of them needs a mask.
+  if lengths[1] is not None:  # Only zeros follow, and zeros need no mask.
     high = jnp.minimum(high, pl.cdiv(lengths[1], block)[:, None])
   if lengths[0] is not None:
     high = jnp.where(first[None] < lengths[0][:, None], high, 0)
@@ -220,7 +220,10 @@ def count_visible(
   block: int,
   length: int,
 ) -> np.ndarray:
-  """(tiles,) how many blocks each tile sees, in NumPy, as visible_blocks."""
+  """(tiles,) the number of blocks that each tile sees, computed in NumPy.
+
+  The arguments are those of visible_blocks, for tiles of `rows` rows.
+  """
   first = np.arange(tiles) * rows
   count = pl.cdiv(length, block)
   low, high = np.zeros_like(first), np.full_like(first, count)

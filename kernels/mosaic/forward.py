@@ -80,7 +80,7 @@ def _accumulate_overlapping(queries, total):
   """
   steps, values = queries.steps, queries.context.values
   first = int32(0)
-  if queries.context.form.masked:  # All masked steps but one, which comes next.
+  if queries.context.form.masked:  # The last masked step opens the chain.
     first = jnp.maximum(steps.masked - 1, 0)
     masked_step = functools.partial(_step, queries, total)
     lax.fori_loop(0, first, lambda e, _: masked_step(e, True), None)

@@ -3,13 +3,13 @@
 Five products of matrices instead of the seven of dq.py and dkv.py. Keys are
 stationary, so each block of queries gets a share of its dq from each tile of
 keys. The shares are added to float32 sums in global memory (reduce.py), in the
-order in which programs come to them: the last bits differ from run to run.
+order in which programs come to them. So the last bits differ from run to run.
 
 key_tiles.py says which warpgroups, shared memory and barriers there are. The
 share of dq of a step is dz k, summed over the keys of all compute warpgroups.
 Each warpgroup computes 64 x 64 numbers of it, from dz of all of them. So dz
 goes through shared memory, in two slots by turns, and the share of step e - 1
-is computed in step e, that no warpgroup waits for the other's dz of this step:
+is computed in step e: no warpgroup waits for another one's dz of this step.
 
   compute warpgroup, step e                           memory warpgroup
     wait q_full, do_full

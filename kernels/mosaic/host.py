@@ -1,4 +1,4 @@
-"""The host side of the Hopper kernels: which are run, with which arguments.
+"""The host side of the Hopper kernels: the choice of kernels and arguments.
 
 Everything here is plain JAX around the kernels: padding, scales, schedules, and
 the choice between the two backward passes.
@@ -166,7 +166,7 @@ def _operand_gradients(problem, sums):
 
 
 def _aligned(problem, operands, query, key, value, *d_out):
-  """The same with zeros after the sequences, which add nothing to any sum."""
+  """The arguments with zeros after the sequences, which add nothing to sums."""
   rest = [-x % _ALIGNED for x in (problem.query_len, problem.key_len)]
   if not any(rest):
     return problem, operands, query, key, value, *d_out
@@ -195,7 +195,7 @@ def _aligned(problem, operands, query, key, value, *d_out):
 
 
 def _without_padding(x_BLNH, lengths):
-  """Zeros beyond each length: padding may hold NaN, and 0 NaN is NaN."""
+  """x with zeros beyond each length: padding may be NaN, and 0 NaN is NaN."""
   if lengths is None:
     return x_BLNH
   place = jnp.arange(x_BLNH.shape[1])
@@ -241,9 +241,7 @@ def _arguments(
     "d_out": d_out,
     "dq_sums": dq_sums,
     "scalars": _scalars(problem, operands),
-    "plan": blocks.plan(
-      form, problem, operands, tile.stationary, tile.streamed, tile.of_queries
-    ),
+    "plan": blocks.plan(form, problem, operands, tile),
     "query_ids": _pad_ids(operands.query_segment_ids, of_block["query"]),
     "key_ids": _pad_ids(operands.key_value_segment_ids, of_block["key"]),
     name: None if length is None else length.astype(jnp.int32),
@@ -261,7 +259,7 @@ def _schedule(problem, tile):
   rows = tile.stationary
   count = pl.cdiv(length, rows)
   programs, costs = _programs(), None
-  if problem.masked_by_data:  # As heavy as its data: let the hardware balance.
+  if problem.masked_by_data:  # The hardware balances work that depends on data.
     programs = count * problem.batch * heads
   elif before is not None or after is not None:
     costs = 1 + blocks.count_visible(
@@ -273,7 +271,7 @@ def _schedule(problem, tile):
 
 
 def _programs():
-  """One for each multiprocessor."""
+  """The number of programs that run at a time: one for each multiprocessor."""
   device = jax.config.jax_default_device or jax.local_devices()[0]
   return getattr(device, "core_count", None) or 132
 

@@ -13,7 +13,7 @@ Scores are transposed: rows are keys, columns are queries.
     dk, dv          W x block_kv x H           fused_backward.py only; in dkv.py
                                                they leave through the slots of
                                                keys and values
-    sums of dz      W x (1 or 2) x block_kv x float32, if they are wanted
+    sums of dz      W x (1 or 2) x block_kv x float32, if trained
   For example, fused at H = 128: 3 x 2 x 64 x 128 numbers stationary, 2 x 3 x 64
   x 128 streamed and 4 x 64 x 64 of dz, 96 + 96 + 32 KiB of 227 KiB.
 
@@ -61,13 +61,13 @@ from sigattn.kernels.mosaic.tiles import KeyTile
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """In what the two kernels differ."""
+  """The differences between the two kernels."""
 
   name: str  # for profilers
   steps: type[Steps] | type[StepsInOrder]
   # (head, sums of dz) -> sums of dz: adds dk and dv of all blocks of a head.
   accumulate: Callable[["Head", list], list]
-  # The memory warpgroup calls it once a step: makes dz visible to the products.
+  # The memory warpgroup calls it in each step. It makes dz visible to products.
   publish_dz: Callable[["Context"], None] | None = None
 
 
@@ -82,6 +82,16 @@ class Sizes:
   kv_heads: int
   width: int
 
+  @classmethod
+  def of(cls, query: jax.Array, key: jax.Array) -> "Sizes":
+    """The sizes of query (B, T, N, H) and key (B, S, K, H)."""
+    batch, query_len, heads, width = query.shape
+    _, key_len, kv_heads, _ = key.shape
+    return cls(
+      batch=batch, query_len=query_len, heads=heads, key_len=key_len,
+      kv_heads=kv_heads, width=width,
+    )  # fmt: skip
+
   @property
   def group(self) -> int:
     """Query heads that share a key head."""
@@ -90,7 +100,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Smem:
-  """What lies in shared memory, barriers included; see the top of the file."""
+  """The contents of shared memory, as the top of the file explains them."""
 
   keys: Any
   values: Any
@@ -128,7 +138,7 @@ class Context:
 
   @property
   def dtype(self) -> jnp.dtype:
-    """Of query, key, value and the results."""
+    """The dtype of query, key, value and the results."""
     return self.gmem.query.dtype
 
   @property
@@ -164,14 +174,14 @@ class Keys:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """The same, and one of the query heads that share the key head."""
+  """The keys of one warpgroup, and one of the query heads that use them."""
 
   keys: Keys
-  g: jax.Array  # which one
+  g: jax.Array  # its number within the group
   head: jax.Array
   bias: float | jax.Array
   slope: jax.Array | None
-  dk: Any  # an accumulator; None: not wanted
+  dk: Any  # an accumulator; None if dk is not computed
   dv: Any
 
   @property
@@ -202,11 +212,11 @@ def build(
     variant: which of the two kernels.
     form, tile, schedule: the mathematics, and how it is cut up.
     inputs: names of Gmem and arrays. Rows of dv from key_lengths on become 0.
-    scales: the factor of "dk" and of "dv"; of those that are wanted.
+    scales: the factors of "dk" and "dv", of those that are computed.
     sums: whether dz is summed over the queries, and with ALiBi -dz distance.
   """
   query, key = inputs["query"], inputs["key"]
-  sizes = Sizes(*query.shape[:3], *key.shape[1:])
+  sizes = Sizes.of(query, key)
 
   def kernel(gmem, *smem):
     smem = Smem(*smem)
@@ -247,7 +257,7 @@ def build(
 
 
 def _scratch(tile, width, dtype, num_sums, fused):
-  """What lies in shared memory, in the order of Smem."""
+  """The contents of shared memory, in the order of Smem."""
 
   def blocks(count, rows, width):
     return smem_blocks(tile, count, rows, width, dtype)
@@ -341,7 +351,7 @@ def _store(keys, gradients):
   context = keys.context
   smem, scales = context.smem, context.scales
   slots = {"dk": smem.keys, "dv": smem.values}
-  if smem.out is not None:  # They leave through a slot of their own.
+  if smem.out is not None:  # dk and dv have a slot of their own.
     plgpu.barrier_arrive(smem.kv_free)
     slots = dict.fromkeys(slots, smem.out)
   rows = pl.ds(keys.first, context.tile.block_kv)
@@ -369,7 +379,7 @@ def _feed_tile(context, i, count):
   """Brings the keys and values of the i-th tile, and streams its blocks."""
   batch, kv_head, first, steps = context.locate(i)
   publish_dz = context.variant.publish_dz
-  # The step whose end the next copies wait for.
+  # So many steps before the one that is being filled, dz is published.
   behind = context.tile.stages - 1
   fill = functools.partial(_fill, context, batch, kv_head, steps, count)
 
@@ -378,7 +388,7 @@ def _feed_tile(context, i, count):
     if publish_dz is not None:
       pl.when(x >= behind)(functools.partial(publish_dz, context))
 
-  fill(int32(0))  # While the tile before ends.
+  fill(int32(0))  # It is loaded while the previous tile ends.
 
   @pl.when(i > 0)
   def _():

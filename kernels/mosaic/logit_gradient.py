@@ -24,12 +24,12 @@ from sigattn.kernels.mosaic.pipeline import accumulator, at_step, read
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-  """One block of queries past the stationary keys."""
+  """One step: a block of queries and the stationary keys."""
 
   head: Head
   e: jax.Array
   masked: bool | jax.Array
-  q: Any  # in shared memory, as all that follow
+  q: Any  # in shared memory, like the next three
   d_out: Any
   keys: Any
   values: Any
@@ -41,7 +41,7 @@ def compute(
   """(dz of step e, sums of dz), with the product for dv still running.
 
   dz = phi'(z) (do v^T), (keys, queries) float32, in registers; None where dk is
-  not wanted. totals: the sums of dz up to here.
+  not computed. totals: the sums of dz up to here.
   """
   context = head.context
   smem, c = context.smem, head.position(e)

@@ -1,4 +1,4 @@
-"""What all Hopper kernels are built of: launch, shared memory, ring, products.
+"""The parts of all Hopper kernels: launch, shared memory, ring, products.
 
 A kernel is a persistent grid: one program for each multiprocessor, each of
 which works off many tiles. A program has a few compute warpgroups and, after
@@ -50,7 +50,7 @@ class Gmem:
   query_lengths: Any = None  # (B,) int32
   key_lengths: Any = None  # (B,) int32
   table: Any = None  # of the schedule
-  out: Any = None  # (B, T, N, H); of dq.py the gradient of the queries
+  out: Any = None  # (B, T, N, H); in dq.py the gradient of the queries
   dq_sums: Any = None  # as reduce.zeros; input and output
   dk: Any = None  # (B, S, K, H)
   dv: Any = None  # (B, S, K, H)
@@ -100,7 +100,7 @@ def launch(
       approx_math=True,
       lowering_semantics=plgpu.LoweringSemantics.Lane,
       unsafe_no_auto_barriers=not automatic_barriers,
-      reduction_scratch_bytes=0,  # Sums over rows stay in a warp.
+      reduction_scratch_bytes=0,  # Sums over rows need no shared memory.
     ),
   )
   return lambda inputs: run(*(inputs[name] for name in names))
@@ -194,13 +194,16 @@ class Ring:
     return self._smem.at[self._slot(step)]
 
   def release(self, step: jax.Array) -> None:
-    """Compute warpgroup: says that it needs the block no more."""
+    """Compute warpgroup: says that it no longer needs the block."""
     plgpu.barrier_arrive(self._free.at[self._slot(step)])
 
 
 def store(value: jax.Array, smem: Any, destination: Any) -> None:
-  """Writes a tile to global memory through smem; the copy runs on."""
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # The copy before this.
+  """Starts to write a tile to global memory through smem.
+
+  The copy is still running at the end.
+  """
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous copy
   smem[...] = value
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(smem, destination)
@@ -217,7 +220,7 @@ def accumulator(*shape: int) -> Any:
 def read(accumulator: Any, in_flight: int) -> jax.Array:
   """An accumulator, once at most `in_flight` later products are running."""
   value = plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
-  # Else what follows may move ahead of the wait.
+  # Without it the compiler may move what follows ahead of the wait.
   return lax.optimization_barrier(value)
 
 

@@ -77,7 +77,7 @@ class Context:
 
   @property
   def dtype(self) -> jnp.dtype:
-    """Of query, key, value and the result."""
+    """The dtype of query, key, value and the result."""
     return self.gmem.query.dtype
 
   def locate(self, i: jax.Array) -> tuple:
@@ -144,7 +144,7 @@ def run(
   inputs: Mapping[str, jax.Array | None],
   scale: float,
 ) -> jax.Array:
-  """(B, T, N, H): scale times what `accumulate` adds up for each query.
+  """(B, T, N, H): scale times the sum that `accumulate` computes.
 
   Args:
     name: of the kernel, for profilers.
@@ -193,7 +193,7 @@ def run(
 
 
 def _scratch(tile, width, dtype, has_d_out):
-  """What lies in shared memory, in the order of the kernel's arguments."""
+  """The contents of shared memory, in the order of the kernel's arguments."""
 
   def blocks(count, rows):
     return smem_blocks(tile, count, rows, width, dtype)
@@ -256,7 +256,7 @@ def _compute_tile(context, i, count):
     context.key_len,
   )  # fmt: skip
   steps = steps.skip_from(high)
-  if gmem.plan is None:  # Else more than positions may be masked.
+  if gmem.plan is None:  # With a plan, masks depend on more than positions.
     steps = steps.mask_from(full_high)
   bias, slope = weights.scalars(form, gmem.scalars, batch, head)
   ids = weights.load_ids(
@@ -283,7 +283,7 @@ def _sum_blocks(queries, i, total):
   """The contributions of all blocks; loads the next tile meanwhile."""
   context = queries.context
   plgpu.barrier_wait(context.q_full.at[context.slot(i)])
-  # The last tile's output lies where the next one's queries will.
+  # The slot of the next tile's queries still holds the last tile's output.
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   _load_queries(context, i + 1)
   context.accumulate(queries, total)

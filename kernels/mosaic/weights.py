@@ -22,7 +22,8 @@ from jax import lax
 from sigattn.kernels.mosaic import registers
 
 _WGMMA = plgpu.Layout.WGMMA
-ROW, COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)  # one number a row, a column
+# Layouts of one number for each row, and of one for each column.
+ROW, COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)
 _LOG2_E = math.log2(math.e)
 
 
@@ -33,7 +34,7 @@ class Form:
   kind: str
   exact: bool  # sigmoid by exp2 and a division; else by the hardware's tanh
   scale: float
-  logit_bias: float | None  # None: in scalars
+  logit_bias: float | None  # None: it is in Gmem.scalars
   alibi: bool
   left: int | None  # query i sees the keys i - left .. i + right
   right: int | None
@@ -66,9 +67,9 @@ class Form:
 class Place:
   """Where a block's rows and columns stand in their sequences."""
 
-  rows: jax.Array  # the first
-  columns: jax.Array  # the first
-  of_queries: bool  # The rows are queries; else keys.
+  rows: jax.Array  # the position of the first row
+  columns: jax.Array  # the position of the first column
+  of_queries: bool  # whether rows are queries; otherwise they are keys
 
   def bounds(self, left: int | None, right: int | None) -> tuple:
     """(low, high): row + low <= column <= row + high is what a row sees.
@@ -76,7 +77,7 @@ class Place:
     Where query - left <= key <= query + right; None: no bound.
     """
     if not self.of_queries:
-      left, right = right, left  # Key - right <= query <= key + left.
+      left, right = right, left  # key - right <= query <= key + left
     shift = self.rows - self.columns
     return (
       None if left is None else shift - left,
@@ -90,9 +91,9 @@ class Place:
     return self.rows - self.columns + offset
 
   def side(self, form: Form) -> float | None:
-    """s where each visible distance is s (row + apart - column), s = 1 or -1.
+    """s = 1 or -1, if every visible distance is s (row + apart - column).
 
-    None: not the same everywhere.
+    None if the sign depends on the pair.
     """
     if form.right is None or form.right > form.offset:
       return None
@@ -101,7 +102,7 @@ class Place:
   def sides(
     self, offset: int, shape: tuple[int, int]
   ) -> tuple[jax.Array, jax.Array]:
-    """(whether a block has both signs, the sign if it has one)."""
+    """(whether the block has both signs, its sign if it has only one)."""
     apart = self.apart(offset)
     above, below = apart >= shape[1] - 1, apart <= 1 - shape[0]
     return ~(above | below), jnp.where(above, 1.0, -1.0)
@@ -153,8 +154,8 @@ class _Logits:
   form: Form
   place: Place
   unit: float  # The activation takes unit * z.
-  scale: float  # times unit
-  bias: float | jax.Array  # times unit
+  scale: float  # unit times the scale of the scores
+  bias: float | jax.Array  # unit times the logit bias
   slope: jax.Array | None
   load_ids: Callable[[], tuple]
   masked: bool | jax.Array
@@ -192,7 +193,10 @@ class _Logits:
     return jnp.tanh(z) if self.form.tanh else z
 
   def one_sided(self, x, _=None, sign=1.0):
-    """With distances that are sign (row + apart - column), or without ALiBi."""
+    """The logits where a distance is sign (row + apart - column).
+
+    Without ALiBi there are no distances.
+    """
     plane = ()
     if self.form.alibi:
       slope = -self.unit * sign * self.slope
@@ -206,21 +210,22 @@ class _Logits:
     return self.activate(x * self.scale + self.bias)
 
   def two_sided(self, x, _=None):
-    """With distances that are absolute values."""
+    """The logits where a distance is an absolute value."""
     far = self.place.distance(x, self.form.offset)
     z = x * self.scale + self.bias - (self.unit * self.slope) * far
     return jnp.tanh(z) if self.paced else self.activate(z)
 
   def compute(self, s):
-    """tanh of the logits, or the logits where the kind has no tanh."""
-    # Paced, the mask comes first: tanh follows the scores at once.
+    """tanh of the logits, or the logits if the form has no tanh."""
+    # If tanh is paced, it is computed straight from the scores. So the mask
+    # comes before.
     x = self.hide(s, -math.inf) if self.paced else s
     form, place = self.form, self.place
     sign = place.side(form)
     if not form.alibi or sign is not None:
       return self.one_sided(x, sign=sign)
     if not place.of_queries:
-      return self.two_sided(x)  # Stationary keys leave no registers to branch.
+      return self.two_sided(x)  # There are no registers for a branch.
     both, sign = place.sides(form.offset, x.shape)
     return lax.cond(
       both,

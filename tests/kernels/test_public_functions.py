@@ -1,4 +1,4 @@
-"""Public functions of kernels/ have types and docstrings."""
+"""Public functions of kernels/ have types and docstrings; all are short."""
 
 import ast
 import pathlib
@@ -44,3 +44,27 @@ def test_public_functions_have_types_and_docstrings(path):
     assert ast.get_docstring(node), node.name
     if isinstance(node, ast.FunctionDef):
       assert not list(_untyped(node)), node.name
+
+
+_NESTING = ast.FunctionDef, ast.If, ast.For, ast.While, ast.With, ast.Try
+
+
+def _depth(node):
+  """How deep the blocks in a function are nested."""
+  return max(
+    (
+      _depth(child) + isinstance(child, _NESTING)
+      for child in ast.iter_child_nodes(node)
+    ),
+    default=0,
+  )
+
+
+@pytest.mark.parametrize(
+  "path", (_ROOT / "mosaic").glob("*.py"), ids=lambda path: path.name
+)
+def test_functions_of_the_hopper_kernels_are_short(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.FunctionDef):
+      lines = node.end_lineno - node.lineno + 1
+      assert (lines <= 60) & (_depth(node) <= 3), (node.name, lines)
