@@ -25,6 +25,8 @@ def base():
     # softmax, which a constant does not change.
     logit_bias=config_dict.placeholder(float),
     learn_logit_bias=False,  # train one bias per head, starting at logit_bias
+    # Divide the weights of a row by their sum, which recall needs.
+    normalize=False,
     qk_norm="none",  # none, layernorm or rmsnorm, over the head width
     alibi=False,  # linear distance penalty, with the slopes of 2108.12409
     num_kv_heads=config_dict.placeholder(int),  # None: as many as num_heads

@@ -4,7 +4,8 @@ This package imports neither Flax nor the rest of the project. An implementation
 is a module with two functions:
 
   unsupported(problem) -> str   the reason why it cannot; empty if it can
-  attention(query, key, value, operands, problem) -> (B, T, N, H)
+  attention(query, key, value, operands, problem) -> (B, T, N, H), and with
+    problem.normalize a pair of that and the row sums, (B, T, N) float32
 """
 
 import functools
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 from sigattn.kernels import batching_and_sharding, device, xla
 from sigattn.kernels.problem import Operands, Problem, make_problem
@@ -49,10 +51,11 @@ def attention(
   scale: float,
   logit_bias: float | None,
   normalizer: float = 1.0,
+  normalize: bool = False,
   is_causal: bool = False,
   local_window_size: int | tuple[int, int] | None = None,
   implementation: str | None = None,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
   """out = activation(scale q k^T + bias + logit_bias + alibi) v / normalizer.
 
   A row of the output without a visible key is zero.
@@ -65,13 +68,16 @@ def attention(
     scale: a float.
     logit_bias: a float, or None if operands.logit_bias holds an array.
     normalizer: a float.
+    normalize: divides the weights of a row by their sum over the visible keys.
+      A row whose weights are all zero remains zero.
     is_causal: query i sees the keys j <= i, as in jax.nn.
     local_window_size: w or (left, right): query i sees i - left .. i + right.
     implementation: a name of IMPLEMENTATIONS. None: the first that supports
       the problem.
 
   Returns:
-    (B, T, N, H), with the dtype of query.
+    (B, T, N, H), with the dtype of query. With `normalize` also the sums by
+    which the rows were divided, (B, T, N) float32.
 
   Raises:
     ValueError: for arguments that make no sense for any implementation.
@@ -82,6 +88,7 @@ def attention(
     scale=scale,
     logit_bias=logit_bias,
     normalizer=normalizer,
+    normalize=normalize,
     is_causal=is_causal,
   )
   problem = make_problem(
@@ -93,7 +100,10 @@ def attention(
       attention, local_window_size=local_window_size,
       implementation=implementation, **options,
     )  # fmt: skip
-    return batching_and_sharding.over_shards(local, *split)(
+    *split, out_spec = split
+    if normalize:
+      out_spec = out_spec, PartitionSpec(*out_spec[:3])  # of the row sums
+    return batching_and_sharding.over_shards(local, *split, out_spec)(
       query, key, value, operands
     )
   module = _module(choose(problem, implementation))

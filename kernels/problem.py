@@ -57,6 +57,7 @@ class Problem:
   scale: float
   logit_bias: float | None  # None: an array, operands.logit_bias
   normalizer: float  # the weights are activation(logits) / normalizer
+  normalize: bool  # and are divided by their sum over a row's visible keys
   is_causal: bool
   window: tuple[int, int] | None  # keys to the left and right of a query
   shapes: Operands  # the shape of each operand, or None
@@ -90,6 +91,7 @@ class Problem:
       f"{self.kind} B{self.batch} T{self.query_len} S{self.key_len} "
       f"N{self.num_heads} K{self.num_kv_heads} H{self.head_dim} {self.dtype}"
     ]
+    words += ["normalized"] if self.normalize else []
     words += ["causal"] if self.is_causal else []
     words += [f"window{self.window}"] if self.window else []
     words += [k for k, v in self.shapes._asdict().items() if v is not None]
@@ -106,6 +108,7 @@ def make_problem(
   scale: float,
   logit_bias: float | None,
   normalizer: float,
+  normalize: bool = False,
   is_causal: bool,
   window: int | tuple[int, int] | None,
 ) -> Problem:
@@ -119,6 +122,7 @@ def make_problem(
     scale: the factor of q k^T.
     logit_bias: a float, or None if operands.logit_bias is an array.
     normalizer: the divisor of the weights.
+    normalize: whether a row's weights are divided by their sum.
     is_causal: query i sees the keys j <= i.
     window: w or (left, right), numbers of keys beside a query.
 
@@ -140,6 +144,7 @@ def make_problem(
     scale=float(scale),
     logit_bias=None if logit_bias is None else float(logit_bias),
     normalizer=float(normalizer),
+    normalize=bool(normalize),
     is_causal=bool(is_causal),
     window=_window(window),
     shapes=Operands(*(x if x is None else x.shape for x in operands)),

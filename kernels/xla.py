@@ -12,6 +12,12 @@ query, key and value:
   dv = p^T do    dz = activation'(z) / normalizer * (do v^T)
   dq = scale dz k    dk = scale dz^T q    dbias, dlogit_bias, dslope: sums of dz
 
+With problem.normalize the rows are divided by their sums s, which are sums over
+blocks of keys too and need no maximum. Then, with ds the cotangent of s,
+
+  s = sum_j p      out = p v / s      dv = (p / s)^T do
+  dz = activation'(z) / normalizer * ((do v^T - do . out) / s + ds)
+
 Inside, arrays are grouped: q_BTKGH, k_BSKH, and logits z_BKGTS.
 """
 
@@ -42,7 +48,7 @@ def reference(
   value: jax.Array,
   operands: Operands,
   problem: Problem,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
   """activation(scale q k^T + ...) v / normalizer, all at once in float32.
 
   This is the specification: every other implementation is a faster form of it.
@@ -55,13 +61,19 @@ def reference(
     problem: the Problem of these arrays.
 
   Returns:
-    (B, T, N, H), with the dtype of query.
+    (B, T, N, H), with the dtype of query. With problem.normalize also the row
+    sums, (B, T, N) float32.
   """
   with jax.default_matmul_precision("highest"):
     _, p_BKGTS, _ = _all_weights(query, key, operands, problem)
     v_BSKH = value.astype(_logits_dtype(problem))
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS, v_BSKH)
-  return out_BTKGH.reshape(query.shape).astype(query.dtype)
+    if problem.normalize:
+      sums_BTKG = jnp.moveaxis(p_BKGTS.sum(-1), 3, 1)
+      # No division by 0, and a finite gradient.
+      out_BTKGH /= jnp.where(sums_BTKG > 0, sums_BTKG, 1)[..., None]
+  out = out_BTKGH.reshape(query.shape).astype(query.dtype)
+  return (out, sums_BTKG.reshape(query.shape[:3])) if problem.normalize else out
 
 
 def weights(
@@ -74,6 +86,8 @@ def weights(
   """
   with jax.default_matmul_precision("highest"):
     z_BKGTS, p_BKGTS, visible = _all_weights(query, key, operands, problem)
+  if problem.normalize:
+    p_BKGTS = p_BKGTS * _inverse(p_BKGTS.sum(-1))[..., None]
   visible = True if visible is None else visible
   arrays = z_BKGTS, p_BKGTS, jnp.broadcast_to(visible, z_BKGTS.shape)
   shape = problem.batch, problem.num_heads, problem.query_len, problem.key_len
@@ -97,8 +111,10 @@ def attention(
   value: jax.Array,
   operands: Operands,
   problem: Problem,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
   """`reference` in blocks of keys. It saves query, key and value alone.
+
+  With problem.normalize it also saves the output and the row sums.
 
   Only reverse mode works (jax.grad, jax.vjp, jax.jacrev, also of each other).
   bfloat16 weights are rounded to bfloat16 before their product with the values.
@@ -115,27 +131,50 @@ def _attention(problem, query, key, value, operands):
 
 
 def _save_inputs(problem, query, key, value, operands):
-  out = _forward(problem, query, key, value, operands)
-  return out, (query, key, value, operands)
+  result = _forward(problem, query, key, value, operands)
+  rows = result if problem.normalize else None
+  return result, (query, key, value, operands, rows)
 
 
 def _forward(problem, query, key, value, operands):
-  q_BTKGH, outs = _group(query, problem), []
+  q_BTKGH, outs, sums = _group(query, problem), [], []
   for start, stop in _query_blocks(problem):
 
-    def add(out_BTKGH, first, size, start=start, stop=stop):
+    def add(totals, first, size, start=start, stop=stop):
       block = _Block(start, stop - start, first, size)
       q, k, v, _, visible = _inputs(
         problem, operands, block, q_BTKGH, key, value
       )
       p_BKGTS, _ = _activation(_logits(q, k, operands, problem, block), problem)
       p_BKGTS = _only(visible, p_BKGTS)
-      return out_BTKGH + _product("BKGTS,BSKH->BTKGH", p_BKGTS, v, problem)
+      out_BTKGH, *sums_BKGT = totals
+      out_BTKGH += _product("BKGTS,BSKH->BTKGH", p_BKGTS, v, problem)
+      return out_BTKGH, *(x + p_BKGTS.sum(-1) for x in sums_BKGT)
 
-    shape = (problem.batch, stop - start, *q_BTKGH.shape[2:])
-    zeros = jnp.zeros(shape, _logits_dtype(problem))
-    outs.append(_over_keys(add, zeros, problem, start, stop))
-  return jnp.concatenate(outs, axis=1).reshape(query.shape).astype(query.dtype)
+    batch, length, *heads, width = q_BTKGH.shape
+    length = stop - start
+    zeros = [jnp.zeros((batch, length, *heads, width), _logits_dtype(problem))]
+    if problem.normalize:
+      zeros.append(jnp.zeros((batch, *heads, length), _logits_dtype(problem)))
+    out_BTKGH, *sums_BKGT = _over_keys(add, tuple(zeros), problem, start, stop)
+    for x in sums_BKGT:
+      sums.append(_by_query(x))
+      out_BTKGH *= _by_query(_inverse(x))[..., None]
+    outs.append(out_BTKGH)
+  out = jnp.concatenate(outs, axis=1).reshape(query.shape).astype(query.dtype)
+  if not problem.normalize:
+    return out
+  return out, jnp.concatenate(sums, axis=1).reshape(query.shape[:3])
+
+
+def _by_query(x_BKGT):
+  """(B, T, K, G)."""
+  return jnp.moveaxis(x_BKGT, 3, 1)
+
+
+def _inverse(sums):
+  """1 / sums, and 0 for a row whose weights are all 0."""
+  return jnp.where(sums > 0, 1 / jnp.where(sums > 0, sums, 1), 0)
 
 
 class _Gradients(NamedTuple):
@@ -149,8 +188,36 @@ class _Gradients(NamedTuple):
   alibi_slopes: Any
 
 
-def _backward(problem, saved, d_out):
-  query, key, value, operands = saved
+class _Rows(NamedTuple):
+  """What the backward pass of a normalised row needs, (B, K, G, T) float32.
+
+  dz = activation'(z) (inverse do v^T - shift), and dv = (inverse p)^T do.
+  """
+
+  inverse: Any  # 1 / s
+  shift: Any  # do . out / s - ds
+
+
+def _rows(problem, rows, d_out, d_sums):
+  out, sums = rows
+  dtype = _logits_dtype(problem)
+
+  def by_head(x_BTN):
+    batch, length, _ = x_BTN.shape
+    x_BTKG = x_BTN.reshape(batch, length, problem.num_kv_heads, -1)
+    return jnp.moveaxis(x_BTKG, 1, 3)
+
+  inverse = by_head(_inverse(sums))
+  product = (d_out.astype(dtype) * out.astype(dtype)).sum(-1)
+  return _Rows(inverse, by_head(product) * inverse - by_head(d_sums))
+
+
+def _backward(problem, saved, cotangents):
+  query, key, value, operands, rows = saved
+  d_out = cotangents
+  if problem.normalize:
+    d_out, d_sums = cotangents
+    rows = _rows(problem, rows, d_out, d_sums)
   q_BTKGH, do_BTKGH = _group(query, problem), _group(d_out, problem)
 
   def zeros(x):
@@ -169,7 +236,8 @@ def _backward(problem, saved, d_out):
     def add(grads, first, size, start=start, stop=stop):
       block = _Block(start, stop - start, first, size)
       inputs = _inputs(problem, operands, block, q_BTKGH, key, value, do_BTKGH)
-      return _add_gradients(grads, problem, operands, block, *inputs)
+      of_block = jax.tree.map(lambda x: x[..., start:stop, None], rows)
+      return _add_gradients(grads, problem, operands, block, of_block, *inputs)
 
     grads = _over_keys(add, grads, problem, start, stop)
   return _as_inputs(grads, query, key, value, operands)
@@ -179,11 +247,15 @@ _attention.defvjp(_save_inputs, _backward)
 
 
 def _add_gradients(
-  grads, problem, operands, block, q_BTKGH, k_BSKH, v_BSKH, do_BTKGH, visible
-):
+  grads, problem, operands, block, rows, q_BTKGH, k_BSKH, v_BSKH, do_BTKGH,
+  visible,
+):  # fmt: skip
   z_BKGTS = _logits(q_BTKGH, k_BSKH, operands, problem, block)
   p_BKGTS, derivative_BKGTS = _activation(z_BKGTS, problem)
   dp_BKGTS = _einsum("BTKGH,BSKH->BKGTS", do_BTKGH, v_BSKH, problem)
+  if rows is not None:
+    p_BKGTS *= rows.inverse
+    dp_BKGTS = rows.inverse * dp_BKGTS - rows.shift
   # The mask comes after both factors, so that a hidden NaN has no effect.
   p_BKGTS = _only(visible, p_BKGTS)
   dz_BKGTS = _only(visible, derivative_BKGTS * dp_BKGTS)

@@ -6,7 +6,8 @@ Sigmoid attention (Ramapuram et al., 2409.04431, Section 2) is
 
 Each pair of a query and a key gets its own weight; rows are not normalised.
 The bias makes a row's weights add up to about 1 where the logits are small, as
-softmax's do: n sigmoid(-log n) = n / (n + 1).
+softmax's do: n sigmoid(-log n) = n / (n + 1). With normalize=True the weights
+of a row are divided by their sum.
 
 Shapes: B batch, T queries, S keys, N heads, K key-value heads (K divides N),
 H head width.
@@ -41,6 +42,7 @@ def dot_product_attention(
   kind: str = "sigmoid",
   logit_bias: ArrayLike | None = None,
   n: float | None = None,
+  normalize: bool = False,
   alibi_slopes: ArrayLike | None = None,
   scale: float | None = None,
   is_causal: bool = False,
@@ -50,7 +52,8 @@ def dot_product_attention(
   key_value_segment_ids: ArrayLike | None = None,
   local_window_size: int | tuple[int, int] | None = None,
   implementation: str | None = None,
-) -> jax.Array:
+  return_residual: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
   """out = phi(scale q k^T + bias + alibi + b) v, a drop-in for jax.nn's.
 
   kind      phi(z)           b by default   source
@@ -73,6 +76,12 @@ def dot_product_attention(
     n: the key length that b and ReLU's divisor are made for. None: S, padding
       included. A model passes its own longest length, so that training and
       evaluation at another length agree.
+    normalize: divides the weights of a row by their sum over the keys that it
+      sees. The sum needs no maximum and no rescaling, and b becomes a soft
+      clip: as b falls, sigmoid's rows become softmax's, of logits that are
+      clipped softly at -b. A row is zero where all its weights are zero in
+      float32: it sees nothing, or they underflow (logits below -87). Softmax,
+      which is normalised already, refuses it.
     alibi_slopes: (N,) or (B, N), positive: subtracts slope * |i + S - T - j|
       from the logit of query i and key j (2108.12409). The last query and the
       last key have distance 0, as in decoding. Sigmoid does not cancel a
@@ -86,9 +95,14 @@ def dot_product_attention(
     local_window_size: w or (left, right): query i sees i - left to i + right.
     implementation: a name of implementations(kind); None: the fastest one that
       supports the problem.
+    return_residual: also returns what the rows were divided by, as jax.nn's
+      log-sum-exp does: softmax's is jax.nn's own; with `normalize` it is the
+      sum of a row's weights, from which shards of the keys can be joined:
+      sum_i s_i out_i / sum_i s_i. Without either it is refused.
 
   Returns:
-    An array with the shape and dtype of query.
+    An array with the shape and dtype of query; with return_residual also
+    (B, T, N) or (T, N), float32 with `normalize`. Both have a gradient.
 
   Raises:
     ValueError: for arguments that make no sense.
@@ -100,6 +114,12 @@ def dot_product_attention(
     raise ValueError(
       f"{implementation=}; with {kind=} choose from "
       f"{(None, *implementations(kind))}"
+    )
+  _validate_normalize(kind, normalize)
+  if return_residual and kind != "softmax" and not normalize:
+    raise ValueError(
+      f"{return_residual=}; rows are divided by nothing with {kind=} and "
+      f"{normalize=}: give False, or normalize=True"
     )
   query, key, value = (jnp.asarray(x) for x in (query, key, value))
   shape = query.shape
@@ -121,13 +141,21 @@ def dot_product_attention(
     key_value_segment_ids=key_value_segment_ids,
   )
   masks = dict(is_causal=is_causal, local_window_size=local_window_size)
-  attend = _softmax if kind == "softmax" else _pointwise
-  out = attend(
-    query, key, value, operands, kind=kind, logit_bias=logit_bias,
-    n=_length(n, key), scale=_scale(scale, query),
-    implementation=implementation, **masks,
-  )  # fmt: skip
-  return out.reshape(shape)
+  if kind == "softmax":
+    _refuse_bias(kind, logit_bias)
+    _length(n, key)  # refuses a bad n; softmax normalises by itself
+    out, residual = _softmax(
+      query, key, value, operands, scale=_scale(scale, query),
+      implementation=implementation, return_residual=return_residual, **masks,
+    )  # fmt: skip
+  else:
+    out, residual = _pointwise(
+      query, key, value, operands, kind=kind, logit_bias=logit_bias,
+      n=_length(n, key), normalize=normalize, scale=_scale(scale, query),
+      implementation=implementation, **masks,
+    )  # fmt: skip
+  out = out.reshape(shape)
+  return (out, residual.reshape(shape[:-1])) if return_residual else out
 
 
 class Weights(NamedTuple):
@@ -145,6 +173,7 @@ def attention_weights(
   kind: str = "sigmoid",
   logit_bias: ArrayLike | None = None,
   n: float | None = None,
+  normalize: bool = False,
   scale: float | None = None,
   is_causal: bool = False,
   local_window_size: int | tuple[int, int] | None = None,
@@ -157,6 +186,7 @@ def attention_weights(
   """
   query, key = jnp.asarray(query), jnp.asarray(key)
   arrays = _operands(query, **operands)
+  _validate_normalize(kind, normalize)
   is_softmax = kind == "softmax"
   if is_softmax:
     _refuse_bias(kind, logit_bias)
@@ -171,6 +201,7 @@ def attention_weights(
       arrays,
       kind=kind,
       scale=_scale(scale, query),
+      normalize=normalize,
       is_causal=is_causal,
       local_window_size=local_window_size,
       **numbers,
@@ -342,11 +373,23 @@ def default_logit_bias(kind: str, n: float) -> float:
   return -math.log(n) if kind == "sigmoid" else 0.0
 
 
-def _pointwise(query, key, value, operands, *, kind, logit_bias, n, **options):
+def _validate_normalize(kind, normalize):
+  if kind == "softmax" and normalize:
+    raise ValueError(
+      f"{normalize=} with {kind=}: softmax is normalised already; give False"
+    )
+
+
+def _pointwise(
+  query, key, value, operands, *, kind, logit_bias, n, normalize, **options
+):
+  """(out, row sums or None)."""
   operands, numbers = _bias_and_divisor(query, operands, kind, logit_bias, n)
-  return dispatch.attention(
-    query, key, value, operands, kind=kind, **numbers, **options
-  )
+  result = dispatch.attention(
+    query, key, value, operands, kind=kind, normalize=normalize, **numbers,
+    **options,
+  )  # fmt: skip
+  return result if normalize else (result, None)
 
 
 def _bias_and_divisor(query, operands, kind, logit_bias, n):
@@ -363,9 +406,8 @@ def _bias_and_divisor(query, operands, kind, logit_bias, n):
   return operands, dict(logit_bias=logit_bias, normalizer=normalizer)
 
 
-def _softmax(query, key, value, operands, *, kind, logit_bias, n, **options):
-  del n  # Softmax normalises by itself.
-  _refuse_bias(kind, logit_bias)
+def _softmax(query, key, value, operands, *, return_residual, **options):
+  """(out, log-sum-exp or None)."""
   bias, mask = operands.bias, operands.mask
   if operands.alibi_slopes is not None:
     length, keys = query.shape[1], key.shape[1]
@@ -385,7 +427,7 @@ def _softmax(query, key, value, operands, *, kind, logit_bias, n, **options):
       == operands.key_value_segment_ids[:, None]
     )[:, None]
     mask = same if mask is None else mask & same
-  return jax.nn.dot_product_attention(
+  result = jax.nn.dot_product_attention(
     query,
     key,
     value,
@@ -393,8 +435,10 @@ def _softmax(query, key, value, operands, *, kind, logit_bias, n, **options):
     mask,
     query_seq_lengths=operands.query_seq_lengths,
     key_value_seq_lengths=operands.key_value_seq_lengths,
+    return_residual=return_residual,
     **options,
   )
+  return result if return_residual else (result, None)
 
 
 def _unsqueeze(x, ndim):

@@ -83,6 +83,8 @@ class SelfAttention(nnx.Module):
     kind: one of attention.KINDS.
     logit_bias: b; None: the kind's default. learn_logit_bias: b is trained, one
       for each head, and starts from that value. Softmax refuses both.
+    normalize: divides a row's weights by their sum, see
+      attention.dot_product_attention. Softmax refuses it.
     qk_norm: none, layernorm or rmsnorm, of q and k over the head width.
     alibi: adds ALiBi's distance penalty (2108.12409) to the logits.
     rotate: a function of x_BTNH that is applied to q and to k, RoPE for
@@ -107,6 +109,7 @@ class SelfAttention(nnx.Module):
     num_kv_heads: int | None = None,
     logit_bias: float | None = None,
     learn_logit_bias: bool = False,
+    normalize: bool = False,
     qk_norm: str = "none",
     alibi: bool = False,
     is_causal: bool = False,
@@ -123,9 +126,12 @@ class SelfAttention(nnx.Module):
     _choose("kind", kind, attention.KINDS)
     _choose("qk_norm", qk_norm, QK_NORMS)
     _check_logit_bias(kind, logit_bias, learn_logit_bias)
+    if kind == "softmax" and normalize:
+      raise ValueError(f"{normalize=}; must be False where {kind=}")
     if row_power and not is_causal:
       raise ValueError(f"{row_power=}; must be 0 where {is_causal=}")
     self.kind, self.max_length = kind, max_length
+    self.normalize = normalize
     self.alibi, self.is_causal = alibi, is_causal
     self.rotate, self.row_power = rotate, row_power
     self.implementation = implementation
@@ -220,6 +226,7 @@ class SelfAttention(nnx.Module):
       kind=self.kind,
       logit_bias=bias[...] if isinstance(bias, nnx.Param) else bias,
       n=self.max_length,
+      normalize=self.normalize,
       implementation=self.implementation,
       **options,
     )

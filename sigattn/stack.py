@@ -43,6 +43,7 @@ FIELDS = {
   "attn.kind": choice(attention.KINDS),
   "attn.logit_bias": real(optional=True),
   "attn.learn_logit_bias": flag(),
+  "attn.normalize": flag(),
   "attn.qk_norm": choice(layers.QK_NORMS),
   "attn.alibi": flag(),
   "attn.num_kv_heads": whole(low=1, optional=True),
@@ -80,6 +81,14 @@ def _no_bias_with_softmax(config):
         f"config.attn.{key}={config.attn[key]!r}; must be {value} with "
         "config.attn.kind='softmax', which a logit bias does not change"
       )
+
+
+def _no_second_normalization(config):
+  if config.attn.kind == "softmax" and config.attn.normalize:
+    raise ValueError(
+      "config.attn.normalize=True; must be False with config.attn.kind="
+      "'softmax', which is normalised already"
+    )
 
 
 def not_causal(config: ConfigDict) -> None:
@@ -120,6 +129,7 @@ RULES = (
   divides("attn.num_kv_heads", "model.num_heads"),
   _implementation_of_kind,
   _no_bias_with_softmax,
+  _no_second_normalization,
 )
 
 
@@ -148,6 +158,7 @@ def make(
       num_kv_heads=attn.num_kv_heads,
       logit_bias=attn.logit_bias,
       learn_logit_bias=attn.learn_logit_bias,
+      normalize=attn.normalize,
       qk_norm=attn.qk_norm,
       alibi=attn.alibi,
       is_causal=is_causal,

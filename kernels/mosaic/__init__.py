@@ -45,6 +45,8 @@ def unsupported(problem: Problem) -> str:
   """
   if problem.dtype not in ("bfloat16", "float16"):
     return f"{problem.dtype} is not implemented"
+  if problem.normalize:
+    return "row normalisation is not implemented"
   for name in ("bias", "mask"):
     if getattr(problem.shapes, name) is not None:
       return f"a dense {name} is not implemented"

@@ -35,6 +35,8 @@ def unsupported(problem: Problem) -> str:
   """The reason why these kernels cannot compute a problem, or ""."""
   if problem.dtype == "float64":
     return "float64 is not implemented"
+  if problem.normalize:
+    return "row normalisation is not implemented"
   for name in ("bias", "mask"):
     if getattr(problem.shapes, name) is not None:
       return f"a dense {name} is not implemented"

@@ -21,6 +21,7 @@ class Case:
   logit_bias: float | None = None
   bias_per_head: tuple[str, ...] | None = None  # axes of a logit_bias array
   scale: float | None = None
+  normalize: bool = False
   causal: bool = False
   window: tuple[int, int] | None = None
   alibi: bool = False
@@ -74,6 +75,23 @@ CASES = [
   Case("dense_bias", bias=(0, 1, 2, 3)),
   Case("dense_bias_shared", bias=(2, 3), kv_heads=2),
   Case("dense_bias_keys", bias=(1, 3)),
+  Case("normalized", normalize=True),
+  Case("normalized_causal", normalize=True, causal=True),
+  Case("normalized_low", normalize=True, logit_bias=-16.0, kv_heads=2),
+  Case(
+    "normalized_lengths", normalize=True, lengths=True, keys=31,
+    bias_per_head=("N",),
+  ),
+  Case(
+    "normalized_segments", normalize=True, segments=True, window=(9, 3),
+    alibi=True,
+  ),
+  Case(
+    "normalized_mask", normalize=True, mask=(0, 1, 2, 3), bias=(2, 3),
+    bias_per_head=("B", "N"),
+  ),
+  Case("normalized_relu", normalize=True, kind="relu", causal=True),
+  Case("normalized_relu2", normalize=True, kind="relu2", lengths=True),
   Case("relu", kind="relu"),
   Case("relu_causal_bias", kind="relu", causal=True, logit_bias=0.3),
   Case("relu2", kind="relu2"),
@@ -171,6 +189,8 @@ def draw(case, dtype="float32", seed=0):
     is_causal=case.causal,
     local_window_size=case.window,
   )
+  if case.normalize:
+    options["normalize"] = True
   logits = (b, n, t, s)
 
   def some(axes):
@@ -252,7 +272,13 @@ def exact(case, arrays, options, cotangent):
     p, derivative = np.maximum(z, 0) ** 2 / s, 2 * np.maximum(z, 0) / s
   seen = visible(case, options)
   p, derivative = p * seen, derivative * seen
-  dz = derivative * np.einsum("btnh,bsnh->bnts", do, v)
+  dp = np.einsum("btnh,bsnh->bnts", do, v)
+  if case.normalize:
+    sums = p.sum(-1, keepdims=True)
+    sums = np.where(sums > 0, sums, np.inf)  # such rows are 0
+    p, derivative = p / sums, derivative / sums
+    dp = dp - (p * dp).sum(-1, keepdims=True)
+  dz = derivative * dp
   dk = scale * np.einsum("bnts,btnh->bsnh", dz, q)
   dv = np.einsum("bnts,btnh->bsnh", p, do)
   results = {

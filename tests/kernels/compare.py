@@ -92,7 +92,11 @@ def plain_16_bit(case, arrays, options, cotangent):
   def f(q, k, v):
     k, v = (jnp.repeat(x, n // kv, axis=2) for x in (k, v))
     z = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
-    p = jnp.where(seen, activation(z * scale + extra), 0).astype(q.dtype)
+    p = jnp.where(seen, activation(z * scale + extra), 0)
+    if case.normalize:
+      sums = p.sum(-1, keepdims=True)
+      p = p / jnp.where(sums > 0, sums, 1)
+    p = p.astype(q.dtype)
     return jnp.einsum("bnts,bsnh->btnh", p, v)
 
   out, pullback = jax.vjp(f, *map(jnp.asarray, arrays))
