@@ -23,7 +23,8 @@ _NAMES = ("query", "key", "value")
 # The axes of each argument. Those of _FREE may have size 1 and keep it.
 _INPUTS = ("BTNH", "BSKH", "BSKH")
 _OPERANDS = Operands("BNTS", "BNTS", "BN", "BN", "B", "B", "BT", "BS")
-_COTANGENT = "BTNH"
+# Of the cotangent of the output, and of numbers that belong to a row.
+_EXTRA = {4: "BTNH", 3: "BTN"}
 _FREE = ("BNTS", "BN")
 
 
@@ -35,7 +36,7 @@ def over_batch(
   key: jax.Array,
   value: jax.Array,
   operands: Operands,
-  *d_out: jax.Array,
+  *extra: jax.Array,
 ) -> tuple[jax.Array, ...]:
   """compute(problem, query, ...), also under vmap and on a mesh.
 
@@ -44,20 +45,20 @@ def over_batch(
     outputs: the axes of each of those arrays, such as "BTNH" or "BN". None of
       them may be a sum over examples: compute one for each example, and add
       them outside.
-    problem, query, key, value, operands, d_out: as in xla.attention; d_out is
-      the cotangent of the output, or absent.
+    problem, query, key, value, operands: as in xla.attention.
+    extra: (B, T, N, H) or (B, T, N): the cotangent of the output, for example.
   """
-  arrays, tree = jax.tree.flatten((query, key, value, operands, *d_out))
+  arrays, tree = jax.tree.flatten((query, key, value, operands, *extra))
   given = [
     axes
     for axes, x in zip(_OPERANDS, operands, strict=True)
     if x is not None
   ]  # fmt: skip
-  axes = [*_INPUTS, *given, *(_COTANGENT for _ in d_out)]
+  axes = [*_INPUTS, *given, *(_EXTRA[x.ndim] for x in extra)]
 
   def arguments(arrays):
     """The arguments of compute, with a problem that fits the arrays."""
-    query, key, value, operands, *d_out = jax.tree.unflatten(tree, arrays)
+    query, key, value, operands, *extra = jax.tree.unflatten(tree, arrays)
     resized = dataclasses.replace(
       problem,
       batch=query.shape[0],
@@ -65,7 +66,7 @@ def over_batch(
       num_kv_heads=key.shape[2],
       shapes=Operands(*(x if x is None else x.shape for x in operands)),
     )
-    return resized, query, key, value, operands, *d_out
+    return resized, query, key, value, operands, *extra
 
   def local(*arrays):
     return tuple(varying(x, arrays) for x in compute(*arguments(arrays)))

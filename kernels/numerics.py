@@ -2,6 +2,9 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
+
 from sigattn.kernels.problem import Problem
 
 # The least logit bias at which the tanh form is exact enough.
@@ -65,3 +68,23 @@ def _nearest(problem):
   offset = problem.key_len - problem.query_len
   left, right = (math.inf if x is None else x for x in problem.bounds)
   return max(offset - right, -offset - left, 0)
+
+
+def inverse(sums: jax.Array) -> jax.Array:
+  """1 / sums, and 0 for a row whose weights are all 0."""
+  return jnp.where(sums > 0, 1 / jnp.where(sums > 0, sums, 1), 0)
+
+
+def shift(
+  out: jax.Array, inverse: jax.Array, d_out: jax.Array, d_sums: jax.Array
+) -> jax.Array:
+  """do . out / s - ds of each row, (B, T, N): float32.
+
+  The gradient of the logits of a normalised row, out = p v / s, is
+  phi'(z) (do v^T / s - shift), where ds is the cotangent of the sum s.
+
+  out, d_out: (B, T, N, H). inverse: 1 / s. inverse, d_sums: (B, T, N).
+  """
+  dtype = jnp.promote_types(out.dtype, jnp.float32)
+  product = (d_out.astype(dtype) * out.astype(dtype)).sum(-1)
+  return product * inverse - d_sums

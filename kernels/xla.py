@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sigattn.kernels import batching_and_sharding
+from sigattn.kernels import batching_and_sharding, numerics
 from sigattn.kernels.problem import Operands, Problem
 
 _TILE = 2**24  # weights computed at a time: 64 MiB in float32
@@ -87,7 +87,7 @@ def weights(
   with jax.default_matmul_precision("highest"):
     z_BKGTS, p_BKGTS, visible = _all_weights(query, key, operands, problem)
   if problem.normalize:
-    p_BKGTS = p_BKGTS * _inverse(p_BKGTS.sum(-1))[..., None]
+    p_BKGTS = p_BKGTS * numerics.inverse(p_BKGTS.sum(-1))[..., None]
   visible = True if visible is None else visible
   arrays = z_BKGTS, p_BKGTS, jnp.broadcast_to(visible, z_BKGTS.shape)
   shape = problem.batch, problem.num_heads, problem.query_len, problem.key_len
@@ -159,7 +159,7 @@ def _forward(problem, query, key, value, operands):
     out_BTKGH, *sums_BKGT = _over_keys(add, tuple(zeros), problem, start, stop)
     for x in sums_BKGT:
       sums.append(_by_query(x))
-      out_BTKGH *= _by_query(_inverse(x))[..., None]
+      out_BTKGH *= _by_query(numerics.inverse(x))[..., None]
     outs.append(out_BTKGH)
   out = jnp.concatenate(outs, axis=1).reshape(query.shape).astype(query.dtype)
   if not problem.normalize:
@@ -170,11 +170,6 @@ def _forward(problem, query, key, value, operands):
 def _by_query(x_BKGT):
   """(B, T, K, G)."""
   return jnp.moveaxis(x_BKGT, 3, 1)
-
-
-def _inverse(sums):
-  """1 / sums, and 0 for a row whose weights are all 0."""
-  return jnp.where(sums > 0, 1 / jnp.where(sums > 0, sums, 1), 0)
 
 
 class _Gradients(NamedTuple):
@@ -200,16 +195,15 @@ class _Rows(NamedTuple):
 
 def _rows(problem, rows, d_out, d_sums):
   out, sums = rows
-  dtype = _logits_dtype(problem)
 
   def by_head(x_BTN):
     batch, length, _ = x_BTN.shape
     x_BTKG = x_BTN.reshape(batch, length, problem.num_kv_heads, -1)
     return jnp.moveaxis(x_BTKG, 1, 3)
 
-  inverse = by_head(_inverse(sums))
-  product = (d_out.astype(dtype) * out.astype(dtype)).sum(-1)
-  return _Rows(inverse, by_head(product) * inverse - by_head(d_sums))
+  inverse = numerics.inverse(sums)
+  shift = numerics.shift(out, inverse, d_out, d_sums)
+  return _Rows(by_head(inverse), by_head(shift))
 
 
 def _backward(problem, saved, cotangents):
