@@ -61,7 +61,9 @@ def _depth(node):
 
 
 @pytest.mark.parametrize(
-  "path", (_ROOT / "mosaic").glob("*.py"), ids=lambda path: path.name
+  "path",
+  sorted((_ROOT / "mosaic").glob("*.py")),
+  ids=lambda path: path.name,
 )
 def test_functions_of_the_hopper_kernels_are_short(path):
   for node in ast.walk(ast.parse(path.read_text())):
