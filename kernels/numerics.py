@@ -50,12 +50,13 @@ def float16_scales(problem: Problem, headroom: int) -> tuple[float, float]:
   Normal numbers begin at 2^-14 = e^-9.7, and sigmoid's weights are at most 1:
   weight_scale is 2^14. What dz = phi'(z) (do v^T) reaches depends on do v^T:
   for the usual weights, of about e^b, dz is lifted to 2^-headroom of it, by
-  2^12 at most. Squares of relu leave the range from 256 on, and are divided by
-  the normalizer at once.
+  2^12 at most. The usual weights of normalised rows are about 1 / S. Squares of
+  relu leave the range from 256 on, and are divided by the normalizer at once.
   """
   if problem.dtype == "float16" and problem.kind == "sigmoid":
     bias = problem.logit_bias
-    bias = -math.log(problem.key_len) if bias is None else bias
+    if bias is None or problem.normalize:
+      bias = -math.log(problem.key_len)
     lift = min(max(round(-bias / math.log(2)) - headroom, 0), 12)
     return 2.0**14, 2.0**lift
   if problem.dtype == "float16" and problem.kind == "relu2":

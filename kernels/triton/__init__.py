@@ -2,7 +2,8 @@
 
 This is the host side: which problems are supported, and with which constants
 and operands the kernels of kernels.py are called. The forward pass saves query,
-key and value alone. The backward pass has two kernels, one for dq (and the
+key and value alone, and of normalised rows the output and one number. The
+backward pass has two kernels, one for dq (and the
 gradients of logit_bias and slopes) and one for dk and dv. Neither uses atomics,
 so every run gives the same numbers.
 """
@@ -21,7 +22,9 @@ from sigattn.kernels.triton.tiles import Tile
 
 _PACKAGES = {"triton": "triton", "jax_triton": "jax-triton"}
 # The kernels' pointers whose dtype is not that of query, key and value.
-FLOATS = ("logit_bias", "slopes", "d_bias", "d_slope")
+FLOATS = (
+  "logit_bias", "slopes", "d_bias", "d_slope", "sums", "inverse", "shift",
+)  # fmt: skip
 INTEGERS = ("q_lengths", "k_lengths", "q_ids", "k_ids", "spans")
 _PRECISIONS = {
   # jax.default_matmul_precision: Triton's. Exact by default.
@@ -35,8 +38,6 @@ def unsupported(problem: Problem) -> str:
   """The reason why these kernels cannot compute a problem, or ""."""
   if problem.dtype == "float64":
     return "float64 is not implemented"
-  if problem.normalize:
-    return "row normalisation is not implemented"
   for name in ("bias", "mask"):
     if getattr(problem.shapes, name) is not None:
       return f"a dense {name} is not implemented"
@@ -75,15 +76,18 @@ def attention(
 
 
 def _forward(precision, problem, query, key, value, operands):
-  """(out,)"""
+  """(out,), and with problem.normalize (out, sums)."""
   tile = _tile(problem, "forward")
-  return forward(problem, precision, tile, query, key, value, operands)
+  out, sums = forward(problem, precision, tile, query, key, value, operands)
+  return (out, sums) if problem.normalize else (out,)
 
 
-def _backward(precision, trained, problem, query, key, value, operands, d_out):
+def _backward(
+  precision, trained, problem, query, key, value, operands, d_out, *rows
+):
   """(dq, dk, dv, dlogit_bias (B, N), dslopes (B, N)), the last two float32."""
   del trained  # The last two are cheap here, and always computed.
-  arrays = query, key, value, operands, d_out.astype(query.dtype)
+  arrays = query, key, value, operands, d_out.astype(query.dtype), *rows
   d_q, d_bias, d_slopes = backward_q(
     problem, precision, _tile(problem, "backward_q"), *arrays
   )
@@ -105,12 +109,15 @@ def forward(
   value: jax.Array,
   operands: Operands,
 ) -> list[jax.Array]:
-  """[out], out = p v: (B, T, N, H).
+  """[out, sums]: (B, T, N, H), and with problem.normalize (B, T, N) float32.
 
+  out = p v, or p v / s with problem.normalize; without it sums holds nothing.
   precision: of float32 products, a value of Triton's input_precision.
   """
   arrays = query, key, value, *_operands(problem, operands, tile.block_q, True)
-  return _call("forward", problem, precision, tile, arrays, (query,))
+  shape = query.shape[:3] if problem.normalize else (1,)
+  sums = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return _call("forward", problem, precision, tile, arrays, (query, sums))
 
 
 def backward_q(
@@ -122,18 +129,21 @@ def backward_q(
   value: jax.Array,
   operands: Operands,
   d_out: jax.Array,
+  *rows: jax.Array,
 ) -> list[jax.Array]:
   """[dq, dlogit_bias, dslopes]: (B, T, N, H), and two of (B, N, blocks).
 
-  The last two are shares of the gradients, one for each block of queries.
+  The last two are shares of the gradients, one for each block of queries. rows:
+  with problem.normalize 1 / s and the shift, (B, T, N) float32.
   """
+  arrays = query, key, value, d_out, *_rows(rows)
   extra = _operands(problem, operands, tile.block_q, True)
   blocks = -(-problem.query_len // tile.block_q)
   shares = jax.ShapeDtypeStruct(
     (problem.batch, problem.num_heads, blocks), jnp.float32
   )
   return _call(
-    "backward_q", problem, precision, tile, (query, key, value, d_out, *extra),
+    "backward_q", problem, precision, tile, (*arrays, *extra),
     (query, shares, shares),
   )  # fmt: skip
 
@@ -147,13 +157,20 @@ def backward_kv(
   value: jax.Array,
   operands: Operands,
   d_out: jax.Array,
+  *rows: jax.Array,
 ) -> list[jax.Array]:
   """[dk, dv]: (B, S, K, H) each."""
+  arrays = query, key, value, d_out, *_rows(rows)
   extra = _operands(problem, operands, tile.block_kv, False)
   return _call(
-    "backward_kv", problem, precision, tile, (query, key, value, d_out, *extra),
+    "backward_kv", problem, precision, tile, (*arrays, *extra),
     (key, value),
   )  # fmt: skip
+
+
+def _rows(rows):
+  """1 / s and the shift; absent ones are never read."""
+  return rows or (jnp.zeros(1, jnp.float32),) * 2
 
 
 def programs(direction: str, problem: Problem, tile: Tile) -> int:
@@ -251,6 +268,7 @@ def constants(
     Q_LENGTHS=shapes.query_seq_lengths is not None,
     K_LENGTHS=shapes.key_value_seq_lengths is not None,
     SEGMENTS=shapes.query_segment_ids is not None,
+    NORMALIZE=problem.normalize,
     **{name: scales[name] for name in _SCALES[direction]},
   )
 

@@ -10,7 +10,12 @@ edge of the visible part have a mask. Blocks that are hidden altogether are
 neither loaded nor computed.
 
 Lengths need no mask of the weights: rows beyond them are loaded as zeros, which
-add nothing to any sum. Padding may therefore contain NaN.
+add nothing to any sum. Padding may therefore contain NaN. Only the row sums of
+normalised rows need a mask, because a key of zeros has a weight too.
+
+With NORMALIZE the rows are divided by their sums s: out = p v / s. The backward
+pass is given 1 / s and the shift, do . out / s - ds, of each row, and computes
+dz = phi'(z) (do v^T / s - shift) and dv = (p / s)^T do.
 
 Arrays: q, out (B, T, N, H), k, v (B, S, K, H). Everything that is known at
 compile time is a constexpr, lengths and strides included.
@@ -34,7 +39,7 @@ def tanh(x):
 @triton.jit
 def forward(
   q, k, v, logit_bias, slopes, q_lengths, k_lengths, q_ids, k_ids, spans,
-  out,
+  out, sums,
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
   H: tl.constexpr, BLOCK_H: tl.constexpr,
   BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -44,8 +49,12 @@ def forward(
   LEFT: tl.constexpr, RIGHT: tl.constexpr,
   BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
   Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, SEGMENTS: tl.constexpr,
+  NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-  """out_i = OUT_SCALE sum_j p_ij v_j for a block of queries of one head."""
+  """out_i = OUT_SCALE sum_j p_ij v_j for a block of queries of one head.
+
+  With NORMALIZE sums_i = OUT_SCALE sum_j p_ij, and out_i is divided by it.
+  """
   batch, head, first = _place(T, N, BLOCK_Q, RIGHT is not None)
   bias, slope = _per_head(
     logit_bias, slopes, batch, head, ACTIVATION, BIAS, BIAS_STRIDE, SLOPE_STRIDE
@@ -61,30 +70,38 @@ def forward(
   q_tile = _load(q + q_base, first, q_len, N * H, H, BLOCK_H, BLOCK_Q, True)
   i_ids = _load_ids(q_ids + batch * T, i, q_len, SEGMENTS)
   acc = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
+  total = tl.zeros((BLOCK_Q,), tl.float32)
 
   RAGGED: tl.constexpr = K_LENGTHS or S % BLOCK_KV != 0
   for j in tl.range(start, stop, BLOCK_KV):
-    acc = _forward_block(
-      acc, q_tile, k + k_base, v + k_base, i, j, (j < full) | (j >= edge),
-      i_ids, k_ids + batch * S, k_len, bias, slope, S - T, K * H, H, BLOCK_H,
-      BLOCK_KV, ACTIVATION, SCALE, P_SCALE, PRECISION, LEFT, RIGHT,
-      SLOPE_STRIDE, SEGMENTS, RAGGED,
+    acc, total = _forward_block(
+      acc, total, q_tile, k + k_base, v + k_base, i, j,
+      (j < full) | (j >= edge), i_ids, k_ids + batch * S, k_len, bias, slope,
+      S - T, K * H, H, BLOCK_H, BLOCK_KV, ACTIVATION, SCALE, P_SCALE, PRECISION,
+      LEFT, RIGHT, SLOPE_STRIDE, SEGMENTS, RAGGED, NORMALIZE,
     )  # fmt: skip
-  _store(
-    out + q_base, acc * OUT_SCALE, first, q_len, T, N * H, H, BLOCK_H, BLOCK_Q
-  )
+  if NORMALIZE:
+    total = tl.where(i < q_len, total, 0.0)
+    row = sums + _row_base(batch, head, T, N)
+    tl.store(row + i * N, total * OUT_SCALE, mask=i < T)
+    acc *= tl.where(total > 0, 1 / tl.where(total > 0, total, 1.0), 0.0)[
+      :, None
+    ]
+  else:
+    acc *= OUT_SCALE
+  _store(out + q_base, acc, first, q_len, T, N * H, H, BLOCK_H, BLOCK_Q)
 
 
 @triton.jit
 def _forward_block(
-  acc, q_tile, k, v, i, start, at_edge, i_ids, k_ids, k_len, bias, slope,
+  acc, total, q_tile, k, v, i, start, at_edge, i_ids, k_ids, k_len, bias, slope,
   OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
   BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, ACTIVATION: tl.constexpr,
   SCALE: tl.constexpr, P_SCALE: tl.constexpr, PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr, SLOPES: tl.constexpr,
-  SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
+  SEGMENTS: tl.constexpr, RAGGED: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-  """acc plus the contribution of the keys start .. start + BLOCK_KV."""
+  """The sums plus the contributions of the keys start .. start + BLOCK_KV."""
   j = start + tl.arange(0, BLOCK_KV)
   k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_KV, RAGGED)
   s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
@@ -96,13 +113,19 @@ def _forward_block(
       p, i[:, None], j[None, :], i_ids[:, None], j_ids[None, :], LEFT, RIGHT,
       SEGMENTS,
     )  # fmt: skip
+  if NORMALIZE:
+    if RAGGED:
+      p = tl.where(j[None, :] < k_len, p, 0.0)
+    total += tl.sum(p, 1)
   v_tile = _load(v, start, k_len, STRIDE, H, BLOCK_H, BLOCK_KV, RAGGED)
-  return tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+  acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+  return acc, total
 
 
 @triton.jit
 def backward_q(
-  q, k, v, d_out, logit_bias, slopes, q_lengths, k_lengths, q_ids, k_ids, spans,
+  q, k, v, d_out, inverse, shift, logit_bias, slopes, q_lengths, k_lengths,
+  q_ids, k_ids, spans,
   d_q, d_bias, d_slope,
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
   H: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -113,6 +136,7 @@ def backward_q(
   LEFT: tl.constexpr, RIGHT: tl.constexpr,
   BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
   Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, SEGMENTS: tl.constexpr,
+  NORMALIZE: tl.constexpr,
 ):  # fmt: skip
   """dq_i = D_Q_SCALE sum_j dz_ij k_j, and the operands' gradients.
 
@@ -136,6 +160,10 @@ def backward_q(
     d_out + q_base, first, q_len, N * H, H, BLOCK_H, BLOCK_Q, True
   )
   i_ids = _load_ids(q_ids + batch * T, i, q_len, SEGMENTS)
+  row = _row_base(batch, head, T, N)
+  i_inverse, i_shift = _load_rows(
+    inverse + row, shift + row, i, q_len, N, NORMALIZE
+  )
   acc = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
   sum_dz = tl.zeros((BLOCK_Q,), tl.float32)
   sum_far = tl.zeros((BLOCK_Q,), tl.float32)
@@ -143,10 +171,11 @@ def backward_q(
   RAGGED: tl.constexpr = K_LENGTHS or S % BLOCK_KV != 0
   for j in tl.range(start, stop, BLOCK_KV):
     acc, sum_dz, sum_far = _backward_q_block(
-      acc, sum_dz, sum_far, q_tile, do_tile, k + k_base, v + k_base, i, j,
-      (j < full) | (j >= edge), i_ids, k_ids + batch * S, k_len, bias, slope,
-      S - T, K * H, H, BLOCK_H, BLOCK_KV, ACTIVATION, SCALE, D_Z_SCALE,
-      PRECISION, LEFT, RIGHT, BIAS_STRIDE, SLOPE_STRIDE, SEGMENTS, RAGGED,
+      acc, sum_dz, sum_far, q_tile, do_tile, i_inverse, i_shift, k + k_base,
+      v + k_base, i, j, (j < full) | (j >= edge), i_ids, k_ids + batch * S,
+      k_len, bias, slope, S - T, K * H, H, BLOCK_H, BLOCK_KV, ACTIVATION, SCALE,
+      D_Z_SCALE, PRECISION, LEFT, RIGHT, BIAS_STRIDE, SLOPE_STRIDE, SEGMENTS,
+      RAGGED, NORMALIZE,
     )  # fmt: skip
   _store(
     d_q + q_base, acc * D_Q_SCALE, first, q_len, T, N * H, H, BLOCK_H, BLOCK_Q
@@ -161,13 +190,14 @@ def backward_q(
 
 @triton.jit
 def _backward_q_block(
-  acc, sum_dz, sum_far, q_tile, do_tile, k, v, i, start, at_edge, i_ids, k_ids,
-  k_len, bias, slope,
+  acc, sum_dz, sum_far, q_tile, do_tile, i_inverse, i_shift, k, v, i, start,
+  at_edge, i_ids, k_ids, k_len, bias, slope,
   OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
   BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, ACTIVATION: tl.constexpr,
   SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr, PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr, BIASES: tl.constexpr,
   SLOPES: tl.constexpr, SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
+  NORMALIZE: tl.constexpr,
 ):  # fmt: skip
   """The sums plus the contributions of the keys start .. start + BLOCK_KV."""
   j = start + tl.arange(0, BLOCK_KV)
@@ -177,6 +207,10 @@ def _backward_q_block(
   dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
   x = _logits(s, i[:, None], j[None, :], bias, slope, OFFSET, SCALE, SLOPES)
   _, dz = _weights(x, ACTIVATION, 1.0, D_Z_SCALE)
+  if NORMALIZE:
+    dp = dp * i_inverse[:, None] - i_shift[:, None]
+    if RAGGED:
+      dz = tl.where(j[None, :] < k_len, dz, 0.0)
   dz *= dp
   if (LEFT is not None or RIGHT is not None or SEGMENTS) and at_edge:
     j_ids = _load_ids(k_ids, j, k_len, SEGMENTS)
@@ -194,7 +228,8 @@ def _backward_q_block(
 
 @triton.jit
 def backward_kv(
-  q, k, v, d_out, logit_bias, slopes, q_lengths, k_lengths, q_ids, k_ids, spans,
+  q, k, v, d_out, inverse, shift, logit_bias, slopes, q_lengths, k_lengths,
+  q_ids, k_ids, spans,
   d_k, d_v,
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
   H: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -206,6 +241,7 @@ def backward_kv(
   LEFT: tl.constexpr, RIGHT: tl.constexpr,
   BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
   Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, SEGMENTS: tl.constexpr,
+  NORMALIZE: tl.constexpr,
 ):  # fmt: skip
   """dv_j = OUT_SCALE sum_i p_ij do_i, dk_j = D_Q_SCALE sum_i dz_ij q_i.
 
@@ -235,12 +271,14 @@ def backward_kv(
       SLOPE_STRIDE,
     )  # fmt: skip
     q_base, _ = _bases(batch, head, T, S, N, K, H)
+    row = _row_base(batch, head, T, N)
     for i in tl.range(start, stop, BLOCK_Q):
       acc_k, acc_v = _backward_kv_block(
-        acc_k, acc_v, k_tile, v_tile, q + q_base, d_out + q_base, j, i,
-        (i < full) | (i >= edge), j_ids, q_ids + batch * T, q_len, bias, slope,
-        S - T, N * H, H, BLOCK_H, BLOCK_Q, ACTIVATION, SCALE, P_SCALE,
-        D_Z_SCALE, PRECISION, LEFT, RIGHT, SLOPE_STRIDE, SEGMENTS, RAGGED,
+        acc_k, acc_v, k_tile, v_tile, q + q_base, d_out + q_base,
+        inverse + row, shift + row, j, i, (i < full) | (i >= edge), j_ids,
+        q_ids + batch * T, q_len, bias, slope, S - T, N, H, BLOCK_H, BLOCK_Q,
+        ACTIVATION, SCALE, P_SCALE, D_Z_SCALE, PRECISION, LEFT, RIGHT,
+        SLOPE_STRIDE, SEGMENTS, RAGGED, NORMALIZE,
       )  # fmt: skip
   _store(
     d_k + k_base,
@@ -268,23 +306,27 @@ def backward_kv(
 
 @triton.jit
 def _backward_kv_block(
-  acc_k, acc_v, k_tile, v_tile, q, d_out, j, start, at_edge, j_ids, q_ids,
-  q_len, bias, slope,
-  OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
+  acc_k, acc_v, k_tile, v_tile, q, d_out, inverse, shift, j, start, at_edge,
+  j_ids, q_ids, q_len, bias, slope,
+  OFFSET: tl.constexpr, N: tl.constexpr, H: tl.constexpr,
   BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, ACTIVATION: tl.constexpr,
   SCALE: tl.constexpr, P_SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr,
   PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr, SLOPES: tl.constexpr,
-  SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
+  SEGMENTS: tl.constexpr, RAGGED: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
   """The sums plus the contributions of queries start .. start + BLOCK_Q."""
   i = start + tl.arange(0, BLOCK_Q)
-  q_tile = _load(q, start, q_len, STRIDE, H, BLOCK_H, BLOCK_Q, RAGGED)
-  do_tile = _load(d_out, start, q_len, STRIDE, H, BLOCK_H, BLOCK_Q, RAGGED)
+  q_tile = _load(q, start, q_len, N * H, H, BLOCK_H, BLOCK_Q, RAGGED)
+  do_tile = _load(d_out, start, q_len, N * H, H, BLOCK_H, BLOCK_Q, RAGGED)
   s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
   dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
   x = _logits(s, i[None, :], j[:, None], bias, slope, OFFSET, SCALE, SLOPES)
   p, derivative = _weights(x, ACTIVATION, P_SCALE, D_Z_SCALE)
+  if NORMALIZE:
+    i_inverse, i_shift = _load_rows(inverse, shift, i, q_len, N, NORMALIZE)
+    p *= i_inverse[None, :]
+    dp = dp * i_inverse[None, :] - i_shift[None, :]
   if (LEFT is not None or RIGHT is not None or SEGMENTS) and at_edge:
     i_ids = _load_ids(q_ids, i, q_len, SEGMENTS)
     p = _visible(
@@ -401,6 +443,24 @@ def _bases(
   """Where a head begins in (B, T, N, H) and in (B, S, K, H)."""
   batch = tl.cast(batch, tl.int64)
   return (batch * (T * N) + head) * H, (batch * (S * K) + head // (N // K)) * H
+
+
+@triton.jit
+def _row_base(batch, head, T: tl.constexpr, N: tl.constexpr):
+  """Where the numbers of a head's rows begin in (B, T, N)."""
+  return tl.cast(batch, tl.int64) * (T * N) + head
+
+
+@triton.jit
+def _load_rows(
+  inverse, shift, i, limit, N: tl.constexpr, NORMALIZE: tl.constexpr
+):
+  """1 / s and the shift of the rows i, (rows,) each; 0 from limit on."""
+  i_inverse, i_shift = i, i  # not read
+  if NORMALIZE:
+    i_inverse = tl.load(inverse + i * N, mask=i < limit, other=0.0)
+    i_shift = tl.load(shift + i * N, mask=i < limit, other=0.0)
+  return i_inverse, i_shift
 
 
 @triton.jit

@@ -308,3 +308,34 @@ def test_float32_is_exact_unless_asked(asked, precision, monkeypatch):
   with jax.default_matmul_precision(asked):
     attention.dot_product_attention(x, x, x)
   assert seen == [precision]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("bias", [-16.0, -3.0])
+def test_interpreted_row_sums_and_their_gradient(
+  bias, dtype, interpreter, monkeypatch
+):
+  """Small sums keep their precision, and shards of the keys can be joined."""
+  set_blocks(monkeypatch, 16)
+  case = cases.Case("sums", batch=1, queries=20, heads=2, logit_bias=bias)
+  (query, key, value), _, cotangent = cases.draw(case, dtype)
+
+  def attend(query, key, value):
+    return attention.dot_product_attention(
+      query, key, value, logit_bias=bias, normalize=True, return_residual=True
+    )
+
+  def joined(query, key, value):
+    parts = [attend(query, key[:, i::2], value[:, i::2]) for i in range(2)]
+    total = sum(sums for _, sums in parts)
+    share = [(out, (sums / total)[..., None]) for out, sums in parts]
+    return sum((out * s for out, s in share)).astype(dtype), total
+
+  def with_gradients(f):
+    (out, sums), pull_back = jax.vjp(f, query, key, value)
+    return out, sums, *pull_back((jnp.asarray(cotangent), jnp.cos(sums) * 1e3))
+
+  bound = 3e-6 if dtype == "float32" else 5e-3
+  whole, parts = with_gradients(attend), with_gradients(joined)
+  for found, wanted in zip(parts, whole, strict=True):
+    assert compare.error(found, wanted) < bound
