@@ -386,6 +386,8 @@ BAD = [
   (dict(implementation="mosiac"), "implementation='mosiac'.*'xla'"),
   (dict(kind="softmax", implementation="triton"), "'xla', 'cudnn'"),
   (dict(kind="softmax", logit_bias=-1.0), "logit_bias=-1.0"),
+  (dict(kind="softmax", normalize=True), "normalize=True with kind='softmax'"),
+  (dict(return_residual=True), "return_residual=True; rows are divided by no"),
   (dict(logit_bias=float("nan")), "logit_bias=nan; must be finite"),
   (dict(logit_bias=Z(3)), r"logit_bias.shape=\(3,\); must be \(4,\)"),
   (dict(alibi_slopes=Z(3)), "alibi_slopes.shape"),
@@ -415,3 +417,66 @@ def test_bad_arguments_are_refused_by_name(change, message):
   arguments = dict(query=query, key=key, value=value) | change
   with pytest.raises(ValueError, match=message):
     dot_product_attention(**arguments)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_low_bias_makes_normalized_sigmoid_softmax(causal):
+  """With logits far below -b, sigmoid(z + b) is e^(z + b)."""
+  query, key, value = draw()
+  wanted = dot_product_attention(
+    query, key, value, kind="softmax", is_causal=causal
+  )
+  found = dot_product_attention(
+    query, key, value, logit_bias=-20.0, normalize=True, is_causal=causal
+  )
+  close(found, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("logit", [-80.0, -120.0])
+def test_a_row_whose_weights_underflow_is_zero_with_finite_gradients(logit):
+  """At -80 - 14 the weights are below float32's smallest number."""
+  query, key, value = (jnp.ones((1, 3, 1, 4)) for _ in range(3))
+
+  def loss(query, key, value):
+    out, sums = dot_product_attention(
+      query, key, value, scale=logit / 4, logit_bias=-14.0, normalize=True,
+      return_residual=True,
+    )  # fmt: skip
+    return out.sum() + sums.sum(), (out, sums)
+
+  (_, (out, sums)), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(
+    query, key, value
+  )
+  assert (out == 0).all()
+  assert (sums == 0).all()
+  assert all(np.isfinite(x).all() for x in grads)
+
+
+@pytest.mark.parametrize("kind", POINTWISE)
+def test_normalized_rows_add_up_to_one_and_the_residual_is_their_sum(kind):
+  query, key, value = draw()
+  ones = jnp.ones_like(value)
+  options = dict(kind=kind, is_causal=True, normalize=True)
+  out, sums = dot_product_attention(
+    query, key, ones, return_residual=True, **options
+  )
+  assert sums.dtype == jnp.float32
+  seen = sums > 0  # a row of ReLU may have no weight at all
+  close(out, jnp.broadcast_to(seen[..., None], out.shape) * 1.0, rtol=1e-5)
+  plain = dot_product_attention(query, key, ones, kind=kind, is_causal=True)
+  close(sums, plain[..., 0], rtol=1e-5)
+  weights = sigattn.attention_weights(query, key, **options)
+  close(weights.weights_BNTS.sum(-1), jnp.moveaxis(seen, 1, 2) * 1.0, 1e-5)
+  one = dot_product_attention(
+    query[0], key[0], ones[0], return_residual=True, **options
+  )
+  close(one[1], sums[0])
+
+
+def test_residual_of_softmax_is_that_of_jax_nn():
+  query, key, value = draw()
+  options = dict(is_causal=True, return_residual=True)
+  wanted = jax.nn.dot_product_attention(query, key, value, **options)
+  found = dot_product_attention(query, key, value, kind="softmax", **options)
+  for x, y in zip(found, wanted, strict=True):
+    np.testing.assert_array_equal(x, y)

@@ -142,6 +142,13 @@ def test_bad_value_is_refused_with_its_path_and_value(path, value):
   assert repr(value) in str(error.value)
 
 
+def test_softmax_refuses_a_second_normalization():
+  config = vit.get_config()
+  config.attn.normalize = True
+  with pytest.raises(ValueError, match=r"config\.attn\.normalize=True"):
+    setup.validate_config(config)
+
+
 def test_softmax_refuses_a_logit_bias():
   config = vit.get_config()
   config.attn.logit_bias = -3.0

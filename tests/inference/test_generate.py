@@ -27,6 +27,7 @@ from tests.tasks.small_lm import (
     ("sigmoid", ALIBI),
     ("softmax", ALIBI),
     ("sigmoid", SINES),
+    ("sigmoid", {"attn.normalize": True}),
   ],
 )
 def test_decoding_equals_the_full_forward_pass(kind, values):

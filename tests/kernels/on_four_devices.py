@@ -24,11 +24,14 @@ from sigattn.kernels.problem import Operands
 
 def forward(precision, problem, query, key, value, operands):
   del precision
-  return (xla.reference(query, key, value, operands, problem),)
+  result = xla.reference(query, key, value, operands, problem)
+  return result if problem.normalize else (result,)
 
 
-def backward(precision, trained, problem, query, key, value, operands, d_out):
-  """Like the kernels, it does not sum operands' gradients over examples."""
+def backward(
+  precision, trained, problem, query, key, value, operands, d_out, *rows
+):
+  """As the kernels: the operands' gradients not yet summed over examples."""
   del precision, trained
   heads = problem.batch, problem.num_heads
   operands = operands._replace(
@@ -40,18 +43,29 @@ def backward(precision, trained, problem, query, key, value, operands, d_out):
     (query, key, value, operands),
   )
   shapes = Operands(*(x if x is None else x.shape for x in operands))
-  problem = dataclasses.replace(problem, shapes=shapes)
-  _, pull_back = jax.vjp(
-    lambda *arrays: xla.reference(*arrays, problem), *arrays
-  )
-  *grads, d_operands = pull_back(d_out)
+  problem = dataclasses.replace(problem, shapes=shapes, normalize=False)
+
+  def plain(query, key, value, operands):
+    _, p_BNTS, _ = xla.weights(query, key, operands, problem)
+    out = xla.reference(query, key, value, operands, problem)
+    return out, jnp.moveaxis(p_BNTS.sum(-1), 1, 2)
+
+  (_, sums), pull_back = jax.vjp(plain, *arrays)
+  d_sums = jnp.zeros_like(sums)
+  if rows:
+    inverse, shift = rows
+    d_out, d_sums = d_out * inverse[..., None], -shift
+  *grads, d_operands = pull_back((d_out, d_sums))
   return *grads, d_operands.logit_bias, d_operands.alibi_slopes
 
 
-def attend(implementation, query, key, value, bias, slopes, lengths):
+def attend(
+  implementation, query, key, value, bias, slopes, lengths, normalize=False
+):
   return attention.dot_product_attention(
     query, key, value, logit_bias=bias, alibi_slopes=slopes, is_causal=True,
     key_value_seq_lengths=lengths, implementation=implementation,
+    normalize=normalize,
   )  # fmt: skip
 
 
@@ -66,16 +80,17 @@ def check(name, actual, expected):
       raise SystemExit(f"{name}: {np.abs(x - y).max()}")
 
 
-def check_meshes(kv_heads):
+def check_meshes(kv_heads, normalize):
   rng = np.random.default_rng(0)
   shapes = (4, 6, 4, 8), (4, 6, kv_heads, 8), (4, 6, kv_heads, 8), (4,), (4,)
   arrays = [rng.standard_normal(shape, np.float32) for shape in shapes]
   arrays.append(np.array([3, 6, 2, 5], np.int32))
 
-  def ours(*arrays):
-    return attend("triton", *arrays)
+  def by(name):
+    return functools.partial(attend, name, normalize=normalize)
 
-  expected = with_gradients(lambda *x: attend("xla", *x), *arrays)
+  ours = by("triton")
+  expected = with_gradients(by("xla"), *arrays)
   mesh = make_mesh(jax.sharding.AxisType.Auto)
   split = PartitionSpec("data", None, "model")
   heads, batch = PartitionSpec("model"), PartitionSpec("data")
@@ -99,7 +114,7 @@ def check_meshes(kv_heads):
   typed = jax.device_put(arrays[:3], NamedSharding(mesh, split))
   for name in "triton", "xla":
     check_without_moving(
-      f"explicit, {name}", functools.partial(attend, name),
+      f"explicit, {name}", by(name),
       [*typed, *arrays[3:]], expected,
     )  # fmt: skip
 
@@ -122,4 +137,5 @@ if __name__ == "__main__":
   triton._PACKAGES = {}
   device.current = lambda: device.Device("NVIDIA H100", 90)
   jax.config.update("jax_disable_most_optimizations", True)
-  check_meshes(kv_heads=2)
+  for normalize in (False, True):
+    check_meshes(kv_heads=2, normalize=normalize)
