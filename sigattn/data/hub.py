@@ -27,6 +27,22 @@ def embedded(name: str, file: str) -> pathlib.Path:
   return path
 
 
+def local(name: str, key: str = "source") -> pathlib.Path:
+  """Returns the path that `name` would be as a file or folder.
+
+  key: config.data's, for the error. Raises ValueError for what the system
+  accepts as no path.
+  """
+  try:
+    path = pathlib.Path(name).expanduser()
+    path.exists()
+  except (OSError, RuntimeError, ValueError) as error:
+    raise ValueError(
+      f"config.data.{key}={name!r}; is no path: {error}"
+    ) from error
+  return path
+
+
 def is_hub_name(source: str) -> bool:
   """Whether `source` has the form owner/name or owner/name:subset."""
   return bool(_HUB_NAME.fullmatch(source))
@@ -41,26 +57,33 @@ def builder(source: str, embedded_names: Collection[str]) -> Any:
   """
   import datasets  # This import takes two seconds; embedded sets don't need it.
 
-  path, subset = pathlib.Path(source).expanduser(), ""
-  if source and path.is_dir():
+  path, subset = local(source), ""
+  if path.is_dir():
     name = str(path.resolve())
   elif is_hub_name(source):
     name, _, subset = source.partition(":")
   else:
     raise unknown_source(source, embedded_names)
-  with reading(source):
+  try:
     return datasets.load_dataset_builder(name, subset or None)
+  except Exception as error:  # A strange folder makes it raise anything.
+    raise ValueError(
+      f"config.data.source={source!r}: cannot be read: {error}"
+    ) from error
 
 
 def unknown_source(
-  source: str, embedded_names: Collection[str], files: str = ""
+  source: str,
+  embedded_names: Collection[str],
+  files: str = "",
+  key: str = "source",
 ) -> ValueError:
   """Returns the error for a source that is of no known kind.
 
-  files: "file or " if a source may also be a single file.
+  files: "file or " if a source may also be a single file. key: config.data's.
   """
   return ValueError(
-    f"config.data.source={source!r}; choose an embedded set "
+    f"config.data.{key}={source!r}; choose an embedded set "
     f"({sorted(embedded_names)}), a local {files}folder, or a Hugging Face "
     "name: owner/name or owner/name:subset"
   )

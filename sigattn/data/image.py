@@ -15,10 +15,10 @@ from PIL import Image, ImageOps
 from sigattn.data import augment, hub, loader
 from sigattn.validate import choice, flag, real, sequence, text, whole
 
-EMBEDDED = {  # {name: (file, splits, number of classes)}
-  # 10,000 images for training and 2,000 for the test; the licence is beside
-  # the file.
-  "fashion_mnist": ("fashion_mnist.npz", ("train", "test"), 10),
+# {name: (file, number of images of each split, number of classes)}
+EMBEDDED = {
+  # The licence is beside the file.
+  "fashion_mnist": ("fashion_mnist.npz", {"train": 10_000, "test": 2_000}, 10),
 }
 _MODES = {1: "L", 3: "RGB"}  # {number of channels: Pillow's mode}
 
@@ -27,16 +27,16 @@ FIELDS = {
   "data.source": text(),
   "data.train_split": text(),
   "data.eval_split": text(),
-  "data.image_size": whole(low=1),
+  "data.image_size": whole(low=1, high=2**14),
   "data.channels": choice(_MODES),
-  "data.num_classes": whole(low=1),
-  "data.mean": sequence(real(), "finite numbers"),
-  "data.std": sequence(real(above=0), "finite numbers > 0"),
+  "data.num_classes": whole(low=1, high=2**20),
+  "data.mean": sequence(real(-1e6, 1e6), "numbers from -1e6 to 1e6"),
+  "data.std": sequence(real(1e-6, 1e6), "numbers from 1e-6 to 1e6"),
   "augment.crop": choice(augment.CROPS),
-  "augment.pad": whole(low=0),
+  "augment.pad": whole(low=0, high=2**14),
   "augment.min_area": real(above=0, high=1),
   "augment.flip": flag(),
-  "augment.randaugment_layers": whole(low=0),
+  "augment.randaugment_layers": whole(low=0, high=100),
   "augment.randaugment_magnitude": real(low=0, high=10),
 }
 
@@ -52,13 +52,23 @@ def _one_mean_and_std_per_channel(config):
       )
 
 
+def _shift_leaves_a_part(config):
+  pad, size = config.augment.pad, config.data.image_size
+  if config.augment.crop == "pad" and pad > size:
+    raise ValueError(
+      f"config.augment.pad={pad!r}; must be at most config.data.image_size="
+      f"{size!r}: a larger shift leaves nothing of the image"
+    )
+
+
 def _source_has_the_splits_and_classes(config):
   """Compares the config with what is known of the source before it is read.
 
   The columns and classes of a folder are known only after it has been opened;
   _Decoded validates them then.
   """
-  splits, num_classes = _splits_and_classes(config.data.source)
+  source = config.data.source
+  splits, num_classes = _splits_and_classes(source)
   for key in ("train_split", "eval_split"):
     if config.data[key] not in splits:
       raise ValueError(
@@ -66,9 +76,17 @@ def _source_has_the_splits_and_classes(config):
       )
   if num_classes is not None:
     _validate_num_classes(config, num_classes)
+  if source in EMBEDDED:
+    split = config.data.train_split
+    count = EMBEDDED[source][1][split]
+    loader.validate_batch_size(config, count, f"{split!r} of {source}")
 
 
-RULES = (_one_mean_and_std_per_channel, _source_has_the_splits_and_classes)
+RULES = (
+  _one_mean_and_std_per_channel,
+  _shift_leaves_a_part,
+  _source_has_the_splits_and_classes,
+)
 
 
 def _validate_num_classes(config, num_classes):

@@ -37,11 +37,25 @@ _ENDLESS = 2**40  # more epochs and more examples than any run needs
 Batch = dict[str, np.ndarray]
 
 FIELDS = {
-  "seed": whole(low=0),
-  "batch_size": whole(low=1),
-  "data.num_workers": whole(low=0),
+  # JAX would make one key of two seeds that differ by 2^32.
+  "seed": whole(low=0, high=2**32 - 1),
+  "batch_size": whole(low=1, high=2**20),
+  "data.num_workers": whole(low=0, high=1024),
 }
 RULES = ()
+
+
+def validate_batch_size(config: ConfigDict, count: int, of: str) -> None:
+  """Raises ValueError if a training batch has more examples than the split.
+
+  Each batch would hold examples twice. count: the split's number of examples.
+  of: what they are examples of, for the error.
+  """
+  if config.batch_size > count:
+    raise ValueError(
+      f"config.batch_size={config.batch_size!r}; must be at most {count}, the "
+      f"number of examples in {of}"
+    )
 
 
 class ExampleSource:
@@ -66,8 +80,11 @@ class ExampleSource:
 
     A batch holds this process's share of the examples. Order and augmentation
     depend on config.seed alone, and each epoch has another order.
-    grain.checkpoint saves and restores the iterator's state exactly.
+    grain.checkpoint saves and restores the iterator's state exactly. Raises
+    ValueError if a batch has more examples than the split.
     """
+    split = f"the split {config.data.train_split!r} of config.data.source"
+    validate_batch_size(config, len(self), split)
     if self.buckets is None:
       order = _Shuffled(len(self), _chunk_size(config, self), config.seed)
     else:

@@ -31,32 +31,36 @@ _SPLITS = ("train", "test")
 # transcript decides, so that none is in both splits.
 _HELD_OUT_EVERY = 10
 _TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
+# Samples per second. At a rate of 1 in its header, a short recording would be
+# resampled to gigabytes.
+RATES = (1000, 768_000)
 BLANK = 0  # CTC's blank; character i of the alphabet has index i + 1
 
 
-def _increasing():
-  """A field of positive numbers in increasing order."""
-  positive = sequence(real(above=0), "positive numbers")
+def _increasing(low, high):
+  """A field of numbers from `low` to `high` in increasing order."""
+  within = sequence(
+    real(low, high), f"numbers from {low} to {high}", longest=64
+  )
 
   def is_right(values):
-    return positive.is_right(values) and list(values) == sorted(set(values))
+    return within.is_right(values) and list(values) == sorted(set(values))
 
-  return Field(
-    is_right, "must be finite, positive and each greater than the one before"
-  )
+  return Field(is_right, f"{within.wanted}, each greater than the one before")
 
 
 FIELDS = {
   "data.source": text(),
   "data.train_split": text(),
   "data.eval_split": text(),
-  "data.sample_rate": whole(low=1000),
+  "data.sample_rate": whole(*RATES),
   "data.alphabet": Field(
-    lambda x: isinstance(x, str) and 0 < len(x) == len(set(x)),
-    "must be characters, each once",
+    lambda x: isinstance(x, str) and 0 < len(x) == len(set(x)) <= 2**16,
+    f"must be 1 to {2**16} characters, each once",
   ),
-  "data.bucket_seconds": _increasing(),
-  "augment.speeds": _increasing(),
+  # From two windows of log_mel to an hour.
+  "data.bucket_seconds": _increasing(0.05, 3600),
+  "augment.speeds": _increasing(0.1, 10),
 }
 
 
@@ -74,7 +78,7 @@ def _source_has_the_splits(config):
   The columns of a folder are known only after it has been opened;
   _TableRecordings validates them then.
   """
-  splits = _splits(config)
+  source, splits = config.data.source, _splits(config)
   for key in ("train_split", "eval_split"):
     value = config.data[key]
     for part in value.split("+"):
@@ -83,6 +87,10 @@ def _source_has_the_splits(config):
           f"config.data.{key}={value!r}; choose from {sorted(splits)}, or "
           "join several by +"
         )
+  if source in EMBEDDED:
+    split = config.data.train_split
+    count = len(_embedded_rows(source, split))
+    loader.validate_batch_size(config, count, f"{split!r} of {source}")
 
 
 RULES = (_speeds_are_hundredths, _source_has_the_splits)
@@ -117,7 +125,7 @@ def transcript(text: str, alphabet: str) -> str:
 
   The text becomes lower case if the alphabet has no upper case. Accents,
   punctuation and all other characters outside the alphabet are dropped. One
-  space separates two words; hyphens count as spaces.
+  space separates two words, if the alphabet has it; hyphens count as spaces.
   """
   if alphabet == alphabet.lower():
     text = text.lower()
@@ -125,7 +133,7 @@ def transcript(text: str, alphabet: str) -> str:
   kept = "".join(
     c if c in alphabet else " " if c.isspace() or c == "-" else "" for c in text
   )
-  return " ".join(kept.split())
+  return (" " if " " in alphabet else "").join(kept.split())
 
 
 def encode(text: str, alphabet: str) -> np.ndarray:
@@ -175,14 +183,23 @@ class _Recordings:
     return self._recordings[i]
 
 
-def _embedded(name, split):
-  table = pyarrow.parquet.read_table(hub.embedded(name, EMBEDDED[name]))
-  rows = [
+@functools.lru_cache(maxsize=2)
+def _embedded_table(name):
+  file = hub.embedded(name, EMBEDDED[name])
+  return pyarrow.parquet.read_table(file).to_pylist()
+
+
+def _embedded_rows(name, split):
+  return [
     row
-    for row in table.to_pylist()
+    for row in _embedded_table(name)
     if _SPLITS[zlib.crc32(row["text"].encode()) % _HELD_OUT_EVERY == 0]
     in split.split("+")
   ]
+
+
+def _embedded(name, split):
+  rows = _embedded_rows(name, split)
   return _Recordings(
     [row["audio"] for row in rows],
     [row["text"] for row in rows],
