@@ -56,6 +56,9 @@ def _base():
     # pixels in [0, 1].
     mean=(0.2860,),
     std=(0.3530,),
+    # The largest image that is decoded, in pixels. A small file can hold an
+    # image that needs all memory.
+    max_pixels=100_000_000,
     num_workers=0,  # processes that decode and augment; 0 uses threads
   )
   config.augment = dict(

@@ -1,6 +1,7 @@
 """Locates data: embedded files, local folders and Hugging Face names."""
 
 import contextlib
+import os
 import pathlib
 import re
 from collections.abc import Collection, Iterator
@@ -70,6 +71,36 @@ def builder(source: str, embedded_names: Collection[str]) -> Any:
     raise ValueError(
       f"config.data.source={source!r}: cannot be read: {error}"
     ) from error
+
+
+def file_of(source: str, path: str) -> pathlib.Path:
+  """Returns the path of a file that a row of a source names.
+
+  A row of a foreign table may name any file of this machine. Only those are
+  opened that lie in the source's own folder, to which a relative path belongs,
+  or where `datasets` keeps what it has downloaded. Raises ValueError for
+  others.
+  """
+  import datasets
+  import huggingface_hub
+
+  folders = [
+    datasets.config.HF_DATASETS_CACHE,
+    datasets.config.DOWNLOADED_DATASETS_PATH,
+    datasets.config.EXTRACTED_DATASETS_PATH,
+    huggingface_hub.constants.HF_HUB_CACHE,
+  ]
+  own = local(source)
+  if own.is_dir():
+    folders.insert(0, own.resolve())
+    path = os.path.join(folders[0], path)
+  # Not resolved: the owner of a folder may keep links in it.
+  path = pathlib.Path(os.path.normpath(path))
+  if not any(path.is_relative_to(os.path.abspath(x)) for x in folders):
+    raise ValueError(
+      f"the file {str(path)!r} lies outside of the source's folder"
+    )
+  return path
 
 
 def unknown_source(

@@ -30,6 +30,7 @@ FIELDS = {
   "data.image_size": whole(low=1, high=2**14),
   "data.channels": choice(_MODES),
   "data.num_classes": whole(low=1, high=2**20),
+  "data.max_pixels": whole(low=1, high=2**31),
   "data.mean": sequence(real(-1e6, 1e6), "numbers from -1e6 to 1e6"),
   "data.std": sequence(real(1e-6, 1e6), "numbers from 1e-6 to 1e6"),
   "augment.crop": choice(augment.CROPS),
@@ -192,7 +193,8 @@ class _Decoded(Source):
     self._image_column, self._label_column = _image_and_label_columns(
       source, features
     )
-    self._channels = config.data.channels
+    self._source, self._channels = source, config.data.channels
+    self._max_pixels = config.data.max_pixels
     self._num_classes = features[self._label_column].num_classes
     _validate_num_classes(config, self._num_classes)
     # The images stay encoded here. Pillow decodes them in grain's workers, and
@@ -219,7 +221,9 @@ class _Decoded(Source):
         f"classes are 0 to {self._num_classes - 1}"
       )
     try:
-      array = decode(image, self._channels)
+      if image["bytes"] is None:
+        image = image | {"path": hub.file_of(self._source, image["path"])}
+      array = decode(image, self._channels, self._max_pixels)
     except Exception as error:  # Pillow raises a dozen kinds of errors.
       path = image and image["path"]
       raise ValueError(
@@ -228,16 +232,28 @@ class _Decoded(Source):
     return array[None], np.array([label], np.int32)
 
 
-def decode(encoded: Mapping[str, Any], channels: int) -> np.ndarray:
+def decode(
+  encoded: Mapping[str, Any], channels: int, max_pixels: int
+) -> np.ndarray:
   """Decodes an image to uint8 (H, W, channels).
 
   encoded: {"bytes": content of a file, "path": str}; the file at the path is
-  read if the bytes are None. channels: 1 or 3. Raises ValueError for an image
-  with more than 8 bits per channel.
+  read if the bytes are None. channels: 1 or 3. max_pixels: a file of a few
+  kilobytes may say that it holds more, and would need gigabytes. Raises
+  ValueError for an image with more pixels, or with more than 8 bits per
+  channel.
   """
   content = encoded["bytes"]
   file = encoded["path"] if content is None else io.BytesIO(content)
-  with Image.open(file) as image:
+  if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
+    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own bound
+  with Image.open(file) as image:  # reads the header alone
+    width, height = image.size
+    if width * height > max_pixels:
+      raise ValueError(
+        f"{width} x {height} pixels; may have config.data.max_pixels="
+        f"{max_pixels}"
+      )
     if image.mode.startswith(("I", "F")):
       raise ValueError(f"mode {image.mode}: must have 8 bits per channel")
     # A photograph may be stored rotated, with its orientation as metadata.

@@ -34,6 +34,9 @@ _TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
 # Samples per second. At a rate of 1 in its header, a short recording would be
 # resampled to gigabytes.
 RATES = (1000, 768_000)
+# Samples are in [-1, 1], but some files hold them as large as integers. Beyond,
+# the energies overflow float32.
+_LOUDEST = 1e9
 BLANK = 0  # CTC's blank; character i of the alphabet has index i + 1
 
 
@@ -158,10 +161,29 @@ def read(
   """Reads a recording: float32 samples (S,) in [-1, 1] at `sample_rate` Hz.
 
   file: a path, or a file object opened in binary mode, in a format that
-  libsndfile reads: WAV, FLAC, Opus, MP3, ... Channels are averaged.
+  libsndfile reads: WAV, FLAC, Opus, MP3, ... Channels are averaged. Raises
+  ValueError for a rate that is not of RATES, and for samples that are not
+  finite or larger than any recording's.
   """
-  audio_SC, rate = soundfile.read(file, dtype="float32", always_2d=True)
-  return resample(audio_SC.mean(axis=1), rate, sample_rate)
+  with soundfile.SoundFile(file) as recording:
+    _validate_rate(recording.samplerate)
+    audio_SC = recording.read(dtype="float32", always_2d=True)
+  audio_S = audio_SC.mean(axis=1)
+  # NaN is not below anything.
+  if wrong := np.flatnonzero(~(np.abs(audio_S) <= _LOUDEST)).tolist():
+    raise ValueError(
+      f"sample {wrong[0]} is {audio_S[wrong[0]]}; must be finite and at most "
+      f"{_LOUDEST:g}"
+    )
+  return resample(audio_S, recording.samplerate, sample_rate)
+
+
+def _validate_rate(rate):
+  low, high = RATES
+  if not low <= rate <= high:
+    raise ValueError(
+      f"{rate} samples per second in its header; must be from {low} to {high}"
+    )
 
 
 def resample(audio_S: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
@@ -223,7 +245,9 @@ class _TableRecordings(_Recordings):
       audio, datasets.Audio(decode=False)
     )
     lengths = table.map(
-      functools.partial(_duration, audio=audio, origin=self._origin),
+      functools.partial(
+        _duration, audio=audio, origin=self._origin, source=source
+      ),
       with_indices=True,
       remove_columns=table.column_names,
       desc="Reading the lengths of the recordings",
@@ -245,17 +269,21 @@ def _text_column(source, columns):
   )
 
 
-def _duration(example, row, audio, origin):
+def _duration(example, row, audio, origin, source):
   try:
-    return {"seconds": soundfile.info(_open(example[audio])).duration}
+    header = soundfile.info(_open(example[audio], source))
+    _validate_rate(header.samplerate)
+    return {"seconds": header.duration}
   except Exception as error:  # errors of libsndfile and of files
     path = example[audio] and example[audio]["path"]
     raise ValueError(f"{origin}, row {row}, {path=}: {error!r}") from error
 
 
-def _open(encoded):
+def _open(encoded, source):
   content = encoded["bytes"]
-  return encoded["path"] if content is None else io.BytesIO(content)
+  if content is None:
+    return hub.file_of(source, encoded["path"])
+  return io.BytesIO(content)
 
 
 class Source(loader.ExampleSource):
@@ -270,6 +298,7 @@ class Source(loader.ExampleSource):
   ):
     data, self._rows, self.in_memory = config.data, rows, in_memory
     self._rate, self._speeds = data.sample_rate, tuple(config.augment.speeds)
+    self._source = data.source
     self._origin = f"config.data.source={data.source!r}, split {split!r}"
     self._texts = [transcript(text, data.alphabet) for text in rows.texts]
     self._targets = [encode(text, data.alphabet) for text in self._texts]
@@ -331,7 +360,7 @@ class Source(loader.ExampleSource):
   def _decode(self, i):
     encoded = self._rows[i]
     try:
-      return read(_open(encoded), self._rate)
+      return read(_open(encoded, self._source), self._rate)
     except Exception as error:  # errors of libsndfile and of files
       path = encoded and encoded["path"]
       raise ValueError(

@@ -200,11 +200,12 @@ def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
 
   Raises ValueError if config.data.tokenizer does not name one.
   """
-  return _tokenizer(config.data.tokenizer, config.data.source)
+  data = config.data
+  return _tokenizer(data.tokenizer, data.source, data.vocab_size)
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer(name, source):
+def _tokenizer(name, source, vocab_size):
   if name == "bytes":
     return tokenizers.Bytes()
   if name == "characters":
@@ -221,7 +222,7 @@ def _tokenizer(name, source):
       f"config.data.tokenizer={name!r}; choose characters, bytes, or a "
       "tokenizer.json (`python -m sigattn train_tokenizer` trains one)"
     )
-  return tokenizers.File(path)
+  return tokenizers.File(path, vocab_size)
 
 
 def open_source(
