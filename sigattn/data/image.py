@@ -31,6 +31,7 @@ FIELDS = {
   "data.channels": choice(_MODES),
   "data.num_classes": whole(low=1, high=2**20),
   "data.max_pixels": whole(low=1, high=2**31),
+  "data.max_corrupt_share": real(low=0, high=1),
   "data.mean": sequence(real(-1e6, 1e6), "numbers from -1e6 to 1e6"),
   "data.std": sequence(real(1e-6, 1e6), "numbers from 1e-6 to 1e6"),
   "augment.crop": choice(augment.CROPS),
@@ -152,15 +153,17 @@ class Source(loader.ExampleSource):
 
     {"image": uint8 (B, size, size, C), "target": int32 (B,)}
     """
-    images, targets = self._read(indices_B)
+    images, targets, read_B = self._read(indices_B)
     images = augment.train(images, self._size, self._augment, rng)
-    return {"image": images, "target": targets}
+    batch = {"image": images, "target": targets}
+    return batch | self.marks(indices_B, read_B)
 
   def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
     """Returns a batch like that of `train`, but without random augmentation."""
-    images, targets = self._read(indices_B)
+    images, targets, read_B = self._read(indices_B)
     images = augment.evaluate(images, self._size, self._augment.crop)
-    return {"image": images, "target": targets}
+    batch = {"image": images, "target": targets}
+    return batch | self.marks(indices_B, read_B)
 
 
 class _Embedded(Source):
@@ -179,7 +182,7 @@ class _Embedded(Source):
     return len(self._targets)
 
   def _read(self, indices_B):
-    return self._images[indices_B], self._targets[indices_B]
+    return self._images[indices_B], self._targets[indices_B], indices_B
 
 
 class _Decoded(Source):
@@ -203,16 +206,30 @@ class _Decoded(Source):
       [self._image_column, self._label_column]
     ).cast_column(self._image_column, datasets.Image(decode=False))
     self._origin = f"config.data.source={source!r}, split {split!r}"
+    self.max_corrupt = int(config.data.max_corrupt_share * len(table))
 
   def __len__(self):
     return len(self._table)
 
   def _read(self, indices_1):
-    """Image (1, H, W, C) and target (1,) of one index.
+    """Image (1, H, W, C) and target (1,) of one index, and the index read.
 
     Images of different sizes cannot be one array, so this reads one at a time.
+    The next image that can be read takes the place of a corrupt one.
     """
-    [row] = indices_1.tolist()
+    [row], count = indices_1.tolist(), len(self)
+    others = ((row + i) % count for i in range(count))
+    row, (image, label) = self.first_readable(others, self._example)
+    return image[None], np.array([label], np.int32), np.array([row])
+
+  def why_corrupt(self, index: int) -> str:
+    try:
+      self._example(index)
+    except loader.CorruptExampleError as error:
+      return str(error)
+    return f"{self._origin}, row {index}: could be read the second time"
+
+  def _example(self, row):
     example = self._table[row]
     image, label = example[self._image_column], example[self._label_column]
     if label not in range(self._num_classes):
@@ -226,10 +243,10 @@ class _Decoded(Source):
       array = decode(image, self._channels, self._max_pixels)
     except Exception as error:  # Pillow raises a dozen kinds of errors.
       path = image and image["path"]
-      raise ValueError(
+      raise loader.CorruptExampleError(
         f"{self._origin}, row {row}, {path=}: {error!r}"
       ) from error
-    return array[None], np.array([label], np.int32)
+    return array, label
 
 
 def decode(

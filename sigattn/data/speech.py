@@ -6,6 +6,7 @@ parquet files, or the name of a data set on the Hugging Face Hub.
 
 import functools
 import io
+import itertools
 import math
 import os
 import unicodedata
@@ -61,6 +62,7 @@ FIELDS = {
     lambda x: isinstance(x, str) and 0 < len(x) == len(set(x)) <= 2**16,
     f"must be 1 to {2**16} characters, each once",
   ),
+  "data.max_corrupt_share": real(low=0, high=1),
   # From two windows of log_mel to an hour.
   "data.bucket_seconds": _increasing(0.05, 3600),
   "augment.speeds": _increasing(0.1, 10),
@@ -196,10 +198,14 @@ def resample(audio_S: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 
 
 class _Recordings:
-  """Encoded recordings by index, with their transcripts and lengths."""
+  """Encoded recordings by index, with their transcripts and lengths.
 
-  def __init__(self, recordings, texts, seconds):
+  unreadable: {index: why} of those whose length is unknown, NaN.
+  """
+
+  def __init__(self, recordings, texts, seconds, unreadable=()):
     self._recordings, self.texts, self.seconds = recordings, texts, seconds
+    self.unreadable = dict(unreadable)
 
   def __getitem__(self, i):
     return self._recordings[i]
@@ -246,13 +252,22 @@ class _TableRecordings(_Recordings):
     )
     lengths = table.map(
       functools.partial(
-        _duration, audio=audio, origin=self._origin, source=source
+        _duration,
+        audio=audio,
+        origin=self._origin,
+        source=source,
+        skips=int(config.data.max_corrupt_share * len(table)) > 0,
       ),
       with_indices=True,
       remove_columns=table.column_names,
       desc="Reading the lengths of the recordings",
     )
-    super().__init__(table, table[text][:], lengths["seconds"][:])
+    super().__init__(
+      table,
+      table[text][:],
+      lengths["seconds"][:],
+      ((i, why) for i, why in enumerate(lengths["corrupt"][:]) if why),
+    )
     self._audio = audio
 
   def __getitem__(self, i):
@@ -269,14 +284,18 @@ def _text_column(source, columns):
   )
 
 
-def _duration(example, row, audio, origin, source):
+def _duration(example, row, audio, origin, source, skips):
+  """The length, and why it cannot be read; raises if nothing is skipped."""
   try:
     header = soundfile.info(_open(example[audio], source))
     _validate_rate(header.samplerate)
-    return {"seconds": header.duration}
+    return {"seconds": header.duration, "corrupt": ""}
   except Exception as error:  # errors of libsndfile and of files
     path = example[audio] and example[audio]["path"]
-    raise ValueError(f"{origin}, row {row}, {path=}: {error!r}") from error
+    why = f"{origin}, row {row}, {path=}: {error!r}"
+    if not skips:
+      raise loader.CorruptExampleError(why) from error
+    return {"seconds": math.nan, "corrupt": why}
 
 
 def _open(encoded, source):
@@ -308,7 +327,11 @@ class Source(loader.ExampleSource):
     self.buckets = [
       np.flatnonzero(self._bucket == b) for b in range(len(self._max_seconds))
     ]
-    if num_too_long := int((self._bucket == len(self._max_seconds)).sum()):
+    self.unreadable = rows.unreadable
+    self.max_corrupt = int(data.max_corrupt_share * len(self._texts))
+    # NaN, the length of what is unreadable, is longer than all of them.
+    num_too_long = int((self._bucket == len(self._max_seconds)).sum())
+    if num_too_long := num_too_long - len(self.unreadable):
       logging.warning(
         "%s: %d of %d recordings are longer than all of "
         "config.data.bucket_seconds and are left out of training",
@@ -329,16 +352,11 @@ class Source(loader.ExampleSource):
     samples and characters count what is not padding in audio and target.
     """
     speeds = rng.choice(self._speeds, len(indices_B))
-    audio = [
-      self._at_speed(i, speed)
-      for i, speed in zip(indices_B.tolist(), speeds.tolist(), strict=True)
-    ]
-    return self._batch(indices_B, audio, min(*self._speeds, 1.0))
+    return self._batch(indices_B, speeds, min(*self._speeds, 1.0))
 
   def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
     """Returns a batch at the recorded speed, with float32 `seconds` (B,)."""
-    audio = [self._at_speed(i, 1.0) for i in indices_B.tolist()]
-    batch = self._batch(indices_B, audio, 1.0)
+    batch = self._batch(indices_B, np.ones(len(indices_B)), 1.0)
     seconds = self._seconds[indices_B].astype(np.float32)
     return batch | {"seconds": seconds}
 
@@ -363,23 +381,49 @@ class Source(loader.ExampleSource):
       return read(_open(encoded, self._source), self._rate)
     except Exception as error:  # errors of libsndfile and of files
       path = encoded and encoded["path"]
-      raise ValueError(
+      raise loader.CorruptExampleError(
         f"{self._origin}, row {i}, {path=}: {error!r}"
       ) from error
 
-  def _batch(self, indices_B, audio, slowest):
+  def _not_longer(self, i, speed, samples):
+    """_at_speed of a recording that has as many seconds as its header says."""
+    audio_S = self._at_speed(i, speed)
+    if len(audio_S) > samples:
+      raise loader.CorruptExampleError(
+        f"{self._origin}, row {i}: the recording is longer than the "
+        f"{self._seconds[i]:.2f} seconds in its header"
+      )
+    return audio_S
+
+  def why_corrupt(self, index: int) -> str:
+    if index in self.unreadable:
+      return self.unreadable[index]
+    seconds = self._max_seconds[self._bucket[index]]
+    try:
+      self._not_longer(index, 1.0, math.ceil(seconds * self._rate) + 1)
+    except loader.CorruptExampleError as error:
+      return str(error)
+    return f"{self._origin}, row {index}: could be read the second time"
+
+  def _batch(self, indices_B, speeds_B, slowest):
+    """The next in the bucket takes the place of a corrupt recording."""
     bucket = self._bucket[indices_B[0]]
     # A recording may be one sample longer than the seconds in its header.
     samples = math.ceil(self._max_seconds[bucket] * self._rate / slowest) + 1
     characters = max(1, *(len(self._targets[i]) for i in self.buckets[bucket]))
-    targets = [self._targets[i] for i in indices_B]
-    for i, audio_S in zip(indices_B.tolist(), audio, strict=True):
-      if len(audio_S) > samples:
-        raise ValueError(
-          f"{self._origin}, row {i}: the recording is longer than the "
-          f"{self._seconds[i]:.2f} seconds in its header"
-        )
-    return {
+    rows = self.buckets[bucket]
+    read_B, audio = [], []
+    for i, speed in zip(indices_B.tolist(), speeds_B.tolist(), strict=True):
+      after = int(np.searchsorted(rows, i, side="right"))
+      others = (int(rows[(after + j) % len(rows)]) for j in range(len(rows)))
+      read, audio_S = self.first_readable(
+        itertools.chain([i], others),
+        lambda i, speed=speed: self._not_longer(i, speed, samples),
+      )
+      read_B.append(read)
+      audio.append(audio_S)
+    targets = [self._targets[i] for i in read_B]
+    return self.marks(indices_B, np.array(read_B)) | {
       "audio": _padded(audio, samples, np.float32),
       "samples": _lengths(audio),
       "target": _padded(targets, characters, np.int32),

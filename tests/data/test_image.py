@@ -347,3 +347,72 @@ def test_the_imagenet_recipe_trains_and_resumes_on_a_folder(folder, tmp_path):
   results = evaluate(tmp_path / "run")
   assert results["step"] == 2
   assert 0 <= results["accuracy"] <= 1
+
+
+# Corrupt images.
+
+
+@pytest.fixture
+def skipped(monkeypatch):
+  """What the log says of skipped examples."""
+  lines = []
+  monkeypatch.setattr(
+    loader.logging, "warning", lambda line, *args: lines.append(line % args)
+  )
+  return lines
+
+
+def spoil(folder, split, *names):
+  for name in names:
+    (folder / split / name).write_bytes(b"no image")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_images_are_skipped_named_and_resumed(workers, folder, skipped):
+  spoil(folder, "train", "cat/1.png", "dog/2.png")
+  values = {"data.max_corrupt_share": 0.25, "data.num_workers": workers}
+  config = local(folder, **AUGMENTED, **values)
+  with contextlib.closing(tasks.train_batches(config)) as data:
+    first = [next(data) for _ in range(3)]
+    state = data.get_state()
+    rest = [next(data) for _ in range(4)]
+  assert all(set(batch) == {"image", "target"} for batch in first)
+  assert len(skipped) == 2, "each is named once"
+  assert all("of at most 2" in line for line in skipped)
+  for name in ("cat/1.png", "dog/2.png"):
+    assert any(name in line for line in skipped)
+  with contextlib.closing(tasks.train_batches(config)) as data:
+    data.set_state(state)
+    equal([next(data) for _ in range(4)], rest)
+  config.data.num_workers = 0
+  equal(take(config, 7), first + rest)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_corrupt_images_end_the_run_with_their_names(workers, folder):
+  names = ["cat/0.png", "cat/1.png", "dog/2.png"]
+  spoil(folder, "train", *names)
+  values = {"data.max_corrupt_share": 0.25, "data.num_workers": workers}
+  with pytest.raises(ValueError, match="3 examples are corrupt, of 8") as error:
+    take(local(folder, **values), 8)
+  assert all(name in str(error.value) for name in names)
+
+
+def test_corrupt_images_are_not_evaluated(folder, skipped):
+  whole = local(folder)
+  [wanted] = tasks.eval_batches(whole, "test")
+  spoil(folder, "test", "cat/1.png")
+  config = local(folder, **{"data.max_corrupt_share": 0.3})
+  batches = tasks.eval_batches(config, "test")
+  for _ in range(2):  # passes
+    [batch] = batches
+    np.testing.assert_array_equal(batch["weight"], [1, 0, 1, 1])
+    kept = batch["weight"] > 0
+    np.testing.assert_array_equal(batch["image"][kept], wanted["image"][kept])
+  assert len(skipped) == 1
+
+
+def test_a_share_without_corrupt_images_changes_nothing(folder, skipped):
+  share = {"data.max_corrupt_share": 0.5}
+  equal(take(local(folder, **share), 4), take(local(folder), 4))
+  assert not skipped

@@ -234,3 +234,34 @@ def test_recording_outside_of_the_folder_is_not_opened(
   (tmp_path / "secret.flac").write_bytes(recording(1))
   with pytest.raises(ValueError, match="row 0, .*lies outside of the source"):
     take(small(**values), 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_recordings_are_skipped_up_to_the_share(
+  workers, tmp_path, hub_offline, monkeypatch
+):
+  skipped = []
+  monkeypatch.setattr(
+    loader.logging, "warning", lambda line, *args: skipped.append(line % args)
+  )
+  cut = recording(1.1)
+  rows = [(recording(seconds), "ab") for seconds in (1, 1.05, 1.15, 1.2)]
+  rows.append((b"no recording", "a"))  # found as its length is read
+  rows.append((cut[:100] + bytes(len(cut) - 100), "b"))  # found later
+  values = write_folder(tmp_path / "data", rows)
+  values |= {"data.max_corrupt_share": 0.4, "data.num_workers": workers}
+  config = small(**values)
+  batches = take(config, 8)
+  assert {int(n) for b in batches for n in b["characters"]} == {2}
+  assert len(skipped) == 2
+  assert "row 4, path='x'" in skipped[0]
+  assert "row 5, path='x'" in skipped[1]
+  equal(take(config, 8), batches)
+  weights = [batch["weight"] for batch in tasks.eval_batches(config, "test")]
+  assert np.concatenate(weights).sum() == 4
+  config.data.max_corrupt_share = 0.2
+  with pytest.raises(ValueError, match=r"2 examples .*; .*row 4.*; .*row 5"):
+    take(config, 8)
+  config.data.max_corrupt_share = 0.0
+  with pytest.raises(ValueError, match="row 4"):
+    take(config, 1)
