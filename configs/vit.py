@@ -56,6 +56,12 @@ def _base():
     # pixels in [0, 1].
     mean=(0.2860,),
     std=(0.3530,),
+    # The largest image that is decoded, in pixels. A small file can hold an
+    # image that needs all memory.
+    max_pixels=100_000_000,
+    # The share of a split's images that may be corrupt. Each is skipped, with
+    # its name in the log; 0 ends the run at the first.
+    max_corrupt_share=0.0,
     num_workers=0,  # processes that decode and augment; 0 uses threads
   )
   config.augment = dict(

@@ -6,7 +6,10 @@ the same `start`.
 """
 
 import contextlib
+import difflib
 import importlib
+import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -108,6 +111,7 @@ def start(
 
   The arguments are as in Command.
   """
+  name = pathlib.Path(sys.argv[0]).name
   before = set(flags.FLAGS)
   for flag in shared:
     SHARED[flag]()
@@ -123,7 +127,53 @@ def start(
       raise app.UsageError(f"name the {words}")
     return run(flags.FLAGS, *([given] if words is not None else []))
 
-  app.run(main)
+  def parse(argv):
+    with refusing(name):
+      try:
+        rest = flags.FLAGS(argv)
+        # A config file that cannot be read fails when it is first used.
+        _ = "config" in shared and flags.FLAGS.config.is_locked
+      # ml_collections raises all of these for a wrong key or value.
+      except (
+        flags.Error, AttributeError, LookupError, OSError, TypeError, ValueError
+      ) as error:  # fmt: skip
+        if isinstance(error, BrokenPipeError):
+          raise
+        raise ValueError(_one_line(error, argv)) from error
+    return rest
+
+  app.run(main, flags_parser=parse)
+
+
+def _one_line(error, argv):
+  """What is wrong with the command line, and the nearest name that is right."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  if isinstance(error, OSError):
+    return f"--config cannot be read: {lines[-1]}"
+  said = [line for line in lines if line.startswith("ValueError: ")]
+  if said:  # by a config's function, of its argument
+    return said[-1].removeprefix("ValueError: ")
+  if isinstance(error, (AttributeError, LookupError)):
+    return _unknown_field(argv) or "; ".join(lines)
+  # A trace shows where a config's function is wrong.
+  return str(error) if "Traceback" in str(error) else "; ".join(lines)
+
+
+def _unknown_field(argv):
+  """Names the field that is set and that the config does not have."""
+  words = "\n".join(argv[1:])
+  file = re.search(r"^--?config[=\n](.*)$", words, re.MULTILINE)
+  config = flags.FLAGS["config"].parser.parse(file[1])
+  for path in re.findall(r"^--?config\.([\w.]+)", words, re.MULTILINE):
+    node, above = config, "config"
+    for key in path.split("."):
+      keys = list(node.keys()) if hasattr(node, "keys") else []
+      if key not in keys:
+        nearest = difflib.get_close_matches(key, keys, 1)
+        hint = f"; did you mean {above}.{nearest[0]}?" if nearest else ""
+        return f"{above} has no field {key!r}{hint}"
+      node, above = node[key], f"{above}.{key}"
+  return ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -27,27 +27,31 @@ from sigattn.validate import (
   whole,
 )
 
+# What is kept is divided by 1 - p, which must not be 0 in float32.
+PROBABILITY = real(low=0, high=1 - 1e-6)
+
 FIELDS = {
   "dtype": choice(("float32", "bfloat16", "float16")),
-  "model.width": whole(low=1),
-  "model.depth": whole(low=1),
-  "model.num_heads": whole(low=1),
-  "model.mlp_dim": whole(low=1),
+  # What is beyond these sizes, no model of today comes near to.
+  "model.width": whole(low=1, high=2**17),
+  "model.depth": whole(low=1, high=10_000),
+  "model.num_heads": whole(low=1, high=2**17),
+  "model.mlp_dim": whole(low=1, high=2**20),
   "model.mlp": choice(layers.MLPS),
   "model.norm": choice(layers.NORM_PLACES),
   "model.norm_kind": choice(layers.NORMS),
-  "model.layer_scale": real(above=0, optional=True),
-  "model.dropout": real(low=0, below=1),
-  "model.drop_path": real(low=0, below=1),
+  "model.layer_scale": real(low=1e-30, high=1e6, optional=True),
+  "model.dropout": PROBABILITY,
+  "model.drop_path": PROBABILITY,
   "model.remat": flag(),
   "attn.kind": choice(attention.KINDS),
-  "attn.logit_bias": real(optional=True),
+  "attn.logit_bias": real(low=-1e6, high=1e6, optional=True),
   "attn.learn_logit_bias": flag(),
   "attn.normalize": flag(),
   "attn.qk_norm": choice(layers.QK_NORMS),
   "attn.alibi": flag(),
-  "attn.num_kv_heads": whole(low=1, optional=True),
-  "attn.row_power": real(low=0),
+  "attn.num_kv_heads": whole(low=1, high=2**17, optional=True),
+  "attn.row_power": real(low=0, high=4),
   "attn.implementation": text(optional=True),
 }
 
@@ -57,9 +61,14 @@ _SUFFIXES = {"training": "", "test": ", n of the test"}
 # What `eval_lengths` reads, for the tasks that evaluate other lengths.
 LENGTH_FIELDS = {
   "eval.length_factors": sequence(
-    whole(low=1), "whole numbers >= 1", empty=True
+    whole(low=1, high=2**20),
+    f"whole numbers from 1 to {2**20}",
+    empty=True,
+    longest=64,
   ),
-  "eval.max_length_of": sequence(choice(_SUFFIXES), "training or test"),
+  "eval.max_length_of": sequence(
+    choice(_SUFFIXES), "training or test", longest=2
+  ),
 }
 
 
@@ -71,6 +80,35 @@ def _implementation_of_kind(config):
       f"config.attn.implementation={attn.implementation!r}; with "
       f"config.attn.kind={attn.kind!r} choose from {known}"
     )
+
+
+def _implementation_runs_here(config):
+  """Asks the implementation that the config names, of a short sequence."""
+  model, attn = config.model, config.attn
+  if attn.implementation is None:
+    return
+  kv_heads, head_width = attn.num_kv_heads or model.num_heads, model.width
+  head_width //= model.num_heads
+  heads = jnp.zeros((model.num_heads,))
+
+  def attend(query, key):
+    bias = {"logit_bias": heads} if attn.learn_logit_bias else {}
+    slopes = {"alibi_slopes": heads} if attn.alibi else {}
+    return attention.dot_product_attention(
+      query, key, key, kind=attn.kind, implementation=attn.implementation,
+      **bias, **slopes,
+    )  # fmt: skip
+
+  def shape(heads):
+    return jax.ShapeDtypeStruct((1, 128, heads, head_width), config.dtype)
+
+  try:
+    jax.eval_shape(attend, shape(model.num_heads), shape(kv_heads))
+  except (NotImplementedError, RuntimeError, ValueError) as error:
+    raise ValueError(
+      f"config.attn.implementation={attn.implementation!r}; cannot compute "
+      f"this model here: {error}"
+    ) from error
 
 
 def _no_bias_with_softmax(config):
@@ -129,7 +167,11 @@ RULES = (
   divides("attn.num_kv_heads", "model.num_heads"),
   _implementation_of_kind,
   _no_bias_with_softmax,
+<<<<<<< HEAD
   _no_second_normalization,
+=======
+  _implementation_runs_here,
+>>>>>>> input
 )
 
 

@@ -11,9 +11,13 @@ Each module that reads a config has one table beside the code that reads it,
 and, where fields depend on each other, RULES: functions of the config that
 raise ValueError. `fields` applies both, before any work starts. An error
 names the path, the value and what would be right.
+
+Ranges are wide: they end where a value stops to mean anything, because float32
+rounds it to 0 or infinity, because it does not fit the machine's integers, or
+because nobody's memory would hold what it asks for.
 """
 
-import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -48,7 +52,7 @@ def fields(
   for path, field in table.items():
     value = value_at(config, path)
     if not field.is_right(value):
-      raise ValueError(f"config.{path}={value!r}; {field.wanted}")
+      raise ValueError(f"config.{path}={_shown(value)}; {field.wanted}")
   for rule in rules:
     rule(config)
 
@@ -57,10 +61,19 @@ def value_at(config: ConfigDict, path: str) -> Any:
   """The value at a path; ValueError where the config has no such field."""
   node = config
   for key in path.split("."):
-    if key not in node:
+    if not isinstance(node, ConfigDict) or key not in node:
       raise ValueError(f"config.{path} is missing; see configs/")
     node = node[key]
   return node
+
+
+def _shown(value):
+  """The value as text: the beginning and the end, if it is long."""
+  try:
+    text = repr(value)
+  except ValueError:  # Python does not print an int of thousands of digits.
+    text = f"an int of {value.bit_length()} bits"
+  return text if len(text) <= 400 else f"{text[:200]} ... {text[-100:]}"
 
 
 # Fields.
@@ -92,7 +105,13 @@ def choice(choices: Collection[Any], *, optional: bool = False) -> Field:
   shown = [None] * optional + sorted(choices)
 
   def is_right(value):
-    return value is None if optional and value is None else value in choices
+    if value is None:
+      return optional
+    # True == 1 == 1.0, but only one of them is a number of channels.
+    return any(
+      isinstance(value, type(x)) and not isinstance(value, bool) and value == x
+      for x in choices
+    )
 
   return Field(is_right, f"choose from {shown}")
 
@@ -102,32 +121,67 @@ def flag() -> Field:
   return Field(lambda value: isinstance(value, bool), "must be True or False")
 
 
+# Longer than a path or a name of the Hub may be.
+_MAX_TEXT = 4096
+
+
 def text(*, optional: bool = False) -> Field:
-  """A string that is not empty."""
-  return _optional(
-    Field(
-      lambda value: isinstance(value, str) and bool(value),
-      "must be a string that is not empty",
-    ),
-    optional,
-  )
+  """A string that is not empty, and that a file may be called."""
+
+  def is_right(value):
+    return (
+      isinstance(value, str)
+      and 0 < len(value) <= _MAX_TEXT
+      and "\0" not in value
+      and _is_unicode(value)
+    )
+
+  wanted = f"must be a string that is not empty, at most {_MAX_TEXT} long"
+  return _optional(Field(is_right, wanted), optional)
 
 
-def sequence(of: Field, wanted: str, *, empty: bool = False) -> Field:
+def regex() -> Field:
+  """A regular expression that compiles."""
+
+  def is_right(value):
+    try:
+      return isinstance(value, str) and bool(re.compile(value))
+    except (re.error, OverflowError, RecursionError):
+      return False
+
+  return Field(is_right, "must be a regular expression")
+
+
+def zero_or(field: Field) -> Field:
+  """The number 0, which turns something off, or what `field` allows."""
+
+  def is_right(value):
+    return field.is_right(value) or (_is_real(value) and value == 0)
+
+  return Field(is_right, f"{field.wanted}, or 0")
+
+
+def sequence(
+  of: Field, wanted: str, *, empty: bool = False, longest: int = 1000
+) -> Field:
   """A tuple or list of values that are each right by `of`.
 
   wanted: what an error says each value must be. empty: whether none will do.
+  longest: how many there may be.
   """
 
   def is_right(values):
     return (
       isinstance(values, (tuple, list))
       and (empty or len(values) > 0)
+      and len(values) <= longest
       and all(map(of.is_right, values))
     )
 
   some = "" if empty else ", at least one"
-  return Field(is_right, f"must be a tuple of {wanted}{some}")
+  return Field(
+    is_right, f"must be a tuple of {wanted}{some} and at most {longest}"
+  )
 
 
 def items(*of: Field) -> Field:
@@ -147,9 +201,21 @@ def _is_whole(value):
   return isinstance(value, int) and not isinstance(value, bool)
 
 
+_MAX_REAL = 1e38  # float32, in which everything is computed, ends at 3.4e38.
+
+
 def _is_real(value):
   is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  return is_number and math.isfinite(value)
+  # NaN is not below anything.
+  return is_number and abs(value) <= _MAX_REAL
+
+
+def _is_unicode(value):
+  try:
+    value.encode()
+  except UnicodeEncodeError:  # half of a surrogate pair
+    return False
+  return True
 
 
 def _number(name, is_number, low, high, above=None, below=None, *, optional):

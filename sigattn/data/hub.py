@@ -1,6 +1,7 @@
 """Locates data: embedded files, local folders and Hugging Face names."""
 
 import contextlib
+import os
 import pathlib
 import re
 from collections.abc import Collection, Iterator
@@ -27,6 +28,22 @@ def embedded(name: str, file: str) -> pathlib.Path:
   return path
 
 
+def local(name: str, key: str = "source") -> pathlib.Path:
+  """Returns the path that `name` would be as a file or folder.
+
+  key: config.data's, for the error. Raises ValueError for what the system
+  accepts as no path.
+  """
+  try:
+    path = pathlib.Path(name).expanduser()
+    path.exists()
+  except (OSError, RuntimeError, ValueError) as error:
+    raise ValueError(
+      f"config.data.{key}={name!r}; is no path: {error}"
+    ) from error
+  return path
+
+
 def is_hub_name(source: str) -> bool:
   """Whether `source` has the form owner/name or owner/name:subset."""
   return bool(_HUB_NAME.fullmatch(source))
@@ -41,26 +58,63 @@ def builder(source: str, embedded_names: Collection[str]) -> Any:
   """
   import datasets  # This import takes two seconds; embedded sets don't need it.
 
-  path, subset = pathlib.Path(source).expanduser(), ""
-  if source and path.is_dir():
+  path, subset = local(source), ""
+  if path.is_dir():
     name = str(path.resolve())
   elif is_hub_name(source):
     name, _, subset = source.partition(":")
   else:
     raise unknown_source(source, embedded_names)
-  with reading(source):
+  try:
     return datasets.load_dataset_builder(name, subset or None)
+  except Exception as error:  # A strange folder makes it raise anything.
+    raise ValueError(
+      f"config.data.source={source!r}: cannot be read: {error}"
+    ) from error
+
+
+def file_of(source: str, path: str) -> pathlib.Path:
+  """Returns the path of a file that a row of a source names.
+
+  A row of a foreign table may name any file of this machine. Only those are
+  opened that lie in the source's own folder, to which a relative path belongs,
+  or where `datasets` keeps what it has downloaded. Raises ValueError for
+  others.
+  """
+  import datasets
+  import huggingface_hub
+
+  folders = [
+    datasets.config.HF_DATASETS_CACHE,
+    datasets.config.DOWNLOADED_DATASETS_PATH,
+    datasets.config.EXTRACTED_DATASETS_PATH,
+    huggingface_hub.constants.HF_HUB_CACHE,
+  ]
+  own = local(source)
+  if own.is_dir():
+    folders.insert(0, own.resolve())
+    path = os.path.join(folders[0], path)
+  # Not resolved: the owner of a folder may keep links in it.
+  path = pathlib.Path(os.path.normpath(path))
+  if not any(path.is_relative_to(os.path.abspath(x)) for x in folders):
+    raise ValueError(
+      f"the file {str(path)!r} lies outside of the source's folder"
+    )
+  return path
 
 
 def unknown_source(
-  source: str, embedded_names: Collection[str], files: str = ""
+  source: str,
+  embedded_names: Collection[str],
+  files: str = "",
+  key: str = "source",
 ) -> ValueError:
   """Returns the error for a source that is of no known kind.
 
-  files: "file or " if a source may also be a single file.
+  files: "file or " if a source may also be a single file. key: config.data's.
   """
   return ValueError(
-    f"config.data.source={source!r}; choose an embedded set "
+    f"config.data.{key}={source!r}; choose an embedded set "
     f"({sorted(embedded_names)}), a local {files}folder, or a Hugging Face "
     "name: owner/name or owner/name:subset"
   )

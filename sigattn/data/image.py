@@ -15,10 +15,10 @@ from PIL import Image, ImageOps
 from sigattn.data import augment, hub, loader
 from sigattn.validate import choice, flag, real, sequence, text, whole
 
-EMBEDDED = {  # {name: (file, splits, number of classes)}
-  # 10,000 images for training and 2,000 for the test; the licence is beside
-  # the file.
-  "fashion_mnist": ("fashion_mnist.npz", ("train", "test"), 10),
+# {name: (file, number of images of each split, number of classes)}
+EMBEDDED = {
+  # The licence is beside the file.
+  "fashion_mnist": ("fashion_mnist.npz", {"train": 10_000, "test": 2_000}, 10),
 }
 _MODES = {1: "L", 3: "RGB"}  # {number of channels: Pillow's mode}
 
@@ -27,16 +27,18 @@ FIELDS = {
   "data.source": text(),
   "data.train_split": text(),
   "data.eval_split": text(),
-  "data.image_size": whole(low=1),
+  "data.image_size": whole(low=1, high=2**14),
   "data.channels": choice(_MODES),
-  "data.num_classes": whole(low=1),
-  "data.mean": sequence(real(), "finite numbers"),
-  "data.std": sequence(real(above=0), "finite numbers > 0"),
+  "data.num_classes": whole(low=1, high=2**20),
+  "data.max_pixels": whole(low=1, high=2**31),
+  "data.max_corrupt_share": real(low=0, high=1),
+  "data.mean": sequence(real(-1e6, 1e6), "numbers from -1e6 to 1e6"),
+  "data.std": sequence(real(1e-6, 1e6), "numbers from 1e-6 to 1e6"),
   "augment.crop": choice(augment.CROPS),
-  "augment.pad": whole(low=0),
+  "augment.pad": whole(low=0, high=2**14),
   "augment.min_area": real(above=0, high=1),
   "augment.flip": flag(),
-  "augment.randaugment_layers": whole(low=0),
+  "augment.randaugment_layers": whole(low=0, high=100),
   "augment.randaugment_magnitude": real(low=0, high=10),
 }
 
@@ -52,13 +54,23 @@ def _one_mean_and_std_per_channel(config):
       )
 
 
+def _shift_leaves_a_part(config):
+  pad, size = config.augment.pad, config.data.image_size
+  if config.augment.crop == "pad" and pad > size:
+    raise ValueError(
+      f"config.augment.pad={pad!r}; must be at most config.data.image_size="
+      f"{size!r}: a larger shift leaves nothing of the image"
+    )
+
+
 def _source_has_the_splits_and_classes(config):
   """Compares the config with what is known of the source before it is read.
 
   The columns and classes of a folder are known only after it has been opened;
   _Decoded validates them then.
   """
-  splits, num_classes = _splits_and_classes(config.data.source)
+  source = config.data.source
+  splits, num_classes = _splits_and_classes(source)
   for key in ("train_split", "eval_split"):
     if config.data[key] not in splits:
       raise ValueError(
@@ -66,9 +78,17 @@ def _source_has_the_splits_and_classes(config):
       )
   if num_classes is not None:
     _validate_num_classes(config, num_classes)
+  if source in EMBEDDED:
+    split = config.data.train_split
+    count = EMBEDDED[source][1][split]
+    loader.validate_batch_size(config, count, f"{split!r} of {source}")
 
 
-RULES = (_one_mean_and_std_per_channel, _source_has_the_splits_and_classes)
+RULES = (
+  _one_mean_and_std_per_channel,
+  _shift_leaves_a_part,
+  _source_has_the_splits_and_classes,
+)
 
 
 def _validate_num_classes(config, num_classes):
@@ -133,15 +153,17 @@ class Source(loader.ExampleSource):
 
     {"image": uint8 (B, size, size, C), "target": int32 (B,)}
     """
-    images, targets = self._read(indices_B)
+    images, targets, read_B = self._read(indices_B)
     images = augment.train(images, self._size, self._augment, rng)
-    return {"image": images, "target": targets}
+    batch = {"image": images, "target": targets}
+    return batch | self.marks(indices_B, read_B)
 
   def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
     """Returns a batch like that of `train`, but without random augmentation."""
-    images, targets = self._read(indices_B)
+    images, targets, read_B = self._read(indices_B)
     images = augment.evaluate(images, self._size, self._augment.crop)
-    return {"image": images, "target": targets}
+    batch = {"image": images, "target": targets}
+    return batch | self.marks(indices_B, read_B)
 
 
 class _Embedded(Source):
@@ -160,7 +182,7 @@ class _Embedded(Source):
     return len(self._targets)
 
   def _read(self, indices_B):
-    return self._images[indices_B], self._targets[indices_B]
+    return self._images[indices_B], self._targets[indices_B], indices_B
 
 
 class _Decoded(Source):
@@ -174,7 +196,8 @@ class _Decoded(Source):
     self._image_column, self._label_column = _image_and_label_columns(
       source, features
     )
-    self._channels = config.data.channels
+    self._source, self._channels = source, config.data.channels
+    self._max_pixels = config.data.max_pixels
     self._num_classes = features[self._label_column].num_classes
     _validate_num_classes(config, self._num_classes)
     # The images stay encoded here. Pillow decodes them in grain's workers, and
@@ -183,16 +206,30 @@ class _Decoded(Source):
       [self._image_column, self._label_column]
     ).cast_column(self._image_column, datasets.Image(decode=False))
     self._origin = f"config.data.source={source!r}, split {split!r}"
+    self.max_corrupt = int(config.data.max_corrupt_share * len(table))
 
   def __len__(self):
     return len(self._table)
 
   def _read(self, indices_1):
-    """Image (1, H, W, C) and target (1,) of one index.
+    """Image (1, H, W, C) and target (1,) of one index, and the index read.
 
     Images of different sizes cannot be one array, so this reads one at a time.
+    The next image that can be read takes the place of a corrupt one.
     """
-    [row] = indices_1.tolist()
+    [row], count = indices_1.tolist(), len(self)
+    others = ((row + i) % count for i in range(count))
+    row, (image, label) = self.first_readable(others, self._example)
+    return image[None], np.array([label], np.int32), np.array([row])
+
+  def why_corrupt(self, index: int) -> str:
+    try:
+      self._example(index)
+    except loader.CorruptExampleError as error:
+      return str(error)
+    return f"{self._origin}, row {index}: could be read the second time"
+
+  def _example(self, row):
     example = self._table[row]
     image, label = example[self._image_column], example[self._label_column]
     if label not in range(self._num_classes):
@@ -201,25 +238,39 @@ class _Decoded(Source):
         f"classes are 0 to {self._num_classes - 1}"
       )
     try:
-      array = decode(image, self._channels)
+      if image["bytes"] is None:
+        image = image | {"path": hub.file_of(self._source, image["path"])}
+      array = decode(image, self._channels, self._max_pixels)
     except Exception as error:  # Pillow raises a dozen kinds of errors.
       path = image and image["path"]
-      raise ValueError(
+      raise loader.CorruptExampleError(
         f"{self._origin}, row {row}, {path=}: {error!r}"
       ) from error
-    return array[None], np.array([label], np.int32)
+    return array, label
 
 
-def decode(encoded: Mapping[str, Any], channels: int) -> np.ndarray:
+def decode(
+  encoded: Mapping[str, Any], channels: int, max_pixels: int
+) -> np.ndarray:
   """Decodes an image to uint8 (H, W, channels).
 
   encoded: {"bytes": content of a file, "path": str}; the file at the path is
-  read if the bytes are None. channels: 1 or 3. Raises ValueError for an image
-  with more than 8 bits per channel.
+  read if the bytes are None. channels: 1 or 3. max_pixels: a file of a few
+  kilobytes may say that it holds more, and would need gigabytes. Raises
+  ValueError for an image with more pixels, or with more than 8 bits per
+  channel.
   """
   content = encoded["bytes"]
   file = encoded["path"] if content is None else io.BytesIO(content)
-  with Image.open(file) as image:
+  if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
+    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own bound
+  with Image.open(file) as image:  # reads the header alone
+    width, height = image.size
+    if width * height > max_pixels:
+      raise ValueError(
+        f"{width} x {height} pixels; may have config.data.max_pixels="
+        f"{max_pixels}"
+      )
     if image.mode.startswith(("I", "F")):
       raise ValueError(f"mode {image.mode}: must have 8 bits per channel")
     # A photograph may be stored rotated, with its orientation as metadata.

@@ -12,17 +12,20 @@ processes and runs the worker processes. A source module has
 
 import bisect
 import functools
+import itertools
 import math
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import grain
 import jax
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from sigattn.validate import whole
@@ -37,11 +40,29 @@ _ENDLESS = 2**40  # more epochs and more examples than any run needs
 Batch = dict[str, np.ndarray]
 
 FIELDS = {
-  "seed": whole(low=0),
-  "batch_size": whole(low=1),
-  "data.num_workers": whole(low=0),
+  # JAX would make one key of two seeds that differ by 2^32.
+  "seed": whole(low=0, high=2**32 - 1),
+  "batch_size": whole(low=1, high=2**20),
+  "data.num_workers": whole(low=0, high=1024),
 }
 RULES = ()
+
+
+def validate_batch_size(config: ConfigDict, count: int, of: str) -> None:
+  """Raises ValueError if a training batch has more examples than the split.
+
+  Each batch would hold examples twice. count: the split's number of examples.
+  of: what they are examples of, for the error.
+  """
+  if config.batch_size > count:
+    raise ValueError(
+      f"config.batch_size={config.batch_size!r}; must be at most {count}, the "
+      f"number of examples in {of}"
+    )
+
+
+class CorruptExampleError(ValueError):
+  """An example that cannot be read; the message names it and says why."""
 
 
 class ExampleSource:
@@ -56,18 +77,58 @@ class ExampleSource:
   buckets: one array of indices for each of config.data.bucket_seconds. A batch
     takes its examples from one bucket, and all batches of a bucket have one
     shape. None if all examples have one shape.
+  max_corrupt: how many examples may be corrupt. If it is not 0, a batch also
+    has int64 `corrupt` (B,), the index of the corrupt example whose place
+    another one has taken, or -1; it does not leave the pipeline.
+  unreadable: {index: why} of corrupt examples known before they are read, which
+    are in no bucket.
   """
 
   in_memory: bool
   buckets: list[np.ndarray] | None = None
+  max_corrupt: int = 0
+  unreadable: Mapping[int, str] = types.MappingProxyType({})
+
+  def first_readable(
+    self, indices: Iterable[int], read: Callable[[int], Any]
+  ) -> tuple[int, Any]:
+    """Returns the first index that can be read, and what `read` returns of it.
+
+    Which one that is depends on the files alone, so a resumed run and any
+    number of workers read the same. Raises CorruptExampleError after more than
+    max_corrupt corrupt examples in a row.
+    """
+    error = None
+    for index in itertools.islice(indices, self.max_corrupt + 1):
+      try:
+        return index, read(index)
+      except CorruptExampleError as this:
+        error = error or this
+    raise error
+
+  def marks(self, indices_B: np.ndarray, read_B: np.ndarray) -> Batch:
+    """Returns {"corrupt": (B,)}, or nothing if no example may be corrupt.
+
+    indices_B: the examples that a batch asked for. read_B: those that it has.
+    """
+    if not self.max_corrupt:
+      return {}
+    return {"corrupt": np.where(read_B == indices_B, -1, indices_B)}
+
+  def why_corrupt(self, index: int) -> str:
+    """Returns the name of a corrupt example and why it cannot be read."""
+    raise NotImplementedError
 
   def train_batches(self, config: ConfigDict) -> Iterator[Batch]:
     """Yields batches without end, each a dict of NumPy arrays made by `train`.
 
     A batch holds this process's share of the examples. Order and augmentation
     depend on config.seed alone, and each epoch has another order.
-    grain.checkpoint saves and restores the iterator's state exactly.
+    grain.checkpoint saves and restores the iterator's state exactly. Raises
+    ValueError if a batch has more examples than the split.
     """
+    split = f"the split {config.data.train_split!r} of config.data.source"
+    validate_batch_size(config, len(self), split)
     if self.buckets is None:
       order = _Shuffled(len(self), _chunk_size(config, self), config.seed)
     else:
@@ -102,6 +163,8 @@ def _evaluate(source, indices_B):
   """
   is_real = indices_B < len(source)
   batch = source.evaluate(indices_B % len(source))
+  if "corrupt" in batch:  # Another example, which is counted in its own place.
+    is_real &= batch["corrupt"] < 0
   return batch | {"weight": is_real.astype(np.float32)}
 
 
@@ -132,11 +195,48 @@ def _batches(config, source, chunks, num_workers):
   if num_workers and not flags.FLAGS.is_parsed():
     # grain reads absl's flags, which a notebook has not parsed.
     flags.FLAGS.mark_as_parsed()
-  return share.to_iter_dataset(
+  dataset = share.to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   ).mp_prefetch(
     grain.MultiprocessingOptions(num_workers=num_workers), _start_worker
   )
+  if source.max_corrupt:
+    dataset = dataset.map(_CountCorrupt(source))
+  return dataset
+
+
+class _CountCorrupt:
+  """Counts and names the corrupt examples, and ends a run with too many.
+
+  It is the last step of the pipeline and runs in the main process, so it counts
+  what all worker processes skip. In a run of several processes, each of them
+  counts what is in its own part of the batches, and compares it with the share
+  of the whole split. A run that is resumed counts from 0.
+  """
+
+  def __init__(self, source):
+    self._source, self._why = source, {}
+    for index in source.unreadable:
+      self._add(index)
+
+  def __call__(self, batch):
+    corrupt_B = batch["corrupt"]
+    for index in corrupt_B[corrupt_B >= 0].tolist():
+      self._add(index)
+    return {name: x for name, x in batch.items() if name != "corrupt"}
+
+  def _add(self, index):
+    if index in self._why:
+      return
+    self._why[index] = why = self._source.why_corrupt(index)
+    count, most = len(self._why), self._source.max_corrupt
+    if count > most:
+      raise ValueError(
+        f"{count} examples are corrupt, of {len(self._source)}; "
+        f"config.data.max_corrupt_share allows {most}: "
+        + "; ".join(self._why.values())
+      )
+    logging.warning("skipped (%d of at most %d): %s", count, most, why)
 
 
 def _start_worker(*_):
@@ -294,7 +394,8 @@ class _BucketsInOrder(_Buckets):
 
   def __init__(self, source, config):
     super().__init__(source, config)
-    if num_too_long := len(source) - sum(map(len, self._buckets)):
+    num_readable = len(source) - len(source.unreadable)
+    if num_too_long := num_readable - sum(map(len, self._buckets)):
       raise ValueError(
         f"config.data.bucket_seconds={config.data.bucket_seconds!r}; "
         f"{num_too_long} of {len(source)} recordings to evaluate are longer: "

@@ -6,6 +6,7 @@ parquet files, or the name of a data set on the Hugging Face Hub.
 
 import functools
 import io
+import itertools
 import math
 import os
 import unicodedata
@@ -35,32 +36,40 @@ _SPLITS = ("train", "test")
 # transcript decides, so that none is in both splits.
 _HELD_OUT_EVERY = 10
 _TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
+# Samples per second. At a rate of 1 in its header, a short recording would be
+# resampled to gigabytes.
+RATES = (1000, 768_000)
+# Samples are in [-1, 1], but some files hold them as large as integers. Beyond,
+# the energies overflow float32.
+_LOUDEST = 1e9
 BLANK = 0  # CTC's blank; character i of the alphabet has index i + 1
 
 
-def _increasing():
-  """A field of positive numbers in increasing order."""
-  positive = sequence(real(above=0), "positive numbers")
+def _increasing(low, high):
+  """A field of numbers from `low` to `high` in increasing order."""
+  within = sequence(
+    real(low, high), f"numbers from {low} to {high}", longest=64
+  )
 
   def is_right(values):
-    return positive.is_right(values) and list(values) == sorted(set(values))
+    return within.is_right(values) and list(values) == sorted(set(values))
 
-  return Field(
-    is_right, "must be finite, positive and each greater than the one before"
-  )
+  return Field(is_right, f"{within.wanted}, each greater than the one before")
 
 
 FIELDS = {
   "data.source": text(),
   "data.train_split": text(),
   "data.eval_split": text(),
-  "data.sample_rate": whole(low=1000),
+  "data.sample_rate": whole(*RATES),
   "data.alphabet": Field(
-    lambda x: isinstance(x, str) and 0 < len(x) == len(set(x)),
-    "must be characters, each once",
+    lambda x: isinstance(x, str) and 0 < len(x) == len(set(x)) <= 2**16,
+    f"must be 1 to {2**16} characters, each once",
   ),
-  "data.bucket_seconds": _increasing(),
-  "augment.speeds": _increasing(),
+  "data.max_corrupt_share": real(low=0, high=1),
+  # From two windows of log_mel to an hour.
+  "data.bucket_seconds": _increasing(0.05, 3600),
+  "augment.speeds": _increasing(0.1, 10),
 }
 
 
@@ -78,7 +87,7 @@ def _source_has_the_splits(config):
   The columns of a folder are known only after it has been opened;
   _TableRecordings validates them then.
   """
-  splits = _splits(config)
+  source, splits = config.data.source, _splits(config)
   for key in ("train_split", "eval_split"):
     value = config.data[key]
     for part in value.split("+"):
@@ -87,6 +96,10 @@ def _source_has_the_splits(config):
           f"config.data.{key}={value!r}; choose from {sorted(splits)}, or "
           "join several by +"
         )
+  if source in EMBEDDED:
+    split = config.data.train_split
+    count = len(_embedded_rows(source, split))
+    loader.validate_batch_size(config, count, f"{split!r} of {source}")
 
 
 RULES = (_speeds_are_hundredths, _source_has_the_splits)
@@ -121,7 +134,7 @@ def transcript(text: str, alphabet: str) -> str:
 
   The text becomes lower case if the alphabet has no upper case. Accents,
   punctuation and all other characters outside the alphabet are dropped. One
-  space separates two words; hyphens count as spaces.
+  space separates two words, if the alphabet has it; hyphens count as spaces.
   """
   if alphabet == alphabet.lower():
     text = text.lower()
@@ -129,7 +142,7 @@ def transcript(text: str, alphabet: str) -> str:
   kept = "".join(
     c if c in alphabet else " " if c.isspace() or c == "-" else "" for c in text
   )
-  return " ".join(kept.split())
+  return (" " if " " in alphabet else "").join(kept.split())
 
 
 def encode(text: str, alphabet: str) -> np.ndarray:
@@ -154,10 +167,29 @@ def read(
   """Reads a recording: float32 samples (S,) in [-1, 1] at `sample_rate` Hz.
 
   file: a path, or a file object opened in binary mode, in a format that
-  libsndfile reads: WAV, FLAC, Opus, MP3, ... Channels are averaged.
+  libsndfile reads: WAV, FLAC, Opus, MP3, ... Channels are averaged. Raises
+  ValueError for a rate that is not of RATES, and for samples that are not
+  finite or larger than any recording's.
   """
-  audio_SC, rate = soundfile.read(file, dtype="float32", always_2d=True)
-  return resample(audio_SC.mean(axis=1), rate, sample_rate)
+  with soundfile.SoundFile(file) as recording:
+    _validate_rate(recording.samplerate)
+    audio_SC = recording.read(dtype="float32", always_2d=True)
+  audio_S = audio_SC.mean(axis=1)
+  # NaN is not below anything.
+  if wrong := np.flatnonzero(~(np.abs(audio_S) <= _LOUDEST)).tolist():
+    raise ValueError(
+      f"sample {wrong[0]} is {audio_S[wrong[0]]}; must be finite and at most "
+      f"{_LOUDEST:g}"
+    )
+  return resample(audio_S, recording.samplerate, sample_rate)
+
+
+def _validate_rate(rate):
+  low, high = RATES
+  if not low <= rate <= high:
+    raise ValueError(
+      f"{rate} samples per second in its header; must be from {low} to {high}"
+    )
 
 
 def resample(audio_S: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
@@ -170,23 +202,36 @@ def resample(audio_S: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 
 
 class _Recordings:
-  """Encoded recordings by index, with their transcripts and lengths."""
+  """Encoded recordings by index, with their transcripts and lengths.
 
-  def __init__(self, recordings, texts, seconds):
+  unreadable: {index: why} of those whose length is unknown, NaN.
+  """
+
+  def __init__(self, recordings, texts, seconds, unreadable=()):
     self._recordings, self.texts, self.seconds = recordings, texts, seconds
+    self.unreadable = dict(unreadable)
 
   def __getitem__(self, i):
     return self._recordings[i]
 
 
-def _embedded(name, split):
-  table = pyarrow.parquet.read_table(hub.embedded(name, EMBEDDED[name]))
-  rows = [
+@functools.lru_cache(maxsize=2)
+def _embedded_table(name):
+  file = hub.embedded(name, EMBEDDED[name])
+  return pyarrow.parquet.read_table(file).to_pylist()
+
+
+def _embedded_rows(name, split):
+  return [
     row
-    for row in table.to_pylist()
+    for row in _embedded_table(name)
     if _SPLITS[zlib.crc32(row["text"].encode()) % _HELD_OUT_EVERY == 0]
     in split.split("+")
   ]
+
+
+def _embedded(name, split):
+  rows = _embedded_rows(name, split)
   return _Recordings(
     [row["audio"] for row in rows],
     [row["text"] for row in rows],
@@ -210,12 +255,23 @@ class _TableRecordings(_Recordings):
       audio, datasets.Audio(decode=False)
     )
     lengths = table.map(
-      functools.partial(_duration, audio=audio, origin=self._origin),
+      functools.partial(
+        _duration,
+        audio=audio,
+        origin=self._origin,
+        source=source,
+        skips=int(config.data.max_corrupt_share * len(table)) > 0,
+      ),
       with_indices=True,
       remove_columns=table.column_names,
       desc="Reading the lengths of the recordings",
     )
-    super().__init__(table, table[text][:], lengths["seconds"][:])
+    super().__init__(
+      table,
+      table[text][:],
+      lengths["seconds"][:],
+      ((i, why) for i, why in enumerate(lengths["corrupt"][:]) if why),
+    )
     self._audio = audio
 
   def __getitem__(self, i):
@@ -232,17 +288,25 @@ def _text_column(source, columns):
   )
 
 
-def _duration(example, row, audio, origin):
+def _duration(example, row, audio, origin, source, skips):
+  """The length, and why it cannot be read; raises if nothing is skipped."""
   try:
-    return {"seconds": soundfile.info(_open(example[audio])).duration}
+    header = soundfile.info(_open(example[audio], source))
+    _validate_rate(header.samplerate)
+    return {"seconds": header.duration, "corrupt": ""}
   except Exception as error:  # errors of libsndfile and of files
     path = example[audio] and example[audio]["path"]
-    raise ValueError(f"{origin}, row {row}, {path=}: {error!r}") from error
+    why = f"{origin}, row {row}, {path=}: {error!r}"
+    if not skips:
+      raise loader.CorruptExampleError(why) from error
+    return {"seconds": math.nan, "corrupt": why}
 
 
-def _open(encoded):
+def _open(encoded, source):
   content = encoded["bytes"]
-  return encoded["path"] if content is None else io.BytesIO(content)
+  if content is None:
+    return hub.file_of(source, encoded["path"])
+  return io.BytesIO(content)
 
 
 class Source(loader.ExampleSource):
@@ -257,6 +321,7 @@ class Source(loader.ExampleSource):
   ):
     data, self._rows, self.in_memory = config.data, rows, in_memory
     self._rate, self._speeds = data.sample_rate, tuple(config.augment.speeds)
+    self._source = data.source
     self._origin = f"config.data.source={data.source!r}, split {split!r}"
     self._texts = [transcript(text, data.alphabet) for text in rows.texts]
     self._targets = [encode(text, data.alphabet) for text in self._texts]
@@ -266,7 +331,11 @@ class Source(loader.ExampleSource):
     self.buckets = [
       np.flatnonzero(self._bucket == b) for b in range(len(self._max_seconds))
     ]
-    if num_too_long := int((self._bucket == len(self._max_seconds)).sum()):
+    self.unreadable = rows.unreadable
+    self.max_corrupt = int(data.max_corrupt_share * len(self._texts))
+    # NaN, the length of what is unreadable, is longer than all of them.
+    num_too_long = int((self._bucket == len(self._max_seconds)).sum())
+    if num_too_long := num_too_long - len(self.unreadable):
       logging.warning(
         "%s: %d of %d recordings are longer than all of "
         "config.data.bucket_seconds and are left out of training",
@@ -287,16 +356,11 @@ class Source(loader.ExampleSource):
     samples and characters count what is not padding in audio and target.
     """
     speeds = rng.choice(self._speeds, len(indices_B))
-    audio = [
-      self._at_speed(i, speed)
-      for i, speed in zip(indices_B.tolist(), speeds.tolist(), strict=True)
-    ]
-    return self._batch(indices_B, audio, min(*self._speeds, 1.0))
+    return self._batch(indices_B, speeds, min(*self._speeds, 1.0))
 
   def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
     """Returns a batch at the recorded speed, with float32 `seconds` (B,)."""
-    audio = [self._at_speed(i, 1.0) for i in indices_B.tolist()]
-    batch = self._batch(indices_B, audio, 1.0)
+    batch = self._batch(indices_B, np.ones(len(indices_B)), 1.0)
     seconds = self._seconds[indices_B].astype(np.float32)
     return batch | {"seconds": seconds}
 
@@ -318,26 +382,52 @@ class Source(loader.ExampleSource):
   def _decode(self, i):
     encoded = self._rows[i]
     try:
-      return read(_open(encoded), self._rate)
+      return read(_open(encoded, self._source), self._rate)
     except Exception as error:  # errors of libsndfile and of files
       path = encoded and encoded["path"]
-      raise ValueError(
+      raise loader.CorruptExampleError(
         f"{self._origin}, row {i}, {path=}: {error!r}"
       ) from error
 
-  def _batch(self, indices_B, audio, slowest):
+  def _not_longer(self, i, speed, samples):
+    """_at_speed of a recording that has as many seconds as its header says."""
+    audio_S = self._at_speed(i, speed)
+    if len(audio_S) > samples:
+      raise loader.CorruptExampleError(
+        f"{self._origin}, row {i}: the recording is longer than the "
+        f"{self._seconds[i]:.2f} seconds in its header"
+      )
+    return audio_S
+
+  def why_corrupt(self, index: int) -> str:
+    if index in self.unreadable:
+      return self.unreadable[index]
+    seconds = self._max_seconds[self._bucket[index]]
+    try:
+      self._not_longer(index, 1.0, math.ceil(seconds * self._rate) + 1)
+    except loader.CorruptExampleError as error:
+      return str(error)
+    return f"{self._origin}, row {index}: could be read the second time"
+
+  def _batch(self, indices_B, speeds_B, slowest):
+    """The next in the bucket takes the place of a corrupt recording."""
     bucket = self._bucket[indices_B[0]]
     # A recording may be one sample longer than the seconds in its header.
     samples = math.ceil(self._max_seconds[bucket] * self._rate / slowest) + 1
     characters = max(1, *(len(self._targets[i]) for i in self.buckets[bucket]))
-    targets = [self._targets[i] for i in indices_B]
-    for i, audio_S in zip(indices_B.tolist(), audio, strict=True):
-      if len(audio_S) > samples:
-        raise ValueError(
-          f"{self._origin}, row {i}: the recording is longer than the "
-          f"{self._seconds[i]:.2f} seconds in its header"
-        )
-    return {
+    rows = self.buckets[bucket]
+    read_B, audio = [], []
+    for i, speed in zip(indices_B.tolist(), speeds_B.tolist(), strict=True):
+      after = int(np.searchsorted(rows, i, side="right"))
+      others = (int(rows[(after + j) % len(rows)]) for j in range(len(rows)))
+      read, audio_S = self.first_readable(
+        itertools.chain([i], others),
+        lambda i, speed=speed: self._not_longer(i, speed, samples),
+      )
+      read_B.append(read)
+      audio.append(audio_S)
+    targets = [self._targets[i] for i in read_B]
+    return self.marks(indices_B, np.array(read_B)) | {
       "audio": _padded(audio, samples, np.float32),
       "samples": _lengths(audio),
       "target": _padded(targets, characters, np.int32),

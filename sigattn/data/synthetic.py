@@ -199,10 +199,10 @@ def _sizes_fit_the_task(config):
 
 FIELDS = {
   "data.name": choice(TASKS),
-  "data.length": whole(low=1),
-  "data.size": whole(low=1),
-  "data.vocab_size": whole(low=3),
-  "data.eval_examples": whole(low=1),
+  "data.length": whole(low=1, high=2**16),
+  "data.size": whole(low=1, high=2**16),
+  "data.vocab_size": whole(low=3, high=2**20),
+  "data.eval_examples": whole(low=1, high=2**20),
   "data.train_split": choice(("train",)),
   "data.eval_split": choice(("test",)),
 }

@@ -16,7 +16,6 @@ or owner/name:subset) are streams of documents.
 import functools
 import itertools
 import lzma
-import pathlib
 from collections.abc import Iterable, Iterator
 
 import grain
@@ -47,18 +46,20 @@ _ENCODED_AT_ONCE = 64
 FIELDS = {
   "data.source": text(),
   "data.mixture": sequence(
-    items(text(), real(above=0)), "(source, share > 0) pairs", empty=True
+    items(text(), real(low=1e-9, high=1e9)),
+    "(source, share from 1e-9 to 1e9) pairs",
+    empty=True,
   ),
   "data.eval_source": text(optional=True),
   "data.train_split": text(),
   "data.eval_split": text(),
   "data.text_column": text(),
   "data.tokenizer": text(),
-  "data.vocab_size": whole(low=1),
-  "data.length": whole(low=1),
-  "data.shuffle_window": whole(low=1),
-  "data.packing_window": whole(low=1),
-  "eval.rows": whole(low=1, optional=True),
+  "data.vocab_size": whole(low=1, high=2**22),
+  "data.length": whole(low=1, high=2**24),
+  "data.shuffle_window": whole(low=1, high=10**8),
+  "data.packing_window": whole(low=1, high=2**20),
+  "eval.rows": whole(low=1, high=10**12, optional=True),
 }
 
 
@@ -67,12 +68,29 @@ def _sources_have_the_splits(config):
 
   Whether a stream has the split and the column is known only when it is read.
   """
-  for key, source in _sources(config):
-    _validate_source(source)
-    if source in EMBEDDED and config.data[key] not in _SPLITS:
+  for split, key, source in _sources(config):
+    _validate_source(key, source)
+    if source in EMBEDDED and config.data[split] not in _SPLITS:
       raise ValueError(
-        f"config.data.{key}={config.data[key]!r}; choose from {sorted(_SPLITS)}"
+        f"config.data.{split}={config.data[split]!r}; choose from "
+        f"{sorted(_SPLITS)}"
       )
+
+
+def _embedded_text_has_the_rows(config):
+  data = config.data
+  if data.source not in EMBEDDED or data.mixture:
+    return
+  # Characters bound the tokens of each tokenizer that is a file.
+  characters = len(_embedded_split(data.source, data.train_split).encode())
+  if data.length >= characters:
+    raise ValueError(
+      f"config.data.length={data.length!r}; must be less than {characters}, "
+      f"the characters of {data.train_split!r} of {data.source}"
+    )
+  rows = _num_rows(characters, data.length)
+  of = f"{data.source} in rows of config.data.length={data.length!r}"
+  loader.validate_batch_size(config, rows, of)
 
 
 def _vocabulary_covers_the_tokenizer(config):
@@ -85,11 +103,18 @@ def _vocabulary_covers_the_tokenizer(config):
     )
 
 
-RULES = (_sources_have_the_splits, _vocabulary_covers_the_tokenizer)
+RULES = (
+  _sources_have_the_splits,
+  _vocabulary_covers_the_tokenizer,
+  _embedded_text_has_the_rows,
+)
 
 
 def _sources(config):
-  """[(config.data's key of the split, source)] of everything a run reads."""
+  """What a run reads: [(key of its split, its own key, source)].
+
+  Both keys are of config.data.
+  """
   data, mixture = config.data, _mixture(config)
   for name, _ in data.mixture:
     if name in EMBEDDED:
@@ -103,15 +128,18 @@ def _sources(config):
         f"config.data.eval_source={data.eval_source!r}; must be None with "
         f"config.data.source={data.source!r}, whose end is evaluated"
       )
-    return [("train_split", data.source), ("eval_split", data.source)]
+    splits = ("train_split", "eval_split")
+    return [(split, "source", data.source) for split in splits]
   if data.num_workers:
     raise ValueError(
       f"config.data.num_workers={data.num_workers}; must be 0: a "
       "stream is read by one thread, and encoded by all threads"
     )
+  key = "mixture" if data.mixture else "source"
+  eval_key = "source" if data.eval_source is None else "eval_source"
   return [
-    *(("train_split", name) for name, _ in mixture),
-    ("eval_split", _eval_source(data)),
+    *(("train_split", key, name) for name, _ in mixture),
+    ("eval_split", eval_key, _eval_source(data)),
   ]
 
 
@@ -119,7 +147,7 @@ def _eval_source(data):
   """The source of the evaluation if a stream is trained on."""
   if data.eval_source is not None:
     return data.eval_source
-  if data.mixture or pathlib.Path(data.source).expanduser().is_file():
+  if data.mixture or hub.local(data.source).is_file():
     raise ValueError(
       "config.data.eval_source=None; must be given if config.data.source is "
       "one file, or if config.data.mixture is not empty"
@@ -131,22 +159,23 @@ def _mixture(config):
   return config.data.mixture or ((config.data.source, 1.0),)
 
 
-def _validate_source(source):
-  path = pathlib.Path(source).expanduser()
+def _validate_source(key, source):
+  """key: config.data's key of the source."""
+  path = hub.local(source, key)
   if source in EMBEDDED:
     hub.embedded(source, EMBEDDED[source])
   elif path.is_file():
-    _builder(path)
+    _builder(path, key)
   elif not path.is_dir() and not hub.is_hub_name(source):
-    raise hub.unknown_source(source, EMBEDDED, "file or ")
+    raise hub.unknown_source(source, EMBEDDED, "file or ", key)
 
 
-def _builder(path):
+def _builder(path, key="source"):
   """The name of the builder in `datasets` that reads a file."""
   suffixes = [x for x in path.suffixes if x not in _COMPRESSED]
   if not suffixes or suffixes[-1] not in _SUFFIXES:
     raise ValueError(
-      f"config.data.source={str(path)!r}; its name must end in one of "
+      f"config.data.{key}={str(path)!r}; its name must end in one of "
       f"{sorted(_SUFFIXES)}, compressed or not"
     )
   return _SUFFIXES[suffixes[-1]]
@@ -171,28 +200,29 @@ def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
 
   Raises ValueError if config.data.tokenizer does not name one.
   """
-  return _tokenizer(config.data.tokenizer, config.data.source)
+  data = config.data
+  return _tokenizer(data.tokenizer, data.source, data.vocab_size)
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer(name, source):
+def _tokenizer(name, source, vocab_size):
   if name == "bytes":
     return tokenizers.Bytes()
   if name == "characters":
     if source not in EMBEDDED:
       raise ValueError(
         f"config.data.tokenizer={name!r}; works only with the embedded texts "
-        f"{sorted(EMBEDDED)}: choose bytes, or train a tokenizer (`python -m "
+        f"{sorted(EMBEDDED)}, not with config.data.source={source!r}: choose "
+        "bytes, or train a tokenizer (`python -m "
         "sigattn train_tokenizer`)"
       )
     return tokenizers.Characters("".join(sorted(set(_embedded(source)))))
-  path = pathlib.Path(name).expanduser()
-  if not path.is_file():
+  if not (path := hub.local(name, "tokenizer")).is_file():
     raise ValueError(
       f"config.data.tokenizer={name!r}; choose characters, bytes, or a "
       "tokenizer.json (`python -m sigattn train_tokenizer` trains one)"
     )
-  return tokenizers.File(path)
+  return tokenizers.File(path, vocab_size)
 
 
 def open_source(
@@ -218,6 +248,10 @@ def documents(source: str, split: str, column: str) -> Iterable[str]:
   return _Documents(source, split, column, endless=False)
 
 
+def _num_rows(tokens, length):
+  return -(-(tokens - 1) // length)
+
+
 class _Embedded(loader.ExampleSource):
   """Rows cut from one long text.
 
@@ -233,7 +267,7 @@ class _Embedded(loader.ExampleSource):
     [self._tokens] = tokenizer(config).encode([whole_text])
 
   def __len__(self):
-    return -(-(len(self._tokens) - 1) // self._length)
+    return _num_rows(len(self._tokens), self._length)
 
   def train(self, indices_B, rng):
     start_B = indices_B * self._length
@@ -427,7 +461,7 @@ def _open(source, split):
   """Opens a file, folder or Hub name as a datasets.IterableDataset."""
   import datasets
 
-  path = pathlib.Path(source).expanduser()
+  path = hub.local(source)
   if path.is_file():
     return datasets.load_dataset(
       _builder(path), data_files={split: str(path)}, split=split, streaming=True

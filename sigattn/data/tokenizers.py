@@ -83,10 +83,12 @@ class File:
 
   _ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 
-  def __init__(self, path: str | os.PathLike[str]):
+  def __init__(self, path: str | os.PathLike[str], vocab_size: int):
     """Reads a tokenizer.json.
 
-    Raises ValueError if the file is no tokenizer, or has no end-of-text token.
+    vocab_size: config.data.vocab_size. Raises ValueError if the file is no
+    tokenizer, has no end-of-text token, or has an id that is not below
+    vocab_size: arrays are as large as the largest id, however few there are.
     """
     import tokenizers
 
@@ -102,7 +104,14 @@ class File:
         f"{self._ENDS}"
       )
     self.end = self.start = ends[0]
-    self.size = max(vocabulary.values()) + 1
+    last = max(vocabulary, key=vocabulary.get)
+    self.size = vocabulary[last] + 1
+    if self.size > vocab_size:
+      raise ValueError(
+        f"config.data.vocab_size={vocab_size!r}; must be at least {self.size}: "
+        f"the token {last!r} of config.data.tokenizer={str(path)!r} has the id "
+        f"{self.size - 1}"
+      )
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)

@@ -162,7 +162,7 @@ FIELDS = (
   | stack.LENGTH_FIELDS
   | {
     "model.positions": choice(POSITIONS),
-    "model.max_length": whole(low=1),
+    "model.max_length": whole(low=1, high=2**31 - 1),
     "eval.by_position": flag(),
   }
 )

@@ -104,20 +104,22 @@ class AcousticModel(nnx.Module):
 
 
 FIELDS = stack.FIELDS | {
-  "model.mel_bins": whole(low=1),
+  "model.mel_bins": whole(low=1, high=2**12),
   "model.convolutions": sequence(
-    items(whole(low=1), whole(low=1)), "(kernel, stride) pairs, whole and > 0"
+    items(whole(low=1, high=2**12), whole(low=1, high=2**12)),
+    f"(kernel, stride) pairs, whole and from 1 to {2**12}",
+    longest=16,
   ),
   "model.positions": choice(POSITIONS),
-  "model.cape_shift": real(low=0),
-  "model.cape_local_shift": real(low=0),
-  "model.cape_scale": real(low=1),
-  "augment.freq_masks": whole(low=0),
-  "augment.freq_width": whole(low=0),
-  "augment.time_masks": whole(low=0),
-  "augment.time_width": whole(low=0),
+  "model.cape_shift": real(low=0, high=1e6),
+  "model.cape_local_shift": real(low=0, high=1e6),
+  "model.cape_scale": real(low=1, high=1e3),
+  "augment.freq_masks": whole(low=0, high=1000),
+  "augment.freq_width": whole(low=0, high=10**6),
+  "augment.time_masks": whole(low=0, high=1000),
+  "augment.time_width": whole(low=0, high=10**6),
   "augment.time_share": real(low=0, high=1),
-  "eval.beam_width": whole(low=1),
+  "eval.beam_width": whole(low=1, high=2**16),
 }
 RULES = (
   *stack.RULES,

@@ -84,7 +84,7 @@ FIELDS = (
   | stack.LENGTH_FIELDS
   | {
     "model.positions": choice(POSITIONS),
-    "model.max_length": whole(low=1, optional=True),
+    "model.max_length": whole(low=1, high=2**31 - 1, optional=True),
   }
 )
 

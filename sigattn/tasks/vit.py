@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack
 from sigattn.data import image
-from sigattn.validate import choice, divides, real, whole
+from sigattn.validate import choice, divides, real, whole, zero_or
 
 SOURCE = image
 UNIT = "images"
@@ -131,15 +131,30 @@ def _fixed_table(name, grid, width):
   return positions.sincos_2d(*grid, width)
 
 
+_MAX_TOKENS = 2**20
+# Of Beta(alpha, alpha): below, nothing is mixed; above, all is halved.
+_ALPHA = zero_or(real(low=1e-3, high=1e3))
+
 FIELDS = stack.FIELDS | {
-  "model.patch_size": whole(low=1),
+  "model.patch_size": whole(low=1, high=2**14),
   "model.pool": choice(POOLS),
   "model.positions": choice(POSITIONS),
-  "model.position_std": real(low=0),
-  "augment.mixup": real(low=0),
-  "augment.cutmix": real(low=0),
+  "model.position_std": real(low=0, high=1e6),
+  "augment.mixup": _ALPHA,
+  "augment.cutmix": _ALPHA,
   "augment.label_smoothing": real(low=0, below=1),
 }
+
+
+def _patches_are_not_too_many(config):
+  """Tables of positions are made on the host, with a row for each patch."""
+  size, patch = config.data.image_size, config.model.patch_size
+  if (size // patch) ** 2 > _MAX_TOKENS:
+    raise ValueError(
+      f"config.model.patch_size={patch!r}; must be at least "
+      f"{-(-size // math.isqrt(_MAX_TOKENS))} with config.data.image_size="
+      f"{size!r}: there may be {_MAX_TOKENS} patches"
+    )
 
 
 def _top5_needs_more_classes(config):
@@ -155,6 +170,7 @@ RULES = (
   *stack.RULES,
   stack.not_causal,
   divides("model.patch_size", "data.image_size"),
+  _patches_are_not_too_many,
   stack.multiple_for_positions({"sincos1d": 2, "sincos2d": 4, "rope": 4}),
   _top5_needs_more_classes,
 )

@@ -14,9 +14,10 @@ from sigattn.validate import (
   divides,
   items,
   real,
+  regex,
   sequence,
-  text,
   whole,
+  zero_or,
 )
 
 OPTIMIZERS = {
@@ -48,26 +49,43 @@ SCHEDULES = {  # step 0 is the end of the warm-up
 
 
 _GROUPS = sequence(
-  items(text(), real(low=0)), "(pattern, factor >= 0) pairs", empty=True
+  items(regex(), real(low=0, high=1e6)),
+  "(regular expression, factor from 0 to 1e6) pairs",
+  empty=True,
 )
+# float32 rounds what is nearer to 1 to 1 itself, by which Adam then divides 0.
+_MEMORY = real(low=0, high=1 - 1e-6)
 
 FIELDS = {
   "optim.name": choice(OPTIMIZERS),
-  "optim.lr": real(above=0),
+  "optim.lr": real(low=1e-30, high=1e30),
   "optim.schedule": choice(SCHEDULES),
-  "optim.warmup_steps": whole(low=0),
+  "optim.warmup_steps": whole(low=0, high=10**9),
   "optim.end_lr": real(low=0, high=1),
-  "optim.b1": real(low=0, high=1),
-  "optim.b2": real(low=0, high=1),
-  "optim.eps": real(low=0),
-  "optim.weight_decay": real(low=0),
+  "optim.b1": _MEMORY,
+  "optim.b2": _MEMORY,
+  # Adam divides by the root of the second moment, which may be 0, plus eps.
+  "optim.eps": real(low=1e-30, high=1e3),
+  "optim.weight_decay": real(low=0, high=1e6),
   "optim.decay_groups": _GROUPS,
   "optim.lr_groups": _GROUPS,
-  "optim.clip_norm": real(low=0),
-  "optim.accumulate": whole(low=1),
+  "optim.clip_norm": zero_or(real(low=1e-9, high=1e9)),
+  "optim.accumulate": whole(low=1, high=2**20),
   "optim.ema_decay": real(low=0, high=1),
 }
-RULES = (divides("optim.accumulate", "batch_size"),)
+
+
+def _warmup_ends_in_the_run(config):
+  warmup, total = config.optim.warmup_steps, config.total_steps
+  if warmup > total:
+    raise ValueError(
+      f"config.optim.warmup_steps={warmup!r}; must be at most "
+      f"config.total_steps={total!r}: the learning rate would never reach "
+      "config.optim.lr"
+    )
+
+
+RULES = (divides("optim.accumulate", "batch_size"), _warmup_ends_in_the_run)
 
 Groups = Sequence[tuple[str, float]]  # (regular expression of a path, factor)
 

@@ -16,18 +16,20 @@ from sigattn.data import loader
 from sigattn.training import mesh, optim
 from sigattn.validate import choice, flag, text, whole
 
+MAX_STEPS = 10**9  # The devices count steps in int32.
+
 FIELDS = {
   "task": choice(tasks.TASKS),
-  "total_steps": whole(low=1),
-  "eval.every_steps": whole(low=0),
-  "ckpt.every_steps": whole(low=0),
-  "ckpt.keep": whole(low=1),
+  "total_steps": whole(low=1, high=MAX_STEPS),
+  "eval.every_steps": whole(low=0, high=MAX_STEPS),
+  "ckpt.every_steps": whole(low=0, high=MAX_STEPS),
+  "ckpt.keep": whole(low=1, high=MAX_STEPS),
   "ckpt.best_metric": text(),
   "ckpt.best_mode": choice(("max", "min")),
-  "log.every_steps": whole(low=1),
+  "log.every_steps": whole(low=1, high=MAX_STEPS),
   "log.tensorboard": flag(),
-  "telemetry.every_steps": whole(low=0),
-  "telemetry.examples": whole(low=1),
+  "telemetry.every_steps": whole(low=0, high=MAX_STEPS),
+  "telemetry.examples": whole(low=1, high=2**16),
 }
 
 
@@ -40,7 +42,15 @@ def _best_metric_of_the_task(config):
     )
 
 
+def _groups_match_parameters(config):
+  """Builds the optimizer, of parameters that are not allocated."""
+  task = tasks.get(config.task)
+  model = nnx.eval_shape(lambda: task.build(config, nnx.Rngs(0)))
+  optim.make(config, nnx.to_pure_dict(nnx.state(model)))
+
+
 RULES = (_best_metric_of_the_task,)
+LAST_RULES = (_groups_match_parameters,)  # They need all others to hold.
 
 
 def tables(task: str) -> tuple[dict[str, validate.Field], list[validate.Rule]]:
@@ -54,6 +64,7 @@ def tables(task: str) -> tuple[dict[str, validate.Field], list[validate.Rule]]:
   # data set offers, which takes a while.
   for part in (optim, mesh, loader, module, module.SOURCE):
     rules += part.RULES
+  rules += LAST_RULES
   # The source's fields come before the task's, which depend on some of them.
   for part in (optim, mesh, loader, module.SOURCE, module):
     fields |= part.FIELDS

@@ -3,6 +3,7 @@
 import contextlib
 
 import numpy as np
+import pyarrow.parquet
 from PIL import Image
 
 from configs import vit
@@ -64,3 +65,14 @@ def picture(height, width, channels, seed=0):
 def save(path, array, mode="RGB"):
   path.parent.mkdir(parents=True, exist_ok=True)
   Image.fromarray(array).convert(mode).save(path)
+
+
+def name_file(parquet, column, file):
+  """Lets each row of a parquet file name a file instead of holding bytes."""
+  table = pyarrow.parquet.read_table(parquet)
+  place = table.schema.get_field_index(column)
+  rows = [{"bytes": None, "path": file}] * len(table)
+  field = table.schema.field(place)
+  changed = pyarrow.array(rows, field.type)
+  table = table.set_column(place, field, changed)
+  pyarrow.parquet.write_table(table, parquet)

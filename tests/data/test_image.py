@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +13,16 @@ from configs import vit_sigmoid
 from eval import evaluate
 from sigattn import tasks, validate
 from sigattn.data import augment, image, loader
-from tests.data.pictures import AUGMENTED, equal, local, make, picture, take
+from tests.data.pictures import (
+  AUGMENTED,
+  equal,
+  local,
+  make,
+  name_file,
+  picture,
+  save,
+  take,
+)
 from train import train
 
 pytestmark = pytest.mark.usefixtures("hub_offline")
@@ -141,14 +152,14 @@ def test_every_form_of_an_image_becomes_grey_or_colour():
     for channels in (1, 3):
       file = io.BytesIO()
       plain.convert(mode).save(file, "tiff")
-      decoded = image.decode(encoded(file.getvalue()), channels)
+      decoded = image.decode(encoded(file.getvalue()), channels, 10**6)
       assert decoded.shape == (6, 9, channels)
       assert decoded.dtype == np.uint8
   turned = plain.getexif()
   turned[0x112] = 6  # an orientation that asks for a rotation by 90 degrees
   file = io.BytesIO()
   plain.save(file, "png", exif=turned)
-  decoded = image.decode(encoded(file.getvalue()), 3)
+  decoded = image.decode(encoded(file.getvalue()), 3, 10**6)
   np.testing.assert_array_equal(decoded, np.rot90(array, -1))
 
 
@@ -177,6 +188,54 @@ def test_deep_image_is_refused_not_clipped(folder):
   deep = np.full((9, 9), 40_000, np.uint16)
   Image.fromarray(deep).save(folder / "train" / "dog" / "1.png")
   expect_refusal(local(folder), r"dog/1\.png.*mode I;16")
+
+
+def huge_png(side):
+  """The header of a PNG; its pixels are missing."""
+
+  def chunk(kind, data):
+    crc = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+  header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+
+
+def test_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
+  columns = {"image": [encoded(huge_png(13_000))], "label": [0]}
+  config = local(write_parquet(tmp_path / "huge", columns))
+  expect_refusal(
+    config, r"row 0, .*13000 x 13000 pixels.*data\.max_pixels=100000000"
+  )
+  config.data.max_pixels = 400_000_000  # more than Pillow itself allows
+  expect_refusal(config, r"row 0, .*truncated")
+  Image.MAX_IMAGE_PIXELS = 89_478_485
+
+
+@pytest.mark.parametrize("way", ["absolute", "../secret.png", "a/../../x.png"])
+def test_file_outside_of_the_folder_is_not_opened(way, tmp_path):
+  save(tmp_path / "secret.png", picture(9, 9, 3))
+  save(tmp_path / "x.png", picture(9, 9, 3))
+  path = str(tmp_path / "secret.png") if way == "absolute" else way
+  expect_refusal(
+    local(parquet_that_names(path, tmp_path)),
+    r"row 0, .*\.png' lies outside of the source's folder",
+  )
+
+
+def test_file_in_the_folder_is_opened(tmp_path):
+  config = local(parquet_that_names("inside.png", tmp_path), batch_size=1)
+  save(tmp_path / "parquet" / "inside.png", picture(9, 9, 3))
+  [batch] = take(config, 1)
+  assert batch["image"].shape == (1, 16, 16, 3)
+
+
+def parquet_that_names(file, tmp_path):
+  columns = {"image": [encoded(png(picture(9, 9, 3)))], "label": [0]}
+  path = write_parquet(tmp_path / "parquet", columns)
+  for parquet in path.glob("*.parquet"):
+    name_file(parquet, "image", file)
+  return path
 
 
 def test_missing_column_is_refused_with_those_there_are(tmp_path):
@@ -288,3 +347,72 @@ def test_the_imagenet_recipe_trains_and_resumes_on_a_folder(folder, tmp_path):
   results = evaluate(tmp_path / "run")
   assert results["step"] == 2
   assert 0 <= results["accuracy"] <= 1
+
+
+# Corrupt images.
+
+
+@pytest.fixture
+def skipped(monkeypatch):
+  """What the log says of skipped examples."""
+  lines = []
+  monkeypatch.setattr(
+    loader.logging, "warning", lambda line, *args: lines.append(line % args)
+  )
+  return lines
+
+
+def spoil(folder, split, *names):
+  for name in names:
+    (folder / split / name).write_bytes(b"no image")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_images_are_skipped_named_and_resumed(workers, folder, skipped):
+  spoil(folder, "train", "cat/1.png", "dog/2.png")
+  values = {"data.max_corrupt_share": 0.25, "data.num_workers": workers}
+  config = local(folder, **AUGMENTED, **values)
+  with contextlib.closing(tasks.train_batches(config)) as data:
+    first = [next(data) for _ in range(3)]
+    state = data.get_state()
+    rest = [next(data) for _ in range(4)]
+  assert all(set(batch) == {"image", "target"} for batch in first)
+  assert len(skipped) == 2, "each is named once"
+  assert all("of at most 2" in line for line in skipped)
+  for name in ("cat/1.png", "dog/2.png"):
+    assert any(name in line for line in skipped)
+  with contextlib.closing(tasks.train_batches(config)) as data:
+    data.set_state(state)
+    equal([next(data) for _ in range(4)], rest)
+  config.data.num_workers = 0
+  equal(take(config, 7), first + rest)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_corrupt_images_end_the_run_with_their_names(workers, folder):
+  names = ["cat/0.png", "cat/1.png", "dog/2.png"]
+  spoil(folder, "train", *names)
+  values = {"data.max_corrupt_share": 0.25, "data.num_workers": workers}
+  with pytest.raises(ValueError, match="3 examples are corrupt, of 8") as error:
+    take(local(folder, **values), 8)
+  assert all(name in str(error.value) for name in names)
+
+
+def test_corrupt_images_are_not_evaluated(folder, skipped):
+  whole = local(folder)
+  [wanted] = tasks.eval_batches(whole, "test")
+  spoil(folder, "test", "cat/1.png")
+  config = local(folder, **{"data.max_corrupt_share": 0.3})
+  batches = tasks.eval_batches(config, "test")
+  for _ in range(2):  # passes
+    [batch] = batches
+    np.testing.assert_array_equal(batch["weight"], [1, 0, 1, 1])
+    kept = batch["weight"] > 0
+    np.testing.assert_array_equal(batch["image"][kept], wanted["image"][kept])
+  assert len(skipped) == 1
+
+
+def test_a_share_without_corrupt_images_changes_nothing(folder, skipped):
+  share = {"data.max_corrupt_share": 0.5}
+  equal(take(local(folder, **share), 4), take(local(folder), 4))
+  assert not skipped

@@ -1,16 +1,19 @@
 """Transcripts, recordings, and the order of batches from buckets."""
 
+import io
 import pickle
 
 import jax
 import numpy as np
 import pytest
+import soundfile
 
 from configs import speech as speech_config
 from sigattn import tasks
 from sigattn.data import loader
 from sigattn.data import speech as data
 from sigattn.training import setup
+from tests.data.pictures import name_file
 from tests.data.recordings import encode_audio, recording, small, write_folder
 
 ALPHABET = speech_config.get_config().data.alphabet
@@ -193,3 +196,72 @@ def test_seed_decides_order_and_speeds():
     a["target"].shape != b["target"].shape or (a["target"] != b["target"]).any()
     for a, b in zip(first, other, strict=True)
   )
+
+
+@pytest.mark.parametrize(
+  ("rate", "bad", "said"),
+  [
+    (1, 0.5, "1 samples per second in its header; must be from 1000"),
+    (8000, float("nan"), "sample 7 is nan; must be finite"),
+    (8000, float("-inf"), "sample 7 is -inf; must be finite"),
+    (8000, 1e30, "sample 7 is 1.*e.30; must be finite"),
+  ],
+)
+def test_recording_that_is_none_is_refused_by_name(
+  rate, bad, said, tmp_path, hub_offline
+):
+  audio = np.full(16_000, 0.1, np.float32)
+  audio[7] = bad
+  file = io.BytesIO()
+  soundfile.write(file, audio, rate, format="WAV", subtype="FLOAT")
+  rows = [(recording(1), "a"), (file.getvalue(), "b")]
+  config = small(**write_folder(tmp_path / "data", rows))
+  config.augment.speeds = (1.0,)
+  with pytest.raises(ValueError, match=f"row 1, path='x': .*{said}"):
+    take(config, 3)
+  file.seek(0)
+  with pytest.raises(ValueError, match=said):
+    data.read(file, 8000)
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "../secret.flac"])
+def test_recording_outside_of_the_folder_is_not_opened(
+  path, tmp_path, hub_offline
+):
+  values = write_folder(tmp_path / "data", [(recording(1), "a")])
+  for parquet in (tmp_path / "data").glob("*.parquet"):
+    name_file(parquet, "audio", path)
+  (tmp_path / "secret.flac").write_bytes(recording(1))
+  with pytest.raises(ValueError, match="row 0, .*lies outside of the source"):
+    take(small(**values), 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_recordings_are_skipped_up_to_the_share(
+  workers, tmp_path, hub_offline, monkeypatch
+):
+  skipped = []
+  monkeypatch.setattr(
+    loader.logging, "warning", lambda line, *args: skipped.append(line % args)
+  )
+  cut = recording(1.1)
+  rows = [(recording(seconds), "ab") for seconds in (1, 1.05, 1.15, 1.2)]
+  rows.append((b"no recording", "a"))  # found as its length is read
+  rows.append((cut[:100] + bytes(len(cut) - 100), "b"))  # found later
+  values = write_folder(tmp_path / "data", rows)
+  values |= {"data.max_corrupt_share": 0.4, "data.num_workers": workers}
+  config = small(**values)
+  batches = take(config, 8)
+  assert {int(n) for b in batches for n in b["characters"]} == {2}
+  assert len(skipped) == 2
+  assert "row 4, path='x'" in skipped[0]
+  assert "row 5, path='x'" in skipped[1]
+  equal(take(config, 8), batches)
+  weights = [batch["weight"] for batch in tasks.eval_batches(config, "test")]
+  assert np.concatenate(weights).sum() == 4
+  config.data.max_corrupt_share = 0.2
+  with pytest.raises(ValueError, match=r"2 examples .*; .*row 4.*; .*row 5"):
+    take(config, 8)
+  config.data.max_corrupt_share = 0.0
+  with pytest.raises(ValueError, match="row 4"):
+    take(config, 1)

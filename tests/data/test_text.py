@@ -125,7 +125,7 @@ def test_bpe_is_trained_saved_and_counts_bytes(tmp_path):
   command += [f"--source={source}", f"--out={out}"]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert "bpe.json: 270 tokens" in done.stdout, done.stderr
-  bpe = tokenizers.File(out)
+  bpe = tokenizers.File(out, 270)
   assert bpe.size == 270
   [ids] = bpe.encode([texts[0]])
   assert len(ids) < len(texts[0].encode())
@@ -135,7 +135,21 @@ def test_bpe_is_trained_saved_and_counts_bytes(tmp_path):
   other = "Ω — never seen"
   assert bpe.decode(bpe.encode([other])[0]) == other
   with pytest.raises(ValueError, match="is no tokenizer"):
-    tokenizers.File(source)
+    tokenizers.File(source, 270)
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_before_arrays_are_made(
+  tmp_path,
+):
+  path = tmp_path / "large.json"
+  model = {"type": "WordLevel", "unk_token": "?"}
+  model["vocab"] = {"?": 0, tokenizers.END: 1, "far": 2**32 - 1}
+  path.write_text(json.dumps({"version": "1.0", "model": model}))
+  config = make(**{"data.tokenizer": str(path), "data.vocab_size": 64})
+  with pytest.raises(
+    ValueError, match=r"config\.data\.vocab_size=64; .*'far' .*4294967295"
+  ):
+    text.tokenizer(config)
 
 
 # Streams.
