@@ -13,7 +13,7 @@ from absl import flags
 
 from sigattn import cli, tasks
 from sigattn.analysis import report
-from sigattn.training import checkpoint, mesh, metrics, run_dir
+from sigattn.training import checkpoint, files, mesh, metrics
 from sigattn.training import evaluate as evaluation
 
 
@@ -42,7 +42,7 @@ def evaluate(
   results = {"step": step, "split": split, **run(config)}
   if variants := evaluation.variants(config):
     results["variants"] = {name: run(x) for name, x in variants.items()}
-  run_dir.write_json(pathlib.Path(workdir) / "eval.json", results)
+  files.write_json(pathlib.Path(workdir) / "eval.json", results)
   return results
 
 

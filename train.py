@@ -41,21 +41,23 @@ def train(
   starts, and FloatingPointError when the loss is no longer finite.
   """
   setup.validate_config(config)
-  if workdir is not None:
-    run_dir.prepare(workdir, config)
-  split, total = config.data.eval_split, config.total_steps
-  data = tasks.train_batches(config)
-  eval_batches = tasks.eval_batches(config, split)
-  devices = mesh.make()
-  state, update = step.init(config, devices)
-  step_fn = step.jitted(update)
-  evaluator = evaluate.evaluator(config, devices)
-  measure = telemetry.make(
-    config, lambda *args: update(*args)[:3], eval_batches, devices
-  )
-
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
+    folder = enter(run_dir.RunDir(workdir, config))
+    split, total = config.data.eval_split, config.total_steps
+    data = tasks.train_batches(config)
+    eval_batches = tasks.eval_batches(config, split)
+    devices = mesh.make()
+    state, update = step.init(config, devices)
+    step_fn = step.jitted(update)
+    evaluator = evaluate.evaluator(config, devices)
+    measure = telemetry.make(
+      config, lambda *args: update(*args)[:3], eval_batches, devices
+    )
+    # What cannot start fails before here, and leaves nothing behind.
+    first = None if checkpoint.steps(workdir) else next(data)
+    folder.begin()
+
     checkpoints = enter(checkpoint.Checkpoints(workdir, config))
     state = checkpoints.restore(state, data)
     start = int(state.step)
@@ -90,7 +92,7 @@ def train(
           run_dir.write_done(workdir, {"step": i, **results})
       if last or stopping:
         break
-      batch = mesh.put(next(data), devices)
+      batch = mesh.put(next(data) if i or first is None else first, devices)
       if telemetry.is_due(config, i + 1):
         log.finish()
         writer.write(i + 1, telemetry.SPLIT, measure(state, batch))
@@ -124,6 +126,7 @@ def _define_flags():
   flags.DEFINE_string(
     "workdir", None, "Where the run is kept; by default below runs/."
   )
+  flags.DEFINE_bool("debug", False, "Show where in the code an error arose.")
 
 
 def _main(given):
@@ -133,10 +136,8 @@ def _main(given):
     flag.config_filename, flag.override_values
   )
   process.keep_freed_memory()
-  with cli.refusing("train.py"):
-    setup.validate_config(config)
-    run_dir.prepare(workdir, config)
-  state = train(config, workdir)
+  with cli.refusing("train.py", given.debug):
+    state = train(config, workdir)
   if int(state.step) < config.total_steps:
     metrics.log("the same command goes on from here")
     sys.exit(130)

@@ -11,7 +11,7 @@ import rich.table
 from ml_collections import ConfigDict
 
 from sigattn.analysis import plots
-from sigattn.training import metrics, optim, run_dir
+from sigattn.training import files, metrics, optim, run_dir
 
 
 def parameter_table(params: Any) -> rich.table.Table:
@@ -116,7 +116,7 @@ def sweep(
     rows[label] = {key: [line[key] for line in last] for key in names}
     table.add_row(label, str(len(last)), *map(_spread, rows[label].values()))
   metrics.log(table)
-  run_dir.write_json(pathlib.Path(root) / "sweep.json", rows)
+  files.write_json(pathlib.Path(root) / "sweep.json", rows)
   path = pathlib.Path(root) / "sweep.png"
   plots.curves(groups, path)
   metrics.log(f"curves: {path}")

@@ -50,6 +50,18 @@ def _manager(workdir, config, read_only=False):
   return ocp.CheckpointManager(folder, options=options)
 
 
+def steps(workdir: str | os.PathLike[str] | None) -> list[int]:
+  """The steps of which the run has a checkpoint, whole or not, in order.
+
+  None for a `workdir` of None.
+  """
+  if workdir is None:
+    return []
+  folder = pathlib.Path(workdir) / "checkpoints"
+  names = [x.name for x in folder.iterdir()] if folder.is_dir() else []
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
 class Checkpoints:
   """Saves a run's training state in workdir/checkpoints and restores it.
 

@@ -19,7 +19,9 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-console = rich.console.Console()
+# What is printed holds paths and names, in which rich would take [...] for
+# markup and :cat: for a picture.
+console = rich.console.Console(markup=False, emoji=False)
 
 # Metrics that are written to the files but are not shown in the progress bar.
 _NOT_ON_THE_BAR = ("lr", "grad_norm", "per_second")
@@ -150,7 +152,9 @@ class Progress:
         "step {task.completed}/{task.total}", table_column=fixed
       ),
       rich.progress.BarColumn(bar_width=None),
-      rich.progress.TextColumn("{task.fields[text]}", table_column=fixed),
+      rich.progress.TextColumn(
+        "{task.fields[text]}", markup=False, table_column=fixed
+      ),
     )
     self._bar = rich.progress.Progress(
       *columns, console=console, expand=True, disable=not console.is_terminal
