@@ -55,7 +55,7 @@ def train(
       config, lambda *args: update(*args)[:3], eval_batches, devices
     )
     # What cannot start fails before here, and leaves nothing behind.
-    first = None if checkpoint.steps(workdir) else next(data)
+    first = None if run_dir.steps(workdir) else next(data)
     folder.begin()
 
     checkpoints = enter(checkpoint.Checkpoints(workdir, config))

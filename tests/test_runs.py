@@ -1,6 +1,8 @@
 """What a run leaves, survives and says when something goes wrong with files."""
 
+import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 
 from configs import vit_sigmoid
+from eval import evaluate
 from sigattn import tasks
-from sigattn.training import checkpoint
+from sigattn.training import checkpoint, files, run_dir
+from sigattn.training import evaluate as evaluation
 from train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -111,3 +115,220 @@ def test_folder_of_an_odd_name_can_be_restored_and_is_printed_whole(
   assert f"curves: {folder / 'curves.png'}" in capsys.readouterr().out
   assert checkpoint.load(folder)[2] == 2
   assert int(train(small(total_steps=3), folder).step) == 3
+
+
+# Damage.
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A run with the checkpoints 1, 2 and 3, which tests copy."""
+  folder = tmp_path_factory.mktemp("saved") / "run"
+  with pytest.MonkeyPatch.context() as patch:
+    whole = tasks.eval_batches
+    patch.setattr(
+      tasks, "eval_batches", lambda *args: [next(iter(whole(*args)))]
+    )
+    train(small(total_steps=3, **KEPT), folder)
+  return folder
+
+
+KEPT = {"ckpt.keep": 3, "eval.every_steps": 1}
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+  return pathlib.Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def flip(path, rng):
+  """Flips one bit."""
+  content = bytearray(path.read_bytes())
+  content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+  path.write_bytes(content)
+
+
+def needed(run, step):
+  """The files of a checkpoint that must be whole."""
+  folder = run / "checkpoints" / str(step)
+  files = (path for path in folder.rglob("*") if path.is_file())
+  return [
+    path
+    for path in sorted(files)
+    if path.relative_to(folder).parts[0]
+    not in ("metrics", "config", "commit_success.txt")
+  ]
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_noticed_and_named(run):
+  """Two thousand flips, of which each is undone."""
+  rng = np.random.default_rng(0)
+  files = needed(run, 3)
+  assert len(files) > 20
+  assert checkpoint._newest_whole(run) == (3, {})
+  for path in files:
+    whole = path.read_bytes()
+    for _ in range(2000 // len(files)):
+      flip(path, rng)
+      step, damaged = checkpoint._newest_whole(run)
+      if path.name != "checksums.json":
+        name = path.relative_to(run / "checkpoints" / "3").as_posix()
+        assert damaged == {3: f"{name} is not what was saved"}
+        assert step == 2
+      elif step == 3:  # the flip was in a line of what training does not need
+        [line] = [
+          old
+          for old, new in zip(
+            whole.splitlines(), path.read_bytes().splitlines(), strict=True
+          )
+          if old != new
+        ]
+        assert b"metrics/" in line or b"config/" in line
+      path.write_bytes(whole)
+
+
+def empty(path):
+  path.write_bytes(b"")
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def array(run, step):
+  """The largest file of the parameters' arrays."""
+  files = (run / "checkpoints" / str(step) / "params").rglob("d/*")
+  return max(files, key=lambda path: path.stat().st_size)
+
+
+DAMAGE = {
+  "flipped": lambda run: flip(array(run, 3), np.random.default_rng(1)),
+  "truncated": lambda run: truncate(array(run, 3)),
+  "emptied": lambda run: empty(run / "checkpoints/3/params/manifest.ocdbt"),
+  "no metadata": lambda run: (
+    run / "checkpoints/3/_CHECKPOINT_METADATA"
+  ).unlink(),
+  "no item": lambda run: shutil.rmtree(run / "checkpoints/3/train"),
+  "no data state": lambda run: shutil.rmtree(run / "checkpoints/3/data"),
+  "no checksums": lambda run: (run / "checkpoints/3/checksums.json").unlink(),
+  "empty folder": lambda run: (
+    shutil.rmtree(run / "checkpoints/3"),
+    (run / "checkpoints/3").mkdir(),
+  ),
+  "item of another step": lambda run: (
+    shutil.rmtree(run / "checkpoints/3/params"),
+    shutil.copytree(run / "checkpoints/2/params", run / "checkpoints/3/params"),
+  ),
+  "another step": lambda run: (
+    shutil.rmtree(run / "checkpoints/3"),
+    shutil.copytree(run / "checkpoints/2", run / "checkpoints/3"),
+  ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_newest_whole_checkpoint_takes_the_place_of_a_damaged_one(
+  kind, run, saved, capsys
+):
+  DAMAGE[kind](run)
+  results = evaluate(run)
+  assert results["step"] == 2
+  assert "checkpoint 3 of" in (said := capsys.readouterr().out)
+  assert "Step 2 is used" in said
+  state = train(small(total_steps=3, **KEPT), run)
+  [line] = [
+    line
+    for line in capsys.readouterr().out.splitlines()
+    if "is damaged" in line
+  ]
+  assert "the run goes on from step 2" in line
+  assert (run / "damaged" / "3").is_dir()
+  # Step 3 was done again as it was, and is whole.
+  equal(state.params, checkpoint.load(saved)[1])
+  equal(state.params, checkpoint.load(run, 3)[1])
+
+
+def test_run_whose_checkpoints_are_all_damaged_is_refused(run):
+  for step in (1, 2, 3):
+    empty(array(run, step))
+  said = "all checkpoints are damaged .step 3: params/.* is not what was saved"
+  with pytest.raises(ValueError, match=said):
+    train(small(total_steps=4, **KEPT), run)
+  with pytest.raises(ValueError, match=said):
+    evaluate(run)
+  assert sorted(x.name for x in (run / "checkpoints").iterdir()) == [*"123"]
+
+
+def test_damaged_step_that_is_asked_for_is_refused(run):
+  truncate(array(run, 2))
+  with pytest.raises(ValueError, match="step=2: this checkpoint .* is damaged"):
+    evaluate(run, step=2)
+  assert evaluate(run)["step"] == 3
+
+
+@pytest.mark.parametrize("harm", [empty, truncate, pathlib.Path.unlink])
+def test_what_training_does_not_need_does_not_block_it(harm, run, capsys):
+  for step in (1, 2, 3):
+    harm(run / f"checkpoints/{step}/metrics/metrics")
+    harm(run / f"checkpoints/{step}/config/metadata")
+  harm(run / "DONE.json")
+  assert int(train(small(total_steps=4, **KEPT), run).step) == 4
+  assert "metrics of checkpoint 3 are not used" in capsys.readouterr().out
+  assert not (run / "damaged").exists()
+  assert evaluate(run)["step"] == 4
+
+
+@pytest.mark.parametrize("harm", [empty, truncate, pathlib.Path.unlink])
+def test_lost_config_does_not_let_another_config_in(harm, run, capsys):
+  harm(run / "config.json")
+  with pytest.raises(ValueError, match=r"config\.seed=0, this one has 1"):
+    train(small(seed=1), run)
+  assert evaluate(run)["step"] == 3
+  assert "its copy in" in capsys.readouterr().out
+  train(small(total_steps=4, **KEPT), run)
+  assert run_dir.read_config(run).total_steps == 4
+  # Without any copy the folder is refused.
+  harm(run / "config.json")
+  for path in run.glob("checkpoints/*/config/metadata"):
+    harm(path)
+  with pytest.raises(ValueError, match="holds checkpoints, but no config"):
+    train(small(total_steps=4, **KEPT), run)
+
+
+def test_checkpoint_of_a_version_without_checksums_is_restored(run):
+  for folder in (run / "checkpoints").iterdir():
+    path = folder / "_CHECKPOINT_METADATA"
+    content = json.loads(path.read_text())
+    del content["custom_metadata"]["sealed"]
+    path.write_text(json.dumps(content))
+    (folder / "checksums.json").unlink()
+    shutil.rmtree(folder / "config")
+  assert evaluate(run)["step"] == 3
+  assert int(train(small(total_steps=4, **KEPT), run).step) == 4
+  assert evaluate(run)["step"] == 4
+
+
+def test_best_is_known_while_its_metrics_are_being_written(
+  tmp_path, monkeypatch
+):
+  """The metrics of a step are on disk a while after `save` has returned."""
+  accuracies = iter([0.5, 0.1, 0.3, 0.2])
+  monkeypatch.setattr(
+    evaluation,
+    "evaluator",
+    lambda *_: lambda *_: {"loss": 1.0, "accuracy": next(accuracies)},
+  )
+  seal = files.seal
+
+  def slow(*args, **keywords):
+    time.sleep(1)
+    seal(*args, **keywords)
+
+  monkeypatch.setattr(files, "seal", slow)
+  values = {"eval.every_steps": 1, "ckpt.every_steps": 0}
+  train(small(total_steps=3, **values), tmp_path)
+  assert run_dir.steps(tmp_path) == [1, 3]  # 2 was not the best
+  # What was the best is known after a restart too.
+  train(small(total_steps=4, **values), tmp_path)
+  assert run_dir.steps(tmp_path) == [1, 4]
+  assert checkpoint.load(tmp_path, "best")[2] == 1

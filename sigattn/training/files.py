@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 _SEAL = "checksums.json"
 
@@ -70,11 +70,12 @@ def is_sealed(folder: str | os.PathLike[str]) -> bool:
 
 
 def damage(
-  folder: str | os.PathLike[str], only: Collection[str] | None = None
+  folder: str | os.PathLike[str],
+  counts: Callable[[str], bool] = lambda file: True,
 ) -> str:
   """What is wrong with a sealed folder, as text; empty if nothing is.
 
-  only: the files to verify, by default all of them.
+  counts: whether a file is to be verified; by default all are.
   """
   folder = pathlib.Path(folder)
   try:
@@ -86,16 +87,14 @@ def damage(
     return f"{_SEAL} is unreadable"
   if name != folder.name:
     return f"it was saved as {name!r}"
-  for file, expected in files.items():
-    if only is not None and file not in only:
-      continue
+  for file in filter(counts, files):
     try:
-      if _checksum(folder / file) != expected:
+      if _checksum(folder / file) != files[file]:
         return f"{file} is not what was saved"
     except FileNotFoundError:
       return f"{file} is missing"
     except (OSError, ValueError) as error:
-      return f"{file} is unreadable: {error}"
+      return f"{file!r} is unreadable: {error}"
   return ""
 
 

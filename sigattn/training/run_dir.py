@@ -95,8 +95,8 @@ class RunDir:
   def begin(self) -> None:
     """Creates the folder and writes config.json.
 
-    Raises ValueError as __enter__ does, because another process may have begun
-    since, or for the reason why the folder cannot be written.
+    Raises ValueError as __enter__ does, or for the reason why the folder cannot
+    be written.
     """
     if self._workdir is None:
       return
@@ -105,10 +105,11 @@ class RunDir:
       folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise _not_writable(folder, error) from error
-    self._take()
-    validate_resumable(folder, self._config)
+    if self._lock is None:  # another process may have begun since
+      self._take()
+      validate_resumable(folder, self._config)
     try:
-      write_config(folder, self._config)
+      files.write_json(folder / "config.json", contents(self._config))
     except OSError as error:
       raise _not_writable(folder, error) from error
 
@@ -194,14 +195,8 @@ def validate_resumable(
   The config of the run may differ only in values that may change when a run is
   resumed, such as total_steps. The message names the first key that differs.
   """
-  if (pathlib.Path(workdir) / "config.json").exists():
+  if (pathlib.Path(workdir) / "config.json").exists() or steps(workdir):
     _compare(workdir, flatten(read_config(workdir)), flatten(config))
-
-
-def write_config(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
-  """Writes config.json."""
-  path = pathlib.Path(workdir) / "config.json"
-  files.write_json(path, {"format": FORMAT, "config": config.to_dict()})
 
 
 def _compare(workdir, old, new):
@@ -217,18 +212,72 @@ def _compare(workdir, old, new):
 def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
   """Reads the config of a run, locked.
 
-  Raises ValueError if there is no run in `workdir`, or one of another format.
+  Where config.json is lost or damaged, the copy in the newest checkpoint that
+  has a whole one takes its place. Raises ValueError if there is no run in
+  `workdir`, or one of another format.
   """
   path = pathlib.Path(workdir) / "config.json"
   try:
-    text = path.read_text()
-  except OSError as error:
-    raise ValueError(
-      f"{workdir=}: no run here ({path.name}: {error.strerror})"
-    ) from error
-  contents = json.loads(text)
+    contents = _read_object(path)
+  except (OSError, ValueError) as error:
+    reason = getattr(error, "strerror", None) or f"unreadable: {error}"
+    contents, copy = _copied_config(workdir)
+    if contents is None:
+      there = "holds checkpoints, but no config" if copy else "no run here"
+      raise ValueError(
+        f"{workdir=}: {there} ({path.name}: {reason})"
+      ) from error
+    metrics.log(f"{path}: {reason}; its copy in {copy} is used")
   validate_format(contents.get("format", 1), workdir)
   return ConfigDict(contents["config"]).lock()
+
+
+def _read_object(path):
+  contents = json.loads(path.read_bytes())
+  if not isinstance(contents, dict):
+    raise ValueError("not a JSON object")
+  if "format" in contents and not isinstance(contents.get("config"), dict):
+    raise ValueError("it has no config")
+  return contents
+
+
+def _copied_config(workdir):
+  """(what config.json held, the copy's path); (None, a step) if no copy is."""
+  saved = steps(workdir)
+  for step in reversed(saved):
+    folder = checkpoint_folder(workdir, step)
+    if not files.damage(folder, lambda file: file == CONFIG_COPY):
+      with contextlib.suppress(OSError, ValueError):
+        return _read_object(folder / CONFIG_COPY), folder / CONFIG_COPY
+  return None, saved
+
+
+# In the folder of a checkpoint, where Orbax saves the item "config" as JSON.
+CONFIG_COPY = "config/metadata"
+
+
+def contents(config: ConfigDict) -> dict[str, Any]:
+  """What config.json holds."""
+  return {"format": FORMAT, "config": config.to_dict()}
+
+
+def steps(workdir: str | os.PathLike[str] | None) -> list[int]:
+  """The steps of which the run has a checkpoint, whole or not, in order.
+
+  None for a `workdir` of None.
+  """
+  if workdir is None:
+    return []
+  folder = pathlib.Path(workdir) / "checkpoints"
+  names = [x.name for x in folder.iterdir()] if folder.is_dir() else []
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def checkpoint_folder(
+  workdir: str | os.PathLike[str], step: int
+) -> pathlib.Path:
+  """The folder of a checkpoint."""
+  return pathlib.Path(workdir) / "checkpoints" / str(step)
 
 
 def validate_format(number: int, workdir: str | os.PathLike[str]) -> None:
