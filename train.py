@@ -89,6 +89,7 @@ def train(
           log.finish()  # raises before a state that is not finite is saved
           checkpoints.save(i, state, data, results)
         if last:
+          checkpoints.wait()  # a run without its checkpoint is not done
           run_dir.write_done(workdir, {"step": i, **results})
       if last or stopping:
         break

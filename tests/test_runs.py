@@ -1,11 +1,15 @@
 """What a run leaves, survives and says when something goes wrong with files."""
 
+import errno
 import json
+import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -14,11 +18,14 @@ import pytest
 from configs import vit_sigmoid
 from eval import evaluate
 from sigattn import tasks
-from sigattn.training import checkpoint, files, run_dir
+from sigattn.analysis import report, report_html
+from sigattn.training import checkpoint, files, metrics, run_dir
 from sigattn.training import evaluate as evaluation
+from tests.training.events import events
 from train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
+RUNLOCAL = ["--config=configs/vit_sigmoid.py:runlocal"]
 
 
 def small(**values):
@@ -46,8 +53,7 @@ def command(workdir, *words):
   """train.py at two small steps, which is not waited for."""
   return subprocess.Popen(
     [
-      sys.executable, "train.py", "--config=configs/vit_sigmoid.py:runlocal",
-      f"--workdir={workdir}", *words,
+      sys.executable, "train.py", *RUNLOCAL, f"--workdir={workdir}", *words,
     ],
     cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
@@ -332,3 +338,154 @@ def test_best_is_known_while_its_metrics_are_being_written(
   train(small(total_steps=4, **values), tmp_path)
   assert run_dir.steps(tmp_path) == [1, 4]
   assert checkpoint.load(tmp_path, "best")[2] == 1
+
+
+# Disks.
+
+
+def mounted(folder, size):
+  """Mounts a file system of this size, or skips the test with the reason."""
+  folder.mkdir()
+  words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+  done = subprocess.run(words, capture_output=True, text=True, check=False)
+  if done.returncode:
+    pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path):
+  """A folder in which a test mounts a file system."""
+  if sys.platform != "linux" or shutil.which("mount") is None:
+    pytest.skip("cannot mount a small file system: no mount command")
+  yield tmp_path / "disk"
+  subprocess.run(
+    ["umount", tmp_path / "disk"], capture_output=True, check=False
+  )
+
+
+STEPS = ("total_steps=12", "ckpt.every_steps=2", "ckpt.keep=20")
+STEPS = [f"--config.{word}" for word in (*STEPS, "eval.every_steps=0")]
+
+
+def check_one_line_and_resume(workdir, first, said, again=lambda: None):
+  """A run ends with one line; after `again` the same command completes it."""
+  _, stderr = first.communicate(timeout=120)
+  assert first.returncode == 1
+  assert stderr == f"train.py: {workdir / said}\n"
+  before = run_dir.steps(workdir)
+  assert all(not checkpoint._damage(workdir, step) for step in before)
+  again()
+  second = command(workdir, *STEPS)
+  stdout, stderr = second.communicate(timeout=120)
+  assert second.returncode == 0, stderr
+  assert f"resumed from step {before[-1]} in" in stdout
+  assert checkpoint.load(workdir)[2] == 12
+
+
+def test_full_disk_ends_a_run_with_one_line_and_it_goes_on_later(disk):
+  mounted(disk, "500k")
+  first = command(disk / "run", *STEPS)
+
+  def larger():
+    subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+
+  check_one_line_and_resume(
+    disk / "run", first, "checkpoints: No space left on device", larger
+  )
+
+
+def test_checkpoint_that_cannot_be_written_ends_a_run_with_one_line(tmp_path):
+  """The limit of a file's size stands for a disk that cannot be mounted."""
+  words = [word.replace("=12", "=2") for word in STEPS]
+  assert command(tmp_path, *words).wait(120) == 0
+  words = shlex.join(
+    [sys.executable, "train.py", *RUNLOCAL, f"--workdir={tmp_path}", *STEPS]
+  )
+  first = subprocess.Popen(
+    ["bash", "-c", f"ulimit -f 16; exec {words}"],
+    cwd=ROOT, env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  check_one_line_and_resume(tmp_path, first, "checkpoints: File too large")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.out.tfevents"])
+def test_metrics_that_cannot_be_written_end_a_run_that_goes_on_later(
+  name, tmp_path, monkeypatch, saved
+):
+  append, count = files.append, [0]
+
+  def full(file, data):
+    count[0] += name in str(file.name)
+    if count[0] == 5:
+      append(file, data[:10])  # what a full disk has a place for
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    append(file, data)
+
+  monkeypatch.setattr(files, "append", full)
+  with pytest.raises(OSError, match="No space left on device") as caught:
+    train(small(total_steps=3, **KEPT), tmp_path)
+  assert f"{tmp_path}/{name}" in caught.value.filename
+  monkeypatch.setattr(files, "append", append)
+  state = train(small(total_steps=3, **KEPT), tmp_path)
+  equal(state.params, checkpoint.load(saved)[1])
+  lines = [metrics.read(folder) for folder in (tmp_path, saved)]
+  assert [x["loss"] for x in lines[0]] == [x["loss"] for x in lines[1]]
+  found = [events(folder) for folder in (tmp_path, saved)]
+  losses = [[x for x in one if x[1].endswith("loss")] for one in found]
+  assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("deleted", [".", "metrics.jsonl", "config.json"])
+def test_folder_that_vanishes_ends_the_run_and_is_not_made_anew(
+  deleted, tmp_path, monkeypatch
+):
+  make = evaluation.evaluator
+
+  def deleting(*args):
+    evaluate_all = make(*args)
+
+    def run(*args):
+      path = tmp_path / "run" / deleted
+      shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+      return evaluate_all(*args)
+
+    return run
+
+  monkeypatch.setattr(evaluation, "evaluator", deleting)
+  with pytest.raises(FileNotFoundError) as caught:
+    train(small(total_steps=3, **KEPT), tmp_path / "run")
+  assert str(tmp_path / "run") in caught.value.filename
+  assert (tmp_path / "run").exists() == (deleted != ".")
+
+
+def test_read_only_run_is_evaluated_and_reported(disk, saved, capsys):
+  mounted(disk, "5m")
+  run = shutil.copytree(saved, disk / "run")
+  subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+  assert evaluate(run)["step"] == 3
+  said = capsys.readouterr().out
+  assert f"not written: {run}/eval.json: Read-only file system" in said
+  with pytest.raises(ValueError, match="cannot be written: Read-only file"):
+    train(small(total_steps=4, **KEPT), run)
+  capsys.readouterr()
+  report_html.run(types.SimpleNamespace(out=None), [str(run)])
+  said = capsys.readouterr().out
+  assert f"not written: {run}/report: Read-only file system" in said
+  assert "accuracy" in said
+  report.finish(run, "test", "accuracy", "max")
+  said = capsys.readouterr().out
+  assert f"not written: {run}/curves.png: Read-only file system" in said
+  assert "last" in said
+
+
+def test_results_are_printed_where_they_cannot_be_written(
+  run, monkeypatch, capsys
+):
+  def read_only(path, value):
+    raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+  monkeypatch.setattr(files, "write_json", read_only)
+  assert evaluate(run)["step"] == 3
+  said = capsys.readouterr().out
+  assert f"not written: {run}/eval.json: Read-only file system" in said

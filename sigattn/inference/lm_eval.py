@@ -233,7 +233,8 @@ def run(flag_values: flags.FlagValues) -> None:
     ),
   )
   print(lm_eval.utils.make_table(results))
-  files.write_json(
-    pathlib.Path(flag_values.workdir) / "lm_eval.json",
-    {"step": step, "results": results["results"]},
-  )
+  with metrics.saying_what_is_not_written():
+    files.write_json(
+      pathlib.Path(flag_values.workdir) / "lm_eval.json",
+      {"step": step, "results": results["results"]},
+    )

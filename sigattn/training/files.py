@@ -10,6 +10,7 @@ The name is that of the folder, so that a copy under another name is noticed.
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -43,6 +44,16 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     yield
   except OSError as error:
     raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def append(file: io.FileIO, data: bytes) -> None:
+  """Writes all of the data to a file without a buffer, or raises OSError.
+
+  Of what a full disk has no place for, the system first writes a part.
+  """
+  rest = memoryview(data)
+  while rest:
+    rest = rest[file.write(rest) :]
 
 
 def seal(

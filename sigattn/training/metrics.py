@@ -1,5 +1,7 @@
 """Writes the metrics of a run to files and shows them while it trains."""
 
+import contextlib
+import errno
 import json
 import logging
 import math
@@ -7,17 +9,18 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 import jax
 import rich.console
 import rich.progress
 import rich.table
-import tensorboardX
 from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
+
+from sigattn.training import events, files
 
 # What is printed holds paths and names, in which rich would take [...] for
 # markup and :cat: for a picture.
@@ -52,56 +55,86 @@ class Writer:
     self._file = self._board = None
     if workdir is None:
       return
-    path = pathlib.Path(workdir) / "metrics.jsonl"
+    self._path = pathlib.Path(workdir) / "metrics.jsonl"
     # A killed run may have written lines after its last checkpoint. It repeats
     # those steps, and no step may be in the file twice.
     kept = [line for line in read(workdir) if line["step"] <= start]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    self._file = path.open("a")
+    files.write_text(self._path, "".join(map(_as_text, kept)))
+    with files.naming(self._path):
+      self._file = self._path.open("ab", buffering=0)
     if tensorboard:
-      self._board = tensorboardX.SummaryWriter(
-        str(workdir), purge_step=start + 1
-      )
+      self._board = events.EventFile(workdir, start)
 
   def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-    """Writes one line.
+    """Writes one line. Raises OSError, with the path, where it cannot.
 
     split: "train", "telemetry", or the name of the evaluated split.
     """
     if self._file is None:
       return
     line = {"step": step, "split": split, **metrics}
-    self._file.write(json.dumps(line) + "\n")
-    self._file.flush()
+    with files.naming(self._path):
+      if not os.fstat(self._file.fileno()).st_nlink:
+        raise FileNotFoundError(errno.ENOENT, "it was deleted during the run")
+      files.append(self._file, _as_text(line).encode())
     if self._board is not None:
-      for name, value in metrics.items():
-        self._board.add_scalar(f"{split}/{name}", value, step)
+      self._board.write(step, {f"{split}/{k}": v for k, v in metrics.items()})
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_: object) -> None:
-    if self._file is not None:
-      self._file.close()
-    if self._board is not None:
-      self._board.close()
+    for file in (self._file, self._board):
+      if file is not None:
+        file.close()
+
+
+def _as_text(line):
+  return json.dumps(line) + "\n"
 
 
 def read(workdir: str | os.PathLike[str]) -> list[Line]:
   """Reads the lines of workdir/metrics.jsonl; none if there is no such file.
 
-  A killed run may have left an incomplete line, which is dropped with a
-  message.
+  A line that no run has written is left out: that of a killed run may be
+  incomplete, and a damaged one may hold anything. A message says how many.
   """
   path = pathlib.Path(workdir) / "metrics.jsonl"
-  lines = []
-  if path.exists():
-    for text in path.read_text().splitlines():
-      try:
-        lines.append(json.loads(text))
-      except json.JSONDecodeError:
-        console.print(f"{path}: dropped the unreadable line {text!r}")
+  lines, broken = [], []
+  for number, text in enumerate(
+    path.read_bytes().splitlines() if path.exists() else (), start=1
+  ):
+    try:
+      line = json.loads(text.decode())
+    except (ValueError, RecursionError):
+      line = None
+    if _is_line(line):
+      lines.append(line)
+    else:
+      broken.append((number, text))
+  if broken:
+    number, text = broken[0]
+    log(
+      f"{path}: left out {len(broken)} lines that are no metrics, the first of "
+      f"them line {number}: {text[:60]!r}"
+    )
   return lines
+
+
+def _is_line(line):
+  """Whether a value from a JSON file is a Line."""
+  return (
+    isinstance(line, dict)
+    and type(line.get("step")) is int
+    and isinstance(line.get("split"), str)
+    and line["split"].isprintable()
+    and all(map(str.isprintable, line))
+    and all(
+      type(value) in (int, float)
+      for name, value in line.items()
+      if name != "split"
+    )
+  )
 
 
 def last_evaluation(lines: Sequence[Line], split: str) -> Line | None:
@@ -291,6 +324,20 @@ def log(message: str | rich.table.Table) -> None:
   sys.stdout.flush()
 
 
+@contextlib.contextmanager
+def saying_what_is_not_written() -> Iterator[None]:
+  """Prints an OSError instead of raising it, where results are printed too."""
+  try:
+    yield
+  except OSError as error:
+    log(f"not written: {error.filename}: {error.strerror}")
+
+
+def _is_not_raised_too(record):
+  """False for an error in a thread of Orbax, which is raised in ours later."""
+  return not (record.exc_info and "orbax" in record.pathname)
+
+
 class _Console(logging.Handler):
   def emit(self, record: logging.LogRecord) -> None:
     log(record.getMessage())
@@ -304,6 +351,7 @@ def set_up_logs() -> None:
   """
   if not flags.FLAGS["verbosity"].present:
     absl_logging.set_verbosity(absl_logging.WARNING)
+  absl_logging.get_absl_logger().addFilter(_is_not_raised_too)
   logger = logging.getLogger("sigattn.kernels")
   logger.setLevel(logging.INFO)
   logger.addHandler(_Console())
