@@ -21,6 +21,7 @@ from sigattn.training import (
   mesh,
   metrics,
   process,
+  replay,
   run_dir,
   setup,
   step,
@@ -38,7 +39,9 @@ def train(
   on the same `workdir` resumes from its newest checkpoint; with None nothing
   is written. Ctrl-C or SIGTERM ends the run after the current step; its state
   is saved and returned. Raises ValueError for a bad config before any work
-  starts, and FloatingPointError when the loss is no longer finite.
+  starts, FloatingPointError when the loss or the gradient is not finite and
+  config.optim.non_finite does not let that be, and OSError when the folder can
+  no longer be written.
   """
   setup.validate_config(config)
   with contextlib.ExitStack() as stack:
@@ -127,6 +130,9 @@ def _define_flags():
   flags.DEFINE_string(
     "workdir", None, "Where the run is kept; by default below runs/."
   )
+  flags.DEFINE_integer(
+    "replay", None, "Run this step of the run again, to find what is NaN.", 1
+  )
   flags.DEFINE_bool("debug", False, "Show where in the code an error arose.")
 
 
@@ -138,6 +144,9 @@ def _main(given):
   )
   process.keep_freed_memory()
   with cli.refusing("train.py", given.debug):
+    if given.replay is not None:
+      metrics.log(str(replay.replay(workdir, given.replay)))
+      return
     state = train(config, workdir)
   if int(state.step) < config.total_steps:
     metrics.log("the same command goes on from here")

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from configs import vit_sigmoid
 from eval import evaluate
 from sigattn import tasks
 from sigattn.analysis import report, report_html
-from sigattn.training import checkpoint, files, metrics, run_dir
+from sigattn.training import checkpoint, files, mesh, metrics, replay, run_dir
 from sigattn.training import evaluate as evaluation
 from tests.training.events import events
 from train import train
@@ -489,3 +490,107 @@ def test_results_are_printed_where_they_cannot_be_written(
   assert evaluate(run)["step"] == 3
   said = capsys.readouterr().out
   assert f"not written: {run}/eval.json: Read-only file system" in said
+
+
+# Steps that are not finite.
+
+
+def poison(monkeypatch, config, steps):
+  """Makes the images of these steps NaN, whenever they are drawn."""
+  data = tasks.train_batches(config)
+  drawn = {i: next(data)["image"].tobytes() for i in range(1, max(steps) + 1)}
+  bad = {drawn[step] for step in steps}
+  put = mesh.put
+
+  def poisoned(batch, devices):
+    if batch["image"].tobytes() in bad:
+      nans = np.full(batch["image"].shape, np.nan, np.float32)
+      batch = batch | {"image": nans}
+    return put(batch, devices)
+
+  monkeypatch.setattr(mesh, "put", poisoned)
+
+
+def test_skipped_steps_leave_the_parameters_and_are_resumed_bit_for_bit(
+  tmp_path, monkeypatch, capsys
+):
+  values = {
+    "optim.non_finite": "skip",
+    "optim.schedule": "constant",
+    "optim.ema_decay": 0.9,
+    "ckpt.every_steps": 1,
+    "ckpt.keep": 9,
+    "log.every_steps": 3,
+  }
+  poison(monkeypatch, small(), steps=(3, 4))
+  state = train(small(total_steps=6, **values), tmp_path / "once")
+  assert "loss=nan at step 4" in (said := capsys.readouterr().out)
+  assert "The update is left out, 2 in a row" in said
+  train(small(total_steps=3, **values), tmp_path / "twice")
+  equal(train(small(total_steps=6, **values), tmp_path / "twice"), state)
+  averages = [checkpoint.load(tmp_path / "once", i)[1] for i in (2, 4, 5)]
+  equal(averages[0], averages[1])
+  assert any(
+    (a != b).any()
+    for a, b in zip(*map(jax.tree.leaves, averages[1:]), strict=True)
+  )
+  lines = [x for x in metrics.read(tmp_path / "once") if x["split"] == "train"]
+  assert [x.get("skipped", 0) for x in lines] == [1, 1]
+  assert all(np.isfinite(x["loss"]) for x in lines)
+  for name in ("once", "twice"):
+    path = tmp_path / name / "non_finite.json"
+    records = json.loads(path.read_text())
+    assert [x["step"] for x in records] == [3, 4]
+    assert records[0]["data"] == {"seed": 0, "batch": 3}
+    assert records[0]["metrics"]["loss"] == "nan"
+    norms = records[0]["norms"]
+    assert {*norms["gradient"].values()} == {"nan"}
+    assert all(isinstance(x, float) for x in norms["parameters"].values())
+    assert norms["parameters"].keys() >= {"head", "encoder"}
+
+
+def test_skipping_changes_no_bit_of_a_run_that_is_finite():
+  equal(train(small(**{"optim.non_finite": "skip"})), train(small()))
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_run_ends_and_the_step_is_replayed(
+  policy, tmp_path, monkeypatch, capsys
+):
+  values = {"optim.non_finite": policy, "optim.max_skipped": 2}
+  config = small(total_steps=9, **values, **{"ckpt.every_steps": 2})
+  poison(monkeypatch, small(), steps=(4, 5))
+  last = 4 if policy == "raise" else 5
+  with pytest.raises(FloatingPointError) as caught:
+    train(config, tmp_path)
+  said = str(caught.value)
+  assert said.startswith(f"loss=nan at step {last} (grad_norm=nan, lr=")
+  assert "parameters not finite in: no module" in said
+  assert f"--replay={last} runs the step again" in said
+  before = sorted(tmp_path.rglob("*"))
+  with pytest.raises(FloatingPointError) as caught:
+    replay.replay(tmp_path, 4)
+  assert re.fullmatch(
+    r"step 4: invalid value \(nan\) encountered in \w+ in .*\.py:\d+, .*",
+    str(caught.value),
+  )
+  # A step before is exactly what it was.
+  values = replay.replay(tmp_path, 3)
+  [line] = [x for x in metrics.read(tmp_path) if x["step"] == 3]
+  assert {k: values[k] for k in ("loss", "grad_norm", "lr")} == {
+    k: line[k] for k in ("loss", "grad_norm", "lr")
+  }
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_replay_is_a_flag_and_refuses_what_is_no_step(run):
+  shown = command(run, "--replay=2")
+  stdout, _ = shown.communicate()
+  assert shown.returncode == 0
+  assert "'grad_norm'" in stdout
+  refused = command(run, "--replay=4")
+  _, stderr = refused.communicate()
+  assert refused.returncode == 1
+  assert stderr == (
+    f"train.py: step=4: the run in {run} has the steps 1 to 3\n"
+  )

@@ -204,22 +204,42 @@ class Checkpoints:
     Without a checkpoint it returns `state` and leaves `data` alone. Raises
     ValueError for a checkpoint of another version's format.
     """
-    step = self._newest
-    if step is None:
+    if self._newest is None:
       return state
-    _validate_format(step, self._workdir)
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    items = {
-      "params": ocp.args.StandardRestore(target.params),
-      "train": ocp.args.StandardRestore(_train_item(target)),
-      "data": grain.checkpoint.CheckpointRestore(data),
-    }
-    if state.ema is not None:
-      items["ema"] = ocp.args.StandardRestore(target.ema)
-    restored = _restored(self._manager, step, items, self._workdir)
-    return state._replace(
-      params=restored["params"], ema=restored.get("ema"), **restored["train"]
-    )
+    return _restore(self._manager, self._workdir, self._newest, state, data)
+
+
+def _restore(manager, workdir, step, state, data):
+  _validate_format(step, workdir)
+  target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+  items = {
+    "params": ocp.args.StandardRestore(target.params),
+    "train": ocp.args.StandardRestore(_train_item(target)),
+    "data": grain.checkpoint.CheckpointRestore(data),
+  }
+  if state.ema is not None:
+    items["ema"] = ocp.args.StandardRestore(target.ema)
+  restored = _restored(manager, step, items, workdir)
+  return state._replace(
+    params=restored["params"], ema=restored.get("ema"), **restored["train"]
+  )
+
+
+def restore_before(
+  workdir: str | os.PathLike[str],
+  step: int,
+  state: State,
+  data: Iterator[loader.Batch],
+) -> State:
+  """As Checkpoints.restore, but of the newest whole checkpoint before a step.
+
+  Writes nothing. step: the number of an update.
+  """
+  for saved in reversed(run_dir.steps(workdir)):
+    if saved < step and not _damage(workdir, saved):
+      with _manager(workdir) as manager:
+        return _restore(manager, workdir, saved, state, data)
+  return state
 
 
 def _train_item(state):

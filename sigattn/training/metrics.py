@@ -10,7 +10,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import jax
 import rich.console
@@ -79,6 +79,24 @@ class Writer:
       files.append(self._file, _as_text(line).encode())
     if self._board is not None:
       self._board.write(step, {f"{split}/{k}": v for k, v in metrics.items()})
+
+  def write_non_finite(self, record: Mapping[str, Any]) -> str:
+    """Adds a step to non_finite.json; returns the file's path, "" if None.
+
+    record: what is known of it, with its "step".
+    """
+    if self._file is None:
+      return ""
+    path = self._path.with_name("non_finite.json")
+    records = []
+    with contextlib.suppress(
+      FileNotFoundError, ValueError, TypeError, KeyError
+    ):
+      # A run that resumes repeats steps.
+      old = json.loads(path.read_bytes())
+      records = [x for x in old if x["step"] < record["step"]]
+    files.write_json(path, [*records[-99:], record])
+    return str(path)
 
   def __enter__(self) -> Self:
     return self
@@ -258,19 +276,20 @@ class StepLog:
     self._config, self._writer, self._progress = config, writer, progress
     self._mean = Mean()
     self._pending = None
+    self._skipped = 0  # since the last line
+    self._in_a_row = 0
 
-  def step(
-    self, step: int, metrics: Mapping[str, jax.Array], examples: int
-  ) -> None:
+  def step(self, step: int, metrics: Mapping[str, Any], examples: int) -> None:
     """Records a step that was started, and writes the step before it.
 
     Args:
       step: its number.
-      metrics: its scalars, which the devices may still be computing.
+      metrics: its scalars and norms, which the devices may still be computing.
       examples: the number of examples in its batch.
 
     Raises:
-      FloatingPointError: if the loss of the step before is not finite.
+      FloatingPointError: if the loss or the gradient of the step before is not
+        finite, and the config does not let it be skipped.
     """
     self._fetch()
     self._pending = step, metrics, examples
@@ -280,27 +299,60 @@ class StepLog:
       return
     step, values, examples = self._pending
     self._pending = None
+    values = dict(values)
+    norms = values.pop("norms", {})
     values = {k: float(v) for k, v in jax.device_get(values).items()}
-    if not math.isfinite(values["loss"]):
-      raise FloatingPointError(
-        f"loss={values['loss']} at step {step} "
-        f"(grad_norm={values['grad_norm']:.3g}, lr={values['lr']:.3g}); "
-        "the newest checkpoint is from an earlier step. Try a lower "
-        "config.optim.lr, a smaller config.optim.clip_norm or "
-        "config.attn.qk_norm=layernorm"
-      )
-    self._mean.add(values)
+    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+      self._in_a_row = 0
+      self._mean.add(values)
+    else:
+      self._skip_or_raise(step, values, jax.device_get(norms))
     self._progress.step(step, values, examples)
     if due(step, self._config.log.every_steps):
       means = self._mean.take()
       means["per_second"] = self._progress.rate()
+      if self._skipped:
+        means["skipped"] = self._skipped
+        self._skipped = 0
       self._writer.write(step, "train", means)
       self._progress.line("train", means)
+
+  def _skip_or_raise(self, step, values, norms):
+    """Saves and says what is known of a step that is not finite.
+
+    Raises FloatingPointError if the run is to end.
+    """
+    self._skipped += 1
+    self._in_a_row += 1
+    record = {
+      "step": step,
+      # The data's order depends on nothing else.
+      "data": {"seed": self._config.seed, "batch": step},
+      "metrics": _numbers(values),
+      "norms": {name: _numbers(by) for name, by in norms.items()},
+    }
+    path = self._writer.write_non_finite(record)
+    known = (
+      f"loss={values['loss']} at step {step} (grad_norm="
+      f"{values['grad_norm']:.3g}, lr={values['lr']:.3g})"
+    )
+    for name, by in norms.items():
+      bad = [key for key, norm in by.items() if not math.isfinite(norm)]
+      known += f"; {name} not finite in: {', '.join(bad) or 'no module'}"
+    if path:
+      known += f"; {path} has the norms, --replay={step} runs the step again"
+    optim = self._config.optim
+    if optim.non_finite == "skip":
+      if self._in_a_row < optim.max_skipped:
+        log(f"{known}. The update is left out, {self._in_a_row} in a row")
+        return
+      known += f". config.optim.max_skipped={optim.max_skipped} is reached"
+    raise FloatingPointError(known)
 
   def finish(self) -> None:
     """Waits for the current step, writes its metrics and stops the clock.
 
-    Raises FloatingPointError if its loss is not finite.
+    Raises FloatingPointError as `step` does.
     """
     self._fetch()
     self._progress.pause()
@@ -311,6 +363,14 @@ class StepLog:
     """Writes and prints the results of an evaluation."""
     self._writer.write(step, split, results)
     self._progress.line(split, results, permanent=True)
+
+
+def _numbers(values):
+  """For JSON, which has no number that is not finite."""
+  return {
+    name: float(x) if math.isfinite(x) else str(float(x))
+    for name, x in values.items()
+  }
 
 
 def due(step: int, every: int) -> bool:

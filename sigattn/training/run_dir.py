@@ -4,6 +4,8 @@ config.json    the whole config that the run was started with, and FORMAT
 metrics.jsonl  a line of metrics for every config.log.every_steps steps and for
                every evaluation
 checkpoints/   written by Orbax
+non_finite.json
+               the steps whose loss or gradient was not finite, if there are any
 DONE.json      the last evaluation, written when the run is complete
 lock           locked by the process that trains; lock.json says which it is
 """
@@ -33,6 +35,8 @@ FORMAT = 2
 _CHANGEABLE = (
   "total_steps",
   "optim.warmup_steps",  # follows total_steps
+  "optim.non_finite",
+  "optim.max_skipped",
   "eval.",
   "ckpt.",
   "log.",

@@ -19,6 +19,8 @@ from sigattn.validate import choice, flag, text, whole
 FIELDS = {
   "task": choice(tasks.TASKS),
   "total_steps": whole(low=1),
+  "optim.non_finite": choice(("raise", "skip")),
+  "optim.max_skipped": whole(low=1),
   "eval.every_steps": whole(low=0),
   "ckpt.every_steps": whole(low=0),
   "ckpt.keep": whole(low=1),
