@@ -23,6 +23,7 @@ from sigattn.training import (
   process,
   replay,
   run_dir,
+  saved,
   setup,
   step,
 )
@@ -58,7 +59,7 @@ def train(
       config, lambda *args: update(*args)[:3], eval_batches, devices
     )
     # What cannot start fails before here, and leaves nothing behind.
-    first = None if run_dir.steps(workdir) else next(data)
+    first = None if saved.steps(workdir) else next(data)
     folder.begin()
 
     checkpoints = enter(checkpoint.Checkpoints(workdir, config))

@@ -22,6 +22,7 @@ from sigattn import tasks
 from sigattn.analysis import report, report_html
 from sigattn.training import checkpoint, files, mesh, metrics, replay, run_dir
 from sigattn.training import evaluate as evaluation
+from sigattn.training import saved as checkpoints
 from tests.training.events import events
 from train import train
 
@@ -172,12 +173,12 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed_and_named(run):
   rng = np.random.default_rng(0)
   files = needed(run, 3)
   assert len(files) > 20
-  assert checkpoint._newest_whole(run) == (3, {})
+  assert checkpoints.newest_whole(run) == (3, {})
   for path in files:
     whole = path.read_bytes()
     for _ in range(2000 // len(files)):
       flip(path, rng)
-      step, damaged = checkpoint._newest_whole(run)
+      step, damaged = checkpoints.newest_whole(run)
       if path.name != "checksums.json":
         name = path.relative_to(run / "checkpoints" / "3").as_posix()
         assert damaged == {3: f"{name} is not what was saved"}
@@ -334,10 +335,10 @@ def test_best_is_known_while_its_metrics_are_being_written(
   monkeypatch.setattr(files, "seal", slow)
   values = {"eval.every_steps": 1, "ckpt.every_steps": 0}
   train(small(total_steps=3, **values), tmp_path)
-  assert run_dir.steps(tmp_path) == [1, 3]  # 2 was not the best
+  assert checkpoints.steps(tmp_path) == [1, 3]  # 2 was not the best
   # What was the best is known after a restart too.
   train(small(total_steps=4, **values), tmp_path)
-  assert run_dir.steps(tmp_path) == [1, 4]
+  assert checkpoints.steps(tmp_path) == [1, 4]
   assert checkpoint.load(tmp_path, "best")[2] == 1
 
 
@@ -373,8 +374,8 @@ def check_one_line_and_resume(workdir, first, said, again=lambda: None):
   _, stderr = first.communicate(timeout=120)
   assert first.returncode == 1
   assert stderr == f"train.py: {workdir / said}\n"
-  before = run_dir.steps(workdir)
-  assert all(not checkpoint._damage(workdir, step) for step in before)
+  before = checkpoints.steps(workdir)
+  assert all(not checkpoints.damage(workdir, step) for step in before)
   again()
   second = command(workdir, *STEPS)
   stdout, stderr = second.communicate(timeout=120)

@@ -50,7 +50,7 @@ class HarnessLM(harness.TemplateLM):
     *,
     batch_size: int = 16,
     max_length: int | None = None,
-  ):
+  ) -> None:
     """Wraps a model.
 
     Args:

@@ -14,7 +14,6 @@ the newest whole one takes its place, and the log says so.
 import asyncio
 import contextlib
 import errno
-import json
 import math
 import os
 import pathlib
@@ -29,7 +28,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from sigattn.data import loader
-from sigattn.training import files, metrics, run_dir, setup
+from sigattn.training import files, metrics, run_dir, saved, setup
 from sigattn.training.step import State
 
 
@@ -60,7 +59,7 @@ class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
 class _Keep:
   """Which checkpoints Orbax keeps: the newest ones, and the best."""
 
-  def __init__(self, newest: int):
+  def __init__(self, newest: int) -> None:
     self._newest = newest
     self.best = None  # its step
 
@@ -97,7 +96,7 @@ class Checkpoints:
 
   def __init__(
     self, workdir: str | os.PathLike[str] | None, config: ConfigDict
-  ):
+  ) -> None:
     """Opens the folder and moves checkpoints aside that are damaged.
 
     Raises ValueError if the run has checkpoints and all are damaged.
@@ -235,10 +234,10 @@ def restore_before(
 
   Writes nothing. step: the number of an update.
   """
-  for saved in reversed(run_dir.steps(workdir)):
-    if saved < step and not _damage(workdir, saved):
+  for before in reversed(saved.steps(workdir)):
+    if before < step and not saved.damage(workdir, before):
       with _manager(workdir) as manager:
-        return _restore(manager, workdir, saved, state, data)
+        return _restore(manager, workdir, before, state, data)
   return state
 
 
@@ -248,67 +247,21 @@ def _train_item(state):
 
 def _validate_format(step, workdir):
   # Orbax would read the metrics too, which may be damaged.
-  metadata = _metadata(run_dir.checkpoint_folder(workdir, step))
+  metadata = saved.metadata(saved.folder(workdir, step))
   run_dir.validate_format(metadata.get("format", 1), workdir)
-
-
-def _metadata(folder):
-  """What `save` put into the metadata; ValueError where it is unreadable."""
-  try:
-    content = json.loads((folder / "_CHECKPOINT_METADATA").read_bytes())
-    return dict(content["custom_metadata"] or {})
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise ValueError("_CHECKPOINT_METADATA is unreadable") from error
 
 
 def _restored(manager, step, items, workdir):
   try:
     return manager.restore(step, args=ocp.args.Composite(**items))
   except Exception as error:
-    folder = run_dir.checkpoint_folder(workdir, step)
+    folder = saved.folder(workdir, step)
     if files.is_sealed(folder):
       raise
     raise ValueError(
       f"{folder} cannot be restored: it is damaged, or of another model; it "
       f"was saved without checksums, which would tell. {error}"
     ) from error
-
-
-# Damage.
-
-
-def _damage(workdir, step):
-  """Why the checkpoint cannot be used, as text; empty if it can.
-
-  What training does not need may be damaged: metrics, and the config's copy.
-  """
-  folder = run_dir.checkpoint_folder(workdir, step)
-  if not files.is_sealed(folder):
-    with contextlib.suppress(ValueError):
-      if "sealed" not in _metadata(folder):
-        return ""  # saved by a version that had no checksums
-  return files.damage(
-    folder, lambda file: not file.startswith(("metrics/", "config/"))
-  )
-
-
-def _newest_whole(workdir):
-  """(the newest whole step, {newer step: its damage}); (None, {}) of none.
-
-  Raises ValueError if all are damaged.
-  """
-  damaged = {}
-  for step in reversed(run_dir.steps(workdir)):
-    damage = _damage(workdir, step)
-    if not damage:
-      return step, damaged
-    damaged[step] = damage
-  if damaged:
-    reasons = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
-    raise ValueError(
-      f"workdir={str(workdir)!r}: all checkpoints are damaged ({reasons})"
-    )
-  return None, {}
 
 
 def _newest_after_moving_damaged_ones(workdir):
@@ -320,9 +273,9 @@ def _newest_after_moving_damaged_ones(workdir):
   step, error = None, None
   if not jax.process_index():
     try:
-      step, damaged = _newest_whole(workdir)
+      step, damaged = saved.newest_whole(workdir)
       for other, why in damaged.items():
-        place = _moved(run_dir.checkpoint_folder(workdir, other))
+        place = saved.move_aside(workdir, other)
         metrics.log(
           f"checkpoint {other} of {workdir} is damaged: {why}. It is now "
           f"{place}; the run goes on from step {step}"
@@ -340,17 +293,6 @@ def _newest_after_moving_damaged_ones(workdir):
   return step
 
 
-def _moved(folder):
-  """Moves a checkpoint to the run's folder `damaged`; returns the new path."""
-  place = folder.parents[1] / "damaged" / folder.name
-  place.parent.mkdir(exist_ok=True)
-  count = 1
-  while place.exists():
-    count += 1
-    place = place.with_name(f"{folder.name}_{count}")
-  return folder.rename(place)
-
-
 # The best checkpoint.
 
 
@@ -366,27 +308,11 @@ def _is_better(value, best, config):
 def _best(workdir, config):
   """(step, value) of the best evaluation of a checkpoint; (None, None)."""
   best = None, None
-  for step in run_dir.steps(workdir):
-    value = _saved_metrics(workdir, step).get(config.ckpt.best_metric)
+  for step in saved.steps(workdir):
+    value = saved.results(workdir, step).get(config.ckpt.best_metric)
     if value is not None and _is_better(value, best[1], config):
       best = step, value
   return best
-
-
-def _saved_metrics(workdir, step):
-  """The metrics in a checkpoint, empty where they are damaged."""
-  folder = run_dir.checkpoint_folder(workdir, step)
-  path = folder / "metrics" / "metrics"
-  try:
-    if files.is_sealed(folder) and (
-      why := files.damage(folder, lambda file: file == "metrics/metrics")
-    ):
-      raise ValueError(why)
-    found = json.loads(path.read_bytes())
-    return {name: float(value) for name, value in found.items()}
-  except (OSError, ValueError, TypeError, AttributeError) as error:
-    metrics.log(f"the metrics of checkpoint {step} are not used: {error}")
-    return {}
 
 
 # Errors of the disk that Orbax reports in other errors, some as text alone.
@@ -430,11 +356,11 @@ def load(
       or if the run is of another version's format.
   """
   config = run_dir.read_config(workdir)
-  steps = run_dir.steps(workdir)
+  steps = saved.steps(workdir)
   if not steps:
     raise ValueError(f"{workdir=}: holds no checkpoint yet")
   if step is None:
-    step, damaged = _newest_whole(workdir)
+    step, damaged = saved.newest_whole(workdir)
     for other, why in damaged.items():
       metrics.log(
         f"checkpoint {other} of {workdir} is damaged: {why}. Step {step} is "
@@ -449,7 +375,7 @@ def load(
         )
     if step not in steps:
       raise ValueError(f"{step=}: {workdir} holds the steps {steps}")
-    if why := _damage(workdir, step):
+    if why := saved.damage(workdir, step):
       raise ValueError(
         f"{step=}: this checkpoint of {workdir} is damaged: {why}"
       )

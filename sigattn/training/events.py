@@ -25,7 +25,7 @@ class EventFile:
   names and drops what an earlier one has of the steps that this one repeats.
   """
 
-  def __init__(self, folder: str | os.PathLike[str], start: int):
+  def __init__(self, folder: str | os.PathLike[str], start: int) -> None:
     """Creates the file.
 
     Args:

@@ -36,7 +36,8 @@ Line = dict[str, int | float | str]
 class Writer:
   """Writes metrics to workdir/metrics.jsonl and to TensorBoard event files.
 
-  A context manager. If `workdir` is None, nothing is written.
+  A context manager. If `workdir` is None, nothing is written, nor by another
+  process than the first.
   """
 
   def __init__(
@@ -44,7 +45,7 @@ class Writer:
     workdir: str | os.PathLike[str] | None,
     start: int = 0,
     tensorboard: bool = True,
-  ):
+  ) -> None:
     """Opens the files.
 
     Args:
@@ -53,8 +54,8 @@ class Writer:
       tensorboard: whether to write event files too.
     """
     self._file = self._board = None
-    if workdir is None:
-      return
+    if workdir is None or jax.process_index():
+      return  # all processes have the same metrics
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
     # A killed run may have written lines after its last checkpoint. It repeats
     # those steps, and no step may be in the file twice.
@@ -189,7 +190,7 @@ class Progress:
   start, total: the first and last step. unit: what the task counts, "images".
   """
 
-  def __init__(self, start: int, total: int, unit: str):
+  def __init__(self, start: int, total: int, unit: str) -> None:
     self._unit = unit
     self._total = total
     self._step = start
@@ -272,7 +273,9 @@ class StepLog:
   Reading the metrics of the current step would make the devices wait.
   """
 
-  def __init__(self, config: ConfigDict, writer: Writer, progress: Progress):
+  def __init__(
+    self, config: ConfigDict, writer: Writer, progress: Progress
+  ) -> None:
     self._config, self._writer, self._progress = config, writer, progress
     self._mean = Mean()
     self._pending = None

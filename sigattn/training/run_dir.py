@@ -25,7 +25,7 @@ import filelock
 import jax
 from ml_collections import ConfigDict
 
-from sigattn.training import files, metrics
+from sigattn.training import files, metrics, saved
 
 # Increased whenever config keys or parameter paths change, so that a run of an
 # older version is refused with a clear message instead of a missing key.
@@ -74,7 +74,7 @@ class RunDir:
 
   def __init__(
     self, workdir: str | os.PathLike[str] | None, config: ConfigDict
-  ):
+  ) -> None:
     self._workdir, self._config = workdir, config
     self._lock = None
 
@@ -112,6 +112,8 @@ class RunDir:
     if self._lock is None:  # another process may have begun since
       self._take()
       validate_resumable(folder, self._config)
+    if jax.process_index():
+      return  # the first process writes it
     try:
       files.write_json(folder / "config.json", contents(self._config))
     except OSError as error:
@@ -199,7 +201,7 @@ def validate_resumable(
   The config of the run may differ only in values that may change when a run is
   resumed, such as total_steps. The message names the first key that differs.
   """
-  if (pathlib.Path(workdir) / "config.json").exists() or steps(workdir):
+  if (pathlib.Path(workdir) / "config.json").exists() or saved.steps(workdir):
     _compare(workdir, flatten(read_config(workdir)), flatten(config))
 
 
@@ -222,12 +224,13 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
   """
   path = pathlib.Path(workdir) / "config.json"
   try:
-    contents = _read_object(path)
+    contents = saved.read_config(path)
   except (OSError, ValueError) as error:
     reason = getattr(error, "strerror", None) or f"unreadable: {error}"
-    contents, copy = _copied_config(workdir)
+    contents, copy = saved.config(workdir)
     if contents is None:
-      there = "holds checkpoints, but no config" if copy else "no run here"
+      has_steps = bool(saved.steps(workdir))
+      there = "holds checkpoints, but no config" if has_steps else "no run here"
       raise ValueError(
         f"{workdir=}: {there} ({path.name}: {reason})"
       ) from error
@@ -236,52 +239,9 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
   return ConfigDict(contents["config"]).lock()
 
 
-def _read_object(path):
-  contents = json.loads(path.read_bytes())
-  if not isinstance(contents, dict):
-    raise ValueError("not a JSON object")
-  if "format" in contents and not isinstance(contents.get("config"), dict):
-    raise ValueError("it has no config")
-  return contents
-
-
-def _copied_config(workdir):
-  """(what config.json held, the copy's path); (None, a step) if no copy is."""
-  saved = steps(workdir)
-  for step in reversed(saved):
-    folder = checkpoint_folder(workdir, step)
-    if not files.damage(folder, lambda file: file == CONFIG_COPY):
-      with contextlib.suppress(OSError, ValueError):
-        return _read_object(folder / CONFIG_COPY), folder / CONFIG_COPY
-  return None, saved
-
-
-# In the folder of a checkpoint, where Orbax saves the item "config" as JSON.
-CONFIG_COPY = "config/metadata"
-
-
 def contents(config: ConfigDict) -> dict[str, Any]:
   """What config.json holds."""
   return {"format": FORMAT, "config": config.to_dict()}
-
-
-def steps(workdir: str | os.PathLike[str] | None) -> list[int]:
-  """The steps of which the run has a checkpoint, whole or not, in order.
-
-  None for a `workdir` of None.
-  """
-  if workdir is None:
-    return []
-  folder = pathlib.Path(workdir) / "checkpoints"
-  names = [x.name for x in folder.iterdir()] if folder.is_dir() else []
-  return sorted(int(name) for name in names if name.isdecimal())
-
-
-def checkpoint_folder(
-  workdir: str | os.PathLike[str], step: int
-) -> pathlib.Path:
-  """The folder of a checkpoint."""
-  return pathlib.Path(workdir) / "checkpoints" / str(step)
 
 
 def validate_format(number: int, workdir: str | os.PathLike[str]) -> None:
@@ -317,9 +277,9 @@ def write_done(
   """Marks the run as complete.
 
   results: the last evaluation and its "step". Does nothing for a `workdir` of
-  None.
+  None, nor in another process than the first.
   """
-  if workdir is not None:
+  if workdir is not None and not jax.process_index():
     files.write_json(pathlib.Path(workdir) / "DONE.json", results)
 
 
