@@ -42,9 +42,9 @@ class EventFile:
     with files.naming(self._path):
       self._file = self._path.open("xb", buffering=0)
     self._write(event_pb2.Event(file_version="brain.Event:2"))
-    if start:
-      purge = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-      self._write(event_pb2.Event(step=start + 1, session_log=purge))
+    # A run that was killed before its first checkpoint starts from 0 again.
+    purge = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write(event_pb2.Event(step=start + 1, session_log=purge))
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes the scalars {"train/loss": 1.5, ...} of a step as one event.

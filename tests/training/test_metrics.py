@@ -65,7 +65,7 @@ def test_broken_line_is_left_out_and_reported(broken, tmp_path, capsys):
 
 
 def test_event_files_are_read_as_tensorboard_does(tmp_path):
-  for start in (0, 2):
+  for start in (0, 0, 2):
     with metrics.Writer(tmp_path, start) as writer:
       for step in range(start + 1, start + 5):
         writer.write(step, "train", {"loss": step + start, "lr": 1.0})
