@@ -13,7 +13,7 @@ from absl import flags
 
 from sigattn import cli, tasks
 from sigattn.analysis import report
-from sigattn.training import checkpoint, mesh, metrics, run_dir
+from sigattn.training import checkpoint, files, mesh, metrics
 from sigattn.training import evaluate as evaluation
 
 
@@ -25,7 +25,7 @@ def evaluate(
   """Metrics of a run's checkpoint, as a dict; also in workdir/eval.json.
 
   What the task evaluates besides, another length say, is a dict of metrics by
-  name in `variants`.
+  name in `variants`. Where the folder is read-only, a message says so.
 
   split: one of the data's, by default config.data.eval_split. step: a number,
   "best", or None for the newest. Raises ValueError where there is no such run,
@@ -42,7 +42,8 @@ def evaluate(
   results = {"step": step, "split": split, **run(config)}
   if variants := evaluation.variants(config):
     results["variants"] = {name: run(x) for name, x in variants.items()}
-  run_dir.write_json(pathlib.Path(workdir) / "eval.json", results)
+  with metrics.saying_what_is_not_written():
+    files.write_json(pathlib.Path(workdir) / "eval.json", results)
   return results
 
 

@@ -21,7 +21,9 @@ from sigattn.training import (
   mesh,
   metrics,
   process,
+  replay,
   run_dir,
+  saved,
   setup,
   step,
 )
@@ -38,24 +40,28 @@ def train(
   on the same `workdir` resumes from its newest checkpoint; with None nothing
   is written. Ctrl-C or SIGTERM ends the run after the current step; its state
   is saved and returned. Raises ValueError for a bad config before any work
-  starts, and FloatingPointError when the loss is no longer finite.
+  starts, FloatingPointError when the loss or the gradient is not finite and
+  config.optim.non_finite does not let that be, and OSError when the folder can
+  no longer be written.
   """
   setup.validate_config(config)
-  if workdir is not None:
-    run_dir.prepare(workdir, config)
-  split, total = config.data.eval_split, config.total_steps
-  data = tasks.train_batches(config)
-  eval_batches = tasks.eval_batches(config, split)
-  devices = mesh.make()
-  state, update = step.init(config, devices)
-  step_fn = step.jitted(update)
-  evaluator = evaluate.evaluator(config, devices)
-  measure = telemetry.make(
-    config, lambda *args: update(*args)[:3], eval_batches, devices
-  )
-
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
+    folder = enter(run_dir.RunDir(workdir, config))
+    split, total = config.data.eval_split, config.total_steps
+    data = tasks.train_batches(config)
+    eval_batches = tasks.eval_batches(config, split)
+    devices = mesh.make()
+    state, update = step.init(config, devices)
+    step_fn = step.jitted(update)
+    evaluator = evaluate.evaluator(config, devices)
+    measure = telemetry.make(
+      config, lambda *args: update(*args)[:3], eval_batches, devices
+    )
+    # What cannot start fails before here, and leaves nothing behind.
+    first = None if saved.steps(workdir) else next(data)
+    folder.begin()
+
     checkpoints = enter(checkpoint.Checkpoints(workdir, config))
     state = checkpoints.restore(state, data)
     start = int(state.step)
@@ -87,10 +93,11 @@ def train(
           log.finish()  # raises before a state that is not finite is saved
           checkpoints.save(i, state, data, results)
         if last:
+          checkpoints.wait()  # a run without its checkpoint is not done
           run_dir.write_done(workdir, {"step": i, **results})
       if last or stopping:
         break
-      batch = mesh.put(next(data), devices)
+      batch = mesh.put(next(data) if i or first is None else first, devices)
       if telemetry.is_due(config, i + 1):
         log.finish()
         writer.write(i + 1, telemetry.SPLIT, measure(state, batch))
@@ -124,6 +131,10 @@ def _define_flags():
   flags.DEFINE_string(
     "workdir", None, "Where the run is kept; by default below runs/."
   )
+  flags.DEFINE_integer(
+    "replay", None, "Run this step of the run again, to find what is NaN.", 1
+  )
+  flags.DEFINE_bool("debug", False, "Show where in the code an error arose.")
 
 
 def _main(given):
@@ -133,10 +144,11 @@ def _main(given):
     flag.config_filename, flag.override_values
   )
   process.keep_freed_memory()
-  with cli.refusing("train.py"):
-    setup.validate_config(config)
-    run_dir.prepare(workdir, config)
-  state = train(config, workdir)
+  with cli.refusing("train.py", given.debug):
+    if given.replay is not None:
+      metrics.log(str(replay.replay(workdir, given.replay)))
+      return
+    state = train(config, workdir)
   if int(state.step) < config.total_steps:
     metrics.log("the same command goes on from here")
     sys.exit(130)

@@ -19,7 +19,7 @@ from absl import app, flags
 from matplotlib import figure as figures
 
 from sigattn.analysis import report_html, telemetry
-from sigattn.training import metrics, run_dir
+from sigattn.training import files, metrics
 
 OUT = pathlib.Path(__file__).parent / "results" / "studies"
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     if study in DERIVED:
       results[DERIVED[study].__name__] = DERIVED[study](finished)
     OUT.mkdir(exist_ok=True)
-    run_dir.write_json(OUT / f"{study}.json", results)
+    files.write_json(OUT / f"{study}.json", results)
     figure = FIGURES[study](finished)
     figure.savefig(OUT / f"{study}.png", dpi=110)
     metrics.log(f"{study}: {len(finished)} of {len(runs)} runs finished")

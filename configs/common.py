@@ -56,6 +56,10 @@ def base():
     clip_norm=1.0,  # largest norm of the whole gradient; 0 turns clipping off
     # Micro-batches per update; k of them need 1/k of the activations' memory.
     accumulate=1,
+    # What happens at a step whose loss or gradient is not finite: raise ends
+    # the run, skip leaves the update out.
+    non_finite="raise",
+    max_skipped=10,  # ends the run when so many steps in a row are left out
     # Evaluate an exponential moving average of the parameters, for example with
     # 0.9999; 0 evaluates the parameters themselves.
     ema_decay=0.0,

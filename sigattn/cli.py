@@ -90,15 +90,24 @@ SHARED: dict[str, Callable[[], None]] = {
 
 
 @contextlib.contextmanager
-def refusing(name: str) -> Iterator[None]:
-  """Ends the program with 1 and one line for a ValueError: bad input.
+def refusing(name: str, debug: bool = False) -> Iterator[None]:
+  """Ends the program with 1 and one line for an error that is not a bug.
 
-  name: of the program, which the line begins with.
+  That is a ValueError for bad input, an OSError for a file that cannot be read
+  or written, and a FloatingPointError for a loss that is not finite.
+
+  name: of the program, which the line begins with. debug: lets the error pass,
+  so that its trace is shown.
   """
   try:
     yield
-  except ValueError as error:
-    sys.exit(f"{name}: {error}")
+  except (ValueError, FloatingPointError, OSError) as error:
+    if debug:
+      raise
+    text = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+      text = f"{error.filename}: {error.strerror}"
+    sys.exit(f"{name}: {text}")
 
 
 def start(

@@ -116,7 +116,11 @@ def run(flag_values: flags.FlagValues) -> None:
   file, config = flag.config_filename, flag_values.config
   root = flag_values.root or run_dir.default(file, flag.override_values)
   runs = [
-    (delta, _config_of_run(config, delta), f"{root}/{run_dir.name(delta)}")
+    (
+      delta,
+      _config_of_run(config, delta),
+      f"{root}/{run_dir.folder_name(run_dir.name(delta))}",
+    )
     for delta in deltas(file, flag_values.sweep)
   ]
   failed = []

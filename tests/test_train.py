@@ -25,6 +25,7 @@ from sigattn.training import (
   step,
 )
 from sigattn.training import evaluate as evaluation
+from tests.training.events import events
 from train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -149,8 +150,18 @@ def test_kill_9_and_the_same_command_again_equals_one_run(tmp_path):
   _, whole_params, _ = checkpoint.load(tmp_path / "whole")
   assert last == 120
   equal(killed_params, whole_params)
-  steps = [x["step"] for x in metrics.read(tmp_path / "killed")]
-  assert steps == [x["step"] for x in metrics.read(tmp_path / "whole")]
+  runs = [tmp_path / "killed", tmp_path / "whole"]
+  lines = [metrics.read(run) for run in runs]
+  assert [x["step"] for x in lines[0]] == [x["step"] for x in lines[1]]
+  # TensorBoard has every number once.
+  for run, expected in zip(runs, lines, strict=True):
+    scalars = [
+      (line["step"], f"{line['split']}/{name}", np.float32(value))
+      for line in expected
+      for name, value in line.items()
+      if name not in ("step", "split")
+    ]
+    assert events(run) == scalars
 
 
 def test_interrupt_saves_and_the_same_call_goes_on(tmp_path):

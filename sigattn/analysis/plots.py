@@ -35,6 +35,7 @@ _STYLE = {
   "grid.color": "grey",
   "legend.frameon": False,
   "legend.fontsize": "small",
+  "text.parse_math": False,  # a metric may be called anything
   "svg.fonttype": "none",
   "svg.hashsalt": "sigattn",  # the same figure gives the same file
 }

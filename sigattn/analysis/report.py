@@ -11,7 +11,7 @@ import rich.table
 from ml_collections import ConfigDict
 
 from sigattn.analysis import plots
-from sigattn.training import metrics, optim, run_dir
+from sigattn.training import files, metrics, optim, run_dir
 
 
 def parameter_table(params: Any) -> rich.table.Table:
@@ -45,7 +45,9 @@ def finish(
     best_mode: "max" or "min", which values of best_metric are better.
   """
   lines = metrics.read(workdir)
-  evals = [line for line in lines if line["split"] == split]
+  evals = [
+    line for line in lines if line["split"] == split and best_metric in line
+  ]
   if not evals:
     return
   choose = max if best_mode == "max" else min
@@ -55,8 +57,9 @@ def finish(
   )
   metrics.log(table)
   path = pathlib.Path(workdir) / "curves.png"
-  plots.curves({str(workdir): [lines]}, path)
-  metrics.log(f"curves: {path}")
+  with metrics.saying_what_is_not_written():
+    plots.curves({str(workdir): [lines]}, path)
+    metrics.log(f"curves: {path}")
 
 
 def evaluation_table(
@@ -116,10 +119,11 @@ def sweep(
     rows[label] = {key: [line[key] for line in last] for key in names}
     table.add_row(label, str(len(last)), *map(_spread, rows[label].values()))
   metrics.log(table)
-  run_dir.write_json(pathlib.Path(root) / "sweep.json", rows)
-  path = pathlib.Path(root) / "sweep.png"
-  plots.curves(groups, path)
-  metrics.log(f"curves: {path}")
+  with metrics.saying_what_is_not_written():
+    files.write_json(pathlib.Path(root) / "sweep.json", rows)
+    path = pathlib.Path(root) / "sweep.png"
+    plots.curves(groups, path)
+    metrics.log(f"curves: {path}")
 
 
 def _spread(values):

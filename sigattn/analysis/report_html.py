@@ -14,6 +14,7 @@ is the standard deviation of n runs and t is the 97.5 % quantile of the t
 distribution with n - 1 degrees of freedom.
 """
 
+import hashlib
 import html
 import io
 import math
@@ -24,11 +25,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import rich.table
 from absl import flags
 from matplotlib.figure import Figure
 
 from sigattn.analysis import plots, telemetry
-from sigattn.training import metrics, run_dir
+from sigattn.training import files, metrics, run_dir
 
 _RUNS = "The config values that differ between groups, and each group's runs."
 _FINAL = (
@@ -59,7 +61,8 @@ class Run(NamedTuple):
   @property
   def evaluation(self) -> metrics.Line | None:
     """The last evaluation on the run's own held-out split, or None."""
-    return metrics.last_evaluation(self.lines, self.config["data.eval_split"])
+    split = self.config.get("data.eval_split")
+    return metrics.last_evaluation(self.lines, split)
 
 
 def find(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
@@ -147,9 +150,13 @@ def write(
   Raises:
     ValueError: for a folder that contains no run.
   """
-  groups = by_config(find(folders))
-  out = pathlib.Path(out or pathlib.Path(folders[0]) / "report")
-  out.mkdir(parents=True, exist_ok=True)
+  return _write(by_config(find(folders)), folders, out)
+
+
+def _write(groups, folders, out):
+  out = _out(folders, out)
+  with files.naming(out):
+    out.mkdir(parents=True, exist_ok=True)
   lines = {k: [run.lines for run in runs] for k, runs in groups.items()}
   curves = {name: plots.curve(lines, name) for name in _curve_names(groups)}
   layers = {
@@ -157,7 +164,9 @@ def write(
     for name in plots.measured_quantities(lines)
   }
   for name, figure in (curves | layers).items():
-    plots.save(figure, out / f"{name}.png", "png")
+    path = out / f"{_safe(name)}.png"
+    with files.naming(path):
+      plots.save(figure, path, "png")
   sections = [
     ("Runs", _RUNS, table(*_runs_table(groups))),
     ("Final evaluation", _FINAL, table(*_final_table(groups))),
@@ -170,8 +179,25 @@ def write(
   title = f"Report of {', '.join(map(str, folders))}"
   count = sum(map(len, groups.values()))
   note = f"{count} runs. Runs that differ only in the seed form one group."
-  path.write_text(document(title, note, sections))
+  files.write_text(path, document(title, note, sections))
   return path
+
+
+def _out(folders, out):
+  return pathlib.Path(out or pathlib.Path(folders[0]) / "report")
+
+
+def _safe(name):
+  """The name of a metric as the name of a file and of an element.
+
+  A metrics.jsonl from elsewhere may name its metrics anything. A hash keeps
+  apart the names in which something was replaced.
+  """
+  safe = re.sub(r"[^A-Za-z0-9_=-]", "_", name)[:80]
+  if safe == name:
+    return name
+  digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
+  return f"{safe}-{digest[:8]}"
 
 
 def _all_runs(groups):
@@ -194,7 +220,7 @@ def _runs_table(groups):
   rows = []
   for runs in groups.values():
     values = [str(runs[0].config.get(key)) for key in keys]
-    seeds = ", ".join(str(run.config["seed"]) for run in runs)
+    seeds = ", ".join(str(run.config.get("seed")) for run in runs)
     folders = ", ".join(run.workdir for run in runs)
     rows.append([*values, len(runs), seeds, folders])
   return [*keys, "runs", "seeds", "folders"], rows
@@ -348,7 +374,7 @@ def _svg(figure, name):
   text = file.getvalue().replace(plots.INK, "currentColor")
   text = text[text.index("<svg") :]
   # The prefix makes the ids unique: the page has several figures.
-  text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+  text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{_safe(name)}-", text)
   return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
 
 
@@ -365,5 +391,17 @@ def define_flags() -> None:
 
 
 def run(flag_values: flags.FlagValues, folders: list[str]) -> None:
-  """Writes the page about the runs in the folders and prints its path."""
-  metrics.log(f"report: {write(folders, flag_values.out)}")
+  """Writes the page about the runs in the folders and prints its path.
+
+  Where it cannot be written, the final evaluations are printed instead.
+  """
+  groups = by_config(find(folders))
+  try:
+    metrics.log(f"report: {_write(groups, folders, flag_values.out)}")
+  except OSError as error:
+    columns, rows = _final_table(groups)
+    final = rich.table.Table(*columns)
+    for row in rows:
+      final.add_row(*("" if x is None else str(x) for x in row))
+    metrics.log(final)
+    metrics.log(f"not written: {error.filename}: {error.strerror}")

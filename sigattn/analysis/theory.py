@@ -285,7 +285,7 @@ class Universal(nnx.Module):
 
   WIDTH = 4
 
-  def __init__(self, length: int, depth: int, rngs: nnx.Rngs):
+  def __init__(self, length: int, depth: int, rngs: nnx.Rngs) -> None:
     self.attns = nnx.List([
       layers.SelfAttention(self.WIDTH, 4, max_length=length, rngs=rngs)
       for _ in range(depth)

@@ -166,7 +166,7 @@ def decode(
 class Generator:
   """A language model with its tokenizer: continues texts."""
 
-  def __init__(self, config: ConfigDict, params: Any):
+  def __init__(self, config: ConfigDict, params: Any) -> None:
     """Raises ValueError if the config is not of the task "lm"."""
     if config.task != "lm":
       raise ValueError(f"config.task={config.task!r}; must be 'lm'")

@@ -31,7 +31,7 @@ from lm_eval.api.instance import Instance
 from ml_collections import ConfigDict
 
 from sigattn.inference.generate import Generator
-from sigattn.training import checkpoint, metrics, run_dir, setup
+from sigattn.training import checkpoint, files, metrics, setup
 
 _MAX_NEW = 256  # tokens to generate for a task that sets no limit
 
@@ -50,7 +50,7 @@ class HarnessLM(harness.TemplateLM):
     *,
     batch_size: int = 16,
     max_length: int | None = None,
-  ):
+  ) -> None:
     """Wraps a model.
 
     Args:
@@ -233,7 +233,8 @@ def run(flag_values: flags.FlagValues) -> None:
     ),
   )
   print(lm_eval.utils.make_table(results))
-  run_dir.write_json(
-    pathlib.Path(flag_values.workdir) / "lm_eval.json",
-    {"step": step, "results": results["results"]},
-  )
+  with metrics.saying_what_is_not_written():
+    files.write_json(
+      pathlib.Path(flag_values.workdir) / "lm_eval.json",
+      {"step": step, "results": results["results"]},
+    )

@@ -1,12 +1,19 @@
 """Saves and restores the training state with Orbax.
 
 A run that was killed continues from its newest checkpoint exactly as if it had
-not been interrupted. The checkpoint of a step has up to four items: `params`,
+not been interrupted. The checkpoint of a step has up to six items: `params`,
 `ema` (the averaged parameters, if config.optim.ema_decay > 0), `train` (the
-optimizer state and the step) and `data` (the state of the data iterator).
+optimizer state and the step), `data` (the state of the data iterator),
+`metrics` (the evaluation at the step) and `config` (a copy of config.json).
 Evaluation restores only `ema`, or `params` where there is no average.
+
+Checksums of all files are saved with a checkpoint. A damaged one is not used:
+the newest whole one takes its place, and the log says so.
 """
 
+import asyncio
+import contextlib
+import errno
 import math
 import os
 import pathlib
@@ -15,36 +22,66 @@ from typing import Any, Self
 
 import grain.checkpoint
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from orbax.checkpoint import checkpoint_managers
 
 from sigattn.data import loader
-from sigattn.training import run_dir, setup
+from sigattn.training import files, metrics, run_dir, saved, setup
 from sigattn.training.step import State
 
 
-def _manager(workdir, config, read_only=False):
-  ckpt = config.ckpt
-  worst = math.inf if ckpt.best_mode == "min" else -math.inf
+class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+  """The folder of a step while it is written.
 
-  def metric(metrics):  # steps without an evaluation count as the worst
-    return metrics.get(ckpt.best_metric, worst)
+  Orbax gives it its final name when it is complete. Its checksums are written
+  just before, so that no folder with a final name is without them.
+  """
 
-  best = checkpoint_managers.BestN(
-    get_metric_fn=metric,
-    reverse=ckpt.best_mode == "min",
-    n=1,
-  )
-  newest = checkpoint_managers.LatestN(ckpt.keep)
+  async def finalize(self) -> None:
+    # Orbax would now write the time into the file of metadata.
+    metadata, self._checkpoint_metadata_store = (
+      self._checkpoint_metadata_store,
+      None,
+    )
+    if metadata is not None:
+      await asyncio.to_thread(metadata.wait_until_finished)
+    await asyncio.to_thread(
+      files.seal,
+      self.get(),
+      self.get_final().name,
+      without=("commit_success.txt",),
+    )
+    await super().finalize()
+
+
+class _Keep:
+  """Which checkpoints Orbax keeps: the newest ones, and the best."""
+
+  def __init__(self, newest: int) -> None:
+    self._newest = newest
+    self.best = None  # its step
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    steps = [x.step for x in checkpoints]
+    kept = {*sorted(steps)[-self._newest :], self.best}
+    return [step in kept for step in steps]
+
+
+def _manager(workdir, keep=None):
+  """Orbax's manager of the run's checkpoints; without `keep` it only reads."""
+  run_dir.validate_path(workdir)
   options = ocp.CheckpointManagerOptions(
-    preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-      [newest, best]
-    ),
-    best_fn=metric,  # used by best_step; the policy decides what is kept
-    best_mode=ckpt.best_mode,
-    read_only=read_only,
-    create=not read_only,
+    preservation_policy=keep,
+    best_fn=lambda metrics: 0.0,  # makes Orbax save the metrics
+    # Orbax reads no metrics, which may be damaged, and no metadata.
+    lightweight_initialize=True,
+    temporary_path_class=_Sealed,
+    cleanup_tmp_directories=keep is not None,  # what a killed run left
+    read_only=keep is None,
+    create=keep is not None,
   )
   folder = pathlib.Path(workdir).resolve() / "checkpoints"
   return ocp.CheckpointManager(folder, options=options)
@@ -59,40 +96,58 @@ class Checkpoints:
 
   def __init__(
     self, workdir: str | os.PathLike[str] | None, config: ConfigDict
-  ):
-    self._ckpt, self._workdir = config.ckpt, workdir
-    self._manager = None if workdir is None else _manager(workdir, config)
+  ) -> None:
+    """Opens the folder and moves checkpoints aside that are damaged.
+
+    Raises ValueError if the run has checkpoints and all are damaged.
+    """
+    self._workdir, self._config = workdir, config
+    self._manager = self._newest = None
+    if workdir is None:
+      return
+    self._newest = _newest_after_moving_damaged_ones(workdir)
+    self._keep = _Keep(config.ckpt.keep)
+    self._keep.best, self._best_value = _best(workdir, config)
+    with self._naming_the_folder():
+      self._manager = _manager(workdir, self._keep)
 
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_: object) -> None:
-    if self._manager is not None:
-      self._manager.wait_until_finished()
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    if self._manager is None:
+      return
+    try:
+      self.wait()
       self._manager.close()
+    except Exception as error:
+      if kind is None:
+        raise
+      # Another error ends the run already.
+      metrics.log(f"the last checkpoint was not written: {error}")
 
-  def is_best(self, metrics: Mapping[str, float] | None) -> bool:
-    """Whether `metrics` are better than those of every saved checkpoint.
+  def wait(self) -> None:
+    """Waits until everything is on disk. Raises OSError where it cannot be."""
+    if self._manager is not None:
+      with self._naming_the_folder():
+        self._manager.wait_until_finished()
+
+  def is_best(self, results: Mapping[str, float] | None) -> bool:
+    """Whether `results` are better than those of every saved checkpoint.
 
     False for None. config.ckpt.best_metric and best_mode define "better".
     """
-    if metrics is None or self._manager is None:
+    if results is None or self._manager is None:
       return False
-    best = self._manager.best_step()
-    old = None if best is None else self._manager.metrics(best)
-    if not old:
-      return True
-    name = self._ckpt.best_metric
-    if self._ckpt.best_mode == "min":
-      return metrics[name] < old[name]
-    return metrics[name] > old[name]
+    value = results[self._config.ckpt.best_metric]
+    return _is_better(value, self._best_value, self._config)
 
   def save(
     self,
     step: int,
     state: State,
     data: Iterator[loader.Batch],
-    metrics: Mapping[str, float] | None,
+    results: Mapping[str, float] | None,
   ) -> None:
     """Starts to write a checkpoint; the writing continues in the background.
 
@@ -100,25 +155,47 @@ class Checkpoints:
       step: the number of updates done.
       state: the training state after them.
       data: the iterator of the training batches, whose state is saved.
-      metrics: the evaluation at this step, by which the best checkpoint is
+      results: the evaluation at this step, by which the best checkpoint is
         chosen; None if there was none.
+
+    Raises:
+      OSError: if this checkpoint or the one before cannot be written.
     """
     if self._manager is None:
       return
+    if self.is_best(results):
+      self._keep.best = step
+      self._best_value = results[self._config.ckpt.best_metric]
     items = {
       "params": ocp.args.StandardSave(state.params),
       "train": ocp.args.StandardSave(_train_item(state)),
       "data": grain.checkpoint.CheckpointSave(data),
+      "config": ocp.args.JsonSave(run_dir.contents(self._config)),
     }
     if state.ema is not None:
       items["ema"] = ocp.args.StandardSave(state.ema)
-    # Orbax warns at every save if the metrics are None.
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(**items),
-      metrics=metrics or {},
-      custom_metadata={"format": run_dir.FORMAT},
-    )
+    with self._naming_the_folder():
+      # Orbax would make a folder anew that was deleted during the run.
+      os.stat(pathlib.Path(self._workdir) / "config.json")
+      # Orbax warns at every save if the metrics are None.
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(**items),
+        metrics=results or {},
+        custom_metadata={"format": run_dir.FORMAT, "sealed": True},
+      )
+
+  @contextlib.contextmanager
+  def _naming_the_folder(self):
+    """Turns an error of Orbax about the disk into an OSError with the path."""
+    try:
+      yield
+    except Exception as error:
+      code = _disk_error(error)
+      if code is None:
+        raise
+      folder = pathlib.Path(self._workdir) / "checkpoints"
+      raise OSError(code, os.strerror(code), str(folder)) from error
 
   def restore(self, state: State, data: Iterator[loader.Batch]) -> State:
     """Returns the newest saved state and sets the iterator `data` to its place.
@@ -126,31 +203,138 @@ class Checkpoints:
     Without a checkpoint it returns `state` and leaves `data` alone. Raises
     ValueError for a checkpoint of another version's format.
     """
-    step = None if self._manager is None else self._manager.latest_step()
-    if step is None:
+    if self._newest is None:
       return state
-    _validate_format(self._manager, step, self._workdir)
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    items = {
-      "params": ocp.args.StandardRestore(target.params),
-      "train": ocp.args.StandardRestore(_train_item(target)),
-      "data": grain.checkpoint.CheckpointRestore(data),
-    }
-    if state.ema is not None:
-      items["ema"] = ocp.args.StandardRestore(target.ema)
-    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-    return state._replace(
-      params=restored["params"], ema=restored.get("ema"), **restored["train"]
-    )
+    return _restore(self._manager, self._workdir, self._newest, state, data)
 
 
-def _validate_format(manager, step, workdir):
-  metadata = manager.metadata(step).custom_metadata or {}
-  run_dir.validate_format(metadata.get("format", 1), workdir)
+def _restore(manager, workdir, step, state, data):
+  _validate_format(step, workdir)
+  target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+  items = {
+    "params": ocp.args.StandardRestore(target.params),
+    "train": ocp.args.StandardRestore(_train_item(target)),
+    "data": grain.checkpoint.CheckpointRestore(data),
+  }
+  if state.ema is not None:
+    items["ema"] = ocp.args.StandardRestore(target.ema)
+  restored = _restored(manager, step, items, workdir)
+  return state._replace(
+    params=restored["params"], ema=restored.get("ema"), **restored["train"]
+  )
+
+
+def restore_before(
+  workdir: str | os.PathLike[str],
+  step: int,
+  state: State,
+  data: Iterator[loader.Batch],
+) -> State:
+  """As Checkpoints.restore, but of the newest whole checkpoint before a step.
+
+  Writes nothing. step: the number of an update.
+  """
+  for before in reversed(saved.steps(workdir)):
+    if before < step and not saved.damage(workdir, before):
+      with _manager(workdir) as manager:
+        return _restore(manager, workdir, before, state, data)
+  return state
 
 
 def _train_item(state):
   return {"step": state.step, "opt_state": state.opt_state}
+
+
+def _validate_format(step, workdir):
+  # Orbax would read the metrics too, which may be damaged.
+  metadata = saved.metadata(saved.folder(workdir, step))
+  run_dir.validate_format(metadata.get("format", 1), workdir)
+
+
+def _restored(manager, step, items, workdir):
+  try:
+    return manager.restore(step, args=ocp.args.Composite(**items))
+  except Exception as error:
+    folder = saved.folder(workdir, step)
+    if files.is_sealed(folder):
+      raise
+    raise ValueError(
+      f"{folder} cannot be restored: it is damaged, or of another model; it "
+      f"was saved without checksums, which would tell. {error}"
+    ) from error
+
+
+def _newest_after_moving_damaged_ones(workdir):
+  """The newest whole step, None if there is none; newer ones are moved.
+
+  Where they lay, training will write those steps again. The first process does
+  this, and tells the others.
+  """
+  step, error = None, None
+  if not jax.process_index():
+    try:
+      step, damaged = saved.newest_whole(workdir)
+      for other, why in damaged.items():
+        place = saved.move_aside(workdir, other)
+        metrics.log(
+          f"checkpoint {other} of {workdir} is damaged: {why}. It is now "
+          f"{place}; the run goes on from step {step}"
+        )
+    except ValueError as caught:
+      error = caught
+  if jax.process_count() > 1:
+    code = -2 if error else -1 if step is None else step
+    code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
+    step = None if code < 0 else code
+    if code == -2 and error is None:
+      error = ValueError(f"{workdir=}: all checkpoints are damaged")
+  if error:
+    raise error
+  return step
+
+
+# The best checkpoint.
+
+
+def _is_better(value, best, config):
+  """Whether a metric is better than the best; any is better than None."""
+  if math.isnan(value):
+    return False
+  if best is None:
+    return True
+  return value < best if config.ckpt.best_mode == "min" else value > best
+
+
+def _best(workdir, config):
+  """(step, value) of the best evaluation of a checkpoint; (None, None)."""
+  best = None, None
+  for step in saved.steps(workdir):
+    value = saved.results(workdir, step).get(config.ckpt.best_metric)
+    if value is not None and _is_better(value, best[1], config):
+      best = step, value
+  return best
+
+
+# Errors of the disk that Orbax reports in other errors, some as text alone.
+_DISK_ERRORS = (
+  errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
+  errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE,
+)  # fmt: skip
+
+
+def _disk_error(error):
+  """The errno of a disk's error behind an exception; None if it is another."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno is not None:
+      return error.errno
+    for code in _DISK_ERRORS:
+      if os.strerror(code) in str(error):
+        return code
+    error = error.__cause__ or error.__context__
+  return None
+
+
+# Evaluation.
 
 
 def load(
@@ -160,35 +344,46 @@ def load(
 
   Args:
     workdir: the folder of the run.
-    step: the number of a saved step, "best", or None for the newest.
+    step: the number of a saved step, "best", or None for the newest that is not
+      damaged.
 
   Returns:
     (config, params, step). The parameters are the exponential average if
     config.optim.ema_decay > 0, otherwise those of the last update.
 
   Raises:
-    ValueError: if there is no such run or no such step, or if the run is of
-      another version's format.
+    ValueError: if there is no such run or no such step, if the step is damaged,
+      or if the run is of another version's format.
   """
   config = run_dir.read_config(workdir)
-  with _manager(workdir, config, read_only=True) as manager:
-    steps = sorted(manager.all_steps())
-    if not steps:
-      raise ValueError(f"{workdir=}: holds no checkpoint yet")
-    if step is None:
-      step = steps[-1]
-    elif step == "best":
-      step = manager.best_step()
-      if not manager.metrics(step):
+  steps = saved.steps(workdir)
+  if not steps:
+    raise ValueError(f"{workdir=}: holds no checkpoint yet")
+  if step is None:
+    step, damaged = saved.newest_whole(workdir)
+    for other, why in damaged.items():
+      metrics.log(
+        f"checkpoint {other} of {workdir} is damaged: {why}. Step {step} is "
+        "used"
+      )
+  else:
+    if step == "best":
+      step, _ = _best(workdir, config)
+      if step is None:
         raise ValueError(
           f"step='best': none of the {steps=} in {workdir} was evaluated"
         )
     if step not in steps:
       raise ValueError(f"{step=}: {workdir} holds the steps {steps}")
-    _validate_format(manager, step, workdir)
+    if why := saved.damage(workdir, step):
+      raise ValueError(
+        f"{step=}: this checkpoint of {workdir} is damaged: {why}"
+      )
+  with _manager(workdir) as manager:
+    _validate_format(step, workdir)
     params = jax.eval_shape(lambda: setup.init(config)[1])
     item = "ema" if config.optim.ema_decay else "params"
-    restored = manager.restore(
-      step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(params)})
+    restored = _restored(
+      manager, step, {item: ocp.args.StandardRestore(params)}, workdir
     )
   return config, restored[item], step

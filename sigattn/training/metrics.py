@@ -1,5 +1,7 @@
 """Writes the metrics of a run to files and shows them while it trains."""
 
+import contextlib
+import errno
 import json
 import logging
 import math
@@ -7,19 +9,22 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import rich.console
 import rich.progress
 import rich.table
-import tensorboardX
 from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-console = rich.console.Console()
+from sigattn.training import events, files
+
+# What is printed holds paths and names, in which rich would take [...] for
+# markup and :cat: for a picture.
+console = rich.console.Console(markup=False, emoji=False)
 
 # Metrics that are written to the files but are not shown in the progress bar.
 _NOT_ON_THE_BAR = ("lr", "grad_norm", "per_second")
@@ -31,7 +36,8 @@ Line = dict[str, int | float | str]
 class Writer:
   """Writes metrics to workdir/metrics.jsonl and to TensorBoard event files.
 
-  A context manager. If `workdir` is None, nothing is written.
+  A context manager. If `workdir` is None, nothing is written, nor by another
+  process than the first.
   """
 
   def __init__(
@@ -39,7 +45,7 @@ class Writer:
     workdir: str | os.PathLike[str] | None,
     start: int = 0,
     tensorboard: bool = True,
-  ):
+  ) -> None:
     """Opens the files.
 
     Args:
@@ -48,58 +54,106 @@ class Writer:
       tensorboard: whether to write event files too.
     """
     self._file = self._board = None
-    if workdir is None:
-      return
-    path = pathlib.Path(workdir) / "metrics.jsonl"
+    if workdir is None or jax.process_index():
+      return  # all processes have the same metrics
+    self._path = pathlib.Path(workdir) / "metrics.jsonl"
     # A killed run may have written lines after its last checkpoint. It repeats
     # those steps, and no step may be in the file twice.
     kept = [line for line in read(workdir) if line["step"] <= start]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    self._file = path.open("a")
+    files.write_text(self._path, "".join(map(_as_text, kept)))
+    with files.naming(self._path):
+      self._file = self._path.open("ab", buffering=0)
     if tensorboard:
-      self._board = tensorboardX.SummaryWriter(
-        str(workdir), purge_step=start + 1
-      )
+      self._board = events.EventFile(workdir, start)
 
   def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-    """Writes one line.
+    """Writes one line. Raises OSError, with the path, where it cannot.
 
     split: "train", "telemetry", or the name of the evaluated split.
     """
     if self._file is None:
       return
     line = {"step": step, "split": split, **metrics}
-    self._file.write(json.dumps(line) + "\n")
-    self._file.flush()
+    with files.naming(self._path):
+      if not os.fstat(self._file.fileno()).st_nlink:
+        raise FileNotFoundError(errno.ENOENT, "it was deleted during the run")
+      files.append(self._file, _as_text(line).encode())
     if self._board is not None:
-      for name, value in metrics.items():
-        self._board.add_scalar(f"{split}/{name}", value, step)
+      self._board.write(step, {f"{split}/{k}": v for k, v in metrics.items()})
+
+  def write_non_finite(self, record: Mapping[str, Any]) -> str:
+    """Adds a step to non_finite.json; returns the file's path, "" if None.
+
+    record: what is known of it, with its "step".
+    """
+    if self._file is None:
+      return ""
+    path = self._path.with_name("non_finite.json")
+    records = []
+    with contextlib.suppress(
+      FileNotFoundError, ValueError, TypeError, KeyError
+    ):
+      # A run that resumes repeats steps.
+      old = json.loads(path.read_bytes())
+      records = [x for x in old if x["step"] < record["step"]]
+    files.write_json(path, [*records[-99:], record])
+    return str(path)
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_: object) -> None:
-    if self._file is not None:
-      self._file.close()
-    if self._board is not None:
-      self._board.close()
+    for file in (self._file, self._board):
+      if file is not None:
+        file.close()
+
+
+def _as_text(line):
+  return json.dumps(line) + "\n"
 
 
 def read(workdir: str | os.PathLike[str]) -> list[Line]:
   """Reads the lines of workdir/metrics.jsonl; none if there is no such file.
 
-  A killed run may have left an incomplete line, which is dropped with a
-  message.
+  A line that no run has written is left out: that of a killed run may be
+  incomplete, and a damaged one may hold anything. A message says how many.
   """
   path = pathlib.Path(workdir) / "metrics.jsonl"
-  lines = []
-  if path.exists():
-    for text in path.read_text().splitlines():
-      try:
-        lines.append(json.loads(text))
-      except json.JSONDecodeError:
-        console.print(f"{path}: dropped the unreadable line {text!r}")
+  lines, broken = [], []
+  for number, text in enumerate(
+    path.read_bytes().splitlines() if path.exists() else (), start=1
+  ):
+    try:
+      line = json.loads(text.decode())
+    except (ValueError, RecursionError):
+      line = None
+    if _is_line(line):
+      lines.append(line)
+    else:
+      broken.append((number, text))
+  if broken:
+    number, text = broken[0]
+    log(
+      f"{path}: left out {len(broken)} lines that are no metrics, the first of "
+      f"them line {number}: {text[:60]!r}"
+    )
   return lines
+
+
+def _is_line(line):
+  """Whether a value from a JSON file is a Line."""
+  return (
+    isinstance(line, dict)
+    and type(line.get("step")) is int
+    and isinstance(line.get("split"), str)
+    and line["split"].isprintable()
+    and all(map(str.isprintable, line))
+    and all(
+      type(value) in (int, float)
+      for name, value in line.items()
+      if name != "split"
+    )
+  )
 
 
 def last_evaluation(lines: Sequence[Line], split: str) -> Line | None:
@@ -136,7 +190,7 @@ class Progress:
   start, total: the first and last step. unit: what the task counts, "images".
   """
 
-  def __init__(self, start: int, total: int, unit: str):
+  def __init__(self, start: int, total: int, unit: str) -> None:
     self._unit = unit
     self._total = total
     self._step = start
@@ -150,7 +204,9 @@ class Progress:
         "step {task.completed}/{task.total}", table_column=fixed
       ),
       rich.progress.BarColumn(bar_width=None),
-      rich.progress.TextColumn("{task.fields[text]}", table_column=fixed),
+      rich.progress.TextColumn(
+        "{task.fields[text]}", markup=False, table_column=fixed
+      ),
     )
     self._bar = rich.progress.Progress(
       *columns, console=console, expand=True, disable=not console.is_terminal
@@ -217,23 +273,26 @@ class StepLog:
   Reading the metrics of the current step would make the devices wait.
   """
 
-  def __init__(self, config: ConfigDict, writer: Writer, progress: Progress):
+  def __init__(
+    self, config: ConfigDict, writer: Writer, progress: Progress
+  ) -> None:
     self._config, self._writer, self._progress = config, writer, progress
     self._mean = Mean()
     self._pending = None
+    self._skipped = 0  # since the last line
+    self._in_a_row = 0
 
-  def step(
-    self, step: int, metrics: Mapping[str, jax.Array], examples: int
-  ) -> None:
+  def step(self, step: int, metrics: Mapping[str, Any], examples: int) -> None:
     """Records a step that was started, and writes the step before it.
 
     Args:
       step: its number.
-      metrics: its scalars, which the devices may still be computing.
+      metrics: its scalars and norms, which the devices may still be computing.
       examples: the number of examples in its batch.
 
     Raises:
-      FloatingPointError: if the loss of the step before is not finite.
+      FloatingPointError: if the loss or the gradient of the step before is not
+        finite, and the config does not let it be skipped.
     """
     self._fetch()
     self._pending = step, metrics, examples
@@ -243,27 +302,60 @@ class StepLog:
       return
     step, values, examples = self._pending
     self._pending = None
+    values = dict(values)
+    norms = values.pop("norms", {})
     values = {k: float(v) for k, v in jax.device_get(values).items()}
-    if not math.isfinite(values["loss"]):
-      raise FloatingPointError(
-        f"loss={values['loss']} at step {step} "
-        f"(grad_norm={values['grad_norm']:.3g}, lr={values['lr']:.3g}); "
-        "the newest checkpoint is from an earlier step. Try a lower "
-        "config.optim.lr, a smaller config.optim.clip_norm or "
-        "config.attn.qk_norm=layernorm"
-      )
-    self._mean.add(values)
+    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+      self._in_a_row = 0
+      self._mean.add(values)
+    else:
+      self._skip_or_raise(step, values, jax.device_get(norms))
     self._progress.step(step, values, examples)
     if due(step, self._config.log.every_steps):
       means = self._mean.take()
       means["per_second"] = self._progress.rate()
+      if self._skipped:
+        means["skipped"] = self._skipped
+        self._skipped = 0
       self._writer.write(step, "train", means)
       self._progress.line("train", means)
+
+  def _skip_or_raise(self, step, values, norms):
+    """Saves and says what is known of a step that is not finite.
+
+    Raises FloatingPointError if the run is to end.
+    """
+    self._skipped += 1
+    self._in_a_row += 1
+    record = {
+      "step": step,
+      # The data's order depends on nothing else.
+      "data": {"seed": self._config.seed, "batch": step},
+      "metrics": _numbers(values),
+      "norms": {name: _numbers(by) for name, by in norms.items()},
+    }
+    path = self._writer.write_non_finite(record)
+    known = (
+      f"loss={values['loss']} at step {step} (grad_norm="
+      f"{values['grad_norm']:.3g}, lr={values['lr']:.3g})"
+    )
+    for name, by in norms.items():
+      bad = [key for key, norm in by.items() if not math.isfinite(norm)]
+      known += f"; {name} not finite in: {', '.join(bad) or 'no module'}"
+    if path:
+      known += f"; {path} has the norms, --replay={step} runs the step again"
+    optim = self._config.optim
+    if optim.non_finite == "skip":
+      if self._in_a_row < optim.max_skipped:
+        log(f"{known}. The update is left out, {self._in_a_row} in a row")
+        return
+      known += f". config.optim.max_skipped={optim.max_skipped} is reached"
+    raise FloatingPointError(known)
 
   def finish(self) -> None:
     """Waits for the current step, writes its metrics and stops the clock.
 
-    Raises FloatingPointError if its loss is not finite.
+    Raises FloatingPointError as `step` does.
     """
     self._fetch()
     self._progress.pause()
@@ -276,6 +368,14 @@ class StepLog:
     self._progress.line(split, results, permanent=True)
 
 
+def _numbers(values):
+  """For JSON, which has no number that is not finite."""
+  return {
+    name: float(x) if math.isfinite(x) else str(float(x))
+    for name, x in values.items()
+  }
+
+
 def due(step: int, every: int) -> bool:
   """Whether `step` is a multiple of `every`; never for every = 0."""
   return every > 0 and step % every == 0
@@ -285,6 +385,20 @@ def log(message: str | rich.table.Table) -> None:
   """Prints a line or a table, above the progress bar if there is one."""
   console.print(message, highlight=False, soft_wrap=True)
   sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def saying_what_is_not_written() -> Iterator[None]:
+  """Prints an OSError instead of raising it, where results are printed too."""
+  try:
+    yield
+  except OSError as error:
+    log(f"not written: {error.filename}: {error.strerror}")
+
+
+def _is_not_raised_too(record):
+  """False for an error in a thread of Orbax, which is raised in ours later."""
+  return not (record.exc_info and "orbax" in record.pathname)
 
 
 class _Console(logging.Handler):
@@ -300,6 +414,7 @@ def set_up_logs() -> None:
   """
   if not flags.FLAGS["verbosity"].present:
     absl_logging.set_verbosity(absl_logging.WARNING)
+  absl_logging.get_absl_logger().addFilter(_is_not_raised_too)
   logger = logging.getLogger("sigattn.kernels")
   logger.setLevel(logging.INFO)
   logger.addHandler(_Console())

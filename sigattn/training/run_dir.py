@@ -4,16 +4,28 @@ config.json    the whole config that the run was started with, and FORMAT
 metrics.jsonl  a line of metrics for every config.log.every_steps steps and for
                every evaluation
 checkpoints/   written by Orbax
+non_finite.json
+               the steps whose loss or gradient was not finite, if there are any
 DONE.json      the last evaluation, written when the run is complete
+lock           locked by the process that trains; lock.json says which it is
 """
 
+import contextlib
+import datetime
+import hashlib
 import json
 import os
 import pathlib
+import re
+import socket
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
+import filelock
+import jax
 from ml_collections import ConfigDict
+
+from sigattn.training import files, metrics, saved
 
 # Increased whenever config keys or parameter paths change, so that a run of an
 # older version is refused with a clear message instead of a missing key.
@@ -23,6 +35,8 @@ FORMAT = 2
 _CHANGEABLE = (
   "total_steps",
   "optim.warmup_steps",  # follows total_steps
+  "optim.non_finite",
+  "optim.max_skipped",
   "eval.",
   "ckpt.",
   "log.",
@@ -50,24 +64,145 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
   return flat
 
 
-def prepare(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
-  """Creates the folder and writes config.json.
+class RunDir:
+  """The folder of a run that trains; one process at a time may have it.
 
-  If the folder already has a run, its config may differ only in values that
-  may change when a run is resumed, such as total_steps. Raises ValueError that
-  names the first key that differs, or the reason why the folder cannot be
-  written.
+  A context manager. It refuses a folder that cannot be the run's when it is
+  entered, and writes nothing until `begin`, so that a start which fails leaves
+  nothing behind. If `workdir` is None, it does nothing.
   """
-  path = pathlib.Path(workdir) / "config.json"
-  if path.exists():
-    _compare(workdir, flatten(read_config(workdir)), flatten(config))
+
+  def __init__(
+    self, workdir: str | os.PathLike[str] | None, config: ConfigDict
+  ) -> None:
+    self._workdir, self._config = workdir, config
+    self._lock = None
+
+  def __enter__(self) -> Self:
+    """Validates the path, the run that the folder holds, and that it is free.
+
+    Raises ValueError for a path that validate_path refuses, a folder with a run
+    of another config, and a folder in which another process trains.
+    """
+    if self._workdir is None:
+      return self
+    validate_path(self._workdir)
+    try:
+      if (pathlib.Path(self._workdir) / "lock").exists():
+        self._take()
+      validate_resumable(self._workdir, self._config)
+    except BaseException:
+      self._release()
+      raise
+    return self
+
+  def begin(self) -> None:
+    """Creates the folder and writes config.json.
+
+    Raises ValueError as __enter__ does, or for the reason why the folder cannot
+    be written.
+    """
+    if self._workdir is None:
+      return
+    folder = pathlib.Path(self._workdir)
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise _not_writable(folder, error) from error
+    if self._lock is None:  # another process may have begun since
+      self._take()
+      validate_resumable(folder, self._config)
+    if jax.process_index():
+      return  # the first process writes it
+    try:
+      files.write_json(folder / "config.json", contents(self._config))
+    except OSError as error:
+      raise _not_writable(folder, error) from error
+
+  def _take(self):
+    """Locks the folder; the other processes of a run leave that to the first.
+
+    The system unlocks it when the process ends, however it ends. The file of
+    the lock stays, because whoever waits for it has it open.
+    """
+    if self._lock is not None or jax.process_index():
+      return
+    folder = pathlib.Path(self._workdir)
+    lock = filelock.FileLock(folder / "lock", timeout=_SECONDS_FOR_A_LOCK)
+    start = datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds")
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": start}
+    try:
+      lock.acquire()
+      self._lock = lock
+      files.write_json(folder / "lock.json", owner)
+    except filelock.Timeout:
+      raise ValueError(_locked(folder)) from None
+    except OSError as error:
+      raise _not_writable(folder, error) from error
+
+  def _release(self):
+    if self._lock is not None:
+      with contextlib.suppress(OSError):  # the folder may be gone
+        (pathlib.Path(self._workdir) / "lock.json").unlink()
+      self._lock.release()
+      self._lock = None
+
+  def __exit__(self, *_: object) -> None:
+    self._release()
+
+
+# The workers of a process that was killed may hold its lock for a moment more.
+_SECONDS_FOR_A_LOCK = 2
+
+
+def _not_writable(folder, error):
+  return ValueError(
+    f"workdir={str(folder)!r} cannot be written: {error.strerror}"
+  )
+
+
+def _locked(folder):
+  """The message of a folder that another process has locked."""
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"format": FORMAT, "config": config.to_dict()})
-  except OSError as error:
-    raise ValueError(
-      f"{workdir=} cannot be written: {error.strerror}"
-    ) from error
+    owner = json.loads((folder / "lock.json").read_text())
+    who = "process {pid} on {host}, since {start}".format(**owner)
+  except (OSError, ValueError, KeyError, TypeError):
+    who = "another process"
+  return (
+    f"workdir={str(folder)!r} is in use: {who}, trains in it. End that one or "
+    f"choose another workdir; if its host is gone, delete {folder / 'lock'}"
+  )
+
+
+def validate_path(workdir: str | os.PathLike[str]) -> None:
+  """Raises ValueError for a path that Orbax would save to but not restore from.
+
+  Orbax takes the whole path of a checkpoint for a pattern of file names.
+  """
+  path = str(pathlib.Path(workdir).absolute().resolve())
+  if bad := re.search(r"[][*?\\\x00-\x1f\x7f\ud800-\udfff]", path):
+    reason = f"contains {bad.group()!r}"
+  elif bad := re.search(r"/(\w+:)(/|$)", path):
+    reason = f"has a folder {bad.group(1)!r}"
+  else:
+    return
+  raise ValueError(
+    f"workdir={str(workdir)!r}: the path {path!r} {reason}, so a checkpoint "
+    "below it cannot be restored; choose another one, with none of [ ] * ? \\ "
+    "and no folder whose name ends in a colon"
+  )
+
+
+def validate_resumable(
+  workdir: str | os.PathLike[str], config: ConfigDict
+) -> None:
+  """Raises ValueError if the folder holds a run that `config` cannot resume.
+
+  The config of the run may differ only in values that may change when a run is
+  resumed, such as total_steps. The message names the first key that differs.
+  """
+  if (pathlib.Path(workdir) / "config.json").exists() or saved.steps(workdir):
+    _compare(workdir, flatten(read_config(workdir)), flatten(config))
 
 
 def _compare(workdir, old, new):
@@ -83,18 +218,30 @@ def _compare(workdir, old, new):
 def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
   """Reads the config of a run, locked.
 
-  Raises ValueError if there is no run in `workdir`, or one of another format.
+  Where config.json is lost or damaged, the copy in the newest checkpoint that
+  has a whole one takes its place. Raises ValueError if there is no run in
+  `workdir`, or one of another format.
   """
   path = pathlib.Path(workdir) / "config.json"
   try:
-    text = path.read_text()
-  except OSError as error:
-    raise ValueError(
-      f"{workdir=}: no run here ({path.name}: {error.strerror})"
-    ) from error
-  contents = json.loads(text)
+    contents = saved.read_config(path)
+  except (OSError, ValueError) as error:
+    reason = getattr(error, "strerror", None) or f"unreadable: {error}"
+    contents, copy = saved.config(workdir)
+    if contents is None:
+      has_steps = bool(saved.steps(workdir))
+      there = "holds checkpoints, but no config" if has_steps else "no run here"
+      raise ValueError(
+        f"{workdir=}: {there} ({path.name}: {reason})"
+      ) from error
+    metrics.log(f"{path}: {reason}; its copy in {copy} is used")
   validate_format(contents.get("format", 1), workdir)
   return ConfigDict(contents["config"]).lock()
+
+
+def contents(config: ConfigDict) -> dict[str, Any]:
+  """What config.json holds."""
+  return {"format": FORMAT, "config": config.to_dict()}
 
 
 def validate_format(number: int, workdir: str | os.PathLike[str]) -> None:
@@ -107,13 +254,6 @@ def validate_format(number: int, workdir: str | os.PathLike[str]) -> None:
     )
 
 
-def write_json(path: str | os.PathLike[str], value: object) -> None:
-  """Writes a JSON file atomically: a kill never leaves half a file."""
-  partial = pathlib.Path(f"{path}.partial")
-  partial.write_text(json.dumps(value, indent=2) + "\n")
-  os.replace(partial, path)
-
-
 def done(workdir: str | os.PathLike[str] | None, total_steps: int) -> bool:
   """Whether the run has completed total_steps and written its last evaluation.
 
@@ -122,29 +262,54 @@ def done(workdir: str | os.PathLike[str] | None, total_steps: int) -> bool:
   if workdir is None:
     return False
   path = pathlib.Path(workdir) / "DONE.json"
-  return path.exists() and json.loads(path.read_text())["step"] >= total_steps
+  try:
+    return json.loads(path.read_bytes())["step"] >= total_steps
+  except FileNotFoundError:
+    return False
+  except (OSError, ValueError, KeyError, TypeError):
+    metrics.log(f"{path} is unreadable; the run counts as not finished")
+    return False
 
 
 def write_done(
-  workdir: str | os.PathLike[str] | None, metrics: Mapping[str, float]
+  workdir: str | os.PathLike[str] | None, results: Mapping[str, float]
 ) -> None:
   """Marks the run as complete.
 
-  metrics: the last evaluation and its "step". Does nothing for a `workdir` of
-  None.
+  results: the last evaluation and its "step". Does nothing for a `workdir` of
+  None, nor in another process than the first.
   """
-  if workdir is not None:
-    write_json(pathlib.Path(workdir) / "DONE.json", metrics)
+  if workdir is not None and not jax.process_index():
+    files.write_json(pathlib.Path(workdir) / "DONE.json", results)
 
 
 def name(overrides: Mapping[str, object]) -> str:
-  """The name of a run with these config overrides.
+  """What tells a run with these config overrides from others, as one text.
 
   {"optim.lr": 1e-3, "seed": 0} becomes "optim.lr=0.001,seed=0", and {} becomes
   "default".
   """
   values = ",".join(f"{key}={value}" for key, value in overrides.items())
   return values.replace("/", "-") or "default"
+
+
+def folder_name(text: str) -> str:
+  """The text as the name of a folder that validate_path accepts.
+
+  Characters that are not accepted are replaced. A hash of the text is then
+  added, so that different texts have different names.
+  """
+  plain = text.replace("/", "-")
+  safe = "".join(x for x in plain.translate(_SAFE) if x.isprintable())
+  safe = safe.encode()[:_LONGEST_NAME].decode(errors="ignore")
+  if safe == plain:
+    return safe
+  digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+  return f"{safe}-{digest[:8]}"
+
+
+_SAFE = str.maketrans("[]*?\\", "()---")
+_LONGEST_NAME = 200  # bytes; file systems allow 255
 
 
 def default(
@@ -158,4 +323,4 @@ def default(
   """
   file, _, arg = str(config_file).partition(":")
   config = pathlib.Path(file).stem + (f":{arg}" if arg else "")
-  return os.path.join("runs", config.replace("/", "-"), name(overrides))
+  return os.path.join("runs", folder_name(config), folder_name(name(overrides)))

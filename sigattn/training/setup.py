@@ -21,6 +21,8 @@ MAX_STEPS = 10**9  # The devices count steps in int32.
 FIELDS = {
   "task": choice(tasks.TASKS),
   "total_steps": whole(low=1, high=MAX_STEPS),
+  "optim.non_finite": choice(("raise", "skip")),
+  "optim.max_skipped": whole(low=1, high=MAX_STEPS),
   "eval.every_steps": whole(low=0, high=MAX_STEPS),
   "ckpt.every_steps": whole(low=0, high=MAX_STEPS),
   "ckpt.keep": whole(low=1, high=MAX_STEPS),

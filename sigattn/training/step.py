@@ -27,11 +27,14 @@ class State(NamedTuple):
   ema: Any  # like params; None where config.optim.ema_decay is 0
 
 
+# Scalars by name, and "norms": those of the gradient and of the parameters by
+# top-level module.
+Metrics = dict[str, Any]
 # (state, batch) -> (gradients, updates, new state, metrics), where the updates
-# are what the optimizer added to the parameters.
-Update = Callable[[State, Any], tuple[Any, Any, State, dict[str, jax.Array]]]
+# are what the optimizer adds to the parameters.
+Update = Callable[[State, Any], tuple[Any, Any, State, Metrics]]
 # (state, batch) -> (the new state, metrics); the old state is donated.
-Step = Callable[[State, Any], tuple[State, dict[str, jax.Array]]]
+Step = Callable[[State, Any], tuple[State, Metrics]]
 
 
 def init(
@@ -82,11 +85,36 @@ def _update(config, static, tx):
     metrics = metrics | {
       "lr": schedule(state.step),
       "grad_norm": optax.tree.norm(grads),
+      # Read only where the step is not finite.
+      "norms": {
+        "gradient": _norms_by_module(grads),
+        "parameters": _norms_by_module(state.params),
+      },
     }
     new = State(state.step + 1, params, opt_state, ema)
+    if config.optim.non_finite == "skip":
+      finite = jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
+      new = _if(finite, new, state)
     return grads, updates, new, metrics
 
   return update
+
+
+def _norms_by_module(tree):
+  return {name: optax.tree.norm(part) for name, part in tree.items()}
+
+
+def _if(finite, new, old):
+  """The new state if `finite`, else the old one with the new counts of steps.
+
+  The counts go on, so that the learning rate stays that of the step's number.
+  """
+
+  def choose(new, old):
+    is_count = jnp.issubdtype(new.dtype, jnp.integer)
+    return new if is_count else jnp.where(finite, new, old)
+
+  return jax.tree.map(choose, new, old)
 
 
 def _accumulate(gradients, params, batch, rng, parts):

@@ -150,3 +150,33 @@ def test_run_that_is_behind_its_group_is_left_out(runs):
 def test_folder_without_runs_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"empty: holds no run"):
     report_html.write([tmp_path / "empty"])
+
+
+ODD = (
+  "../../../escaped", "<img src=x onerror=alert(1)>", "$\\frac$", "a\"b",
+  "/tmp/absolute", "..", "x" * 300, "-->", "&lt;", "[red]", "loss",
+)  # fmt: skip
+
+
+def test_foreign_names_stay_in_the_folder_and_are_text_in_the_page(tmp_path):
+  folder = tmp_path / "some" / "deep" / "run"
+  write_run(folder, "<script>alert(1)</script>", 0, 0.1)
+  write_run(tmp_path / "some" / "deep" / "other", "softmax", 0, 0.1)
+  line = {"step": 6, "split": "test"} | dict.fromkeys(ODD, 1.0)
+  with (folder / "metrics.jsonl").open("a") as file:
+    for split in ("test", "<b>split"):
+      file.write(json.dumps(line | {"split": split}) + "\n")
+  before = {*tmp_path.rglob("*")}
+  path = report_html.write([tmp_path / "some"])
+  made = {*tmp_path.rglob("*")} - before
+  assert all(x.is_relative_to(path.parent) for x in made)
+  assert len([*path.parent.glob("*.png")]) == len(ODD) + 4
+  page = Tables(path.read_text())
+  tags = {tag for tag, _ in page.tags}
+  assert not tags & {"img", "script", "b"}
+  for _, attrs in page.tags:
+    assert not {"onerror", "onload", "onclick"} & attrs.keys()
+  ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+  assert len(ids) == len(set(ids))
+  cells = [row[0] for row in page.tables[1]]
+  assert {"../../../escaped", ODD[1], "&lt;"} <= {*cells}

@@ -16,7 +16,8 @@ def equal(a, b):
 def test_saved_state_data_and_best_step_are_restored(tmp_path):
   config = vit_sigmoid.get_config("runlocal")
   config.optim.ema_decay = 0.9
-  run_dir.prepare(tmp_path, config)
+  with run_dir.RunDir(tmp_path, config) as folder:
+    folder.begin()
   with pytest.raises(ValueError, match="holds no checkpoint yet"):
     checkpoint.load(tmp_path)
   state, _ = step.init(config, mesh.make())

@@ -3,6 +3,7 @@
 import pytest
 
 from sigattn.training import metrics
+from tests.training.events import events
 
 
 def test_due_is_every_so_many_steps_and_never_for_0():
@@ -37,6 +38,44 @@ def test_read_drops_an_incomplete_line(tmp_path):
   whole = '{"step": 1, "split": "train"}\n'
   (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "spl')
   assert metrics.read(tmp_path) == [{"step": 1, "split": "train"}]
+
+
+BROKEN = [
+  b"\xff\xfe", b"12", b"{}", b"", b"[]", b"null", b'{"step": 2}', b"[" * 10**5,
+  b'{"step": "2", "split": "train"}', b'{"step": true, "split": "train"}',
+  b'{"step": 2, "split": "t", "\\ud800": 1}', b'{"step": 2, "split": 3}',
+  b'{"step": 2, "split": "train", "loss": "x"}',
+  b'{"step": 2, "split": "train", "loss": {}}', b'{"step": 2, "split": "trai',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda text: str(text[:40]))
+def test_broken_line_is_left_out_and_reported(broken, tmp_path, capsys):
+  path = tmp_path / "metrics.jsonl"
+  lines = [b'{"step": 1, "split": "train", "loss": NaN}', broken]
+  lines += [b'{"step": 3, "split": "test", "loss": 1}']
+  path.write_bytes(b"\n".join(lines))
+  assert [line["step"] for line in metrics.read(tmp_path)] == [1, 3]
+  [said] = capsys.readouterr().out.splitlines()
+  assert f"{path}: left out 1 lines" in said
+  assert "line 2" in said
+  with metrics.Writer(tmp_path, start=1, tensorboard=False):
+    pass
+  assert len(path.read_bytes().splitlines()) == 1
+
+
+def test_event_files_are_read_as_tensorboard_does(tmp_path):
+  for start in (0, 0, 2):
+    with metrics.Writer(tmp_path, start) as writer:
+      for step in range(start + 1, start + 5):
+        writer.write(step, "train", {"loss": step + start, "lr": 1.0})
+      # Nothing waits to be written: this is what a kill leaves.
+      steps = [step for step, tag, _ in events(tmp_path) if tag == "train/lr"]
+      assert steps == [*range(1, start + 5)]
+  values = {
+    step: value for step, tag, value in events(tmp_path) if tag == "train/loss"
+  }
+  assert values == {1: 1, 2: 2, 3: 5, 4: 6, 5: 7, 6: 8}
 
 
 @pytest.mark.parametrize(("split", "step"), [("test", 4), ("train", 5)])

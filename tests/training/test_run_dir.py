@@ -1,11 +1,16 @@
 """The folder of a run: names, the config in it, and the file DONE.json."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from configs import vit_sigmoid
 from sigattn.training import run_dir
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def make_config(**overrides):
@@ -26,29 +31,109 @@ def test_default_folder_has_the_config_and_its_argument():
   assert run_dir.default("configs/vit.py", {}) == "runs/vit/default"
 
 
+def begin(workdir, config):
+  with run_dir.RunDir(workdir, config) as folder:
+    folder.begin()
+
+
+def test_default_folder_of_any_values_is_one_that_can_be_restored():
+  values = ["[1]", "((7, 3),)", r"((.*\\w?, 1.0),)", "a\nb", "x" * 300, "", "ü"]
+  paths = [
+    run_dir.default("configs/v[i]t.py", {"model.x": value}) for value in values
+  ]
+  for path in paths:
+    run_dir.validate_path(path)
+    assert all(len(part.encode()) < 255 for part in path.split("/"))
+  assert len(set(paths)) == len(values)
+  # Names that differ only in what was replaced stay apart.
+  names = [run_dir.folder_name(x) for x in ("a*", "a?", "a-")]
+  assert len(set(names)) == 3
+  assert names[2] == "a-"
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "br[1]",
+    "a*",
+    "b?",
+    "back\\slash",
+    "new\nline",
+    "gs:/x",
+    "\udcff",
+    "[x]/run",
+  ],
+)
+def test_path_that_cannot_be_restored_is_refused_by_name(name, tmp_path):
+  with pytest.raises(ValueError, match="cannot be restored") as caught:
+    begin(tmp_path / name, make_config())
+  assert repr(str(tmp_path / name)) in str(caught.value)
+  assert not list(tmp_path.iterdir())
+
+
 def test_config_is_read_back_and_only_some_values_may_change(tmp_path):
   config = make_config()
-  run_dir.prepare(tmp_path, config)
+  begin(tmp_path, config)
   flat = run_dir.flatten(config)
   assert flat["attn.kind"] == "sigmoid"
   assert run_dir.flatten(run_dir.read_config(tmp_path)) == flat
   longer = make_config(total_steps=7)
-  run_dir.prepare(tmp_path, longer)
+  begin(tmp_path, longer)
   assert run_dir.read_config(tmp_path).total_steps == 7
   with pytest.raises(ValueError, match=r"config\.seed=0, this one has 1"):
-    run_dir.prepare(tmp_path, make_config(seed=1))
+    begin(tmp_path, make_config(seed=1))
+
+
+def test_nothing_is_written_before_the_run_begins(tmp_path):
+  with run_dir.RunDir(tmp_path / "run", make_config()):
+    assert not list(tmp_path.iterdir())
+  assert not list(tmp_path.iterdir())
+
+
+def test_one_run_at_a_time_and_the_lock_of_a_killed_one_is_free(tmp_path):
+  code = f"""
+import os, signal
+from configs import vit_sigmoid
+from sigattn.training import run_dir
+config = vit_sigmoid.get_config("runlocal")
+with run_dir.RunDir({str(tmp_path)!r}, config) as folder:
+  folder.begin()
+  print(os.getpid(), flush=True)
+  signal.pause()
+"""
+  other = subprocess.Popen(
+    [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  pid = other.stdout.readline().strip()
+  said = rf"is in use: process {pid} on .+, since \d{{4}}-\d\d-\d\d "
+  with pytest.raises(ValueError, match=said):
+    begin(tmp_path, make_config())
+  # One that has seen an empty folder notices it when it begins.
+  late = run_dir.RunDir(tmp_path, make_config())
+  with pytest.raises(ValueError, match=said):
+    late.begin()
+  other.kill()
+  other.wait()
+  begin(tmp_path, make_config())
+  assert not (tmp_path / "lock.json").exists()
 
 
 def test_folder_without_a_run_or_of_another_format_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"no run here \(config.json"):
     run_dir.read_config(tmp_path)
-  run_dir.prepare(tmp_path, make_config())
+  begin(tmp_path, make_config())
   path = tmp_path / "config.json"
   contents = json.loads(path.read_text())
   del contents["format"]  # as the first version wrote it
   path.write_text(json.dumps(contents))
   with pytest.raises(ValueError, match="a run of format 1, this version reads"):
     run_dir.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "12", "{}", "\x00", '{"step": "a"}'])
+def test_damaged_done_file_counts_as_not_finished(text, tmp_path):
+  (tmp_path / "DONE.json").write_text(text)
+  assert not run_dir.done(tmp_path, 2)
 
 
 def test_run_is_done_when_it_has_reached_total_steps(tmp_path):

@@ -1,0 +1,70 @@
+"""Runs one step of a run again, to find where a number is not finite."""
+
+import os
+import traceback
+from typing import Any
+
+import jax
+
+from sigattn import tasks
+from sigattn.training import checkpoint, mesh, run_dir
+from sigattn.training import step as training_step
+
+
+def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
+  """Runs a step of a run again, from the newest checkpoint before it.
+
+  The steps in between are run as they were, and the step itself under
+  jax_debug_nans, which runs it operation by operation once a result is NaN.
+  Nothing is written.
+
+  Args:
+    workdir: the folder of the run.
+    step: the number of the update, from 1.
+
+  Returns:
+    The metrics of the step, and its `norms`: those of the gradient and of the
+    parameters before the update, by top-level module.
+
+  Raises:
+    ValueError: if there is no such run, or the step is none of its steps.
+    FloatingPointError: for the first operation whose result is NaN, with the
+      line of the code that it is in.
+  """
+  config = run_dir.read_config(workdir)
+  if not 1 <= step <= config.total_steps:
+    raise ValueError(
+      f"{step=}: the run in {workdir} has the steps 1 to {config.total_steps}"
+    )
+  data, devices = tasks.train_batches(config), mesh.make()
+  state, update = training_step.init(config, devices)
+  state = checkpoint.restore_before(workdir, step, state, data)
+  step_fn = training_step.jitted(update)
+  for _ in range(int(state.step), step - 1):
+    state, _ = step_fn(state, mesh.put(next(data), devices))
+  batch = mesh.put(next(data), devices)
+  # Does not donate the state: a step with a NaN needs it twice.
+  again = jax.jit(lambda *args: update(*args)[2:])
+  try:
+    with jax.debug_nans(True):
+      _, metrics = again(state, batch)
+      return jax.tree.map(float, jax.device_get(metrics))
+  except FloatingPointError as error:
+    # JAX adds to its message what would turn debug_nans off.
+    [first, *_] = str(error).splitlines()
+    raise FloatingPointError(
+      f"step {step}: {first.rstrip('.')}{_place(error)}"
+    ) from error
+
+
+def _place(error):
+  """Where in this library's code an error arose."""
+  frames = [
+    frame
+    for frame in traceback.extract_tb(error.__traceback__)
+    if "site-packages" not in frame.filename and frame.filename != __file__
+  ]
+  if not frames:
+    return ""
+  frame = frames[-1]
+  return f" in {frame.filename}:{frame.lineno}, {frame.name}: {frame.line}"
