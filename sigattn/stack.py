@@ -167,11 +167,8 @@ RULES = (
   divides("attn.num_kv_heads", "model.num_heads"),
   _implementation_of_kind,
   _no_bias_with_softmax,
-<<<<<<< HEAD
   _no_second_normalization,
-=======
   _implementation_runs_here,
->>>>>>> input
 )
 
 
