@@ -174,6 +174,6 @@ def _fastest_first(problem):
   return names
 
 
-def _module(name) -> ModuleType:
+def _module(name: str) -> ModuleType:
   # Imported only when it is used: a laptop need not have Triton.
   return importlib.import_module(IMPLEMENTATIONS[name])

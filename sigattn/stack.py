@@ -96,7 +96,7 @@ def _implementation_runs_here(config):
     slopes = {"alibi_slopes": heads} if attn.alibi else {}
     return attention.dot_product_attention(
       query, key, key, kind=attn.kind, implementation=attn.implementation,
-      **bias, **slopes,
+      normalize=attn.normalize, **bias, **slopes,
     )  # fmt: skip
 
   def shape(heads):

@@ -148,6 +148,7 @@ def test_public_functions_have_types():
 DISTRIBUTIONS = {
   "PIL": "pillow",
   "absl": "absl-py",
+  "huggingface_hub": "huggingface-hub",
   "lm_eval": "lm-eval",
   "ml_collections": "ml-collections",
   "orbax": "orbax-checkpoint",
