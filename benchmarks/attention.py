@@ -199,6 +199,7 @@ def speed(cell, field, prepared):
       "heads": cell.heads,
       "causal": cell.causal,
       "padding": cell.padding,
+      "normalize": baseline.normalize,
       "dtype": "bfloat16",
       "milliseconds": round(time, 4),
       "tflops": round(cell.flops(direction) / time / 1e9, 1),
@@ -225,9 +226,9 @@ def _gpu(lengths, widths, field, save):
   result["memory"] = list(_memory_on_gpu(widths, field))
   print("memory of a forward and backward pass, full, 16,384 tokens:")
   for row in result["memory"]:
-    print("{:18} H{} n{}: saved {} MiB, peak {} MiB".format(*row.values()))
+    print("{:26} H{} n{}: saved {} MiB, peak {} MiB".format(*row.values()))
   result["rows"] = []
-  print("{:18}{:>10}{:>9}{:>8}{:>7}{:>8}{:>13}{:>8} {}".format(*columns))
+  print("{:26}{:>10}{:>9}{:>8}{:>7}{:>8}{:>13}{:>8} {}".format(*columns))
   table = cells(lengths, widths)
   prepared = prepare(table, field)
   for cell in table:
@@ -235,7 +236,7 @@ def _gpu(lengths, widths, field, save):
       row["share_of_matmul_ceiling"] = round(row["tflops"] / ceiling, 3)
       result["rows"].append(row)
       print(
-        "{:18}{:>10}{:9}{:8}{:>7}{:8}{:13.3f}{:8.1f} {}".format(
+        "{:26}{:>10}{:9}{:8}{:>7}{:8}{:13.3f}{:8.1f} {}".format(
           *(row[x] if x != "causal" else str(row[x]) for x in columns)
         ),
         flush=True,
@@ -244,7 +245,7 @@ def _gpu(lengths, widths, field, save):
   result["ratios"] = list(_means(result["rows"]))
   print("speed-up over the fastest softmax baseline, without padded cells:")
   for row in result["ratios"]:
-    print("{:18}{:>10} H{}: mean {:.3f}, least {:.3f}".format(*row.values()))
+    print("{:26}{:>10} H{}: mean {:.3f}, least {:.3f}".format(*row.values()))
   return result
 
 

@@ -65,6 +65,7 @@ class Baseline:
   wait: Callable  # waits for what a call returned
   can: Callable = lambda cell: not cell.padding
   cudnn: bool = False
+  normalize: bool = False  # rows divided by their sums
 
   @property
   def compiled(self):
@@ -107,18 +108,19 @@ def _jax_calls(attend, cell):
   }
 
 
-def _ours(implementation, cell):
+def _ours(implementation, cell, normalize=False):
   lengths = cell.lengths
   operands = dispatch.Operands(
     query_seq_lengths=lengths, key_value_seq_lengths=lengths
   )
 
   def attend(query, key, value):
-    return dispatch.attention(
+    out = dispatch.attention(
       query, key, value, operands, kind="sigmoid", scale=cell.width**-0.5,
       logit_bias=-math.log(cell.length), is_causal=cell.causal,
-      implementation=implementation,
+      normalize=normalize, implementation=implementation,
     )  # fmt: skip
+    return out[0] if normalize else out
 
   return _jax_calls(attend, cell)
 
@@ -235,6 +237,24 @@ BASELINES = (
     functools.partial(_ours, "triton"),
     _ready,
     _any,
+  ),
+  Baseline(
+    "sigattn mosaic normalized",
+    False,
+    "jax",
+    functools.partial(_ours, "mosaic", normalize=True),
+    _ready,
+    _any,
+    normalize=True,
+  ),
+  Baseline(
+    "sigattn triton normalized",
+    False,
+    "jax_triton",
+    functools.partial(_ours, "triton", normalize=True),
+    _ready,
+    _any,
+    normalize=True,
   ),
   Baseline(
     "TritonSigmoid", False, "triton_sigmoid", _triton_sigmoid, _torch_wait, _any
