@@ -24,6 +24,9 @@ tiles.FUSED_BACKWARD has the lengths from which the second one is taken. Both
 measured on an H100, n = 8,192 without a mask, in TFLOP/s counting five
 products: 512 and 607 at head width 128, 398 and 551 at 64
 (benchmarks/NOTES.md).
+
+With problem.normalize the forward pass also gives, and saves, the sum of each
+row. host.py says what the backward pass makes of it.
 """
 
 import jax
@@ -45,8 +48,6 @@ def unsupported(problem: Problem) -> str:
   """
   if problem.dtype not in ("bfloat16", "float16"):
     return f"{problem.dtype} is not implemented"
-  if problem.normalize:
-    return "row normalisation is not implemented"
   for name in ("bias", "mask"):
     if getattr(problem.shapes, name) is not None:
       return f"a dense {name} is not implemented"
@@ -69,7 +70,7 @@ def attention(
   value: jax.Array,
   operands: Operands,
   problem: Problem,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
   """As xla.attention, in 16 bits with float32 sums. Only reverse mode works.
 
   Sigmoid weights come from the hardware's tanh where that is exact enough, see

@@ -195,6 +195,8 @@ def plan(
   low, full_low, full_high, high = (jnp.broadcast_to(x, shape) for x in bounds)
   if lengths[1] is not None:  # Only zeros follow, and zeros need no mask.
     high = jnp.minimum(high, pl.cdiv(lengths[1], block)[:, None])
+    if form.end:  # Zeros do need one.
+      full_high = jnp.minimum(full_high, (lengths[1] // block)[:, None])
   if lengths[0] is not None:
     high = jnp.where(first[None] < lengths[0][:, None], high, 0)
   if ids[0] is not None:

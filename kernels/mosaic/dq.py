@@ -18,7 +18,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from sigattn.kernels.mosaic import query_tiles
+from sigattn.kernels.mosaic import query_tiles, weights
 from sigattn.kernels.mosaic.pipeline import accumulator, read
 from sigattn.kernels.mosaic.schedule import Schedule
 from sigattn.kernels.mosaic.tiles import QueryTile
@@ -34,19 +34,23 @@ def run(
 ) -> jax.Array:
   """scale dz k, (B, T, N, H), where dz = Form.dz_scale phi'(z) (do v^T).
 
+  With inputs["rows"] do v^T becomes what weights.of_normalized says.
+
   inputs: names of pipeline.Gmem and arrays. Rows from query_lengths on are 0.
   """
-  return query_tiles.run(
+  (d_query,) = query_tiles.run(
     "sigattn_dq", _accumulate, form, tile, schedule, inputs, scale
   )
+  return d_query
 
 
-def _accumulate(queries, total):
-  """Adds dz k of all blocks."""
-  query_tiles.loops(queries, functools.partial(_step, queries, total))
+def _accumulate(queries, total, sums):
+  """Adds dz k of all blocks; there are no sums."""
+  step = functools.partial(_step, queries, total)
+  return query_tiles.loops(queries, step, sums)
 
 
-def _step(queries, total, e, masked):
+def _step(queries, total, e, sums, masked):
   tile, keys = queries.context.tile, queries.context.keys
   c = queries.count + e
   keys.wait(c)
@@ -58,6 +62,7 @@ def _step(queries, total, e, masked):
   plgpu.wgmma(total, dz, keys.block(c))
   plgpu.wgmma_wait(0)
   keys.release(c)
+  return sums
 
 
 def _logit_gradient(queries, e, c, masked, s_ref, dp_ref):
@@ -67,6 +72,7 @@ def _logit_gradient(queries, e, c, masked, s_ref, dp_ref):
   plgpu.wgmma(s_ref, queries.smem, keys.block(c).transpose((1, 0)))
   plgpu.wgmma(dp_ref, queries.d_out, values.block(c).transpose((1, 0)))
   _, derivative = queries.weigh(read(s_ref, 1), e, masked)
-  dz = derivative() * read(dp_ref, 0)
+  dp = weights.of_normalized(read(dp_ref, 0), queries.rows, axis=0)
+  dz = derivative() * dp
   values.release(c)
   return to_16_bits(dz, context.form.dz_scale, context.dtype)

@@ -1,5 +1,8 @@
 """The forward pass: out = scale p v, with stationary queries.
 
+If rows are normalised, the weights of each row are also added up, each thread
+its own numbers, and the output is divided by the sums at the end of a tile.
+
 query_tiles.py says which warpgroups, shared memory and barriers there are. One
 step of a compute warpgroup, for one block of keys and values:
 
@@ -26,7 +29,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from sigattn.kernels.mosaic import query_tiles
+from sigattn.kernels.mosaic import query_tiles, registers
 from sigattn.kernels.mosaic.blocks import int32
 from sigattn.kernels.mosaic.pipeline import accumulator, read
 from sigattn.kernels.mosaic.schedule import Schedule
@@ -42,36 +45,44 @@ def run(
   schedule: Schedule,
   inputs: Mapping[str, jax.Array | None],
   scale: float,
-) -> jax.Array:
-  """scale p v, (B, T, N, H), where p = Form.weight_scale phi(z).
+  sum_scale: float | None = None,
+) -> list[jax.Array]:
+  """[scale p v], (B, T, N, H), where p = Form.weight_scale phi(z).
+
+  With `sum_scale` [scale p v / s, sum_scale s], where s is the sum of phi(z) of
+  each row, both in Form.output_unit: (B, N, T and the rest of a tile) float32.
 
   inputs: names of pipeline.Gmem and arrays. Rows from query_lengths on are 0.
   """
   accumulate = _accumulate_overlapping if tile.overlap else _accumulate
   return query_tiles.run(
-    "sigattn_forward", accumulate, form, tile, schedule, inputs, scale
-  )
+    "sigattn_forward", accumulate, form, tile, schedule, inputs, scale,
+    sum_scale,
+  )  # fmt: skip
 
 
-def _accumulate(queries, total):
-  """Adds p v of all blocks."""
-  query_tiles.loops(queries, functools.partial(_step, queries, total))
+def _accumulate(queries, total, sums):
+  """Adds p v of all blocks; returns the sums of rows."""
+  step = functools.partial(_step, queries, total)
+  return query_tiles.loops(queries, step, sums)
 
 
-def _step(queries, total, e, masked):
+def _step(queries, total, e, sums, masked):
   """The products of the first keys run during the activation of the next."""
   tile, values = queries.context.tile, queries.context.values
   part = _PART if tile.block_kv % _PART == 0 else tile.block_kv
   s = _scores_alone(queries, e)
   values.wait(queries.count + e)
   for start in range(0, tile.block_kv, part):
-    p = _weights(queries, e, s[:, start : start + part], masked, start)
+    s_part = s[:, start : start + part]
+    p, sums = _weights(queries, e, s_part, sums, masked, start)
     block = values.block(queries.count + e).at[pl.ds(start, part)]
     plgpu.wgmma(total, p, block)
   _finish(queries, e)
+  return sums
 
 
-def _accumulate_overlapping(queries, total):
+def _accumulate_overlapping(queries, total, sums):
   """Adds p v of all blocks, scores and values started together.
 
   Only the scores are waited for before the weights of step e. In the machine
@@ -83,28 +94,32 @@ def _accumulate_overlapping(queries, total):
   if queries.context.form.masked:  # The last masked step opens the chain.
     first = jnp.maximum(steps.masked - 1, 0)
     masked_step = functools.partial(_step, queries, total)
-    lax.fori_loop(0, first, lambda e, _: masked_step(e, True), None)
-  p = _weights(queries, first, _scores_alone(queries, first), True)
+    sums = lax.fori_loop(0, first, lambda e, x: masked_step(e, x, True), sums)
+  s = _scores_alone(queries, first)
+  p_and_sums = _weights(queries, first, s, sums, True)
   step = functools.partial(_overlapping_step, queries, total)
-  p = lax.fori_loop(first + 1, steps.count, step, p)
+  p, sums = lax.fori_loop(first + 1, steps.count, step, p_and_sums)
   last = steps.count - 1
   values.wait(queries.count + last)
   _add_values(queries, total, last, p)
   _finish(queries, last)
+  return sums
 
 
-def _overlapping_step(queries, total, e, p):
+def _overlapping_step(queries, total, e, p_and_sums):
   """The scores of step e and the values of step e - 1; the weights of step e.
 
-  p: the weights of step e - 1.
+  p_and_sums: the weights of step e - 1, and the sums of rows up to there.
   """
+  p, sums = p_and_sums
 
   def run(ref):
     _start_scores(queries, e, ref)
     _add_values(queries, total, e - 1, p)
-    next_p = _weights(queries, e, _read_scores(queries, e, ref, 1), False)
+    s = _read_scores(queries, e, ref, 1)
+    p_and_sums = _weights(queries, e, s, sums, False)
     _finish(queries, e - 1)
-    return next_p
+    return p_and_sums
 
   queries.context.keys.wait(queries.count + e)
   queries.context.values.wait(queries.count + e - 1)
@@ -138,10 +153,12 @@ def _read_scores(queries, e, ref, in_flight):
   return s
 
 
-def _weights(queries, e, s, masked, column=0):
+def _weights(queries, e, s, sums, masked, column=0):
+  """(weights in 16 bits, sums with theirs added)."""
   context = queries.context
   p, _ = queries.weigh(s, e, masked, column)
-  return to_16_bits(p, context.form.weight_scale, context.dtype)
+  sums = [registers.add_to_rows(x, p) for x in sums]
+  return to_16_bits(p, context.form.weight_scale, context.dtype), sums
 
 
 def _add_values(queries, total, e, p):

@@ -2,11 +2,23 @@
 
 Everything here is plain JAX around the kernels: padding, scales, schedules, and
 the choice between the two backward passes.
+
+Normalised rows, out = p v / s with s the sums of the rows of p, need more:
+
+  forward   The kernel returns s too. Keys beyond the end of a sequence would
+            add to s, so they are hidden where others hide nothing
+            (Form.end).
+  backward  dz = phi'(z) (inverse do v^T - shift), dv = (inverse p)^T do, where
+            inverse = 1 / s and shift is as in numerics.shift. In bfloat16 do is
+            multiplied by the inverse before the kernels, so that they read one
+            number a row, the shift. In float16 the product could leave the
+            range: a row of weights of e^-16 has a sum of 1e-6. There the
+            kernels read the inverse too.
 """
 
 import dataclasses
+import math
 import os
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,26 +50,52 @@ def attention(
   key: jax.Array,
   value: jax.Array,
   operands: Operands,
-) -> jax.Array:
-  """(B, T, N, H), as mosaic.attention."""
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+  """(B, T, N, H), with problem.normalize also (B, T, N): mosaic.attention."""
   return differentiation.attention(
     _forward, _backward, problem, query, key, value, operands
   )
 
 
 def _forward(problem, query, key, value, operands):
-  """(out,)"""
+  """(out,), or (out, sums) with problem.normalize."""
   length, form = problem.query_len, _form(problem)
+  if problem.normalize:
+    problem, operands = _with_end(problem, operands)
+    hides = operands.key_value_seq_lengths is not None
+    form = dataclasses.replace(form, end=hides)
   problem, operands, query, key, value = _aligned(
     problem, operands, query, key, value
   )
-  out = _forward_aligned(form, problem, query, key, value, operands)
-  return (out[:, :length],)
+  out, *sums = _forward_aligned(form, problem, query, key, value, operands)
+  lengths = operands.query_seq_lengths
+  sums = [jnp.moveaxis(x, 1, 2)[:, :length] for x in sums]
+  return out[:, :length], *(_without_padding(x, lengths) for x in sums)
+
+
+def _with_end(problem, operands):
+  """The arguments with lengths of the keys, if some block is not full.
+
+  A causal mask hides what lies beyond the keys, if the last query sees none of
+  it.
+  """
+  block = tiles.TILES[problem.head_dim].forward.streamed
+  _, right = problem.bounds
+  causal = right is not None and problem.query_len + right <= problem.key_len
+  given = operands.key_value_seq_lengths is not None
+  if given or causal or problem.key_len % block == 0:
+    return problem, operands
+  lengths = jnp.full((problem.batch,), problem.key_len, jnp.int32)
+  operands = operands._replace(key_value_seq_lengths=lengths)
+  shapes = problem.shapes._replace(key_value_seq_lengths=lengths.shape)
+  return dataclasses.replace(problem, shapes=shapes), operands
 
 
 def _forward_aligned(form, problem, query, key, value, operands):
   tile = tiles.TILES[problem.head_dim].forward
-  plain = not (form.masked or form.alibi or problem.masked_by_data)
+  plain = not (
+    form.masked or form.alibi or problem.masked_by_data or problem.normalize
+  )
   if plain and problem.key_len >= tiles.LONG:
     tile = tiles.LONG_TILES.get(problem.head_dim, tile)
   key, value = (
@@ -66,21 +104,30 @@ def _forward_aligned(form, problem, query, key, value, operands):
   schedule, inputs = _arguments(
     form, tile, problem, operands, query, key, value
   )
-  scale = 1 / (problem.normalizer * form.weight_scale * form.output_unit)
-  return forward.run(form, tile, schedule, inputs, scale)
+  unit = problem.normalizer * form.output_unit  # of phi
+  if problem.normalize:
+    scales = 1 / form.weight_scale, 1 / unit
+  else:
+    scales = (1 / (unit * form.weight_scale),)
+  return forward.run(form, tile, schedule, inputs, *scales)
 
 
-def _backward(trained, problem, query, key, value, operands, d_out):
+def _backward(trained, problem, query, key, value, operands, d_out, *rows):
   """(dq, dk, dv, dlogit_bias (B, N), dslopes (B, N)), the last two float32.
 
-  Unless `trained`, those two are zeros.
+  Unless `trained`, those two are zeros. rows: inverse and shift, (B, T, N), of
+  normalised rows.
   """
   lengths, form = (problem.query_len, problem.key_len), _form(problem)
-  problem, operands, query, key, value, d_out = _aligned(
-    problem, operands, query, key, value, d_out.astype(query.dtype)
+  if problem.normalize:
+    form = _form_of_normalized(form, problem)
+    problem, d_out, rows = _in_rows(problem, d_out, *rows)
+  problem, operands, query, key, value, d_out, *rows = _aligned(
+    problem, operands, query, key, value, d_out.astype(query.dtype), *rows
   )
-  query, d_out = (
-    _without_padding(x, operands.query_seq_lengths) for x in (query, d_out)
+  query, d_out, *rows = (
+    _without_padding(x, operands.query_seq_lengths)
+    for x in (query, d_out, *rows)
   )
   key, value = (
     _without_padding(x, operands.key_value_seq_lengths) for x in (key, value)
@@ -88,12 +135,61 @@ def _backward(trained, problem, query, key, value, operands, d_out):
   fused = _takes_fused_backward(form, problem)
   backward = _fused_backward if fused else _two_kernel_backward
   d_query, dk, dv, *sums = backward(
-    trained, form, problem, operands, query, key, value, d_out
+    trained, form, problem, operands, query, key, value, d_out, *_stack(rows)
   )
+  if problem.normalize:
+    sums = [
+      _of_keys(x, lengths[1], operands.key_value_seq_lengths) for x in sums
+    ]
   return (
     d_query[:, : lengths[0]], dk[:, : lengths[1]], dv[:, : lengths[1]],
     *_operand_gradients(problem, sums),
   )  # fmt: skip
+
+
+def _in_rows(problem, d_out, inverse, shift):
+  """(problem, d_out, [shift] or [shift, inverse]), as the kernels need them.
+
+  The normalizer of the weights becomes a part of the rows.
+  """
+  inverse, shift = (x / problem.normalizer for x in (inverse, shift))
+  rows = [shift]
+  if problem.dtype == "float16":
+    rows.append(inverse)
+  else:
+    d_out = (d_out * inverse[..., None]).astype(d_out.dtype)
+  return dataclasses.replace(problem, normalizer=1.0), d_out, rows
+
+
+def _form_of_normalized(form, problem):
+  """The form with float16 scales of normalised weights, which are at most 1.
+
+  They are about 1 / S.
+  """
+  if problem.dtype != "float16":
+    return form
+  lift = round(math.log2(problem.key_len)) - _HEADROOM
+  return dataclasses.replace(
+    form, weight_scale=2.0**14, dz_scale=2.0 ** min(max(lift, 0), 12)
+  )
+
+
+def _stack(rows):
+  """[rows as in pipeline.Gmem], or []: there they begin with B and N."""
+  if not rows:
+    return []
+  return [jnp.moveaxis(jnp.stack(rows), (1, 3), (0, 1))]
+
+
+def _of_keys(dz_sums, count, lengths):
+  """Sums of dz, of keys of the sequences only.
+
+  Others have them too: there do v^T is 0, but not the shift.
+  """
+  place = jnp.arange(dz_sums.shape[-1])
+  if lengths is not None:
+    count = jnp.minimum(lengths, count)[:, None, None]
+  return jnp.where(place < count, dz_sums, 0.0)
 
 
 def _takes_fused_backward(form, problem):
@@ -194,13 +290,17 @@ def _aligned(problem, operands, query, key, value, *d_out):
   )  # fmt: skip
 
 
-def _without_padding(x_BLNH, lengths):
-  """x with zeros beyond each length: padding may be NaN, and 0 NaN is NaN."""
+def _without_padding(x, lengths):
+  """x with zeros beyond each length: padding may be NaN, and 0 NaN is NaN.
+
+  x: (B, L, N, H) or (B, L, N).
+  """
   if lengths is None:
-    return x_BLNH
-  place = jnp.arange(x_BLNH.shape[1])
-  visible = (place[None] < lengths[:, None])[:, :, None, None]
-  return jnp.where(visible, x_BLNH, jnp.zeros((), x_BLNH.dtype))
+    return x
+  place = jnp.arange(x.shape[1])
+  visible = place[None] < lengths[:, None]
+  visible = visible.reshape(*visible.shape, *[1] * (x.ndim - 2))
+  return jnp.where(visible, x, jnp.zeros((), x.dtype))
 
 
 # The kernels' arguments.
@@ -218,6 +318,7 @@ def _form(problem):
     left=left,
     right=right,
     segments=problem.shapes.query_segment_ids is not None,
+    end=False,
     offset=problem.key_len - problem.query_len,
     weight_scale=weight_scale,
     dz_scale=dz_scale,
@@ -225,8 +326,17 @@ def _form(problem):
 
 
 def _arguments(
-  form, tile, problem, operands, query, key, value, d_out=None, dq_sums=None
-) -> tuple[Schedule, dict[str, Any]]:
+  form,
+  tile,
+  problem,
+  operands,
+  query,
+  key,
+  value,
+  d_out=None,
+  rows=None,
+  dq_sums=None,
+):
   """(the schedule, the inputs of a kernel by their names in pipeline.Gmem)."""
   schedule = _schedule(problem, tile)
   of_block = {"query": tile.stationary, "key": tile.streamed}
@@ -244,9 +354,12 @@ def _arguments(
     "plan": blocks.plan(form, problem, operands, tile),
     "query_ids": _pad_ids(operands.query_segment_ids, of_block["query"]),
     "key_ids": _pad_ids(operands.key_value_segment_ids, of_block["key"]),
+    "rows": _pad_rows(rows, of_block["query"]),
     name: None if length is None else length.astype(jnp.int32),
     "table": schedule.array(),
   }
+  if form.end:
+    inputs["key_lengths"] = operands.key_value_seq_lengths.astype(jnp.int32)
   return schedule, inputs
 
 
@@ -293,3 +406,10 @@ def _pad_ids(ids, multiple):
     return None
   pad = -ids.shape[1] % multiple
   return jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, pad)), "edge")
+
+
+def _pad_rows(rows, multiple):
+  if rows is None:
+    return None
+  pad = -rows.shape[-1] % multiple
+  return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, pad)))

@@ -13,6 +13,7 @@ Scores are transposed: rows are keys, columns are queries.
     dk, dv          W x block_kv x H           fused_backward.py only; in dkv.py
                                                they leave through the slots of
                                                keys and values
+    rows            stages x (1 or 2) x block_q x float32, if normalised
     sums of dz      W x (1 or 2) x block_kv x float32, if trained
   For example, fused at H = 128: 3 x 2 x 64 x 128 numbers stationary, 2 x 3 x 64
   x 128 streamed and 4 x 64 x 64 of dz, 96 + 96 + 32 KiB of 227 KiB.
@@ -20,7 +21,7 @@ Scores are transposed: rows are keys, columns are queries.
   barriers                      who arrives                     who waits
     kv_full[W]                  copy engine: keys and values    the warpgroup
     kv_free                     each compute warpgroup          memory
-    q_full, do_full[stages]     copy engine                     all compute
+    q_full, do_full[stages]     copy engine (do: and rows)      all compute
     q_free, do_free[stages]     each compute warpgroup          memory
     dz_written                  each compute warpgroup          memory
     dz_ready                    memory                          all compute
@@ -106,6 +107,7 @@ class Smem:
   values: Any
   queries: Any
   d_outs: Any
+  rows: Any
   dz: Any
   out: Any
   sums: Any
@@ -211,7 +213,8 @@ def build(
   Args:
     variant: which of the two kernels.
     form, tile, schedule: the mathematics, and how it is cut up.
-    inputs: names of Gmem and arrays. Rows of dv from key_lengths on become 0.
+    inputs: names of Gmem and arrays. Rows of dv, and of dk where "rows" are
+      given, from key_lengths on become 0.
     scales: the factors of "dk" and "dv", of those that are computed.
     sums: whether dz is summed over the queries, and with ALiBi -dz distance.
   """
@@ -248,7 +251,9 @@ def build(
     padded = pl.cdiv(sizes.key_len, tile.stationary) * tile.stationary
     shape = num_sums, sizes.batch, sizes.heads, padded
     outputs["dz_sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-  scratch = _scratch(tile, sizes.width, key.dtype, num_sums, fused)
+  rows = inputs["rows"]
+  kinds = 0 if rows is None else rows.shape[2]
+  scratch = _scratch(tile, sizes.width, key.dtype, kinds, num_sums, fused)
   kernel = launch(
     variant.name, kernel, schedule, tile, inputs, outputs, scratch,
     automatic_barriers=not fused,  # dz has barriers of its own.
@@ -256,7 +261,7 @@ def build(
   return kernel, outputs
 
 
-def _scratch(tile, width, dtype, num_sums, fused):
+def _scratch(tile, width, dtype, kinds, num_sums, fused):
   """The contents of shared memory, in the order of Smem."""
 
   def blocks(count, rows, width):
@@ -265,17 +270,24 @@ def _scratch(tile, width, dtype, num_sums, fused):
   stationary = blocks(tile.warpgroups, tile.block_kv, width)
   streamed = blocks(tile.stages, tile.block_q, width)
   dz = blocks(2 * tile.warpgroups, tile.block_kv, tile.block_q)
-  sums = plgpu.SMEM((tile.warpgroups, num_sums, tile.block_kv), jnp.float32)
+  # Where rows need the memory, the sums of dz leave one after the other.
+  slots = 1 if kinds else num_sums
+  sums = plgpu.SMEM((tile.warpgroups, slots, tile.block_kv), jnp.float32)
+  rows = plgpu.SMEM((tile.stages, kinds, tile.block_q), jnp.float32)
   full = plgpu.Barrier(num_barriers=tile.stages)
+  do_full = plgpu.Barrier(
+    num_barriers=tile.stages, num_arrivals=2 if kinds else 1
+  )
   free = plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
   by_all = plgpu.Barrier(num_arrivals=tile.warpgroups)
   return [
     stationary, stationary, streamed, streamed,
+    rows if kinds else None,
     dz if fused else None,
     stationary if fused else None,
     sums if num_sums else None,
     plgpu.Barrier(num_barriers=tile.warpgroups, num_arrivals=2),
-    by_all, full, full, free, free, by_all, plgpu.Barrier(),
+    by_all, full, do_full, free, free, by_all, plgpu.Barrier(),
   ]  # fmt: skip
 
 
@@ -305,8 +317,12 @@ def _compute_tile(context, i, count):
     functools.partial(_sum_heads, keys),
     *(total if name in scales else None for name in ("dk", "dv")),
   )
-  if dv is not None:  # dk is 0 there, since the values are.
-    dv = zero_padding(dv, first, context.gmem.key_lengths, batch)
+  lengths = context.gmem.key_lengths
+  if dv is not None:
+    dv = zero_padding(dv, first, lengths, batch)
+  # Otherwise dk is 0 there, since the values are.
+  if dk is not None and context.gmem.rows is not None:
+    dk = zero_padding(dk, first, lengths, batch)
   _store(keys, {"dk": dk, "dv": dv})
   return count + context.sizes.group * steps.count
 
@@ -327,21 +343,21 @@ def _sum_heads(keys, dk, dv):
 def _sum_blocks(keys, dk, dv, g):
   """Adds dk and dv of one query head, and stores its sums of dz."""
   context = keys.context
-  block_kv, sums = context.tile.block_kv, context.smem.sums
+  sums = context.smem.sums
   head = keys.kv_head * context.sizes.group + g
   bias, slope = weights.scalars(
     context.form, context.gmem.scalars, keys.batch, head
   )
-  zeros = plgpu.layout_cast(jnp.zeros((block_kv,), jnp.float32), weights.ROW)
+  zeros = weights.zeros(context.tile.block_kv)
   of_head = Head(
     keys=keys, g=g, head=head, bias=bias, slope=slope, dk=dk, dv=dv
   )
   totals = context.variant.accumulate(of_head, [zeros] * context.num_sums)
-  rows = pl.ds(keys.first, block_kv)
+  rows = pl.ds(keys.first, context.tile.block_kv)
   for index, total in enumerate(totals):
     store(
       total,
-      sums.at[context.warpgroup, index],
+      sums.at[context.warpgroup, min(index, sums.shape[1] - 1)],
       context.gmem.dz_sums.at[index, keys.batch, head, rows],
     )
 
@@ -410,6 +426,10 @@ def _fill(context, batch, kv_head, steps, count, x):
   at = *at, kv_head * context.sizes.group + g
   context.queries.fill(count + x, gmem.query.at[at])
   context.d_outs.fill(count + x, gmem.d_out.at[at])
+  if gmem.rows is not None:
+    _, queries, head = at
+    rows = gmem.rows.at[batch, head, :, queries]
+    context.d_outs.fill_too(count + x, rows, context.smem.rows)
 
 
 def _load_keys(context, batch, kv_head, first):

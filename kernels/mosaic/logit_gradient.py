@@ -7,6 +7,9 @@ columns are queries.
   p = phi(s)                registers, while dp is computed
   dv += p do                tensor cores
   dz = phi'(s) dp           registers, while dv is computed
+
+If rows are normalised, p and dp change as weights.of_normalized says: by one or
+two numbers a query, which lie in shared memory beside do.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ from typing import Any
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax import lax
 
 from sigattn.kernels.mosaic import weights
 from sigattn.kernels.mosaic.key_tiles import Head
@@ -79,18 +83,35 @@ def _finish(step, totals, s_ref, dp_ref):
     plgpu.wgmma(dp_ref, step.values, step.d_out.transpose((1, 0)))
   s = read(s_ref, int(head.dk is not None))
   p, derivative, place = _weigh(step, s)
+  load_rows = functools.partial(_load_rows, step)
   if head.dv is not None:
+    for inverse in load_rows()[1:]:
+      p = p * lax.broadcast_in_dim(inverse, p.shape, [1])
     p = weights.to_16_bits(p, form.weight_scale, context.dtype)
     plgpu.wgmma(head.dv, p, step.d_out)
   if dp_ref is None:
     return None, totals
-  dz = derivative() * read(dp_ref, int(head.dv is not None))
+  dp = read(dp_ref, int(head.dv is not None))
+  dz = derivative() * weights.of_normalized(dp, load_rows(), axis=1)
   if not context.num_sums:
     return dz, totals
   parts = [dz.sum(1)]
   if form.alibi:
     parts.append(-(dz * place.distance(dz, form.offset)).sum(1))
   return dz, [t + x for t, x in zip(totals, parts, strict=True)]
+
+
+def _load_rows(step):
+  """The numbers of the step's queries, as in weights.of_normalized."""
+  context = step.head.context
+  smem = context.smem.rows
+  if smem is None:
+    return []
+  of_step = context.d_outs.of_step(smem, step.head.position(step.e))
+  return [
+    plgpu.load(of_step.at[kind], layout=weights.COLUMN)
+    for kind in range(smem.shape[1])
+  ]
 
 
 def _weigh(step, s):

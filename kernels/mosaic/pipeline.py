@@ -49,8 +49,11 @@ class Gmem:
   key_ids: Any = None  # (B, S and the rest of a tile) int32
   query_lengths: Any = None  # (B,) int32
   key_lengths: Any = None  # (B,) int32
+  # (B, N, 1 or 2, T and the rest of a tile) float32: shift, and perhaps inverse
+  rows: Any = None
   table: Any = None  # of the schedule
   out: Any = None  # (B, T, N, H); in dq.py the gradient of the queries
+  sums: Any = None  # (B, N, T and the rest of a tile) float32, of the weights
   dq_sums: Any = None  # as reduce.zeros; input and output
   dk: Any = None  # (B, S, K, H)
   dv: Any = None  # (B, S, K, H)
@@ -177,6 +180,14 @@ class Ring:
 
     plgpu.copy_gmem_to_smem(source, self._smem.at[slot], self._full.at[slot])
 
+  def fill_too(self, step: jax.Array, source: Any, smem: Any) -> None:
+    """Memory warpgroup, after `fill`: the same step's block of another array.
+
+    smem: (stages, ...). The barriers `full` must expect two arrivals.
+    """
+    slot = self._slot(step)
+    plgpu.copy_gmem_to_smem(source, smem.at[slot], self._full.at[slot])
+
   def drain(self, count: jax.Array) -> None:
     """Memory warpgroup: waits until the last of `count` blocks was used."""
 
@@ -191,7 +202,11 @@ class Ring:
 
   def block(self, step: jax.Array) -> Any:
     """The block of a step, a Ref (rows, width)."""
-    return self._smem.at[self._slot(step)]
+    return self.of_step(self._smem, step)
+
+  def of_step(self, smem: Any, step: jax.Array) -> Any:
+    """The slot of a step in an array that `fill_too` fills."""
+    return smem.at[self._slot(step)]
 
   def release(self, step: jax.Array) -> None:
     """Compute warpgroup: says that it no longer needs the block."""

@@ -10,6 +10,7 @@ registers. Blocks of block_kv keys and values are streamed past all of them.
     d_out      W x block_q x H    dq.py only
     keys     stages x block_kv x H    a ring
     values   stages x block_kv x H    a ring
+    sums       W x block_q x float32  of the weights, if rows are normalised
   For example, forward at H = 128: 4 x 64 x 128 and 2 x 2 x 128 x 128 numbers,
   64 + 128 KiB of 227 KiB.
 
@@ -33,7 +34,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from sigattn.kernels.mosaic import weights
+from sigattn.kernels import numerics
+from sigattn.kernels.mosaic import registers, weights
 from sigattn.kernels.mosaic.blocks import (
   Steps,
   blocks_of_tile,
@@ -65,10 +67,12 @@ class Context:
   group: int  # query heads that share a key head
   key_len: int
   scale: float  # of the result
-  accumulate: Callable[["Queries", Any], None]
+  sum_scale: float | None  # of the sums of weights; None: there are none
+  accumulate: Callable[["Queries", Any, list], list]
   gmem: Gmem
   q_smem: Any
   do_smem: Any  # None in the forward pass
+  sums_smem: Any  # None if there are no sums
   q_full: Any
   keys: Ring
   values: Ring
@@ -106,6 +110,8 @@ class Queries:
   bias: float | jax.Array
   slope: jax.Array | None
   ids: jax.Array | None
+  end: jax.Array | None  # the first key that is hidden by its length
+  rows: list[jax.Array]  # as in weights.of_normalized
   steps: Steps
   count: jax.Array  # blocks that were streamed before this tile
   smem: Any  # (block_q, H)
@@ -131,35 +137,41 @@ class Queries:
     return weights.weights(
       context.form, s, self.bias, self.slope,
       weights.Place(self.first, start, of_queries=True), ids, masked,
+      end=None if self.end is None else self.end - start,
       paced=context.tile.paced, in_output_unit=context.do_smem is None,
     )  # fmt: skip
 
 
 def run(
   name: str,
-  accumulate: Callable[[Queries, Any], None],
+  accumulate: Callable[[Queries, Any, list], list],
   form: weights.Form,
   tile: QueryTile,
   schedule: Schedule,
   inputs: Mapping[str, jax.Array | None],
   scale: float,
-) -> jax.Array:
-  """(B, T, N, H): scale times the sum that `accumulate` computes.
+  sum_scale: float | None = None,
+) -> list[jax.Array]:
+  """[(B, T, N, H)]: scale times the sum that `accumulate` computes.
+
+  With `sum_scale` it is divided by the sums of the weights of each row, and a
+  second result is sum_scale times those: (B, N, T and the rest of a tile).
 
   Args:
     name: of the kernel, for profilers.
-    accumulate: adds the contributions of all blocks to an accumulator.
+    accumulate: adds the contributions of all blocks to an accumulator. Takes
+      and returns totals of registers.add_to_rows, one with `sum_scale`.
     form, tile, schedule: the mathematics, and how it is cut up.
     inputs: names of Gmem and arrays. Rows from query_lengths on become 0.
-    scale: a number.
+    scale, sum_scale: numbers.
   """
   query, d_out = inputs["query"], inputs["d_out"]
   heads, width = query.shape[2:]
   key_len, kv_heads = inputs["key"].shape[1:3]
 
   def kernel(
-    gmem, q_smem, do_smem, k_smem, v_smem, q_full, k_full, v_full, k_free,
-    v_free,
+    gmem, q_smem, do_smem, sums_smem, k_smem, v_smem, q_full, k_full, v_full,
+    k_free, v_free,
   ):  # fmt: skip
     context = Context(
       form=form,
@@ -169,10 +181,12 @@ def run(
       group=heads // kv_heads,
       key_len=key_len,
       scale=scale,
+      sum_scale=sum_scale,
       accumulate=accumulate,
       gmem=gmem,
       q_smem=q_smem,
       do_smem=do_smem,
+      sums_smem=sums_smem,
       q_full=q_full,
       keys=Ring(k_smem, k_full, k_free, tile.stages),
       values=Ring(v_smem, v_full, v_free, tile.stages),
@@ -184,15 +198,17 @@ def run(
       functools.partial(_feed, context),
     )  # fmt: skip
 
-  scratch = _scratch(tile, width, query.dtype, d_out is not None)
+  has_sums = sum_scale is not None
+  scratch = _scratch(tile, width, query.dtype, d_out is not None, has_sums)
   outputs = {"out": jax.ShapeDtypeStruct(query.shape, query.dtype)}
-  (out,) = launch(name, kernel, schedule, tile, inputs, outputs, scratch)(
-    inputs
-  )
-  return out
+  if has_sums:
+    padded = pl.cdiv(query.shape[1], tile.stationary) * tile.stationary
+    shape = query.shape[0], heads, padded
+    outputs["sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return launch(name, kernel, schedule, tile, inputs, outputs, scratch)(inputs)
 
 
-def _scratch(tile, width, dtype, has_d_out):
+def _scratch(tile, width, dtype, has_d_out, has_sums):
   """The contents of shared memory, in the order of the kernel's arguments."""
 
   def blocks(count, rows):
@@ -206,6 +222,9 @@ def _scratch(tile, width, dtype, has_d_out):
   return [
     blocks(2 * tile.warpgroups, tile.block_q),
     blocks(tile.warpgroups, tile.block_q) if has_d_out else None,
+    plgpu.SMEM((tile.warpgroups, tile.block_q), jnp.float32)
+    if has_sums
+    else None,
     blocks(tile.stages, tile.block_kv),
     blocks(tile.stages, tile.block_kv),
     queries_full, full, full, free, free,
@@ -265,18 +284,31 @@ def _compute_tile(context, i, count):
   smem = context.q_smem.at[context.slot(i)]
   queries = Queries(
     context=context, batch=batch, first=first, bias=bias, slope=slope, ids=ids,
+    end=gmem.key_lengths[batch] if form.end else None,
+    rows=weights.load_rows(gmem.rows, batch, head, first, tile.block_q),
     steps=steps, count=count, smem=smem,
   )  # fmt: skip
   width = gmem.query.shape[-1]
-  out = pl.run_scoped(
+  out, sums = pl.run_scoped(
     functools.partial(_sum_blocks, queries, i),
     accumulator(tile.block_q, width),
   )
   out = out if context.scale == 1 else out * context.scale
+  for x in sums:
+    out = _normalize(context, out, x, (batch, head, pl.ds(first, tile.block_q)))
   out = zero_padding(out, first, gmem.query_lengths, batch)
   destination = gmem.out.at[batch, pl.ds(first, tile.block_q), head]
   store(out.astype(context.dtype), smem, destination)
   return count + steps.count
+
+
+def _normalize(context, out, sums, place):
+  """out divided by the sums of its rows, which are stored."""
+  sums = registers.sum_of_threads(sums)
+  smem = context.sums_smem.at[context.warpgroup]
+  store(sums * context.sum_scale, smem, context.gmem.sums.at[place])
+  inverse = numerics.inverse(sums)
+  return out * lax.broadcast_in_dim(inverse, out.shape, [0])
 
 
 def _sum_blocks(queries, i, total):
@@ -286,13 +318,21 @@ def _sum_blocks(queries, i, total):
   # The slot of the next tile's queries still holds the last tile's output.
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   _load_queries(context, i + 1)
-  context.accumulate(queries, total)
+  has_sums = context.sum_scale is not None
+  sums = [weights.zeros(context.tile.block_q)] if has_sums else []
+  sums = context.accumulate(queries, total, sums)
   _load_d_out(context, i + 1)
-  return total[...]
+  return total[...], sums
 
 
-def loops(queries: Queries, step: Callable[[jax.Array, bool], None]) -> None:
-  """step(e, masked) of all steps: first those with a mask, then the others.
+def loops(
+  queries: Queries,
+  step: Callable[[jax.Array, list, bool], list],
+  sums: list,
+) -> list:
+  """step(e, sums, masked) of all steps: those with a mask, then the others.
+
+  A step takes and returns the totals of registers.add_to_rows.
 
   Blocks that only other warpgroups need are waited for and released.
   """
@@ -303,15 +343,15 @@ def loops(queries: Queries, step: Callable[[jax.Array, bool], None]) -> None:
       ring.wait(queries.count + e)
       ring.release(queries.count + e)
 
-  def run(first, last, masked):
-    lax.fori_loop(first, last, lambda e, _: step(e, masked), None)
+  def run(first, last, sums, masked):
+    return lax.fori_loop(first, last, lambda e, x: step(e, x, masked), sums)
 
   first = int32(0)
   if context.form.masked:
     lax.fori_loop(first, steps.skipped, skip, None)
-    run(steps.skipped, steps.masked, True)
+    sums = run(steps.skipped, steps.masked, sums, True)
     first = steps.masked
-  run(first, steps.count, False)
+  return run(first, steps.count, sums, False)
 
 
 # The memory warpgroup.

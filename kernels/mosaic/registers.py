@@ -1,4 +1,4 @@
-"""Instructions on a tile in registers: masks, distances and tanh of scores.
+"""Instructions on a tile in registers: masks, distances, tanh, sums of rows.
 
 The layout of a fragment. The tensor cores (wgmma) leave a tile of 64 rows
 spread over a warpgroup, 4 warps of 32 threads:
@@ -39,18 +39,21 @@ the versions of jax with which all of this was tried.
 import functools
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, math, vector
 from jaxlib.mlir.dialects import llvm
 
 WARPGROUP = 128  # threads
 _SPLAT = plgpu.Layout.WG_SPLAT(())
+_ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for each row
 _PACE = 4  # pairs whose tanh is computed at a time
 
 
@@ -84,6 +87,71 @@ def hide(
     return _map(one, x)
 
   return _in_registers(cover, x, *bounds)
+
+
+def hide_from(x: jax.Array, end: jax.Array, hidden: float) -> jax.Array:
+  """x where column < end, else `hidden`.
+
+  x: (64, columns) float32, in Layout.WGMMA. end: an int32 scalar.
+  """
+
+  def cover(x, end):
+    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+    _, column = _row_and_column()
+    limit = arith.subi(end, column)
+
+    def one(value, _, column):
+      column = mgpu.c(column, i32)
+      seen = arith.cmpi(arith.CmpIPredicate.sgt, limit, column)
+      return arith.select(seen, value, mgpu.c(hidden, f32))
+
+    return _map(one, x)
+
+  return _in_registers(cover, x, end)
+
+
+def add_to_rows(totals: jax.Array, x: jax.Array) -> jax.Array:
+  """totals plus the sums of the rows of x, before `sum_of_threads`.
+
+  Each thread adds up its own numbers of a row, one addition for each. So the
+  four threads of a row have different totals until `sum_of_threads` is called,
+  and until then nothing else may be done with them.
+
+  totals: (64,) float32, one number for each row, zeros at first. x: (64,
+  columns) float32, in Layout.WGMMA.
+  """
+
+  @plgpu.inline_mgpu(
+    arg_types=(_ROW, plgpu.Layout.WGMMA),
+    return_type=plgpu.ShapeDtypeStruct(totals.shape, totals.dtype, _ROW),
+  )
+  def inline(_, totals, x):
+    sums = [vector.extract(t, [], [0]) for t in totals.registers.flat]
+    for index, pair in enumerate(x.registers.flat):
+      both = arith.addf(*(vector.extract(pair, [], [k]) for k in range(2)))
+      sums[index % 2] = arith.addf(sums[index % 2], both)
+    return _like(totals, sums)
+
+  return inline(totals, x)
+
+
+def sum_of_threads(totals: jax.Array) -> jax.Array:
+  """The sums of rows, from what add_to_rows left in the threads of a row."""
+
+  @plgpu.inline_mgpu(
+    arg_types=(_ROW,),
+    return_type=plgpu.ShapeDtypeStruct(totals.shape, totals.dtype, _ROW),
+  )
+  def inline(_, totals):
+    sums = []
+    for register in totals.registers.flat:
+      total = vector.extract(register, [], [0])
+      for distance in (1, 2):  # c counts the threads of a row.
+        total = arith.addf(total, utils.shfl_bfly(total, distance))
+      sums.append(total)
+    return _like(totals, sums)
+
+  return inline(totals)
 
 
 def distance(x: jax.Array, offset: int | jax.Array) -> jax.Array:
@@ -175,7 +243,7 @@ def tanh(
   return _in_registers(compute, x, *numbers)
 
 
-def _in_registers(compute: Callable, x: jax.Array, *numbers) -> jax.Array:
+def _in_registers(compute: Callable, x: jax.Array, *numbers: Any) -> jax.Array:
   """compute(x, *numbers), in MLIR, with the shape of x.
 
   compute takes a FragmentedArray and one MLIR value for each number.
@@ -195,6 +263,15 @@ def _fragment(registers, layout):
   return mgpu.FragmentedArray(
     _registers=registers, _layout=layout, _is_signed=None
   )
+
+
+def _like(totals, sums):
+  """An array like `totals`, of a thread's numbers for i in (0, 1)."""
+  registers = np.empty(totals.registers.shape, object)
+  pairs = zip(np.ndenumerate(totals.registers), sums, strict=True)
+  for (place, register), number in pairs:
+    registers[place] = vector.from_elements(register.type, [number])
+  return _fragment(registers, totals.layout)
 
 
 def _map(function, x):
@@ -229,6 +306,13 @@ def _first_on_plane(first, slope, offset):
 
 def _rows_minus_columns(offset):
   """[16 w + r + 8 i - 2 c + offset for i in (0, 1)] of this thread."""
+  row, column = _row_and_column()
+  first = arith.addi(arith.subi(row, column), offset)
+  return first, arith.addi(first, mgpu.c(8, ir.IntegerType.get_signless(32)))
+
+
+def _row_and_column():
+  """16 w + r and 2 c of this thread."""
   i32 = ir.IntegerType.get_signless(32)
 
   def number(x):
@@ -238,9 +322,7 @@ def _rows_minus_columns(offset):
   warp = arith.divui(thread, number(32))
   row = arith.divui(arith.remui(thread, number(32)), number(4))
   column = arith.muli(arith.remui(thread, number(4)), number(2))
-  row = arith.addi(row, arith.muli(warp, number(16)))
-  first = arith.addi(arith.subi(row, column), offset)
-  return first, arith.addi(first, number(8))
+  return arith.addi(row, arith.muli(warp, number(16))), column
 
 
 # Assembly for tanh.

@@ -39,6 +39,7 @@ class Form:
   left: int | None  # query i sees the keys i - left .. i + right
   right: int | None
   segments: bool
+  end: bool  # whether keys beyond a length are hidden (with normalised rows)
   offset: int  # S - T, by which ALiBi's distances are shifted
   weight_scale: float  # of weights rounded to 16 bits
   dz_scale: float  # of gradients of logits rounded to 16 bits
@@ -59,8 +60,13 @@ class Form:
 
   @property
   def masked(self) -> bool:
-    """Whether positions or segments hide pairs."""
-    return self.segments or self.left is not None or self.right is not None
+    """Whether positions, segments or lengths hide pairs.
+
+    Lengths usually need no mask, because zeros follow, which add nothing to a
+    product. But they would add to the sum of a row.
+    """
+    bounds = self.left is not None or self.right is not None
+    return self.segments or self.end or bounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +148,42 @@ def load_ids(
   return plgpu.load(rows, layout=layout, optimized=False)
 
 
+def load_rows(
+  ref: Any, batch: jax.Array, head: jax.Array, start: jax.Array, count: int
+) -> list[jax.Array]:
+  """The numbers of `count` queries from `start` on, in layout ROW.
+
+  ref: a Ref (B, N, kinds, length), as Gmem.rows, or None: an empty list.
+  """
+  if ref is None:
+    return []
+  return [
+    plgpu.load(
+      ref.at[batch, head, kind, pl.ds(start, count)], layout=ROW,
+      optimized=False,
+    )
+    for kind in range(ref.shape[2])
+  ]  # fmt: skip
+
+
+def zeros(rows: int) -> jax.Array:
+  """Zeros in layout ROW, to which sums of rows are added."""
+  return plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), ROW)
+
+
+def of_normalized(dp: jax.Array, rows: list[jax.Array], axis: int) -> jax.Array:
+  """inverse dp - shift; dp if the rows are not normalised.
+
+  rows: [shift], [shift, inverse] or []. axis: the one of queries in dp.
+  """
+  if not rows:
+    return dp
+  shift, *inverse = (lax.broadcast_in_dim(x, dp.shape, [axis]) for x in rows)
+  for x in inverse:
+    dp = x * dp
+  return dp - shift
+
+
 def to_16_bits(x: jax.Array, factor: float, dtype: jnp.dtype) -> jax.Array:
   """x times a power of two that keeps small numbers from underflow."""
   return (x if factor == 1 else x * factor).astype(dtype)
@@ -158,6 +200,7 @@ class _Logits:
   bias: float | jax.Array  # unit times the logit bias
   slope: jax.Array | None
   load_ids: Callable[[], tuple]
+  end: jax.Array | None  # the first column that is hidden
   masked: bool | jax.Array
   paced: bool
 
@@ -175,6 +218,8 @@ class _Logits:
     if form.left is not None or form.right is not None:
       low, high = self.place.bounds(form.left, form.right)
       x = registers.hide(x, low, high, hidden)
+    if self.end is not None:
+      x = registers.hide_from(x, self.end, hidden)
     if form.segments:
       row, column = self.load_ids()
       same = lax.broadcast_in_dim(row, x.shape, [0]) == lax.broadcast_in_dim(
@@ -244,6 +289,7 @@ def weights(
   ids: Callable[[], tuple],
   masked: bool | jax.Array,
   *,
+  end: jax.Array | None = None,
   paced: bool = False,
   in_output_unit: bool = False,
 ) -> tuple[jax.Array, Callable[[], jax.Array] | None]:
@@ -259,6 +305,8 @@ def weights(
     ids: returns the segment ids of the rows and of the columns.
     masked: whether a pair may be hidden; a bool, or a traced one, on which the
       kernel branches.
+    end: the first column that is beyond the length of its sequence; None if
+      such columns are not hidden.
     paced: whether tanh is computed in small groups (registers.tanh).
     in_output_unit: weights in Form.output_unit, and no phi'.
   """
@@ -268,7 +316,8 @@ def weights(
   paced = paced and form.tanh and form.scale > 0
   z = _Logits(
     form=form, place=place, unit=unit, scale=unit * form.scale,
-    bias=unit * bias, slope=slope, load_ids=ids, masked=masked, paced=paced,
+    bias=unit * bias, slope=slope, load_ids=ids, end=end, masked=masked,
+    paced=paced,
   ).compute(s)  # fmt: skip
   if form.kind == "relu":
     return jnp.maximum(z, 0.0), lambda: jnp.where(z > 0, 1.0, 0.0)

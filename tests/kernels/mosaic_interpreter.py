@@ -3,11 +3,12 @@
   python -m tests.kernels.mosaic_interpreter 64 two_kernels all_but_dense ...
   python -m tests.kernels.mosaic_interpreter 64 fused all_but_dense ...
 
-The second argument chooses the backward pass. The program prints the error of
-each output and gradient, and exits with 1 if one is more than twice that of
-plain bfloat16. A missing arrival at a barrier hangs, so set a time limit. The
-interpreter needs a thread for each warpgroup. A small machine has no more than
-three, so that two warpgroups compute here.
+The second argument chooses the backward pass, and "CASE.float16" another dtype
+than bfloat16. The program prints the error of each output and gradient, and
+exits with 1 if one is more than twice that of plain code in 16 bits. A missing
+arrival at a barrier hangs, so set a time limit. The interpreter needs a thread
+for each warpgroup. A small machine has no more than three, so that two
+warpgroups compute here.
 """
 
 import dataclasses
@@ -93,6 +94,17 @@ def _hide(x, low, high, hidden):
   return x
 
 
+def _hide_from(x, end, hidden):
+  """registers.hide_from in plain JAX."""
+  column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+  return jnp.where(column < end, x, hidden)
+
+
+def _add_to_rows(totals, x):
+  """registers.add_to_rows in plain JAX, where a row has only one total."""
+  return totals + x.sum(1)
+
+
 def _distance(x, offset):
   """registers.distance in plain JAX."""
   return jnp.abs(_columns_less_rows(x) - offset).astype(jnp.float32)
@@ -111,7 +123,9 @@ def _pretend(backward):
   reduce.add = _add
   registers.tanh = _tanh
   registers.hide, registers.distance = _hide, _distance
-  registers.plane = _plane
+  registers.plane, registers.hide_from = _plane, _hide_from
+  registers.add_to_rows = _add_to_rows
+  registers.sum_of_threads = lambda totals: totals
   tiles.TILES = {
     width: tiles.Tiles(
       *(dataclasses.replace(x, warpgroups=2) for x in of_width)
@@ -130,18 +144,20 @@ def main(width, backward, names):
   table = {case.name: case for case in cases.CASES + cases.BLOCKS}
   wrong = False
   for name in names:
+    name, _, dtype = name.partition(".")
+    dtype = dtype or "bfloat16"
     case = dataclasses.replace(table[name], width=width)
-    arrays, options, cotangent = cases.draw(case, "bfloat16")
+    arrays, options, cotangent = cases.draw(case, dtype)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
       actual = compare.run(arrays, options, cotangent)
       jax.block_until_ready(actual)
     expected = cases.exact(case, arrays, options, cotangent)
     plain = compare.plain_16_bit(case, arrays, options, cotangent)
-    unit = float(jnp.finfo("bfloat16").eps)
+    unit = float(jnp.finfo(dtype).eps)
     for key, value in expected.items():
       allowed = compare.error(plain[key], value) if key in plain else unit
       ours = compare.error(actual[key], value)
-      print(f"{name} {key}: {ours:.1e}, plain bfloat16 {allowed:.1e}")
+      print(f"{name} {key}: {ours:.1e}, plain {dtype} {allowed:.1e}")
       wrong |= not ours <= 2 * allowed + 0.2 * unit
   sys.exit(wrong)
 
