@@ -41,7 +41,9 @@ def attention(
       two are not summed over examples, and they count only if `trained`, that
       is, if logit_bias or alibi_slopes is differentiated. rows: with
       problem.normalize the inverse and the shift of each row, (B, T, N) float32
-      each: dz = phi'(z) (inverse do v^T - shift), dv = (inverse p)^T do.
+      each: dz = phi'(z) (inverse do v^T - shift), dv = (inverse p)^T do. For
+      sigmoid dlogit_bias is then the sum of -p^2 (inverse do v^T - shift), see
+      numerics.bias_share.
     problem, query, key, value, operands: as in xla.attention.
   """
   del backward
@@ -86,6 +88,8 @@ def _pull_back(forward, backward, problem, saved, cotangents):
     functools.partial(backward, trained.operands), _GRADIENTS,
     problem, query, key, value, operands, d_out, *rows,
   )  # fmt: skip
+  if problem.normalize:
+    d_bias_BN += numerics.bias_share(problem, sums, d_sums)
   d_operands = Operands()._replace(
     logit_bias=batching_and_sharding.head_cotangent(
       d_bias_BN, operands.logit_bias

@@ -35,7 +35,9 @@ def exact_sigmoid(problem: Problem) -> bool:
   if problem.logit_bias is None:
     return True
   alibi = problem.shapes.alibi_slopes is not None
-  if alibi and _nearest(problem) > 0:
+  # A normalised row divides by its own sum, however small that is: of far keys
+  # alone, say, where segments hide the near ones.
+  if alibi and (problem.normalize or _nearest(problem) > 0):
     return True
   bounds = _TANH_BIAS[problem.dtype]
   return problem.logit_bias < bounds["alibi" if alibi else "plain"]
@@ -89,3 +91,17 @@ def shift(
   dtype = jnp.promote_types(out.dtype, jnp.float32)
   product = (d_out.astype(dtype) * out.astype(dtype)).sum(-1)
   return product * inverse - d_sums
+
+
+def bias_share(
+  problem: Problem, sums: jax.Array, d_sums: jax.Array
+) -> jax.Array:
+  """What dlogit_bias of normalised rows has besides a sum over the pairs.
+
+  For sigmoid the implementations sum -p^2 (do v^T / s - shift) and not dz, see
+  xla.py; what is missing is ds s. Returns (B, N) float32; 0 for other kinds.
+
+  sums, d_sums: (B, T, N), s and its cotangent.
+  """
+  share = (sums * d_sums).sum(1)
+  return share if problem.kind == "sigmoid" else jnp.zeros_like(share)

@@ -18,6 +18,12 @@ blocks of keys too and need no maximum. Then, with ds the cotangent of s,
   s = sum_j p      out = p v / s      dv = (p / s)^T do
   dz = activation'(z) / normalizer * ((do v^T - do . out) / s + ds)
 
+The sum of dz over a row, which dlogit_bias needs, nearly cancels for sigmoid,
+whose activation' is p - p^2: the sum of p (do v^T - do . out) is 0. In 16 bits
+the rounding of `out` would be all that is left of it. So that part is left out:
+
+  sum_j dz = ds s - sum_j p^2 ((do v^T - do . out) / s + ds)
+
 Inside, arrays are grouped: q_BTKGH, k_BSKH, and logits z_BKGTS.
 """
 
@@ -210,7 +216,7 @@ def _backward(problem, saved, cotangents):
   query, key, value, operands, rows = saved
   d_out = cotangents
   if problem.normalize:
-    d_out, d_sums = cotangents
+    (_, sums), (d_out, d_sums) = rows, cotangents
     rows = _rows(problem, rows, d_out, d_sums)
   q_BTKGH, do_BTKGH = _group(query, problem), _group(d_out, problem)
 
@@ -234,6 +240,11 @@ def _backward(problem, saved, cotangents):
       return _add_gradients(grads, problem, operands, block, of_block, *inputs)
 
     grads = _over_keys(add, grads, problem, start, stop)
+  if problem.normalize and grads.logit_bias is not None:
+    part = _reduce_batch(
+      numerics.bias_share(problem, sums, d_sums), grads.logit_bias
+    )
+    grads = grads._replace(logit_bias=grads.logit_bias + part)
   return _as_inputs(grads, query, key, value, operands)
 
 
@@ -247,9 +258,12 @@ def _add_gradients(
   z_BKGTS = _logits(q_BTKGH, k_BSKH, operands, problem, block)
   p_BKGTS, derivative_BKGTS = _activation(z_BKGTS, problem)
   dp_BKGTS = _einsum("BTKGH,BSKH->BKGTS", do_BTKGH, v_BSKH, problem)
+  dz_bias = None
   if rows is not None:
-    p_BKGTS *= rows.inverse
     dp_BKGTS = rows.inverse * dp_BKGTS - rows.shift
+    if problem.kind == "sigmoid":
+      dz_bias = _only(visible, -p_BKGTS * p_BKGTS * dp_BKGTS)
+    p_BKGTS *= rows.inverse
   # The mask comes after both factors, so that a hidden NaN has no effect.
   p_BKGTS = _only(visible, p_BKGTS)
   dz_BKGTS = _only(visible, derivative_BKGTS * dp_BKGTS)
@@ -262,13 +276,18 @@ def _add_gradients(
     k_BSKH=_add_at(grads.k_BSKH, problem.scale * dk, {1: block.key}),
     v_BSKH=_add_at(grads.v_BSKH, dv, {1: block.key}),
   )
-  dz_BNTS = dz_BKGTS.reshape(
-    problem.batch, problem.num_heads, *dz_BKGTS.shape[-2:]
-  )
-  return _add_operand_gradients(grads, problem, block, dz_BNTS)
+
+  def by_head(x_BKGTS):
+    return x_BKGTS.reshape(
+      problem.batch, problem.num_heads, *x_BKGTS.shape[-2:]
+    )
+
+  dz_BNTS = by_head(dz_BKGTS)
+  of_bias_BNTS = dz_BNTS if dz_bias is None else by_head(dz_bias)
+  return _add_operand_gradients(grads, problem, block, dz_BNTS, of_bias_BNTS)
 
 
-def _add_operand_gradients(grads, problem, block, dz_BNTS):
+def _add_operand_gradients(grads, problem, block, dz_BNTS, of_bias_BNTS):
   if grads.bias is not None:
     axes = [i for i, n in enumerate(grads.bias.shape) if n == 1]
     starts = {2: block.query, 3: block.key}
@@ -276,7 +295,7 @@ def _add_operand_gradients(grads, problem, block, dz_BNTS):
     part = dz_BNTS.sum(axes, keepdims=True)
     grads = grads._replace(bias=_add_at(grads.bias, part, starts))
   if grads.logit_bias is not None:
-    part = _reduce_batch(dz_BNTS.sum((2, 3)), grads.logit_bias)
+    part = _reduce_batch(of_bias_BNTS.sum((2, 3)), grads.logit_bias)
     grads = grads._replace(logit_bias=grads.logit_bias + part)
   if grads.alibi_slopes is not None:
     distance_TS = _distance(problem, block)[None, None]

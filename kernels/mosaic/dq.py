@@ -72,7 +72,7 @@ def _logit_gradient(queries, e, c, masked, s_ref, dp_ref):
   plgpu.wgmma(s_ref, queries.smem, keys.block(c).transpose((1, 0)))
   plgpu.wgmma(dp_ref, queries.d_out, values.block(c).transpose((1, 0)))
   _, derivative = queries.weigh(read(s_ref, 1), e, masked)
-  dp = weights.of_normalized(read(dp_ref, 0), queries.rows, axis=0)
-  dz = derivative() * dp
+  dz = derivative()  # It is computed while dp is.
+  dz = dz * weights.of_normalized(read(dp_ref, 0), queries.rows, axis=0)
   values.release(c)
   return to_16_bits(dz, context.form.dz_scale, context.dtype)

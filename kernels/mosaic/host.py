@@ -298,8 +298,8 @@ def _without_padding(x, lengths):
   if lengths is None:
     return x
   place = jnp.arange(x.shape[1])
-  visible = place[None] < lengths[:, None]
-  visible = visible.reshape(*visible.shape, *[1] * (x.ndim - 2))
+  rest = (None,) * (x.ndim - 2)
+  visible = (place[None] < lengths[:, None])[:, :, *rest]
   return jnp.where(visible, x, jnp.zeros((), x.dtype))
 
 

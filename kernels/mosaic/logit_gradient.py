@@ -91,8 +91,9 @@ def _finish(step, totals, s_ref, dp_ref):
     plgpu.wgmma(head.dv, p, step.d_out)
   if dp_ref is None:
     return None, totals
+  dz = derivative()  # It is computed while dp is.
   dp = read(dp_ref, int(head.dv is not None))
-  dz = derivative() * weights.of_normalized(dp, load_rows(), axis=1)
+  dz = dz * weights.of_normalized(dp, load_rows(), axis=1)
   if not context.num_sums:
     return dz, totals
   parts = [dz.sum(1)]

@@ -141,7 +141,8 @@ def backward_q(
   """dq_i = D_Q_SCALE sum_j dz_ij k_j, and the operands' gradients.
 
   d_bias = SUM_SCALE sum dz, d_slope = -SUM_SCALE sum dz |i + S - T - j|. Each
-  program writes one number of both, (B, N, blocks of queries).
+  program writes one number of both, (B, N, blocks of queries). With NORMALIZE
+  the d_bias of sigmoid sums -p^2 (do v^T / s - shift), see xla.py.
   """
   batch, head, first = _place(T, N, BLOCK_Q, RIGHT is not None)
   bias, slope = _per_head(
@@ -206,11 +207,11 @@ def _backward_q_block(
   s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
   dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
   x = _logits(s, i[:, None], j[None, :], bias, slope, OFFSET, SCALE, SLOPES)
-  _, dz = _weights(x, ACTIVATION, 1.0, D_Z_SCALE)
+  p, dz = _weights(x, ACTIVATION, 1.0, D_Z_SCALE)
   if NORMALIZE:
     dp = dp * i_inverse[:, None] - i_shift[:, None]
-    if RAGGED:
-      dz = tl.where(j[None, :] < k_len, dz, 0.0)
+    if RAGGED:  # A key of zeros has a weight, and adds to the sums of dz.
+      dp = tl.where(j[None, :] < k_len, dp, 0.0)
   dz *= dp
   if (LEFT is not None or RIGHT is not None or SEGMENTS) and at_edge:
     j_ids = _load_ids(k_ids, j, k_len, SEGMENTS)
@@ -218,8 +219,17 @@ def _backward_q_block(
       dz, i[:, None], j[None, :], i_ids[:, None], j_ids[None, :], LEFT, RIGHT,
       SEGMENTS,
     )  # fmt: skip
+    if NORMALIZE:
+      p = _visible(
+        p, i[:, None], j[None, :], i_ids[:, None], j_ids[None, :], LEFT, RIGHT,
+        SEGMENTS,
+      )  # fmt: skip
   if BIASES is not None:
-    sum_dz += tl.sum(dz, 1)
+    if NORMALIZE and (ACTIVATION == "tanh" or ACTIVATION == "exp"):
+      # In the units of dz, for both forms of the sigmoid.
+      sum_dz -= tl.sum(p * p * dp, 1) * D_Z_SCALE
+    else:
+      sum_dz += tl.sum(dz, 1)
   if SLOPES is not None:
     sum_far += tl.sum(dz * _distance(i[:, None], j[None, :], OFFSET), 1)
   acc = tl.dot(dz.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)

@@ -136,13 +136,26 @@ BLOCKS = [
     bias_per_head=("N",),
   ),
   Case("blocks_lengths", batch=3, queries=60, heads=1, lengths=True),
-  Case(  # No trained bias: its gradient would be a small difference of sums.
+  Case(
     "blocks_normalized_causal", batch=1, queries=70, heads=2, kv_heads=1,
     causal=True, normalize=True,
   ),
   Case(
     "blocks_normalized_lengths", batch=3, queries=60, heads=1, lengths=True,
     normalize=True, bias_per_head=("N",),
+  ),
+  # Keys beyond the last one, or beyond a length, must not add to a row's sum.
+  Case(
+    "blocks_normalized", batch=3, queries=200, heads=1, normalize=True,
+    lengths=True,
+  ),
+  Case(
+    "blocks_normalized_cross", batch=1, queries=70, keys=150, heads=2,
+    kv_heads=1, normalize=True, logit_bias=-8.0,
+  ),
+  Case(
+    "blocks_normalized_window", batch=1, queries=150, heads=1, normalize=True,
+    causal=True, window=(50, 3), alibi=True,
   ),
 ]  # fmt: skip
 

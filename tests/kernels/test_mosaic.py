@@ -30,6 +30,15 @@ H100 = device.Device("NVIDIA H100", 90)
     (128, "two_kernels", ["blocks_window"]),
     (64, "fused", ["all_but_dense", "grouped", "blocks_alibi"]),
     (128, "fused", ["vit_197", "blocks_causal"]),
+    (
+      64,
+      "two_kernels",
+      ["normalized_segments", "normalized_lengths", "normalized_low.float16"],
+    ),
+    (64, "fused", ["normalized_causal", "blocks_normalized", "normalized_low"]),
+    (128, "fused", ["blocks_normalized_window", "normalized_relu2.float16"]),
+    (128, "two_kernels", ["blocks_normalized_cross"]),
+    (192, "two_kernels", ["normalized_causal"]),
   ],
 )
 def test_interpreted_output_and_gradients(width, form, names):
@@ -68,29 +77,53 @@ def test_interpreted_output_and_gradients(width, form, names):
   ],
 )
 def test_tiles_are_lowered_for_cuda(width, length, is_causal, has_slopes):
+  problem = tune_triton.example(width, "bfloat16", length, is_causal=is_causal)
+  _assert_lowered(problem, has_slopes)
+
+
+@pytest.mark.parametrize(
+  ("width", "dtype", "length", "is_causal", "has_slopes"),
+  [(width, "float16", 1024, True, True) for width in tiles.TILES]
+  + [
+    (width, "bfloat16", length, is_causal, False)
+    for width in (64, 128)
+    for length in (1024, 4096)
+    for is_causal in (False, True)
+  ]
+  + [(width, "float16", 4096, True, True) for width in (64, 128)],
+)
+def test_tiles_of_normalized_rows_are_lowered_for_cuda(
+  width, dtype, length, is_causal, has_slopes
+):
+  """float16 needs more shared memory than bfloat16."""
+  problem = tune_triton.example(width, dtype, length, is_causal=is_causal)
+  _assert_lowered(dataclasses.replace(problem, normalize=True), has_slopes)
+
+
+def _assert_lowered(problem, has_slopes):
   """Shapes and layouts are valid, and shared memory suffices.
 
   Problems with trained slopes of ALiBi need the most shared memory.
   """
-  problem = tune_triton.example(width, "bfloat16", length, is_causal=is_causal)
-  slopes = None
+  width, slopes = problem.head_dim, None
   if has_slopes:
     slopes = jax.ShapeDtypeStruct((1, problem.num_heads), "float32")
     shapes = Operands(alibi_slopes=slopes.shape)
     problem = dataclasses.replace(problem, shapes=shapes)
   shape = problem.batch, problem.query_len, problem.num_heads, width
-  x = jax.ShapeDtypeStruct(shape, "bfloat16")
+  x = jax.ShapeDtypeStruct(shape, problem.dtype)
+  row = jax.ShapeDtypeStruct(shape[:3], "float32")
+  rows = [row, row] if problem.normalize else []
 
-  def both(query, key, value, d_out, slopes):
+  def both(query, key, value, slopes, d_out, *rows):
     inputs = query, key, value, Operands(alibi_slopes=slopes)
     return (
       host._forward(problem, *inputs),
-      host._backward(has_slopes, problem, *inputs, d_out),
+      host._backward(has_slopes, problem, *inputs, d_out, *rows),
     )
 
-  lowered = (
-    jax.jit(both).trace(x, x, x, x, slopes).lower(lowering_platforms=("cuda",))
-  )
+  traced = jax.jit(both).trace(x, x, x, slopes, x, *rows)
+  lowered = traced.lower(lowering_platforms=("cuda",))
   # One kernel for the output, one for dk and dv, or two in wide heads, and one
   # for dq unless the kernel of the keys adds it.
   count = 2 + (width > tiles.WIDEST_DK_AND_DV)
@@ -100,7 +133,15 @@ def test_tiles_are_lowered_for_cuda(width, length, is_causal, has_slopes):
 
 @pytest.mark.parametrize("around", ["jit", "shard_map", "explicit mesh"])
 @pytest.mark.parametrize(
-  "options", [{"is_causal": True}, {"local_window_size": 64}, {}], ids=str
+  "options",
+  [
+    {"is_causal": True},
+    {"local_window_size": 64},
+    {},
+    {"normalize": True},
+    {"normalize": True, "is_causal": True},
+  ],
+  ids=str,
 )
 def test_what_users_call_is_lowered(options, around, monkeypatch):
   """The public operation with its derivative, vmap and partitioning."""
@@ -140,6 +181,7 @@ def test_gradients_on_the_mesh_of_the_training_program():
   ("capability", "change", "reason"),
   [
     (90, {}, ""),
+    (90, {"normalize": True}, ""),
     (90, {"head_dim": 80}, "head_dim=80; one of [32, 64, 96, 128, 192, 256]"),
     (90, {"dtype": "float32"}, "float32 is not implemented"),
     (80, {}, "needs a Hopper GPU (9.0), device is Testing"),
