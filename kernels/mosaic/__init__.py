@@ -48,6 +48,8 @@ def unsupported(problem: Problem) -> str:
   """
   if problem.dtype not in ("bfloat16", "float16"):
     return f"{problem.dtype} is not implemented"
+  if problem.normalize and problem.shapes.logit_bias is not None:
+    return "the gradient of logit_bias of normalised rows is not implemented"
   for name in ("bias", "mask"):
     if getattr(problem.shapes, name) is not None:
       return f"a dense {name} is not implemented"

@@ -186,7 +186,7 @@ def _of_keys(dz_sums, count, lengths):
 
   Others have them too: there do v^T is 0, but not the shift.
   """
-  place = jnp.arange(dz_sums.shape[-1])
+  place = jnp.arange(dz_sums.shape[-1])[None, None]
   if lengths is not None:
     count = jnp.minimum(lengths, count)[:, None, None]
   return jnp.where(place < count, dz_sums, 0.0)

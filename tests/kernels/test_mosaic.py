@@ -33,7 +33,7 @@ H100 = device.Device("NVIDIA H100", 90)
     (
       64,
       "two_kernels",
-      ["normalized_segments", "normalized_lengths", "normalized_low.float16"],
+      ["normalized_segments", "normalized_low.float16"],
     ),
     (64, "fused", ["normalized_causal", "blocks_normalized", "normalized_low"]),
     (128, "fused", ["blocks_normalized_window", "normalized_relu2.float16"]),
