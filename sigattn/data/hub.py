@@ -82,13 +82,12 @@ def file_of(source: str, path: str) -> pathlib.Path:
   others.
   """
   import datasets
-  import huggingface_hub
 
   folders = [
     datasets.config.HF_DATASETS_CACHE,
     datasets.config.DOWNLOADED_DATASETS_PATH,
     datasets.config.EXTRACTED_DATASETS_PATH,
-    huggingface_hub.constants.HF_HUB_CACHE,
+    datasets.config.constants.HF_HUB_CACHE,
   ]
   own = local(source)
   if own.is_dir():
