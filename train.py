@@ -146,7 +146,8 @@ def _main(given):
   process.keep_freed_memory()
   with cli.refusing("train.py", given.debug):
     if given.replay is not None:
-      metrics.log(str(replay.replay(workdir, given.replay)))
+      values = replay.replay(workdir, given.replay)
+      metrics.log(report.variants_table({f"step {given.replay}": values}))
       return
     state = train(config, workdir)
   if int(state.step) < config.total_steps:

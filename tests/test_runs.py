@@ -371,14 +371,14 @@ STEPS = [f"--config.{word}" for word in (*STEPS, "eval.every_steps=0")]
 
 def check_one_line_and_resume(workdir, first, said, again=lambda: None):
   """A run ends with one line; after `again` the same command completes it."""
-  _, stderr = first.communicate(timeout=120)
+  _, stderr = first.communicate(timeout=240)
   assert first.returncode == 1
   assert stderr == f"train.py: {workdir / said}\n"
   before = checkpoints.steps(workdir)
   assert all(not checkpoints.damage(workdir, step) for step in before)
   again()
   second = command(workdir, *STEPS)
-  stdout, stderr = second.communicate(timeout=120)
+  stdout, stderr = second.communicate(timeout=240)
   assert second.returncode == 0, stderr
   assert f"resumed from step {before[-1]} in" in stdout
   assert checkpoint.load(workdir)[2] == 12
@@ -588,7 +588,7 @@ def test_replay_is_a_flag_and_refuses_what_is_no_step(run):
   shown = command(run, "--replay=2")
   stdout, _ = shown.communicate()
   assert shown.returncode == 0
-  assert "'grad_norm'" in stdout
+  assert all(x in stdout for x in ("step 2", "grad_norm", "gradient/head"))
   refused = command(run, "--replay=4")
   _, stderr = refused.communicate()
   assert refused.returncode == 1

@@ -2,7 +2,6 @@
 
 import os
 import traceback
-from typing import Any
 
 import jax
 
@@ -11,7 +10,7 @@ from sigattn.training import checkpoint, mesh, run_dir
 from sigattn.training import step as training_step
 
 
-def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
+def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
   """Runs a step of a run again, from the newest checkpoint before it.
 
   The steps in between are run as they were, and the step itself under
@@ -23,8 +22,8 @@ def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
     step: the number of the update, from 1.
 
   Returns:
-    The metrics of the step, and its `norms`: those of the gradient and of the
-    parameters before the update, by top-level module.
+    The metrics of the step, and the norms of its gradient and of the parameters
+    before it by top-level module: "gradient/head", "parameters/head" and so on.
 
   Raises:
     ValueError: if there is no such run, or the step is none of its steps.
@@ -47,14 +46,17 @@ def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
   again = jax.jit(lambda *args: update(*args)[2:])
   try:
     with jax.debug_nans(True):
-      _, metrics = again(state, batch)
-      return jax.tree.map(float, jax.device_get(metrics))
+      values = jax.device_get(again(state, batch)[1])
   except FloatingPointError as error:
     # JAX adds to its message what would turn debug_nans off.
     [first, *_] = str(error).splitlines()
     raise FloatingPointError(
       f"step {step}: {first.rstrip('.')}{_place(error)}"
     ) from error
+  norms = values.pop("norms")
+  for name, by_module in norms.items():
+    values |= {f"{name}/{key}": norm for key, norm in by_module.items()}
+  return {name: float(value) for name, value in values.items()}
 
 
 def _place(error):
