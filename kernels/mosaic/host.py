@@ -12,8 +12,9 @@ Normalised rows, out = p v / s with s the sums of the rows of p, need more:
             inverse = 1 / s and shift is as in numerics.shift. In bfloat16 do is
             multiplied by the inverse before the kernels, so that they read one
             number a row, the shift. In float16 the product could leave the
-            range: a row of weights of e^-16 has a sum of 1e-6. There the
-            kernels read the inverse too.
+            range: a row of weights of e^-16 has a sum of 1e-6. And the sums of
+            relu may be close to 0, so that to round the product costs too much.
+            There the kernels read the inverse too.
 """
 
 import dataclasses
@@ -76,12 +77,11 @@ def _forward(problem, query, key, value, operands):
 def _with_end(problem, operands):
   """The arguments with lengths of the keys, if some block is not full.
 
-  A causal mask hides what lies beyond the keys, if the last query sees none of
-  it.
+  A causal mask hides what lies beyond the keys, unless there are more queries.
   """
   block = tiles.TILES[problem.head_dim].forward.streamed
   _, right = problem.bounds
-  causal = right is not None and problem.query_len + right <= problem.key_len
+  causal = right == 0 and problem.query_len <= problem.key_len
   given = operands.key_value_seq_lengths is not None
   if given or causal or problem.key_len % block == 0:
     return problem, operands
@@ -154,7 +154,7 @@ def _in_rows(problem, d_out, inverse, shift):
   """
   inverse, shift = (x / problem.normalizer for x in (inverse, shift))
   rows = [shift]
-  if problem.dtype == "float16":
+  if problem.dtype == "float16" or problem.kind != "sigmoid":
     rows.append(inverse)
   else:
     d_out = (d_out * inverse[..., None]).astype(d_out.dtype)
