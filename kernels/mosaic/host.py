@@ -132,7 +132,7 @@ def _backward(trained, problem, query, key, value, operands, d_out, *rows):
   key, value = (
     _without_padding(x, operands.key_value_seq_lengths) for x in (key, value)
   )
-  fused = _takes_fused_backward(form, problem)
+  fused = _takes_fused_backward(form, problem, trained)
   backward = _fused_backward if fused else _two_kernel_backward
   d_query, dk, dv, *sums = backward(
     trained, form, problem, operands, query, key, value, d_out, *_stack(rows)
@@ -154,11 +154,16 @@ def _in_rows(problem, d_out, inverse, shift):
   """
   inverse, shift = (x / problem.normalizer for x in (inverse, shift))
   rows = [shift]
-  if problem.dtype == "float16" or problem.kind != "sigmoid":
+  if _reads_inverse(problem):
     rows.append(inverse)
   else:
     d_out = (d_out * inverse[..., None]).astype(d_out.dtype)
   return dataclasses.replace(problem, normalizer=1.0), d_out, rows
+
+
+def _reads_inverse(problem):
+  """Whether the kernels multiply by the inverse: see the top of the file."""
+  return problem.dtype == "float16" or problem.kind != "sigmoid"
 
 
 def _form_of_normalized(form, problem):
@@ -192,12 +197,16 @@ def _of_keys(dz_sums, count, lengths):
   return jnp.where(place < count, dz_sums, 0.0)
 
 
-def _takes_fused_backward(form, problem):
+def _takes_fused_backward(form, problem, trained=False):
   """Whether the fused backward pass is the faster one, and is allowed.
 
   It adds dq in no fixed order, so it is not allowed if XLA is asked for
-  deterministic operations.
+  deterministic operations. With the sums of dz (`trained`) and two numbers a
+  row it does not fit into shared memory at head width 128.
   """
+  two_numbers = problem.normalize and _reads_inverse(problem)
+  if trained and two_numbers and problem.head_dim > 64:
+    return False
   flags = os.environ.get("XLA_FLAGS", "").split()
   deterministic = any(
     flag in ("--xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=true")
