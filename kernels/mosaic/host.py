@@ -12,8 +12,9 @@ Normalised rows, out = p v / s with s the sums of the rows of p, need more:
             inverse = 1 / s and shift is as in numerics.shift. In bfloat16 do is
             multiplied by the inverse before the kernels, so that they read one
             number a row, the shift. In float16 the product could leave the
-            range: a row of weights of e^-16 has a sum of 1e-6. There the
-            kernels read the inverse too.
+            range: a row of weights of e^-16 has a sum of 1e-6. And the sums of
+            relu may be close to 0, so that to round the product costs too much.
+            There the kernels read the inverse too.
 """
 
 import dataclasses
@@ -76,12 +77,11 @@ def _forward(problem, query, key, value, operands):
 def _with_end(problem, operands):
   """The arguments with lengths of the keys, if some block is not full.
 
-  A causal mask hides what lies beyond the keys, if the last query sees none of
-  it.
+  A causal mask hides what lies beyond the keys, unless there are more queries.
   """
   block = tiles.TILES[problem.head_dim].forward.streamed
   _, right = problem.bounds
-  causal = right is not None and problem.query_len + right <= problem.key_len
+  causal = right == 0 and problem.query_len <= problem.key_len
   given = operands.key_value_seq_lengths is not None
   if given or causal or problem.key_len % block == 0:
     return problem, operands
@@ -132,7 +132,7 @@ def _backward(trained, problem, query, key, value, operands, d_out, *rows):
   key, value = (
     _without_padding(x, operands.key_value_seq_lengths) for x in (key, value)
   )
-  fused = _takes_fused_backward(form, problem)
+  fused = _takes_fused_backward(form, problem, trained)
   backward = _fused_backward if fused else _two_kernel_backward
   d_query, dk, dv, *sums = backward(
     trained, form, problem, operands, query, key, value, d_out, *_stack(rows)
@@ -154,11 +154,16 @@ def _in_rows(problem, d_out, inverse, shift):
   """
   inverse, shift = (x / problem.normalizer for x in (inverse, shift))
   rows = [shift]
-  if problem.dtype == "float16":
+  if _reads_inverse(problem):
     rows.append(inverse)
   else:
     d_out = (d_out * inverse[..., None]).astype(d_out.dtype)
   return dataclasses.replace(problem, normalizer=1.0), d_out, rows
+
+
+def _reads_inverse(problem):
+  """Whether the kernels multiply by the inverse: see the top of the file."""
+  return problem.dtype == "float16" or problem.kind != "sigmoid"
 
 
 def _form_of_normalized(form, problem):
@@ -192,12 +197,16 @@ def _of_keys(dz_sums, count, lengths):
   return jnp.where(place < count, dz_sums, 0.0)
 
 
-def _takes_fused_backward(form, problem):
+def _takes_fused_backward(form, problem, trained=False):
   """Whether the fused backward pass is the faster one, and is allowed.
 
   It adds dq in no fixed order, so it is not allowed if XLA is asked for
-  deterministic operations.
+  deterministic operations. With the sums of dz (`trained`) and two numbers a
+  row it does not fit into shared memory at head width 128.
   """
+  two_numbers = problem.normalize and _reads_inverse(problem)
+  if trained and two_numbers and problem.head_dim > 64:
+    return False
   flags = os.environ.get("XLA_FLAGS", "").split()
   deterministic = any(
     flag in ("--xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=true")

@@ -270,9 +270,7 @@ def _scratch(tile, width, dtype, kinds, num_sums, fused):
   stationary = blocks(tile.warpgroups, tile.block_kv, width)
   streamed = blocks(tile.stages, tile.block_q, width)
   dz = blocks(2 * tile.warpgroups, tile.block_kv, tile.block_q)
-  # Where rows need the memory, the sums of dz leave one after the other.
-  slots = 1 if kinds else num_sums
-  sums = plgpu.SMEM((tile.warpgroups, slots, tile.block_kv), jnp.float32)
+  sums = plgpu.SMEM((tile.warpgroups, num_sums, tile.block_kv), jnp.float32)
   rows = plgpu.SMEM((tile.stages, kinds, tile.block_q), jnp.float32)
   full = plgpu.Barrier(num_barriers=tile.stages)
   do_full = plgpu.Barrier(
@@ -357,7 +355,7 @@ def _sum_blocks(keys, dk, dv, g):
   for index, total in enumerate(totals):
     store(
       total,
-      sums.at[context.warpgroup, min(index, sums.shape[1] - 1)],
+      sums.at[context.warpgroup, index],
       context.gmem.dz_sums.at[index, keys.batch, head, rows],
     )
 
