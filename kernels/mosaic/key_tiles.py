@@ -213,8 +213,7 @@ def build(
   Args:
     variant: which of the two kernels.
     form, tile, schedule: the mathematics, and how it is cut up.
-    inputs: names of Gmem and arrays. Rows of dv, and of dk where "rows" are
-      given, from key_lengths on become 0.
+    inputs: names of Gmem and arrays. Rows from key_lengths on become 0.
     scales: the factors of "dk" and "dv", of those that are computed.
     sums: whether dz is summed over the queries, and with ALiBi -dz distance.
   """
@@ -251,9 +250,7 @@ def build(
     padded = pl.cdiv(sizes.key_len, tile.stationary) * tile.stationary
     shape = num_sums, sizes.batch, sizes.heads, padded
     outputs["dz_sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-  rows = inputs["rows"]
-  kinds = 0 if rows is None else rows.shape[2]
-  scratch = _scratch(tile, sizes.width, key.dtype, kinds, num_sums, fused)
+  scratch = _scratch(tile, key, inputs["rows"], num_sums, fused)
   kernel = launch(
     variant.name, kernel, schedule, tile, inputs, outputs, scratch,
     automatic_barriers=not fused,  # dz has barriers of its own.
@@ -261,14 +258,16 @@ def build(
   return kernel, outputs
 
 
-def _scratch(tile, width, dtype, kinds, num_sums, fused):
+def _scratch(tile, key, rows, num_sums, fused):
   """The contents of shared memory, in the order of Smem."""
 
   def blocks(count, rows, width):
-    return smem_blocks(tile, count, rows, width, dtype)
+    return smem_blocks(tile, count, rows, width, key.dtype)
 
+  width = key.shape[-1]
   stationary = blocks(tile.warpgroups, tile.block_kv, width)
   streamed = blocks(tile.stages, tile.block_q, width)
+  kinds = 0 if rows is None else rows.shape[2]
   dz = blocks(2 * tile.warpgroups, tile.block_kv, tile.block_q)
   sums = plgpu.SMEM((tile.warpgroups, num_sums, tile.block_kv), jnp.float32)
   rows = plgpu.SMEM((tile.stages, kinds, tile.block_q), jnp.float32)

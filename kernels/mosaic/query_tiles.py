@@ -200,12 +200,19 @@ def run(
 
   has_sums = sum_scale is not None
   scratch = _scratch(tile, width, query.dtype, d_out is not None, has_sums)
+  outputs = _outputs(tile, query, has_sums)
+  return launch(name, kernel, schedule, tile, inputs, outputs, scratch)(inputs)
+
+
+def _outputs(tile, query, has_sums):
+  """What the results look like, by their names in Gmem."""
+  batch, length, heads, _ = query.shape
   outputs = {"out": jax.ShapeDtypeStruct(query.shape, query.dtype)}
   if has_sums:
-    padded = pl.cdiv(query.shape[1], tile.stationary) * tile.stationary
-    shape = query.shape[0], heads, padded
+    padded = pl.cdiv(length, tile.stationary) * tile.stationary
+    shape = batch, heads, padded
     outputs["sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-  return launch(name, kernel, schedule, tile, inputs, outputs, scratch)(inputs)
+  return outputs
 
 
 def _scratch(tile, width, dtype, has_d_out, has_sums):

@@ -4,8 +4,9 @@ A process of its own with four simulated devices, for test_mosaic.py: the other
 tests have one. It fails where dq, which is added in global memory, is anything
 that custom_partitioning refuses. Two checks:
 
-  compile   The real kernels at n = 1,024 go through XLA's partitioning. A CPU
-            cannot run them, and that must be the first complaint.
+  compile   The real kernels at n = 1,024 go through XLA's partitioning, also
+            with normalised rows. A CPU cannot run them, and that must be the
+            first complaint.
   run       With plain JAX in the place of the kernels, adding to the same Ref,
             the gradients equal those of the portable implementation, whether
             the batch or the sequence is split.
@@ -29,20 +30,22 @@ from sigattn.training import mesh as meshes
 from tests.kernels import compare
 
 
-def gradients(implementation, query, key, value, d_out):
+def gradients(implementation, query, key, value, d_out, normalize=False):
   def attend(*arrays):
-    return sigattn.dot_product_attention(*arrays, implementation=implementation)
+    return sigattn.dot_product_attention(
+      *arrays, implementation=implementation, normalize=normalize
+    )
 
   out, pull_back = jax.vjp(attend, query, key, value)
   return out, *pull_back(d_out)
 
 
-def check_compile(mesh):
+def check_compile(mesh, normalize):
   shape = 4, 1024, 2, 64
   x = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=meshes.batch(mesh))
   lowered = (
-    jax.jit(gradients, static_argnums=0)
-    .trace("mosaic", x, x, x, x)
+    jax.jit(gradients, static_argnums=(0, 5))
+    .trace("mosaic", x, x, x, x, normalize)
     .lower(lowering_platforms=("cuda",))
   )
   try:
@@ -98,7 +101,8 @@ def check_run(mesh, spec):
 if __name__ == "__main__":
   device.current = lambda: device.Device("NVIDIA H100", 90)
   host._programs = lambda: 132
-  check_compile(meshes.make())
+  check_compile(meshes.make(), normalize=False)
+  check_compile(meshes.make(), normalize=True)
   query_tiles.launch = key_tiles.launch = launch_plain_jax
   jax.clear_caches()
   for spec in (PartitionSpec("data"), PartitionSpec(None, "data")):
