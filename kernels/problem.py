@@ -146,7 +146,7 @@ def make_problem(
     normalizer=float(normalizer),
     normalize=bool(normalize),
     is_causal=bool(is_causal),
-    window=_window(window),
+    window=_window(window, query.shape[1] + key.shape[1]),
     shapes=Operands(*(x if x is None else x.shape for x in operands)),
   )
   _check_operands(problem, operands)
@@ -184,8 +184,11 @@ def _check_arrays(query, key, value):
     )
 
 
-def _window(window):
-  """(left, right) of a pair or of one number for both."""
+def _window(window, longest):
+  """(left, right) of a pair or of one number for both.
+
+  longest: what sees everything. More would overflow in the kernels' int32.
+  """
   if window is None:
     return None
   pair = (window, window) if isinstance(window, int) else tuple(window)
@@ -194,7 +197,7 @@ def _window(window):
       f"local_window_size={window!r}; must be a number of keys >= 0, or a pair "
       "of such numbers: to the left and to the right"
     )
-  return pair
+  return tuple(min(size, longest) for size in pair)
 
 
 def _check_operands(p, operands):

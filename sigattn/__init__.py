@@ -12,6 +12,7 @@ Letters of the shapes, in names (x_BTD) and equations, in the whole project:
 """
 
 import importlib
+import importlib.util
 from typing import Any
 
 from sigattn.attention import (
@@ -42,4 +43,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-  return sorted([*__all__, *_LAYERS])
+  # Without flax there are no layers, and help(sigattn) asks for all names.
+  layers = _LAYERS if importlib.util.find_spec("flax") else ()
+  return sorted([*__all__, *layers])

@@ -79,9 +79,10 @@ def dot_product_attention(
     normalize: divides the weights of a row by their sum over the keys that it
       sees. The sum needs no maximum and no rescaling, and b becomes a soft
       clip: as b falls, sigmoid's rows become softmax's, of logits that are
-      clipped softly at -b. A row is zero where all its weights are zero in
-      float32: it sees nothing, or they underflow (logits below -87). Softmax,
-      which is normalised already, refuses it.
+      clipped softly at -b. Weights below float32's smallest normal number,
+      of logits below -87, count as 0: a row whose logits are all near that
+      loses precision, and is zero where all of them are below it, or where it
+      sees nothing. Softmax, which is normalised already, refuses it.
     alibi_slopes: (N,) or (B, N), positive: subtracts slope * |i + S - T - j|
       from the logit of query i and key j (2108.12409). The last query and the
       last key have distance 0, as in decoding. Sigmoid does not cancel a
@@ -272,6 +273,10 @@ def flax_attention_fn(
     raise ValueError(
       f"{dropout_rate=}; attention weights are not dropped here: give 0, or "
       "deterministic=True"
+    )
+  if options.get("return_residual"):
+    raise ValueError(
+      "return_residual=True; Flax's layers take one array: give False"
     )
   unknown = dict(
     input_positions=input_positions,

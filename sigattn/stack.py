@@ -121,6 +121,14 @@ def _no_bias_with_softmax(config):
       )
 
 
+def _no_second_division(config):
+  if config.attn.normalize and config.attn.row_power:
+    raise ValueError(
+      f"config.attn.row_power={config.attn.row_power!r}; must be 0 with "
+      "config.attn.normalize=True, which divides the rows already"
+    )
+
+
 def _no_second_normalization(config):
   if config.attn.kind == "softmax" and config.attn.normalize:
     raise ValueError(
@@ -168,6 +176,7 @@ RULES = (
   _implementation_of_kind,
   _no_bias_with_softmax,
   _no_second_normalization,
+  _no_second_division,
   _implementation_runs_here,
 )
 

@@ -374,6 +374,23 @@ def test_what_flax_may_pass_and_has_no_meaning_here_is_refused(name):
     sigattn.flax_attention_fn(x, x, x, **{name: jnp.einsum})
 
 
+@pytest.mark.parametrize("window", [2**31 - 1, (0, 2**31 - 1), (2**40, 3)])
+def test_a_window_longer_than_the_sequences_is_no_window(window):
+  query, key, value = draw()
+  pair = window if isinstance(window, tuple) else (window, window)
+  wanted = dot_product_attention(
+    query, key, value, local_window_size=tuple(min(x, 100) for x in pair)
+  )
+  found = dot_product_attention(query, key, value, local_window_size=window)
+  close(found, wanted)
+
+
+def test_the_adapter_refuses_to_return_two_arrays():
+  x = jnp.ones((1, 3, 2, 4))
+  with pytest.raises(ValueError, match="return_residual=True; Flax's layers"):
+    sigattn.flax_attention_fn(x, x, x, normalize=True, return_residual=True)
+
+
 def test_a_mask_of_numbers_is_refused_by_the_plain_operation():
   x, mask = jnp.ones((1, 3, 2, 4)), jnp.ones((1, 1, 3, 3))
   with pytest.raises(ValueError, match="mask.dtype=float32; must be bool"):

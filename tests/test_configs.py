@@ -160,6 +160,13 @@ def test_bad_value_is_refused_with_its_path_and_value(path, value):
   assert repr(value) in str(error.value) or repr(pattern) in str(error.value)
 
 
+def test_normalized_rows_refuse_a_second_division():
+  config = lm_sigmoid.get_config()
+  config.attn.update(normalize=True, row_power=1.0)
+  with pytest.raises(ValueError, match=r"config\.attn\.row_power=1\.0"):
+    setup.validate_config(config)
+
+
 def test_softmax_refuses_a_second_normalization():
   config = vit.get_config()
   config.attn.normalize = True

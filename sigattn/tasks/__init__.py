@@ -11,9 +11,10 @@ A task is a module of this folder with
   build(config, rngs)             returns the model, an nnx.Module whose state
                                   consists of nnx.Param only
   loss(config, model, batch, rng) returns the scalar loss and a dict of scalar
-                                  metrics
-  evaluate(config, model, batch)  returns a dict of sums over the batch; the sum
-                                  of the weights is "weight"
+                                  metrics, one of which is "loss"
+  evaluate(config, model, batch)  returns a dict of sums over the batch; one is
+                                  "weight", the sum of batch["weight"], which is
+                                  0 for padding
 
 A task may also have
 
@@ -33,7 +34,9 @@ A task may also have
                                   returns how much attention each patch of an
                                   image receives, (L, N, rows, columns)
 
-To add a task, add its module here and its name to TASKS.
+To add a task, add its module here and its name to TASKS, and write a config
+that begins with configs.common.base(). tests/tasks/test_adding_a_task.py has a
+whole task and its config, in 90 lines.
 """
 
 import importlib

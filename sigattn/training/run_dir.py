@@ -179,6 +179,8 @@ def validate_path(workdir: str | os.PathLike[str]) -> None:
 
   Orbax takes the whole path of a checkpoint for a pattern of file names.
   """
+  if not os.fspath(workdir):
+    raise ValueError("workdir=''; must be a folder, or None to write nothing")
   path = str(pathlib.Path(workdir).absolute().resolve())
   if bad := re.search(r"[][*?\\\x00-\x1f\x7f\ud800-\udfff]", path):
     reason = f"contains {bad.group()!r}"
