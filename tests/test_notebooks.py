@@ -12,6 +12,8 @@ import jupytext
 import matplotlib
 import pytest
 
+from sigattn.training import metrics
+
 FOLDER = pathlib.Path(__file__).parent.parent / "notebooks"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 PRIVATE = (str(pathlib.Path.home()), str(FOLDER.parent), "/tmp/")  # places
@@ -22,6 +24,8 @@ def test_script_runs(script, monkeypatch):
   matplotlib.use("agg")
   monkeypatch.chdir(FOLDER)
   monkeypatch.setattr(sys, "path", list(sys.path))
+  # One of them sets it, and other tests read what a run prints.
+  monkeypatch.setattr(metrics.console, "quiet", False)
   runpy.run_path(str(script))
 
 
