@@ -33,6 +33,7 @@ ARROWS = {
     "extras",
   },
 }
+ARROWS["ring"] = {"attention", "kernels"}
 ARROWS["training"] = {"tasks", "data", "validate", "extras"}
 _ABOVE_TRAINING = {"training", *ARROWS["training"], *ARROWS["tasks"]}
 ARROWS["inference"] = _ABOVE_TRAINING
@@ -40,7 +41,7 @@ ARROWS["analysis"] = _ABOVE_TRAINING
 ARROWS["sweep"] = {"training", "analysis", "cli"}  # cli: only as a program
 ARROWS["cli"] = {"extras"}  # its commands are imported by name
 ARROWS["__main__"] = {"cli"}
-ARROWS["__init__"] = {"attention"}  # the layers are imported by name
+ARROWS["__init__"] = {"attention", "ring"}  # the layers are imported by name
 
 
 def sources():
