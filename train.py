@@ -51,7 +51,7 @@ def train(
     split, total = config.data.eval_split, config.total_steps
     data = tasks.train_batches(config)
     eval_batches = tasks.eval_batches(config, split)
-    devices = mesh.make()
+    devices = mesh.make(config)
     state, update = step.init(config, devices)
     step_fn = step.jitted(update)
     evaluator = evaluate.evaluator(config, devices)
@@ -66,7 +66,7 @@ def train(
     state = checkpoints.restore(state, data)
     start = int(state.step)
     writer = enter(metrics.Writer(workdir, start, config.log.tensorboard))
-    _describe(config, state.params, workdir, start)
+    _describe(config, state, devices, workdir, start)
     unit = tasks.get(config.task).UNIT
     progress = enter(metrics.Progress(start, total, unit))
     log = metrics.StepLog(config, writer, progress)
@@ -115,13 +115,13 @@ def train(
   return state
 
 
-def _describe(config, params, workdir, start):
-  metrics.log(report.parameter_table(params))
-  devices = jax.devices()
+def _describe(config, state, devices, workdir, start):
+  metrics.log(mesh.table(state.params))
+  metrics.log(mesh.describe(state, devices))
   metrics.log(
     f"{config.task} with {config.attn.kind} attention: {config.total_steps} "
-    f"steps of {config.batch_size} on {len(devices)} x "
-    f"{devices[0].device_kind}, {config.dtype}"
+    f"steps of {config.batch_size} on {devices.size} x "
+    f"{jax.devices()[0].device_kind}, {config.dtype}"
   )
   if start:
     metrics.log(f"resumed from step {start} in {workdir}")

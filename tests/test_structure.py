@@ -34,7 +34,10 @@ ARROWS = {
   },
 }
 ARROWS["ring"] = {"attention", "kernels"}
-ARROWS["training"] = {"tasks", "data", "validate", "extras"}
+# Only training knows the mesh, and so what attention does on it.
+ARROWS["training"] = {
+  "tasks", "data", "validate", "extras", "attention", "ring",
+}  # fmt: skip
 _ABOVE_TRAINING = {"training", *ARROWS["training"], *ARROWS["tasks"]}
 ARROWS["inference"] = _ABOVE_TRAINING
 ARROWS["analysis"] = _ABOVE_TRAINING

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack
 from sigattn.data import loader, text
-from sigattn.validate import choice, flag, whole
+from sigattn.validate import choice, divides, flag, whole
 
 SOURCE = text
 UNIT = "rows"
@@ -166,7 +166,12 @@ FIELDS = (
     "eval.by_position": flag(),
   }
 )
-RULES = (*stack.RULES, stack.multiple_for_positions({"sincos": 2, "rope": 2}))
+RULES = (
+  *stack.RULES,
+  stack.multiple_for_positions({"sincos": 2, "rope": 2}),
+  # Other lengths would be padded.
+  divides("mesh.sequence", "data.length"),
+)
 
 
 def build(config: ConfigDict, rngs: nnx.Rngs) -> LanguageModel:

@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from sigattn.data import loader
-from sigattn.training import files, metrics, run_dir, saved, setup
+from sigattn.training import files, mesh, metrics, run_dir, saved, setup
 from sigattn.training.step import State
 
 
@@ -338,14 +338,18 @@ def _disk_error(error):
 
 
 def load(
-  workdir: str | os.PathLike[str], step: int | str | None = None
+  workdir: str | os.PathLike[str],
+  step: int | str | None = None,
+  devices: jax.sharding.Mesh | None = None,
 ) -> tuple[ConfigDict, Any, int]:
-  """Restores a run for evaluation.
+  """Restores a run for evaluation, whatever mesh it was trained on.
 
   Args:
     workdir: the folder of the run.
     step: the number of a saved step, "best", or None for the newest that is not
       damaged.
+    devices: the mesh over which the parameters will be split, see
+      mesh.parameters; None for this process's first device.
 
   Returns:
     (config, params, step). The parameters are the exponential average if
@@ -381,7 +385,19 @@ def load(
       )
   with _manager(workdir) as manager:
     _validate_format(step, workdir)
-    params = jax.eval_shape(lambda: setup.init(config)[1])
+    params = setup.shapes(config)
+    if devices is None:
+      place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      shardings = jax.tree.map(lambda _: place, params)
+    else:
+      shardings = mesh.parameters(params, devices)
+    params = jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding
+      ),
+      params,
+      shardings,
+    )
     item = "ema" if config.optim.ema_decay else "params"
     restored = _restored(
       manager, step, {item: ocp.args.StandardRestore(params)}, workdir

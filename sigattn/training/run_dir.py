@@ -43,6 +43,7 @@ _CHANGEABLE = (
   "telemetry.",
   "data.num_workers",
   "attn.implementation",
+  "mesh.",
 )
 
 
