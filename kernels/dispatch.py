@@ -54,6 +54,7 @@ def attention(
   normalize: bool = False,
   is_causal: bool = False,
   local_window_size: int | tuple[int, int] | None = None,
+  query_offset: int | None = None,
   implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """out = activation(scale q k^T + bias + logit_bias + alibi) v / normalizer.
@@ -64,7 +65,7 @@ def attention(
     query: (B, T, N, H).
     key, value: (B, S, K, H), K dividing N.
     operands: arrays that change the logits or decide what is visible.
-    kind: sigmoid, relu or relu2 (the square of relu).
+    kind: sigmoid, relu, relu2 (the square of relu) or silu (z sigmoid(z)).
     scale: a float.
     logit_bias: a float, or None if operands.logit_bias holds an array.
     normalizer: a float.
@@ -72,6 +73,9 @@ def attention(
       A row whose weights are all zero remains zero.
     is_causal: query i sees the keys j <= i, as in jax.nn.
     local_window_size: w or (left, right): query i sees i - left .. i + right.
+    query_offset: an int, the position of the first query among the keys: i
+      begins there. None if operands.query_offset is an array, or if it is not
+      given; then i begins at 0, and for ALiBi at S - T.
     implementation: a name of IMPLEMENTATIONS. None: the first that supports
       the problem.
 
@@ -90,6 +94,7 @@ def attention(
     normalizer=normalizer,
     normalize=normalize,
     is_causal=is_causal,
+    query_offset=query_offset,
   )
   problem = make_problem(
     query, key, value, operands, window=local_window_size, **options
