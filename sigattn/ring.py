@@ -40,6 +40,8 @@ def ring_attention(
   order: str = "contiguous",
   kind: str = "sigmoid",
   logit_bias: ArrayLike | None = None,
+  query_logit_bias: jax.Array | None = None,
+  key_logit_bias: jax.Array | None = None,
   n: float | None = None,
   normalize: bool = False,
   alibi_slopes: ArrayLike | None = None,
@@ -77,7 +79,9 @@ def ring_attention(
       (i + 1) T - 1. zigzag: of 2 P chunks it has the chunks i and 2 P - 1 - i,
       so that a causal mask gives all devices the same work; the function
       `zigzag` brings an array into this order and back.
-    kind: sigmoid, relu or relu2.
+    kind: one of attention.KINDS but softmax.
+    query_logit_bias, key_logit_bias: (T,), (N, T) or (B, N, T), of this
+      device's tokens.
     n: as there; None: P T.
     query_seq_lengths, key_value_seq_lengths: (B,), of the whole sequence.
     query_segment_ids, key_value_segment_ids: (B, T), of this device's tokens.
@@ -115,8 +119,9 @@ def ring_attention(
     query_seq_lengths=query_seq_lengths,
     key_value_seq_lengths=key_value_seq_lengths,
     query_segment_ids=query_segment_ids,
+    query_logit_bias=_with_axes(query_logit_bias),
   )
-  keys = _Keys(key, value, key_value_segment_ids)
+  keys = _Keys(key, value, key_value_segment_ids, _with_axes(key_logit_bias))
   if exchange == "all_gather":
     return _gathered(setup, query, keys, operands)
   return _ring(setup, query, keys, operands)
@@ -191,6 +196,11 @@ def _array(x, heads):
   return jnp.broadcast_to(x, (heads,)) if x.ndim < 2 else x
 
 
+def _with_axes(x):
+  """(T,) or (N, T) as (1, 1, T) or (1, N, T); None stays."""
+  return None if x is None else x.reshape((1,) * (3 - x.ndim) + x.shape)
+
+
 class _Setup(NamedTuple):
   """What is known before anything runs."""
 
@@ -223,6 +233,7 @@ class _Operands(NamedTuple):
   query_seq_lengths: jax.Array | None  # (B,)
   key_value_seq_lengths: jax.Array | None  # (B,)
   query_segment_ids: jax.Array | None  # (B, T)
+  query_logit_bias: jax.Array | None  # (1 or B, 1 or N, T)
 
 
 class _Keys(NamedTuple):
@@ -231,6 +242,7 @@ class _Keys(NamedTuple):
   key_BSKH: jax.Array
   value_BSKH: jax.Array
   segment_ids: jax.Array | None  # (B, S)
+  logit_bias: jax.Array | None  # (1 or B, 1 or N, S)
 
 
 class _Pair(NamedTuple):
@@ -250,9 +262,9 @@ class _Pair(NamedTuple):
 
   @property
   def offset(self) -> Any:
-    """The position of the first query among the keys of the chunk."""
+    """The position of the first query among the keys; None at the same."""
     same = self.query_position is self.key_position
-    return 0 if same else self.query_position - self.key_position
+    return None if same else self.query_position - self.key_position
 
 
 def _pairs(setup: _Setup, step: Any) -> Sequence[_Pair]:
@@ -306,20 +318,22 @@ def _hidden(setup, offset):
   return hidden
 
 
-def _part(x, start, size):
-  """x[:, start : start + size]; start may be traced."""
-  if x is None or x.shape[1] == size:
+def _part(x, start, size, axis=1):
+  """x[:, start : start + size] for axis 1; start may be traced."""
+  if x is None or x.shape[axis] == size:
     return x
-  return lax.dynamic_slice_in_dim(x, start, size, axis=1)
+  return lax.dynamic_slice_in_dim(x, start, size, axis=axis)
 
 
-def _add(total, start, x):
-  """Adds x to total[:, start : start + size]."""
+def _add(total, start, x, axis=1):
+  """Adds x to total[:, start : start + size], for axis 1; None stays."""
+  if total is None:
+    return None
   x = x.astype(total.dtype)
   if total.shape == x.shape:
     return total + x
-  x += _part(total, start, x.shape[1])
-  return lax.dynamic_update_slice_in_dim(total, x, start, axis=1)
+  x += _part(total, start, x.shape[axis], axis)
+  return lax.dynamic_update_slice_in_dim(total, x, start, axis=axis)
 
 
 def _block(setup, pair, query, keys, operands):
@@ -337,37 +351,17 @@ def _block(setup, pair, query, keys, operands):
   if operands.query_segment_ids is not None:
     options["query_segment_ids"] = operands.query_segment_ids
     options["key_value_segment_ids"] = keys.segment_ids
-  options |= _by_position(setup, pair, length, num_keys, operands)
+  window, offset = setup.window, None
+  anywhere = not pair.is_causal and window is None
+  if not anywhere or operands.alibi_slopes is not None:
+    offset = pair.offset  # Otherwise the chunks' positions do not matter.
   result = attention.dot_product_attention(
-    query, keys.key_BSKH, keys.value_BSKH,
+    query, keys.key_BSKH, keys.value_BSKH, alibi_slopes=operands.alibi_slopes,
+    query_logit_bias=operands.query_logit_bias, key_logit_bias=keys.logit_bias,
+    is_causal=pair.is_causal, local_window_size=window, query_offset=offset,
     return_residual=setup.normalize, **options,
   )  # fmt: skip
   return result if setup.normalize else (result,)
-
-
-def _by_position(setup, pair, length, num_keys, operands):
-  """The arguments that depend on where the chunks lie."""
-  window, offset = setup.window, pair.offset
-  anywhere = not pair.is_causal and window is None
-  if isinstance(offset, int) or (anywhere and operands.alibi_slopes is None):
-    return dict(
-      is_causal=pair.is_causal,
-      local_window_size=window,
-      alibi_slopes=operands.alibi_slopes,
-    )
-  distance_TS = (
-    offset + jnp.arange(length)[:, None] - jnp.arange(num_keys)[None]
-  )
-  visible_TS = jnp.ones((length, num_keys), bool)
-  if pair.is_causal:
-    visible_TS &= distance_TS >= 0
-  if window:
-    visible_TS &= (distance_TS <= window[0]) & (distance_TS >= -window[1])
-  options = {"mask": visible_TS[None, None]}
-  if operands.alibi_slopes is not None:
-    slopes = jnp.atleast_2d(operands.alibi_slopes)[:, :, None, None]
-    options["bias"] = -slopes * abs(distance_TS)[None, None]
-  return options
 
 
 def _rest(lengths, position, size):
@@ -377,15 +371,22 @@ def _rest(lengths, position, size):
 
 def _chunks(pair, query, keys, operands):
   """The chunks of a pair: (query, keys, operands)."""
-  size = pair.size
+  size, start = pair.size, pair.key_start
+  *keys, bias = keys
   return (
     _part(query, pair.query_start, size),
-    _Keys(*(_part(x, pair.key_start, size) for x in keys)),
-    operands._replace(
-      query_segment_ids=_part(
-        operands.query_segment_ids, pair.query_start, size
-      )
+    _Keys(
+      *(_part(x, start, size) for x in keys), _part(bias, start, size, axis=2)
     ),
+    _of_queries(operands, pair.query_start, size),
+  )
+
+
+def _of_queries(operands, start, size):
+  """The operands of a chunk of queries."""
+  return operands._replace(
+    query_segment_ids=_part(operands.query_segment_ids, start, size),
+    query_logit_bias=_part(operands.query_logit_bias, start, size, axis=2),
   )
 
 
@@ -492,14 +493,16 @@ def _forward(setup, query, keys, operands):
 
 @jax.tree_util.register_static
 class _Trained(NamedTuple):
-  """Whether logit_bias or alibi_slopes is differentiated."""
+  """Whether a logit bias or alibi_slopes is differentiated."""
 
   operands: bool
 
 
 def _save(setup, *inputs):
   # Leaves are pairs of a value and whether it is differentiated.
-  trained = any(x.perturbed for x in jax.tree.leaves(inputs[-1]))
+  _, keys, operands = inputs
+  biases = keys.logit_bias, *_trainable(operands)
+  trained = any(x.perturbed for x in jax.tree.leaves(biases))
   inputs = jax.tree.map(lambda x: x.value, inputs)
   out, sums = _forward(setup, *inputs)
   rows = (out, sums) if setup.normalize else None
@@ -511,7 +514,6 @@ def _pull_back(setup, saved, d_out):
   if isinstance(d_out, jax.custom_derivatives.SymbolicZero):
     d_out = jnp.zeros(d_out.shape, d_out.dtype)
   arrays = jax.tree.leaves((query, keys, operands, d_out))
-  trainable = operands[:2] if trained.operands else (None, None)
 
   def marked(x):
     return batching_and_sharding.varying(x, arrays)
@@ -521,8 +523,8 @@ def _pull_back(setup, saved, d_out):
     return marked(jnp.zeros(x.shape, dtype))
 
   def work(step, total, keys):
-    dq, d_operands = total
-    d_keys = jax.tree.map(zeros, keys[:2])
+    dq, d_bias, d_operands = total
+    d_keys = jax.tree.map(zeros, _differentiable(keys, trained.operands))
     for pair in _pairs(setup, step):
       gradients = functools.partial(
         _gradients, setup, pair, trained.operands, query, keys, operands, rows,
@@ -530,53 +532,86 @@ def _pull_back(setup, saved, d_out):
       )  # fmt: skip
       part = _unless(pair.hidden, gradients, arrays)
       dq = _add(dq, pair.query_start, part[0])
+      start = pair.key_start
       d_keys = tuple(
-        _add(x, pair.key_start, y)
-        for x, y in zip(d_keys, part[1:3], strict=True)
+        _add(x, start, y, axis)
+        for x, y, axis in zip(d_keys, part[1], (1, 1, 2), strict=True)
       )
-      d_operands = jax.tree.map(jnp.add, d_operands, part[3])
-    return (dq, d_operands), d_keys
+      d_bias = _add(d_bias, pair.query_start, part[2][0], axis=2)
+      d_operands = jax.tree.map(jnp.add, d_operands, part[2][1:])
+    return (dq, d_bias, d_operands), d_keys
 
-  total = zeros(query), jax.tree.map(zeros, trainable)
-  keys = jax.tree.map(marked, keys)
-  total, d_keys = work(0, total, keys)
-  (dq, d_operands), d_keys = _around(setup, work, total, keys, d_keys)
-  cotangent = batching_and_sharding.cotangent
-  d_operands = [
-    None if d is None else cotangent(d, x)
-    for d, x in zip(d_operands, operands[:2], strict=True)
-  ]
+  given = _trainable(operands) if trained.operands else (None,) * 3
+  d_bias, *d_operands = jax.tree.map(zeros, given)
+  total = zeros(query), d_bias, (*d_operands,)
+  travelling = jax.tree.map(marked, keys)
+  total, d_keys = work(0, total, travelling)
+  total, d_keys = _around(setup, work, total, travelling, d_keys)
+  dq, d_bias, d_operands = total
+
+  def cotangent(grad, x):
+    if x is None:
+      return None
+    if grad is None:  # nothing needs it
+      return jnp.zeros_like(x)
+    return batching_and_sharding.cotangent(grad, x)
+
+  dk, dv, d_key_bias = d_keys
   return (
     cotangent(dq, query),
-    _Keys(*map(cotangent, d_keys, keys[:2]), None),
-    _Operands(*d_operands, None, None, None),
-  )
+    _Keys(
+      cotangent(dk, keys.key_BSKH), cotangent(dv, keys.value_BSKH), None,
+      cotangent(d_key_bias, keys.logit_bias),
+    ),
+    _Operands(None, None, None, None, None, None)._replace(
+      query_logit_bias=cotangent(d_bias, operands.query_logit_bias),
+      logit_bias=cotangent(d_operands[0], operands.logit_bias),
+      alibi_slopes=cotangent(d_operands[1], operands.alibi_slopes),
+    ),
+  )  # fmt: skip
+
+
+def _trainable(operands):
+  return operands.query_logit_bias, operands.logit_bias, operands.alibi_slopes
+
+
+def _differentiable(keys, is_trained):
+  """(key, value, logit bias), the last None where nothing needs its gradient"""
+  return (*keys[:2], keys.logit_bias if is_trained else None)
 
 
 def _gradients(
   setup, pair, is_trained, query, keys, operands, rows, d_out
 ):  # fmt: skip
-  """(dq, dk, dv, (dlogit_bias, dslopes)) of a pair, of its chunks."""
+  """(dq, d of _differentiable, d of _trainable) of a pair, of its chunks."""
   query, keys, operands = _chunks(pair, query, keys, operands)
   d_out = _part(d_out, pair.query_start, pair.size)
 
-  def block(query, key, value, trainable):
+  def block(query, of_keys, trainable):
+    key, value, key_bias = of_keys
+    changed, bias = operands, keys.logit_bias
     if is_trained:
-      logit_bias, alibi_slopes = trainable
-      changed = operands._replace(
-        logit_bias=logit_bias, alibi_slopes=alibi_slopes
+      query_bias, logit_bias, alibi_slopes = trainable
+      changed, bias = (
+        operands._replace(
+          query_logit_bias=query_bias,
+          logit_bias=logit_bias,
+          alibi_slopes=alibi_slopes,
+        ),
+        key_bias,
       )
-    else:
-      changed = operands
-    return _block(
-      setup, pair, query, _Keys(key, value, keys.segment_ids), changed
-    )
+    of_keys = _Keys(key, value, keys.segment_ids, bias)
+    return _block(setup, pair, query, of_keys, changed)
 
   # Otherwise the gradient of an operand would be summed over devices here.
-  arrays = query, *keys[:2], *jax.tree.leaves(operands)
+  arrays = jax.tree.leaves((query, keys, operands))
   inputs = jax.tree.map(
     lambda x: batching_and_sharding.varying(x, arrays),
-    (query, *keys[:2], operands[:2] if is_trained else (None, None)),
+    (
+      query,
+      _differentiable(keys, is_trained),
+      _trainable(operands) if is_trained else (None,) * 3,
+    ),
   )
   result, pull_back = jax.vjp(block, *inputs)
   if not setup.normalize:
@@ -602,28 +637,35 @@ def _gathered(setup, query, keys, operands):
   i = lax.axis_index(setup.axis_name)
   chunks = 2 if setup.order == "zigzag" else 1
   size = setup.length // chunks
-  keys = jax.tree.map(
-    lambda x: _in_order(
-      lax.all_gather(x, setup.axis_name), setup.order
-    ).reshape(x.shape[0], -1, *x.shape[2:]),
-    keys,
+  *keys, bias = keys
+
+  def whole(x, axis):
+    x = _in_order(lax.all_gather(x, setup.axis_name), setup.order, axis)
+    shape = *x.shape[:axis], -1, *x.shape[axis + 2 :]
+    return x.reshape(shape)
+
+  keys = _Keys(
+    *(None if x is None else whole(x, 1) for x in keys),
+    None if bias is None else whole(bias, 2),
   )
   positions = [i * size, (2 * setup.parts - 1 - i) * size][:chunks]
   outs = []
   for number, position in enumerate(positions):
     start = number * size
     pair = _Pair(size, start, 0, position, 0, setup.is_causal)
-    segments = _part(operands.query_segment_ids, start, size)
     outs += _block(
       setup, pair, _part(query, start, size), keys,
-      operands._replace(query_segment_ids=segments),
+      _of_queries(operands, start, size),
     )[:1]  # fmt: skip
   return jnp.concatenate(outs, axis=1)
 
 
-def _in_order(x_PBT, order):
-  """(P, B, T, ...) as (B, P, T, ...), in the order of the whole sequence."""
-  if order == "contiguous":
-    return jnp.moveaxis(x_PBT, 0, 1)
-  front, back = jnp.split(x_PBT, 2, axis=2)
-  return jnp.moveaxis(jnp.concatenate([front, back[::-1]]), 0, 1)
+def _in_order(x, order, axis):
+  """(P, ..., T, ...) as (..., P, T, ...), in the order of the whole sequence.
+
+  axis: where P is in the result.
+  """
+  if order == "zigzag":
+    front, back = jnp.split(x, 2, axis=axis + 1)
+    x = jnp.concatenate([front, back[::-1]])
+  return jnp.moveaxis(x, 0, axis)

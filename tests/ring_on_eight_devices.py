@@ -34,6 +34,12 @@ CASES = {
     dict(is_causal=True, order="zigzag", kv_heads=2, segments=True, bias=True),
     2,
   ),
+  "zigzag biases": (
+    dict(is_causal=True, order="zigzag", biases=True, alibi=True), 4,
+  ),
+  "silu window biases": (
+    dict(kind="silu", is_causal=True, window=(9, 0), biases=True, bias=True), 4,
+  ),
   "window": (dict(is_causal=True, window=(5, 0)), 4),
   "window both ways": (dict(window=(9, 3), normalize=True), 4),
   "relu lengths alibi": (
@@ -55,14 +61,14 @@ CASES = {
   "gathered zigzag": (
     dict(
       exchange="all_gather", is_causal=True, order="zigzag", normalize=True,
-      segments=True, kv_heads=2, bias=True,
+      segments=True, kv_heads=2, bias=True, biases=True,
     ), 4,
   ),
 }  # fmt: skip
 
 
 def inputs(kv_heads=HEADS, segments=False, lengths=False, alibi=False,
-           bias=False):  # fmt: skip
+           bias=False, biases=False):  # fmt: skip
   rng = np.random.default_rng(0)
   shapes = dict(
     query=(BATCH, LENGTH, HEADS, WIDTH),
@@ -74,6 +80,10 @@ def inputs(kv_heads=HEADS, segments=False, lengths=False, alibi=False,
     trained["logit_bias"] = np.linspace(-4, -2, HEADS, dtype=np.float32)
   if alibi:
     trained["alibi_slopes"] = np.geomspace(0.5, 0.01, HEADS, dtype=np.float32)
+  if biases:
+    shape = 1, HEADS, LENGTH
+    trained["query_logit_bias"] = rng.standard_normal(shape, np.float32)
+    trained["key_logit_bias"] = rng.standard_normal((LENGTH,), np.float32)
   fixed = {}
   if segments:
     ids = np.sort(rng.integers(0, 3, (BATCH, LENGTH)), axis=1)
@@ -110,11 +120,20 @@ def over_devices(devices, options, order):
     split,
   )
 
+  specs["query_logit_bias"] = PartitionSpec(None, None, "sequence")
+  specs["key_logit_bias"] = PartitionSpec("sequence")
+
   def local(trained, fixed):
     move = functools.partial(sigattn.zigzag, axis_name="sequence")
+
+    def moved(arrays):
+      return {
+        k: move(x, axis=[*specs[k]].index("sequence")) if k in specs else x
+        for k, x in arrays.items()
+      }
+
     if order == "zigzag":
-      fixed = {k: move(x) if k in specs else x for k, x in fixed.items()}
-      trained = {k: move(x) if k in specs else x for k, x in trained.items()}
+      trained, fixed = moved(trained), moved(fixed)
     out = sigattn.ring_attention(
       **trained, **fixed, axis_name="sequence", order=order, **options
     )
@@ -139,7 +158,7 @@ def check(name):
   options = dict(options)
   made = {
     k: options.pop(k)
-    for k in ("kv_heads", "segments", "lengths", "alibi", "bias")
+    for k in ("kv_heads", "segments", "lengths", "alibi", "bias", "biases")
     if k in options
   }
   trained, fixed = inputs(**made)

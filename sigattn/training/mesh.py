@@ -302,6 +302,8 @@ _OPERANDS = {
   "key_value_seq_lengths": (BATCH,),
   "query_segment_ids": (BATCH, "sequence"),
   "key_value_segment_ids": (BATCH, "sequence"),
+  "query_logit_bias": (BATCH, "tensor", "sequence"),
+  "key_logit_bias": (BATCH, "tensor", "sequence"),
 }
 
 
@@ -322,17 +324,24 @@ def _over_sequence(mesh, exchange, query, key, value, options):
   axes = dict.fromkeys(
     ("query", "key", "value"), (BATCH, "sequence", "tensor", None)
   ) | {name: _OPERANDS[name] for name in operands}
-  split = [name for name, names in axes.items() if "sequence" in names]
-  for name in split:
-    pad = [(0, padding) if i == 1 else (0, 0) for i in range(arrays[name].ndim)]
+  split = {
+    name: names.index("sequence")
+    for name, names in axes.items()
+    if "sequence" in names
+  }
+  for name, axis in split.items():
+    pad = [(0, 0)] * arrays[name].ndim
+    pad[axis] = 0, padding
     arrays[name] = jnp.pad(arrays[name], pad)
 
   def local(arrays):
     order = "contiguous"
     if balanced:
       order = "zigzag"
-      moved = {name: ring.zigzag(arrays[name], "sequence") for name in split}
-      arrays = arrays | moved
+      arrays = arrays | {
+        name: ring.zigzag(arrays[name], "sequence", axis=axis)
+        for name, axis in split.items()
+      }
     out = ring.ring_attention(
       **arrays, axis_name="sequence", exchange=exchange, order=order, **options
     )
