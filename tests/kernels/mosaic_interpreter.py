@@ -105,6 +105,11 @@ def _add_to_rows(totals, x):
   return totals + x.sum(1)
 
 
+def _add_columns(x, total):
+  """registers.add_columns in plain JAX."""
+  total[...] += x.sum(0)
+
+
 def _distance(x, offset):
   """registers.distance in plain JAX."""
   return jnp.abs(_columns_less_rows(x) - offset).astype(jnp.float32)
@@ -125,6 +130,7 @@ def _pretend(backward):
   registers.hide, registers.distance = _hide, _distance
   registers.plane, registers.hide_from = _plane, _hide_from
   registers.add_to_rows = _add_to_rows
+  registers.add_columns = _add_columns
   registers.sum_of_threads = lambda totals: totals
   tiles.TILES = {
     width: tiles.Tiles(

@@ -12,6 +12,7 @@ import pytest
 import sigattn
 from benchmarks import tune_triton
 from sigattn.kernels import device, mosaic
+from sigattn.kernels.differentiation import Sums
 from sigattn.kernels.mosaic import blocks, dkv, host, tiles
 from sigattn.kernels.problem import Operands
 from tests.kernels import compare
@@ -119,7 +120,7 @@ def _assert_lowered(problem, has_slopes):
     inputs = query, key, value, Operands(alibi_slopes=slopes)
     return (
       host._forward(problem, *inputs),
-      host._backward(has_slopes, problem, *inputs, d_out, *rows),
+      host._backward(Sums(slopes=has_slopes), problem, *inputs, d_out, *rows),
     )
 
   traced = jax.jit(both).trace(x, x, x, slopes, x, *rows)
@@ -128,7 +129,8 @@ def _assert_lowered(problem, has_slopes):
   # for dq unless the kernel of the keys adds it.
   count = 2 + (width > tiles.WIDEST_DK_AND_DV)
   form = host._form(problem)
-  count += not host._takes_fused_backward(form, problem, has_slopes)
+  wanted = Sums(slopes=has_slopes)
+  count += not host._takes_fused_backward(form, problem, wanted)
   assert lowered.as_text().count("custom_call @mosaic_gpu") == count
 
 
@@ -236,9 +238,9 @@ def test_the_fused_backward_pass_is_taken_where_it_is_faster(
   problem = tune_triton.example(width, "bfloat16", length, is_causal=is_causal)
   form = host._form(problem)
   monkeypatch.delenv("XLA_FLAGS", raising=False)
-  assert host._takes_fused_backward(form, problem) == fused
+  assert host._takes_fused_backward(form, problem, Sums()) == fused
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
-  assert not host._takes_fused_backward(form, problem)
+  assert not host._takes_fused_backward(form, problem, Sums())
 
 
 @pytest.mark.parametrize("argnums", [(0,), (0, 3)])
