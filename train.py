@@ -108,7 +108,7 @@ def train(
       state, step_metrics = step_fn(state, batch)
       log.step(i + 1, step_metrics, len(jax.tree.leaves(batch)[0]))
 
-  if workdir is not None:
+  if workdir is not None and not jax.process_index():
     report.finish(
       workdir, split, config.ckpt.best_metric, config.ckpt.best_mode
     )
@@ -134,6 +134,13 @@ def _define_flags():
   flags.DEFINE_integer(
     "replay", None, "Run this step of the run again, to find what is NaN.", 1
   )
+  flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Of several processes: host:port of the first, or auto.",
+  )
+  flags.DEFINE_integer("processes", None, "How many of them there are.", 1)
+  flags.DEFINE_integer("process", None, "Which one of them this is, from 0.", 0)
   flags.DEFINE_bool("debug", False, "Show where in the code an error arose.")
 
 
@@ -143,8 +150,9 @@ def _main(given):
   workdir = given.workdir or run_dir.default(
     flag.config_filename, flag.override_values
   )
-  process.keep_freed_memory()
   with cli.refusing("train.py", given.debug):
+    process.join(given.coordinator, given.processes, given.process)
+    process.keep_freed_memory()
     if given.replay is not None:
       values = replay.replay(workdir, given.replay)
       metrics.log(report.variants_table({f"step {given.replay}": values}))

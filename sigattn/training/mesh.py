@@ -127,6 +127,17 @@ def _sizes_make_the_devices(config):
   sizes(config, jax.device_count())
 
 
+def _processes_read_their_own_rows(config):
+  mesh = config.mesh
+  local, processes = jax.local_device_count(), jax.process_count()
+  if processes > 1 and local % (mesh.tensor * mesh.sequence):
+    raise ValueError(
+      f"config.mesh.tensor={mesh.tensor} x config.mesh.sequence="
+      f"{mesh.sequence}; must divide the {local} devices of each of the "
+      f"{processes} processes, which read different rows"
+    )
+
+
 def _devices_share_a_batch(config):
   mesh = sizes(config, jax.device_count())
   devices = mesh["data"] * mesh["fsdp"]
@@ -160,6 +171,7 @@ def _heads_divide(config):
 
 RULES = (
   _sizes_make_the_devices,
+  _processes_read_their_own_rows,
   _devices_share_a_batch,
   _blocks_of_keys_add_up,
   _heads_divide,
@@ -203,9 +215,11 @@ def put(tree: Any, mesh: Mesh) -> Any:
   tree: a pytree of NumPy arrays, whose leading axis is the process's share of
   the batch.
   """
-  return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(batch(mesh), x), tree
-  )
+  # This copy is meant. Of several processes, JAX would not know that.
+  with jax.transfer_guard("allow"):
+    return jax.tree.map(
+      lambda x: jax.make_array_from_process_local_data(batch(mesh), x), tree
+    )
 
 
 def _axes(name, ndim):

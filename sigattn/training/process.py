@@ -1,4 +1,4 @@
-"""Settings of the training process: signals that stop it, and its memory."""
+"""The training process: the run that it joins, its signals and its memory."""
 
 import contextlib
 import ctypes
@@ -9,6 +9,58 @@ from collections.abc import Iterator
 import jax
 
 from sigattn.training import metrics
+
+# So long after the end of one process the others end: they cannot tell it from
+# one that is slow, but heartbeats come from a thread that does nothing else.
+_HEARTBEAT_SECONDS = 30
+
+
+def join(
+  coordinator: str | None, count: int | None = None, index: int | None = None
+) -> None:
+  """Makes this process one of several that train one run together.
+
+  Call it before JAX looks for devices. When a process of the run ends, JAX ends
+  the others within a minute; the same commands resume the run.
+
+  Args:
+    coordinator: host:port of the process 0, where the others find each other;
+      "auto" where JAX knows the cluster (Slurm, Open MPI, Kubernetes, TPU and
+      others, see jax.distributed.initialize); None for a process that is alone.
+    count: how many processes there are; None with "auto".
+    index: which of them this is, from 0; None with "auto".
+
+  Raises:
+    ValueError: for arguments that do not go together, or where JAX knows no
+      cluster.
+  """
+  given = dict(coordinator=coordinator, processes=count, process=index)
+  named = ", ".join(f"--{name}={value}" for name, value in given.items())
+  explicit = coordinator not in (None, "auto")
+  if explicit != (count is not None) or explicit != (index is not None):
+    raise ValueError(
+      f"{named}; give all three, or --coordinator=auto alone, or none"
+    )
+  if coordinator is None:
+    return
+  if explicit and not 0 <= index < count:
+    raise ValueError(f"{named}; --process must be from 0 to {count - 1}")
+  try:
+    jax.distributed.initialize(
+      coordinator if explicit else None,
+      count,
+      index,
+      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+      # An end in disorder is not waited for: a process may be gone.
+      shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+    )
+  except (ValueError, RuntimeError) as error:
+    raise ValueError(f"{named}: {error}") from error
+  metrics.console.quiet = jax.process_index() > 0  # the first one tells
+  metrics.log(
+    f"process {jax.process_index()} of {jax.process_count()}, with "
+    f"{jax.local_device_count()} of {jax.device_count()} devices"
+  )
 
 
 @contextlib.contextmanager
