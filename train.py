@@ -71,12 +71,13 @@ def train(
     progress = enter(metrics.Progress(start, total, unit))
     log = metrics.StepLog(config, writer, progress)
     stop = enter(process.stop_signals())
+    enter(process.ending_together())
     enter(jax.transfer_guard("disallow"))  # every copy to a device is meant
     finished = run_dir.done(workdir, total)
     compiled = set()  # shapes of a batch
 
     for i in range(start, total + 1):
-      last, stopping = i == total, stop.is_set()
+      last, stopping = i == total, stop.at(i)
       if i > start or (last and not finished):
         results = None
         if last or due(i, config.eval.every_steps):

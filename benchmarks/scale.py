@@ -245,7 +245,9 @@ PARTS = {"train": train_rows, "ring": ring_rows}
 def main(argv=None):
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
-  parser.add_argument("--meshes", nargs="+", choices=SPLITS, default=SPLITS)
+  parser.add_argument(
+    "--meshes", nargs="+", choices=meshes.AXES, default=SPLITS
+  )
   parser.add_argument("--model", default="1b", help="of configs/lm_sigmoid.py")
   parser.add_argument("--length", type=int, default=4096, help="of train")
   parser.add_argument("--rows", type=int, default=8, help="on each device")

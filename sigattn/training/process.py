@@ -2,11 +2,14 @@
 
 import contextlib
 import ctypes
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
 import jax
+from jax.experimental import multihost_utils
 
 from sigattn.training import metrics
 
@@ -64,13 +67,60 @@ def join(
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-  """Yields an event that the first Ctrl-C or SIGTERM sets.
+def ending_together() -> Iterator[None]:
+  """Ends this process at once where another one of its run has ended.
+
+  JAX then raises an error in the middle of a step. It is written to stderr in
+  one line, and nothing is waited for: the others of the run no longer answer.
+  Where JAX waits in vain instead, its own heartbeats end this process. Without
+  effect on a process that is alone.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    [first, *_] = str(error).splitlines()
+    print(
+      f"process {jax.process_index()} of {jax.process_count()} cannot go on: "
+      f"{first}. If another process has ended, its own output says why; the "
+      "same commands resume the run",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(1)
+
+
+class _Stop:
+  """Whether to stop: at the step after a signal.
+
+  Several processes stop at the same step, whichever of them gets the signal.
+  """
+
+  def __init__(self) -> None:
+    self._event = threading.Event()
+
+  def set(self) -> None:
+    self._event.set()
+
+  def at(self, step: int) -> bool:
+    """Whether to stop before the step; to be called once before each."""
+    if jax.process_count() == 1:
+      return self._event.is_set()
+    if self._event.is_set():
+      self._event.clear()
+      os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells all processes
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[_Stop]:
+  """Yields an object whose `at(step)` is True after Ctrl-C or SIGTERM.
 
   A second signal has its usual effect and ends the process at once. Outside the
-  main thread, which alone receives signals, the event is never set.
+  main thread, which alone receives signals, it is never True.
   """
-  stop = threading.Event()
+  stop = _Stop()
   if threading.current_thread() is not threading.main_thread():
     yield stop
     return
@@ -81,7 +131,9 @@ def stop_signals() -> Iterator[threading.Event]:
     stop.set()
     signal.signal(number, old[number])
 
-  for number in (signal.SIGINT, signal.SIGTERM):
+  # Of several processes, JAX itself receives SIGTERM.
+  is_alone = jax.process_count() == 1
+  for number in (signal.SIGINT, *[signal.SIGTERM] * is_alone):
     old[number] = signal.signal(number, handle)
   try:
     yield stop
