@@ -14,6 +14,7 @@ the newest whole one takes its place, and the log says so.
 import asyncio
 import contextlib
 import errno
+import json
 import math
 import os
 import pathlib
@@ -214,14 +215,38 @@ def _restore(manager, workdir, step, state, data):
   items = {
     "params": ocp.args.StandardRestore(target.params),
     "train": ocp.args.StandardRestore(_train_item(target)),
-    "data": grain.checkpoint.CheckpointRestore(data),
   }
   if state.ema is not None:
     items["ema"] = ocp.args.StandardRestore(target.ema)
+  places = saved.folder(workdir, step) / "data"
+  process = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+  if (places / process).exists():
+    items["data"] = grain.checkpoint.CheckpointRestore(data)
+  else:
+    _go_to_place_of_others(data, places)
   restored = _restored(manager, step, items, workdir)
   return state._replace(
     params=restored["params"], ema=restored.get("ema"), **restored["train"]
   )
+
+
+def _go_to_place_of_others(data, places):
+  """Sets the iterator to the place where another number of processes was.
+
+  An order of examples has one place, which all processes save. Streams of
+  documents have one place for each process.
+  """
+  states = [
+    json.loads(path.read_bytes())
+    for path in sorted(places.glob("process_*.json"))
+  ]
+  if not states or any(state != states[0] for state in states):
+    raise ValueError(
+      f"{places}: {len(states)} processes read streams of documents, which "
+      f"{jax.process_count()} cannot go on with; start {len(states)} processes"
+    )
+  data.set_state(states[0])
+  data.start_prefetch()
 
 
 def restore_before(
