@@ -8,6 +8,7 @@ or, in a notebook: `from train import train; state = train(config)`.
 import contextlib
 import os
 import sys
+import time
 
 import jax
 from absl import flags
@@ -98,7 +99,10 @@ def train(
           run_dir.write_done(workdir, {"step": i, **results})
       if last or stopping:
         break
-      batch = mesh.put(next(data) if i or first is None else first, devices)
+      clock = time.perf_counter()
+      own_rows = next(data) if i or first is None else first
+      late = time.perf_counter() - clock
+      batch = mesh.put(own_rows, devices)
       if telemetry.is_due(config, i + 1):
         log.finish()
         writer.write(i + 1, telemetry.SPLIT, measure(state, batch))
@@ -107,6 +111,7 @@ def train(
         compiled.add(shapes)
         log.finish()  # compiling is not time at work
       state, step_metrics = step_fn(state, batch)
+      step_metrics |= {"data_seconds": mesh.largest(late, devices)}
       log.step(i + 1, step_metrics, len(jax.tree.leaves(batch)[0]))
 
   if workdir is not None and not jax.process_index():

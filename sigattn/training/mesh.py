@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import rich.box
 import rich.table
@@ -220,6 +221,26 @@ def put(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
       lambda x: jax.make_array_from_process_local_data(batch(mesh), x), tree
     )
+
+
+def largest(value: float, mesh: Mesh) -> Any:
+  """The largest of the values that the processes give, on every device.
+
+  All processes must call it. It does not wait for them: of several processes,
+  the result is an array that the devices compute when they come to it.
+  """
+  if jax.process_count() == 1:
+    return value
+  own = np.full(jax.local_device_count(), value, np.float32)
+  split = NamedSharding(mesh, PartitionSpec(AXES))
+  with jax.transfer_guard("allow"):
+    values = jax.make_array_from_process_local_data(split, own)
+  return _largest(replicated(mesh))(values)
+
+
+@functools.cache
+def _largest(sharding):
+  return jax.jit(jnp.max, out_shardings=sharding)
 
 
 def _axes(name, ndim):
