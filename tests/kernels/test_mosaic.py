@@ -134,7 +134,7 @@ def test_tiles_of_logit_vectors_are_lowered_for_cuda(
   query = shape(2, length, 4, width, dtype=dtype)
   key = shape(2, length, 2, width, dtype=dtype)
   vector, heads = shape(2, 4, length), shape(4)
-  gradients = jax.jit(jax.grad(loss, (0, 1, 2, 4, 5, 6, 7)))
+  gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 4, 5, 6, 7)))
   arrays = shape(2, dtype="int32"), heads, heads, vector, vector
   lowered = gradients.trace(query, key, key, *arrays).lower(
     lowering_platforms=("cuda",)
