@@ -228,7 +228,7 @@ def _gpu(lengths, widths, field, save):
   for row in result["memory"]:
     print("{:26} H{} n{}: saved {} MiB, peak {} MiB".format(*row.values()))
   result["rows"] = []
-  print("{:26}{:>10}{:>9}{:>8}{:>7}{:>8}{:>13}{:>8} {}".format(*columns))
+  print("{:35}{:>10}{:>9}{:>8}{:>7}{:>8}{:>13}{:>8} {}".format(*columns))
   table = cells(lengths, widths)
   prepared = prepare(table, field)
   for cell in table:
@@ -236,7 +236,7 @@ def _gpu(lengths, widths, field, save):
       row["share_of_matmul_ceiling"] = round(row["tflops"] / ceiling, 3)
       result["rows"].append(row)
       print(
-        "{:26}{:>10}{:9}{:8}{:>7}{:8}{:13.3f}{:8.1f} {}".format(
+        "{:35}{:>10}{:9}{:8}{:>7}{:8}{:13.3f}{:8.1f} {}".format(
           *(row[x] if x != "causal" else str(row[x]) for x in columns)
         ),
         flush=True,

@@ -439,7 +439,7 @@ def _heads(query):
 
 
 def default_logit_bias(kind: str, n: float) -> float:
-  """b where none is given: -log n for sigmoid, 0 for ReLU kinds."""
+  """b where none is given: -log n for sigmoid, 0 for other kinds."""
   return -math.log(n) if kind == "sigmoid" else 0.0
 
 
@@ -447,6 +447,10 @@ def _validate_normalize(kind, normalize):
   if kind == "softmax" and normalize:
     raise ValueError(
       f"{normalize=} with {kind=}: softmax is normalised already; give False"
+    )
+  if kind == "silu" and normalize:
+    raise ValueError(
+      f"{normalize=} with {kind=}: its weights may be negative; give False"
     )
 
 

@@ -193,7 +193,8 @@ def plan(
   place = first  # of the rows, as the other side counts
   if operands.query_offset is not None:
     sign = 1 if tile.of_queries else -1
-    place = first + sign * operands.query_offset.astype(jnp.int32)[:, None]
+    shifts = sign * operands.query_offset.astype(jnp.int32)
+    place = first[None] + shifts[:, None]
   bounds = visible_blocks(place, place + rows - 1, before, after, block, others)
   shape = problem.batch, len(first)
   low, full_low, full_high, high = (jnp.broadcast_to(x, shape) for x in bounds)

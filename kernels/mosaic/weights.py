@@ -4,8 +4,8 @@ A block of scores s has stationary rows and streamed columns. Its logits are
 
   z = scale s + logit_bias - slope |i + offset - j|
 
-for query i and key j. Logit vectors are a part of s already, see vectors.py. The
-weights are phi(z), or 0 where the pair is hidden.
+for query i and key j. Logit vectors are a part of s already, see vectors.py.
+The weights are phi(z), or 0 where the pair is hidden.
 """
 
 import dataclasses

@@ -244,6 +244,8 @@ def _tile(problem, direction):
 
 
 def _activation(problem):
+  if problem.kind == "silu":
+    return "exact_silu" if problem.dtype == "float32" else "silu"
   if problem.kind != "sigmoid":
     return problem.kind
   exact = problem.dtype == "float32" or numerics.exact_sigmoid(problem)

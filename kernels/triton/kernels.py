@@ -27,7 +27,7 @@ import triton.language as tl
 # The factor of a logit in the argument of _weights.
 UNITS = {
   "tanh": 0.5, "exp": -1.4426950408889634, "relu": 1.0, "relu2": 1.0,
-  "silu": 0.5,
+  "silu": 0.5, "exact_silu": -1.4426950408889634,
 }  # fmt: skip
 
 
@@ -455,6 +455,11 @@ def _weights(
     t = tanh(x)
     p = (x * t + x) * P_SCALE
     derivative = (1 + t) * (x - x * t + 1) * D_Z_SCALE
+  elif ACTIVATION == "exact_silu":
+    z = tl.maximum(x * -0.6931471805599453, -1e30)
+    half = 1.0 / (1.0 + tl.exp2(x))
+    p = z * half * P_SCALE
+    derivative = half * (1 + z * (1 - half)) * D_Z_SCALE
   elif ACTIVATION == "relu":
     p, derivative = (
       tl.maximum(x, 0.0) * P_SCALE,

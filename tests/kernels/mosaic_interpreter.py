@@ -134,7 +134,7 @@ def _pretend(backward):
   registers.sum_of_threads = lambda totals: totals
   tiles.TILES = {
     width: tiles.Tiles(
-      *(dataclasses.replace(x, warpgroups=2) for x in of_width)
+      *(x and dataclasses.replace(x, warpgroups=2) for x in of_width)
     )
     for width, of_width in tiles.TILES.items()
   }
@@ -145,6 +145,7 @@ def _pretend(backward):
 
 
 def main(width, backward, names):
+  jax.config.update("jax_numpy_rank_promotion", "raise")  # as in conftest.py
   _let_products_read_registers()
   _pretend(backward)
   table = {case.name: case for case in cases.CASES + cases.BLOCKS}
