@@ -84,7 +84,7 @@ def _step(network, loss_of, timed):
   return {
     "compile_seconds": compile_seconds,
     "seconds": timed(step, wait),
-    "loss": float(step()),
+    "loss": float(step().detach()),
     "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
     "params": sum(x.numel() for x in network.parameters()),
     "device": torch.cuda.get_device_name(),
