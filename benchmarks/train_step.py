@@ -14,12 +14,12 @@ What is not installed is left out. A step is what train.py runs: loss, gradient,
 clipping, AdamW, norms for the metrics; the others have no clipping.
 
 It prints a table and writes benchmarks/results/train_step_<device>.json after
-each side. Of a card with less than 100 GiB the batch of `1b` is 4 for all, else
+each side; what the file holds of other models stays. Of a card with less than 100 GiB the batch of `1b` is 4 for all, else
 8. share_of_peak counts 6 N a token, and of attention 6 L n d, or 12 L n d where
 it is not causal, against 989 TFLOP/s.
 
   python -m benchmarks.train_step --models 1b --sides huggingface sigmoid
-  python -m benchmarks.train_step --levers      # what each setting gives, 1b
+  python -m benchmarks.train_step --levers --models 1b  # what settings give
   python -m benchmarks.train_step --models 1b --sides sigmoid --profile
   python -m benchmarks.train_step --models 85m --set model.remat=none
   PYTHONPATH=timm-1.0.31-py3-none-any.whl python -m benchmarks.train_step
@@ -43,47 +43,70 @@ PEAK = 989e12  # FLOP/s of an H100 or H200 in bfloat16, without sparsity
 # Rounds of steps; the median round counts.
 ROUNDS, STEPS, WARM_UP = 3, 4, 3
 ROPE = {"model.positions": "rope", "attn.alibi": False}
+SIGMOID = {"attn.kind": "sigmoid"}
 SIDES = {  # {model: {side: changes of its config, None for a rival}}
   "lm": {
     "huggingface": None,
     "softmax": ROPE | {"attn.kind": "softmax", "attn.implementation": "cudnn"},
-    "sigmoid": ROPE | {"attn.kind": "sigmoid"},
-    "normalized": ROPE | {"attn.kind": "sigmoid", "attn.normalize": True},
-    "alibi": {"attn.kind": "sigmoid"},
+    "sigmoid": ROPE | SIGMOID,
+    "normalized": ROPE | SIGMOID | {"attn.normalize": True},
+    "alibi": SIGMOID,
   },
   "vit": {
     "timm": None,
     "softmax": {"attn.kind": "softmax", "attn.implementation": "cudnn"},
-    "sigmoid": {"attn.kind": "sigmoid"},
+    "sigmoid": SIGMOID,
   },
 }
 MODELS = {"1b": "lm", "85m": "lm", "vit_b16": "vit"}
 BATCHES = {"85m": (8,), "vit_b16": (128, 256)}
-# Changes of `1b` with sigmoid and RoPE, from what it was to what it is, then
-# one by one. Names that begin with xla_ are options of the compiler.
-_NOW = {"model.remat": "dots", "model.loss_chunks": 8, "model.max_unrolled": 6}
-LEVERS = {
-  "recompute all, whole logits": _NOW
-  | {"model.remat": "all", "model.loss_chunks": 1},
-  "recompute all, loss in 8 chunks": _NOW | {"model.remat": "all"},
-  "keep products and attention": _NOW,
-  "... unrolled": _NOW | {"model.max_unrolled": 24},
-  "... gradients in bfloat16": _NOW | {"optim.grad_dtype": "bfloat16"},
-  "... gradients and first moment in bfloat16": _NOW
-  | {"optim.grad_dtype": "bfloat16", "optim.mu_dtype": "bfloat16"},
-  "... latency hiding scheduler": _NOW
-  | {"xla_gpu_enable_latency_hiding_scheduler": True},
-  "... products by cuBLAS alone": _NOW | {"xla_gpu_enable_triton_gemm": False},
-  "... products of one input merged": _NOW
-  | {"xla_gpu_dot_merger_threshold_mb": 4096},
-  "... no command buffers": _NOW | {"xla_gpu_enable_command_buffer": ""},
-  "... loss in 4 chunks": _NOW | {"model.loss_chunks": 4},
-  "... keep all but out and down": _NOW
-  | {"model.remat": "query+key+value+attention+gate+up"},
-  "... keep attention alone": _NOW | {"model.remat": "attention"},
-  "... recompute nothing, half the batch": _NOW
-  | {"model.remat": "none", "batch": 0.5},
+# Changes of sigmoid's config, from what it was to what it is, then one by one.
+# Names that begin with xla_ are options of the compiler; batch is a factor.
+_LM = {"model.remat": "dots", "model.loss_chunks": 8, "model.max_unrolled": 6}
+_VIT = {"model.remat": "dots", "model.max_unrolled": 6}
+_COMPILER = {
+  "... latency hiding scheduler": {
+    "xla_gpu_enable_latency_hiding_scheduler": True
+  },
+  "... products by cuBLAS alone": {"xla_gpu_enable_triton_gemm": False},
+  "... products of one input merged": {"xla_gpu_dot_merger_threshold_mb": 4096},
+  "... no command buffers": {"xla_gpu_enable_command_buffer": ""},
 }
+LEVERS = {
+  "1b": {
+    "recompute all, whole logits": {
+      "model.remat": "all",
+      "model.loss_chunks": 1,
+    },
+    "recompute all, loss in 8 chunks": {"model.remat": "all"},
+    "keep products and attention": {},
+    "... unrolled": {"model.max_unrolled": 24},
+    "... gradients in bfloat16": {"optim.grad_dtype": "bfloat16"},
+    "... gradients and first moment in bfloat16": {
+      "optim.grad_dtype": "bfloat16",
+      "optim.mu_dtype": "bfloat16",
+    },
+    **_COMPILER,
+    "... loss in 4 chunks": {"model.loss_chunks": 4},
+    "... keep all but out and down": {
+      "model.remat": "query+key+value+attention+gate+up"
+    },
+    "... keep attention alone": {"model.remat": "attention"},
+    "... recompute nothing, half the batch": {
+      "model.remat": "none",
+      "batch": 0.5,
+    },
+  },
+  "vit_b16": {
+    "keep all": {"model.remat": "none"},
+    "keep all, unrolled": {"model.remat": "none", "model.max_unrolled": 12},
+    "keep products and attention": {},
+    "... unrolled": {"model.max_unrolled": 12},
+    "... gradients in bfloat16": {"optim.grad_dtype": "bfloat16"},
+    **_COMPILER,
+  },
+}
+_DEFAULTS = {"1b": SIDES["lm"]["sigmoid"] | _LM, "vit_b16": SIGMOID | _VIT}
 
 
 def _flops(params, layers, length, width, causal):
@@ -356,14 +379,15 @@ def _card():
 def _parts(arguments, batch_1b):
   """(model, side, batch, changes, lever) of all that is to be measured."""
   extra = dict(arguments.set)
-  if arguments.levers:
-    for lever, changes in LEVERS.items():
-      changes = SIDES["lm"]["sigmoid"] | changes | extra
-      batch = int(batch_1b * changes.pop("batch", 1))
-      yield "1b", "sigmoid", batch, changes, lever
-    return
   for model in arguments.models:
     sides = SIDES[MODELS[model]]
+    if arguments.levers:
+      whole = BATCHES.get(model, (batch_1b,))[-1]
+      for lever, changes in LEVERS[model].items():
+        changes = _DEFAULTS[model] | changes | extra
+        batch = int(whole * changes.pop("batch", 1))
+        yield model, "sigmoid", batch, changes, lever
+      continue
     for batch in BATCHES.get(model, (batch_1b,)):
       for side, changes in sides.items():
         if arguments.sides and side not in arguments.sides:
@@ -410,6 +434,8 @@ def main():
     model, side, batch, changes = arguments.one
     _side(model, side, int(batch), json.loads(changes), arguments.profile)
     return
+  if arguments.levers:
+    arguments.models = [x for x in arguments.models if x in LEVERS]
   device, memory = _card()
   batch_1b = arguments.batch_1b or (8 if memory > 100 else 4)
   name = "train_step_levers" if arguments.levers else "train_step"
@@ -417,6 +443,7 @@ def main():
   path = arguments.out or _FOLDER / f"{name}_{device_name}.json"
   save = functools.partial(_save, path, device)
   begin, rows = time.perf_counter(), []
+  others = _rows_of_others(path, device, arguments.models)
   for model, side, batch, changes, lever in _parts(arguments, batch_1b):
     if time.perf_counter() - begin > arguments.budget:
       found = {"error": "not started: the budget of seconds was used up"}
@@ -432,10 +459,19 @@ def main():
       f"{time.perf_counter() - begin:5.0f} s: {model} {lever or side}",
       found.get("error", ""), flush=True,
     )  # fmt: skip
-    save(_compare(rows))
+    save(others + _compare(rows))
   print(f"{device}, {memory:.0f} GiB")
   _table(rows)
   print(f"written to {path}")
+
+
+def _rows_of_others(path, device, models):
+  """The file's rows of models that are not measured now."""
+  if not path.is_file():
+    return []
+  result = json.loads(path.read_text())
+  rows = result["rows"] if result["device"] == device else []
+  return [row for row in rows if row["model"] not in models]
 
 
 def _save(path, device, rows):
