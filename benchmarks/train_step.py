@@ -14,9 +14,10 @@ What is not installed is left out. A step is what train.py runs: loss, gradient,
 clipping, AdamW, norms for the metrics; the others have no clipping.
 
 It prints a table and writes benchmarks/results/train_step_<device>.json after
-each side; what the file holds of other models stays. Of a card with less than 100 GiB the batch of `1b` is 4 for all, else
-8. share_of_peak counts 6 N a token, and of attention 6 L n d, or 12 L n d where
-it is not causal, against 989 TFLOP/s.
+each side; what the file holds of other models stays. On a card with less than
+100 GiB the batch of `1b` is 4 for all, else 8. share_of_peak counts 6 N a
+token, and of attention 6 L n d, or 12 L n d where it is not causal, against 989
+TFLOP/s.
 
   python -m benchmarks.train_step --models 1b --sides huggingface sigmoid
   python -m benchmarks.train_step --levers --models 1b  # what settings give
