@@ -106,6 +106,11 @@ def train(
         compiled.add(shapes)
         log.finish()  # compiling is not time at work
       state, step_metrics = step_fn(state, batch)
+      if i == start:
+        jax.block_until_ready(step_metrics)
+        metrics.log(
+          f"the first step ended {process.age():.1f} s after the start"
+        )
       log.step(i + 1, step_metrics, len(jax.tree.leaves(batch)[0]))
 
   if workdir is not None:
@@ -143,6 +148,7 @@ def _main(given):
   workdir = given.workdir or run_dir.default(
     flag.config_filename, flag.override_values
   )
+  process.use_most_of_the_gpu()
   process.keep_freed_memory()
   with cli.refusing("train.py", given.debug):
     if given.replay is not None:
