@@ -334,7 +334,12 @@ def _cpu(lengths):
   }
 
 
-def _write(name, device, measurements):
+def write(name, device, measurements):
+  """Writes benchmarks/results/<name>.json and returns its path.
+
+  device: what was measured. measurements: a dict, written after the device, the
+  date, the commit and the version of jax.
+  """
   result = {
     "device": device,
     "date": datetime.date.today().isoformat(),
@@ -380,7 +385,7 @@ def main():
     return
   if jax.default_backend() == "cpu":
     device = f"CPU, {platform.machine()}, {multiprocessing.cpu_count()} cores"
-    path = _write("memory_cpu", device, _cpu(arguments.lengths or LENGTHS))
+    path = write("memory_cpu", device, _cpu(arguments.lengths or LENGTHS))
     print(f"written to {path}")
     return
   field = []
@@ -393,7 +398,7 @@ def main():
       print(f"{baseline.name}: {baseline.package} is not installed")
   kind = jax.devices()[0].device_kind
   name = arguments.out or f"kernels_{kind.replace(' ', '_').lower()}"
-  save = functools.partial(_write, name, kind)
+  save = functools.partial(write, name, kind)
   lengths = arguments.lengths or LENGTHS[:-1]
   path = save(_gpu(lengths, arguments.widths, field, save))
   print(f"written to {path}")

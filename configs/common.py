@@ -41,6 +41,16 @@ def base():
     implementation=config_dict.placeholder(str),
   )
 
+  # How many devices split what: their product is the number of devices. One of
+  # data and fsdp may be None, and takes the devices that the others leave.
+  config.mesh = config_dict.create(
+    data=config_dict.placeholder(int),  # the batch; all hold all parameters
+    fsdp=1,  # the batch, the parameters and the optimizer's state
+    tensor=1,  # heads and MLP channels
+    sequence=1,  # the tokens of a row; not with softmax
+    exchange="ring",  # of keys along `sequence`: ring or all_gather
+  )
+
   config.optim = config_dict.create(
     name="adamw",  # adamw, lion or sgd
     lr=1e-3,  # the peak of the schedule

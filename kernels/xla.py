@@ -166,7 +166,8 @@ def _forward(problem, query, key, value, operands):
     zeros = [jnp.zeros((batch, length, *heads, width), _logits_dtype(problem))]
     if problem.normalize:
       zeros.append(jnp.zeros((batch, *heads, length), _logits_dtype(problem)))
-    out_BTKGH, *sums_BKGT = _over_keys(add, tuple(zeros), problem, start, stop)
+    zeros = _as_varying(tuple(zeros), query, key, value, operands)
+    out_BTKGH, *sums_BKGT = _over_keys(add, zeros, problem, start, stop)
     for x in sums_BKGT:
       sums.append(_by_query(x))
       out_BTKGH *= _by_query(numerics.inverse(x))[..., None]
@@ -175,6 +176,12 @@ def _forward(problem, query, key, value, operands):
   if not problem.normalize:
     return out
   return out, jnp.concatenate(sums, axis=1).reshape(query.shape[:3])
+
+
+def _as_varying(zeros, *arrays):
+  """The zeros, whose sums in a shard_map differ by device as the arrays do."""
+  arrays = jax.tree.leaves(arrays)
+  return jax.tree.map(lambda x: batching_and_sharding.varying(x, arrays), zeros)
 
 
 def _by_query(x_BKGT):
@@ -245,6 +252,7 @@ def _backward(problem, saved, cotangents):
     query_logit_bias=zeros(operands.query_logit_bias),
     key_logit_bias=zeros(operands.key_logit_bias),
   )
+  grads = _as_varying(grads, query, key, value, operands, d_out)
   for start, stop in _query_blocks(problem):
 
     def add(grads, first, size, start=start, stop=stop):

@@ -194,6 +194,8 @@ RULES = (
   *stack.RULES,
   stack.multiple_for_positions({"sincos": 2, "rope": 2}),
   divides("model.loss_chunks", "data.length"),
+  # Other lengths would be padded.
+  divides("mesh.sequence", "data.length"),
 )
 
 

@@ -14,6 +14,7 @@ the newest whole one takes its place, and the log says so.
 import asyncio
 import contextlib
 import errno
+import json
 import math
 import os
 import pathlib
@@ -28,7 +29,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from sigattn.data import loader
-from sigattn.training import files, metrics, run_dir, saved, setup
+from sigattn.training import files, mesh, metrics, run_dir, saved, setup
 from sigattn.training.step import State
 
 
@@ -214,14 +215,38 @@ def _restore(manager, workdir, step, state, data):
   items = {
     "params": ocp.args.StandardRestore(target.params),
     "train": ocp.args.StandardRestore(_train_item(target)),
-    "data": grain.checkpoint.CheckpointRestore(data),
   }
   if state.ema is not None:
     items["ema"] = ocp.args.StandardRestore(target.ema)
+  places = saved.folder(workdir, step) / "data"
+  process = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+  if (places / process).exists():
+    items["data"] = grain.checkpoint.CheckpointRestore(data)
+  else:
+    _go_to_place_of_others(data, places)
   restored = _restored(manager, step, items, workdir)
   return state._replace(
     params=restored["params"], ema=restored.get("ema"), **restored["train"]
   )
+
+
+def _go_to_place_of_others(data, places):
+  """Sets the iterator to the place where another number of processes was.
+
+  An order of examples has one place, which all processes save. Streams of
+  documents have one place for each process.
+  """
+  states = [
+    json.loads(path.read_bytes())
+    for path in sorted(places.glob("process_*.json"))
+  ]
+  if not states or any(state != states[0] for state in states):
+    raise ValueError(
+      f"{places}: {len(states)} processes read streams of documents, which "
+      f"{jax.process_count()} cannot go on with; start {len(states)} processes"
+    )
+  data.set_state(states[0])
+  data.start_prefetch()
 
 
 def restore_before(
@@ -338,14 +363,18 @@ def _disk_error(error):
 
 
 def load(
-  workdir: str | os.PathLike[str], step: int | str | None = None
+  workdir: str | os.PathLike[str],
+  step: int | str | None = None,
+  devices: jax.sharding.Mesh | None = None,
 ) -> tuple[ConfigDict, Any, int]:
-  """Restores a run for evaluation.
+  """Restores a run for evaluation, whatever mesh it was trained on.
 
   Args:
     workdir: the folder of the run.
     step: the number of a saved step, "best", or None for the newest that is not
       damaged.
+    devices: the mesh over which the parameters will be split, see
+      mesh.parameters; None for this process's first device.
 
   Returns:
     (config, params, step). The parameters are the exponential average if
@@ -381,7 +410,19 @@ def load(
       )
   with _manager(workdir) as manager:
     _validate_format(step, workdir)
-    params = jax.eval_shape(lambda: setup.init(config)[1])
+    params = setup.shapes(config)
+    if devices is None:
+      place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      shardings = jax.tree.map(lambda _: place, params)
+    else:
+      shardings = mesh.parameters(params, devices)
+    params = jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding
+      ),
+      params,
+      shardings,
+    )
     item = "ema" if config.optim.ema_decay else "params"
     restored = _restored(
       manager, step, {item: ocp.args.StandardRestore(params)}, workdir

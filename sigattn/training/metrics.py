@@ -27,7 +27,7 @@ from sigattn.training import events, files
 console = rich.console.Console(markup=False, emoji=False)
 
 # Metrics that are written to the files but are not shown in the progress bar.
-_NOT_ON_THE_BAR = ("lr", "grad_norm", "per_second")
+_NOT_ON_THE_BAR = ("lr", "grad_norm", "per_second", "data_seconds")
 
 # One line of metrics.jsonl: {"step": 100, "split": "train", "loss": 1.5, ...}.
 Line = dict[str, int | float | str]

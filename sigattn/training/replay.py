@@ -35,7 +35,7 @@ def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
     raise ValueError(
       f"{step=}: the run in {workdir} has the steps 1 to {config.total_steps}"
     )
-  data, devices = tasks.train_batches(config), mesh.make()
+  data, devices = tasks.train_batches(config), mesh.make(config)
   state, update = training_step.init(config, devices)
   state = checkpoint.restore_before(workdir, step, state, data)
   step_fn = training_step.jitted(update)

@@ -46,6 +46,7 @@ _CHANGEABLE = (
   "model.remat",
   "model.max_unrolled",
   "model.loss_chunks",
+  "mesh.",
 )
 
 

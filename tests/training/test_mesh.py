@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import vit_sigmoid
-from sigattn.training import mesh
+from sigattn.training import mesh, setup
 
 
 def test_batch_is_split_and_the_rest_is_replicated():
@@ -20,6 +20,5 @@ def test_batch_is_split_and_the_rest_is_replicated():
 def test_batch_that_the_devices_cannot_share_is_refused(monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 3)
   config = vit_sigmoid.get_config("runlocal")  # 8 images per batch
-  [rule] = mesh.RULES
   with pytest.raises(ValueError, match=r"config\.batch_size=8 .*the 3 devices"):
-    rule(config)
+    setup.validate_config(config)
