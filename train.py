@@ -111,6 +111,11 @@ def train(
         compiled.add(shapes)
         log.finish()  # compiling is not time at work
       state, step_metrics = step_fn(state, batch)
+      if i == start:
+        jax.block_until_ready(step_metrics)
+        metrics.log(
+          f"the first step ended {process.age():.1f} s after the start"
+        )
       step_metrics |= {"data_seconds": mesh.largest(late, devices)}
       log.step(i + 1, step_metrics, len(jax.tree.leaves(batch)[0]))
 
@@ -156,6 +161,7 @@ def _main(given):
   workdir = given.workdir or run_dir.default(
     flag.config_filename, flag.override_values
   )
+  process.use_most_of_the_gpu()
   with cli.refusing("train.py", given.debug):
     process.join(given.coordinator, given.processes, given.process)
     process.keep_freed_memory()

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -144,6 +145,7 @@ def test_kill_9_and_the_same_command_again_equals_one_run(tmp_path):
     check=True,
   ).stdout
   assert "resumed from step" in output
+  assert re.search(r"the first step ended \d+\.\d s after the start", output)
   subprocess.run(
     command(tmp_path / "whole"), cwd=ROOT, capture_output=True, check=True
   )
@@ -370,6 +372,33 @@ def test_steps_on_a_cpu_reuse_the_memory_of_the_one_before():
     capture_output=True, text=True, check=True,
   )  # fmt: skip
   assert int(done.stdout) < 2000  # of 32,000 pages
+
+
+COMPILED = """
+import jax
+from sigattn import cli
+cli.keep_compiled()
+jax.jit(lambda x: x + 1)(1.0)
+"""
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_is_compiled_is_kept_for_the_next_program(tmp_path, writable):
+  cache = tmp_path / "cache"
+  if not writable:
+    cache.write_text("no folder")
+  env = os.environ | {"XDG_CACHE_HOME": str(cache)}
+  del env["JAX_COMPILATION_CACHE_DIR"]
+  done = subprocess.run(
+    [sys.executable, "-c", COMPILED], cwd=ROOT, env=env,
+    capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  folder = cache / "sigattn" / "compiled"
+  if writable:
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert any("jit__lambda" in path.name for path in folder.iterdir())
+  said = f"what is compiled is not kept: [Errno 20] Not a directory: '{folder}'"
+  assert done.stderr == ("" if writable else f"{said}\n")
 
 
 def test_two_seeds_differ_and_one_repeats(few_images):

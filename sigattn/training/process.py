@@ -3,9 +3,11 @@
 import contextlib
 import ctypes
 import os
+import pathlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -162,3 +164,29 @@ def keep_freed_memory() -> None:
   if jax.default_backend() == "cpu" and mallopt is not None:
     mallopt(-4, 0)  # M_MMAP_MAX: allocate large buffers on the heap
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def use_most_of_the_gpu() -> None:
+  """Lets JAX take 92 % of a GPU's memory, instead of 75 %.
+
+  The rest is left to CUDA's own libraries. Call it before JAX looks for a GPU.
+  It has no effect where XLA_PYTHON_CLIENT_MEM_FRACTION is set.
+  """
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+
+
+_LOADED = time.perf_counter()
+
+
+def age() -> float:
+  """Seconds since this process was started.
+
+  Where the system does not tell (it is not Linux), since this module was
+  loaded.
+  """
+  try:
+    fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2]
+    start = int(fields.split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - start
+  except (AttributeError, OSError):
+    return time.perf_counter() - _LOADED
