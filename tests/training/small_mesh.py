@@ -7,8 +7,6 @@ import numpy as np
 from configs import lm_sigmoid
 from sigattn import tasks
 
-PROMPT = "And God said"
-
 
 def config(**values):
   """A language model with everything that a mesh splits."""
