@@ -429,7 +429,10 @@ def test_a_run_of_an_older_format_is_refused_by_name(
     cwd=ROOT, capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert done.returncode == 1
-  assert "holds a run of format 1, this version reads format 2" in done.stderr
+  assert (
+    f"holds a run of format 1, this version reads format {run_dir.FORMAT}"
+    in done.stderr
+  )
   assert "Traceback" not in done.stderr
 
 
