@@ -9,10 +9,21 @@ import pytest
 
 import sigattn
 
+# Together they have every option; --all-meshes runs the others too.
+SOME = [
+  "zigzag grouped segments bias",
+  "zigzag biases",
+  "window both ways",
+  "relu2 normalised zigzag lengths",
+  "gathered zigzag",
+]
 
-def test_a_ring_of_simulated_devices_equals_one_device():
+
+@pytest.mark.timeout(600)
+def test_a_ring_of_simulated_devices_equals_one_device(request):
+  cases = [] if request.config.getoption("--all-meshes") else SOME
   run = subprocess.run(
-    [sys.executable, "-m", "tests.ring_on_eight_devices"],
+    [sys.executable, "-m", "tests.ring_on_eight_devices", *cases],
     capture_output=True,
     text=True,
     check=False,
