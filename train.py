@@ -69,7 +69,7 @@ def train(
     _describe(config, state.params, workdir, start)
     unit = tasks.get(config.task).UNIT
     progress = enter(metrics.Progress(start, total, unit))
-    log = metrics.StepLog(config, writer, progress)
+    log = metrics.StepLog(config, writer, progress, checkpoints.log_state())
     stop = enter(process.stop_signals())
     enter(jax.transfer_guard("disallow"))  # every copy to a device is meant
     finished = run_dir.done(workdir, total)
@@ -91,12 +91,14 @@ def train(
           or checkpoints.is_best(results)
         ):
           log.finish()  # raises before a state that is not finite is saved
-          checkpoints.save(i, state, data, results)
+          checkpoints.save(i, state, data, results, log.state())
         if last:
           checkpoints.wait()  # a run without its checkpoint is not done
           run_dir.write_done(workdir, {"step": i, **results})
       if last or stopping:
         break
+      if due(i, config.log.every_steps):
+        checkpoints.raise_if_failed()
       batch = mesh.put(next(data) if i or first is None else first, devices)
       if telemetry.is_due(config, i + 1):
         log.finish()

@@ -411,6 +411,20 @@ def test_checkpoint_that_cannot_be_written_ends_a_run_with_one_line(tmp_path):
   check_one_line_and_resume(tmp_path, first, "checkpoints: File too large")
 
 
+def test_failed_write_of_a_checkpoint_is_noticed_before_the_next_one(
+  tmp_path, monkeypatch
+):
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(files, "seal", full)
+  values = {"total_steps": 199, "ckpt.every_steps": 100}
+  with pytest.raises(OSError, match="No space left on device") as caught:
+    train(small(**values, **{"eval.every_steps": 0}), tmp_path)
+  assert caught.value.filename == str(tmp_path / "checkpoints")
+  assert 100 <= metrics.read(tmp_path)[-1]["step"] < 199
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.out.tfevents"])
 def test_metrics_that_cannot_be_written_end_a_run_that_goes_on_later(
   name, tmp_path, monkeypatch, saved

@@ -97,6 +97,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     "model.drop_path": 0.2,
     "augment.mixup": 0.5,
     "data.num_workers": workers,
+    "log.every_steps": 2,  # the run stops between two lines
   }
   once = train(small(total_steps=6, **values), tmp_path / "once")
   train(small(total_steps=3, **values), tmp_path / "twice")
@@ -194,6 +195,18 @@ def test_finished_run_is_read_back_not_trained_again(tmp_path, few_images):
   again = train(small(), tmp_path)
   equal(first, again)
   assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_run_killed_between_its_last_checkpoint_and_its_end_is_completed(
+  tmp_path, few_images
+):
+  train(small(), tmp_path)
+  before = (tmp_path / "metrics.jsonl").read_text()
+  done = (tmp_path / "DONE.json").read_text()
+  (tmp_path / "DONE.json").unlink()
+  train(small(), tmp_path)
+  assert (tmp_path / "metrics.jsonl").read_text() == before
+  assert (tmp_path / "DONE.json").read_text() == done
 
 
 def test_another_config_in_the_same_workdir_is_refused(tmp_path, few_images):

@@ -1,11 +1,12 @@
 """Saves and restores the training state with Orbax.
 
 A run that was killed continues from its newest checkpoint exactly as if it had
-not been interrupted. The checkpoint of a step has up to six items: `params`,
+not been interrupted. The checkpoint of a step has up to seven items: `params`,
 `ema` (the averaged parameters, if config.optim.ema_decay > 0), `train` (the
-optimizer state and the step), `data` (the state of the data iterator),
-`metrics` (the evaluation at the step) and `config` (a copy of config.json).
-Evaluation restores only `ema`, or `params` where there is no average.
+optimizer state and the step), `data` (the state of the data iterator), `log`
+(the metrics of the steps since the last line of metrics.jsonl), `metrics` (the
+evaluation at the step) and `config` (a copy of config.json). Evaluation
+restores only `ema`, or `params` where there is no average.
 
 Checksums of all files are saved with a checkpoint. A damaged one is not used:
 the newest whole one takes its place, and the log says so.
@@ -132,6 +133,14 @@ class Checkpoints:
       with self._naming_the_folder():
         self._manager.wait_until_finished()
 
+  def raise_if_failed(self) -> None:
+    """Raises OSError if the last write has failed.
+
+    It does not wait for a write that goes on.
+    """
+    if self._manager is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+
   def is_best(self, results: Mapping[str, float] | None) -> bool:
     """Whether `results` are better than those of every saved checkpoint.
 
@@ -148,6 +157,7 @@ class Checkpoints:
     state: State,
     data: Iterator[loader.Batch],
     results: Mapping[str, float] | None,
+    log: Mapping[str, Any],
   ) -> None:
     """Starts to write a checkpoint; the writing continues in the background.
 
@@ -157,6 +167,7 @@ class Checkpoints:
       data: the iterator of the training batches, whose state is saved.
       results: the evaluation at this step, by which the best checkpoint is
         chosen; None if there was none.
+      log: the state of the StepLog.
 
     Raises:
       OSError: if this checkpoint or the one before cannot be written.
@@ -170,6 +181,7 @@ class Checkpoints:
       "params": ocp.args.StandardSave(state.params),
       "train": ocp.args.StandardSave(_train_item(state)),
       "data": grain.checkpoint.CheckpointSave(data),
+      "log": ocp.args.JsonSave(dict(log)),
       "config": ocp.args.JsonSave(run_dir.contents(self._config)),
     }
     if state.ema is not None:
@@ -206,6 +218,12 @@ class Checkpoints:
     if self._newest is None:
       return state
     return _restore(self._manager, self._workdir, self._newest, state, data)
+
+  def log_state(self) -> dict[str, Any] | None:
+    """The state of the StepLog in the newest checkpoint; None without one."""
+    if self._newest is None:
+      return None
+    return saved.log_state(self._workdir, self._newest)
 
 
 def _restore(manager, workdir, step, state, data):

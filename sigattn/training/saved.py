@@ -13,6 +13,7 @@ from sigattn.training import files, metrics
 
 # Where Orbax saves the item "config", which is JSON.
 _CONFIG = "config/metadata"
+_LOG = "log/metadata"
 
 
 def steps(workdir: str | os.PathLike[str] | None) -> list[int]:
@@ -104,6 +105,19 @@ def results(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
   except (OSError, ValueError, TypeError, AttributeError) as error:
     metrics.log(f"the metrics of checkpoint {step} are not used: {error}")
     return {}
+
+
+def log_state(
+  workdir: str | os.PathLike[str], step: int
+) -> dict[str, Any] | None:
+  """The state of the StepLog in a whole checkpoint.
+
+  None where an older version has saved none.
+  """
+  try:
+    return json.loads((folder(workdir, step) / _LOG).read_bytes())
+  except FileNotFoundError:
+    return None
 
 
 def config(
