@@ -49,7 +49,7 @@ def train(
     enter = stack.enter_context
     folder = enter(run_dir.RunDir(workdir, config))
     split, total = config.data.eval_split, config.total_steps
-    data = tasks.train_batches(config)
+    data = enter(contextlib.closing(tasks.train_batches(config)))
     eval_batches = tasks.eval_batches(config, split)
     devices = mesh.make()
     state, update = step.init(config, devices)

@@ -266,7 +266,7 @@ def test_rate_does_not_count_what_compiles(monkeypatch, few_images):
   batch = next(tasks.train_batches(config))
   half = {name: x[: len(x) // 2] for name, x in batch.items()}
   batches = [batch, batch, half, batch, half]
-  monkeypatch.setattr(tasks, "train_batches", lambda _: iter(batches))
+  monkeypatch.setattr(tasks, "train_batches", lambda _: (x for x in batches))
   train(config)
   rates = [x["per_second"] for _, split, x in lines if split == "train"]
   # The first step of each size compiles.

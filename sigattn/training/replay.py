@@ -1,5 +1,6 @@
 """Runs one step of a run again, to find where a number is not finite."""
 
+import contextlib
 import os
 import traceback
 
@@ -35,13 +36,14 @@ def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
     raise ValueError(
       f"{step=}: the run in {workdir} has the steps 1 to {config.total_steps}"
     )
-  data, devices = tasks.train_batches(config), mesh.make()
+  devices = mesh.make()
   state, update = training_step.init(config, devices)
-  state = checkpoint.restore_before(workdir, step, state, data)
-  step_fn = training_step.jitted(update)
-  for _ in range(int(state.step), step - 1):
-    state, _ = step_fn(state, mesh.put(next(data), devices))
-  batch = mesh.put(next(data), devices)
+  with contextlib.closing(tasks.train_batches(config)) as data:
+    state = checkpoint.restore_before(workdir, step, state, data)
+    step_fn = training_step.jitted(update)
+    for _ in range(int(state.step), step - 1):
+      state, _ = step_fn(state, mesh.put(next(data), devices))
+    batch = mesh.put(next(data), devices)
   # Does not donate the state: a step with a NaN needs it twice.
   again = jax.jit(lambda *args: update(*args)[2:])
   try:
