@@ -1,6 +1,7 @@
 """What a run leaves, survives and says when something goes wrong with files."""
 
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -314,6 +315,60 @@ def test_checkpoint_of_a_version_without_checksums_is_restored(run):
   assert evaluate(run)["step"] == 3
   assert int(train(small(total_steps=4, **KEPT), run).step) == 4
   assert evaluate(run)["step"] == 4
+
+
+YOUNGER = ("attn.normalize", "data.max_pixels", "optim.max_skipped")
+
+
+def edit_config(run, change):
+  path = run / "config.json"
+  content = json.loads(path.read_text())
+  change(content["config"])
+  path.write_text(json.dumps(content))
+
+
+def without(*paths):
+  def change(config):
+    for path in paths:
+      *parents, key = path.split(".")
+      del functools.reduce(dict.get, parents, config)[key]
+
+  return change
+
+
+def test_run_that_is_older_than_a_field_of_the_config_goes_on(run, saved):
+  edit_config(run, without(*YOUNGER))
+  assert evaluate(run) == evaluate(saved)
+  assert int(train(small(total_steps=4, **KEPT), run).step) == 4
+  edit_config(run, without(*YOUNGER))
+  with pytest.raises(ValueError, match="normalize=False, this one has True"):
+    train(small(**{"attn.normalize": True}), run)
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    (without("model.width"), "config.model.width is missing"),
+    (without("model"), "config.model.* is missing"),
+    (without("attn"), "config.attn is missing"),
+    (without("task"), "config.task is missing"),
+    (dict.clear, "config.task is missing"),
+    (lambda x: x.update(attn=3), "config.attn.kind is missing"),
+    (lambda x: x["attn"].update(kind="x"), "config.attn.kind='x'; choose"),
+    (lambda x: x.update(task=None), "config.task=None; choose from"),
+  ],
+)
+def test_saved_config_that_lacks_what_is_needed_is_refused_by_name(
+  change, said, run
+):
+  edit_config(run, change)
+  for call in (
+    lambda: evaluate(run),
+    lambda: train(small(**KEPT), run),
+    lambda: replay.replay(run, 2),
+  ):
+    with pytest.raises(ValueError, match=f"not one of this version: .*{said}"):
+      call()
 
 
 def test_best_is_known_while_its_metrics_are_being_written(

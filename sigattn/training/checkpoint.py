@@ -373,7 +373,7 @@ def load(
     ValueError: if there is no such run or no such step, if the step is damaged,
       or if the run is of another version's format.
   """
-  config = run_dir.read_config(workdir)
+  config = setup.complete(run_dir.read_config(workdir), workdir)
   steps = saved.steps(workdir)
   if not steps:
     raise ValueError(f"{workdir=}: holds no checkpoint yet")

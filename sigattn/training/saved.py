@@ -140,6 +140,8 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   contents = json.loads(path.read_bytes())
   if not isinstance(contents, dict):
     raise ValueError("not a JSON object")
+  if not contents:
+    raise ValueError("it is empty")
   if "format" in contents and not isinstance(contents.get("config"), dict):
     raise ValueError("it has no config")
   return contents
