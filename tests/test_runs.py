@@ -397,6 +397,17 @@ def test_best_is_known_while_its_metrics_are_being_written(
   assert checkpoint.load(tmp_path, "best")[2] == 1
 
 
+def test_bad_split_of_an_evaluation_is_one_line(run):
+  done = subprocess.run(
+    [sys.executable, "eval.py", f"--workdir={run}", "--split=nope"],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert done.stderr == (
+    "eval.py: split='nope' of 'fashion_mnist'; choose from ['test', 'train']\n"
+  )
+
+
 # Disks.
 
 

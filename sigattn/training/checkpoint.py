@@ -80,6 +80,7 @@ def _manager(workdir, keep=None):
     # Orbax reads no metrics, which may be damaged, and no metadata.
     lightweight_initialize=True,
     temporary_path_class=_Sealed,
+    save_interval_steps=int(keep is not None),  # else it warns that it reads
     cleanup_tmp_directories=keep is not None,  # what a killed run left
     read_only=keep is None,
     create=keep is not None,

@@ -426,9 +426,14 @@ def saying_what_is_not_written() -> Iterator[None]:
     log(f"not written: {error.filename}: {error.strerror}")
 
 
-def _is_not_raised_too(record):
-  """False for an error in a thread of Orbax, which is raised in ours later."""
-  return not (record.exc_info and "orbax" in record.pathname)
+def _is_news(record):
+  """False for what Orbax need not say.
+
+  An error in one of its threads is raised in ours later, and that a folder is
+  only read from is what we asked for.
+  """
+  read_only = str(record.msg).startswith("Given directory is read only")
+  return "orbax" not in record.pathname or not (record.exc_info or read_only)
 
 
 class _Console(logging.Handler):
@@ -444,7 +449,7 @@ def set_up_logs() -> None:
   """
   if not flags.FLAGS["verbosity"].present:
     absl_logging.set_verbosity(absl_logging.WARNING)
-  absl_logging.get_absl_logger().addFilter(_is_not_raised_too)
+  absl_logging.get_absl_logger().addFilter(_is_news)
   logger = logging.getLogger("sigattn.kernels")
   logger.setLevel(logging.INFO)
   logger.addHandler(_Console())
