@@ -50,7 +50,7 @@ def train(
     enter = stack.enter_context
     folder = enter(run_dir.RunDir(workdir, config))
     split, total = config.data.eval_split, config.total_steps
-    data = tasks.train_batches(config)
+    data = enter(contextlib.closing(tasks.train_batches(config)))
     eval_batches = tasks.eval_batches(config, split)
     devices = mesh.make(config)
     state, update = step.init(config, devices)
@@ -70,7 +70,7 @@ def train(
     _describe(config, state, devices, workdir, start)
     unit = tasks.get(config.task).UNIT
     progress = enter(metrics.Progress(start, total, unit))
-    log = metrics.StepLog(config, writer, progress)
+    log = metrics.StepLog(config, writer, progress, checkpoints.log_state())
     stop = enter(process.stop_signals())
     enter(process.ending_together())
     enter(jax.transfer_guard("disallow"))  # every copy to a device is meant
@@ -93,12 +93,14 @@ def train(
           or checkpoints.is_best(results)
         ):
           log.finish()  # raises before a state that is not finite is saved
-          checkpoints.save(i, state, data, results)
+          checkpoints.save(i, state, data, results, log.state())
         if last:
           checkpoints.wait()  # a run without its checkpoint is not done
           run_dir.write_done(workdir, {"step": i, **results})
       if last or stopping:
         break
+      if due(i, config.log.every_steps):
+        checkpoints.raise_if_failed()
       clock = time.perf_counter()
       own_rows = next(data) if i or first is None else first
       late = time.perf_counter() - clock

@@ -63,6 +63,10 @@ def _base():
     vocab_size=64,  # at least the size of the tokenizer
     length=256,  # tokens per row that are predicted
     shuffle_window=10_000,  # documents of a stream that are shuffled together
+    # The share of a stream's documents that may be no text. Each is skipped,
+    # with its number in the log; 0 ends the run at the first. The share is that
+    # of the documents read so far, and at first of shuffle_window documents.
+    max_corrupt_share=0.0,
     packing_window=128,  # rows that a stream's documents fill at the same time
     num_workers=0,  # processes that cut an embedded text; must be 0 for streams
   )

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from sigattn import layers, validate
 from sigattn.validate import (
+  added,
   choice,
   divides,
   flag,
@@ -63,7 +64,7 @@ FIELDS = {
   "attn.kind": choice(attention.KINDS),
   "attn.logit_bias": real(low=-1e6, high=1e6, optional=True),
   "attn.learn_logit_bias": flag(),
-  "attn.normalize": flag(),
+  "attn.normalize": added(flag(), before=False),
   "attn.qk_norm": choice(layers.QK_NORMS),
   "attn.alibi": flag(),
   "attn.num_kv_heads": whole(low=1, high=2**17, optional=True),

@@ -16,6 +16,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import types
@@ -204,9 +205,52 @@ def _batches(config, source, chunks, num_workers):
   ).mp_prefetch(
     grain.MultiprocessingOptions(num_workers=num_workers), _start_worker
   )
+  if num_workers:
+    dataset = _NamingDeadWorkers(dataset, num_workers)
   if source.max_corrupt:
     dataset = dataset.map(_CountCorrupt(source))
   return dataset
+
+
+class _NamingDeadWorkers(grain.IterDataset):
+  """The same dataset; a worker process that was killed is an OSError.
+
+  The system kills one where memory runs out. It is no bug, which a trace shows.
+  """
+
+  def __init__(self, parent, num_workers):
+    super().__init__(parent)
+    self._num_workers = num_workers
+
+  def __iter__(self):
+    return _NamingDeadWorkersIterator(iter(self._parent), self._num_workers)
+
+
+class _NamingDeadWorkersIterator(grain.DatasetIterator):
+  def __init__(self, parent, num_workers):
+    super().__init__(parent)
+    self._num_workers = num_workers
+
+  def __next__(self):
+    try:
+      return next(self._parent)
+    except RuntimeError as error:  # grain has no type of its own for it
+      ended = re.search(
+        r"terminated unexpectedly with exit code (\S+)\.", f"{error}"
+      )
+      if not ended:
+        raise
+      raise ChildProcessError(
+        f"a worker process (config.data.num_workers={self._num_workers}) was "
+        f"ended from outside, with exit code {ended[1]}; where memory runs "
+        "out, the system does that, and fewer workers need less"
+      ) from error
+
+  def get_state(self):
+    return self._parent.get_state()
+
+  def set_state(self, state):
+    self._parent.set_state(state)
 
 
 class _CountCorrupt:

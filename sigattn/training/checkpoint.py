@@ -1,11 +1,12 @@
 """Saves and restores the training state with Orbax.
 
 A run that was killed continues from its newest checkpoint exactly as if it had
-not been interrupted. The checkpoint of a step has up to six items: `params`,
+not been interrupted. The checkpoint of a step has up to seven items: `params`,
 `ema` (the averaged parameters, if config.optim.ema_decay > 0), `train` (the
-optimizer state and the step), `data` (the state of the data iterator),
-`metrics` (the evaluation at the step) and `config` (a copy of config.json).
-Evaluation restores only `ema`, or `params` where there is no average.
+optimizer state and the step), `data` (the state of the data iterator), `log`
+(the metrics of the steps since the last line of metrics.jsonl), `metrics` (the
+evaluation at the step) and `config` (a copy of config.json). Evaluation
+restores only `ema`, or `params` where there is no average.
 
 Checksums of all files are saved with a checkpoint. A damaged one is not used:
 the newest whole one takes its place, and the log says so.
@@ -80,6 +81,7 @@ def _manager(workdir, keep=None):
     # Orbax reads no metrics, which may be damaged, and no metadata.
     lightweight_initialize=True,
     temporary_path_class=_Sealed,
+    save_interval_steps=int(keep is not None),  # else it warns that it reads
     cleanup_tmp_directories=keep is not None,  # what a killed run left
     read_only=keep is None,
     create=keep is not None,
@@ -133,6 +135,14 @@ class Checkpoints:
       with self._naming_the_folder():
         self._manager.wait_until_finished()
 
+  def raise_if_failed(self) -> None:
+    """Raises OSError if the last write has failed.
+
+    It does not wait for a write that goes on.
+    """
+    if self._manager is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+
   def is_best(self, results: Mapping[str, float] | None) -> bool:
     """Whether `results` are better than those of every saved checkpoint.
 
@@ -149,6 +159,7 @@ class Checkpoints:
     state: State,
     data: Iterator[loader.Batch],
     results: Mapping[str, float] | None,
+    log: Mapping[str, Any],
   ) -> None:
     """Starts to write a checkpoint; the writing continues in the background.
 
@@ -158,6 +169,7 @@ class Checkpoints:
       data: the iterator of the training batches, whose state is saved.
       results: the evaluation at this step, by which the best checkpoint is
         chosen; None if there was none.
+      log: the state of the StepLog.
 
     Raises:
       OSError: if this checkpoint or the one before cannot be written.
@@ -171,6 +183,7 @@ class Checkpoints:
       "params": ocp.args.StandardSave(state.params),
       "train": ocp.args.StandardSave(_train_item(state)),
       "data": grain.checkpoint.CheckpointSave(data),
+      "log": ocp.args.JsonSave(dict(log)),
       "config": ocp.args.JsonSave(run_dir.contents(self._config)),
     }
     if state.ema is not None:
@@ -207,6 +220,12 @@ class Checkpoints:
     if self._newest is None:
       return state
     return _restore(self._manager, self._workdir, self._newest, state, data)
+
+  def log_state(self) -> dict[str, Any] | None:
+    """The state of the StepLog in the newest checkpoint; None without one."""
+    if self._newest is None:
+      return None
+    return saved.log_state(self._workdir, self._newest)
 
 
 def _restore(manager, workdir, step, state, data):
@@ -384,7 +403,7 @@ def load(
     ValueError: if there is no such run or no such step, if the step is damaged,
       or if the run is of another version's format.
   """
-  config = run_dir.read_config(workdir)
+  config = setup.complete(run_dir.read_config(workdir), workdir)
   steps = saved.steps(workdir)
   if not steps:
     raise ValueError(f"{workdir=}: holds no checkpoint yet")

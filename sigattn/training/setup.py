@@ -6,6 +6,7 @@ parameters, and `model` a callable model with given parameters.
 """
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -15,15 +16,15 @@ from ml_collections import ConfigDict
 from sigattn import tasks, validate
 from sigattn.data import loader
 from sigattn.training import mesh, optim
-from sigattn.validate import choice, flag, text, whole
+from sigattn.validate import added, choice, flag, text, whole
 
 MAX_STEPS = 10**9  # The devices count steps in int32.
 
 FIELDS = {
   "task": choice(tasks.TASKS),
   "total_steps": whole(low=1, high=MAX_STEPS),
-  "optim.non_finite": choice(("raise", "skip")),
-  "optim.max_skipped": whole(low=1, high=MAX_STEPS),
+  "optim.non_finite": added(choice(("raise", "skip")), before="raise"),
+  "optim.max_skipped": added(whole(low=1, high=MAX_STEPS), before=10),
   "eval.every_steps": whole(low=0, high=MAX_STEPS),
   "ckpt.every_steps": whole(low=0, high=MAX_STEPS),
   "ckpt.keep": whole(low=1, high=MAX_STEPS),
@@ -82,6 +83,26 @@ def validate_config(config: ConfigDict) -> None:
   """
   validate.fields(config, {"task": FIELDS["task"]})
   validate.fields(config, *tables(config.task))
+
+
+def complete(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
+  """A run's saved config with every field that this version reads, locked.
+
+  A field that is younger than the run gets the value by which the run acted.
+  Raises ValueError for another one that is missing, and for a wrong value.
+  workdir: the folder of the run, for the error.
+  """
+  config = config.copy_and_resolve_references().unlock()
+  try:
+    validate.fields(config, {"task": FIELDS["task"]})
+    table, _ = tables(config.task)
+    validate.complete(config, table)
+    validate.fields(config, table)
+  except ValueError as error:
+    raise ValueError(
+      f"{workdir=}: the saved config is not one of this version: {error}"
+    ) from error
+  return config.lock()
 
 
 def init(
