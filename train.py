@@ -147,13 +147,7 @@ def _define_flags():
   flags.DEFINE_integer(
     "replay", None, "Run this step of the run again, to find what is NaN.", 1
   )
-  flags.DEFINE_string(
-    "coordinator",
-    None,
-    "Of several processes: host:port of the first, or auto.",
-  )
-  flags.DEFINE_integer("processes", None, "How many of them there are.", 1)
-  flags.DEFINE_integer("process", None, "Which one of them this is, from 0.", 0)
+  process.define_flags()
   flags.DEFINE_bool("debug", False, "Show where in the code an error arose.")
 
 

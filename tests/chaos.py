@@ -181,7 +181,11 @@ def equal(tree, other):
 def numbers(lines):
   """How often there is each line, without the times in it."""
   return collections.Counter(
-    tuple((name, x) for name, x in line.items() if name != "per_second")
+    tuple(
+      (name, x)
+      for name, x in line.items()
+      if name not in ("per_second", "data_seconds")
+    )
     for line in lines
   )
 

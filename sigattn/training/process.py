@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 
 import jax
+from absl import flags
 from jax.experimental import multihost_utils
 
 from sigattn.training import metrics
@@ -18,6 +19,17 @@ from sigattn.training import metrics
 # So long after the end of one process the others end: they cannot tell it from
 # one that is slow, but heartbeats come from a thread that does nothing else.
 _HEARTBEAT_SECONDS = 30
+
+
+def define_flags() -> None:
+  """Defines the flags --coordinator, --processes and --process, see `join`."""
+  flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Of several processes: host:port of the first, or auto.",
+  )
+  flags.DEFINE_integer("processes", None, "How many of them there are.", 1)
+  flags.DEFINE_integer("process", None, "Which one of them this is, from 0.", 0)
 
 
 def join(
