@@ -1,7 +1,7 @@
 """Ring attention on simulated devices equals one device, gradients too.
 
 test_ring.py runs this in a process of its own, because the other tests have one
-device. It prints what is wrong.
+device. It prints what is wrong. Arguments: names of CASES; none for all.
 """
 
 import functools
@@ -184,5 +184,4 @@ if __name__ == "__main__":
     check(name)
   # The loop over blocks of keys that long sequences take.
   xla._TILE, xla._MIN_BLOCK = 2**6, 2
-  for name in "zigzag grouped segments bias", "window both ways":
-    check(name)
+  check("window both ways")

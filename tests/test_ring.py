@@ -2,22 +2,50 @@
 
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import sigattn
+from benchmarks import scale
+
+# Together they have every option; --all-meshes runs the others too.
+SOME = [
+  "zigzag grouped segments bias",
+  "zigzag biases",
+  "window both ways",
+  "relu2 normalised zigzag lengths",
+  "gathered zigzag",
+]
 
 
-def test_a_ring_of_simulated_devices_equals_one_device():
+@pytest.mark.timeout(600)
+def test_a_ring_of_simulated_devices_equals_one_device(request):
+  cases = [] if request.config.getoption("--all-meshes") else SOME
   run = subprocess.run(
-    [sys.executable, "-m", "tests.ring_on_eight_devices"],
+    [sys.executable, "-m", "tests.ring_on_eight_devices", *cases],
     capture_output=True,
     text=True,
     check=False,
   )
   assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.skipif(
+  jax.default_backend() != "gpu" or jax.device_count() < 2,
+  reason="needs several GPUs",
+)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("form", scale.RINGS)
+def test_a_ring_of_gpus_equals_one_gpu(form, normalize):
+  """By the fused kernels, whose outputs of blocks are rounded to bfloat16."""
+  arguments = types.SimpleNamespace(heads=4, width=128, normalize=normalize)
+  length = 2048 * jax.device_count()
+  _, expected = scale.one_device(arguments, length)
+  _, actual = scale.ring(arguments, length, *form)
+  assert scale.error(actual, expected) < 0.01
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ def config(**values):
   config.update_from_flattened_dict(
     {
       "model.width": 32,
+      "model.depth": 1,
       "model.num_heads": 8,
       "attn.num_kv_heads": 8,
       "attn.learn_logit_bias": True,
