@@ -48,21 +48,27 @@ def _base():
   config.total_steps = 1500
   config.batch_size = 8  # rows per update
   config.data = dict(
-    # An embedded text (kjv), a local file or folder (parquet, JSON lines,
-    # text), or a Hugging Face name: owner/name or owner/name:subset.
+    # An embedded text (kjv), a local file or folder (.txt, JSON lines,
+    # parquet), or a Hugging Face name: owner/name or owner/name:subset.
     source="kjv",
-    # Pairs of (source, share of the rows) to train on instead of `source`.
+    # Pairs of (source, share of the rows) to train on; `source` is then "".
     mixture=(),
     # The source to evaluate on. None means config.data.source.
     eval_source=config_dict.placeholder(str),
     train_split="train",
-    eval_split="test",  # the last 5 % of an embedded text
+    # The last 5 % of one text, which is embedded or a .txt; about every 20th
+    # document of a local file or folder that has no such split of its own.
+    eval_split="test",
     text_column="text",
-    # characters (of the embedded text), bytes, or the path of a tokenizer.json.
+    lines=False,  # whether each line of a .txt is a document of its own
+    # characters (all that the texts have), bytes, or the path of a
+    # tokenizer.json.
     tokenizer="characters",
     vocab_size=64,  # at least the size of the tokenizer
     length=256,  # tokens per row that are predicted
-    shuffle_window=10_000,  # documents of a stream that are shuffled together
+    # Documents of a stream that are shuffled together: fewer at the end of an
+    # epoch, or where they have more than 67 million characters.
+    shuffle_window=10_000,
     packing_window=128,  # rows that a stream's documents fill at the same time
     num_workers=0,  # processes that cut an embedded text; must be 0 for streams
   )
@@ -135,6 +141,7 @@ def _published(config, size):
   config.dtype = "bfloat16"
   pajama = "togethercomputer/RedPajama-Data-1T"
   config.data.update(
+    source="",
     mixture=(
       (f"{pajama}:common_crawl", 0.726),
       (f"{pajama}:c4", 0.081),

@@ -120,14 +120,17 @@ def unknown_source(
 
 
 @contextlib.contextmanager
-def reading(source: str) -> Iterator[None]:
-  """A context in which errors of `datasets` name the source as a ValueError."""
+def reading(origin: object) -> Iterator[None]:
+  """A context in which errors of `datasets` are ValueErrors.
+
+  origin: what is read, as the message begins.
+  """
   import datasets
 
   try:
     yield
   except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-    raise ValueError(f"source {source!r}: cannot be read: {error}") from error
+    raise ValueError(f"{origin}: cannot be read: {error}") from error
 
 
 def splits(builder: Any) -> list[str]:
@@ -143,7 +146,7 @@ def validate_split(source: str, split: str, splits: Collection[str]) -> None:
 
 def table(source: str, builder: Any, split: str) -> Any:
   """Returns a `datasets.Dataset` of the split, or of several joined by +."""
-  with reading(source):
+  with reading(f"source {source!r}"):
     builder.download_and_prepare()
     return builder.as_dataset(split)
 
