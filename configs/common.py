@@ -46,6 +46,10 @@ def base():
     b1=0.9,
     b2=0.999,
     eps=1e-8,
+    mu_dtype="float32",  # of the first moment, or bfloat16 to save memory
+    # Of the gradient of matrices in memory, or bfloat16. With activations in
+    # bfloat16 their products make no other; it is summed up in float32.
+    grad_dtype="float32",
     weight_decay=0.0,  # multiplied by the learning rate, as in optax.adamw
     # Pairs of a regular expression for parameter paths and a factor on
     # weight_decay. The first match counts; without a match the factor is 0.

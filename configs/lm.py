@@ -91,7 +91,14 @@ def _base():
     # Probability of skipping a branch of the last layer; it grows linearly with
     # the depth from 0 in the first layer.
     drop_path=0.0,
-    remat=False,  # recompute activations in the backward pass to save memory
+    # What the backward pass computes again to save memory: none; all of a
+    # layer; dots, all but products of matrices and attention; or all but named
+    # activations, such as attention+gate+up.
+    remat="none",
+    max_unrolled=6,  # deeper stacks run in a loop, which compiles sooner
+    # Parts of a row whose logits are computed one after another. The float32
+    # logits of a part are all that is held of them.
+    loss_chunks=1,
   )
   # The n of sigmoid's bias -log n is the length of the training rows. It does
   # not depend on the length of texts that are evaluated or generated.
@@ -165,7 +172,9 @@ def _published(config, size):
     num_heads=num_heads,
     mlp_dim=mlp_dim,
     positions="none",
-    remat=True,
+    # What fits a card of 80 GB with eight rows.
+    remat="dots",
+    loss_chunks=8,
   )
   config.optim.update(lr=0.01, b2=0.95, end_lr=0.1)
   config.optim.warmup_steps = 5000

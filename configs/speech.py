@@ -101,7 +101,11 @@ def _base():
     # Probability of skipping a branch of the last layer; it grows linearly with
     # the depth from 0 in the first layer.
     drop_path=0.0,
-    remat=False,  # recompute activations in the backward pass to save memory
+    # What the backward pass computes again to save memory: none; all of a
+    # layer; dots, all but products of matrices and attention; or all but named
+    # activations, such as attention+up.
+    remat="none",
+    max_unrolled=6,  # deeper stacks run in a loop, which compiles sooner
   )
   config.eval.beam_width = 1  # prefixes that beam search keeps; 1 is greedy
   config.ckpt.update(best_metric="cer", best_mode="min")
@@ -186,7 +190,7 @@ def _librispeech(hours):
     num_heads=4,
     mlp_dim=3072,
     drop_path=0.3,
-    remat=True,
+    remat="all",
   )
   config.optim.update(lr=5e-4, warmup_steps=5000, weight_decay=0.01)
   config.eval.every_steps = 5000

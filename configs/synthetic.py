@@ -66,7 +66,8 @@ def _base():
     layer_scale=config_dict.placeholder(float),
     dropout=0.0,
     drop_path=0.0,
-    remat=False,
+    remat="none",
+    max_unrolled=6,
   )
   # eval.py also evaluates at these multiples of the training length.
   config.eval.length_factors = ()

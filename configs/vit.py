@@ -94,7 +94,11 @@ def _base():
     # Probability of skipping a branch of the last layer; it grows linearly with
     # the depth from 0 in the first layer.
     drop_path=0.0,
-    remat=False,  # recompute activations in the backward pass to save memory
+    # What the backward pass computes again to save memory: none; all of a
+    # layer; dots, all but products of matrices and attention; or all but named
+    # activations, such as attention+up.
+    remat="none",
+    max_unrolled=6,  # deeper stacks run in a loop, which compiles sooner
   )
   return config
 

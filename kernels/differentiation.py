@@ -3,7 +3,7 @@
 The forward pass saves query, key, value and the operands alone: a weight
 depends on its own logit, so the backward pass recomputes it without row
 statistics. With problem.normalize it also saves the output and the sum of each
-row.
+row; a policy of jax.checkpoint can keep both by the name "attention".
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from sigattn.kernels import batching_and_sharding, numerics
 from sigattn.kernels.problem import Operands, Problem
@@ -71,6 +72,7 @@ def _save_inputs(forward, backward, problem, *inputs):
   trained = any(x.perturbed for x in jax.tree.leaves(inputs[-1]))
   inputs = jax.tree.map(lambda x: x.value, inputs)
   result = attention(forward, backward, problem, *inputs)
+  result = jax.tree.map(lambda x: checkpoint_name(x, "attention"), result)
   rows = result if problem.normalize else ()
   return result, (_Trained(trained), *inputs, rows)
 

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from sigattn.kernels import batching_and_sharding, numerics
 from sigattn.kernels.problem import Operands, Problem
@@ -138,6 +139,7 @@ def _attention(problem, query, key, value, operands):
 
 def _save_inputs(problem, query, key, value, operands):
   result = _forward(problem, query, key, value, operands)
+  result = jax.tree.map(lambda x: checkpoint_name(x, "attention"), result)
   rows = result if problem.normalize else None
   return result, (query, key, value, operands, rows)
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
 from sigattn import attention, extras, positions
@@ -38,6 +39,12 @@ QK_NORMS = ("none", *NORMS)
 # long as an unrolled one at depth 3 on two CPU cores, 1.13 at 6, 1.05 at 12
 # (2026-11-23). So a small stack is unrolled; its program grows with the depth.
 MAX_UNROLLED = 6
+
+# What a layer computes by a product of matrices or by attention, and may keep
+# for the backward pass.
+ACTIVATIONS = (
+  "query", "key", "value", "attention", "out", "gate", "up", "down",
+)  # fmt: skip
 
 KERNEL_INIT = nnx.initializers.xavier_uniform()
 FAN_IN_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -181,7 +188,8 @@ class SelfAttention(nnx.Module):
     token; `mask`, (B or 1, N or 1, T, S), then says which slots they see, and
     is_causal, seq_lengths and segment_ids have no effect.
     """
-    q_BTNH, k_BTKH = self.query(x_BTD), self.key(x_BTD)
+    q_BTNH = checkpoint_name(self.query(x_BTD), "query")
+    k_BTKH = checkpoint_name(self.key(x_BTD), "key")
     if self.has_qk_norm:
       q_BTNH = normalize(self.query_norm, q_BTNH)
       k_BTKH = normalize(self.key_norm, k_BTKH)
@@ -189,7 +197,7 @@ class SelfAttention(nnx.Module):
       where = {} if positions is None else {"positions": positions}
       q_BTNH = self.rotate(q_BTNH, **where)
       k_BTKH = self.rotate(k_BTKH, **where)
-    v_BTKH = self.value(x_BTD)
+    v_BTKH = checkpoint_name(self.value(x_BTD), "value")
     if cache is not None:
       cache = _write(cache, k_BTKH, v_BTKH, 0 if place is None else place)
     if place is None:
@@ -214,7 +222,7 @@ class SelfAttention(nnx.Module):
         raise ValueError(f"{positions=}; needed by row_power={self.row_power}")
       scale_BT = row_scale(positions, self.row_power)
       out_BTNH *= scale_BT[:, :, None, None].astype(out_BTNH.dtype)
-    y_BTD = self.out(out_BTNH)
+    y_BTD = checkpoint_name(self.out(out_BTNH), "out")
     return y_BTD if cache is None else (y_BTD, cache)
 
   def _attend(self, q_BTNH, k_BSKH, v_BSKH, **options):
@@ -323,12 +331,17 @@ class Mlp(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """(B, T, D) -> (B, T, D)."""
-    return self.down(MLPS[self.kind](self, x_BTD))
+    return checkpoint_name(self.down(MLPS[self.kind](self, x_BTD)), "down")
+
+
+def _swiglu(mlp, x_BTD):
+  gate_BTF = checkpoint_name(mlp.gate(x_BTD), "gate")
+  return jax.nn.silu(gate_BTF) * checkpoint_name(mlp.up(x_BTD), "up")
 
 
 MLPS = {
-  "gelu": lambda mlp, x_BTD: jax.nn.gelu(mlp.up(x_BTD)),
-  "swiglu": lambda mlp, x_BTD: jax.nn.silu(mlp.gate(x_BTD)) * mlp.up(x_BTD),
+  "gelu": lambda mlp, x_BTD: jax.nn.gelu(checkpoint_name(mlp.up(x_BTD), "up")),
+  "swiglu": _swiglu,
 }
 
 
@@ -477,17 +490,67 @@ class Block(nnx.Module):
     return x_BTD if cache is None else (x_BTD, cache)
 
 
+def _is_softmax(primitive, *_, **__):
+  """Whether jax.nn computes attention and its row statistics by it."""
+  return primitive.name.startswith("dot_product_attention_fwd")
+
+
+def _keep(*names):
+  """The policy that keeps named activations for the backward pass.
+
+  The kernels themselves name their output "attention", with the sums of
+  normalised rows. Of softmax by cuDNN the output and the statistics are kept
+  that its primitive returns; softmax in plain JAX is computed again.
+  """
+  policies = jax.checkpoint_policies
+  policy = policies.save_only_these_names(*names)
+  if "attention" in names:
+    policy = policies.save_from_both_policies(policy, _is_softmax)
+  return policy
+
+
+# What is kept of a layer, besides its input: a policy of jax.checkpoint.
+REMAT = {
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    _keep("attention"),
+  ),
+  "all": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def remat_policy(remat: str) -> Callable[..., Any] | None:
+  """The policy of jax.checkpoint that `remat` names; None for "none".
+
+  remat: none recomputes nothing in the backward pass; all recomputes a layer
+  from its input (1604.06174); dots all but the products of matrices and
+  attention. Names of ACTIVATIONS, joined by "+", recompute all but those.
+
+  Raises ValueError for another string.
+  """
+  if remat == "none":
+    return None
+  if remat in REMAT:
+    return REMAT[remat]
+  names = remat.split("+")
+  if not set(names) <= set(ACTIVATIONS):
+    raise ValueError(
+      f"{remat=}; must be none, {', '.join(REMAT)}, or some of "
+      f"{', '.join(ACTIVATIONS)}, joined by +"
+    )
+  return _keep(*names)
+
+
 class Stack(nnx.Module):
   """`depth` equal blocks, whose parameters are stacked along a leading axis.
 
   They run in a scan, so that the time to compile does not grow with the depth.
-  A stack of up to MAX_UNROLLED layers without remat is unrolled for speed.
+  A stack of up to `max_unrolled` layers is unrolled for speed.
 
   make_block: a function of an nnx.Rngs that makes one layer.
   drop_path: rate of the last layer's branches; layer i of L, counted from 0,
     drops at the rate drop_path * i / (L - 1), a single layer at drop_path.
-  remat: keeps only each layer's input, and recomputes the activations in the
-    backward pass (1604.06174).
+  remat: what the backward pass recomputes, see remat_policy.
   """
 
   def __init__(
@@ -496,10 +559,13 @@ class Stack(nnx.Module):
     make_block: Callable[[nnx.Rngs], nnx.Module],
     *,
     drop_path: float = 0.0,
-    remat: bool = False,
+    remat: str = "none",
+    max_unrolled: int = MAX_UNROLLED,
     rngs: nnx.Rngs,
   ) -> None:
     self.depth, self.drop_path, self.remat = depth, drop_path, remat
+    self.is_unrolled = depth <= max_unrolled
+    remat_policy(remat)  # raises for a string that names none
 
     def state(key):
       return nnx.state(make_block(nnx.Rngs(key)))
@@ -526,13 +592,13 @@ class Stack(nnx.Module):
         return block(x_BTD, rng, rate, **attn_args), None
       return block(x_BTD, rng, rate, cache=cache, **attn_args)
 
-    if self.remat:
-      # The scan's loop already keeps the two passes apart.
-      layer = jax.checkpoint(layer, prevent_cse=False)
+    policy = remat_policy(self.remat)
+    if policy is not None:
+      # A scan's loop already keeps the two passes apart.
+      layer = jax.checkpoint(layer, prevent_cse=self.is_unrolled, policy=policy)
     rngs = None if rng is None else jax.random.split(rng, self.depth)
     xs = (states, rngs, self._rates(), cache)
-    unroll = self.depth <= MAX_UNROLLED and not self.remat
-    x_BTD, cache = jax.lax.scan(layer, x_BTD, xs, unroll=unroll)
+    x_BTD, cache = jax.lax.scan(layer, x_BTD, xs, unroll=self.is_unrolled)
     return x_BTD if cache is None else (x_BTD, cache)
 
   def _rates(self):

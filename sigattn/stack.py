@@ -1,7 +1,7 @@
 """The stack of blocks that a config describes, the same for every task.
 
 Reads config.model (width, depth, num_heads, mlp_dim, mlp, norm, norm_kind,
-layer_scale, dropout, drop_path, remat) and all of config.attn.
+layer_scale, dropout, drop_path, remat, max_unrolled) and all of config.attn.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,17 @@ from sigattn.validate import (
 # What is kept is divided by 1 - p, which must not be 0 in float32.
 PROBABILITY = real(low=0, high=1 - 1e-6)
 
+
+def _is_remat(value):
+  if not isinstance(value, str):
+    return False
+  try:
+    layers.remat_policy(value)
+  except ValueError:
+    return False
+  return True
+
+
 FIELDS = {
   "dtype": choice(("float32", "bfloat16", "float16")),
   # What is beyond these sizes, no model of today comes near to.
@@ -43,7 +54,12 @@ FIELDS = {
   "model.layer_scale": real(low=1e-30, high=1e6, optional=True),
   "model.dropout": PROBABILITY,
   "model.drop_path": PROBABILITY,
-  "model.remat": flag(),
+  "model.remat": validate.Field(
+    _is_remat,
+    f"must be none, {', '.join(layers.REMAT)}, or some of "
+    f"{', '.join(layers.ACTIVATIONS)}, joined by +",
+  ),
+  "model.max_unrolled": whole(low=0, high=10_000),
   "attn.kind": choice(attention.KINDS),
   "attn.logit_bias": real(low=-1e6, high=1e6, optional=True),
   "attn.learn_logit_bias": flag(),
@@ -233,6 +249,7 @@ def make(
     block,
     drop_path=model.drop_path,
     remat=model.remat,
+    max_unrolled=model.max_unrolled,
     rngs=rngs,
   )
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from sigattn import attention, layers, positions
+from sigattn.kernels import device
 
 B, T, D, N, H, F = 2, 5, 8, 2, 4, 12
 LONGEST = 7  # not T: the constant n is the constructor's
@@ -321,8 +323,8 @@ def test_stack_equals_a_loop_over_its_layers(depth):
   np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4)
 
 
-def lowered_lines(depth, remat=False):
-  stack = nnx.eval_shape(lambda: make_stack(depth, remat=remat))
+def lowered_lines(depth, **options):
+  stack = nnx.eval_shape(lambda: make_stack(depth, **options))
   graphdef, state = nnx.split(stack)
 
   def loss(state, x):
@@ -334,26 +336,102 @@ def lowered_lines(depth, remat=False):
 def test_program_does_not_grow_with_a_depth_that_is_scanned():
   scanned = layers.MAX_UNROLLED + 1
   assert lowered_lines(scanned) == lowered_lines(4 * scanned)
-  assert lowered_lines(2, remat=True) == lowered_lines(3, remat=True)
+  scanned = {"remat": "all", "max_unrolled": 0}
+  assert lowered_lines(2, **scanned) == lowered_lines(3, **scanned)
   assert lowered_lines(2) < lowered_lines(3)  # unrolled
 
 
 def test_remat_changes_neither_loss_nor_gradients():
-  found = []
-  for remat in (False, True):
-    make = functools.partial(make_stack, 2, remat=remat, drop_path=0.3)
+  def run(remat, max_unrolled=0):
+    def make():
+      def block(rngs):
+        return make_block(rngs, {"normalize": True}, "swiglu")
+
+      return layers.Stack(
+        2, block, remat=remat, max_unrolled=max_unrolled, drop_path=0.3,
+        rngs=nnx.Rngs(0),
+      )  # fmt: skip
+
     graphdef, state = nnx.split(fill(make))
 
-    def loss(state, graphdef=graphdef):
+    def loss(state):
       y = nnx.merge(graphdef, state)(inputs(), jax.random.key(2))
       return (y**2).sum()
 
     function = jax.value_and_grad(loss)
-    assert ("remat" in str(jax.make_jaxpr(function)(state))) == remat
-    found.append(jax.jit(function)(state))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found
+    assert ("remat" in str(jax.make_jaxpr(function)(state))) == (
+      remat != "none"
+    )
+    return jax.jit(function)(state)
+
+  wanted = run("none")
+  for found in (run("all"), run("dots", 2), run("attention+up")):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      found,
+      wanted,
+    )
+
+
+@pytest.mark.parametrize("remat", ["attention up", "", "dots+attention", "Up"])
+def test_remat_must_be_a_policy_or_names(remat):
+  wanted = re.escape(f"remat={remat!r}; must be none, dots, all, or some of")
+  with pytest.raises(ValueError, match=wanted):
+    make_stack(2, remat=remat)
+
+
+REMATS = {"all": True, "dots": False, "attention": False, "gate+up": True}
+
+
+@pytest.mark.parametrize(("remat", "again"), REMATS.items())
+@pytest.mark.parametrize("normalize", [False, True])
+def test_kept_attention_is_not_computed_again(
+  remat, again, normalize, monkeypatch
+):
+  hopper = device.Device("NVIDIA H200", 90)
+  monkeypatch.setattr(device, "current", lambda: hopper)
+  attn = layers.SelfAttention(
+    128, 2, max_length=128, normalize=normalize, dtype="bfloat16",
+    rngs=nnx.Rngs(0),
+  )  # fmt: skip
+
+  graphdef, state = nnx.split(attn)
+
+  @jax.grad
+  def gradient(state, x_BTD):
+    def run(state, x_BTD):
+      return nnx.merge(graphdef, state)(x_BTD)
+
+    run = jax.checkpoint(run, policy=layers.remat_policy(remat))
+    return (run(state, x_BTD).astype(jnp.float32) ** 2).sum()
+
+  x_BTD = jax.ShapeDtypeStruct((1, 128, 128), "bfloat16")
+  lowered = (
+    jax.jit(gradient).trace(state, x_BTD).lower(lowering_platforms=("cuda",))
   )
+  # Short sequences have two kernels in the backward pass.
+  assert lowered.as_text().count("custom_call @mosaic_gpu") == 3 + again
+
+
+@pytest.mark.parametrize(("remat", "again"), REMATS.items())
+def test_kept_softmax_of_cudnn_is_not_computed_again(remat, again, monkeypatch):
+  from jax._src.cudnn import fused_attention_stablehlo
+
+  monkeypatch.setattr(
+    fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000
+  )
+  attn = layers.SelfAttention(
+    128, 2, max_length=128, kind="softmax", implementation="cudnn",
+    dtype="bfloat16", rngs=nnx.Rngs(0),
+  )  # fmt: skip
+
+  @jax.grad
+  def gradient(x_BTD):
+    run = jax.checkpoint(attn, policy=layers.remat_policy(remat))
+    return (run(x_BTD).astype(jnp.float32) ** 2).sum()
+
+  traced = str(jax.make_jaxpr(gradient)(jnp.ones((1, 128, 128), "bfloat16")))
+  assert traced.count("dot_product_attention_fwd") == 1 + again
 
 
 class Probe(nnx.Module):

@@ -5,13 +5,13 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack
 from sigattn.data import loader, text
-from sigattn.validate import choice, flag, whole
+from sigattn.tasks.cross_entropy import Scored, linear_cross_entropy
+from sigattn.validate import choice, divides, flag, whole
 
 SOURCE = text
 UNIT = "rows"
@@ -68,12 +68,27 @@ class LanguageModel(nnx.Module):
     turns both off. segment_ids: int (B, T); tokens attend only to tokens of
     their own segment.
     """
-    positions_BT = offsets(token_BT, segment_ids)
-    x_BTD = self._embed(token_BT, positions_BT)
-    x_BTD = self.stack(
-      x_BTD, rng, segment_ids=segment_ids, **self._positions(positions_BT)
+    return self._logits(self._hidden(token_BT, rng, segment_ids))
+
+  def score(
+    self,
+    token_BT: jax.Array,
+    target_BT: jax.Array,
+    weight_BT: jax.Array,
+    rng: jax.Array | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    chunks: int = 1,
+  ) -> Scored:
+    """Scores the logits of a call against the targets, chunk by chunk.
+
+    target_BT: the tokens after token_BT. weight_BT, chunks: as in
+    cross_entropy.linear_cross_entropy. The others are those of the call.
+    """
+    x_BTD = self._normalized(self._hidden(token_BT, rng, segment_ids))
+    return linear_cross_entropy(
+      x_BTD, self.embed[...], target_BT, weight_BT, chunks
     )
-    return self._logits(x_BTD)
 
   def prefill(
     self, token_BT: jax.Array, segment_ids: jax.Array, slots: int
@@ -125,6 +140,13 @@ class LanguageModel(nnx.Module):
       x_BTD += width**-0.5 * positions.sincos(positions_BT, width)
     return x_BTD.astype(self.dtype)
 
+  def _hidden(self, token_BT, rng, segment_ids):
+    positions_BT = offsets(token_BT, segment_ids)
+    x_BTD = self._embed(token_BT, positions_BT)
+    return self.stack(
+      x_BTD, rng, segment_ids=segment_ids, **self._positions(positions_BT)
+    )
+
   def _positions(self, positions_BT):
     return {"positions": positions_BT} if self.has_positions else {}
 
@@ -134,12 +156,13 @@ class LanguageModel(nnx.Module):
     zeros = jnp.zeros((depth, batch, slots, kv_heads, head_width), self.dtype)
     return layers.Cache(zeros, zeros)
 
+  def _normalized(self, x_BTD):
+    return layers.normalize(self.norm, x_BTD) if self.has_norm else x_BTD
+
   def _logits(self, x_BTD):
-    if self.has_norm:
-      x_BTD = layers.normalize(self.norm, x_BTD)
     return jnp.einsum(
       "BTD,VD->BTV",
-      x_BTD,
+      self._normalized(x_BTD),
       self.embed[...].astype(self.dtype),
       preferred_element_type=jnp.float32,
     )
@@ -163,10 +186,15 @@ FIELDS = (
   | {
     "model.positions": choice(POSITIONS),
     "model.max_length": whole(low=1, high=2**31 - 1),
+    "model.loss_chunks": whole(low=1, high=2**31 - 1),
     "eval.by_position": flag(),
   }
 )
-RULES = (*stack.RULES, stack.multiple_for_positions({"sincos": 2, "rope": 2}))
+RULES = (
+  *stack.RULES,
+  stack.multiple_for_positions({"sincos": 2, "rope": 2}),
+  divides("model.loss_chunks", "data.length"),
+)
 
 
 def build(config: ConfigDict, rngs: nnx.Rngs) -> LanguageModel:
@@ -224,28 +252,25 @@ def loss(
   A token can be predicted if the token before it is of the same segment.
   batch: see sigattn/data/text.py. Returns (loss, {"loss", "accuracy"}).
   """
-  nats_BT, correct_BT, real_BT = _nats_and_correct(model, batch, rng)
+  scored, real_BT = _score(config, model, batch, rng)
   count = jnp.maximum(real_BT.sum(), 1)
-  mean_nats = nats_BT.sum() / count
-  return mean_nats, {"loss": mean_nats, "accuracy": correct_BT.sum() / count}
+  mean_nats = scored.total / count
+  accuracy = (scored.correct_BT & real_BT).sum() / count
+  return mean_nats, {"loss": mean_nats, "accuracy": accuracy}
 
 
-def _nats_and_correct(model, batch, rng=None):
-  """(cross-entropy in nats, is correct, is scored) of each target, (B, T).
-
-  The first two are 0 where there is nothing to predict.
-  """
+def _score(config, model, batch, rng=None):
+  """(Scored, is scored (B, T)) of the targets of a batch."""
   token, segment = batch["token"], batch.get("segment")
   target_BT, real_BT = token[:, 1:], token[:, 1:] >= 0
   if segment is not None:
     real_BT &= segment[:, 1:] == segment[:, :-1]
     segment = segment[:, :-1]
-  logits_BTV = model(token[:, :-1], rng, segment_ids=segment)
-  nats_BT = optax.softmax_cross_entropy_with_integer_labels(
-    logits_BTV, jnp.maximum(target_BT, 0)
-  )
-  correct_BT = logits_BTV.argmax(-1) == target_BT
-  return nats_BT * real_BT, correct_BT & real_BT, real_BT
+  scored = model.score(
+    token[:, :-1], jnp.maximum(target_BT, 0), real_BT, rng,
+    segment_ids=segment, chunks=config.model.loss_chunks,
+  )  # fmt: skip
+  return scored, real_BT
 
 
 def evaluate(
@@ -255,7 +280,7 @@ def evaluate(
 
   batch: as in `loss`, with "weight" (B,), 0 for padding rows.
   """
-  nats_BT, correct_BT, real_BT = _nats_and_correct(model, batch)
+  (_, nats_BT, correct_BT), real_BT = _score(config, model, batch)
   weight_BT = batch["weight"][:, None] * real_BT
   size_V = jnp.asarray(text.tokenizer(config).num_bytes(), jnp.float32)
   bytes_BT = size_V.at[batch["token"][:, 1:]].get(mode="clip")

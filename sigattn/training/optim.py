@@ -21,10 +21,16 @@ from sigattn.validate import (
 )
 
 OPTIMIZERS = {
-  "adamw": lambda c: optax.scale_by_adam(b1=c.b1, b2=c.b2, eps=c.eps),
-  "lion": lambda c: optax.scale_by_lion(b1=c.b1, b2=c.b2),
-  "sgd": lambda c: optax.trace(decay=c.b1),
+  "adamw": lambda c: optax.scale_by_adam(
+    b1=c.b1, b2=c.b2, eps=c.eps, mu_dtype=c.mu_dtype
+  ),
+  "lion": lambda c: optax.scale_by_lion(b1=c.b1, b2=c.b2, mu_dtype=c.mu_dtype),
+  "sgd": lambda c: optax.trace(decay=c.b1, accumulator_dtype=c.mu_dtype),
 }
+
+# The second moment stays in float32: a step changes it by at most 1 - b2 of
+# itself, which bfloat16 rounds away at b2 = 0.999 and nearly so at 0.99.
+_DTYPES = ("float32", "bfloat16")
 
 
 def _rsqrt(optim, steps):
@@ -66,6 +72,8 @@ FIELDS = {
   "optim.b2": _MEMORY,
   # Adam divides by the root of the second moment, which may be 0, plus eps.
   "optim.eps": real(low=1e-30, high=1e3),
+  "optim.mu_dtype": choice(_DTYPES),
+  "optim.grad_dtype": choice(_DTYPES),
   "optim.weight_decay": real(low=0, high=1e6),
   "optim.decay_groups": _GROUPS,
   "optim.lr_groups": _GROUPS,
@@ -85,7 +93,20 @@ def _warmup_ends_in_the_run(config):
     )
 
 
-RULES = (divides("optim.accumulate", "batch_size"), _warmup_ends_in_the_run)
+def _gradients_are_as_exact_as_products(config):
+  grad_dtype = config.optim.grad_dtype
+  if grad_dtype not in ("float32", config.dtype):
+    raise ValueError(
+      f"config.optim.grad_dtype={grad_dtype!r}; must be float32 with "
+      f"config.dtype={config.dtype!r}"
+    )
+
+
+RULES = (
+  divides("optim.accumulate", "batch_size"),
+  _warmup_ends_in_the_run,
+  _gradients_are_as_exact_as_products,
+)
 
 Groups = Sequence[tuple[str, float]]  # (regular expression of a path, factor)
 
@@ -201,6 +222,21 @@ def make(config: ConfigDict, params: Any) -> optax.GradientTransformation:
     chain.append(_decayed_weights(optim.weight_decay, factors))
   chain.append(optax.scale_by_learning_rate(schedule(config)))
   return optax.chain(*chain)
+
+
+def lowered(params: Any, dtype: str) -> Any:
+  """The parameters, of which kernels and the embedding are rounded to `dtype`.
+
+  Gradients with respect to them then have that dtype. Products of matrices
+  round their factors to it anyway, and return it. Biases, the scales of norms
+  and what else is added or multiplied in float32 stay as they are.
+  """
+
+  def cast(path, x):
+    name = path_name(path).rpartition("/")[2]
+    return x.astype(dtype) if name in ("kernel", "embed") else x
+
+  return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def average(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:

@@ -29,7 +29,7 @@ from sigattn.training import files, metrics, saved
 
 # Increased whenever config keys or parameter paths change, so that a run of an
 # older version is refused with a clear message instead of a missing key.
-FORMAT = 2
+FORMAT = 3
 
 # Config keys, or their prefixes, that may change when a run is resumed.
 _CHANGEABLE = (
@@ -43,6 +43,9 @@ _CHANGEABLE = (
   "telemetry.",
   "data.num_workers",
   "attn.implementation",
+  "model.remat",
+  "model.max_unrolled",
+  "model.loss_chunks",
 )
 
 

@@ -68,8 +68,14 @@ def _update(config, static, tx):
   decay = config.optim.ema_decay
 
   @functools.partial(jax.value_and_grad, has_aux=True)
-  def gradients(params, batch, rng):
+  def low_gradients(params, batch, rng):
     return task.loss(config, nnx.merge(static, params), batch, rng)
+
+  def gradients(params, batch, rng):
+    low = optim.lowered(params, config.optim.grad_dtype)
+    values, grads = low_gradients(low, batch, rng)
+    # XLA converts where it reads: what lies in memory stays as it is.
+    return values, optax.tree.cast(grads, jnp.float32)
 
   def update(state, batch):
     # The number 0 is left to the initialisation.

@@ -97,7 +97,8 @@ def get_config():
   config.model = dict(
     width=16, depth=1, num_heads=2, mlp_dim=32, mlp="gelu", norm="pre",
     norm_kind="layernorm", layer_scale=None, dropout=0.0, drop_path=0.0,
-    remat=False,
+    remat="none",
+    max_unrolled=6,
   )
   config.ckpt.best_metric = "loss"
   config.ckpt.best_mode = "min"

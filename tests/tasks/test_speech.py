@@ -149,7 +149,7 @@ def test_positions_tell_the_order_where_alibi_tells_distances_alone(name):
   "values",
   [
     {"model.positions": "cape", "model.norm": "hybrid", "dtype": "bfloat16"},
-    {"attn.kind": "softmax", "model.norm": "post", "model.remat": True},
+    {"attn.kind": "softmax", "model.norm": "post", "model.remat": "all"},
   ],
   ids=str,
 )

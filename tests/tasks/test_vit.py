@@ -186,7 +186,7 @@ def test_n_is_the_token_count(pool, tokens):
   [
     *({"attn.kind": kind} for kind in attention.KINDS),
     {"model.mlp": "swiglu", "model.norm": "hybrid", "attn.num_kv_heads": 1},
-    {"model.norm": "post", "model.positions": "rope", "model.remat": True},
+    {"model.norm": "post", "model.positions": "rope", "model.remat": "all"},
     {"model.layer_scale": 1e-4, "attn.learn_logit_bias": True},
     {"dtype": "bfloat16", "attn.qk_norm": "layernorm"},
     {"dtype": "bfloat16", "attn.kind": "softmax", "attn.alibi": True},

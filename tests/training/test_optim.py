@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from configs import vit
-from sigattn.training import optim
+from configs import lm, vit
+from sigattn.training import mesh, optim, setup, step
 
 
 def make_config(**values):
@@ -85,8 +85,8 @@ def test_adamw_equals_optax_adamw_on_the_decayed_parameters():
     c.lr, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=0.1, mask=mask
   )
   state, reference_state = optimizer.init(PARAMS), reference.init(PARAMS)
-  for step in range(3):
-    grads = jax.tree.map(lambda x, s=step: jnp.sin(x + s), PARAMS)
+  for i in range(3):
+    grads = jax.tree.map(lambda x, s=i: jnp.sin(x + s), PARAMS)
     updates, state = optimizer.update(grads, state, PARAMS)
     expected, reference_state = reference.update(grads, reference_state, PARAMS)
     jax.tree.map(
@@ -113,3 +113,43 @@ def test_average_forgets_the_start_and_then_decays_with_ema_decay():
   late = optim.average(ema, params, jnp.array(10**6), 0.999)
   np.testing.assert_allclose(first["w"], 0.9, rtol=1e-6)
   np.testing.assert_allclose(late["w"], 1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
+def test_first_moment_has_its_dtype(name):
+  for dtype in ("float32", "bfloat16"):
+    tx = optim.make(make_config(name=name, mu_dtype=dtype), PARAMS)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+    found = {x.dtype.name for x in jax.tree.leaves(state) if x.shape and x.size}
+    others = {"float32"} if name == "adamw" else set()  # the second moment
+    assert found == {dtype} | others
+
+
+def test_gradients_in_bfloat16_are_those_of_its_products():
+  config = lm.get_config("runlocal").unlock()
+  config.dtype = "bfloat16"
+  found = []
+  for config.optim.grad_dtype in ("float32", "bfloat16"):
+    setup.validate_config(config)
+    state, update = step.init(config, mesh.make())
+    grads = jax.jit(lambda *a: update(*a)[0])(state, BATCH)  # noqa: B023
+    assert {x.dtype.name for x in jax.tree.leaves(grads)} == {"float32"}
+    found.append(grads)
+  wanted, rounded = found
+  flat = jax.tree_util.tree_leaves_with_path(wanted)
+  for (path, exact), x in zip(flat, jax.tree.leaves(rounded), strict=True):
+    error = jnp.linalg.norm(x - exact) / jnp.linalg.norm(exact)
+    assert error < jnp.finfo("bfloat16").eps, path
+  kernel = rounded["stack"]["blocks"]["mlp"]["up"]["kernel"]
+  np.testing.assert_array_equal(kernel, kernel.astype("bfloat16"))
+
+
+BATCH = {"token": np.random.default_rng(0).integers(0, 64, (8, 33), np.int32)}
+
+
+def test_bfloat16_gradients_need_bfloat16_activations():
+  config = lm.get_config("runlocal").unlock()
+  config.optim.grad_dtype = "bfloat16"
+  with pytest.raises(ValueError, match="grad_dtype='bfloat16'; must be float"):
+    setup.validate_config(config)

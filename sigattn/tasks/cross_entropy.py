@@ -1,0 +1,152 @@
+"""The cross-entropy of logits that a product makes, without holding them all.
+
+The float32 logits of 32,768 tokens and as many symbols take 4 GiB, and so does
+their gradient. Here they are made for some tokens at a time, and the gradients
+of both factors are computed beside the loss: once the logits of a token are
+there, its gradient is known up to the factor that comes from above. Liger
+(2410.10989) does the same for PyTorch.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Scored(NamedTuple):
+  """What `linear_cross_entropy` returns.
+
+  total: the sum of weight_BT * nats_BT, float32; only this is differentiable.
+  nats_BT: -log softmax(logits)[target], float32.
+  correct_BT: whether the target is the first of the largest logits.
+  """
+
+  total: jax.Array
+  nats_BT: jax.Array
+  correct_BT: jax.Array
+
+
+def linear_cross_entropy(
+  x_BTD: jax.Array,
+  embed_VD: jax.Array,
+  target_BT: jax.Array,
+  weight_BT: jax.Array,
+  chunks: int = 1,
+) -> Scored:
+  """Scores the logits x embed^T, which are float32, against the targets.
+
+  With p = softmax(logits) and weights w the gradient of the total is
+
+    dlogits = w (p - onehot(target))    dx = dlogits embed
+    dembed = dlogits^T x                dw = nats
+
+  Products are of x's dtype: the embedding and dlogits are rounded to it. Sums
+  are float32, also that of dembed over the chunks.
+
+  Args:
+    x_BTD: in float32, bfloat16 or float16. embed_VD: in any of them.
+    target_BT: int, from 0 to V - 1.
+    weight_BT: of each token in the total, 0 for those that do not count.
+    chunks: the number of parts, along T, that are computed one after another.
+      The logits of one part need B T V / chunks floats of memory.
+
+  Raises:
+    ValueError: if `chunks` does not divide T.
+  """
+  length = x_BTD.shape[1]
+  if chunks < 1 or length % chunks:
+    raise ValueError(f"{chunks=}; must divide the {length} tokens of a row")
+  weight_BT = weight_BT.astype(jnp.float32)
+  scored = _scored(chunks, x_BTD, embed_VD, target_BT, weight_BT)
+  # Autodiff would take the gradient of these two for zero without a word.
+  return scored._replace(nats_BT=jax.lax.stop_gradient(scored.nats_BT))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scored(chunks, x_BTD, embed_VD, target_BT, weight_BT):
+  embed_VD = embed_VD.astype(x_BTD.dtype)
+
+  def score(_, part):
+    x_BTD, target_BT, weight_BT = part
+    logits_BTV = _logits(x_BTD, embed_VD)
+    nats_BT = _log_sum(logits_BTV) - _at(logits_BTV, target_BT)
+    return None, (nats_BT, logits_BTV.argmax(-1) == target_BT)
+
+  parts = x_BTD, target_BT, weight_BT
+  nats_BT, correct_BT = _over_chunks(score, None, parts, chunks)[1]
+  return Scored(jnp.vdot(weight_BT, nats_BT), nats_BT, correct_BT)
+
+
+def _with_gradients(chunks, x_BTD, embed_VD, target_BT, weight_BT):
+  embed_dtype, embed_VD = embed_VD.dtype, embed_VD.astype(x_BTD.dtype)
+
+  def score(d_embed_VD, part):
+    x_BTD, target_BT, weight_BT = part
+    logits_BTV = _logits(x_BTD, embed_VD)
+    log_sum_BT = _log_sum(logits_BTV)
+    nats_BT = log_sum_BT - _at(logits_BTV, target_BT)
+    correct_BT = logits_BTV.argmax(-1) == target_BT
+    p_BTV = jnp.exp(logits_BTV - log_sum_BT[..., None])
+    symbol_BTV = jax.lax.broadcasted_iota(jnp.int32, p_BTV.shape, 2)
+    is_target_BTV = symbol_BTV == target_BT[..., None]
+    d_logits_BTV = weight_BT[..., None] * (p_BTV - is_target_BTV)
+    d_logits_BTV = d_logits_BTV.astype(x_BTD.dtype)
+    d_x_BTD = jnp.einsum("BTV,VD->BTD", d_logits_BTV, embed_VD)
+    d_embed_VD += jnp.einsum(
+      "BTV,BTD->VD", d_logits_BTV, x_BTD, preferred_element_type=jnp.float32
+    )
+    return d_embed_VD, (nats_BT, correct_BT, d_x_BTD)
+
+  zeros_VD = jnp.zeros(embed_VD.shape, jnp.float32)
+  parts = x_BTD, target_BT, weight_BT
+  d_embed_VD, outs = _over_chunks(score, zeros_VD, parts, chunks)
+  nats_BT, correct_BT, d_x_BTD = outs
+  scored = Scored(jnp.vdot(weight_BT, nats_BT), nats_BT, correct_BT)
+  return scored, (d_x_BTD, d_embed_VD.astype(embed_dtype), nats_BT)
+
+
+def _scale_gradients(chunks, saved, cotangents):
+  del chunks
+  d_x_BTD, d_embed_VD, d_weight_BT = (
+    (cotangents.total * x).astype(x.dtype) for x in saved
+  )
+  return d_x_BTD, d_embed_VD, None, d_weight_BT
+
+
+_scored.defvjp(_with_gradients, _scale_gradients)
+
+
+def _logits(x_BTD, embed_VD):
+  return jnp.einsum(
+    "BTD,VD->BTV", x_BTD, embed_VD, preferred_element_type=jnp.float32
+  )
+
+
+def _log_sum(logits_BTV):
+  return jax.nn.logsumexp(logits_BTV, axis=-1)
+
+
+def _at(logits_BTV, target_BT):
+  return jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
+
+
+def _over_chunks(function, carry, parts, chunks):
+  """function(carry, parts) -> (carry, outs), once for each chunk along T.
+
+  T is cut and not B, so that each device of a mesh that shares a batch has its
+  own part of every chunk.
+  """
+  if chunks == 1:
+    return function(carry, parts)
+
+  def cut(x):
+    shape = x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]
+    return jnp.moveaxis(x.reshape(shape), 1, 0)
+
+  def join(x):
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+  carry, outs = jax.lax.scan(function, carry, jax.tree.map(cut, parts))
+  return carry, jax.tree.map(join, outs)
