@@ -81,9 +81,19 @@ def _base():
     # sigmoid is behind softmax, and RoPE makes up for it. With RoPE alone, a
     # model fails on texts longer than its training rows (benchmarks/NOTES.md).
     positions="rope",
-    mlp="swiglu",  # gelu or swiglu
+    rope_base=10_000.0,  # of RoPE's wavelengths
+    rope_share=1.0,  # of a head's features that RoPE turns
+    use_bias=False,  # in the linear layers of the blocks
+    # Whether attention and MLP both read the block's input (GPT-J, GPT-NeoX).
+    parallel=False,
+    tied=True,  # whether the logits are products with the embedding
+    # c of c tanh(logits / c); None means no cap.
+    logit_cap=config_dict.placeholder(float),
+    mlp="swiglu",  # gelu, gelu_exact or swiglu
     norm="hybrid",  # pre, post, or hybrid: x + norm(f(norm(x)))
     norm_kind="rmsnorm",  # layernorm or rmsnorm
+    # Added to the variance in a norm. None: 1e-6, or 1e-5 for rmsnorm.
+    norm_epsilon=config_dict.placeholder(float),
     # Initial value of the factor on each branch, 1e-4 in the paper's code. None
     # means no factor.
     layer_scale=config_dict.placeholder(float),
@@ -105,7 +115,7 @@ def _base():
   config.model.max_length = config.data.get_ref("length") * 1
   config.attn.update(alibi=True, qk_norm="rmsnorm")
   config.optim.update(lr=5e-3, b2=0.98, weight_decay=0.1)
-  config.optim.decay_groups = ((r".*kernel|embed", 1.0),)
+  config.optim.decay_groups = ((r".*kernel|embed|head", 1.0),)
   config.eval.every_steps = config.get_ref("total_steps") // 4
   # Rows of a stream to evaluate; None means all.
   config.eval.rows = config_dict.placeholder(int)
@@ -177,6 +187,9 @@ def _published(config, size):
     loss_chunks=8,
   )
   config.optim.update(lr=0.01, b2=0.95, end_lr=0.1)
+  # The published recipe decays the norms' scales too. Its warm-up begins at 0,
+  # where an update changes nothing; ours begins one step of it further.
+  config.optim.decay_groups = ((r".*kernel|embed|head|.*scale", 1.0),)
   config.optim.warmup_steps = 5000
   # The published weight decay is independent of the learning rate: 1e-4 times a
   # schedule with peak 1. Ours is multiplied by lr, so divide by it.

@@ -33,7 +33,8 @@ ARROWS = {
     "extras",
   },
 }
-ARROWS["training"] = {"tasks", "data", "validate", "extras"}
+ARROWS["pretrained"] = {"layers", "validate", "extras"}
+ARROWS["training"] = {"pretrained", "tasks", "data", "validate", "extras"}
 _ABOVE_TRAINING = {"training", *ARROWS["training"], *ARROWS["tasks"]}
 ARROWS["inference"] = _ABOVE_TRAINING
 ARROWS["analysis"] = _ABOVE_TRAINING
