@@ -83,8 +83,8 @@ def _base():
     depth=4,
     num_heads=4,
     mlp_dim=576,
-    # log_mel (normalised for each recording), or whisper: as Whisper's extractor
-    # for recordings of up to 30 seconds, at 16 kHz.
+    # log_mel (normalised for each recording), or whisper: that of Whisper's
+    # extractor for recordings of up to 30 seconds, at 16 kHz.
     features="log_mel",
     mel_bins=80,
     # (kernel, stride) of each convolution. The first counts frames, the others

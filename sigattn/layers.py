@@ -307,8 +307,8 @@ class Mlp(nnx.Module):
   """gelu: W_down gelu(W_up x). swiglu: W_down (silu(W_gate x) * W_up x).
 
   gelu is the tanh form of 1606.08415, as in jax.nn and in ViT: with it, a step
-  of configs/vit.py takes 0.8 of the time that it takes with gelu_exact, x Phi(x)
-  with the normal distribution function Phi, which PyTorch's models have.
+  of configs/vit.py takes 0.8 of the time that it takes with the exact form.
+  gelu_exact is that, x Phi(x) with the normal distribution function Phi.
   swiglu: 2002.05202. hidden: F.
   """
 

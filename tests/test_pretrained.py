@@ -44,7 +44,9 @@ def make(name, **values):
 
 
 def initial(config):
-  return jax.device_get(setup.init(config)[1])
+  """Parameters of the right shapes; what they are is overwritten."""
+  shapes = jax.eval_shape(lambda: setup.init(config)[1])
+  return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
 
 
 def loaded(config):
@@ -212,6 +214,22 @@ def test_a_model_that_ours_cannot_be_is_refused(change, message, tmp_path):
 
   with pytest.raises(ValueError, match=message):
     read()
+
+
+def test_a_missing_head_is_not_taken_for_a_tied_one(tmp_path):
+  """lerobot issue 1529: lm_head is not saved where it is the embedding."""
+  for tied in (True, False):
+    folder = altered(tmp_path / str(tied), tie_word_embeddings=tied)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    if tied:
+      config = make("llama", **pretrained.values(folder))
+      config.init_from = str(folder)
+      assert "head" not in pretrained.start(config, initial(config))
+      continue
+    with pytest.raises(ValueError, match=r"no tensor 'lm_head\.weight', and"):
+      pretrained.values(folder)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -158,8 +158,9 @@ def _validate_depth(source):
   folder = hub.local(source)
   depths = {}
   for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-    if path.suffix.lower() in Image.registered_extensions():
-      path = path.relative_to(folder)
+    is_image = path.suffix.lower() in Image.registered_extensions()
+    path = path.relative_to(folder)
+    if is_image and not any(x.startswith((".", "__")) for x in path.parts):
       depths.setdefault(len(path.parts), []).append(str(path))
   if len(depths) > 1:
     [fewest, *_, usual] = sorted(depths.values(), key=len)

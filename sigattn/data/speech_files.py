@@ -51,7 +51,7 @@ def find(source: str) -> Recordings | None:
 
 def _metadata(folder):
   for name in _METADATA:
-    for table in sorted(folder.rglob(name)):
+    for table in _tables(folder, f"**/{name}"):
       rows = _jsonl(table) if name.endswith("l") else _csv(table)
       for row in rows:
         names = [x for x in TEXT_COLUMNS if isinstance(row.get(x), str)]
@@ -66,7 +66,7 @@ def _metadata(folder):
 
 
 def _librispeech(folder):
-  for table in sorted(folder.rglob("*.trans.txt")):
+  for table in _tables(folder, "**/*.trans.txt"):
     place = table.parent.relative_to(folder)
     split = place.parts[0] if place.parts else "train"
     for line in table.read_text(encoding="utf-8").splitlines():
@@ -76,7 +76,7 @@ def _librispeech(folder):
 
 
 def _common_voice(folder):
-  for table in sorted(folder.glob("*.tsv")):
+  for table in _tables(folder, "*.tsv"):
     for row in _csv(table, delimiter="\t", quoting=csv.QUOTE_NONE):
       if not {"path", "sentence"} <= row.keys():
         break  # one of its other tables, of durations for example
@@ -85,6 +85,20 @@ def _common_voice(folder):
         str(pathlib.Path("clips") / row["path"]),
         row["sentence"],
       )
+
+
+def _tables(folder, pattern):
+  """The files of the pattern, without what systems hide beside them.
+
+  macOS puts ._x beside x, and __MACOSX into its archives.
+  """
+  return [
+    path
+    for path in sorted(folder.glob(pattern))
+    if not any(
+      part.startswith((".", "__")) for part in path.relative_to(folder).parts
+    )
+  ]
 
 
 def _csv(table, **options):

@@ -700,7 +700,8 @@ class _DocumentIterator(grain.DatasetIterator):
   def __next__(self):
     while (example := self._next()) is not None:
       document = self._text(example)
-      if _is_in(self._origin, document):
+      # Of an empty text, a model would learn that nothing follows a beginning.
+      if document.strip() and _is_in(self._origin, document):
         self._any = True
         return document
     if not self._any:

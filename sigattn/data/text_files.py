@@ -118,13 +118,25 @@ def open_files(
       },
     ),
   }
+
+  def load(kind, paths, **more):
+    builder, options = builders[kind]
+    return datasets.load_dataset(
+      builder,
+      data_files={"train": [*map(glob.escape, paths)]},
+      split="train",
+      streaming=True,
+      **options,
+      **more,
+    )
+
   opened = []
   for kind, paths in files.items():
-    builder, options = builders[kind]
-    opened.append((kind, datasets.load_dataset(
-      builder, data_files={"train": [*map(glob.escape, paths)]}, split="train",
-      streaming=True, **options,
-    )))  # fmt: skip
+    stream = load(kind, paths)
+    if kind == ".parquet" and column in (stream.features or ()):
+      # The other columns take time, and may differ from file to file.
+      stream = load(kind, paths, columns=[column])
+    opened.append((kind, stream))
   return opened
 
 

@@ -110,7 +110,7 @@ def _read(folder):
     values = FAMILIES[kind].values(theirs, _Tensors(folder).shapes)
   except KeyError as error:
     raise ValueError(
-      f"config.init_from={str(folder)!r}; its config or its tensors lack {error}"
+      f"config.init_from={str(folder)!r}; its config or tensors lack {error}"
     ) from error
   except ValueError as error:
     raise ValueError(f"config.init_from={str(folder)!r}; {error}") from error

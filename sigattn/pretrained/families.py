@@ -190,6 +190,17 @@ def _sizes(config):
   }
 
 
+def _is_tied(config, shapes, head):
+  """Whether the embedding is the head too; raises if a head is missing."""
+  if head in shapes:
+    return False
+  if not config.get("tie_word_embeddings", False):
+    raise ValueError(
+      f"there is no tensor {head!r}, and tie_word_embeddings is not set"
+    )
+  return True
+
+
 def _language(config, **values):
   base, share = _rope(config)
   width, heads = config["hidden_size"], config["num_attention_heads"]
@@ -218,7 +229,7 @@ def _llama_values(config, shapes):
       "model.norm_epsilon": config["rms_norm_eps"],
       "model.use_bias": False,
       "model.parallel": False,
-      "model.tied": "lm_head.weight" not in shapes,
+      "model.tied": _is_tied(config, shapes, "lm_head.weight"),
     },
   )
 
@@ -290,7 +301,7 @@ def _gpt_neox_values(config, shapes):
       "model.norm_epsilon": config["layer_norm_eps"],
       "model.use_bias": True,
       "model.parallel": config["use_parallel_residual"],
-      "model.tied": "embed_out.weight" not in shapes,
+      "model.tied": _is_tied(config, shapes, "embed_out.weight"),
     },
   )
 

@@ -369,6 +369,17 @@ def test_a_class_that_a_split_lacks_is_named(folder, monkeypatch):
   assert "1 of the 2 classes: dog" in line
 
 
+def test_hidden_files_are_no_images_and_no_class(folder):
+  """torchvision issues 109 and 2831."""
+  save(folder / "train" / ".ipynb_checkpoints" / "x.png", picture(9, 9, 3))
+  (folder / "train" / "dog" / "._1.png").write_bytes(b"\x00")
+  (folder / "train" / ".DS_Store").write_bytes(b"\x00")
+  config = local(folder)
+  validate_source(config)
+  batches = list(tasks.eval_batches(config, "train"))
+  assert sum(batch["weight"].sum() for batch in batches) == 8
+
+
 def test_a_class_that_lies_deeper_is_named(folder):
   save(folder / "train" / "dog" / "small" / "x.png", picture(9, 9, 3))
   expect_refusal(

@@ -119,8 +119,16 @@ def test_folder_with_metadata(kind, tmp_path):
   if kind == "csv at the top":
     (tmp_path / "metadata.csv").write_text(
       "file_name,transcription\n"
-      'train/a.flac,"train, two"\ntest/a.flac,"test, two"\n'
+      'train/a.flac,"train, two"\ntest/./a.flac,"test, two"\n'
     )
+  # datasets issue 5046 and torchvision issue 2831: a path that begins with ./,
+  # and what systems leave behind.
+  for table in list(tmp_path.rglob("metadata.*")):
+    table.write_text(table.read_text().replace("a.flac", "./a.flac"))
+    (table.parent / f"._{table.name}").write_bytes(b"\x00\xff")
+    hidden = table.parent / "__MACOSX"
+    hidden.mkdir()
+    (hidden / table.name).write_bytes(b"\x00\xff")
   config = small(**{"data.source": str(tmp_path)})
   setup.validate_config(config)
   assert spoken(config, "train") == [("train two", 0.5)]

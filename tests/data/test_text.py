@@ -472,6 +472,47 @@ def _texts_if_any(config, split):
     return []
 
 
+def test_empty_texts_are_no_documents(tmp_path):
+  """gpt-2-output-dataset issue 51; blank lines of a .txt are empty too."""
+  path = tmp_path / "a.txt"
+  path.write_text("one\n\n  \ntwo\n")
+  config = make(**{"data.source": "kjv/x", "data.eval_source": str(path)})
+  config.data.lines = True
+  rows = rows_of(tasks.eval_batches(config, "test"))
+  assert sorted(x for _, x in texts_of(rows)) == ["one", "two"]
+
+
+def test_files_with_other_columns_are_read(tmp_path):
+  """datasets issue 7169 and mini_qwen issue 2: "column names don't match"."""
+  for i, columns in enumerate(({"n": [1]}, {"m": ["x"]}, {})):
+    datasets.Dataset.from_dict({"text": [f"text {i}"], **columns}).to_parquet(
+      tmp_path / f"{i}.parquet"
+    )
+  (tmp_path / "3.jsonl").write_text('{"text": "text 3", "n": {"a": null}}')
+  config = make(**{"data.source": "kjv/x", "data.eval_source": str(tmp_path)})
+  config.data.update(train_split="x", eval_split="train")
+  rows = rows_of(tasks.eval_batches(config, "train"))
+  assert sorted(x for _, x in texts_of(rows)) == [f"text {i}" for i in range(4)]
+
+
+def test_a_resumed_epoch_is_followed_by_whole_ones(tmp_path):
+  """litgpt issue 1712 and torchtitan pull request 3008."""
+  texts = documents(24)
+  for i in range(2):
+    write(tmp_path / f"{i}.jsonl", texts[12 * i : 12 * (i + 1)])
+  origin = text._Origin(str(tmp_path), "train")
+  documents_ = text._DocumentIterator(origin, in_training=True)
+  for _ in range(24 + 1 + 20):  # into the second epoch, of the second file
+    next(documents_)
+  state = json.loads(json.dumps(documents_.get_state()))
+  again = text._DocumentIterator(origin, in_training=True)
+  again.set_state(state)
+  rest = [next(again) for _ in range(4 + 1 + 24 + 1)]
+  assert rest[4] is rest[-1] is None
+  assert sorted(rest[:4]) == sorted(texts[20:])
+  assert sorted(rest[5:-1]) == sorted(texts)
+
+
 def test_a_preset_does_not_ignore_the_source_that_is_given(tmp_path):
   path = tmp_path / "mine.txt"
   path.write_text("mine " * 100)
