@@ -14,6 +14,7 @@ sys.path.append("..")  # the root of the repository
 import json
 import pathlib
 import tempfile
+import warnings
 
 import matplotlib.pyplot as plt
 
@@ -24,6 +25,7 @@ from sigattn.training import metrics
 from train import train
 
 metrics.console.quiet = True  # hides each run's tables and progress
+warnings.filterwarnings("ignore", "IProgress")  # of a widget that none needs
 root = pathlib.Path(tempfile.mkdtemp())
 
 # A .txt of one's own: its last 5 % are held out.
@@ -90,8 +92,8 @@ for name, run in runs.items():
 
 # %% [markdown]
 # The parameters were trained with other attention weights than those that
-# sigmoid makes of them. The model is yet soon far ahead of one from random
-# parameters, and nears the one that kept softmax.
+# sigmoid makes of them. The model is nevertheless soon far ahead of one from
+# random parameters, and near to the one that kept softmax.
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
