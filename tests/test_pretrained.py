@@ -140,8 +140,7 @@ def test_a_softmax_model_goes_on_with_sigmoid_and_is_saved(tmp_path):
     np.testing.assert_allclose(tree["embed"], start["embed"], atol=1e-5)
   bias_LN = state.params["stack"]["blocks"]["attn"]["logit_bias"]
   np.testing.assert_allclose(bias_LN, -np.log(16), atol=1e-4)
-  # A resumed run does not read the folder's tensors again.
-  config.total_steps = 2
+  config.total_steps = 2  # and now from the checkpoint
   assert int(train(config, tmp_path / "run").step) == 2
   with pytest.raises(ValueError, match=r"llama: config\.attn\.kind='sigmoid'"):
     pretrained.save(config, state.params, tmp_path / "out")
