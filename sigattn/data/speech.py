@@ -33,8 +33,9 @@ from sigattn.validate import Field, real, sequence, text, whole
 # file.
 EMBEDDED = {"spoken_prompts": "spoken_prompts.parquet"}
 _SPLITS = ("train", "test")
-# One of this many transcripts of the embedded set is in the test split. The
-# transcript decides, so that none is in both splits.
+# One of this many transcripts is in the test split, of the embedded set and of
+# a folder of recordings that has train alone. The transcript decides, so that
+# none is in both splits.
 _HELD_OUT_EVERY = 10
 # Samples per second. At a rate of 1 in its header, a short recording would be
 # resampled to gigabytes.
@@ -110,9 +111,31 @@ def _splits(config):
   if source in EMBEDDED:
     hub.embedded(source, EMBEDDED[source])
     return _SPLITS
-  if (found := speech_files.find(source)) is not None:
+  if (found := _found(source)) is not None:
     return tuple(found)
   return hub.splits(_builder(config))
+
+
+def _found(source):
+  """speech_files.find, with a test split held out where there is only train."""
+  found = speech_files.find(source)
+  if found is None or set(found) != {"train"}:
+    return found
+  splits = {name: [] for name in _SPLITS}
+  for row in found["train"]:
+    splits[_split_of(row[1])].append(row)
+  if not all(splits.values()):
+    raise ValueError(
+      f"config.data.source={source!r}; about every {_HELD_OUT_EVERY}th "
+      "transcript is held out where no folder is called test, but of these "
+      f"{len(found['train'])} that leaves a split empty: put some recordings "
+      "into folders train and test"
+    )
+  return splits
+
+
+def _split_of(transcript):
+  return _SPLITS[zlib.crc32(transcript.encode()) % _HELD_OUT_EVERY == 0]
 
 
 def _builder(config):
@@ -227,8 +250,7 @@ def _embedded_rows(name, split):
   return [
     row
     for row in _embedded_table(name)
-    if _SPLITS[zlib.crc32(row["text"].encode()) % _HELD_OUT_EVERY == 0]
-    in split.split("+")
+    if _split_of(row["text"]) in split.split("+")
   ]
 
 
@@ -249,7 +271,7 @@ class _TableRecordings(_Recordings):
 
     source = config.data.source
     self._origin = f"config.data.source={source!r}, split {split!r}"
-    found = speech_files.find(source)
+    found = _found(source)
     if found is None:
       table = hub.table(source, _builder(config), split)
     else:

@@ -42,7 +42,7 @@ def test_log_mel_is_librosas(rate):
 
 @pytest.mark.parametrize("padding", [0, 1000])
 def test_whispers_features(padding):
-  """The expected ones are transformers'; see tests/references.py."""
+  """The expected ones are transformers'; see tests/references/make.py."""
   expected_TM = np.load(ROOT / "references" / "whisper.npz")["features"]
   audio_S = np.pad(chirp(16000), (0, padding))
   features_BTM = log_mel.whisper(np.stack([0.01 * audio_S, audio_S]), 80)

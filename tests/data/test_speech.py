@@ -170,14 +170,33 @@ def test_the_layout_of_common_voice(tmp_path):
     setup.validate_config(config)
 
 
+def test_recordings_without_a_test_split_get_one(tmp_path):
+  rows = [f"a.flac,number {i % 40}" for i in range(60)]
+  put(tmp_path, a=0.5)
+  table = tmp_path / "metadata.csv"
+  table.write_text("\n".join(["file_name,text", *rows]))
+  config = small(**{
+    "data.source": str(tmp_path), "data.alphabet": " 0123456789bemnru",
+  })  # fmt: skip
+  setup.validate_config(config)
+  train, test = ([x for x, _ in spoken(config, s)] for s in ("train", "test"))
+  assert len(train) + len(test) == 60
+  assert 2 <= len(test) <= 15
+  assert not set(train) & set(test)
+  table.write_text("file_name,text\na.flac,one\n")
+  with pytest.raises(ValueError, match="of these 1 that leaves a split empty"):
+    setup.validate_config(config)
+
+
 def test_metadata_may_not_name_files_elsewhere(tmp_path):
   put(tmp_path, secret=0.5)
   folder = tmp_path / "folder"
   folder.mkdir()
-  (folder / "metadata.csv").write_text("file_name,text\n../secret.flac,a\n")
+  table = "file_name,text\ntest/../../secret.flac,a\n"
+  (folder / "metadata.csv").write_text(table)
   config = small(**{"data.source": str(folder)})
   with pytest.raises(ValueError, match=r"lies outside of the source's folder"):
-    data.open_source(config, "train")
+    data.open_source(config, "test")
   (folder / "metadata.csv").write_text("file,text\n../secret.flac,a\n")
   with pytest.raises(ValueError, match=r"needs a column file_name.*'file', 't"):
     setup.validate_config(config)
