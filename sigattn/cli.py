@@ -8,6 +8,7 @@ the same `start`.
 import contextlib
 import difflib
 import importlib
+import os
 import pathlib
 import re
 import sys
@@ -111,6 +112,34 @@ def refusing(name: str, debug: bool = False) -> Iterator[None]:
     sys.exit(f"{name}: {text}")
 
 
+# Bytes; what was not used for the longest time is deleted first.
+_MOST_COMPILED = 8 * 2**30
+
+
+def keep_compiled() -> None:
+  """Lets later programs of this user find what XLA compiles in this one.
+
+  It is kept in the folder that JAX_COMPILATION_CACHE_DIR names, by default
+  sigattn/compiled in the user's cache ($XDG_CACHE_HOME or ~/.cache). An empty
+  variable, or JAX_ENABLE_COMPILATION_CACHE=false, turns this off. Where the
+  folder cannot be made, a message says so.
+  """
+  import jax
+
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  folder = pathlib.Path(home) / "sigattn" / "compiled"
+  try:
+    # Programs are read from it, so nobody else may write there.
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+  except OSError as error:
+    print(f"what is compiled is not kept: {error}", file=sys.stderr)
+    return
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_compilation_cache_max_size", _MOST_COMPILED)
+
+
 def start(
   run: Callable[..., Any],
   define_flags: Callable[[], None] = lambda: None,
@@ -135,6 +164,7 @@ def start(
       raise app.UsageError(f"not understood: {given}")
     if words is not None and not given:
       raise app.UsageError(f"name the {words}")
+    keep_compiled()
     return run(flags.FLAGS, *([given] if words is not None else []))
 
   def parse(argv):

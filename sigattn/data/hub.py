@@ -66,7 +66,8 @@ def builder(source: str, embedded_names: Collection[str]) -> Any:
   else:
     raise unknown_source(source, embedded_names)
   try:
-    return datasets.load_dataset_builder(name, subset or None)
+    with uncounted() if path.is_dir() else contextlib.nullcontext():
+      return datasets.load_dataset_builder(name, subset or None)
   except Exception as error:  # A strange folder makes it raise anything.
     raise ValueError(
       f"config.data.source={source!r}: cannot be read: {error}"
@@ -117,6 +118,23 @@ def unknown_source(
     f"({sorted(embedded_names)}), a local {files}folder, or a Hugging Face "
     "name: owner/name or owner/name:subset"
   )
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+  """A context in which `datasets` does not tell the Hub what it loads.
+
+  It counts the uses of its readers, of local files too: a request for each
+  file that is opened, which waits for seconds where there is no network.
+  """
+  import datasets
+
+  before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+  datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+  try:
+    yield
+  finally:
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 @contextlib.contextmanager

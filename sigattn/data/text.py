@@ -33,7 +33,16 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from sigattn.data import hub, loader, text_files, tokenizers
-from sigattn.validate import Field, flag, items, real, sequence, text, whole
+from sigattn.validate import (
+  Field,
+  added,
+  flag,
+  items,
+  real,
+  sequence,
+  text,
+  whole,
+)
 
 # The King James Bible, one verse per line; the licence is beside the file.
 EMBEDDED = {"kjv": "kjv.txt.xz"}
@@ -67,12 +76,13 @@ FIELDS = {
   "data.train_split": text(),
   "data.eval_split": text(),
   "data.text_column": text(),
-  "data.lines": flag(),
+  "data.lines": added(flag(), before=False),
   "data.tokenizer": text(),
   "data.vocab_size": whole(low=1, high=2**22),
   "data.length": whole(low=1, high=2**24),
   "data.shuffle_window": whole(low=1, high=10**8),
   "data.packing_window": whole(low=1, high=2**20),
+  "data.max_corrupt_share": added(real(low=0, high=1), before=0.0),
   "eval.rows": whole(low=1, high=10**12, optional=True),
 }
 
@@ -272,7 +282,7 @@ def _whole(source):
     with lzma.open(path, "rt", encoding="utf-8") as file:
       return file.read()
   origin = _Origin(source, "train")
-  [content] = _DocumentIterator(origin, in_training=False)
+  [content] = _DocumentIterator(origin, in_training=False, corrupt=_Corrupt())
   if not 2 <= len(content) <= _LONGEST_TEXT:
     raise ValueError(
       f"config.data.source={source!r}; has {len(content)} characters, must "
@@ -393,7 +403,7 @@ def documents(
   known = _splits(origin)
   if known is not None:
     hub.validate_split(source, split, known)
-  return _Documents(origin, in_training=False)
+  return _Documents(origin, in_training=False, corrupt=_Corrupt())
 
 
 def _num_rows(tokens, length):
@@ -457,11 +467,12 @@ class Stream:
     """Opens the split and reads a document of each source."""
     self._config, self._split = config, split
     self._tokenizer = tokenizer(config)
+    self._corrupt = {}  # {source: what is known of its documents}
     origins = self._train_origins()
     if not origins or split == config.data.eval_split:
       origins.append(self._eval_origin())
     for origin in origins:
-      _read_first(origin)
+      _read_first(origin, self._corrupt_of(origin))
 
   def _train_origins(self):
     if self._split != self._config.data.train_split:
@@ -474,6 +485,12 @@ class Stream:
   def _eval_origin(self):
     config = self._config
     return _origin(config, _eval_source(config), "eval_split", self._split)
+
+  def _corrupt_of(self, origin):
+    data = self._config.data
+    return self._corrupt.setdefault(
+      origin.source, _Corrupt(data.max_corrupt_share, data.shuffle_window)
+    )
 
   def train_batches(self, config: ConfigDict) -> Iterator[loader.Batch]:
     """Yields batches without end; each process reads its own documents.
@@ -509,7 +526,12 @@ class Stream:
     """A dataset of rows {"token", "segment"}, each (L + 1,)."""
     data, seed = self._config.data, self._config.seed
     pieces = grain.experimental.FlatMapIterDataset(
-      _Groups(origin, data.shuffle_window if train else None, seed),
+      _Groups(
+        origin,
+        data.shuffle_window if train else None,
+        seed,
+        self._corrupt_of(origin),
+      ),
       _Pieces(self._tokenizer, data.length),
     )
     packed = grain.experimental.FirstFitPackIterDataset(
@@ -563,18 +585,53 @@ class _Pieces(grain.experimental.FlatMapTransform):
     return pieces
 
 
+class _Corrupt:
+  """Names the documents of a stream that are no text; ends a run with too many.
+
+  How many documents a stream has is not known. The share is therefore that of
+  the documents read so far, and at first of the first `at_least`. In a run of
+  several processes, each of them counts what it reads itself. A run that is
+  resumed counts from 0.
+  """
+
+  def __init__(self, max_share=0.0, at_least=0):
+    self._max_share, self._at_least = max_share, at_least
+    self._read, self._why = 0, {}
+
+  def add(self, row, why):
+    """row: the number of the document within an epoch, from 0."""
+    self._read = max(self._read, row + 1)
+    if row in self._why:
+      return  # of another epoch
+    if not self._max_share:
+      raise ValueError(why)
+    self._why[row] = why
+    count = len(self._why)
+    most = int(self._max_share * max(self._read, self._at_least))
+    if count > most:
+      raise ValueError(
+        f"{count} documents are corrupt, of the first "
+        f"{max(self._read, self._at_least)}; config.data.max_corrupt_share="
+        f"{self._max_share} allows {most}: " + "; ".join(self._why.values())
+      )
+    logging.warning("skipped (%d of at most %d): %s", count, most, why)
+
+
 class _Groups(grain.IterDataset):
   """A dataset of lists of texts, each of which is encoded by one call.
 
   window: documents that are shuffled together; None: they come once, in order.
+  corrupt: as in _DocumentIterator.
   """
 
-  def __init__(self, origin, window, seed):
+  def __init__(self, origin, window, seed, corrupt=None):
     super().__init__()
     self._origin, self._window, self._seed = origin, window, seed
+    self._corrupt = corrupt
 
   def __iter__(self):
-    documents = _DocumentIterator(self._origin, self._window is not None)
+    in_training = self._window is not None
+    documents = _DocumentIterator(self._origin, in_training, self._corrupt)
     return _GroupIterator(self._origin, documents, self._window, self._seed)
 
 
@@ -653,9 +710,9 @@ def _grouped(texts):
 class _Documents(grain.IterDataset):
   """A dataset of the texts of a split; see _DocumentIterator."""
 
-  def __init__(self, origin, in_training):
+  def __init__(self, origin, in_training, corrupt=None):
     super().__init__()
-    self._arguments = origin, in_training
+    self._arguments = origin, in_training, corrupt
 
   def __iter__(self):
     return _DocumentIterator(*self._arguments)
@@ -665,17 +722,19 @@ class _DocumentIterator(grain.DatasetIterator):
   """Iterates over the texts of a split.
 
   in_training: whether to read this process's share of the documents instead of
-  all, and to start again at the end, which a None marks.
+  all, and to start again at the end, which a None marks. corrupt: counts those
+  that are no text, and are skipped; None: nothing counts them.
 
   Its state holds that of the `datasets` stream of one part of the source: the
   files of one kind.
   """
 
-  def __init__(self, origin, in_training):
+  def __init__(self, origin, in_training, corrupt=None):
     import datasets.distributed
 
     super().__init__()
     self._origin, self._in_training = origin, in_training
+    self._corrupt = corrupt
     self._parts = []  # (kind of the files, stream, its state at the beginning)
     with hub.reading(origin):
       for kind, stream in _open(origin):
@@ -687,9 +746,10 @@ class _DocumentIterator(grain.DatasetIterator):
         self._parts.append((kind, stream, stream.state_dict()))
     self._begin(epoch=0)
 
-  def _begin(self, epoch, part=0, place=None, any_document=False):
-    """any_document: whether this epoch has had one."""
-    self._epoch, self._part, self._any = epoch, part, any_document
+  def _begin(self, epoch, part=0, place=None, row=0, any_document=False):
+    """row: documents of this epoch so far. any_document: if one was a text."""
+    self._epoch, self._part, self._row = epoch, part, row
+    self._any = any_document
     kind, self._stream, start = self._parts[part]
     # Where nothing was read yet, the stream's own state is the one before.
     self._place = start if place is None else place
@@ -701,7 +761,7 @@ class _DocumentIterator(grain.DatasetIterator):
     while (example := self._next()) is not None:
       document = self._text(example)
       # Of an empty text, a model would learn that nothing follows a beginning.
-      if document.strip() and _is_in(self._origin, document):
+      if document and document.strip() and _is_in(self._origin, document):
         self._any = True
         return document
     if not self._any:
@@ -719,25 +779,39 @@ class _DocumentIterator(grain.DatasetIterator):
       self._place = None
       if example is not None or self._part + 1 == len(self._parts):
         return example
-      self._begin(self._epoch, self._part + 1, any_document=self._any)
+      self._begin(
+        self._epoch, self._part + 1, row=self._row, any_document=self._any
+      )
 
   def _text(self, example):
-    column = self._origin.column
-    columns = sorted(example) if isinstance(example, dict) else []
-    document = example[column] if column in columns else None
-    if not isinstance(document, str):
+    """The text of the next example; None if it is corrupt."""
+    row, column, source = self._row, self._origin.column, self._origin.source
+    self._row += 1
+    is_object = isinstance(example, dict)  # a line of JSON may be anything
+    if row == 0 and is_object and column not in example:
       raise ValueError(
         f"config.data.text_column={column!r}; must be a column of "
-        f"text, not {document!r}: the columns of {self._origin.source!r} are "
-        f"{columns}"
+        f"{source!r}, which has {sorted(example)}"
       )
-    return document
+    document = example.get(column) if is_object else None
+    if isinstance(document, str):
+      return document
+    if self._corrupt is not None:
+      shown = repr(example)
+      self._corrupt.add(
+        row,
+        f"{source!r}, split {self._origin.split!r}, document {row}: config."
+        f"data.text_column={column!r} must be text, not {document!r:.100}: "
+        f"{shown if len(shown) <= 300 else shown[:300] + '...'}",
+      )
+    return None
 
   def get_state(self):
     place = self._place
     return {
       "epoch": self._epoch,
       "part": self._part,
+      "row": self._row,
       "place": self._stream.state_dict() if place is None else place,
       "any_document": self._any,
     }
@@ -764,9 +838,9 @@ def _no_documents(origin):
   return message
 
 
-def _read_first(origin):
+def _read_first(origin, corrupt):
   """Raises ValueError if no document can be read; no process has a share."""
-  next(_DocumentIterator(origin, in_training=False))
+  next(_DocumentIterator(origin, in_training=False, corrupt=corrupt))
 
 
 def _open(origin):

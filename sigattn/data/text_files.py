@@ -121,14 +121,15 @@ def open_files(
 
   def load(kind, paths, **more):
     builder, options = builders[kind]
-    return datasets.load_dataset(
-      builder,
-      data_files={"train": [*map(glob.escape, paths)]},
-      split="train",
-      streaming=True,
-      **options,
-      **more,
-    )
+    with hub.uncounted():
+      return datasets.load_dataset(
+        builder,
+        data_files={"train": [*map(glob.escape, paths)]},
+        split="train",
+        streaming=True,
+        **options,
+        **more,
+      )
 
   opened = []
   for kind, paths in files.items():
@@ -143,7 +144,8 @@ def open_files(
 def examples(kind: str, rows: Iterator[dict[str, Any]]) -> Iterator[Any]:
   """The documents of an opened file, dicts of columns.
 
-  kind: the suffix. Raises ValueError for a line that is not JSON.
+  kind: the suffix. A line of a .jsonl may be anything else: what it holds, or
+  the line itself where it is not JSON.
   """
   if kind != ".jsonl":
     yield from rows
@@ -153,5 +155,5 @@ def examples(kind: str, rows: Iterator[dict[str, Any]]) -> Iterator[Any]:
     if line.strip():
       try:
         yield json.loads(line)
-      except ValueError as error:
-        raise ValueError(f"is no line of JSON: {line[:100]!r}") from error
+      except ValueError:
+        yield line

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from sigattn import layers
 from sigattn.pretrained.families import BLOCKS, FAMILIES
-from sigattn.validate import text, value_at
+from sigattn.validate import added, text, value_at
 
 
 def _init_from_has_the_shape(config):
@@ -52,7 +52,7 @@ def _init_from_has_the_shape(config):
     )
 
 
-FIELDS = {"init_from": text(optional=True)}
+FIELDS = {"init_from": added(text(optional=True), before=None)}
 RULES = (_init_from_has_the_shape,)
 
 

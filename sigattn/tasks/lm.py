@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from sigattn import layers, positions, stack
 from sigattn.data import loader, text
 from sigattn.tasks.cross_entropy import Scored, cap, linear_cross_entropy
-from sigattn.validate import choice, divides, flag, real, whole
+from sigattn.validate import added, choice, divides, flag, real, whole
 
 SOURCE = text
 UNIT = "rows"
@@ -131,7 +131,7 @@ class LanguageModel(nnx.Module):
     """
     # The cache's arrays start with an axis of layers, so S is axis 2.
     slot_S = jnp.arange(cache.key_BSKH.shape[2])[None]
-    visible_BS = (slot_S >= start_B[:, None]) & (slot_S <= place)
+    visible_BS = slot_S >= start_B[:, None]
     positions_BT = (place - start_B)[:, None]
     x_BTD, cache = self.stack(
       self._embed(token_B[:, None], positions_BT),
@@ -199,12 +199,14 @@ FIELDS = (
   | stack.LENGTH_FIELDS
   | {
     "model.positions": choice(POSITIONS),
-    "model.rope_base": real(low=1, high=1e12),
-    "model.rope_share": real(above=0, high=1),
-    "model.use_bias": flag(),
-    "model.parallel": flag(),
-    "model.tied": flag(),
-    "model.logit_cap": real(low=1e-3, high=1e6, optional=True),
+    "model.rope_base": added(real(low=1, high=1e12), before=10_000.0),
+    "model.rope_share": added(real(above=0, high=1), before=1.0),
+    "model.use_bias": added(flag(), before=False),
+    "model.parallel": added(flag(), before=False),
+    "model.tied": added(flag(), before=True),
+    "model.logit_cap": added(
+      real(low=1e-3, high=1e6, optional=True), before=None
+    ),
     "model.max_length": whole(low=1, high=2**31 - 1),
     "model.loss_chunks": whole(low=1, high=2**31 - 1),
     "eval.by_position": flag(),
@@ -237,6 +239,8 @@ RULES = (
   _rope_turns_pairs,
   _parallel_branches_have_norms_before_them,
   divides("model.loss_chunks", "data.length"),
+  # Other lengths would be padded.
+  divides("mesh.sequence", "data.length"),
 )
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -234,6 +235,58 @@ def test_every_document_comes_once_an_epoch(tmp_path):
   assert set(counts) <= {1, 2, 3, 4}
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_documents_that_are_no_text_are_skipped_up_to_the_share(
+  name, tmp_path, monkeypatch
+):
+  skipped = []
+  monkeypatch.setattr(
+    text.logging, "warning", lambda line, *args: skipped.append(line % args)
+  )
+  texts = documents(20)
+  bad = [*texts[:4], None, *texts[4:9], None, *texts[9:]]
+  good, path = (
+    write(tmp_path / folder / name, x)
+    for folder, x in (("good", texts), ("bad", bad))
+    if not (tmp_path / folder).mkdir()
+  )
+  values = {"data.shuffle_window": 5, "data.packing_window": 3}
+
+  def take(source, **more):
+    data = tasks.train_batches(
+      make(**{"data.source": source, **values, **more})
+    )
+    return [next(data)["token"] for _ in range(20)]
+
+  share = {"data.max_corrupt_share": 0.2}
+  np.testing.assert_equal(take(path, **share), take(good))
+  # Each is named once, though there are several epochs.
+  assert len(skipped) == 2
+  assert re.search("skipped .1 of at most 1.: .*document 4: ", skipped[0])
+  assert re.search("skipped .2 of at most 2.: .*document 10: ", skipped[1])
+  # Of a source that is also trained on, only a part would be evaluated.
+  sources = {"data.source": "x/y", "data.eval_source": path, **share, **values}
+  config = make(**sources)
+  setup.validate_config(config)
+  rows = rows_of(tasks.eval_batches(config, "test"))
+  config.data.eval_source = good
+  assert texts_of(rows) == texts_of(rows_of(tasks.eval_batches(config, "test")))
+  said = (
+    "2 documents are corrupt, of the first 11; .* allows 1: .* document 4: "
+  )
+  with pytest.raises(ValueError, match=f"{said}.*; .* document 10: "):
+    take(path, **{"data.max_corrupt_share": 0.1, "data.shuffle_window": 10})
+  with pytest.raises(ValueError, match="document 4: .*must be text, not None"):
+    take(path)
+
+
+def test_source_of_corrupt_documents_alone_is_refused(tmp_path):
+  path = write(tmp_path / "a.jsonl", [None] * 3)
+  config = make(**{"data.source": path, "data.max_corrupt_share": 1.0})
+  with pytest.raises(ValueError, match="contains no documents"):
+    next(tasks.train_batches(config))
+
+
 def test_mixture_has_the_shares_it_was_told(tmp_path):
   a = write(tmp_path / "a.jsonl", ["a" * 40] * 50)
   b = write(tmp_path / "b.jsonl", ["b" * 10] * 50)
@@ -284,7 +337,7 @@ def test_sources_that_cannot_be_read_are_named(tmp_path):
   (tmp_path / "b.jsonl").write_text("not json\n")
   config = make(**{"data.source": str(tmp_path / "b.jsonl")})
   with pytest.raises(
-    ValueError, match=r"b\.jsonl'.*: cannot be read: .*'not json"
+    ValueError, match=r"b\.jsonl'.*document 0.*must be text.*'not json"
   ):
     next(tasks.train_batches(config))
 
@@ -470,6 +523,17 @@ def _texts_if_any(config, split):
     return [x for _, x in texts_of(rows_of(tasks.eval_batches(config, split)))]
   except ValueError:  # none of so few is held out
     return []
+
+
+def test_the_hub_is_not_told_of_local_files(tmp_path, monkeypatch):
+  told = []
+  monkeypatch.setattr(
+    datasets.load, "get_session", lambda *_: told.append("a request")
+  )
+  path = write(tmp_path / "a.jsonl", documents(3))
+  assert len(list(text.documents(path, "train", "text")))
+  assert not told
+  assert datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
 
 
 def test_empty_texts_are_no_documents(tmp_path):
