@@ -8,6 +8,7 @@ or, in a notebook: `from train import train; state = train(config)`.
 import contextlib
 import os
 import sys
+import time
 
 import jax
 from absl import flags
@@ -49,9 +50,9 @@ def train(
     enter = stack.enter_context
     folder = enter(run_dir.RunDir(workdir, config))
     split, total = config.data.eval_split, config.total_steps
-    data = tasks.train_batches(config)
+    data = enter(contextlib.closing(tasks.train_batches(config)))
     eval_batches = tasks.eval_batches(config, split)
-    devices = mesh.make()
+    devices = mesh.make(config)
     state, update = step.init(config, devices)
     step_fn = step.jitted(update)
     evaluator = evaluate.evaluator(config, devices)
@@ -66,17 +67,18 @@ def train(
     state = checkpoints.restore(state, data)
     start = int(state.step)
     writer = enter(metrics.Writer(workdir, start, config.log.tensorboard))
-    _describe(config, state.params, workdir, start)
+    _describe(config, state, devices, workdir, start)
     unit = tasks.get(config.task).UNIT
     progress = enter(metrics.Progress(start, total, unit))
-    log = metrics.StepLog(config, writer, progress)
+    log = metrics.StepLog(config, writer, progress, checkpoints.log_state())
     stop = enter(process.stop_signals())
+    enter(process.ending_together())
     enter(jax.transfer_guard("disallow"))  # every copy to a device is meant
     finished = run_dir.done(workdir, total)
     compiled = set()  # shapes of a batch
 
     for i in range(start, total + 1):
-      last, stopping = i == total, stop.is_set()
+      last, stopping = i == total, stop.at(i)
       if i > start or (last and not finished):
         results = None
         if last or due(i, config.eval.every_steps):
@@ -91,13 +93,18 @@ def train(
           or checkpoints.is_best(results)
         ):
           log.finish()  # raises before a state that is not finite is saved
-          checkpoints.save(i, state, data, results)
+          checkpoints.save(i, state, data, results, log.state())
         if last:
           checkpoints.wait()  # a run without its checkpoint is not done
           run_dir.write_done(workdir, {"step": i, **results})
       if last or stopping:
         break
-      batch = mesh.put(next(data) if i or first is None else first, devices)
+      if due(i, config.log.every_steps):
+        checkpoints.raise_if_failed()
+      clock = time.perf_counter()
+      own_rows = next(data) if i or first is None else first
+      late = time.perf_counter() - clock
+      batch = mesh.put(own_rows, devices)
       if telemetry.is_due(config, i + 1):
         log.finish()
         writer.write(i + 1, telemetry.SPLIT, measure(state, batch))
@@ -111,22 +118,23 @@ def train(
         metrics.log(
           f"the first step ended {process.age():.1f} s after the start"
         )
+      step_metrics |= {"data_seconds": mesh.largest(late, devices)}
       log.step(i + 1, step_metrics, len(jax.tree.leaves(batch)[0]))
 
-  if workdir is not None:
+  if workdir is not None and not jax.process_index():
     report.finish(
       workdir, split, config.ckpt.best_metric, config.ckpt.best_mode
     )
   return state
 
 
-def _describe(config, params, workdir, start):
-  metrics.log(report.parameter_table(params))
-  devices = jax.devices()
+def _describe(config, state, devices, workdir, start):
+  metrics.log(mesh.table(state.params))
+  metrics.log(mesh.describe(state, devices))
   metrics.log(
     f"{config.task} with {config.attn.kind} attention: {config.total_steps} "
-    f"steps of {config.batch_size} on {len(devices)} x "
-    f"{devices[0].device_kind}, {config.dtype}"
+    f"steps of {config.batch_size} on {devices.size} x "
+    f"{jax.devices()[0].device_kind}, {config.dtype}"
   )
   if start:
     metrics.log(f"resumed from step {start} in {workdir}")
@@ -139,6 +147,13 @@ def _define_flags():
   flags.DEFINE_integer(
     "replay", None, "Run this step of the run again, to find what is NaN.", 1
   )
+  flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Of several processes: host:port of the first, or auto.",
+  )
+  flags.DEFINE_integer("processes", None, "How many of them there are.", 1)
+  flags.DEFINE_integer("process", None, "Which one of them this is, from 0.", 0)
   flags.DEFINE_bool("debug", False, "Show where in the code an error arose.")
 
 
@@ -149,8 +164,9 @@ def _main(given):
     flag.config_filename, flag.override_values
   )
   process.use_most_of_the_gpu()
-  process.keep_freed_memory()
   with cli.refusing("train.py", given.debug):
+    process.join(given.coordinator, given.processes, given.process)
+    process.keep_freed_memory()
     if given.replay is not None:
       values = replay.replay(workdir, given.replay)
       metrics.log(report.variants_table({f"step {given.replay}": values}))

@@ -228,7 +228,7 @@ def _gpu(lengths, widths, field, save):
   for row in result["memory"]:
     print("{:26} H{} n{}: saved {} MiB, peak {} MiB".format(*row.values()))
   result["rows"] = []
-  print("{:26}{:>10}{:>9}{:>8}{:>7}{:>8}{:>13}{:>8} {}".format(*columns))
+  print("{:35}{:>10}{:>9}{:>8}{:>7}{:>8}{:>13}{:>8} {}".format(*columns))
   table = cells(lengths, widths)
   prepared = prepare(table, field)
   for cell in table:
@@ -236,7 +236,7 @@ def _gpu(lengths, widths, field, save):
       row["share_of_matmul_ceiling"] = round(row["tflops"] / ceiling, 3)
       result["rows"].append(row)
       print(
-        "{:26}{:>10}{:9}{:8}{:>7}{:8}{:13.3f}{:8.1f} {}".format(
+        "{:35}{:>10}{:9}{:8}{:>7}{:8}{:13.3f}{:8.1f} {}".format(
           *(row[x] if x != "causal" else str(row[x]) for x in columns)
         ),
         flush=True,
@@ -334,7 +334,12 @@ def _cpu(lengths):
   }
 
 
-def _write(name, device, measurements):
+def write(name, device, measurements):
+  """Writes benchmarks/results/<name>.json and returns its path.
+
+  device: what was measured. measurements: a dict, written after the device, the
+  date, the commit and the version of jax.
+  """
   result = {
     "device": device,
     "date": datetime.date.today().isoformat(),
@@ -380,7 +385,7 @@ def main():
     return
   if jax.default_backend() == "cpu":
     device = f"CPU, {platform.machine()}, {multiprocessing.cpu_count()} cores"
-    path = _write("memory_cpu", device, _cpu(arguments.lengths or LENGTHS))
+    path = write("memory_cpu", device, _cpu(arguments.lengths or LENGTHS))
     print(f"written to {path}")
     return
   field = []
@@ -393,7 +398,7 @@ def main():
       print(f"{baseline.name}: {baseline.package} is not installed")
   kind = jax.devices()[0].device_kind
   name = arguments.out or f"kernels_{kind.replace(' ', '_').lower()}"
-  save = functools.partial(_write, name, kind)
+  save = functools.partial(write, name, kind)
   lengths = arguments.lengths or LENGTHS[:-1]
   path = save(_gpu(lengths, arguments.widths, field, save))
   print(f"written to {path}")

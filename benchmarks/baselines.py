@@ -86,9 +86,10 @@ def _inputs(cell):
   return [jax.random.normal(key, cell.shape, "bfloat16") for key in keys]
 
 
-def _jax_calls(attend, cell):
-  """The calls of attend(query, key, value)."""
+def _jax_calls(attend, cell, *extra):
+  """The calls of attend(query, key, value, *extra), differentiated by all."""
   *inputs, d_out = _inputs(cell)
+  inputs += extra
   forward = jax.jit(attend)
   _, pullback = jax.vjp(forward, *inputs)
 
@@ -108,21 +109,38 @@ def _jax_calls(attend, cell):
   }
 
 
-def _ours(implementation, cell, normalize=False):
-  lengths = cell.lengths
-  operands = dispatch.Operands(
-    query_seq_lengths=lengths, key_value_seq_lengths=lengths
-  )
+def _ours(
+  implementation, cell, normalize=False, logit_bias=None, vectors=False
+):
+  """Sigmoid attention.
 
-  def attend(query, key, value):
+  logit_bias: None: -log n. vectors: a trained number for each query and key.
+  """
+  lengths = cell.lengths
+  if logit_bias is None:
+    logit_bias = -math.log(cell.length)
+
+  def attend(query, key, value, *vectors):
+    operands = dispatch.Operands(
+      query_seq_lengths=lengths, key_value_seq_lengths=lengths
+    )
+    if vectors:
+      of_queries, of_keys = vectors
+      operands = operands._replace(
+        query_logit_bias=of_queries, key_logit_bias=of_keys
+      )
     out = dispatch.attention(
       query, key, value, operands, kind="sigmoid", scale=cell.width**-0.5,
-      logit_bias=-math.log(cell.length), is_causal=cell.causal,
-      normalize=normalize, implementation=implementation,
+      logit_bias=logit_bias, is_causal=cell.causal, normalize=normalize,
+      implementation=implementation,
     )  # fmt: skip
     return out[0] if normalize else out
 
-  return _jax_calls(attend, cell)
+  if not vectors:
+    return _jax_calls(attend, cell)
+  shape = cell.batch, cell.heads, cell.length
+  keys = jax.random.split(jax.random.key(1))
+  return _jax_calls(attend, cell, *(jax.random.normal(k, shape) for k in keys))
 
 
 def _jax_nn(implementation, cell):
@@ -255,6 +273,28 @@ BASELINES = (
     _ready,
     _any,
     normalize=True,
+  ),
+  Baseline(
+    "sigattn mosaic normalized, b = -14",
+    False,
+    "jax",
+    functools.partial(_ours, "mosaic", normalize=True, logit_bias=-14.0),
+    _ready,
+    normalize=True,
+  ),
+  Baseline(
+    "sigattn mosaic, logit vectors",
+    False,
+    "jax",
+    functools.partial(_ours, "mosaic", vectors=True),
+    _ready,
+  ),
+  Baseline(
+    "sigattn triton, logit vectors",
+    False,
+    "jax_triton",
+    functools.partial(_ours, "triton", vectors=True),
+    _ready,
   ),
   Baseline(
     "TritonSigmoid", False, "triton_sigmoid", _triton_sigmoid, _torch_wait, _any

@@ -28,6 +28,7 @@ import jax
 
 from benchmarks.timing import milliseconds
 from sigattn.kernels import device
+from sigattn.kernels.differentiation import Sums
 from sigattn.kernels.problem import Operands, make_problem
 from sigattn.kernels.triton import FLOATS, INTEGERS, constants, tiles
 from sigattn.kernels.triton.tiles import (
@@ -69,6 +70,7 @@ def resources(problem, direction, tile, capability):
   kernel = getattr(kernels, direction)
   names = kernel.arg_names
   constexprs = constants(direction, problem, "ieee", tile)
+  constexprs |= _sums(problem, direction)
   short = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
   types = dict.fromkeys(names, short[problem.dtype])
   types |= dict.fromkeys(FLOATS, "*fp32")
@@ -96,6 +98,20 @@ def resources(problem, direction, tile, capability):
   return Resources(int(registers), int(stack), compiled.metadata.shared)
 
 
+def _sums(problem, direction):
+  """Which sums of dz a kernel computes if all operands are differentiated."""
+  shapes = problem.shapes
+  if direction == "backward_q":
+    return {
+      "SUMS": shapes.query_logit_bias is not None,
+      "SLOPE_SUMS": shapes.alibi_slopes is not None,
+    }
+  if direction == "backward_kv":
+    of_keys = shapes.key_logit_bias, shapes.logit_bias
+    return {"SUMS": any(x is not None for x in of_keys)}
+  return {}
+
+
 def example(width, dtype, length=4096, **options):
   """Sigmoid attention of 16,384 tokens and 2,048 / width heads."""
   shape = (max(16384 // length, 1), length, max(2048 // width, 1), width)
@@ -115,7 +131,13 @@ def example_of_everything(width, dtype):
   heads = jax.ShapeDtypeStruct((batch, shape.num_heads), "float32")
   lengths = jax.ShapeDtypeStruct((batch,), "int32")
   ids = jax.ShapeDtypeStruct((batch, length), "int32")
-  operands = Operands(None, None, heads, heads, lengths, lengths, ids, ids)
+  vector = jax.ShapeDtypeStruct((batch, shape.num_heads, length), "float32")
+  operands = Operands(
+    logit_bias=heads, alibi_slopes=heads, query_seq_lengths=lengths,
+    key_value_seq_lengths=lengths, query_segment_ids=ids,
+    key_value_segment_ids=ids, query_logit_bias=vector, key_logit_bias=vector,
+    query_offset=lengths,
+  )  # fmt: skip
   return example(
     width, dtype, operands=operands, logit_bias=None, window=(256, 256)
   )
@@ -199,9 +221,11 @@ def _measure(job):
   function = getattr(triton_attention, job.direction)
   shape = (problem.batch, job.length, problem.num_heads, job.width)
 
+  sums = () if job.direction == "forward" else (Sums(),)
+
   def call(query, key, value, *d_out):
     arrays = query, key, value, Operands(), *d_out
-    return function(problem, "ieee", job.tile, *arrays)
+    return function(problem, "ieee", job.tile, *sums, *arrays)
 
   count = 3 if job.direction == "forward" else 4
   shapes = [jax.ShapeDtypeStruct(shape, job.dtype)] * count

@@ -19,16 +19,19 @@ def base():
   config.dtype = "float32"  # of activations; parameters are always float32
 
   config.attn = config_dict.create(
-    kind="softmax",  # softmax, sigmoid, relu or relu2
-    # Added to every logit. None means -log n for sigmoid and 0 for ReLU, where
-    # n is the longest sequence that the model is built for. It must be None for
-    # softmax, which a constant does not change.
+    kind="softmax",  # softmax, sigmoid, relu, relu2 or silu
+    # Added to every logit. None means -log n for sigmoid and 0 for the others,
+    # where n is the longest sequence that the model is built for. It must be
+    # None for softmax, which a constant does not change.
     logit_bias=config_dict.placeholder(float),
     learn_logit_bias=False,  # train one bias per head, starting at logit_bias
     # Divide the weights of a row by their sum, which recall needs.
     normalize=False,
     qk_norm="none",  # none, layernorm or rmsnorm, over the head width
     alibi=False,  # linear distance penalty, with the slopes of 2108.12409
+    # A token sees so many tokens before it, and behind it unless the task is
+    # causal, besides itself. None: all.
+    window=config_dict.placeholder(int),
     num_kv_heads=config_dict.placeholder(int),  # None: as many as num_heads
     # Divides the output of each token by the number of tokens that it sees,
     # raised to this power. Only for causal tasks. 0 turns it off; 0.5 and 1 are
@@ -36,6 +39,16 @@ def base():
     row_power=0.0,
     # None chooses the fastest one that supports the problem.
     implementation=config_dict.placeholder(str),
+  )
+
+  # How many devices split what: their product is the number of devices. One of
+  # data and fsdp may be None, and takes the devices that the others leave.
+  config.mesh = config_dict.create(
+    data=config_dict.placeholder(int),  # the batch; all hold all parameters
+    fsdp=1,  # the batch, the parameters and the optimizer's state
+    tensor=1,  # heads and MLP channels
+    sequence=1,  # the tokens of a row; not with softmax
+    exchange="ring",  # of keys along `sequence`: ring or all_gather
   )
 
   config.optim = config_dict.create(

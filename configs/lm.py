@@ -63,6 +63,10 @@ def _base():
     vocab_size=64,  # at least the size of the tokenizer
     length=256,  # tokens per row that are predicted
     shuffle_window=10_000,  # documents of a stream that are shuffled together
+    # The share of a stream's documents that may be no text. Each is skipped,
+    # with its number in the log; 0 ends the run at the first. The share is that
+    # of the documents read so far, and at first of shuffle_window documents.
+    max_corrupt_share=0.0,
     packing_window=128,  # rows that a stream's documents fill at the same time
     num_workers=0,  # processes that cut an embedded text; must be 0 for streams
   )
@@ -169,6 +173,11 @@ def _published(config, size):
     remat="dots",
     loss_chunks=8,
   )
+  if size == "7b":
+    # Every device has a part of the parameters, and 4 rows at a time if there
+    # are 8: by count this takes 35 of the 80 GB of each.
+    config.mesh.update(data=1, fsdp=None)
+    config.optim.accumulate = 32
   config.optim.update(lr=0.01, b2=0.95, end_lr=0.1)
   config.optim.warmup_steps = 5000
   # The published weight decay is independent of the learning rate: 1e-4 times a

@@ -22,10 +22,15 @@ from sigattn.kernels.problem import Operands, Problem
 _NAMES = ("query", "key", "value")
 # The axes of each argument. Those of _FREE may have size 1 and keep it.
 _INPUTS = ("BTNH", "BSKH", "BSKH")
-_OPERANDS = Operands("BNTS", "BNTS", "BN", "BN", "B", "B", "BT", "BS")
+_OPERANDS = Operands(
+  bias="BNTS", mask="BNTS", logit_bias="BN", alibi_slopes="BN",
+  query_seq_lengths="B", key_value_seq_lengths="B", query_segment_ids="BT",
+  key_value_segment_ids="BS", query_logit_bias="BNT", key_logit_bias="BNS",
+  query_offset="B",
+)  # fmt: skip
 # Of the cotangent of the output, and of numbers that belong to a row.
 _EXTRA = {4: "BTNH", 3: "BTN"}
-_FREE = ("BNTS", "BN")
+_FREE = ("BNTS", "BN", "BNT", "BNS")
 
 
 def over_batch(
@@ -114,18 +119,20 @@ def cotangent(grad: jax.Array, x: jax.Array) -> jax.Array:
   return grad.reshape(x.shape).astype(x.dtype)
 
 
-def head_cotangent(
-  grad_BN: jax.Array, operand: jax.Array | None
+def operand_cotangent(
+  grad: jax.Array | None, operand: jax.Array | None
 ) -> jax.Array | None:
-  """The cotangent of an operand (B or 1, N), from one for each example.
+  """The cotangent of an operand, from one for each example and each head.
 
-  None if there is no operand.
+  grad: of the operand's shape, but for axes that are 1 there. None, if there is
+  no operand, or if nothing needs its gradient: then zeros.
   """
   if operand is None:
     return None
-  if operand.shape[0] == 1:
-    grad_BN = grad_BN.sum(0, keepdims=True)
-  return cotangent(grad_BN, operand)
+  if grad is None:
+    return jnp.zeros_like(operand)
+  axes = [axis for axis, n in enumerate(operand.shape) if n == 1]
+  return cotangent(grad.sum(axes, keepdims=True), operand)
 
 
 # Meshes.

@@ -16,7 +16,28 @@ from jax.ad_checkpoint import checkpoint_name
 from sigattn.kernels import batching_and_sharding, numerics
 from sigattn.kernels.problem import Operands, Problem
 
-_GRADIENTS = ("BTNH", "BSKH", "BSKH", "BN", "BN")
+_GRADIENTS = ("BTNH", "BSKH", "BSKH")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Sums:
+  """Which sums of dz, the gradient of the logits, the backward pass returns.
+
+  Each is float32, and none is a sum over examples. With problem.normalize the
+  rows of sigmoid sum -p^2 (inverse do v^T - shift) in the place of dz, see
+  numerics.row_share.
+  """
+
+  rows: bool = False  # over the keys, (B, N, T)
+  keys: bool = False  # over the queries, (B, N, S)
+  slopes: bool = False  # of -dz distance over both, (B, N)
+
+  @property
+  def axes(self) -> tuple[str, ...]:
+    """The axes of those that are returned, in their order."""
+    all_axes = {"BNT": self.rows, "BNS": self.keys, "BN": self.slopes}
+    return tuple(axes for axes, wanted in all_axes.items() if wanted)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -37,14 +58,11 @@ def attention(
   Args:
     forward: (problem, query, key, value, operands) -> (out,), and with
       problem.normalize (out, sums): out = p v / s, and s, (B, T, N) float32.
-    backward: (trained, problem, query, key, value, operands, d_out, *rows) ->
-      the gradients (dq, dk, dv, dlogit_bias (B, N), dslopes (B, N)). The last
-      two are not summed over examples, and they count only if `trained`, that
-      is, if logit_bias or alibi_slopes is differentiated. rows: with
-      problem.normalize the inverse and the shift of each row, (B, T, N) float32
-      each: dz = phi'(z) (inverse do v^T - shift), dv = (inverse p)^T do. For
-      sigmoid dlogit_bias is then the sum of -p^2 (inverse do v^T - shift), see
-      numerics.bias_share.
+    backward: (sums, problem, query, key, value, operands, d_out, *rows) -> the
+      gradients (dq, dk, dv), and then what `sums` asks for: only what an array
+      that is differentiated needs. rows: with problem.normalize the inverse and
+      the shift of each row, (B, T, N) float32 each: dz = phi'(z) (inverse
+      do v^T - shift), dv = (inverse p)^T do.
     problem, query, key, value, operands: as in xla.attention.
   """
   del backward
@@ -59,49 +77,72 @@ def _forward(forward, problem, query, key, value, operands):
   )
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Trained:
-  """Whether logit_bias or alibi_slopes is differentiated."""
-
-  operands: bool
-
-
 def _save_inputs(forward, backward, problem, *inputs):
   # Leaves are pairs of a value and whether it is differentiated.
-  trained = any(x.perturbed for x in jax.tree.leaves(inputs[-1]))
+  wanted = _wanted(problem, inputs[-1])
   inputs = jax.tree.map(lambda x: x.value, inputs)
   result = attention(forward, backward, problem, *inputs)
   result = jax.tree.map(lambda x: checkpoint_name(x, "attention"), result)
   rows = result if problem.normalize else ()
-  return result, (_Trained(trained), *inputs, rows)
+  return result, (wanted, *inputs, rows)
+
+
+def _wanted(problem, operands):
+  """The Sums from which the gradients of the operands are computed."""
+
+  def trained(name):
+    operand = getattr(operands, name)
+    return operand is not None and operand.perturbed
+
+  # The sum of dz over all pairs, from what is exact: see xla.py.
+  of_all = trained("logit_bias")
+  return Sums(
+    rows=trained("query_logit_bias") or (of_all and problem.normalize),
+    keys=trained("key_logit_bias") or (of_all and not problem.normalize),
+    slopes=trained("alibi_slopes"),
+  )
 
 
 def _pull_back(forward, backward, problem, saved, cotangents):
   del forward
-  trained, query, key, value, operands, rows = saved
+  wanted, query, key, value, operands, rows = saved
   cotangents = jax.tree.map(_instantiate, cotangents, is_leaf=_is_zero)
-  d_out = cotangents
+  d_out, share = cotangents, None
   if problem.normalize:
     (out, sums), (d_out, d_sums) = rows, cotangents
     inverse = numerics.inverse(sums)
     rows = inverse, numerics.shift(out, inverse, d_out, d_sums)
-  *d_inputs, d_bias_BN, d_slopes_BN = batching_and_sharding.over_batch(
-    functools.partial(backward, trained.operands), _GRADIENTS,
+    share = numerics.row_share(problem, sums, d_sums)
+  results = batching_and_sharding.over_batch(
+    functools.partial(backward, wanted), (*_GRADIENTS, *wanted.axes),
     problem, query, key, value, operands, d_out, *rows,
   )  # fmt: skip
-  if problem.normalize:
-    d_bias_BN += numerics.bias_share(problem, sums, d_sums)
-  d_operands = Operands()._replace(
-    logit_bias=batching_and_sharding.head_cotangent(
-      d_bias_BN, operands.logit_bias
-    ),
-    alibi_slopes=batching_and_sharding.head_cotangent(
-      d_slopes_BN, operands.alibi_slopes
-    ),
-  )
+  d_inputs, d_operands = results[:3], results[3:]
+  found = dict(zip(wanted.axes, d_operands, strict=True))
+  if share is not None and wanted.rows:
+    found["BNT"] += share
   inputs = query, key, value
-  return *map(batching_and_sharding.cotangent, d_inputs, inputs), d_operands
+  return (
+    *map(batching_and_sharding.cotangent, d_inputs, inputs),
+    _operand_gradients(operands, found),
+  )
+
+
+def _operand_gradients(operands, found):
+  """The cotangents of the operands, from the sums by their axes."""
+  of_all = found.get("BNT", found.get("BNS"))
+  gradients = dict(
+    logit_bias=None if of_all is None else of_all.sum(-1),
+    alibi_slopes=found.get("BN"),
+    query_logit_bias=found.get("BNT"),
+    key_logit_bias=found.get("BNS"),
+  )
+  return Operands(**{
+    name: batching_and_sharding.operand_cotangent(
+      gradient, getattr(operands, name)
+    )
+    for name, gradient in gradients.items()
+  })  # fmt: skip
 
 
 def _is_zero(x):

@@ -9,8 +9,8 @@ from sigattn.kernels.problem import Problem
 
 # The least logit bias at which the tanh form is exact enough.
 _TANH_BIAS = {
-  "bfloat16": {"plain": -11.0, "alibi": -9.0},
-  "float16": {"plain": -9.0, "alibi": math.inf},
+  "bfloat16": {"plain": -11.0, "decaying": -9.0},
+  "float16": {"plain": -9.0, "decaying": math.inf},
 }
 
 
@@ -29,18 +29,28 @@ def exact_sigmoid(problem: Problem) -> bool:
   ALiBi lets the weights of a row decay to nothing, each with the same absolute
   loss: 7e-4 of the sum at b = -9. Its bound is therefore -9, and it holds only
   if a query sees a key at distance 0. The gradient of a slope magnifies the
-  loss by the distance. float16 rounds eight times finer than bfloat16. If the
-  bias is an array, its values are not known, and the exact form is used.
+  loss by the distance. Logit vectors let weights decay in the same way, and
+  have the same bound: it is assumed that they leave a row some weights above
+  1e-5, beside which those that are lost do not count. float16 rounds eight
+  times finer than bfloat16. If the bias is an array, its values are not known,
+  and the exact form is used.
   """
   if problem.logit_bias is None:
     return True
   alibi = problem.shapes.alibi_slopes is not None
+  vectors = problem.shapes.query_logit_bias, problem.shapes.key_logit_bias
+  has_vectors = any(x is not None for x in vectors)
   # A normalised row divides by its own sum, however small that is: of far keys
-  # alone, say, where segments hide the near ones.
-  if alibi and (problem.normalize or _nearest(problem) > 0):
+  # alone, say, where segments hide the near ones. An offset that is an array
+  # may put all keys far away.
+  moves = problem.shapes.query_offset is not None
+  if alibi and (moves or _nearest(problem) > 0):
+    return True
+  decays = alibi or has_vectors
+  if decays and problem.normalize:
     return True
   bounds = _TANH_BIAS[problem.dtype]
-  return problem.logit_bias < bounds["alibi" if alibi else "plain"]
+  return problem.logit_bias < bounds["decaying" if decays else "plain"]
 
 
 def float16_scales(problem: Problem, headroom: int) -> tuple[float, float]:
@@ -68,7 +78,7 @@ def float16_scales(problem: Problem, headroom: int) -> tuple[float, float]:
 
 def _nearest(problem):
   """The least distance |i + S - T - j| that ALiBi puts on a visible key."""
-  offset = problem.key_len - problem.query_len
+  offset = problem.distance_offset
   left, right = (math.inf if x is None else x for x in problem.bounds)
   return max(offset - right, -offset - left, 0)
 
@@ -93,15 +103,15 @@ def shift(
   return product * inverse - d_sums
 
 
-def bias_share(
+def row_share(
   problem: Problem, sums: jax.Array, d_sums: jax.Array
 ) -> jax.Array:
-  """What dlogit_bias of normalised rows has besides a sum over the pairs.
+  """What the sum of dz over a normalised row has besides a sum over the pairs.
 
   For sigmoid the implementations sum -p^2 (do v^T / s - shift) and not dz, see
-  xla.py; what is missing is ds s. Returns (B, N) float32; 0 for other kinds.
+  xla.py; what is missing is ds s. Returns (B, N, T) float32; 0 for other kinds.
 
   sums, d_sums: (B, T, N), s and its cotangent.
   """
-  share = (sums * d_sums).sum(1)
+  share = jnp.moveaxis(sums * d_sums, 1, 2)
   return share if problem.kind == "sigmoid" else jnp.zeros_like(share)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-ACTIVATIONS = ("sigmoid", "relu", "relu2")
+ACTIVATIONS = ("sigmoid", "relu", "relu2", "silu")
+_FARTHEST = 2**30  # the largest query_offset
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -29,12 +30,15 @@ class Operands(NamedTuple):
   key_value_seq_lengths: Any = None  # (B,) int32
   query_segment_ids: Any = None  # (B, T) int32
   key_value_segment_ids: Any = None  # (B, S) int32
+  query_logit_bias: Any = None  # (B or 1, N or 1, T), added to the logits
+  key_logit_bias: Any = None  # (B or 1, N or 1, S), added to the logits
+  query_offset: Any = None  # (B,) int32: the first query's place among the keys
 
 
 # The operands that hold integers.
 INTEGERS = (
   "query_seq_lengths", "key_value_seq_lengths", "query_segment_ids",
-  "key_value_segment_ids",
+  "key_value_segment_ids", "query_offset",
 )  # fmt: skip
 
 
@@ -60,22 +64,43 @@ class Problem:
   normalize: bool  # and are divided by their sum over a row's visible keys
   is_causal: bool
   window: tuple[int, int] | None  # keys to the left and right of a query
+  query_offset: int | None  # None: not given, or an array of the operands
   shapes: Operands  # the shape of each operand, or None
 
   @property
   def bounds(self) -> tuple[int | None, int | None]:
     """(left, right): query i sees the keys i - left .. i + right by position.
 
-    None: no bound on that side. A causal mask is right = 0: the keys j <= i.
+    None: no bound on that side. A causal mask is right = 0: the keys j <= i. A
+    known query_offset is a part of the bounds, which may then be negative. If
+    it is an array, operands.query_offset is to be added to i.
     """
     left, right = self.window or (None, None)
-    return left, 0 if self.is_causal else right
+    right = 0 if self.is_causal else right
+    offset = self.query_offset or 0
+    return (
+      None if left is None else left - offset,
+      None if right is None else right + offset,
+    )
+
+  @property
+  def distance_offset(self) -> int:
+    """ALiBi's distance of query i and key j is |i + distance_offset - j|.
+
+    If query_offset is an array, operands.query_offset is to be added to i.
+    """
+    if self.query_offset is not None:
+      return self.query_offset
+    if self.shapes.query_offset is not None:
+      return 0
+    return self.key_len - self.query_len
 
   @property
   def masked_by_data(self) -> bool:
-    """Whether visibility depends on more than the positions."""
+    """Whether visibility depends on more than the sizes and the bounds."""
     s = self.shapes
-    return any(
+    moves = s.query_offset is not None and self.bounds != (None, None)
+    return moves or any(
       x is not None
       for x in (
         s.mask,
@@ -94,6 +119,8 @@ class Problem:
     words += ["normalized"] if self.normalize else []
     words += ["causal"] if self.is_causal else []
     words += [f"window{self.window}"] if self.window else []
+    if self.query_offset is not None:
+      words.append(f"query_offset{self.query_offset}")
     words += [k for k, v in self.shapes._asdict().items() if v is not None]
     return " ".join(words)
 
@@ -111,6 +138,7 @@ def make_problem(
   normalize: bool = False,
   is_causal: bool,
   window: int | tuple[int, int] | None,
+  query_offset: int | None = None,
 ) -> Problem:
   """The Problem of these arrays.
 
@@ -125,6 +153,8 @@ def make_problem(
     normalize: whether a row's weights are divided by their sum.
     is_causal: query i sees the keys j <= i.
     window: w or (left, right), numbers of keys beside a query.
+    query_offset: the position of the first query among the keys; None if it is
+      not given, or an array, operands.query_offset.
 
   Raises:
     ValueError: for arguments that make no sense; it names value and choices.
@@ -147,6 +177,7 @@ def make_problem(
     normalize=bool(normalize),
     is_causal=bool(is_causal),
     window=_window(window, query.shape[1] + key.shape[1]),
+    query_offset=_offset(query_offset),
     shapes=Operands(*(x if x is None else x.shape for x in operands)),
   )
   _check_operands(problem, operands)
@@ -200,6 +231,17 @@ def _window(window, longest):
   return tuple(min(size, longest) for size in pair)
 
 
+def _offset(offset):
+  if offset is None:
+    return None
+  # Sums of positions must not overflow in the kernels' int32.
+  if not -_FARTHEST <= offset <= _FARTHEST:
+    raise ValueError(
+      f"query_offset={offset!r}; must be from {-_FARTHEST} to {_FARTHEST}"
+    )
+  return int(offset)
+
+
 def _check_operands(p, operands):
   logits = (p.batch, p.num_heads, p.query_len, p.key_len)
   per_head = (p.batch, p.num_heads)
@@ -212,11 +254,15 @@ def _check_operands(p, operands):
     key_value_seq_lengths=(p.batch,),
     query_segment_ids=(p.batch, p.query_len),
     key_value_segment_ids=(p.batch, p.key_len),
+    query_logit_bias=(*per_head, p.query_len),
+    key_logit_bias=(*per_head, p.key_len),
+    query_offset=(p.batch,),
   )
   # The axes that an operand may leave at 1.
   free = Operands(
-    bias=range(4), mask=range(4), logit_bias=(0,), alibi_slopes=(0,)
-  )
+    bias=range(4), mask=range(4), logit_bias=(0,), alibi_slopes=(0,),
+    query_logit_bias=(0, 1), key_logit_bias=(0, 1),
+  )  # fmt: skip
   for name, shape, full, axes in zip(
     Operands._fields, p.shapes, full_shapes, free, strict=True
   ):
@@ -237,6 +283,8 @@ def _check_operands(p, operands):
     raise ValueError(
       "query_segment_ids and key_value_segment_ids; give both or neither"
     )
+  if p.query_offset is not None and operands.query_offset is not None:
+    raise ValueError("query_offset; must be either a number or an array")
 
 
 def _fits(shape, full, free):
@@ -253,5 +301,10 @@ def _check_numbers(p):
     number = getattr(p, name)
     if number is not None and not math.isfinite(number):
       raise ValueError(f"{name}={number!r}; must be finite")
+  if p.normalize and p.kind == "silu":
+    raise ValueError(
+      "normalize=True; must be False with kind='silu', whose weights may be"
+      " negative"
+    )
   if p.normalizer <= 0:
     raise ValueError(f"normalizer={p.normalizer!r}; must be > 0")

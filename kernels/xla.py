@@ -7,10 +7,12 @@ log-sum-exp, because a weight depends on its own logit alone. The contributions
 of blocks of keys are added, and the backward pass recomputes each block from
 query, key and value:
 
-  z = scale q k^T + bias + logit_bias - slope |i + S - T - j|
+  z = scale q k^T + bias + b + b_i + b_j - slope |i + offset - j|
   p = activation(z) / normalizer       out = p v
   dv = p^T do    dz = activation'(z) / normalizer * (do v^T)
-  dq = scale dz k    dk = scale dz^T q    dbias, dlogit_bias, dslope: sums of dz
+  dq = scale dz k    dk = scale dz^T q    of biases and slopes: sums of dz
+
+b is logit_bias, b_i query_logit_bias and b_j key_logit_bias.
 
 With problem.normalize the rows are divided by their sums s, which are sums over
 blocks of keys too and need no maximum. Then, with ds the cotangent of s,
@@ -18,7 +20,7 @@ blocks of keys too and need no maximum. Then, with ds the cotangent of s,
   s = sum_j p      out = p v / s      dv = (p / s)^T do
   dz = activation'(z) / normalizer * ((do v^T - do . out) / s + ds)
 
-The sum of dz over a row, which dlogit_bias needs, nearly cancels for sigmoid,
+The sum of dz over a row, which b and b_i need, nearly cancels for sigmoid,
 whose activation' is p - p^2: the sum of p (do v^T - do . out) is 0. In 16 bits
 the rounding of `out` would be all that is left of it. So that part is left out:
 
@@ -164,7 +166,8 @@ def _forward(problem, query, key, value, operands):
     zeros = [jnp.zeros((batch, length, *heads, width), _logits_dtype(problem))]
     if problem.normalize:
       zeros.append(jnp.zeros((batch, *heads, length), _logits_dtype(problem)))
-    out_BTKGH, *sums_BKGT = _over_keys(add, tuple(zeros), problem, start, stop)
+    zeros = _as_varying(tuple(zeros), query, key, value, operands)
+    out_BTKGH, *sums_BKGT = _over_keys(add, zeros, problem, start, stop)
     for x in sums_BKGT:
       sums.append(_by_query(x))
       out_BTKGH *= _by_query(numerics.inverse(x))[..., None]
@@ -173,6 +176,12 @@ def _forward(problem, query, key, value, operands):
   if not problem.normalize:
     return out
   return out, jnp.concatenate(sums, axis=1).reshape(query.shape[:3])
+
+
+def _as_varying(zeros, *arrays):
+  """The zeros, whose sums in a shard_map differ by device as the arrays do."""
+  arrays = jax.tree.leaves(arrays)
+  return jax.tree.map(lambda x: batching_and_sharding.varying(x, arrays), zeros)
 
 
 def _by_query(x_BKGT):
@@ -189,6 +198,14 @@ class _Gradients(NamedTuple):
   bias: Any
   logit_bias: Any
   alibi_slopes: Any
+  query_logit_bias: Any
+  key_logit_bias: Any
+
+
+# The axes of (B, N, T, S) over which dz is summed, of each operand.
+_SUMMED = {
+  "logit_bias": (2, 3), "query_logit_bias": (3,), "key_logit_bias": (2,),
+}  # fmt: skip
 
 
 class _Rows(NamedTuple):
@@ -232,7 +249,10 @@ def _backward(problem, saved, cotangents):
     bias=zeros(operands.bias),
     logit_bias=zeros(operands.logit_bias),
     alibi_slopes=zeros(operands.alibi_slopes),
+    query_logit_bias=zeros(operands.query_logit_bias),
+    key_logit_bias=zeros(operands.key_logit_bias),
   )
+  grads = _as_varying(grads, query, key, value, operands, d_out)
   for start, stop in _query_blocks(problem):
 
     def add(grads, first, size, start=start, stop=stop):
@@ -242,11 +262,10 @@ def _backward(problem, saved, cotangents):
       return _add_gradients(grads, problem, operands, block, of_block, *inputs)
 
     grads = _over_keys(add, grads, problem, start, stop)
-  if problem.normalize and grads.logit_bias is not None:
-    part = _reduce_batch(
-      numerics.bias_share(problem, sums, d_sums), grads.logit_bias
-    )
-    grads = grads._replace(logit_bias=grads.logit_bias + part)
+  if problem.normalize:
+    share_BNT = numerics.row_share(problem, sums, d_sums)
+    shares = dict(logit_bias=share_BNT.sum(-1), query_logit_bias=share_BNT)
+    grads = _add_sums(grads, shares, {})
   return _as_inputs(grads, query, key, value, operands)
 
 
@@ -286,29 +305,49 @@ def _add_gradients(
 
   dz_BNTS = by_head(dz_BKGTS)
   of_bias_BNTS = dz_BNTS if dz_bias is None else by_head(dz_bias)
-  return _add_operand_gradients(grads, problem, block, dz_BNTS, of_bias_BNTS)
+  return _add_operand_gradients(
+    grads, problem, operands, block, dz_BNTS, of_bias_BNTS
+  )
 
 
-def _add_operand_gradients(grads, problem, block, dz_BNTS, of_bias_BNTS):
+def _add_operand_gradients(
+  grads, problem, operands, block, dz_BNTS, of_bias_BNTS
+):
   if grads.bias is not None:
     axes = [i for i, n in enumerate(grads.bias.shape) if n == 1]
     starts = {2: block.query, 3: block.key}
     starts = {i: start for i, start in starts.items() if i not in axes}
     part = dz_BNTS.sum(axes, keepdims=True)
     grads = grads._replace(bias=_add_at(grads.bias, part, starts))
-  if grads.logit_bias is not None:
-    part = _reduce_batch(of_bias_BNTS.sum((2, 3)), grads.logit_bias)
-    grads = grads._replace(logit_bias=grads.logit_bias + part)
+  sums = {
+    # In a normalised row the sum over the keys has a form of its own.
+    name: (of_bias_BNTS if 3 in axes else dz_BNTS).sum(axes)
+    for name, axes in _SUMMED.items()
+  }
+  starts = {"query_logit_bias": block.query, "key_logit_bias": block.key}
+  grads = _add_sums(grads, sums, starts)
   if grads.alibi_slopes is not None:
-    distance_TS = _distance(problem, block)[None, None]
-    part = -(dz_BNTS * distance_TS).sum((2, 3))
-    part = _reduce_batch(part, grads.alibi_slopes)
-    grads = grads._replace(alibi_slopes=grads.alibi_slopes + part)
+    distance_BTS = _distance(operands, problem, block)[:, None]
+    slopes = -(dz_BNTS * distance_BTS).sum((2, 3))
+    grads = _add_sums(grads, {"alibi_slopes": slopes}, {})
   return grads
 
 
-def _reduce_batch(x_BN, like):
-  return x_BN if like.shape[0] == x_BN.shape[0] else x_BN.sum(0, keepdims=True)
+def _add_sums(grads, sums, starts):
+  """grads with sums (B, N, ...) added, reduced to axes of 1 where they are so.
+
+  sums: by the name of the operand; those that are absent are left out. starts:
+  where a sum begins in the last axis of its operand.
+  """
+  totals = {}
+  for name, part in sums.items():
+    total = getattr(grads, name)
+    if total is None:
+      continue
+    axes = [axis for axis in (0, 1) if total.shape[axis] == 1]
+    part = part.sum(axes, keepdims=True)
+    totals[name] = _add_at(total, part, {2: starts.get(name, 0)})
+  return grads._replace(**totals)
 
 
 def _add_at(total, part, starts):
@@ -326,11 +365,10 @@ def _as_inputs(grads, query, key, value, operands):
   def like(grad, x):
     return None if x is None else batching_and_sharding.cotangent(grad, x)
 
-  d_operands = Operands()._replace(
-    bias=like(grads.bias, operands.bias),
-    logit_bias=like(grads.logit_bias, operands.logit_bias),
-    alibi_slopes=like(grads.alibi_slopes, operands.alibi_slopes),
-  )
+  names = "bias", "alibi_slopes", *_SUMMED
+  d_operands = Operands(**{
+    name: like(getattr(grads, name), getattr(operands, name)) for name in names
+  })  # fmt: skip
   return (
     like(grads.q_BTKGH, query),
     like(grads.k_BSKH, key),
@@ -354,7 +392,9 @@ class _Block(NamedTuple):
 def _query_blocks(problem):
   """(start, stop) of the blocks of queries that are computed together."""
   length = problem.query_len
-  if _is_small(problem) or not (problem.is_causal or problem.window):
+  bounded = problem.bounds != (None, None)
+  moves = problem.shapes.query_offset is not None
+  if _is_small(problem) or moves or not bounded:
     return [(0, length)]
   size = max(-(-length // _BANDS), _MIN_BLOCK)
   return [(i, min(i + size, length)) for i in range(0, length, size)]
@@ -385,6 +425,8 @@ def _over_keys(add, total, problem, start, stop):
 def _key_range(problem, start, stop):
   """(low, high): the keys that queries start..stop see by their positions."""
   left, right = problem.bounds
+  if problem.shapes.query_offset is not None:  # It is not known here.
+    left = right = None
   low = 0 if left is None else max(start - left, 0)
   high = problem.key_len if right is None else stop + right
   return low, min(high, problem.key_len)
@@ -425,6 +467,10 @@ def _activation(z, problem):
     derivative = p * (1 - p)
   elif problem.kind == "relu":
     p, derivative = jnp.maximum(z, 0), (z > 0).astype(z.dtype)
+  elif problem.kind == "silu":
+    z = jnp.maximum(z, -1e30)  # -inf times 0 is not a number.
+    half = lax.logistic(z)
+    p, derivative = z * half, half * (1 + z * (1 - half))
   else:
     p = jnp.maximum(z, 0)
     p, derivative = p * p, 2 * p
@@ -439,22 +485,38 @@ def _logits(q_BTKGH, k_BSKH, operands, problem, block):
     z = z + _block_of(operands.bias, problem, block).astype(z.dtype)
   if operands.alibi_slopes is not None:
     slopes = _per_head(operands.alibi_slopes, problem).astype(z.dtype)
-    z = z - slopes * _distance(problem, block)[None, None, None]
+    distance = _distance(operands, problem, block)[:, None, None]
+    z = z - slopes * distance
+  for vector in _vectors(operands, block):
+    z = z + _by_key_head(vector, problem).astype(z.dtype)
   if operands.logit_bias is not None:
     return z + _per_head(operands.logit_bias, problem).astype(z.dtype)
   return z + problem.logit_bias
+
+
+def _vectors(operands, block):
+  """The block's query_logit_bias and key_logit_bias, (B, N, T, S) with ones."""
+  if operands.query_logit_bias is not None:
+    part = lax.slice_in_dim(
+      operands.query_logit_bias, block.query, block.query + block.queries,
+      axis=2,
+    )  # fmt: skip
+    yield part[..., None]
+  if operands.key_logit_bias is not None:
+    yield _slice(operands.key_logit_bias, 2, block.key, block.keys)[:, :, None]
 
 
 def _visible(operands, problem, block):
   """bool (B or 1, K or 1, G or 1, T, S), or None if everything is visible."""
   i = block.query + jnp.arange(block.queries)[:, None]
   j = block.key + jnp.arange(block.keys)[None]
+  place = _place(operands, i)
+  left, right = problem.bounds
   parts = []
-  if problem.is_causal:
-    parts.append((j <= i)[None])
-  if problem.window:
-    left, right = problem.window
-    parts.append(((j >= i - left) & (j <= i + right))[None])
+  if right is not None:
+    parts.append(j[None] <= place + right)
+  if left is not None:
+    parts.append(j[None] >= place - left)
   if operands.query_seq_lengths is not None:
     parts.append(i[None] < operands.query_seq_lengths[:, None, None])
   if operands.key_value_seq_lengths is not None:
@@ -484,12 +546,19 @@ def _only(visible, x):
   return x if visible is None else jnp.where(visible, x, jnp.zeros_like(x))
 
 
-def _distance(problem, block):
-  """|i + S - T - j|: the last query and the last key have distance 0."""
+def _distance(operands, problem, block):
+  """|i + offset - j|, (B or 1, T, S)."""
   i = block.query + jnp.arange(block.queries)[:, None]
   j = block.key + jnp.arange(block.keys)[None]
-  offset = problem.key_len - problem.query_len
-  return abs(i + offset - j).astype(_logits_dtype(problem))
+  distance = abs(_place(operands, i) + problem.distance_offset - j[None])
+  return distance.astype(_logits_dtype(problem))
+
+
+def _place(operands, i):
+  """i (T, 1) + operands.query_offset, (B or 1, T, 1)."""
+  if operands.query_offset is None:
+    return i[None]
+  return i[None] + operands.query_offset[:, None, None]
 
 
 def _block_of(x_BNTS, problem, block):
@@ -500,6 +569,11 @@ def _block_of(x_BNTS, problem, block):
     )
   if x_BNTS.shape[3] > 1:
     x_BNTS = _slice(x_BNTS, 3, block.key, block.keys)
+  return _by_key_head(x_BNTS, problem)
+
+
+def _by_key_head(x_BNTS, problem):
+  """(B, K, G, T, S) with ones kept."""
   batch, heads, *rest = x_BNTS.shape
   if heads == 1:
     return x_BNTS.reshape(batch, 1, 1, *rest)

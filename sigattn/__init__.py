@@ -22,6 +22,7 @@ from sigattn.attention import (
   dot_product_attention,
   flax_attention_fn,
 )
+from sigattn.ring import ring_attention, zigzag
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,8 @@ __all__ = [
   "attention_weights",
   "dot_product_attention",
   "flax_attention_fn",
+  "ring_attention",
+  "zigzag",
 ]
 
 

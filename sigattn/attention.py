@@ -14,6 +14,7 @@ H head width.
 """
 
 import contextlib
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from sigattn.kernels import dispatch
 
-KINDS = ("sigmoid", "softmax", "relu", "relu2")
+KINDS = ("sigmoid", "softmax", "relu", "relu2", "silu")
 
 
 def implementations(kind: str) -> tuple[str, ...]:
@@ -41,11 +42,14 @@ def dot_product_attention(
   *,
   kind: str = "sigmoid",
   logit_bias: ArrayLike | None = None,
+  query_logit_bias: ArrayLike | None = None,
+  key_logit_bias: ArrayLike | None = None,
   n: float | None = None,
   normalize: bool = False,
   alibi_slopes: ArrayLike | None = None,
   scale: float | None = None,
   is_causal: bool = False,
+  query_offset: ArrayLike | None = None,
   query_seq_lengths: ArrayLike | None = None,
   key_value_seq_lengths: ArrayLike | None = None,
   query_segment_ids: ArrayLike | None = None,
@@ -54,13 +58,14 @@ def dot_product_attention(
   implementation: str | None = None,
   return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-  """out = phi(scale q k^T + bias + alibi + b) v, a drop-in for jax.nn's.
+  """out = phi(scale q k^T + bias + alibi + b + b_i + b_j) v, as in jax.nn.
 
   kind      phi(z)           b by default   source
   sigmoid   1 / (1 + e^-z)   -log n         2409.04431
   softmax   over the row     none           goes to jax.nn
   relu      max(z, 0) / n    0              2309.08586
   relu2     max(z, 0)^2 / n  0              2309.08586
+  silu      z sigmoid(z) / n 0              2402.17152 (HSTU)
 
   The arguments of jax.nn.dot_product_attention mean what they mean there.
   A row that sees no key is zero, except with softmax.
@@ -68,11 +73,19 @@ def dot_product_attention(
   Args:
     query: (B, T, N, H) or (T, N, H); float16, bfloat16 or float32.
     key, value: (B, S, K, H) or (S, K, H).
-    bias: (B, N, T, S), axes of 1 broadcast; added to the logits.
+    bias: (B, N, T, S), axes of 1 broadcast; added to the logits. One that
+      broadcasts over queries or over keys costs the kernels no more than
+      query_logit_bias and key_logit_bias do; others take the portable form.
     mask: the same shapes, bool; True where the query sees the key.
     kind: one of KINDS.
     logit_bias: b. A float, or an array (N,) or (B, N), which has a gradient.
       None: as in the table. Softmax cancels it, and so refuses it.
+    query_logit_bias: b_i, (T,), (N, T) or (B, N, T), where B and N may be 1.
+      One number for each query, with a gradient: a threshold that grows with
+      the position, or one half of a forget gate (2503.02130). Softmax cancels
+      it, and so refuses it.
+    key_logit_bias: b_j, (S,), (N, S) or (B, N, S). One number for each key,
+      with a gradient; -inf hides a key.
     n: the key length that b and ReLU's divisor are made for. None: S, padding
       included. A model passes its own longest length, so that training and
       evaluation at another length agree.
@@ -82,13 +95,22 @@ def dot_product_attention(
       clipped softly at -b. Weights below float32's smallest normal number,
       of logits below -87, count as 0: a row whose logits are all near that
       loses precision, and is zero where all of them are below it, or where it
-      sees nothing. Softmax, which is normalised already, refuses it.
-    alibi_slopes: (N,) or (B, N), positive: subtracts slope * |i + S - T - j|
-      from the logit of query i and key j (2108.12409). The last query and the
-      last key have distance 0, as in decoding. Sigmoid does not cancel a
-      constant of the row, as softmax does, so the full offset matters.
+      sees nothing. Softmax, which is normalised already, refuses it, and silu,
+      whose weights may be negative.
+    alibi_slopes: (N,) or (B, N), positive: subtracts slope * |i - j| from the
+      logit of query i and key j (2108.12409), with i from query_offset on.
+      Sigmoid does not cancel a constant of the row, as softmax does, so the
+      full distance matters.
     scale: multiplies q k^T; None: 1 / sqrt(H).
     is_causal: query i sees the keys j <= i.
+    query_offset: an integer or (B,) integers, the position of the first query
+      among the keys, for is_causal, local_window_size and alibi_slopes alike:
+      the queries are i = query_offset .. query_offset + T - 1, the keys are
+      j = 0 .. S - 1. A decoding step with `filled` tokens in its cache gives
+      query_offset=filled. An array may be traced; another Python number is
+      another program. None: i begins at 0 for is_causal and local_window_size,
+      as in jax.nn, but at S - T for alibi_slopes, so that the last query and
+      the last key have distance 0.
     query_seq_lengths, key_value_seq_lengths: (B,) integers. What lies beyond a
       length is not seen and gets no gradient; it may contain NaN.
     query_segment_ids, key_value_segment_ids: (B, T) and (B, S) integers, of
@@ -136,14 +158,21 @@ def dot_product_attention(
     bias=bias,
     mask=mask,
     alibi_slopes=alibi_slopes,
+    query_logit_bias=query_logit_bias,
+    key_logit_bias=key_logit_bias,
     query_seq_lengths=query_seq_lengths,
     key_value_seq_lengths=key_value_seq_lengths,
     query_segment_ids=query_segment_ids,
     key_value_segment_ids=key_value_segment_ids,
   )
-  masks = dict(is_causal=is_causal, local_window_size=local_window_size)
+  operands, offset = _with_offset(operands, query_offset, query.shape[0])
+  masks = dict(
+    is_causal=is_causal,
+    local_window_size=local_window_size,
+    query_offset=offset,
+  )
   if kind == "softmax":
-    _refuse_bias(kind, logit_bias)
+    _refuse_biases(kind, logit_bias, query_logit_bias)
     _length(n, key)  # refuses a bad n; softmax normalises by itself
     out, residual = _softmax(
       query, key, value, operands, scale=_scale(scale, query),
@@ -178,6 +207,7 @@ def attention_weights(
   scale: float | None = None,
   is_causal: bool = False,
   local_window_size: int | tuple[int, int] | None = None,
+  query_offset: ArrayLike | None = None,
   **operands: ArrayLike | None,
 ) -> Weights:
   """The Weights A of which dot_product_attention's output is A v, to look at.
@@ -187,10 +217,11 @@ def attention_weights(
   """
   query, key = jnp.asarray(query), jnp.asarray(key)
   arrays = _operands(query, **operands)
+  arrays, offset = _with_offset(arrays, query_offset, query.shape[0])
   _validate_normalize(kind, normalize)
   is_softmax = kind == "softmax"
   if is_softmax:
-    _refuse_bias(kind, logit_bias)
+    _refuse_biases(kind, logit_bias, arrays.query_logit_bias)
     kind, logit_bias = "sigmoid", 0.0  # of the same logits
   arrays, numbers = _bias_and_divisor(
     query, arrays, kind, logit_bias, _length(n, key)
@@ -205,6 +236,7 @@ def attention_weights(
       normalize=normalize,
       is_causal=is_causal,
       local_window_size=local_window_size,
+      query_offset=offset,
       **numbers,
     )
   )
@@ -334,11 +366,16 @@ def _matmul_precision(precision):
   return jax.default_matmul_precision(precision)
 
 
-def _refuse_bias(kind, logit_bias):
+def _refuse_biases(kind, logit_bias, query_logit_bias):
   if logit_bias is not None:
     raise ValueError(
       f"{logit_bias=} with {kind=}: softmax cancels a constant of the row; "
       "give None"
+    )
+  if query_logit_bias is not None:
+    raise ValueError(
+      f"query_logit_bias of shape {jnp.shape(query_logit_bias)} with {kind=}: "
+      "softmax cancels a constant of the row; give None"
     )
 
 
@@ -354,18 +391,46 @@ def _length(n, key):
 
 
 def _operands(
-  query, *, bias=None, mask=None, alibi_slopes=None, **lengths_and_segments
+  query,
+  *,
+  bias=None,
+  mask=None,
+  alibi_slopes=None,
+  query_logit_bias=None,
+  key_logit_bias=None,
+  **lengths_and_segments,
 ):
   """dispatch.Operands of arrays that may lack axes in front."""
   return dispatch.Operands(
     bias=_unsqueeze(bias, 4),
     mask=_unsqueeze(mask, 4),
     alibi_slopes=_per_head("alibi_slopes", alibi_slopes, _heads(query)),
+    query_logit_bias=_unsqueeze(query_logit_bias, 3),
+    key_logit_bias=_unsqueeze(key_logit_bias, 3),
     **{
       name: _unsqueeze(x, 1 if name.endswith("lengths") else 2)
       for name, x in lengths_and_segments.items()
     },
   )
+
+
+def _with_offset(operands, offset, batch):
+  """(operands, query_offset): the one holds arrays, the other is an int."""
+  if offset is None or _is_int(offset):
+    return operands, None if offset is None else int(offset)
+  array = jnp.asarray(offset)
+  if array.shape not in ((), (batch,)) or not jnp.issubdtype(
+    array.dtype, jnp.integer
+  ):
+    raise ValueError(
+      f"query_offset={offset!r}; must be an integer, or ({batch},) integers"
+    )
+  array = jnp.broadcast_to(array, (batch,))
+  return operands._replace(query_offset=array), None
+
+
+def _is_int(x):
+  return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
 
 
 def _heads(query):
@@ -374,7 +439,7 @@ def _heads(query):
 
 
 def default_logit_bias(kind: str, n: float) -> float:
-  """b where none is given: -log n for sigmoid, 0 for ReLU kinds."""
+  """b where none is given: -log n for sigmoid, 0 for other kinds."""
   return -math.log(n) if kind == "sigmoid" else 0.0
 
 
@@ -382,6 +447,10 @@ def _validate_normalize(kind, normalize):
   if kind == "softmax" and normalize:
     raise ValueError(
       f"{normalize=} with {kind=}: softmax is normalised already; give False"
+    )
+  if kind == "silu" and normalize:
+    raise ValueError(
+      f"{normalize=} with {kind=}: its weights may be negative; give False"
     )
 
 
@@ -411,15 +480,23 @@ def _bias_and_divisor(query, operands, kind, logit_bias, n):
   return operands, dict(logit_bias=logit_bias, normalizer=normalizer)
 
 
-def _softmax(query, key, value, operands, *, return_residual, **options):
+def _softmax(
+  query, key, value, operands, *, return_residual, query_offset, is_causal,
+  local_window_size, **options,
+):  # fmt: skip
   """(out, log-sum-exp or None)."""
   bias, mask = operands.bias, operands.mask
+  length, keys = query.shape[1], key.shape[1]
+  place_BTS = _distance_to_keys(query_offset, operands, length, keys)
   if operands.alibi_slopes is not None:
-    length, keys = query.shape[1], key.shape[1]
-    i = jnp.arange(length)[:, None] + keys - length
-    distance = abs(i - jnp.arange(keys)[None])[None, None]
-    alibi = -operands.alibi_slopes[:, :, None, None] * distance
-    bias = alibi if bias is None else bias + alibi
+    apart = place_BTS
+    if apart is None:
+      apart = _distance_to_keys(keys - length, operands, length, keys)
+    bias = _sum_of(
+      bias, -operands.alibi_slopes[:, :, None, None] * abs(apart)[:, None]
+    )
+  if operands.key_logit_bias is not None:
+    bias = _sum_of(bias, operands.key_logit_bias[:, :, None])
   if (operands.query_segment_ids is None) != (
     operands.key_value_segment_ids is None
   ):
@@ -432,18 +509,53 @@ def _softmax(query, key, value, operands, *, return_residual, **options):
       == operands.key_value_segment_ids[:, None]
     )[:, None]
     mask = same if mask is None else mask & same
+  if place_BTS is not None:  # jax.nn has no offset: its masks become an array.
+    seen = _seen(place_BTS, is_causal, local_window_size)
+    if seen is not None:
+      mask = seen[:, None] if mask is None else mask & seen[:, None]
+    is_causal, local_window_size = False, None
   result = jax.nn.dot_product_attention(
     query,
     key,
     value,
     bias,
     mask,
+    is_causal=is_causal,
+    local_window_size=local_window_size,
     query_seq_lengths=operands.query_seq_lengths,
     key_value_seq_lengths=operands.key_value_seq_lengths,
     return_residual=return_residual,
     **options,
   )
   return result if return_residual else (result, None)
+
+
+def _sum_of(bias, part):
+  return part if bias is None else bias + part
+
+
+def _distance_to_keys(offset, operands, length, keys):
+  """i - j of queries from the offset on, (B or 1, T, S); None without one."""
+  if operands.query_offset is not None:
+    offset = operands.query_offset[:, None, None]
+  if offset is None:
+    return None
+  i = jnp.arange(length)[None, :, None] + offset
+  return i - jnp.arange(keys)[None, None]
+
+
+def _seen(apart, is_causal, window):
+  """Where a causal mask and a window let i see j; None: everywhere.
+
+  apart: i - j.
+  """
+  if isinstance(window, int):
+    window = window, window
+  left, right = window or (None, None)
+  right = 0 if is_causal else right
+  parts = [] if left is None else [apart <= left]
+  parts += [] if right is None else [-apart <= right]
+  return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
 def _unsqueeze(x, ndim):

@@ -7,7 +7,7 @@ Parameters are float32 and start from
   bias                0, of linear layers and of LayerNorm
   norm's scale        1
   LayerScale's scale  its argument `init`, everywhere
-  logit_bias          attention's own: -log n for sigmoid, 0 for the ReLU kinds
+  logit_bias          attention's own: -log n for sigmoid, 0 for others
 
 Activations have the constructor's `dtype`; norms compute in float32.
 """
@@ -94,6 +94,8 @@ class SelfAttention(nnx.Module):
       attention.dot_product_attention. Softmax refuses it.
     qk_norm: none, layernorm or rmsnorm, of q and k over the head width.
     alibi: adds ALiBi's distance penalty (2108.12409) to the logits.
+    window: a token sees so many tokens before it, and so many behind it unless
+      is_causal, besides itself. None: all.
     rotate: a function of x_BTNH that is applied to q and to k, RoPE for
       example; it also gets `positions` where the call has them. None: nothing.
     row_power: p of the row scaling i^-p, where i is the number of keys that the
@@ -103,7 +105,7 @@ class SelfAttention(nnx.Module):
 
   Raises:
     ValueError: for an unknown choice, head counts that do not divide, a logit
-      bias with softmax, or row_power without is_causal.
+      bias with softmax, or row_power without is_causal or with a window.
   """
 
   def __init__(
@@ -120,6 +122,7 @@ class SelfAttention(nnx.Module):
     qk_norm: str = "none",
     alibi: bool = False,
     is_causal: bool = False,
+    window: int | None = None,
     use_bias: bool = True,
     kernel_init: nnx.Initializer = KERNEL_INIT,
     rotate: Callable[..., jax.Array] | None = None,
@@ -137,9 +140,11 @@ class SelfAttention(nnx.Module):
       raise ValueError(f"{normalize=}; must be False where {kind=}")
     if row_power and not is_causal:
       raise ValueError(f"{row_power=}; must be 0 where {is_causal=}")
+    if row_power and window is not None:
+      raise ValueError(f"{row_power=}; must be 0 where {window=}")
     self.kind, self.max_length = kind, max_length
     self.normalize = normalize
-    self.alibi, self.is_causal = alibi, is_causal
+    self.alibi, self.is_causal, self.window = alibi, is_causal, window
     self.rotate, self.row_power = rotate, row_power
     self.implementation = implementation
     # Telemetry replaces it, to record what every layer passes to attention.
@@ -185,8 +190,9 @@ class SelfAttention(nnx.Module):
     `rotate` and row_power; 0 is the first token of a row or segment.
     cache: a Cache of S slots. Without `place` the tokens fill its first T slots
     and see only each other. `place` is an int32 scalar, the slot of the first
-    token; `mask`, (B or 1, N or 1, T, S), then says which slots they see, and
-    is_causal, seq_lengths and segment_ids have no effect.
+    token; it then sees the slots up to its own, as far as is_causal and the
+    window go, and as `mask`, (B or 1, N or 1, T or 1, S), allows. seq_lengths
+    and segment_ids then have no effect.
     """
     q_BTNH = checkpoint_name(self.query(x_BTD), "query")
     k_BTKH = checkpoint_name(self.key(x_BTD), "key")
@@ -206,17 +212,13 @@ class SelfAttention(nnx.Module):
         k_BTKH,
         v_BTKH,
         mask=mask,
-        alibi_slopes=self._slopes(q_BTNH),
-        is_causal=self.is_causal,
         query_seq_lengths=seq_lengths,
         key_value_seq_lengths=seq_lengths,
         query_segment_ids=segment_ids,
         key_value_segment_ids=segment_ids,
       )
     else:
-      out_BTNH = self._attend(
-        q_BTNH, *cache, mask=mask, bias=self._distances(q_BTNH, cache, place)
-      )
+      out_BTNH = self._attend(q_BTNH, *cache, mask=mask, query_offset=place)
     if self.row_power:
       if positions is None:
         raise ValueError(f"{positions=}; needed by row_power={self.row_power}")
@@ -226,7 +228,9 @@ class SelfAttention(nnx.Module):
     return y_BTD if cache is None else (y_BTD, cache)
 
   def _attend(self, q_BTNH, k_BSKH, v_BSKH, **options):
-    bias = self.logit_bias
+    bias, window = self.logit_bias, self.window
+    if window is not None:
+      window = window, 0 if self.is_causal else window
     return self.attention_fn(
       q_BTNH,
       k_BSKH,
@@ -235,24 +239,14 @@ class SelfAttention(nnx.Module):
       logit_bias=bias[...] if isinstance(bias, nnx.Param) else bias,
       n=self.max_length,
       normalize=self.normalize,
+      alibi_slopes=(
+        positions.alibi_slopes(q_BTNH.shape[2]) if self.alibi else None
+      ),
+      is_causal=self.is_causal,
+      local_window_size=window,
       implementation=self.implementation,
       **options,
     )
-
-  def _slopes(self, q_BTNH):
-    return positions.alibi_slopes(q_BTNH.shape[2]) if self.alibi else None
-
-  def _distances(self, q_BTNH, cache, place):
-    """ALiBi's penalty for each slot, (1, N, T, S).
-
-    alibi_slopes would take the last slot for the last token's, but the cache
-    has slots that are not filled yet.
-    """
-    if not self.alibi:
-      return None
-    i = place + jnp.arange(q_BTNH.shape[1])[:, None]
-    distance_TS = abs(i - jnp.arange(cache.key_BSKH.shape[1])[None])
-    return -self._slopes(q_BTNH)[None, :, None, None] * distance_TS[None, None]
 
 
 def row_scale(positions: ArrayLike, power: float) -> jax.Array:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from sigattn import layers, validate
 from sigattn.validate import (
+  added,
   choice,
   divides,
   flag,
@@ -63,11 +64,12 @@ FIELDS = {
   "attn.kind": choice(attention.KINDS),
   "attn.logit_bias": real(low=-1e6, high=1e6, optional=True),
   "attn.learn_logit_bias": flag(),
-  "attn.normalize": flag(),
+  "attn.normalize": added(flag(), before=False),
   "attn.qk_norm": choice(layers.QK_NORMS),
   "attn.alibi": flag(),
   "attn.num_kv_heads": whole(low=1, high=2**17, optional=True),
   "attn.row_power": real(low=0, high=4),
+  "attn.window": whole(low=0, high=2**30, optional=True),
   "attn.implementation": text(optional=True),
 }
 
@@ -112,7 +114,8 @@ def _implementation_runs_here(config):
     slopes = {"alibi_slopes": heads} if attn.alibi else {}
     return attention.dot_product_attention(
       query, key, key, kind=attn.kind, implementation=attn.implementation,
-      normalize=attn.normalize, **bias, **slopes,
+      normalize=attn.normalize, local_window_size=attn.window, **bias,
+      **slopes,
     )  # fmt: skip
 
   def shape(heads):
@@ -145,11 +148,23 @@ def _no_second_division(config):
     )
 
 
+def _no_row_power_in_a_window(config):
+  if config.attn.row_power and config.attn.window is not None:
+    raise ValueError(
+      f"config.attn.row_power={config.attn.row_power!r}; must be 0 with "
+      f"config.attn.window={config.attn.window!r}, in which rows do not grow"
+    )
+
+
 def _no_second_normalization(config):
-  if config.attn.kind == "softmax" and config.attn.normalize:
+  reasons = {
+    "softmax": "which is normalised already",
+    "silu": "whose weights may be negative",
+  }
+  if config.attn.normalize and config.attn.kind in reasons:
     raise ValueError(
       "config.attn.normalize=True; must be False with config.attn.kind="
-      "'softmax', which is normalised already"
+      f"{config.attn.kind!r}, {reasons[config.attn.kind]}"
     )
 
 
@@ -193,6 +208,7 @@ RULES = (
   _no_bias_with_softmax,
   _no_second_normalization,
   _no_second_division,
+  _no_row_power_in_a_window,
   _implementation_runs_here,
 )
 
@@ -228,6 +244,7 @@ def make(
       is_causal=is_causal,
       rotate=rotate,
       row_power=attn.row_power,
+      window=attn.window,
       implementation=attn.implementation,
       rngs=rngs,
       **shared,

@@ -30,15 +30,21 @@ from ml_collections import ConfigDict
 Rule = Callable[[ConfigDict], None]
 
 
+REQUIRED = object()
+
+
 class Field(NamedTuple):
   """What one value of a config may be.
 
   is_right: a function of the value, True where the value is right.
   wanted: what an error says would be right, after the value.
+  before: the value by which runs acted before there was the field, see `added`;
+    REQUIRED if there has always been one.
   """
 
   is_right: Callable[[Any], bool]
   wanted: str
+  before: Any = REQUIRED
 
 
 def fields(
@@ -55,6 +61,17 @@ def fields(
       raise ValueError(f"config.{path}={_shown(value)}; {field.wanted}")
   for rule in rules:
     rule(config)
+
+
+def complete(config: ConfigDict, table: Mapping[str, Field]) -> None:
+  """Adds the fields to a saved config that were added to the table since."""
+  for path, field in table.items():
+    *parents, key = path.split(".")
+    if field.before is REQUIRED:
+      continue
+    node = value_at(config, ".".join(parents)) if parents else config
+    if isinstance(node, ConfigDict) and key not in node:
+      node[key] = field.before
 
 
 def value_at(config: ConfigDict, path: str) -> Any:
@@ -77,6 +94,14 @@ def _shown(value):
 
 
 # Fields.
+
+
+def added(field: Field, before: Any) -> Field:
+  """A field that the saved configs of older runs do not have.
+
+  before: what it would have said of them.
+  """
+  return field._replace(before=before)
 
 
 def whole(

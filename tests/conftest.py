@@ -25,6 +25,14 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+  parser.addoption(
+    "--all-meshes",
+    action="store_true",
+    help="train on every mesh of eight devices, not on one of each kind",
+  )
+
+
 def pytest_unconfigure():
   if _CACHE is not None:
     shutil.rmtree(_CACHE, ignore_errors=True)

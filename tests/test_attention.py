@@ -216,6 +216,83 @@ def test_alibi_of_a_decoded_token_is_its_row_of_the_whole(kind):
   close(last, whole[:, -1:])
 
 
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_offset_makes_a_row_of_the_whole_of_a_decoded_token(kind, traced):
+  """Among slots that are not filled yet, with every mask of positions."""
+  case = cases.Case("decode", batch=2, queries=9, keys=9, heads=4)
+  query, key, value = draw(case)
+  options = dict(
+    kind=kind, n=9, alibi_slopes=2.0 ** -jnp.arange(1.0, 5.0), is_causal=True,
+    local_window_size=(5, 0),
+  )  # fmt: skip
+  whole = dot_product_attention(query, key, value, **options)
+
+  def decode(query, offset):
+    return dot_product_attention(
+      query, key, value, query_offset=offset, **options
+    )
+
+  if traced:
+    decode = jax.jit(decode)
+  for place in (0, 4, 8):
+    token = query[:, place : place + 1]
+    close(decode(token, place), whole[:, place : place + 1])
+  chunk = decode(query[:, 3:6], jnp.array([3, 3]))
+  close(chunk, whole[:, 3:6])
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_examples_have_offsets_of_their_own(kind):
+  query, key, value = draw()
+  options = dict(kind=kind, is_causal=True, n=9)
+  found = dot_product_attention(
+    query, key, value, query_offset=jnp.array([1, 3]), **options
+  )
+  for example, offset in enumerate((1, 3)):
+    alone = (x[example] for x in (query, key, value))
+    wanted = dot_product_attention(*alone, query_offset=offset, **options)
+    close(found[example], wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_key_vector_of_minus_infinity_is_a_mask_of_keys(kind):
+  query, key, value = draw()
+  seen = jnp.array([True, False, True, True, False, True, True, True, True])
+
+  def with_gradients(**options):
+    def attend(*arrays):
+      return dot_product_attention(*arrays, kind=kind, **options)
+
+    out, pull_back = jax.vjp(attend, query, key, value)
+    return out, *pull_back(jnp.cos(out))
+
+  wanted = with_gradients(mask=seen[None, None, None])
+  found = with_gradients(key_logit_bias=jnp.where(seen, 0.0, -jnp.inf))
+  for x, y in zip(found, wanted, strict=True):
+    close(x, y)
+
+
+def test_logit_vectors_make_a_forget_gate():
+  """2503.02130: the logit of a pair loses the log of what is forgotten."""
+  query, key, value = draw(cases.Case("gated", queries=9, heads=4))
+  rng = np.random.default_rng(0)
+  gate = np.log(rng.uniform(0.5, 1, (2, 4, 9)).astype(np.float32))
+  total = np.cumsum(gate, -1)
+  found = dot_product_attention(
+    query, key, value, query_logit_bias=total, key_logit_bias=-total,
+    is_causal=True,
+  )  # fmt: skip
+  bias = total[..., :, None] - total[..., None, :]
+  wanted = dot_product_attention(query, key, value, bias=bias, is_causal=True)
+  close(found, wanted)
+  shared = dot_product_attention(
+    query, key, value, query_logit_bias=total[0, 0]
+  )
+  full = jnp.broadcast_to(total[0, 0], (2, 4, 9))
+  close(shared, dot_product_attention(query, key, value, query_logit_bias=full))
+
+
 @pytest.mark.parametrize("kind", POINTWISE)
 def test_logit_bias_as_float_array_and_per_head(kind):
   query, key, value = draw()
@@ -404,6 +481,14 @@ BAD = [
   (dict(kind="softmax", implementation="triton"), "'xla', 'cudnn'"),
   (dict(kind="softmax", logit_bias=-1.0), "logit_bias=-1.0"),
   (dict(kind="softmax", normalize=True), "normalize=True with kind='softmax'"),
+  (dict(kind="silu", normalize=True), "normalize=True with kind='silu'"),
+  (dict(kind="softmax", query_logit_bias=Z(6)), "query_logit_bias of shape"),
+  (dict(query_logit_bias=Z(9)), r"query_logit_bias.shape=\(1, 1, 9\)"),
+  (dict(key_logit_bias=Z((3, 9))), r"key_logit_bias.shape=\(1, 3, 9\)"),
+  (dict(query_offset=1.5), "query_offset=1.5; must be an integer"),
+  (dict(query_offset=True), "query_offset=True; must be an integer"),
+  (dict(query_offset=Z(3, int)), "query_offset=.*must be an integer, or"),
+  (dict(query_offset=2**31), "query_offset=2147483648; must be from"),
   (dict(return_residual=True), "return_residual=True; rows are divided by no"),
   (dict(logit_bias=float("nan")), "logit_bias=nan; must be finite"),
   (dict(logit_bias=Z(3)), r"logit_bias.shape=\(3,\); must be \(4,\)"),
@@ -469,7 +554,7 @@ def test_a_row_whose_weights_underflow_is_zero_with_finite_gradients(logit):
   assert all(np.isfinite(x).all() for x in grads)
 
 
-@pytest.mark.parametrize("kind", POINTWISE)
+@pytest.mark.parametrize("kind", ["sigmoid", "relu", "relu2"])
 def test_normalized_rows_add_up_to_one_and_the_residual_is_their_sum(kind):
   query, key, value = draw()
   ones = jnp.ones_like(value)

@@ -167,6 +167,20 @@ def test_normalized_rows_refuse_a_second_division():
     setup.validate_config(config)
 
 
+def test_a_window_refuses_row_power():
+  config = lm_sigmoid.get_config()
+  config.attn.update(window=8, row_power=1.0)
+  with pytest.raises(ValueError, match=r"config\.attn\.row_power=1\.0.*window"):
+    setup.validate_config(config)
+
+
+def test_silu_refuses_normalization():
+  config = lm_sigmoid.get_config()
+  config.attn.update(kind="silu", normalize=True)
+  with pytest.raises(ValueError, match=r"normalize=True.*'silu'"):
+    setup.validate_config(config)
+
+
 def test_softmax_refuses_a_second_normalization():
   config = vit.get_config()
   config.attn.normalize = True

@@ -147,6 +147,20 @@ def test_row_scaling_divides_by_a_power_of_the_keys_seen():
     scaled(inputs())
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_token_does_not_see_beyond_its_window(is_causal):
+  layer = make_attention(window=2, is_causal=is_causal)
+  x_BTD = inputs()
+  changed = x_BTD.at[:, 4].add(1.0)
+  moved = jnp.abs(layer(changed) - layer(x_BTD)).max((0, 2)) > 1e-6
+  last = min(4 + 2, x_BTD.shape[1] - 1)
+  wanted = [
+    4 <= i <= last if is_causal else abs(i - 4) <= 2
+    for i in range(x_BTD.shape[1])
+  ]
+  assert moved.tolist() == wanted
+
+
 @pytest.mark.parametrize("kind", attention.KINDS)
 def test_every_kind_has_the_same_parameters_and_another_output(kind):
   first, layer = make_attention(kind="sigmoid"), make_attention(kind=kind)

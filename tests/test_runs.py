@@ -1,6 +1,7 @@
 """What a run leaves, survives and says when something goes wrong with files."""
 
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -316,6 +317,60 @@ def test_checkpoint_of_a_version_without_checksums_is_restored(run):
   assert evaluate(run)["step"] == 4
 
 
+YOUNGER = ("attn.normalize", "data.max_pixels", "optim.max_skipped")
+
+
+def edit_config(run, change):
+  path = run / "config.json"
+  content = json.loads(path.read_text())
+  change(content["config"])
+  path.write_text(json.dumps(content))
+
+
+def without(*paths):
+  def change(config):
+    for path in paths:
+      *parents, key = path.split(".")
+      del functools.reduce(dict.get, parents, config)[key]
+
+  return change
+
+
+def test_run_that_is_older_than_a_field_of_the_config_goes_on(run, saved):
+  edit_config(run, without(*YOUNGER))
+  assert evaluate(run) == evaluate(saved)
+  assert int(train(small(total_steps=4, **KEPT), run).step) == 4
+  edit_config(run, without(*YOUNGER))
+  with pytest.raises(ValueError, match="normalize=False, this one has True"):
+    train(small(**{"attn.normalize": True}), run)
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    (without("model.width"), "config.model.width is missing"),
+    (without("model"), "config.model.* is missing"),
+    (without("attn"), "config.attn is missing"),
+    (without("task"), "config.task is missing"),
+    (dict.clear, "config.task is missing"),
+    (lambda x: x.update(attn=3), "config.attn.kind is missing"),
+    (lambda x: x["attn"].update(kind="x"), "config.attn.kind='x'; choose"),
+    (lambda x: x.update(task=None), "config.task=None; choose from"),
+  ],
+)
+def test_saved_config_that_lacks_what_is_needed_is_refused_by_name(
+  change, said, run
+):
+  edit_config(run, change)
+  for call in (
+    lambda: evaluate(run),
+    lambda: train(small(**KEPT), run),
+    lambda: replay.replay(run, 2),
+  ):
+    with pytest.raises(ValueError, match=f"not one of this version: .*{said}"):
+      call()
+
+
 def test_best_is_known_while_its_metrics_are_being_written(
   tmp_path, monkeypatch
 ):
@@ -340,6 +395,17 @@ def test_best_is_known_while_its_metrics_are_being_written(
   train(small(total_steps=4, **values), tmp_path)
   assert checkpoints.steps(tmp_path) == [1, 4]
   assert checkpoint.load(tmp_path, "best")[2] == 1
+
+
+def test_bad_split_of_an_evaluation_is_one_line(run):
+  done = subprocess.run(
+    [sys.executable, "eval.py", f"--workdir={run}", "--split=nope"],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert done.stderr == (
+    "eval.py: split='nope' of 'fashion_mnist'; choose from ['test', 'train']\n"
+  )
 
 
 # Disks.
@@ -409,6 +475,20 @@ def test_checkpoint_that_cannot_be_written_ends_a_run_with_one_line(tmp_path):
     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
   check_one_line_and_resume(tmp_path, first, "checkpoints: File too large")
+
+
+def test_failed_write_of_a_checkpoint_is_noticed_before_the_next_one(
+  tmp_path, monkeypatch
+):
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(files, "seal", full)
+  values = {"total_steps": 199, "ckpt.every_steps": 100}
+  with pytest.raises(OSError, match="No space left on device") as caught:
+    train(small(**values, **{"eval.every_steps": 0}), tmp_path)
+  assert caught.value.filename == str(tmp_path / "checkpoints")
+  assert 100 <= metrics.read(tmp_path)[-1]["step"] < 199
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.out.tfevents"])

@@ -33,14 +33,18 @@ ARROWS = {
     "extras",
   },
 }
-ARROWS["training"] = {"tasks", "data", "validate", "extras"}
+ARROWS["ring"] = {"attention", "kernels"}
+# Only training knows the mesh, and so what attention does on it.
+ARROWS["training"] = {
+  "tasks", "data", "validate", "extras", "attention", "ring",
+}  # fmt: skip
 _ABOVE_TRAINING = {"training", *ARROWS["training"], *ARROWS["tasks"]}
 ARROWS["inference"] = _ABOVE_TRAINING
 ARROWS["analysis"] = _ABOVE_TRAINING
 ARROWS["sweep"] = {"training", "analysis", "cli"}  # cli: only as a program
 ARROWS["cli"] = {"extras"}  # its commands are imported by name
 ARROWS["__main__"] = {"cli"}
-ARROWS["__init__"] = {"attention"}  # the layers are imported by name
+ARROWS["__init__"] = {"attention", "ring"}  # the layers are imported by name
 
 
 def sources():

@@ -30,6 +30,7 @@ from tests.training.events import events
 from train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
+TIMES = ("per_second", "data_seconds")  # which no two runs share
 
 
 def small(kind="sigmoid", **values):
@@ -98,6 +99,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     "model.drop_path": 0.2,
     "augment.mixup": 0.5,
     "data.num_workers": workers,
+    "log.every_steps": 2,  # the run stops between two lines
   }
   once = train(small(total_steps=6, **values), tmp_path / "once")
   train(small(total_steps=3, **values), tmp_path / "twice")
@@ -105,7 +107,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
   equal(once, twice)
   lines = [
     [
-      {k: v for k, v in line.items() if k != "per_second"}
+      {k: v for k, v in line.items() if k not in TIMES}
       for line in metrics.read(tmp_path / name)
       # The shorter run evaluated its end; the longer had no reason to.
       if not (line["split"] == "test" and line["step"] == 3)
@@ -198,6 +200,18 @@ def test_finished_run_is_read_back_not_trained_again(tmp_path, few_images):
   assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
+def test_run_killed_between_its_last_checkpoint_and_its_end_is_completed(
+  tmp_path, few_images
+):
+  train(small(), tmp_path)
+  before = (tmp_path / "metrics.jsonl").read_text()
+  done = (tmp_path / "DONE.json").read_text()
+  (tmp_path / "DONE.json").unlink()
+  train(small(), tmp_path)
+  assert (tmp_path / "metrics.jsonl").read_text() == before
+  assert (tmp_path / "DONE.json").read_text() == done
+
+
 def test_another_config_in_the_same_workdir_is_refused(tmp_path, few_images):
   train(small(), tmp_path)
   with pytest.raises(ValueError, match=r"config\.attn\.kind='sigmoid'"):
@@ -255,7 +269,7 @@ def test_rate_does_not_count_what_compiles(monkeypatch, few_images):
   batch = next(tasks.train_batches(config))
   half = {name: x[: len(x) // 2] for name, x in batch.items()}
   batches = [batch, batch, half, batch, half]
-  monkeypatch.setattr(tasks, "train_batches", lambda _: iter(batches))
+  monkeypatch.setattr(tasks, "train_batches", lambda _: (x for x in batches))
   train(config)
   rates = [x["per_second"] for _, split, x in lines if split == "train"]
   # The first step of each size compiles.
@@ -315,12 +329,23 @@ def test_bfloat16_computes_in_it_and_keeps_float32_parameters(few_images):
   assert max(jax.tree.leaves(rounding)) > 0
 
 
-def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
-  config = small(total_steps=5)
-  config.optim.update(lr=1e30, clip_norm=0.0, name="sgd", warmup_steps=0)
-  with pytest.raises(FloatingPointError, match=r"loss=\w+ at step \d"):
-    train(config, tmp_path)
-  _, params, _ = checkpoint.load(tmp_path)
+def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
+  tmp_path, monkeypatch
+):
+  put, count = mesh.put, [0]
+
+  def poisoned(batch, devices):
+    count[0] += 1
+    if count[0] == 3:
+      nans = np.full(batch["image"].shape, np.nan, np.float32)
+      batch = batch | {"image": nans}
+    return put(batch, devices)
+
+  monkeypatch.setattr(mesh, "put", poisoned)
+  with pytest.raises(FloatingPointError, match="loss=nan at step 3 "):
+    train(small(total_steps=5, **{"eval.every_steps": 0}), tmp_path)
+  _, params, step = checkpoint.load(tmp_path)
+  assert step == 2
   assert not any(np.isnan(x).any() for x in jax.tree.leaves(params))
 
 
@@ -428,7 +453,10 @@ def test_a_run_of_an_older_format_is_refused_by_name(
     cwd=ROOT, capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert done.returncode == 1
-  assert "holds a run of format 1, this version reads format 2" in done.stderr
+  assert (
+    f"holds a run of format 1, this version reads format {run_dir.FORMAT}"
+    in done.stderr
+  )
   assert "Traceback" not in done.stderr
 
 

@@ -9,6 +9,7 @@
   schedule        which tiles each program computes
   tiles           block sizes
   blocks          which blocks a tile sees
+  vectors         logit vectors, in the product of the scores
   weights         from scores to weights
   pipeline        launch, shared memory, products
   registers       masks, distances and tanh in registers
@@ -32,6 +33,7 @@ row. host.py says what the backward pass makes of it.
 import jax
 
 from sigattn.kernels import device
+from sigattn.kernels import vectors as logit_vectors
 from sigattn.kernels.mosaic import tiles
 from sigattn.kernels.problem import Operands, Problem
 
@@ -48,11 +50,10 @@ def unsupported(problem: Problem) -> str:
   """
   if problem.dtype not in ("bfloat16", "float16"):
     return f"{problem.dtype} is not implemented"
-  if problem.normalize and problem.shapes.logit_bias is not None:
-    return "the gradient of logit_bias of normalised rows is not implemented"
-  for name in ("bias", "mask"):
-    if getattr(problem.shapes, name) is not None:
-      return f"a dense {name} is not implemented"
+  for name in logit_vectors.dense(problem):
+    return f"a dense {name} is not implemented"
+  if not problem.scale:
+    return "scale=0 is not implemented"
   if problem.head_dim not in tiles.TILES:
     return f"head_dim={problem.head_dim}; one of {sorted(tiles.TILES)}"
   if 0 in (problem.batch, problem.query_len, problem.key_len):
@@ -83,4 +84,5 @@ def attention(
   # Imported here, because another jax may lack what this module imports.
   from sigattn.kernels.mosaic import host
 
+  problem, operands = logit_vectors.fold(problem, operands)
   return host.attention(problem, query, key, value, operands)

@@ -190,7 +190,12 @@ def plan(
     lengths.reverse()
     ids.reverse()
   first = jnp.arange(pl.cdiv(length, rows), dtype=jnp.int32) * rows
-  bounds = visible_blocks(first, first + rows - 1, before, after, block, others)
+  place = first  # of the rows, as the other side counts
+  if operands.query_offset is not None:
+    sign = 1 if tile.of_queries else -1
+    shifts = sign * operands.query_offset.astype(jnp.int32)
+    place = first[None] + shifts[:, None]
+  bounds = visible_blocks(place, place + rows - 1, before, after, block, others)
   shape = problem.batch, len(first)
   low, full_low, full_high, high = (jnp.broadcast_to(x, shape) for x in bounds)
   if lengths[1] is not None:  # Only zeros follow, and zeros need no mask.

@@ -18,7 +18,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from sigattn.kernels.mosaic import query_tiles, weights
+from sigattn.kernels.mosaic import query_tiles, registers, weights
 from sigattn.kernels.mosaic.pipeline import accumulator, read
 from sigattn.kernels.mosaic.schedule import Schedule
 from sigattn.kernels.mosaic.tiles import QueryTile
@@ -31,21 +31,23 @@ def run(
   schedule: Schedule,
   inputs: Mapping[str, jax.Array | None],
   scale: float,
-) -> jax.Array:
-  """scale dz k, (B, T, N, H), where dz = Form.dz_scale phi'(z) (do v^T).
+  sums: bool = False,
+) -> list[jax.Array]:
+  """[scale dz k], (B, T, N, H), where dz = Form.dz_scale phi'(z) (do v^T).
 
-  With inputs["rows"] do v^T becomes what weights.of_normalized says.
+  With inputs["rows"] do v^T becomes what weights.of_normalized says. With
+  `sums` also those of weights.row_gradient, (B, N, T and the rest of a tile).
 
   inputs: names of pipeline.Gmem and arrays. Rows from query_lengths on are 0.
   """
-  (d_query,) = query_tiles.run(
-    "sigattn_dq", _accumulate, form, tile, schedule, inputs, scale
-  )
-  return d_query
+  return query_tiles.run(
+    "sigattn_dq", _accumulate, form, tile, schedule, inputs, scale,
+    1.0 if sums else None,
+  )  # fmt: skip
 
 
 def _accumulate(queries, total, sums):
-  """Adds dz k of all blocks; there are no sums."""
+  """Adds dz k of all blocks; returns the sums of rows."""
   step = functools.partial(_step, queries, total)
   return query_tiles.loops(queries, step, sums)
 
@@ -56,8 +58,10 @@ def _step(queries, total, e, sums, masked):
   keys.wait(c)
   queries.context.values.wait(c)
   shape = accumulator(tile.block_q, tile.block_kv)
-  dz = pl.run_scoped(
-    functools.partial(_logit_gradient, queries, e, c, masked), shape, shape
+  dz, sums = pl.run_scoped(
+    functools.partial(_logit_gradient, queries, e, c, sums, masked),
+    shape,
+    shape,
   )
   plgpu.wgmma(total, dz, keys.block(c))
   plgpu.wgmma_wait(0)
@@ -65,14 +69,21 @@ def _step(queries, total, e, sums, masked):
   return sums
 
 
-def _logit_gradient(queries, e, c, masked, s_ref, dp_ref):
-  """dz of step e, in 16 bits. c: of the step, counted over all tiles."""
+def _logit_gradient(queries, e, c, sums, masked, s_ref, dp_ref):
+  """(dz of step e in 16 bits, sums). c: the step, counted over all tiles."""
   context = queries.context
-  keys, values = context.keys, context.values
-  plgpu.wgmma(s_ref, queries.smem, keys.block(c).transpose((1, 0)))
+  form, values = context.form, context.values
+  queries.start_scores(s_ref, c)
   plgpu.wgmma(dp_ref, queries.d_out, values.block(c).transpose((1, 0)))
-  _, derivative = queries.weigh(read(s_ref, 1), e, masked)
+  p, derivative = queries.weigh(read(s_ref, 1), e, masked)
   dz = derivative()  # It is computed while dp is.
-  dz = dz * weights.of_normalized(read(dp_ref, 0), queries.rows, axis=0)
+  dp = weights.of_normalized(read(dp_ref, 0), queries.rows, axis=0)
+  dz = dz * dp
   values.release(c)
-  return to_16_bits(dz, context.form.dz_scale, context.dtype)
+  sums = [
+    registers.add_to_rows(
+      x, weights.row_gradient(form, p, dz, dp, bool(queries.rows))
+    )
+    for x in sums
+  ]
+  return to_16_bits(dz, form.dz_scale, context.dtype), sums

@@ -57,7 +57,7 @@ def run(
   accumulate = _accumulate_overlapping if tile.overlap else _accumulate
   return query_tiles.run(
     "sigattn_forward", accumulate, form, tile, schedule, inputs, scale,
-    sum_scale,
+    sum_scale, divides=sum_scale is not None,
   )  # fmt: skip
 
 
@@ -143,8 +143,7 @@ def _scores_alone(queries, e):
 
 
 def _start_scores(queries, e, ref):
-  keys = queries.context.keys.block(queries.count + e)
-  plgpu.wgmma(ref, queries.smem, keys.transpose((1, 0)))
+  queries.start_scores(ref, queries.count + e)
 
 
 def _read_scores(queries, e, ref, in_flight):

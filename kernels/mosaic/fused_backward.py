@@ -54,11 +54,12 @@ def run(
   scales: Mapping[str, float],
   sums: bool = False,
 ) -> list[jax.Array]:
-  """[dq, dk, dv], and with `sums` those of dz, as dkv.run.
+  """[dq, row sums, dk, dv], and with `sums` those of dz, as dkv.run.
 
   dq is dz k in the order of reduce, without a factor and with queries up to a
-  multiple of block_q. inputs: names of pipeline.Gmem and arrays; of dq_sums
-  the values to which dq is added.
+  multiple of block_q. The row sums are those of weights.row_gradient, or None.
+  inputs: names of pipeline.Gmem and arrays; of dq_sums and row_sums the values
+  to which is added.
   """
   variant = key_tiles.Variant(
     "sigattn_fused_backward", StepsInOrder, _accumulate, _publish_dz
@@ -72,14 +73,16 @@ def run(
   # custom_partitioning refuses its effects, so that no mesh of several devices
   # could run the kernel.
   def body(refs):
-    sums_ref, result_refs = refs
-    results = kernel({**inputs, "dq_sums": sums_ref})
+    sum_refs, result_refs = refs
+    results = kernel({**inputs, **sum_refs})
     for ref, x in zip(result_refs, results, strict=True):
       ref[...] = x
 
+  names = "dq_sums", "row_sums"
+  totals = {name: inputs[name] for name in names if inputs[name] is not None}
   empty = [lax.empty(x.shape, x.dtype) for x in outputs.values()]
-  dq_sums, results = pl.run_state(body)((inputs["dq_sums"], empty))
-  return [dq_sums, *results]
+  totals, results = pl.run_state(body)((totals, empty))
+  return [*(totals.get(name) for name in names), *results]
 
 
 def zeros(query: jax.Array, tile: KeyTile) -> jax.Array:

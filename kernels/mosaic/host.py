@@ -34,6 +34,7 @@ from sigattn.kernels.mosaic import (
   fused_backward,
   reduce,
   tiles,
+  vectors,
 )
 from sigattn.kernels.mosaic.schedule import Schedule
 from sigattn.kernels.mosaic.weights import Form
@@ -80,10 +81,25 @@ def _with_end(problem, operands):
   A causal mask hides what lies beyond the keys, unless there are more queries.
   """
   block = tiles.TILES[problem.head_dim].forward.streamed
+  if _hides_the_end(problem) or problem.key_len % block == 0:
+    return problem, operands
+  return _with_lengths(problem, operands)
+
+
+def _hides_the_end(problem):
+  """Whether a mask hides what lies beyond the keys."""
+  if problem.shapes.key_value_seq_lengths is not None:
+    return True
   _, right = problem.bounds
-  causal = right == 0 and problem.query_len <= problem.key_len
-  given = operands.key_value_seq_lengths is not None
-  if given or causal or problem.key_len % block == 0:
+  moves = problem.shapes.query_offset is not None
+  if right is None or moves:
+    return False
+  return problem.query_len - 1 + right < problem.key_len
+
+
+def _with_lengths(problem, operands):
+  """The arguments with lengths of the keys."""
+  if operands.key_value_seq_lengths is not None:
     return problem, operands
   lengths = jnp.full((problem.batch,), problem.key_len, jnp.int32)
   operands = operands._replace(key_value_seq_lengths=lengths)
@@ -112,16 +128,18 @@ def _forward_aligned(form, problem, query, key, value, operands):
   return forward.run(form, tile, schedule, inputs, *scales)
 
 
-def _backward(trained, problem, query, key, value, operands, d_out, *rows):
-  """(dq, dk, dv, dlogit_bias (B, N), dslopes (B, N)), the last two float32.
+def _backward(wanted, problem, query, key, value, operands, d_out, *rows):
+  """(dq, dk, dv), and the sums of dz that are wanted, see differentiation.Sums.
 
-  Unless `trained`, those two are zeros. rows: inverse and shift, (B, T, N), of
-  normalised rows.
+  rows: inverse and shift, (B, T, N), of normalised rows.
   """
   lengths, form = (problem.query_len, problem.key_len), _form(problem)
   if problem.normalize:
     form = _form_of_normalized(form, problem)
     problem, d_out, rows = _in_rows(problem, d_out, *rows)
+    if wanted.rows:  # Keys beyond the last one would add to the sums of rows.
+      problem, operands = _with_lengths(problem, operands)
+      form = dataclasses.replace(form, end=True)
   problem, operands, query, key, value, d_out, *rows = _aligned(
     problem, operands, query, key, value, d_out.astype(query.dtype), *rows
   )
@@ -132,18 +150,19 @@ def _backward(trained, problem, query, key, value, operands, d_out, *rows):
   key, value = (
     _without_padding(x, operands.key_value_seq_lengths) for x in (key, value)
   )
-  fused = _takes_fused_backward(form, problem, trained)
+  fused = _takes_fused_backward(form, problem, wanted)
   backward = _fused_backward if fused else _two_kernel_backward
-  d_query, dk, dv, *sums = backward(
-    trained, form, problem, operands, query, key, value, d_out, *_stack(rows)
+  d_query, row_sums, dk, dv, *sums = backward(
+    wanted, form, problem, operands, query, key, value, d_out, *_stack(rows)
   )
   if problem.normalize:
     sums = [
       _of_keys(x, lengths[1], operands.key_value_seq_lengths) for x in sums
     ]
+  found = _wanted_sums(problem, lengths, row_sums, sums)
   return (
     d_query[:, : lengths[0]], dk[:, : lengths[1]], dv[:, : lengths[1]],
-    *_operand_gradients(problem, sums),
+    *(found[axes] for axes in wanted.axes),
   )  # fmt: skip
 
 
@@ -197,15 +216,17 @@ def _of_keys(dz_sums, count, lengths):
   return jnp.where(place < count, dz_sums, 0.0)
 
 
-def _takes_fused_backward(form, problem, trained=False):
+def _takes_fused_backward(form, problem, wanted):
   """Whether the fused backward pass is the faster one, and is allowed.
 
   It adds dq in no fixed order, so it is not allowed if XLA is asked for
-  deterministic operations. With the sums of dz (`trained`) and two numbers a
-  row it does not fit into shared memory at head width 128.
+  deterministic operations. With the sums of keys and two numbers a row it does
+  not fit into shared memory at head width 128, unless its blocks are fewer.
   """
   two_numbers = problem.normalize and _reads_inverse(problem)
-  if trained and two_numbers and problem.head_dim > 64:
+  of_keys = wanted.keys or wanted.slopes
+  tight = problem.head_dim > 64 and not _has_vectors(problem)
+  if of_keys and two_numbers and tight:
     return False
   flags = os.environ.get("XLA_FLAGS", "").split()
   deterministic = any(
@@ -218,35 +239,50 @@ def _takes_fused_backward(form, problem, trained=False):
   return problem.key_len >= (fused.masked if form.masked else fused.open)
 
 
-def _fused_backward(trained, form, problem, operands, query, *arrays):
-  """[dq, dk, dv], and the sums of dz if `trained`."""
-  tile = tiles.FUSED_BACKWARD[problem.head_dim].tile
+def _fused_backward(wanted, form, problem, operands, query, *arrays):
+  """[dq, sums of rows or None, dk, dv], and the sums of keys if wanted."""
+  of_width = tiles.FUSED_BACKWARD[problem.head_dim]
+  tile = of_width.tile
+  if _has_vectors(problem):
+    tile = dataclasses.replace(tile, stages=of_width.stages_with_vectors)
+  row_sums = None
+  if wanted.rows:
+    length = pl.cdiv(problem.query_len, tile.block_q) * tile.block_q
+    shape = tile.warpgroups, problem.batch, problem.num_heads, length
+    row_sums = jnp.zeros(shape, jnp.float32)
   schedule, inputs = _arguments(
     form, tile, problem, operands, query, *arrays,
-    dq_sums=fused_backward.zeros(query, tile),
+    dq_sums=fused_backward.zeros(query, tile), row_sums=row_sums,
   )  # fmt: skip
   scales = _scales(form, problem)
-  dq_sums, *rest = fused_backward.run(
-    form, tile, schedule, inputs, scales, sums=trained
+  dq_sums, row_sums, *rest = fused_backward.run(
+    form, tile, schedule, inputs, scales, sums=wanted.keys or wanted.slopes
   )
+  if row_sums is not None:
+    row_sums = row_sums.sum(0)
   d_query = reduce.in_rows(dq_sums)[:, : query.shape[1]]
-  return [(d_query * scales["dk"]).astype(query.dtype), *rest]
+  return [(d_query * scales["dk"]).astype(query.dtype), row_sums, *rest]
 
 
-def _two_kernel_backward(trained, form, problem, operands, *arrays):
-  """[dq, dk, dv], and the sums of dz if `trained`."""
+def _two_kernel_backward(wanted, form, problem, operands, *arrays):
+  """[dq, sums of rows or None, dk, dv], and the sums of keys if wanted."""
   of_width = tiles.TILES[problem.head_dim]
   schedule, inputs = _arguments(form, of_width.dkv, problem, operands, *arrays)
   arguments = form, of_width.dkv, schedule, inputs
-  scales = _scales(form, problem)
+  scales, of_keys = _scales(form, problem), wanted.keys or wanted.slopes
   if problem.head_dim > tiles.WIDEST_DK_AND_DV:
     (dv,) = dkv.run(*arguments, {"dv": scales["dv"]})
-    dk, *sums = dkv.run(*arguments, {"dk": scales["dk"]}, sums=trained)
+    dk, *sums = dkv.run(*arguments, {"dk": scales["dk"]}, sums=of_keys)
   else:
-    dk, dv, *sums = dkv.run(*arguments, scales, sums=trained)
-  schedule, inputs = _arguments(form, of_width.dq, problem, operands, *arrays)
-  d_query = dq.run(form, of_width.dq, schedule, inputs, scales["dk"])
-  return [d_query, dk, dv, *sums]
+    dk, dv, *sums = dkv.run(*arguments, scales, sums=of_keys)
+  tile = of_width.dq
+  if _has_vectors(problem) and of_width.dq_with_vectors:
+    tile = of_width.dq_with_vectors
+  schedule, inputs = _arguments(form, tile, problem, operands, *arrays)
+  d_query, *row_sums = dq.run(
+    form, tile, schedule, inputs, scales["dk"], sums=wanted.rows
+  )
+  return [d_query, row_sums[0] if row_sums else None, dk, dv, *sums]
 
 
 def _scales(form, problem):
@@ -257,14 +293,20 @@ def _scales(form, problem):
   }
 
 
-def _operand_gradients(problem, sums):
-  """The gradients of logit_bias and slopes: sums of dz over the keys."""
-  zeros = jnp.zeros((problem.batch, problem.num_heads), jnp.float32)
-  if not sums:
-    return zeros, zeros
-  (dz_sums,) = sums
-  per_head = dz_sums.sum(-1) / problem.normalizer
-  return per_head[0], per_head[1] if len(per_head) > 1 else zeros
+def _wanted_sums(problem, lengths, row_sums, sums):
+  """The sums of dz by their axes, as differentiation.Sums has them.
+
+  row_sums: (B, N, T and the rest of a tile), or None. sums: [] or [(1 or 2, B,
+  N, S and the rest of a tile)].
+  """
+  found = {}
+  if row_sums is not None:
+    found["BNT"] = row_sums[..., : lengths[0]]
+  for dz, *far in sums:
+    found["BNS"] = dz[..., : lengths[1]]
+    if far:
+      found["BN"] = far[0].sum(-1)
+  return {axes: x / problem.normalizer for axes, x in found.items()}
 
 
 # Padding.
@@ -276,16 +318,18 @@ def _aligned(problem, operands, query, key, value, *d_out):
   if not any(rest):
     return problem, operands, query, key, value, *d_out
 
-  def pad(x, side, mode="constant"):
+  def pad(x, side, mode="constant", axis=1):
     if x is None:
       return None
     axes = [(0, 0)] * x.ndim
-    axes[1] = 0, rest[side]
+    axes[axis] = 0, rest[side]
     return jnp.pad(x, axes, mode)
 
   operands = operands._replace(
     query_segment_ids=pad(operands.query_segment_ids, 0, "edge"),
     key_value_segment_ids=pad(operands.key_value_segment_ids, 1, "edge"),
+    query_logit_bias=pad(operands.query_logit_bias, 0, axis=2),
+    key_logit_bias=pad(operands.key_logit_bias, 1, axis=2),
   )
   problem = dataclasses.replace(
     problem,
@@ -328,7 +372,7 @@ def _form(problem):
     right=right,
     segments=problem.shapes.query_segment_ids is not None,
     end=False,
-    offset=problem.key_len - problem.query_len,
+    offset=problem.distance_offset,
     weight_scale=weight_scale,
     dz_scale=dz_scale,
   )
@@ -345,9 +389,12 @@ def _arguments(
   d_out=None,
   rows=None,
   dq_sums=None,
+  row_sums=None,
 ):
   """(the schedule, the inputs of a kernel by their names in pipeline.Gmem)."""
   schedule = _schedule(problem, tile)
+  parts, columns = _vectors(problem, operands, tile)
+  offsets = operands.query_offset
   of_block = {"query": tile.stationary, "key": tile.streamed}
   name, length = "query_lengths", operands.query_seq_lengths
   if not tile.of_queries:
@@ -359,6 +406,10 @@ def _arguments(
     "value": value,
     "d_out": d_out,
     "dq_sums": dq_sums,
+    "row_sums": row_sums,
+    "offsets": None if offsets is None else offsets.astype(jnp.int32),
+    "parts": parts,
+    "columns": columns,
     "scalars": _scalars(problem, operands),
     "plan": blocks.plan(form, problem, operands, tile),
     "query_ids": _pad_ids(operands.query_segment_ids, of_block["query"]),
@@ -370,6 +421,29 @@ def _arguments(
   if form.end:
     inputs["key_lengths"] = operands.key_value_seq_lengths.astype(jnp.int32)
   return schedule, inputs
+
+
+def _has_vectors(problem):
+  vectors = problem.shapes.query_logit_bias, problem.shapes.key_logit_bias
+  return any(x is not None for x in vectors)
+
+
+def _vectors(problem, operands, tile):
+  """(parts, columns) of the logit vectors, as in pipeline.Gmem."""
+  if not _has_vectors(problem):
+    return None, None
+  heads = problem.batch, problem.num_heads
+  of_queries, of_keys = (
+    vectors.parts(vector, (*heads, length), problem.scale)
+    for vector, length in (
+      (operands.query_logit_bias, problem.query_len),
+      (operands.key_logit_bias, problem.key_len),
+    )
+  )
+  rows, others = of_queries, of_keys
+  if not tile.of_queries:
+    rows, others = others, rows
+  return _pad_rows(rows, tile.stationary), vectors.streamed(others)
 
 
 def _schedule(problem, tile):

@@ -14,6 +14,8 @@ Scores are transposed: rows are keys, columns are queries.
                                                they leave through the slots of
                                                keys and values
     rows            stages x (1 or 2) x block_q x float32, if normalised
+    columns         stages x block_q x 16      of the queries' logit vectors, if
+                                               given
     sums of dz      W x (1 or 2) x block_kv x float32, if trained
   For example, fused at H = 128: 3 x 2 x 64 x 128 numbers stationary, 2 x 3 x 64
   x 128 streamed and 4 x 64 x 64 of dz, 96 + 96 + 32 KiB of 227 KiB.
@@ -21,7 +23,8 @@ Scores are transposed: rows are keys, columns are queries.
   barriers                      who arrives                     who waits
     kv_full[W]                  copy engine: keys and values    the warpgroup
     kv_free                     each compute warpgroup          memory
-    q_full, do_full[stages]     copy engine (do: and rows)      all compute
+    q_full, do_full[stages]     copy engine (q: and columns,    all compute
+                                do: and rows)
     q_free, do_free[stages]     each compute warpgroup          memory
     dz_written                  each compute warpgroup          memory
     dz_ready                    memory                          all compute
@@ -39,7 +42,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from sigattn.kernels.mosaic import weights
+from sigattn.kernels.mosaic import vectors, weights
 from sigattn.kernels.mosaic.blocks import (
   Steps,
   StepsInOrder,
@@ -108,6 +111,7 @@ class Smem:
   queries: Any
   d_outs: Any
   rows: Any
+  columns: Any
   dz: Any
   out: Any
   sums: Any
@@ -183,6 +187,7 @@ class Head:
   head: jax.Array
   bias: float | jax.Array
   slope: jax.Array | None
+  vector: jax.Array | None  # as vectors.stationary
   dk: Any  # an accumulator; None if dk is not computed
   dv: Any
 
@@ -250,7 +255,7 @@ def build(
     padded = pl.cdiv(sizes.key_len, tile.stationary) * tile.stationary
     shape = num_sums, sizes.batch, sizes.heads, padded
     outputs["dz_sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-  scratch = _scratch(tile, key, inputs["rows"], num_sums, fused)
+  scratch = _scratch(tile, key, inputs, num_sums, fused)
   kernel = launch(
     variant.name, kernel, schedule, tile, inputs, outputs, scratch,
     automatic_barriers=not fused,  # dz has barriers of its own.
@@ -258,7 +263,7 @@ def build(
   return kernel, outputs
 
 
-def _scratch(tile, key, rows, num_sums, fused):
+def _scratch(tile, key, inputs, num_sums, fused):
   """The contents of shared memory, in the order of Smem."""
 
   def blocks(count, rows, width):
@@ -267,11 +272,14 @@ def _scratch(tile, key, rows, num_sums, fused):
   width = key.shape[-1]
   stationary = blocks(tile.warpgroups, tile.block_kv, width)
   streamed = blocks(tile.stages, tile.block_q, width)
-  kinds = 0 if rows is None else rows.shape[2]
+  kinds = 0 if inputs["rows"] is None else inputs["rows"].shape[2]
+  has_vectors = inputs["columns"] is not None
   dz = blocks(2 * tile.warpgroups, tile.block_kv, tile.block_q)
   sums = plgpu.SMEM((tile.warpgroups, num_sums, tile.block_kv), jnp.float32)
   rows = plgpu.SMEM((tile.stages, kinds, tile.block_q), jnp.float32)
-  full = plgpu.Barrier(num_barriers=tile.stages)
+  q_full = plgpu.Barrier(
+    num_barriers=tile.stages, num_arrivals=2 if has_vectors else 1
+  )
   do_full = plgpu.Barrier(
     num_barriers=tile.stages, num_arrivals=2 if kinds else 1
   )
@@ -280,11 +288,12 @@ def _scratch(tile, key, rows, num_sums, fused):
   return [
     stationary, stationary, streamed, streamed,
     rows if kinds else None,
+    vectors.scratch(tile) if has_vectors else None,
     dz if fused else None,
     stationary if fused else None,
     sums if num_sums else None,
     plgpu.Barrier(num_barriers=tile.warpgroups, num_arrivals=2),
-    by_all, full, do_full, free, free, by_all, plgpu.Barrier(),
+    by_all, q_full, do_full, free, free, by_all, plgpu.Barrier(),
   ]  # fmt: skip
 
 
@@ -346,9 +355,13 @@ def _sum_blocks(keys, dk, dv, g):
     context.form, context.gmem.scalars, keys.batch, head
   )
   zeros = weights.zeros(context.tile.block_kv)
-  of_head = Head(
-    keys=keys, g=g, head=head, bias=bias, slope=slope, dk=dk, dv=dv
+  vector = vectors.stationary(
+    context.gmem.parts, keys.batch, head, keys.first, context.tile.block_kv
   )
+  of_head = Head(
+    keys=keys, g=g, head=head, bias=bias, slope=slope, vector=vector, dk=dk,
+    dv=dv,
+  )  # fmt: skip
   totals = context.variant.accumulate(of_head, [zeros] * context.num_sums)
   rows = pl.ds(keys.first, context.tile.block_kv)
   for index, total in enumerate(totals):
@@ -422,6 +435,9 @@ def _fill(context, batch, kv_head, steps, count, x):
   at = batch, pl.ds(steps.block(e) * block_q, block_q)
   at = *at, kv_head * context.sizes.group + g
   context.queries.fill(count + x, gmem.query.at[at])
+  if gmem.columns is not None:
+    columns = gmem.columns.at[at]
+    context.queries.fill_too(count + x, columns, context.smem.columns)
   context.d_outs.fill(count + x, gmem.d_out.at[at])
   if gmem.rows is not None:
     _, queries, head = at

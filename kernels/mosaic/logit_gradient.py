@@ -21,9 +21,14 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax import lax
 
-from sigattn.kernels.mosaic import weights
+from sigattn.kernels.mosaic import registers, vectors, weights
 from sigattn.kernels.mosaic.key_tiles import Head
-from sigattn.kernels.mosaic.pipeline import accumulator, at_step, read
+from sigattn.kernels.mosaic.pipeline import (
+  accumulator,
+  at_step,
+  read,
+  zero_padding,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,7 @@ class _Step:
   d_out: Any
   keys: Any
   values: Any
+  columns: Any  # of the queries' logit vectors; None without them
 
 
 def compute(
@@ -51,9 +57,12 @@ def compute(
   smem, c = context.smem, head.position(e)
   q, d_out = context.queries.block(c), context.d_outs.block(c)
   here = at_step(context.warpgroup, c)
+  columns = smem.columns
+  if columns is not None:
+    columns = context.queries.of_step(columns, c)
   step = _Step(
     head=head, e=e, masked=masked, q=q, d_out=d_out, keys=smem.keys.at[here],
-    values=smem.values.at[here],
+    values=smem.values.at[here], columns=columns,
   )  # fmt: skip
   context.queries.wait(c)
   context.d_outs.wait(c)
@@ -68,6 +77,8 @@ def _scores_accumulator(context):
 
 def _start_scores(step, totals, s_ref):
   plgpu.wgmma(s_ref, step.keys, step.q.transpose((1, 0)))
+  if step.columns is not None:
+    vectors.add(s_ref, step.head.vector, step.columns)
   has_dk = step.head.dk is not None
   return pl.run_scoped(
     functools.partial(_finish, step, totals, s_ref),
@@ -85,21 +96,39 @@ def _finish(step, totals, s_ref, dp_ref):
   p, derivative, place = _weigh(step, s)
   load_rows = functools.partial(_load_rows, step)
   if head.dv is not None:
+    scaled = p
     for inverse in load_rows()[1:]:
-      p = p * lax.broadcast_in_dim(inverse, p.shape, [1])
-    p = weights.to_16_bits(p, form.weight_scale, context.dtype)
-    plgpu.wgmma(head.dv, p, step.d_out)
+      scaled = scaled * lax.broadcast_in_dim(inverse, p.shape, [1])
+    scaled = weights.to_16_bits(scaled, form.weight_scale, context.dtype)
+    plgpu.wgmma(head.dv, scaled, step.d_out)
   if dp_ref is None:
     return None, totals
   dz = derivative()  # It is computed while dp is.
   dp = read(dp_ref, int(head.dv is not None))
-  dz = dz * weights.of_normalized(dp, load_rows(), axis=1)
+  dp = weights.of_normalized(dp, load_rows(), axis=1)
+  dz = dz * dp
+  if context.gmem.row_sums is not None:
+    _add_to_rows(step, p, dz, dp)
   if not context.num_sums:
     return dz, totals
   parts = [dz.sum(1)]
   if form.alibi:
     parts.append(-(dz * place.distance(dz, form.offset)).sum(1))
   return dz, [t + x for t, x in zip(totals, parts, strict=True)]
+
+
+def _add_to_rows(step, p, dz, dp):
+  """Adds the sums over the keys to those of the step's queries."""
+  head, context = step.head, step.head.context
+  keys, gmem = head.keys, context.gmem
+  is_normalized = gmem.rows is not None
+  x = weights.row_gradient(context.form, p, dz, dp, is_normalized)
+  if is_normalized:  # Otherwise padding adds nothing, since values are 0 there.
+    x = zero_padding(x, keys.first, gmem.key_lengths, keys.batch)
+  start = keys.steps.block(step.e) * context.tile.block_q
+  of_warpgroup = gmem.row_sums.at[context.warpgroup]
+  rows = of_warpgroup.at[keys.batch, head.head, pl.ds(start, x.shape[1])]
+  registers.add_columns(x, rows)
 
 
 def _load_rows(step):
@@ -120,7 +149,8 @@ def _weigh(step, s):
   head, context = step.head, step.head.context
   keys, block_q = head.keys, context.tile.block_q
   start = keys.steps.block(step.e) * block_q
-  place = weights.Place(keys.first, start, of_queries=False)
+  offset = weights.offset(context.gmem.offsets, keys.batch)
+  place = weights.Place(keys.first, start + offset, of_queries=False)
 
   def ids():
     return keys.ids, weights.load_ids(

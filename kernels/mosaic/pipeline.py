@@ -51,9 +51,14 @@ class Gmem:
   key_lengths: Any = None  # (B,) int32
   # (B, N, 1 or 2, T and the rest of a tile) float32: shift, and perhaps inverse
   rows: Any = None
+  offsets: Any = None  # (B,) int32: query_offset
+  parts: Any = None  # logit vectors, see vectors.py: of the stationary side
+  columns: Any = None  # and of the streamed side
   table: Any = None  # of the schedule
   out: Any = None  # (B, T, N, H); in dq.py the gradient of the queries
-  sums: Any = None  # (B, N, T and the rest of a tile) float32, of the weights
+  sums: Any = None  # (B, N, T and the rest of a tile) float32, of a row
+  # (warpgroups, B, N, T and the rest of a block) float32: input and output
+  row_sums: Any = None
   dq_sums: Any = None  # as reduce.zeros; input and output
   dk: Any = None  # (B, S, K, H)
   dv: Any = None  # (B, S, K, H)
@@ -183,7 +188,7 @@ class Ring:
   def fill_too(self, step: jax.Array, source: Any, smem: Any) -> None:
     """Memory warpgroup, after `fill`: the same step's block of another array.
 
-    smem: (stages, ...). The barriers `full` must expect two arrivals.
+    smem: (stages, ...). The barriers `full` must expect one more arrival.
     """
     slot = self._slot(step)
     plgpu.copy_gmem_to_smem(source, smem.at[slot], self._full.at[slot])

@@ -10,13 +10,14 @@ registers. Blocks of block_kv keys and values are streamed past all of them.
     d_out      W x block_q x H    dq.py only
     keys     stages x block_kv x H    a ring
     values   stages x block_kv x H    a ring
-    sums       W x block_q x float32  of the weights, if rows are normalised
+    sums       W x block_q x float32  of a row, if they are asked for
+    columns  stages x block_kv x 16   of the keys' logit vectors, if given
   For example, forward at H = 128: 4 x 64 x 128 and 2 x 2 x 128 x 128 numbers,
   64 + 128 KiB of 227 KiB.
 
   barriers                  who arrives                      who waits
     q_full[2 W]             copy engine: queries (and d_out) the warpgroup
-    k_full, v_full[stages]  copy engine                      all compute
+    k_full, v_full[stages]  copy engine (k: and columns)     all compute
     k_free, v_free[stages]  each compute warpgroup           memory
 
 A compute warpgroup loads its own queries, those of the next tile while it works
@@ -35,7 +36,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sigattn.kernels import numerics
-from sigattn.kernels.mosaic import registers, weights
+from sigattn.kernels.mosaic import registers, vectors, weights
 from sigattn.kernels.mosaic.blocks import (
   Steps,
   blocks_of_tile,
@@ -67,12 +68,14 @@ class Context:
   group: int  # query heads that share a key head
   key_len: int
   scale: float  # of the result
-  sum_scale: float | None  # of the sums of weights; None: there are none
+  sum_scale: float | None  # of the sums of rows; None: there are none
+  divides: bool  # whether the result is divided by the sums
   accumulate: Callable[["Queries", Any, list], list]
   gmem: Gmem
   q_smem: Any
   do_smem: Any  # None in the forward pass
   sums_smem: Any  # None if there are no sums
+  columns_smem: Any  # None if there are no logit vectors
   q_full: Any
   keys: Ring
   values: Ring
@@ -106,12 +109,13 @@ class Queries:
 
   context: Context
   batch: jax.Array
-  first: jax.Array
+  place: jax.Array  # of the first query among the keys
   bias: float | jax.Array
   slope: jax.Array | None
   ids: jax.Array | None
   end: jax.Array | None  # the first key that is hidden by its length
   rows: list[jax.Array]  # as in weights.of_normalized
+  vector: jax.Array | None  # as vectors.stationary
   steps: Steps
   count: jax.Array  # blocks that were streamed before this tile
   smem: Any  # (block_q, H)
@@ -120,6 +124,14 @@ class Queries:
   def d_out(self) -> Any:
     """The output's cotangent, a Ref (block_q, H) in shared memory."""
     return self.context.do_smem.at[self.context.warpgroup]
+
+  def start_scores(self, scores: Any, count: jax.Array) -> None:
+    """Starts scores = q k^T, with the logit vectors, of the block `count`."""
+    context = self.context
+    plgpu.wgmma(scores, self.smem, context.keys.block(count).transpose((1, 0)))
+    if self.vector is not None:
+      columns = context.keys.of_step(context.columns_smem, count)
+      vectors.add(scores, self.vector, columns)
 
   def weigh(
     self, s: jax.Array, step: jax.Array, masked: bool, column: int = 0
@@ -136,7 +148,7 @@ class Queries:
 
     return weights.weights(
       context.form, s, self.bias, self.slope,
-      weights.Place(self.first, start, of_queries=True), ids, masked,
+      weights.Place(self.place, start, of_queries=True), ids, masked,
       end=None if self.end is None else self.end - start,
       paced=context.tile.paced, in_output_unit=context.do_smem is None,
     )  # fmt: skip
@@ -151,11 +163,12 @@ def run(
   inputs: Mapping[str, jax.Array | None],
   scale: float,
   sum_scale: float | None = None,
+  divides: bool = False,
 ) -> list[jax.Array]:
   """[(B, T, N, H)]: scale times the sum that `accumulate` computes.
 
-  With `sum_scale` it is divided by the sums of the weights of each row, and a
-  second result is sum_scale times those: (B, N, T and the rest of a tile).
+  With `sum_scale` a second result is sum_scale times the sums of each row that
+  `accumulate` returns: (B, N, T and the rest of a tile).
 
   Args:
     name: of the kernel, for profilers.
@@ -164,14 +177,15 @@ def run(
     form, tile, schedule: the mathematics, and how it is cut up.
     inputs: names of Gmem and arrays. Rows from query_lengths on become 0.
     scale, sum_scale: numbers.
+    divides: whether the first result is divided by the sums of its rows.
   """
   query, d_out = inputs["query"], inputs["d_out"]
   heads, width = query.shape[2:]
   key_len, kv_heads = inputs["key"].shape[1:3]
 
   def kernel(
-    gmem, q_smem, do_smem, sums_smem, k_smem, v_smem, q_full, k_full, v_full,
-    k_free, v_free,
+    gmem, q_smem, do_smem, sums_smem, columns_smem, k_smem, v_smem, q_full,
+    k_full, v_full, k_free, v_free,
   ):  # fmt: skip
     context = Context(
       form=form,
@@ -182,11 +196,13 @@ def run(
       key_len=key_len,
       scale=scale,
       sum_scale=sum_scale,
+      divides=divides,
       accumulate=accumulate,
       gmem=gmem,
       q_smem=q_smem,
       do_smem=do_smem,
       sums_smem=sums_smem,
+      columns_smem=columns_smem,
       q_full=q_full,
       keys=Ring(k_smem, k_full, k_free, tile.stages),
       values=Ring(v_smem, v_full, v_free, tile.stages),
@@ -199,7 +215,10 @@ def run(
     )  # fmt: skip
 
   has_sums = sum_scale is not None
-  scratch = _scratch(tile, width, query.dtype, d_out is not None, has_sums)
+  scratch = _scratch(
+    tile, width, query.dtype, d_out is not None, has_sums,
+    inputs["columns"] is not None,
+  )  # fmt: skip
   outputs = _outputs(tile, query, has_sums)
   return launch(name, kernel, schedule, tile, inputs, outputs, scratch)(inputs)
 
@@ -215,7 +234,7 @@ def _outputs(tile, query, has_sums):
   return outputs
 
 
-def _scratch(tile, width, dtype, has_d_out, has_sums):
+def _scratch(tile, width, dtype, has_d_out, has_sums, has_vectors):
   """The contents of shared memory, in the order of the kernel's arguments."""
 
   def blocks(count, rows):
@@ -223,6 +242,9 @@ def _scratch(tile, width, dtype, has_d_out, has_sums):
 
   queries_full = plgpu.Barrier(
     num_barriers=2 * tile.warpgroups, num_arrivals=2 if has_d_out else 1
+  )
+  keys_full = plgpu.Barrier(
+    num_barriers=tile.stages, num_arrivals=2 if has_vectors else 1
   )
   full = plgpu.Barrier(num_barriers=tile.stages)
   free = plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
@@ -232,9 +254,10 @@ def _scratch(tile, width, dtype, has_d_out, has_sums):
     plgpu.SMEM((tile.warpgroups, tile.block_q), jnp.float32)
     if has_sums
     else None,
+    vectors.scratch(tile) if has_vectors else None,
     blocks(tile.stages, tile.block_kv),
     blocks(tile.stages, tile.block_kv),
-    queries_full, full, full, free, free,
+    queries_full, keys_full, full, free, free,
   ]  # fmt: skip
 
 
@@ -277,8 +300,9 @@ def _compute_tile(context, i, count):
   form, tile, gmem = context.form, context.tile, context.gmem
   batch, head, first, steps = context.locate(i)
   first += context.warpgroup * tile.block_q
+  place = first + weights.offset(gmem.offsets, batch)
   *_, full_high, high = visible_blocks(
-    first, first + tile.block_q - 1, form.left, form.right, tile.block_kv,
+    place, place + tile.block_q - 1, form.left, form.right, tile.block_kv,
     context.key_len,
   )  # fmt: skip
   steps = steps.skip_from(high)
@@ -290,9 +314,10 @@ def _compute_tile(context, i, count):
   )
   smem = context.q_smem.at[context.slot(i)]
   queries = Queries(
-    context=context, batch=batch, first=first, bias=bias, slope=slope, ids=ids,
+    context=context, batch=batch, place=place, bias=bias, slope=slope, ids=ids,
     end=gmem.key_lengths[batch] if form.end else None,
     rows=weights.load_rows(gmem.rows, batch, head, first, tile.block_q),
+    vector=vectors.stationary(gmem.parts, batch, head, first, tile.block_q),
     steps=steps, count=count, smem=smem,
   )  # fmt: skip
   width = gmem.query.shape[-1]
@@ -302,20 +327,17 @@ def _compute_tile(context, i, count):
   )
   out = out if context.scale == 1 else out * context.scale
   for x in sums:
-    out = _normalize(context, out, x, (batch, head, pl.ds(first, tile.block_q)))
+    x = registers.sum_of_threads(x)
+    if context.divides:
+      inverse = numerics.inverse(x)
+      out = out * lax.broadcast_in_dim(inverse, out.shape, [0])
+    sums_smem = context.sums_smem.at[context.warpgroup]
+    rows = pl.ds(first, tile.block_q)
+    store(x * context.sum_scale, sums_smem, gmem.sums.at[batch, head, rows])
   out = zero_padding(out, first, gmem.query_lengths, batch)
   destination = gmem.out.at[batch, pl.ds(first, tile.block_q), head]
   store(out.astype(context.dtype), smem, destination)
   return count + steps.count
-
-
-def _normalize(context, out, sums, place):
-  """out divided by the sums of its rows, which are stored."""
-  sums = registers.sum_of_threads(sums)
-  smem = context.sums_smem.at[context.warpgroup]
-  store(sums * context.sum_scale, smem, context.gmem.sums.at[place])
-  inverse = numerics.inverse(sums)
-  return out * lax.broadcast_in_dim(inverse, out.shape, [0])
 
 
 def _sum_blocks(queries, i, total):
@@ -377,9 +399,12 @@ def _feed_tile(context, i, count):
   gmem, block_kv = context.gmem, context.tile.block_kv
 
   def step(e, _):
-    at = batch, pl.ds(steps.block(e) * block_kv, block_kv)
-    at = *at, div(head, context.group)
+    rows = pl.ds(steps.block(e) * block_kv, block_kv)
+    at = batch, rows, div(head, context.group)
     context.keys.fill(count + e, gmem.key.at[at])
+    if gmem.columns is not None:
+      columns = gmem.columns.at[batch, rows, head]
+      context.keys.fill_too(count + e, columns, context.columns_smem)
     context.values.fill(count + e, gmem.value.at[at])
 
   lax.fori_loop(0, steps.count, step, None)

@@ -154,6 +154,78 @@ def sum_of_threads(totals: jax.Array) -> jax.Array:
   return inline(totals)
 
 
+def add_columns(x: jax.Array, total: Any) -> None:
+  """total += the sums of the columns of x, over its 64 rows.
+
+  The rows of a warp are added in registers: eight threads that hold the same
+  columns exchange halves three times, until each has an eighth of the columns
+  to itself. The four warps add theirs to memory, in no fixed order.
+
+  x: (64, columns) float32, in Layout.WGMMA, columns a multiple of 64. total: a
+  Ref (columns,) float32 in global memory.
+  """
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
+  def inline(_, x, total):
+    pairs = x.registers.reshape(-1, 2)  # (j, i)
+    sums = [arith.addf(*of_rows) for of_rows in pairs]
+    r, c = _row_and_column_of_lane()
+    for bit in (4, 2, 1):
+      sums = _exchange(sums, r, bit)
+    i64 = ir.IntegerType.get_signless(64)
+    column = arith.addi(arith.muli(r, _index(8)), arith.muli(c, _index(2)))
+    place = arith.addi(
+      llvm.ptrtoint(i64, utils.memref_ptr(total)),
+      arith.muli(arith.extui(i64, column), mgpu.c(4, i64)),
+    )
+    for block, pair in enumerate(sums):
+      numbers = [llvm.extractelement(pair, _index(k)) for k in range(2)]
+      llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [place, *numbers],
+        f"red.relaxed.gpu.global.add.v2.f32 [$0+{block * 64 * 4}], {{$1, $2}};",
+        "l,f,f",
+        has_side_effects=True,
+      )
+
+  inline(x, total)
+
+
+def _exchange(pairs, r, bit):
+  """Half of the pairs, each added to that of the thread r ^ bit.
+
+  Of every 2 * bit pairs a thread keeps the upper half if r has the bit, and
+  gives the other half away. So pair r of each eight is left in the end.
+  """
+  has_bit = arith.cmpi(
+    arith.CmpIPredicate.ne, arith.andi(r, _index(bit)), _index(0)
+  )
+  left = []
+  for start in range(0, len(pairs), 2 * bit):
+    for low in range(start, start + bit):
+      first, second = pairs[low], pairs[low + bit]
+      kept = arith.select(has_bit, second, first)
+      given = arith.select(has_bit, first, second)
+      numbers = []
+      for k in range(2):
+        number = llvm.extractelement(given, _index(k))
+        number = utils.shfl_bfly(number, 4 * bit)
+        mine = llvm.extractelement(kept, _index(k))
+        numbers.append(arith.addf(mine, number))
+      left.append(vector.from_elements(kept.type, numbers))
+  return left
+
+
+def _index(x):
+  return mgpu.c(x, ir.IntegerType.get_signless(32))
+
+
+def _row_and_column_of_lane():
+  """r and c of this thread."""
+  lane = arith.remui(mgpu.thread_idx(), _index(32))
+  return arith.divui(lane, _index(4)), arith.remui(lane, _index(4))
+
+
 def distance(x: jax.Array, offset: int | jax.Array) -> jax.Array:
   """|row + offset - column|, float32, of the shape of x. offset: int32."""
 

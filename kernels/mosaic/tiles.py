@@ -64,6 +64,8 @@ class Tiles(NamedTuple):
   forward: QueryTile
   dq: QueryTile
   dkv: KeyTile
+  # With logit vectors, which take shared memory; None: as without.
+  dq_with_vectors: QueryTile | None = None
 
 
 TILES = {
@@ -86,6 +88,7 @@ TILES = {
     QueryTile(64, 128, 2, 2, 240, overlap=True),
     QueryTile(64, 128, 2, 2, 240),
     KeyTile(64, 64, 2, 2, 240),
+    dq_with_vectors=QueryTile(64, 64, 2, 2, 240),
   ),
   192: Tiles(
     QueryTile(64, 64, 2, 2, 240),
@@ -112,11 +115,16 @@ class FusedBackward:
   tile: KeyTile
   open: float  # minimum key length without a mask
   masked: float  # minimum key length with one
+  stages_with_vectors: int  # They take shared memory: fewer blocks have room.
 
 
 FUSED_BACKWARD = {
-  64: FusedBackward(KeyTile(64, 128, 3, 2, 240), open=1024, masked=1024),
-  128: FusedBackward(KeyTile(64, 64, 3, 2, 240), open=1024, masked=2048),
+  64: FusedBackward(
+    KeyTile(64, 128, 3, 2, 240), open=1024, masked=1024, stages_with_vectors=3
+  ),
+  128: FusedBackward(
+    KeyTile(64, 64, 3, 2, 240), open=1024, masked=2048, stages_with_vectors=2
+  ),
 }
 
 # The head width up to which the registers hold dk and dv at the same time.

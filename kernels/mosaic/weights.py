@@ -2,9 +2,10 @@
 
 A block of scores s has stationary rows and streamed columns. Its logits are
 
-  z = scale s + logit_bias - slope |i + S - T - j|
+  z = scale s + logit_bias - slope |i + offset - j|
 
-for query i and key j. Its weights are phi(z), or 0 where the pair is hidden.
+for query i and key j. Logit vectors are a part of s already, see vectors.py.
+The weights are phi(z), or 0 where the pair is hidden.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ class Form:
   right: int | None
   segments: bool
   end: bool  # whether keys beyond a length are hidden (with normalised rows)
-  offset: int  # S - T, by which ALiBi's distances are shifted
+  offset: int  # by which ALiBi's distances are shifted
   weight_scale: float  # of weights rounded to 16 bits
   dz_scale: float  # of gradients of logits rounded to 16 bits
 
@@ -59,6 +60,11 @@ class Form:
     return 2.0 if self.tanh else 1.0
 
   @property
+  def hidden(self) -> float:
+    """The logit of a hidden pair. SiLU multiplies it by 0."""
+    return -1e30 if self.kind == "silu" else -math.inf
+
+  @property
   def masked(self) -> bool:
     """Whether positions, segments or lengths hide pairs.
 
@@ -71,7 +77,7 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a block's rows and columns stand in their sequences."""
+  """Where a block's rows and columns stand, in positions of the keys."""
 
   rows: jax.Array  # the position of the first row
   columns: jax.Array  # the position of the first column
@@ -166,9 +172,26 @@ def load_rows(
   ]  # fmt: skip
 
 
+def offset(ref: Any, batch: jax.Array) -> int | jax.Array:
+  """What is to be added to the positions of queries. ref: (B,), or None."""
+  return 0 if ref is None else ref[batch]
+
+
 def zeros(rows: int) -> jax.Array:
   """Zeros in layout ROW, to which sums of rows are added."""
   return plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), ROW)
+
+
+def row_gradient(
+  form: Form, p: jax.Array, dz: jax.Array, dp: jax.Array, is_normalized: bool
+) -> jax.Array:
+  """What is summed over the keys for the gradient of a query's logit bias.
+
+  dz; of normalised sigmoid -p^2 dp, since dz nearly cancels: see xla.py.
+  """
+  if is_normalized and form.kind == "sigmoid":
+    return -(p * p) * dp
+  return dz
 
 
 def of_normalized(dp: jax.Array, rows: list[jax.Array], axis: int) -> jax.Array:
@@ -234,7 +257,7 @@ class _Logits:
     Before the activation: hiding the weights themselves lets the compiler move
     work between the products, which then wait for each other.
     """
-    z = self.hide(z, -math.inf * self.unit)
+    z = self.hide(z, self.form.hidden * self.unit)
     return jnp.tanh(z) if self.form.tanh else z
 
   def one_sided(self, x, _=None, sign=1.0):
@@ -310,9 +333,9 @@ def weights(
     paced: whether tanh is computed in small groups (registers.tanh).
     in_output_unit: weights in Form.output_unit, and no phi'.
   """
-  unit = 1.0
-  if form.kind == "sigmoid":
-    unit = -_LOG2_E if form.exact else 0.5
+  unit = {"sigmoid": -_LOG2_E if form.exact else 0.5, "silu": 0.5}.get(
+    form.kind, 1.0
+  )
   paced = paced and form.tanh and form.scale > 0
   z = _Logits(
     form=form, place=place, unit=unit, scale=unit * form.scale,
@@ -324,6 +347,10 @@ def weights(
   if form.kind == "relu2":
     p = jnp.maximum(z, 0.0)
     return p * p, lambda: 2 * p
+  if form.kind == "silu":  # z is half the logit.
+    t = jnp.tanh(z)
+    p = z * t + z
+    return p, lambda: (0.5 + 0.5 * t) * (1 + z - z * t)
   if form.tanh and in_output_unit:
     return 1 + z, None
   p = 0.5 * z + 0.5 if form.tanh else 1 / (1 + jnp.exp2(z))

@@ -15,7 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sigattn.kernels import device, differentiation, numerics, segments
+from sigattn.kernels import (
+  device,
+  differentiation,
+  numerics,
+  segments,
+  vectors,
+)
+from sigattn.kernels.differentiation import Sums
 from sigattn.kernels.problem import Operands, Problem
 from sigattn.kernels.triton import tiles
 from sigattn.kernels.triton.tiles import Tile
@@ -23,9 +30,10 @@ from sigattn.kernels.triton.tiles import Tile
 _PACKAGES = {"triton": "triton", "jax_triton": "jax-triton"}
 # The kernels' pointers whose dtype is not that of query, key and value.
 FLOATS = (
-  "logit_bias", "slopes", "d_bias", "d_slope", "sums", "inverse", "shift",
+  "logit_bias", "slopes", "q_bias", "k_bias", "d_rows", "d_keys", "d_slope",
+  "sums", "inverse", "shift",
 )  # fmt: skip
-INTEGERS = ("q_lengths", "k_lengths", "q_ids", "k_ids", "spans")
+INTEGERS = ("q_lengths", "k_lengths", "offsets", "q_ids", "k_ids", "spans")
 _PRECISIONS = {
   # jax.default_matmul_precision: Triton's. Exact by default.
   None: "ieee", "default": "ieee", "highest": "ieee", "float32": "ieee",
@@ -38,9 +46,8 @@ def unsupported(problem: Problem) -> str:
   """The reason why these kernels cannot compute a problem, or ""."""
   if problem.dtype == "float64":
     return "float64 is not implemented"
-  for name in ("bias", "mask"):
-    if getattr(problem.shapes, name) is not None:
-      return f"a dense {name} is not implemented"
+  for name in vectors.dense(problem):
+    return f"a dense {name} is not implemented"
   if problem.head_dim > 256:
     return f"head_dim={problem.head_dim}; at most 256"
   if 0 in (problem.batch, problem.query_len, problem.key_len):
@@ -67,6 +74,7 @@ def attention(
   is tensorfloat32 or high (three products of tf32). float16 weights are
   multiplied by a power of two, so that they do not underflow.
   """
+  problem, operands = vectors.fold(problem, operands)
   precision = _PRECISIONS.get(jax.config.jax_default_matmul_precision, "ieee")
   return differentiation.attention(
     functools.partial(_forward, precision),
@@ -83,18 +91,18 @@ def _forward(precision, problem, query, key, value, operands):
 
 
 def _backward(
-  precision, trained, problem, query, key, value, operands, d_out, *rows
+  precision, wanted, problem, query, key, value, operands, d_out, *rows
 ):
-  """(dq, dk, dv, dlogit_bias (B, N), dslopes (B, N)), the last two float32."""
-  del trained  # The last two are cheap here, and always computed.
+  """(dq, dk, dv), and the sums of dz that are wanted."""
   arrays = query, key, value, operands, d_out.astype(query.dtype), *rows
-  d_q, d_bias, d_slopes = backward_q(
-    problem, precision, _tile(problem, "backward_q"), *arrays
+  d_q, d_rows, d_slopes = backward_q(
+    problem, precision, _tile(problem, "backward_q"), wanted, *arrays
   )
-  d_k, d_v = backward_kv(
-    problem, precision, _tile(problem, "backward_kv"), *arrays
+  d_k, d_v, d_keys = backward_kv(
+    problem, precision, _tile(problem, "backward_kv"), wanted, *arrays
   )
-  return d_q, d_k, d_v, d_bias.sum(-1), d_slopes.sum(-1)
+  found = {"BNT": d_rows, "BNS": d_keys, "BN": d_slopes.sum(-1)}
+  return d_q, d_k, d_v, *(found[axes] for axes in wanted.axes)
 
 
 # The passes. Each has its own tile.
@@ -124,6 +132,7 @@ def backward_q(
   problem: Problem,
   precision: str,
   tile: Tile,
+  wanted: Sums,
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
@@ -131,20 +140,23 @@ def backward_q(
   d_out: jax.Array,
   *rows: jax.Array,
 ) -> list[jax.Array]:
-  """[dq, dlogit_bias, dslopes]: (B, T, N, H), and two of (B, N, blocks).
+  """[dq (B, T, N, H), sums of dz (B, N, T), dslopes (B, N, blocks)].
 
-  The last two are shares of the gradients, one for each block of queries. rows:
-  with problem.normalize 1 / s and the shift, (B, T, N) float32.
+  The last are shares of the gradients, one for each block of queries. Sums that
+  are not wanted hold nothing. rows: with problem.normalize 1 / s and the shift,
+  (B, T, N) float32.
   """
   arrays = query, key, value, d_out, *_rows(rows)
   extra = _operands(problem, operands, tile.block_q, True)
   blocks = -(-problem.query_len // tile.block_q)
-  shares = jax.ShapeDtypeStruct(
-    (problem.batch, problem.num_heads, blocks), jnp.float32
+  outs = (
+    query,
+    _sums(problem, problem.query_len, wanted.rows),
+    _sums(problem, blocks, wanted.slopes),
   )
   return _call(
-    "backward_q", problem, precision, tile, (*arrays, *extra),
-    (query, shares, shares),
+    "backward_q", problem, precision, tile, (*arrays, *extra), outs,
+    SUMS=wanted.rows, SLOPE_SUMS=wanted.slopes,
   )  # fmt: skip
 
 
@@ -152,6 +164,7 @@ def backward_kv(
   problem: Problem,
   precision: str,
   tile: Tile,
+  wanted: Sums,
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
@@ -159,13 +172,20 @@ def backward_kv(
   d_out: jax.Array,
   *rows: jax.Array,
 ) -> list[jax.Array]:
-  """[dk, dv]: (B, S, K, H) each."""
+  """[dk (B, S, K, H), dv, sums of dz (B, N, S)], the last one if wanted."""
   arrays = query, key, value, d_out, *_rows(rows)
   extra = _operands(problem, operands, tile.block_kv, False)
+  outs = key, value, _sums(problem, problem.key_len, wanted.keys)
   return _call(
-    "backward_kv", problem, precision, tile, (*arrays, *extra),
-    (key, value),
+    "backward_kv", problem, precision, tile, (*arrays, *extra), outs,
+    SUMS=wanted.keys,
   )  # fmt: skip
+
+
+def _sums(problem, length, wanted):
+  """What (B, N, length) float32 looks like, or what nothing does."""
+  shape = (problem.batch, problem.num_heads, length) if wanted else (1,)
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _rows(rows):
@@ -183,8 +203,11 @@ def programs(direction: str, problem: Problem, tile: Tile) -> int:
   return -(-length // block) * heads * problem.batch
 
 
-def _call(direction, problem, precision, tile, arrays, outs):
-  """The outputs of a kernel, of the shapes and dtypes of outs."""
+def _call(direction, problem, precision, tile, arrays, outs, **sums):
+  """The outputs of a kernel, of the shapes and dtypes of outs.
+
+  sums: which sums of dz it computes.
+  """
   from sigattn.kernels.triton import kernels
 
   return _start(
@@ -193,7 +216,7 @@ def _call(direction, problem, precision, tile, arrays, outs):
     [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs],
     tile,
     programs(direction, problem, tile),
-    constants(direction, problem, precision, tile),
+    constants(direction, problem, precision, tile) | sums,
   )
 
 
@@ -221,6 +244,8 @@ def _tile(problem, direction):
 
 
 def _activation(problem):
+  if problem.kind == "silu":
+    return "exact_silu" if problem.dtype == "float32" else "silu"
   if problem.kind != "sigmoid":
     return problem.kind
   exact = problem.dtype == "float32" or numerics.exact_sigmoid(problem)
@@ -230,7 +255,13 @@ def _activation(problem):
 _SCALES = {  # the scales that each kernel takes
   "forward": ("P_SCALE", "OUT_SCALE"),
   "backward_q": ("D_Z_SCALE", "D_Q_SCALE", "SUM_SCALE"),
-  "backward_kv": ("P_SCALE", "OUT_SCALE", "D_Z_SCALE", "D_Q_SCALE"),
+  "backward_kv": (
+    "P_SCALE",
+    "OUT_SCALE",
+    "D_Z_SCALE",
+    "D_Q_SCALE",
+    "SUM_SCALE",
+  ),
 }
 
 
@@ -263,14 +294,30 @@ def constants(
     PRECISION=precision,
     LEFT=left,
     RIGHT=right,
+    OFFSET=problem.distance_offset,
     BIAS_STRIDE=stride(shapes.logit_bias),
     SLOPE_STRIDE=stride(shapes.alibi_slopes),
+    Q_BIAS=strides(problem, shapes.query_logit_bias),
+    K_BIAS=strides(problem, shapes.key_logit_bias),
+    OFFSETS=shapes.query_offset is not None,
     Q_LENGTHS=shapes.query_seq_lengths is not None,
     K_LENGTHS=shapes.key_value_seq_lengths is not None,
     SEGMENTS=shapes.query_segment_ids is not None,
     NORMALIZE=problem.normalize,
     **{name: scales[name] for name in _SCALES[direction]},
   )
+
+
+def strides(problem: Problem, shape: tuple[int, ...] | None) -> int | None:
+  """How a kernel finds a head's row in (B or 1, N or 1, length).
+
+  Twice the distance of examples in rows, plus that of heads, which is 0 or 1.
+  None if there is no array.
+  """
+  if shape is None:
+    return None
+  batch, heads, _ = shape
+  return 2 * (heads if batch > 1 else 0) + (1 if heads > 1 else 0)
 
 
 def _scales(problem):
@@ -280,7 +327,7 @@ def _scales(problem):
   # has. Values of do v^T up to 64 may meet a saturated weight.
   p_scale, d_z_scale = numerics.float16_scales(problem, headroom=11)
   twice = {"tanh": 2.0}.get(activation, 1.0)
-  derivatives = {"tanh": 4.0, "relu2": 0.5}.get(activation, 1.0)
+  derivatives = {"tanh": 4.0, "silu": 2.0, "relu2": 0.5}.get(activation, 1.0)
   sum_scale = 1 / (derivatives * d_z_scale * problem.normalizer)
   return dict(
     P_SCALE=p_scale,
@@ -307,8 +354,11 @@ def _operands(problem, operands, block, of_queries):
   return (
     given(operands.logit_bias, jnp.float32),
     given(operands.alibi_slopes, jnp.float32),
+    given(operands.query_logit_bias, jnp.float32),
+    given(operands.key_logit_bias, jnp.float32),
     given(operands.query_seq_lengths, jnp.int32),
     given(operands.key_value_seq_lengths, jnp.int32),
+    given(operands.query_offset, jnp.int32),
     given(operands.query_segment_ids, jnp.int32),
     given(operands.key_value_segment_ids, jnp.int32),
     spans,

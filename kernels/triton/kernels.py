@@ -25,7 +25,10 @@ import triton
 import triton.language as tl
 
 # The factor of a logit in the argument of _weights.
-UNITS = {"tanh": 0.5, "exp": -1.4426950408889634, "relu": 1.0, "relu2": 1.0}
+UNITS = {
+  "tanh": 0.5, "exp": -1.4426950408889634, "relu": 1.0, "relu2": 1.0,
+  "silu": 0.5, "exact_silu": -1.4426950408889634,
+}  # fmt: skip
 
 
 @triton.jit
@@ -38,7 +41,8 @@ def tanh(x):
 
 @triton.jit
 def forward(
-  q, k, v, logit_bias, slopes, q_lengths, k_lengths, q_ids, k_ids, spans,
+  q, k, v, logit_bias, slopes, q_bias, k_bias, q_lengths, k_lengths, offsets,
+  q_ids, k_ids, spans,
   out, sums,
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
   H: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -46,10 +50,11 @@ def forward(
   ACTIVATION: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
   P_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
   PRECISION: tl.constexpr,
-  LEFT: tl.constexpr, RIGHT: tl.constexpr,
+  LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr,
   BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
-  Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, SEGMENTS: tl.constexpr,
-  NORMALIZE: tl.constexpr,
+  Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr,
+  Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
+  SEGMENTS: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
   """out_i = OUT_SCALE sum_j p_ij v_j for a block of queries of one head.
 
@@ -62,23 +67,27 @@ def forward(
   q_len = _length(q_lengths, batch, T, Q_LENGTHS)
   k_len = _length(k_lengths, batch, S, K_LENGTHS)
   q_base, k_base = _bases(batch, head, T, S, N, K, H)
+  offset = _offset(offsets, batch, OFFSETS)
   start, full, edge, stop = _runs(
-    first, BLOCK_Q, q_len, k_len, spans, batch, _blocks(T, BLOCK_Q), BLOCK_KV,
-    LEFT, RIGHT, SEGMENTS,
+    first, BLOCK_Q, q_len, k_len, offset, spans, batch, _blocks(T, BLOCK_Q),
+    BLOCK_KV, LEFT, RIGHT, SEGMENTS,
   )  # fmt: skip
   i = first + tl.arange(0, BLOCK_Q)
   q_tile = _load(q + q_base, first, q_len, N * H, H, BLOCK_H, BLOCK_Q, True)
   i_ids = _load_ids(q_ids + batch * T, i, q_len, SEGMENTS)
+  i_bias = _load_bias(q_bias, batch, head, i, q_len, T, ACTIVATION, Q_BIAS)
+  k_bias += _bias_base(batch, head, S, K_BIAS)
   acc = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
   total = tl.zeros((BLOCK_Q,), tl.float32)
 
   RAGGED: tl.constexpr = K_LENGTHS or S % BLOCK_KV != 0
   for j in tl.range(start, stop, BLOCK_KV):
     acc, total = _forward_block(
-      acc, total, q_tile, k + k_base, v + k_base, i, j,
-      (j < full) | (j >= edge), i_ids, k_ids + batch * S, k_len, bias, slope,
-      S - T, K * H, H, BLOCK_H, BLOCK_KV, ACTIVATION, SCALE, P_SCALE, PRECISION,
-      LEFT, RIGHT, SLOPE_STRIDE, SEGMENTS, RAGGED, NORMALIZE,
+      acc, total, q_tile, k + k_base, v + k_base, i + offset, j,
+      (j < full) | (j >= edge), i_ids, k_ids + batch * S, k_len, bias,
+      slope, i_bias, k_bias, OFFSET, K * H, H, BLOCK_H, BLOCK_KV, ACTIVATION,
+      SCALE, P_SCALE, PRECISION, LEFT, RIGHT, SLOPE_STRIDE, Q_BIAS, K_BIAS,
+      SEGMENTS, RAGGED, NORMALIZE,
     )  # fmt: skip
   if NORMALIZE:
     total = tl.where(i < q_len, total, 0.0)
@@ -94,24 +103,30 @@ def forward(
 
 @triton.jit
 def _forward_block(
-  acc, total, q_tile, k, v, i, start, at_edge, i_ids, k_ids, k_len, bias, slope,
+  acc, total, q_tile, k, v, place, start, at_edge, i_ids, k_ids, k_len, bias,
+  slope, i_bias, k_bias,
   OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
   BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, ACTIVATION: tl.constexpr,
   SCALE: tl.constexpr, P_SCALE: tl.constexpr, PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr, SLOPES: tl.constexpr,
+  Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr,
   SEGMENTS: tl.constexpr, RAGGED: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
   """The sums plus the contributions of the keys start .. start + BLOCK_KV."""
   j = start + tl.arange(0, BLOCK_KV)
   k_tile = _load(k, start, k_len, STRIDE, H, BLOCK_H, BLOCK_KV, RAGGED)
   s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-  x = _logits(s, i[:, None], j[None, :], bias, slope, OFFSET, SCALE, SLOPES)
+  j_bias = _load_bias_block(k_bias, j, k_len, ACTIVATION, K_BIAS)
+  x = _logits(
+    s, place[:, None], j[None, :], bias, slope, i_bias[:, None],
+    j_bias[None, :], OFFSET, SCALE, SLOPES, Q_BIAS, K_BIAS,
+  )  # fmt: skip
   p, _ = _weights(x, ACTIVATION, P_SCALE, 1.0)
   if (LEFT is not None or RIGHT is not None or SEGMENTS) and at_edge:
     j_ids = _load_ids(k_ids, j, k_len, SEGMENTS)
     p = _visible(
-      p, i[:, None], j[None, :], i_ids[:, None], j_ids[None, :], LEFT, RIGHT,
-      SEGMENTS,
+      p, place[:, None], j[None, :], i_ids[:, None], j_ids[None, :], LEFT,
+      RIGHT, SEGMENTS,
     )  # fmt: skip
   if NORMALIZE:
     if RAGGED:
@@ -124,25 +139,28 @@ def _forward_block(
 
 @triton.jit
 def backward_q(
-  q, k, v, d_out, inverse, shift, logit_bias, slopes, q_lengths, k_lengths,
-  q_ids, k_ids, spans,
-  d_q, d_bias, d_slope,
+  q, k, v, d_out, inverse, shift, logit_bias, slopes, q_bias, k_bias, q_lengths,
+  k_lengths, offsets, q_ids, k_ids, spans,
+  d_q, d_rows, d_slope,
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
   H: tl.constexpr, BLOCK_H: tl.constexpr,
   BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
   ACTIVATION: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
   D_Z_SCALE: tl.constexpr, D_Q_SCALE: tl.constexpr, SUM_SCALE: tl.constexpr,
   PRECISION: tl.constexpr,
-  LEFT: tl.constexpr, RIGHT: tl.constexpr,
+  LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr,
   BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
-  Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, SEGMENTS: tl.constexpr,
-  NORMALIZE: tl.constexpr,
+  Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr,
+  Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
+  SEGMENTS: tl.constexpr, NORMALIZE: tl.constexpr, SUMS: tl.constexpr,
+  SLOPE_SUMS: tl.constexpr,
 ):  # fmt: skip
-  """dq_i = D_Q_SCALE sum_j dz_ij k_j, and the operands' gradients.
+  """dq_i = D_Q_SCALE sum_j dz_ij k_j, and sums of dz.
 
-  d_bias = SUM_SCALE sum dz, d_slope = -SUM_SCALE sum dz |i + S - T - j|. Each
-  program writes one number of both, (B, N, blocks of queries). With NORMALIZE
-  the d_bias of sigmoid sums -p^2 (do v^T / s - shift), see xla.py.
+  With SUMS d_rows_i = SUM_SCALE sum_j dz_ij, (B, N, T). With SLOPE_SUMS each
+  program writes d_slope = -SUM_SCALE sum dz |i + offset - j|, (B, N, blocks of
+  queries). With NORMALIZE the rows of sigmoid sum -p^2 (do v^T / s - shift),
+  see xla.py.
   """
   batch, head, first = _place(T, N, BLOCK_Q, RIGHT is not None)
   bias, slope = _per_head(
@@ -151,9 +169,10 @@ def backward_q(
   q_len = _length(q_lengths, batch, T, Q_LENGTHS)
   k_len = _length(k_lengths, batch, S, K_LENGTHS)
   q_base, k_base = _bases(batch, head, T, S, N, K, H)
+  offset = _offset(offsets, batch, OFFSETS)
   start, full, edge, stop = _runs(
-    first, BLOCK_Q, q_len, k_len, spans, batch, _blocks(T, BLOCK_Q), BLOCK_KV,
-    LEFT, RIGHT, SEGMENTS,
+    first, BLOCK_Q, q_len, k_len, offset, spans, batch, _blocks(T, BLOCK_Q),
+    BLOCK_KV, LEFT, RIGHT, SEGMENTS,
   )  # fmt: skip
   i = first + tl.arange(0, BLOCK_Q)
   q_tile = _load(q + q_base, first, q_len, N * H, H, BLOCK_H, BLOCK_Q, True)
@@ -165,6 +184,8 @@ def backward_q(
   i_inverse, i_shift = _load_rows(
     inverse + row, shift + row, i, q_len, N, NORMALIZE
   )
+  i_bias = _load_bias(q_bias, batch, head, i, q_len, T, ACTIVATION, Q_BIAS)
+  k_bias += _bias_base(batch, head, S, K_BIAS)
   acc = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
   sum_dz = tl.zeros((BLOCK_Q,), tl.float32)
   sum_far = tl.zeros((BLOCK_Q,), tl.float32)
@@ -173,32 +194,37 @@ def backward_q(
   for j in tl.range(start, stop, BLOCK_KV):
     acc, sum_dz, sum_far = _backward_q_block(
       acc, sum_dz, sum_far, q_tile, do_tile, i_inverse, i_shift, k + k_base,
-      v + k_base, i, j, (j < full) | (j >= edge), i_ids, k_ids + batch * S,
-      k_len, bias, slope, S - T, K * H, H, BLOCK_H, BLOCK_KV, ACTIVATION, SCALE,
-      D_Z_SCALE, PRECISION, LEFT, RIGHT, BIAS_STRIDE, SLOPE_STRIDE, SEGMENTS,
-      RAGGED, NORMALIZE,
+      v + k_base, i + offset, j, (j < full) | (j >= edge), i_ids,
+      k_ids + batch * S, k_len, bias, slope, i_bias, k_bias, OFFSET, K * H, H,
+      BLOCK_H, BLOCK_KV, ACTIVATION, SCALE, D_Z_SCALE, PRECISION, LEFT, RIGHT,
+      SLOPE_STRIDE, Q_BIAS, K_BIAS, SEGMENTS, RAGGED, NORMALIZE, SUMS,
+      SLOPE_SUMS,
     )  # fmt: skip
   _store(
     d_q + q_base, acc * D_Q_SCALE, first, q_len, T, N * H, H, BLOCK_H, BLOCK_Q
   )
   blocks: tl.constexpr = _blocks(T, BLOCK_Q)
   share = (batch * N + head) * blocks + first // BLOCK_Q
-  if BIAS_STRIDE is not None:
-    tl.store(d_bias + share, tl.sum(sum_dz, 0) * SUM_SCALE)
-  if SLOPE_STRIDE is not None:
+  if SUMS:
+    sum_dz = tl.where(i < q_len, sum_dz * SUM_SCALE, 0.0)
+    tl.store(
+      d_rows + _bias_base(batch, head, T, 2 * N + 1) + i, sum_dz, mask=i < T
+    )
+  if SLOPE_SUMS:
     tl.store(d_slope + share, tl.sum(sum_far, 0) * -SUM_SCALE)
 
 
 @triton.jit
 def _backward_q_block(
-  acc, sum_dz, sum_far, q_tile, do_tile, i_inverse, i_shift, k, v, i, start,
-  at_edge, i_ids, k_ids, k_len, bias, slope,
+  acc, sum_dz, sum_far, q_tile, do_tile, i_inverse, i_shift, k, v,
+  place, start, at_edge, i_ids, k_ids, k_len, bias, slope, i_bias, k_bias,
   OFFSET: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
   BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, ACTIVATION: tl.constexpr,
   SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr, PRECISION: tl.constexpr,
-  LEFT: tl.constexpr, RIGHT: tl.constexpr, BIASES: tl.constexpr,
-  SLOPES: tl.constexpr, SEGMENTS: tl.constexpr, RAGGED: tl.constexpr,
-  NORMALIZE: tl.constexpr,
+  LEFT: tl.constexpr, RIGHT: tl.constexpr, SLOPES: tl.constexpr,
+  Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
+  RAGGED: tl.constexpr, NORMALIZE: tl.constexpr, SUMS: tl.constexpr,
+  SLOPE_SUMS: tl.constexpr,
 ):  # fmt: skip
   """The sums plus the contributions of the keys start .. start + BLOCK_KV."""
   j = start + tl.arange(0, BLOCK_KV)
@@ -206,7 +232,11 @@ def _backward_q_block(
   v_tile = _load(v, start, k_len, STRIDE, H, BLOCK_H, BLOCK_KV, RAGGED)
   s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
   dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
-  x = _logits(s, i[:, None], j[None, :], bias, slope, OFFSET, SCALE, SLOPES)
+  j_bias = _load_bias_block(k_bias, j, k_len, ACTIVATION, K_BIAS)
+  x = _logits(
+    s, place[:, None], j[None, :], bias, slope, i_bias[:, None],
+    j_bias[None, :], OFFSET, SCALE, SLOPES, Q_BIAS, K_BIAS,
+  )  # fmt: skip
   p, dz = _weights(x, ACTIVATION, 1.0, D_Z_SCALE)
   if NORMALIZE:
     dp = dp * i_inverse[:, None] - i_shift[:, None]
@@ -216,45 +246,48 @@ def _backward_q_block(
   if (LEFT is not None or RIGHT is not None or SEGMENTS) and at_edge:
     j_ids = _load_ids(k_ids, j, k_len, SEGMENTS)
     dz = _visible(
-      dz, i[:, None], j[None, :], i_ids[:, None], j_ids[None, :], LEFT, RIGHT,
-      SEGMENTS,
+      dz, place[:, None], j[None, :], i_ids[:, None], j_ids[None, :], LEFT,
+      RIGHT, SEGMENTS,
     )  # fmt: skip
     if NORMALIZE:
       p = _visible(
-        p, i[:, None], j[None, :], i_ids[:, None], j_ids[None, :], LEFT, RIGHT,
-        SEGMENTS,
+        p, place[:, None], j[None, :], i_ids[:, None], j_ids[None, :], LEFT,
+        RIGHT, SEGMENTS,
       )  # fmt: skip
-  if BIASES is not None:
+  if SUMS:
     if NORMALIZE and (ACTIVATION == "tanh" or ACTIVATION == "exp"):
       # In the units of dz, for both forms of the sigmoid.
       sum_dz -= tl.sum(p * p * dp, 1) * D_Z_SCALE
     else:
       sum_dz += tl.sum(dz, 1)
-  if SLOPES is not None:
-    sum_far += tl.sum(dz * _distance(i[:, None], j[None, :], OFFSET), 1)
+  if SLOPE_SUMS:
+    far = _distance(place[:, None], j[None, :], OFFSET)
+    sum_far += tl.sum(dz * far, 1)
   acc = tl.dot(dz.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
   return acc, sum_dz, sum_far
 
 
 @triton.jit
 def backward_kv(
-  q, k, v, d_out, inverse, shift, logit_bias, slopes, q_lengths, k_lengths,
-  q_ids, k_ids, spans,
-  d_k, d_v,
+  q, k, v, d_out, inverse, shift, logit_bias, slopes, q_bias, k_bias, q_lengths,
+  k_lengths, offsets, q_ids, k_ids, spans,
+  d_k, d_v, d_keys,
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
   H: tl.constexpr, BLOCK_H: tl.constexpr,
   BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
   ACTIVATION: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
   P_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
-  D_Z_SCALE: tl.constexpr, D_Q_SCALE: tl.constexpr,
+  D_Z_SCALE: tl.constexpr, D_Q_SCALE: tl.constexpr, SUM_SCALE: tl.constexpr,
   PRECISION: tl.constexpr,
-  LEFT: tl.constexpr, RIGHT: tl.constexpr,
+  LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr,
   BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
-  Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, SEGMENTS: tl.constexpr,
-  NORMALIZE: tl.constexpr,
+  Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr,
+  Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
+  SEGMENTS: tl.constexpr, NORMALIZE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
   """dv_j = OUT_SCALE sum_i p_ij do_i, dk_j = D_Q_SCALE sum_i dz_ij q_i.
 
+  With SUMS also d_keys_j = SUM_SCALE sum_i dz_ij of each query head, (B, N, S).
   For a block of keys of one key head, over the queries of all its heads. Tiles
   are transposed (rows are keys, columns are queries): so a product leaves p and
   dz in the registers from which the next product takes them.
@@ -262,9 +295,10 @@ def backward_kv(
   batch, kv_head, first = _place(S, K, BLOCK_KV, False)
   q_len = _length(q_lengths, batch, T, Q_LENGTHS)
   k_len = _length(k_lengths, batch, S, K_LENGTHS)
+  offset = _offset(offsets, batch, OFFSETS)
   start, full, edge, stop = _runs(
-    first, BLOCK_KV, k_len, q_len, spans, batch, _blocks(S, BLOCK_KV), BLOCK_Q,
-    RIGHT, LEFT, SEGMENTS,
+    first, BLOCK_KV, k_len, q_len, -offset, spans, batch, _blocks(S, BLOCK_KV),
+    BLOCK_Q, RIGHT, LEFT, SEGMENTS,
   )  # fmt: skip
   j = first + tl.arange(0, BLOCK_KV)
   _, k_base = _bases(batch, kv_head * (N // K), T, S, N, K, H)
@@ -282,14 +316,23 @@ def backward_kv(
     )  # fmt: skip
     q_base, _ = _bases(batch, head, T, S, N, K, H)
     row = _row_base(batch, head, T, N)
+    j_bias = _load_bias(k_bias, batch, head, j, k_len, S, ACTIVATION, K_BIAS)
+    i_bias = q_bias + _bias_base(batch, head, T, Q_BIAS)
+    sum_dz = tl.zeros((BLOCK_KV,), tl.float32)
     for i in tl.range(start, stop, BLOCK_Q):
-      acc_k, acc_v = _backward_kv_block(
-        acc_k, acc_v, k_tile, v_tile, q + q_base, d_out + q_base,
+      acc_k, acc_v, sum_dz = _backward_kv_block(
+        acc_k, acc_v, sum_dz, k_tile, v_tile, q + q_base, d_out + q_base,
         inverse + row, shift + row, j, i, (i < full) | (i >= edge), j_ids,
-        q_ids + batch * T, q_len, bias, slope, S - T, N, H, BLOCK_H, BLOCK_Q,
-        ACTIVATION, SCALE, P_SCALE, D_Z_SCALE, PRECISION, LEFT, RIGHT,
-        SLOPE_STRIDE, SEGMENTS, RAGGED, NORMALIZE,
+        q_ids + batch * T, q_len, offset, bias, slope, i_bias, j_bias, OFFSET,
+        N, H, BLOCK_H, BLOCK_Q, ACTIVATION, SCALE, P_SCALE, D_Z_SCALE,
+        PRECISION, LEFT, RIGHT, SLOPE_STRIDE, Q_BIAS, K_BIAS, SEGMENTS, RAGGED,
+        NORMALIZE, SUMS,
       )  # fmt: skip
+    if SUMS:
+      sum_dz = tl.where(j < k_len, sum_dz * SUM_SCALE, 0.0)
+      tl.store(
+        d_keys + _bias_base(batch, head, S, 2 * N + 1) + j, sum_dz, mask=j < S
+      )
   _store(
     d_k + k_base,
     acc_k * D_Q_SCALE,
@@ -316,14 +359,15 @@ def backward_kv(
 
 @triton.jit
 def _backward_kv_block(
-  acc_k, acc_v, k_tile, v_tile, q, d_out, inverse, shift, j, start, at_edge,
-  j_ids, q_ids, q_len, bias, slope,
+  acc_k, acc_v, sum_dz, k_tile, v_tile, q, d_out, inverse, shift, j, start,
+  at_edge, j_ids, q_ids, q_len, offset, bias, slope, i_bias, j_bias,
   OFFSET: tl.constexpr, N: tl.constexpr, H: tl.constexpr,
   BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, ACTIVATION: tl.constexpr,
   SCALE: tl.constexpr, P_SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr,
   PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr, SLOPES: tl.constexpr,
-  SEGMENTS: tl.constexpr, RAGGED: tl.constexpr, NORMALIZE: tl.constexpr,
+  Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr, SEGMENTS: tl.constexpr,
+  RAGGED: tl.constexpr, NORMALIZE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
   """The sums plus the contributions of queries start .. start + BLOCK_Q."""
   i = start + tl.arange(0, BLOCK_Q)
@@ -331,7 +375,11 @@ def _backward_kv_block(
   do_tile = _load(d_out, start, q_len, N * H, H, BLOCK_H, BLOCK_Q, RAGGED)
   s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
   dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
-  x = _logits(s, i[None, :], j[:, None], bias, slope, OFFSET, SCALE, SLOPES)
+  i_bias = _load_bias_block(i_bias, i, q_len, ACTIVATION, Q_BIAS)
+  x = _logits(
+    s, (i + offset)[None, :], j[:, None], bias, slope, i_bias[None, :],
+    j_bias[:, None], OFFSET, SCALE, SLOPES, Q_BIAS, K_BIAS,
+  )  # fmt: skip
   p, derivative = _weights(x, ACTIVATION, P_SCALE, D_Z_SCALE)
   if NORMALIZE:
     i_inverse, i_shift = _load_rows(inverse, shift, i, q_len, N, NORMALIZE)
@@ -340,27 +388,36 @@ def _backward_kv_block(
   if (LEFT is not None or RIGHT is not None or SEGMENTS) and at_edge:
     i_ids = _load_ids(q_ids, i, q_len, SEGMENTS)
     p = _visible(
-      p, i[None, :], j[:, None], i_ids[None, :], j_ids[:, None], LEFT, RIGHT,
-      SEGMENTS,
+      p, (i + offset)[None, :], j[:, None], i_ids[None, :], j_ids[:, None],
+      LEFT, RIGHT, SEGMENTS,
     )  # fmt: skip
     derivative = _visible(
-      derivative, i[None, :], j[:, None], i_ids[None, :], j_ids[:, None], LEFT,
-      RIGHT, SEGMENTS,
+      derivative, (i + offset)[None, :], j[:, None], i_ids[None, :],
+      j_ids[:, None], LEFT, RIGHT, SEGMENTS,
     )  # fmt: skip
   acc_v = tl.dot(p.to(do_tile.dtype), do_tile, acc_v, input_precision=PRECISION)
   # The tensor cores compute acc_v meanwhile.
   dz = derivative * dp
+  if SUMS:
+    sum_dz += tl.sum(dz, 1)
   acc_k = tl.dot(dz.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION)
-  return acc_k, acc_v
+  return acc_k, acc_v, sum_dz
 
 
 # The mathematics of a tile.
 
 
 @triton.jit
-def _logits(s, i, j, bias, slope, OFFSET, SCALE, SLOPES: tl.constexpr):
+def _logits(
+  s, i, j, bias, slope, i_bias, j_bias, OFFSET, SCALE, SLOPES: tl.constexpr,
+  Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr,
+):  # fmt: skip
   """The logits in the units of the activation."""
+  if Q_BIAS is not None:
+    bias += i_bias
   x = s * SCALE + bias
+  if K_BIAS is not None:
+    x += j_bias
   if SLOPES is not None:
     x -= slope * _distance(i, j, OFFSET)
   return x
@@ -382,8 +439,9 @@ def _weights(
 ):
   """P_SCALE times the weights, D_Z_SCALE times their derivatives.
 
-  Up to constants: 2 and 4 for tanh, 1/2 for the derivative of relu2. The sums
-  are divided by them when they are stored, once per row and not per weight.
+  Up to constants: 2 and 4 for tanh, 2 for the derivative of silu, 1/2 for that
+  of relu2. The sums are divided by them when they are stored, once per row and
+  not per weight.
   """
   if ACTIVATION == "tanh":
     t = tanh(x)
@@ -392,6 +450,16 @@ def _weights(
     p = 1.0 / (1.0 + tl.exp2(x))
     derivative = (p - p * p) * D_Z_SCALE
     p *= P_SCALE
+  elif ACTIVATION == "silu":  # x is half the logit.
+    x = tl.maximum(x, -1e30)  # -inf times 0 is not a number.
+    t = tanh(x)
+    p = (x * t + x) * P_SCALE
+    derivative = (1 + t) * (x - x * t + 1) * D_Z_SCALE
+  elif ACTIVATION == "exact_silu":
+    z = tl.maximum(x * -0.6931471805599453, -1e30)
+    half = 1.0 / (1.0 + tl.exp2(x))
+    p = z * half * P_SCALE
+    derivative = half * (1 + z * (1 - half)) * D_Z_SCALE
   elif ACTIVATION == "relu":
     p, derivative = (
       tl.maximum(x, 0.0) * P_SCALE,
@@ -475,24 +543,25 @@ def _load_rows(
 
 @triton.jit
 def _runs(
-  first, rows, limit, other_limit, spans, batch,
+  first, rows, limit, other_limit, offset, spans, batch,
   BLOCKS: tl.constexpr, OTHER_BLOCK: tl.constexpr,
   BEFORE: tl.constexpr, AFTER: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
   """start, full, edge, stop: what the rows first .. first + rows can see.
 
-  Row r sees r - BEFORE to r + AFTER of the other side. Every row sees all of
-  full .. edge. Blocks in start .. full and edge .. stop need a mask. All but
-  stop are multiples of OTHER_BLOCK.
+  Row r sees r + offset - BEFORE to r + offset + AFTER of the other side. Every
+  row sees all of full .. edge. Blocks in start .. full and edge .. stop need a
+  mask. All but stop are multiples of OTHER_BLOCK.
   """
   last = min(first + rows, limit) - 1
   low, full_low = 0, 0
   high, full_high = other_limit, other_limit
   if BEFORE is not None:
-    low, full_low = max(first - BEFORE, 0), max(last - BEFORE, 0)
+    low = max(first + offset - BEFORE, 0)
+    full_low = max(last + offset - BEFORE, 0)
   if AFTER is not None:
-    high = min(high, last + AFTER + 1)
-    full_high = min(full_high, first + AFTER + 1)
+    high = min(high, last + offset + AFTER + 1)
+    full_high = min(full_high, first + offset + AFTER + 1)
   if SEGMENTS:
     span = spans + (batch * BLOCKS + first // rows) * 3
     span_low, span_high = tl.load(span), tl.load(span + 1)
@@ -529,6 +598,50 @@ def _length(lengths, batch, full: tl.constexpr, GIVEN: tl.constexpr):
   if GIVEN:
     length = min(tl.load(lengths + batch), full)
   return length
+
+
+@triton.jit
+def _offset(offsets, batch, OFFSETS: tl.constexpr):
+  """What is to be added to the positions of queries beside OFFSET."""
+  offset = 0
+  if OFFSETS:
+    offset = tl.load(offsets + batch)
+  return offset
+
+
+@triton.jit
+def _bias_base(batch, head, LENGTH: tl.constexpr, STRIDES: tl.constexpr):
+  """Where a head's numbers begin in (B or 1, N or 1, length).
+
+  STRIDES: as triton.strides; None for no array.
+  """
+  base = tl.cast(0, tl.int64)
+  if STRIDES is not None:
+    row = tl.cast(batch, tl.int64) * (STRIDES // 2) + head * (STRIDES % 2)
+    base = row * LENGTH
+  return base
+
+
+@triton.jit
+def _load_bias(
+  pointer, batch, head, rows, limit, LENGTH: tl.constexpr,
+  ACTIVATION: tl.constexpr, STRIDES: tl.constexpr,
+):  # fmt: skip
+  """A head's numbers of the rows in units of the activation, as _bias_base."""
+  pointer += _bias_base(batch, head, LENGTH, STRIDES)
+  return _load_bias_block(pointer, rows, limit, ACTIVATION, STRIDES)
+
+
+@triton.jit
+def _load_bias_block(
+  pointer, rows, limit, ACTIVATION: tl.constexpr, STRIDES: tl.constexpr
+):
+  """The numbers of the rows, in units of the activation."""
+  UNIT: tl.constexpr = _unit(ACTIVATION)
+  values = rows  # not read
+  if STRIDES is not None:
+    values = tl.load(pointer + rows, mask=rows < limit, other=0.0) * UNIT
+  return values
 
 
 @triton.jit

@@ -1,31 +1,15 @@
-"""Tables on the terminal: parameters, evaluations, and the runs of a sweep."""
+"""Tables on the terminal: evaluations, and the runs of a sweep."""
 
 import os
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import jax
 import rich.table
 from ml_collections import ConfigDict
 
 from sigattn.analysis import plots
-from sigattn.training import files, metrics, optim, run_dir
-
-
-def parameter_table(params: Any) -> rich.table.Table:
-  """A table with the path, shape and size of each parameter, and the total."""
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  total = sum(leaf.size for _, leaf in leaves)
-  table = rich.table.Table("parameter", "shape", "number")
-  table.columns[2].justify = "right"
-  for path, leaf in leaves:
-    shape = "x".join(map(str, leaf.shape))
-    table.add_row(optim.path_name(path), shape, f"{leaf.size:,}")
-  table.add_section()
-  table.add_row("all", "", f"{total:,}")
-  return table
+from sigattn.training import files, metrics, run_dir
 
 
 def finish(

@@ -148,7 +148,8 @@ def write(
     out: the folder to write to; None means `report` in the first folder.
 
   Raises:
-    ValueError: for a folder that contains no run.
+    ValueError: for a folder that contains no run, and for the name of a page
+      in place of a folder.
   """
   return _write(by_config(find(folders)), folders, out)
 
@@ -184,7 +185,13 @@ def _write(groups, folders, out):
 
 
 def _out(folders, out):
-  return pathlib.Path(out or pathlib.Path(folders[0]) / "report")
+  out = pathlib.Path(out or pathlib.Path(folders[0]) / "report")
+  if out.suffix == ".html" or out.is_file():
+    raise ValueError(
+      f"out={str(out)!r}; must be a folder, in which the page is index.html, "
+      "with its pictures beside it"
+    )
+  return out
 
 
 def _safe(name):

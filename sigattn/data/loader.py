@@ -16,6 +16,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import types
@@ -176,21 +177,25 @@ def batch_size(config: ConfigDict) -> int:
 def _chunk_size(config, source):
   """The number of examples that one call of the source reads."""
   reads_whole_batches = source.in_memory or source.buckets is not None
-  return batch_size(config) if reads_whole_batches else 1
+  return config.batch_size if reads_whole_batches else 1
 
 
 def _batches(config, source, chunks, num_workers):
-  """Batches of chunks; each process takes every process_count-th one.
+  """Batches of chunks, of which each process has its own rows.
 
   Each worker makes whole batches, so that the number of workers changes the
   speed and nothing else.
   """
-  chunks_per_batch = batch_size(config) // _chunk_size(config, source)
-  batches = chunks.batch(chunks_per_batch, batch_fn=_concatenate)
-  share = batches
-  # With buckets, the processes instead divide each batch: see _Buckets.
-  if source.buckets is None:
-    share = batches[jax.process_index() :: jax.process_count()]
+  # With buckets, the processes divide each batch before they read it.
+  share = chunks
+  if source.buckets is None and source.in_memory:
+    # Every process makes whole batches, which is cheap, and keeps its rows. The
+    # random numbers of an example then do not depend on how many there are.
+    share = chunks.map(functools.partial(_own_rows, *_process()))
+  elif source.buckets is None:
+    batches = chunks.batch(batch_size(config), batch_fn=_concatenate)
+    index, count = _process()
+    share = batches[index::count]
   threads = 1 if num_workers or source.in_memory else _THREADS
   if num_workers and not flags.FLAGS.is_parsed():
     # grain reads absl's flags, which a notebook has not parsed.
@@ -200,9 +205,52 @@ def _batches(config, source, chunks, num_workers):
   ).mp_prefetch(
     grain.MultiprocessingOptions(num_workers=num_workers), _start_worker
   )
+  if num_workers:
+    dataset = _NamingDeadWorkers(dataset, num_workers)
   if source.max_corrupt:
     dataset = dataset.map(_CountCorrupt(source))
   return dataset
+
+
+class _NamingDeadWorkers(grain.IterDataset):
+  """The same dataset; a worker process that was killed is an OSError.
+
+  The system kills one where memory runs out. It is no bug, which a trace shows.
+  """
+
+  def __init__(self, parent, num_workers):
+    super().__init__(parent)
+    self._num_workers = num_workers
+
+  def __iter__(self):
+    return _NamingDeadWorkersIterator(iter(self._parent), self._num_workers)
+
+
+class _NamingDeadWorkersIterator(grain.DatasetIterator):
+  def __init__(self, parent, num_workers):
+    super().__init__(parent)
+    self._num_workers = num_workers
+
+  def __next__(self):
+    try:
+      return next(self._parent)
+    except RuntimeError as error:  # grain has no type of its own for it
+      ended = re.search(
+        r"terminated unexpectedly with exit code (\S+)\.", f"{error}"
+      )
+      if not ended:
+        raise
+      raise ChildProcessError(
+        f"a worker process (config.data.num_workers={self._num_workers}) was "
+        f"ended from outside, with exit code {ended[1]}; where memory runs "
+        "out, the system does that, and fewer workers need less"
+      ) from error
+
+  def get_state(self):
+    return self._parent.get_state()
+
+  def set_state(self, state):
+    self._parent.set_state(state)
 
 
 class _CountCorrupt:
@@ -237,6 +285,18 @@ class _CountCorrupt:
         + "; ".join(self._why.values())
       )
     logging.warning("skipped (%d of at most %d): %s", count, most, why)
+
+
+def _process():
+  """(index, count) of this process; a worker process would not know it."""
+  return jax.process_index(), jax.process_count()
+
+
+def _own_rows(index, count, batch):
+  """The rows of a batch that this process has."""
+  share = len(next(iter(batch.values()))) // count
+  rows = slice(index * share, (index + 1) * share)
+  return {name: x[rows] for name, x in batch.items()}
 
 
 def _start_worker(*_):
@@ -326,10 +386,12 @@ class _Buckets:
         "longer, so none is left"
       )
     self._buckets, self._sizes = zip(*pairs, strict=True)
+    self._process = _process()
 
   def _share(self, indices):
     """The indices of a batch that this process reads."""
-    return indices[jax.process_index() :: jax.process_count()]
+    index, count = self._process
+    return indices[index::count]
 
 
 class _ShuffledBuckets(_Buckets):

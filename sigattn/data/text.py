@@ -22,10 +22,11 @@ import grain
 import grain.experimental
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from sigattn.data import hub, loader, tokenizers
-from sigattn.validate import items, real, sequence, text, whole
+from sigattn.validate import added, items, real, sequence, text, whole
 
 # The King James Bible, one verse per line; the licence is beside the file.
 EMBEDDED = {"kjv": "kjv.txt.xz"}
@@ -59,6 +60,7 @@ FIELDS = {
   "data.length": whole(low=1, high=2**24),
   "data.shuffle_window": whole(low=1, high=10**8),
   "data.packing_window": whole(low=1, high=2**20),
+  "data.max_corrupt_share": added(real(low=0, high=1), before=0.0),
   "eval.rows": whole(low=1, high=10**12, optional=True),
 }
 
@@ -245,7 +247,7 @@ def documents(source: str, split: str, column: str) -> Iterable[str]:
   """
   if source in EMBEDDED:
     return iter([_embedded_split(source, split)])
-  return _Documents(source, split, column, endless=False)
+  return _Documents(source, split, column, _Corrupt(), endless=False)
 
 
 def _num_rows(tokens, length):
@@ -292,6 +294,7 @@ class Stream:
   def __init__(self, config: ConfigDict, split: str):
     self._config, self._split = config, split
     self._tokenizer = tokenizer(config)
+    self._corrupt = {}  # {source: what is known of its documents}
 
   def train_batches(self, config: ConfigDict) -> Iterator[loader.Batch]:
     """Yields batches without end; each process reads its own documents.
@@ -329,7 +332,10 @@ class Stream:
   def _rows(self, source, split, train):
     """A dataset of rows {"token", "segment"}, each (L + 1,)."""
     data, seed = self._config.data, self._config.seed
-    texts = _Documents(source, split, data.text_column, endless=train)
+    corrupt = self._corrupt.setdefault(
+      source, _Corrupt(data.max_corrupt_share, data.shuffle_window)
+    )
+    texts = _Documents(source, split, data.text_column, corrupt, endless=train)
     if train:
       texts = grain.experimental.WindowShuffleIterDataset(
         texts, window_size=data.shuffle_window, seed=seed
@@ -389,16 +395,49 @@ class _Pieces(grain.experimental.FlatMapTransform):
     return pieces
 
 
+class _Corrupt:
+  """Names the documents of a stream that are no text; ends a run with too many.
+
+  How many documents a stream has is not known. The share is therefore that of
+  the documents read so far, and at first of the first `at_least`. In a run of
+  several processes, each of them counts what it reads itself. A run that is
+  resumed counts from 0.
+  """
+
+  def __init__(self, max_share=0.0, at_least=0):
+    self._max_share, self._at_least = max_share, at_least
+    self._read, self._why = 0, {}
+
+  def add(self, row, why):
+    """row: the number of the document within an epoch, from 0."""
+    self._read = max(self._read, row + 1)
+    if row in self._why:
+      return  # of another epoch
+    if not self._max_share:
+      raise ValueError(why)
+    self._why[row] = why
+    count = len(self._why)
+    most = int(self._max_share * max(self._read, self._at_least))
+    if count > most:
+      raise ValueError(
+        f"{count} documents are corrupt, of the first "
+        f"{max(self._read, self._at_least)}; config.data.max_corrupt_share="
+        f"{self._max_share} allows {most}: " + "; ".join(self._why.values())
+      )
+    logging.warning("skipped (%d of at most %d): %s", count, most, why)
+
+
 class _Documents(grain.IterDataset):
   """A dataset of the texts of a split.
 
-  endless: whether to start again at the end, and to read this process's share
-  of the documents instead of all.
+  corrupt: counts those that are no text, and are skipped. endless: whether to
+  start again at the end, and to read this process's share of the documents
+  instead of all.
   """
 
-  def __init__(self, source, split, column, endless):
+  def __init__(self, source, split, column, corrupt, endless):
     super().__init__()
-    self._arguments = source, split, column, endless
+    self._arguments = source, split, column, corrupt, endless
 
   def __iter__(self):
     return _DocumentIterator(*self._arguments)
@@ -407,16 +446,16 @@ class _Documents(grain.IterDataset):
 class _DocumentIterator(grain.DatasetIterator):
   """Iterates over _Documents; its state holds that of the `datasets` stream."""
 
-  def __init__(self, source, split, column, endless):
+  def __init__(self, source, split, column, corrupt, endless):
     super().__init__()
     self._source, self._split, self._column = source, split, column
-    self._endless = endless
+    self._corrupt, self._endless = corrupt, endless
     self._begin(epoch=0)
 
-  def _begin(self, epoch, place=None):
+  def _begin(self, epoch, place=None, row=0):
     import datasets.distributed
 
-    self._epoch = epoch
+    self._epoch, self._row = epoch, row
     with hub.reading(self._source):
       self._stream = _open(self._source, self._split)
       # In an evaluation, the processes divide the rows, not the documents.
@@ -429,29 +468,47 @@ class _DocumentIterator(grain.DatasetIterator):
       self._examples = iter(self._stream)
 
   def __next__(self):
-    example = self._next()
-    if example is None and self._endless:
-      self._begin(self._epoch + 1)
-      example = self._next()
-      if example is None:
+    empty = False  # whether this epoch has no text so far
+    while True:
+      with hub.reading(self._source):
+        example = next(self._examples, None)
+      if example is not None:
+        if (document := self._document(example)) is not None:
+          return document
+      elif not self._endless:
+        raise StopIteration
+      elif empty:
         raise ValueError(f"{self._source!r}: contains no documents")
-    if example is None:
-      raise StopIteration
-    document = example.get(self._column)
-    if not isinstance(document, str):
+      else:
+        self._begin(self._epoch + 1)
+        empty = True
+
+  def _document(self, example):
+    """The text of the next example; None if it is corrupt."""
+    if self._column not in example:
       raise ValueError(
         f"config.data.text_column={self._column!r}; must be a column of "
-        f"text, not {document!r}: the columns of {self._source!r} are "
-        f"{sorted(example)}"
+        f"{self._source!r}, which has {sorted(example)}"
       )
-    return document
-
-  def _next(self):
-    with hub.reading(self._source):
-      return next(self._examples, None)
+    row, document = self._row, example[self._column]
+    self._row += 1
+    if isinstance(document, str):
+      return document
+    shown = repr(example)
+    self._corrupt.add(
+      row,
+      f"{self._source!r}, split {self._split!r}, document {row}: config.data."
+      f"text_column={self._column!r} must be text, not {document!r:.100}: "
+      f"{shown if len(shown) <= 300 else shown[:300] + '...'}",
+    )
+    return None
 
   def get_state(self):
-    return {"epoch": self._epoch, "place": self._stream.state_dict()}
+    return {
+      "epoch": self._epoch,
+      "row": self._row,
+      "place": self._stream.state_dict(),
+    }
 
   def set_state(self, state):
     self._begin(**state)

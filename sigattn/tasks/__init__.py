@@ -55,12 +55,24 @@ TASKS = (
 )
 
 
+_PARTS = (
+  "SOURCE", "UNIT", "METRICS", "FIELDS", "RULES", "build", "loss", "evaluate",
+)  # fmt: skip
+
+
 def get(name: str) -> types.ModuleType:
   """Returns the module of a task.
 
-  Importing it only now spares the other tasks its dependencies.
+  Importing it only now spares the other tasks its dependencies. Raises
+  ValueError for a module that lacks what a task has.
   """
-  return importlib.import_module(f"sigattn.tasks.{name}")
+  module = importlib.import_module(f"sigattn.tasks.{name}")
+  if missing := [x for x in _PARTS if not hasattr(module, x)]:
+    raise ValueError(
+      f"sigattn.tasks.{name} has no {', '.join(missing)}; the docstring of "
+      "sigattn.tasks says what a task has"
+    )
+  return module
 
 
 def train_batches(config: ConfigDict) -> Iterator[loader.Batch]:

@@ -122,7 +122,7 @@ class LanguageModel(nnx.Module):
     """
     # The cache's arrays start with an axis of layers, so S is axis 2.
     slot_S = jnp.arange(cache.key_BSKH.shape[2])[None]
-    visible_BS = (slot_S >= start_B[:, None]) & (slot_S <= place)
+    visible_BS = slot_S >= start_B[:, None]
     positions_BT = (place - start_B)[:, None]
     x_BTD, cache = self.stack(
       self._embed(token_B[:, None], positions_BT),
@@ -194,6 +194,8 @@ RULES = (
   *stack.RULES,
   stack.multiple_for_positions({"sincos": 2, "rope": 2}),
   divides("model.loss_chunks", "data.length"),
+  # Other lengths would be padded.
+  divides("mesh.sequence", "data.length"),
 )
 
 

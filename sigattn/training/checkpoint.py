@@ -1,11 +1,12 @@
 """Saves and restores the training state with Orbax.
 
 A run that was killed continues from its newest checkpoint exactly as if it had
-not been interrupted. The checkpoint of a step has up to six items: `params`,
+not been interrupted. The checkpoint of a step has up to seven items: `params`,
 `ema` (the averaged parameters, if config.optim.ema_decay > 0), `train` (the
-optimizer state and the step), `data` (the state of the data iterator),
-`metrics` (the evaluation at the step) and `config` (a copy of config.json).
-Evaluation restores only `ema`, or `params` where there is no average.
+optimizer state and the step), `data` (the state of the data iterator), `log`
+(the metrics of the steps since the last line of metrics.jsonl), `metrics` (the
+evaluation at the step) and `config` (a copy of config.json). Evaluation
+restores only `ema`, or `params` where there is no average.
 
 Checksums of all files are saved with a checkpoint. A damaged one is not used:
 the newest whole one takes its place, and the log says so.
@@ -14,6 +15,7 @@ the newest whole one takes its place, and the log says so.
 import asyncio
 import contextlib
 import errno
+import json
 import math
 import os
 import pathlib
@@ -28,7 +30,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from sigattn.data import loader
-from sigattn.training import files, metrics, run_dir, saved, setup
+from sigattn.training import files, mesh, metrics, run_dir, saved, setup
 from sigattn.training.step import State
 
 
@@ -79,6 +81,7 @@ def _manager(workdir, keep=None):
     # Orbax reads no metrics, which may be damaged, and no metadata.
     lightweight_initialize=True,
     temporary_path_class=_Sealed,
+    save_interval_steps=int(keep is not None),  # else it warns that it reads
     cleanup_tmp_directories=keep is not None,  # what a killed run left
     read_only=keep is None,
     create=keep is not None,
@@ -132,6 +135,14 @@ class Checkpoints:
       with self._naming_the_folder():
         self._manager.wait_until_finished()
 
+  def raise_if_failed(self) -> None:
+    """Raises OSError if the last write has failed.
+
+    It does not wait for a write that goes on.
+    """
+    if self._manager is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+
   def is_best(self, results: Mapping[str, float] | None) -> bool:
     """Whether `results` are better than those of every saved checkpoint.
 
@@ -148,6 +159,7 @@ class Checkpoints:
     state: State,
     data: Iterator[loader.Batch],
     results: Mapping[str, float] | None,
+    log: Mapping[str, Any],
   ) -> None:
     """Starts to write a checkpoint; the writing continues in the background.
 
@@ -157,6 +169,7 @@ class Checkpoints:
       data: the iterator of the training batches, whose state is saved.
       results: the evaluation at this step, by which the best checkpoint is
         chosen; None if there was none.
+      log: the state of the StepLog.
 
     Raises:
       OSError: if this checkpoint or the one before cannot be written.
@@ -170,6 +183,7 @@ class Checkpoints:
       "params": ocp.args.StandardSave(state.params),
       "train": ocp.args.StandardSave(_train_item(state)),
       "data": grain.checkpoint.CheckpointSave(data),
+      "log": ocp.args.JsonSave(dict(log)),
       "config": ocp.args.JsonSave(run_dir.contents(self._config)),
     }
     if state.ema is not None:
@@ -207,6 +221,12 @@ class Checkpoints:
       return state
     return _restore(self._manager, self._workdir, self._newest, state, data)
 
+  def log_state(self) -> dict[str, Any] | None:
+    """The state of the StepLog in the newest checkpoint; None without one."""
+    if self._newest is None:
+      return None
+    return saved.log_state(self._workdir, self._newest)
+
 
 def _restore(manager, workdir, step, state, data):
   _validate_format(step, workdir)
@@ -214,14 +234,38 @@ def _restore(manager, workdir, step, state, data):
   items = {
     "params": ocp.args.StandardRestore(target.params),
     "train": ocp.args.StandardRestore(_train_item(target)),
-    "data": grain.checkpoint.CheckpointRestore(data),
   }
   if state.ema is not None:
     items["ema"] = ocp.args.StandardRestore(target.ema)
+  places = saved.folder(workdir, step) / "data"
+  process = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+  if (places / process).exists():
+    items["data"] = grain.checkpoint.CheckpointRestore(data)
+  else:
+    _go_to_place_of_others(data, places)
   restored = _restored(manager, step, items, workdir)
   return state._replace(
     params=restored["params"], ema=restored.get("ema"), **restored["train"]
   )
+
+
+def _go_to_place_of_others(data, places):
+  """Sets the iterator to the place where another number of processes was.
+
+  An order of examples has one place, which all processes save. Streams of
+  documents have one place for each process.
+  """
+  states = [
+    json.loads(path.read_bytes())
+    for path in sorted(places.glob("process_*.json"))
+  ]
+  if not states or any(state != states[0] for state in states):
+    raise ValueError(
+      f"{places}: {len(states)} processes read streams of documents, which "
+      f"{jax.process_count()} cannot go on with; start {len(states)} processes"
+    )
+  data.set_state(states[0])
+  data.start_prefetch()
 
 
 def restore_before(
@@ -338,14 +382,18 @@ def _disk_error(error):
 
 
 def load(
-  workdir: str | os.PathLike[str], step: int | str | None = None
+  workdir: str | os.PathLike[str],
+  step: int | str | None = None,
+  devices: jax.sharding.Mesh | None = None,
 ) -> tuple[ConfigDict, Any, int]:
-  """Restores a run for evaluation.
+  """Restores a run for evaluation, whatever mesh it was trained on.
 
   Args:
     workdir: the folder of the run.
     step: the number of a saved step, "best", or None for the newest that is not
       damaged.
+    devices: the mesh over which the parameters will be split, see
+      mesh.parameters; None for this process's first device.
 
   Returns:
     (config, params, step). The parameters are the exponential average if
@@ -355,7 +403,7 @@ def load(
     ValueError: if there is no such run or no such step, if the step is damaged,
       or if the run is of another version's format.
   """
-  config = run_dir.read_config(workdir)
+  config = setup.complete(run_dir.read_config(workdir), workdir)
   steps = saved.steps(workdir)
   if not steps:
     raise ValueError(f"{workdir=}: holds no checkpoint yet")
@@ -381,7 +429,19 @@ def load(
       )
   with _manager(workdir) as manager:
     _validate_format(step, workdir)
-    params = jax.eval_shape(lambda: setup.init(config)[1])
+    params = setup.shapes(config)
+    if devices is None:
+      place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      shardings = jax.tree.map(lambda _: place, params)
+    else:
+      shardings = mesh.parameters(params, devices)
+    params = jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding
+      ),
+      params,
+      shardings,
+    )
     item = "ema" if config.optim.ema_decay else "params"
     restored = _restored(
       manager, step, {item: ocp.args.StandardRestore(params)}, workdir

@@ -28,7 +28,7 @@ def evaluator(
     devices: the mesh over which each batch is split.
   """
   task = tasks.get(config.task)
-  static = setup.graphdef(config)
+  static = setup.graphdef(config, devices)
   score = getattr(task, "score", None)
   results = getattr(task, "results", _means)
 

@@ -27,7 +27,7 @@ from sigattn.training import events, files
 console = rich.console.Console(markup=False, emoji=False)
 
 # Metrics that are written to the files but are not shown in the progress bar.
-_NOT_ON_THE_BAR = ("lr", "grad_norm", "per_second")
+_NOT_ON_THE_BAR = ("lr", "grad_norm", "per_second", "data_seconds")
 
 # One line of metrics.jsonl: {"step": 100, "split": "train", "loss": 1.5, ...}.
 Line = dict[str, int | float | str]
@@ -60,6 +60,9 @@ class Writer:
     # A killed run may have written lines after its last checkpoint. It repeats
     # those steps, and no step may be in the file twice.
     kept = [line for line in read(workdir) if line["step"] <= start]
+    # A run that was killed between its last checkpoint and its end repeats the
+    # last evaluation.
+    self._written = {(x["step"], x["split"]) for x in kept}
     files.write_text(self._path, "".join(map(_as_text, kept)))
     with files.naming(self._path):
       self._file = self._path.open("ab", buffering=0)
@@ -69,9 +72,11 @@ class Writer:
   def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
     """Writes one line. Raises OSError, with the path, where it cannot.
 
+    A line that a killed run has already written is not written again.
+
     split: "train", "telemetry", or the name of the evaluated split.
     """
-    if self._file is None:
+    if self._file is None or (step, split) in self._written:
       return
     line = {"step": step, "split": split, **metrics}
     with files.naming(self._path):
@@ -164,9 +169,16 @@ def last_evaluation(lines: Sequence[Line], split: str) -> Line | None:
 class Mean:
   """Means of metrics over the steps since `take` was last called."""
 
-  def __init__(self) -> None:
-    self._sums = {}
-    self._count = 0
+  def __init__(
+    self, count: int = 0, sums: Mapping[str, float] | None = None
+  ) -> None:
+    """count, sums: what `state` of another one returned."""
+    self._sums = dict(sums or {})
+    self._count = count
+
+  def state(self) -> dict[str, Any]:
+    """What a checkpoint keeps: the arguments of a Mean that goes on."""
+    return {"count": self._count, "sums": self._sums}
 
   def add(self, metrics: Mapping[str, float]) -> None:
     """Adds the metrics of one step."""
@@ -274,13 +286,31 @@ class StepLog:
   """
 
   def __init__(
-    self, config: ConfigDict, writer: Writer, progress: Progress
+    self,
+    config: ConfigDict,
+    writer: Writer,
+    progress: Progress,
+    state: Mapping[str, Any] | None = None,
   ) -> None:
+    """state: what `state` returned when the run was saved; None for a new run.
+
+    A line is a mean over the steps since the line before, and a checkpoint may
+    lie between them.
+    """
     self._config, self._writer, self._progress = config, writer, progress
-    self._mean = Mean()
     self._pending = None
-    self._skipped = 0  # since the last line
-    self._in_a_row = 0
+    state = state or {"mean": {}, "skipped": 0, "in_a_row": 0}
+    self._mean = Mean(**state["mean"])
+    self._skipped = state["skipped"]  # since the last line
+    self._in_a_row = state["in_a_row"]
+
+  def state(self) -> dict[str, Any]:
+    """What a checkpoint keeps, as JSON does; to be called after `finish`."""
+    return {
+      "mean": self._mean.state(),
+      "skipped": self._skipped,
+      "in_a_row": self._in_a_row,
+    }
 
   def step(self, step: int, metrics: Mapping[str, Any], examples: int) -> None:
     """Records a step that was started, and writes the step before it.
@@ -396,9 +426,14 @@ def saying_what_is_not_written() -> Iterator[None]:
     log(f"not written: {error.filename}: {error.strerror}")
 
 
-def _is_not_raised_too(record):
-  """False for an error in a thread of Orbax, which is raised in ours later."""
-  return not (record.exc_info and "orbax" in record.pathname)
+def _is_news(record):
+  """False for what Orbax need not say.
+
+  An error in one of its threads is raised in ours later, and that a folder is
+  only read from is what we asked for.
+  """
+  read_only = str(record.msg).startswith("Given directory is read only")
+  return "orbax" not in record.pathname or not (record.exc_info or read_only)
 
 
 class _Console(logging.Handler):
@@ -414,7 +449,7 @@ def set_up_logs() -> None:
   """
   if not flags.FLAGS["verbosity"].present:
     absl_logging.set_verbosity(absl_logging.WARNING)
-  absl_logging.get_absl_logger().addFilter(_is_not_raised_too)
+  absl_logging.get_absl_logger().addFilter(_is_news)
   logger = logging.getLogger("sigattn.kernels")
   logger.setLevel(logging.INFO)
   logger.addHandler(_Console())

@@ -64,7 +64,7 @@ _MEMORY = real(low=0, high=1 - 1e-6)
 
 FIELDS = {
   "optim.name": choice(OPTIMIZERS),
-  "optim.lr": real(low=1e-30, high=1e30),
+  "optim.lr": real(low=1e-12, high=1e3),
   "optim.schedule": choice(SCHEDULES),
   "optim.warmup_steps": whole(low=0, high=10**9),
   "optim.end_lr": real(low=0, high=1),

@@ -1,27 +1,128 @@
-"""Settings of the training process: signals that stop it, and its memory."""
+"""The training process: the run that it joins, its signals and its memory."""
 
 import contextlib
 import ctypes
 import os
 import pathlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import jax
+from jax.experimental import multihost_utils
 
 from sigattn.training import metrics
 
+# So long after the end of one process the others end: they cannot tell it from
+# one that is slow, but heartbeats come from a thread that does nothing else.
+_HEARTBEAT_SECONDS = 30
+
+
+def join(
+  coordinator: str | None, count: int | None = None, index: int | None = None
+) -> None:
+  """Makes this process one of several that train one run together.
+
+  Call it before JAX looks for devices. When a process of the run ends, JAX ends
+  the others within a minute; the same commands resume the run.
+
+  Args:
+    coordinator: host:port of the process 0, where the others find each other;
+      "auto" where JAX knows the cluster (Slurm, Open MPI, Kubernetes, TPU and
+      others, see jax.distributed.initialize); None for a process that is alone.
+    count: how many processes there are; None with "auto".
+    index: which of them this is, from 0; None with "auto".
+
+  Raises:
+    ValueError: for arguments that do not go together, or where JAX knows no
+      cluster.
+  """
+  given = dict(coordinator=coordinator, processes=count, process=index)
+  named = ", ".join(f"--{name}={value}" for name, value in given.items())
+  explicit = coordinator not in (None, "auto")
+  if explicit != (count is not None) or explicit != (index is not None):
+    raise ValueError(
+      f"{named}; give all three, or --coordinator=auto alone, or none"
+    )
+  if coordinator is None:
+    return
+  if explicit and not 0 <= index < count:
+    raise ValueError(f"{named}; --process must be from 0 to {count - 1}")
+  try:
+    jax.distributed.initialize(
+      coordinator if explicit else None,
+      count,
+      index,
+      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+      # An end in disorder is not waited for: a process may be gone.
+      shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+    )
+  except (ValueError, RuntimeError) as error:
+    raise ValueError(f"{named}: {error}") from error
+  metrics.console.quiet = jax.process_index() > 0  # the first one tells
+  metrics.log(
+    f"process {jax.process_index()} of {jax.process_count()}, with "
+    f"{jax.local_device_count()} of {jax.device_count()} devices"
+  )
+
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-  """Yields an event that the first Ctrl-C or SIGTERM sets.
+def ending_together() -> Iterator[None]:
+  """Ends this process at once where another one of its run has ended.
+
+  JAX then raises an error in the middle of a step. It is written to stderr in
+  one line, and nothing is waited for: the others of the run no longer answer.
+  Where JAX waits in vain instead, its own heartbeats end this process. Without
+  effect on a process that is alone.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    [first, *_] = str(error).splitlines()
+    print(
+      f"process {jax.process_index()} of {jax.process_count()} cannot go on: "
+      f"{first}. If another process has ended, its own output says why; the "
+      "same commands resume the run",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(1)
+
+
+class _Stop:
+  """Whether to stop: at the step after a signal.
+
+  Several processes stop at the same step, whichever of them gets the signal.
+  """
+
+  def __init__(self) -> None:
+    self._event = threading.Event()
+
+  def set(self) -> None:
+    self._event.set()
+
+  def at(self, step: int) -> bool:
+    """Whether to stop before the step; to be called once before each."""
+    if jax.process_count() == 1:
+      return self._event.is_set()
+    if self._event.is_set():
+      self._event.clear()
+      os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells all processes
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[_Stop]:
+  """Yields an object whose `at(step)` is True after Ctrl-C or SIGTERM.
 
   A second signal has its usual effect and ends the process at once. Outside the
-  main thread, which alone receives signals, the event is never set.
+  main thread, which alone receives signals, it is never True.
   """
-  stop = threading.Event()
+  stop = _Stop()
   if threading.current_thread() is not threading.main_thread():
     yield stop
     return
@@ -32,7 +133,9 @@ def stop_signals() -> Iterator[threading.Event]:
     stop.set()
     signal.signal(number, old[number])
 
-  for number in (signal.SIGINT, signal.SIGTERM):
+  # Of several processes, JAX itself receives SIGTERM.
+  is_alone = jax.process_count() == 1
+  for number in (signal.SIGINT, *[signal.SIGTERM] * is_alone):
     old[number] = signal.signal(number, handle)
   try:
     yield stop

@@ -1,12 +1,13 @@
 """Runs one step of a run again, to find where a number is not finite."""
 
+import contextlib
 import os
 import traceback
 
 import jax
 
 from sigattn import tasks
-from sigattn.training import checkpoint, mesh, run_dir
+from sigattn.training import checkpoint, mesh, run_dir, setup
 from sigattn.training import step as training_step
 
 
@@ -30,18 +31,19 @@ def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
     FloatingPointError: for the first operation whose result is NaN, with the
       line of the code that it is in.
   """
-  config = run_dir.read_config(workdir)
+  config = setup.complete(run_dir.read_config(workdir), workdir)
   if not 1 <= step <= config.total_steps:
     raise ValueError(
       f"{step=}: the run in {workdir} has the steps 1 to {config.total_steps}"
     )
-  data, devices = tasks.train_batches(config), mesh.make()
+  devices = mesh.make(config)
   state, update = training_step.init(config, devices)
-  state = checkpoint.restore_before(workdir, step, state, data)
-  step_fn = training_step.jitted(update)
-  for _ in range(int(state.step), step - 1):
-    state, _ = step_fn(state, mesh.put(next(data), devices))
-  batch = mesh.put(next(data), devices)
+  with contextlib.closing(tasks.train_batches(config)) as data:
+    state = checkpoint.restore_before(workdir, step, state, data)
+    step_fn = training_step.jitted(update)
+    for _ in range(int(state.step), step - 1):
+      state, _ = step_fn(state, mesh.put(next(data), devices))
+    batch = mesh.put(next(data), devices)
   # Does not donate the state: a step with a NaN needs it twice.
   again = jax.jit(lambda *args: update(*args)[2:])
   try:

@@ -25,7 +25,7 @@ import filelock
 import jax
 from ml_collections import ConfigDict
 
-from sigattn.training import files, metrics, saved
+from sigattn.training import files, metrics, saved, setup
 
 # Increased whenever config keys or parameter paths change, so that a run of an
 # older version is refused with a clear message instead of a missing key.
@@ -46,6 +46,7 @@ _CHANGEABLE = (
   "model.remat",
   "model.max_unrolled",
   "model.loss_chunks",
+  "mesh.",
 )
 
 
@@ -207,7 +208,8 @@ def validate_resumable(
   resumed, such as total_steps. The message names the first key that differs.
   """
   if (pathlib.Path(workdir) / "config.json").exists() or saved.steps(workdir):
-    _compare(workdir, flatten(read_config(workdir)), flatten(config))
+    old = setup.complete(read_config(workdir), workdir)
+    _compare(workdir, flatten(old), flatten(config))
 
 
 def _compare(workdir, old, new):

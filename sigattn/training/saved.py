@@ -13,6 +13,7 @@ from sigattn.training import files, metrics
 
 # Where Orbax saves the item "config", which is JSON.
 _CONFIG = "config/metadata"
+_LOG = "log/metadata"
 
 
 def steps(workdir: str | os.PathLike[str] | None) -> list[int]:
@@ -106,6 +107,19 @@ def results(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
     return {}
 
 
+def log_state(
+  workdir: str | os.PathLike[str], step: int
+) -> dict[str, Any] | None:
+  """The state of the StepLog in a whole checkpoint.
+
+  None where an older version has saved none.
+  """
+  try:
+    return json.loads((folder(workdir, step) / _LOG).read_bytes())
+  except FileNotFoundError:
+    return None
+
+
 def config(
   workdir: str | os.PathLike[str],
 ) -> tuple[dict[str, Any] | None, pathlib.Path | None]:
@@ -126,6 +140,8 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   contents = json.loads(path.read_bytes())
   if not isinstance(contents, dict):
     raise ValueError("not a JSON object")
+  if not contents:
+    raise ValueError("it is empty")
   if "format" in contents and not isinstance(contents.get("config"), dict):
     raise ValueError("it has no config")
   return contents

@@ -1,10 +1,12 @@
 """Validates a whole config and builds the model that it describes.
 
 `validate_config` rejects a bad config before any work starts. `init` builds a
-task's model and its parameters, `graphdef` the model without parameters, and
-`model` a callable model with given parameters.
+task's model and its parameters on a mesh, `graphdef` the model without
+parameters, and `model` a callable model with given parameters.
 """
 
+import functools
+import os
 from typing import Any
 
 import jax
@@ -14,15 +16,15 @@ from ml_collections import ConfigDict
 from sigattn import tasks, validate
 from sigattn.data import loader
 from sigattn.training import mesh, optim
-from sigattn.validate import choice, flag, text, whole
+from sigattn.validate import added, choice, flag, text, whole
 
 MAX_STEPS = 10**9  # The devices count steps in int32.
 
 FIELDS = {
   "task": choice(tasks.TASKS),
   "total_steps": whole(low=1, high=MAX_STEPS),
-  "optim.non_finite": choice(("raise", "skip")),
-  "optim.max_skipped": whole(low=1, high=MAX_STEPS),
+  "optim.non_finite": added(choice(("raise", "skip")), before="raise"),
+  "optim.max_skipped": added(whole(low=1, high=MAX_STEPS), before=10),
   "eval.every_steps": whole(low=0, high=MAX_STEPS),
   "ckpt.every_steps": whole(low=0, high=MAX_STEPS),
   "ckpt.keep": whole(low=1, high=MAX_STEPS),
@@ -44,15 +46,15 @@ def _best_metric_of_the_task(config):
     )
 
 
-def _groups_match_parameters(config):
+def _groups_and_mesh_match_parameters(config):
   """Builds the optimizer, of parameters that are not allocated."""
-  task = tasks.get(config.task)
-  model = nnx.eval_shape(lambda: task.build(config, nnx.Rngs(0)))
-  optim.make(config, nnx.to_pure_dict(nnx.state(model)))
+  params = shapes(config)
+  optim.make(config, params)
+  mesh.validate_parameters(config, params)
 
 
 RULES = (_best_metric_of_the_task,)
-LAST_RULES = (_groups_match_parameters,)  # They need all others to hold.
+LAST_RULES = (_groups_and_mesh_match_parameters,)  # They need all others.
 
 
 def tables(task: str) -> tuple[dict[str, validate.Field], list[validate.Rule]]:
@@ -83,25 +85,71 @@ def validate_config(config: ConfigDict) -> None:
   validate.fields(config, *tables(config.task))
 
 
-def init(config: ConfigDict) -> tuple[nnx.GraphDef, Any]:
+def complete(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
+  """A run's saved config with every field that this version reads, locked.
+
+  A field that is younger than the run gets the value by which the run acted.
+  Raises ValueError for another one that is missing, and for a wrong value.
+  workdir: the folder of the run, for the error.
+  """
+  config = config.copy_and_resolve_references().unlock()
+  try:
+    validate.fields(config, {"task": FIELDS["task"]})
+    table, _ = tables(config.task)
+    validate.complete(config, table)
+    validate.fields(config, table)
+  except ValueError as error:
+    raise ValueError(
+      f"{workdir=}: the saved config is not one of this version: {error}"
+    ) from error
+  return config.lock()
+
+
+def init(
+  config: ConfigDict, devices: jax.sharding.Mesh | None = None
+) -> tuple[nnx.GraphDef, Any]:
   """The model's static part and its initial parameters, a nested dict.
 
-  The initialisation is compiled, so that a large model is made directly on the
-  device. Its random numbers follow from config.seed.
+  The initialisation is compiled, so that each device makes its own part of a
+  large model. Its random numbers follow from config.seed.
+
+  devices: the mesh over which parameters and attention are split; None for a
+  single device.
   """
   task = tasks.get(config.task)
+  shardings = devices and mesh.parameters(shapes(config), devices)
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=shardings)
   def params(key):
     return nnx.to_pure_dict(nnx.state(task.build(config, nnx.Rngs(key))))
 
-  return graphdef(config), params(jax.random.key(config.seed))
+  return graphdef(config, devices), params(jax.random.key(config.seed))
 
 
-def graphdef(config: ConfigDict) -> nnx.GraphDef:
-  """The model's static part, built without allocating parameters."""
+def shapes(config: ConfigDict) -> Any:
+  """The shape of each parameter, a nested dict; nothing is allocated."""
+  return nnx.to_pure_dict(nnx.state(_abstract(config)))
+
+
+def _abstract(config):
   task = tasks.get(config.task)
-  return nnx.graphdef(nnx.eval_shape(lambda: task.build(config, nnx.Rngs(0))))
+  return nnx.eval_shape(lambda: task.build(config, nnx.Rngs(0)))
+
+
+def graphdef(
+  config: ConfigDict, devices: jax.sharding.Mesh | None = None
+) -> nnx.GraphDef:
+  """The model's static part, built without allocating parameters.
+
+  devices: as in init.
+  """
+  model = _abstract(config)
+  if devices is not None and devices.size > 1:
+    exchange = config.mesh.exchange if "mesh" in config else "ring"
+    for _, module in nnx.iter_modules(model):
+      if hasattr(module, "attention_fn"):
+        module.attention_fn = mesh.attention_fn(devices, exchange)
+  return nnx.graphdef(model)
 
 
 def model(config: ConfigDict, params: Any) -> nnx.Module:

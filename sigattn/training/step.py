@@ -40,16 +40,23 @@ Step = Callable[[State, Any], tuple[State, Metrics]]
 def init(
   config: ConfigDict, devices: jax.sharding.Mesh
 ) -> tuple[State, Update]:
-  """The initial State, replicated over the devices, and its update function."""
-  static, params = setup.init(config)
+  """The initial State, split over the devices, and its update function."""
+  static, params = setup.init(config, devices)
   tx = optim.make(config, params)
+  split = mesh.parameters(params, devices)
+  shardings = State(
+    mesh.replicated(devices),
+    split,
+    mesh.optimizer(tx, params, devices),
+    split if config.optim.ema_decay else None,
+  )
 
-  @functools.partial(jax.jit, out_shardings=mesh.replicated(devices))
+  @functools.partial(jax.jit, out_shardings=shardings)
   def state(params):
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema_decay else None
     return State(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
 
-  return state(params), _update(config, static, tx)
+  return state(params), _update(config, static, tx, shardings)
 
 
 def jitted(update: Update) -> Step:
@@ -62,7 +69,7 @@ def jitted(update: Update) -> Step:
   return step
 
 
-def _update(config, static, tx):
+def _update(config, static, tx, shardings):
   task = tasks.get(config.task)
   schedule = optim.schedule(config)
   decay = config.optim.ema_decay
@@ -83,6 +90,8 @@ def _update(config, static, tx):
     (_, metrics), grads = _accumulate(
       gradients, state.params, batch, rng, config.optim.accumulate
     )
+    # Without this, each device might add up all gradients and keep its part.
+    grads = jax.lax.with_sharding_constraint(grads, shardings.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
@@ -101,6 +110,7 @@ def _update(config, static, tx):
     if config.optim.non_finite == "skip":
       finite = jnp.isfinite(metrics["loss"] + metrics["grad_norm"])
       new = _if(finite, new, state)
+    new = jax.lax.with_sharding_constraint(new, shardings)
     return grads, updates, new, metrics
 
   return update

@@ -2,8 +2,6 @@
 
 import json
 
-import numpy as np
-
 from configs import vit_sigmoid
 from sigattn.analysis import report
 from sigattn.training import metrics
@@ -12,15 +10,6 @@ from sigattn.training import metrics
 def cells(table):
   """The cells of a rich table, column by column."""
   return [list(column.cells) for column in table.columns]
-
-
-def test_parameter_table_has_shapes_sizes_and_the_total():
-  params = {"head": {"bias": np.zeros(10), "kernel": np.zeros((300, 10))}}
-  assert cells(report.parameter_table(params)) == [
-    ["head/bias", "head/kernel", "all"],
-    ["10", "300x10", ""],
-    ["10", "3,000", "3,010"],
-  ]
 
 
 def test_evaluations_are_rows_and_variants_are_columns():

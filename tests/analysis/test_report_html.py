@@ -4,6 +4,7 @@ import html.parser
 import json
 import math
 import re
+import types
 
 import pytest
 
@@ -150,6 +151,16 @@ def test_run_that_is_behind_its_group_is_left_out(runs):
 def test_folder_without_runs_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"empty: holds no run"):
     report_html.write([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize("name", ["page.html", "taken"])
+def test_page_in_place_of_a_folder_is_refused(name, tmp_path):
+  write_run(tmp_path / "run", "softmax", 0, 0.1)
+  (tmp_path / "taken").write_text("what somebody needs")
+  before = sorted(tmp_path.rglob("*"))
+  with pytest.raises(ValueError, match=f"{name}'; must be a folder, in which"):
+    report_html.run(types.SimpleNamespace(out=tmp_path / name), [tmp_path])
+  assert sorted(tmp_path.rglob("*")) == before
 
 
 ODD = (

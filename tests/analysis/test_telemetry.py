@@ -355,7 +355,9 @@ def test_telemetry_does_not_change_training(tmp_path, monkeypatch):
 
   def lines(name, split):
     return {
-      line["step"]: {k: v for k, v in line.items() if k != "per_second"}
+      line["step"]: {
+        k: v for k, v in line.items() if k not in ("per_second", "data_seconds")
+      }
       for line in metrics.read(tmp_path / name)
       if line["split"] == split
     }

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -228,6 +229,57 @@ def test_every_document_comes_once_an_epoch(tmp_path):
     pieces += texts_of(rows_of([next(data)]))
   counts = [sum(x == y for _, y in pieces) for x in texts]
   assert set(counts) <= {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_documents_that_are_no_text_are_skipped_up_to_the_share(
+  name, tmp_path, monkeypatch
+):
+  skipped = []
+  monkeypatch.setattr(
+    text.logging, "warning", lambda line, *args: skipped.append(line % args)
+  )
+  texts = documents(20)
+  bad = [*texts[:4], None, *texts[4:9], None, *texts[9:]]
+  good, path = (
+    write(tmp_path / folder / name, x)
+    for folder, x in (("good", texts), ("bad", bad))
+    if not (tmp_path / folder).mkdir()
+  )
+  values = {"data.shuffle_window": 5, "data.packing_window": 3}
+
+  def take(source, **more):
+    data = tasks.train_batches(
+      make(**{"data.source": source, **values, **more})
+    )
+    return [next(data)["token"] for _ in range(20)]
+
+  share = {"data.max_corrupt_share": 0.2}
+  np.testing.assert_equal(take(path, **share), take(good))
+  # Each is named once, though there are several epochs.
+  assert len(skipped) == 2
+  assert re.search("skipped .1 of at most 1.: .*document 4: ", skipped[0])
+  assert re.search("skipped .2 of at most 2.: .*document 10: ", skipped[1])
+  sources = {"data.source": good, "data.eval_source": path, **share, **values}
+  config = make(**sources)
+  setup.validate_config(config)
+  rows = rows_of(tasks.eval_batches(config, "test"))
+  config.data.eval_source = good
+  assert texts_of(rows) == texts_of(rows_of(tasks.eval_batches(config, "test")))
+  said = (
+    "2 documents are corrupt, of the first 11; .* allows 1: .* document 4: "
+  )
+  with pytest.raises(ValueError, match=f"{said}.*; .* document 10: "):
+    take(path, **{"data.max_corrupt_share": 0.1, "data.shuffle_window": 10})
+  with pytest.raises(ValueError, match="document 4: .*must be text, not None"):
+    take(path)
+
+
+def test_source_of_corrupt_documents_alone_is_refused(tmp_path):
+  path = write(tmp_path / "a.jsonl", [None] * 3)
+  config = make(**{"data.source": path, "data.max_corrupt_share": 1.0})
+  with pytest.raises(ValueError, match="contains no documents"):
+    next(tasks.train_batches(config))
 
 
 def test_mixture_has_the_shares_it_was_told(tmp_path):

@@ -28,6 +28,9 @@ from tests.tasks.small_lm import (
     ("softmax", ALIBI),
     ("sigmoid", SINES),
     ("sigmoid", {"attn.normalize": True}),
+    ("sigmoid", ALIBI | {"attn.window": 5}),
+    ("softmax", {"attn.window": 3}),
+    ("silu", {}),
   ],
 )
 def test_decoding_equals_the_full_forward_pass(kind, values):

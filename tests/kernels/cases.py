@@ -29,6 +29,9 @@ class Case:
   segments: bool = False
   mask: tuple[int, ...] | None = None  # axes of B, N, T, S that are not 1
   bias: tuple[int, ...] | None = None
+  query_bias: tuple[int, ...] | None = None  # axes of B and N that are not 1
+  key_bias: tuple[int, ...] | None = None
+  offset: int | str | None = None  # a number, or "array": one for each example
 
   def __str__(self):
     return self.name
@@ -92,6 +95,30 @@ CASES = [
   ),
   Case("normalized_relu", normalize=True, kind="relu", causal=True),
   Case("normalized_relu2", normalize=True, kind="relu2", lengths=True),
+  Case("query_vector", query_bias=(0, 1), kv_heads=2),
+  Case("key_vector", key_bias=(0, 1), keys=31),
+  Case("shared_vectors", query_bias=(), key_bias=(1,), causal=True),
+  Case(
+    "normalized_vectors", normalize=True, query_bias=(0,), key_bias=(0, 1),
+    lengths=True, kv_heads=2,
+  ),
+  Case("mask_queries", mask=(1, 2)),
+  Case("bias_of_one_key", bias=(0, 1, 3), queries=1, keys=20),
+  Case("offset", offset=7, causal=True, queries=9, keys=20, alibi=True),
+  Case("offset_before", offset=-5, causal=True, alibi=True),
+  Case("offset_behind", offset=40, window=(25, 3)),
+  Case("offset_alone", offset=3),
+  Case("offsets", offset="array", causal=True, window=(12, 0), alibi=True),
+  Case("offset_one_query", offset="array", causal=True, queries=1, keys=33),
+  Case(
+    "normalized_offsets", offset="array", causal=True, normalize=True,
+    queries=9, keys=30, kv_heads=2,
+  ),
+  Case("silu", kind="silu"),
+  Case(
+    "silu_causal_window", kind="silu", causal=True, window=(5, 0), bias=(3,)
+  ),
+  Case("silu_lengths", kind="silu", lengths=True, logit_bias=-1.0),
   Case("relu", kind="relu"),
   Case("relu_causal_bias", kind="relu", causal=True, logit_bias=0.3),
   Case("relu2", kind="relu2"),
@@ -99,7 +126,7 @@ CASES = [
   Case(
     "everything", keys=30, kv_heads=2, causal=True, window=(9, 0), alibi=True,
     lengths=True, segments=True, mask=(0, 2, 3), bias=(1, 2, 3),
-    bias_per_head=("N",),
+    bias_per_head=("N",), query_bias=(1,), key_bias=(0,), offset=1,
   ),
 ]  # fmt: skip
 
@@ -153,6 +180,24 @@ BLOCKS = [
     "blocks_normalized_cross", batch=1, queries=70, keys=150, heads=2,
     kv_heads=1, normalize=True, logit_bias=-8.0,
   ),
+  Case(
+    "blocks_offsets", batch=3, queries=70, keys=150, heads=2, kv_heads=1,
+    causal=True, window=(90, 0), offset="array", alibi=True,
+  ),
+  Case(
+    "blocks_offset", batch=1, queries=70, keys=150, heads=1, causal=True,
+    offset=40,
+  ),
+  Case(
+    "blocks_vectors", batch=2, queries=150, keys=90, heads=2, kv_heads=1,
+    query_bias=(0, 1), key_bias=(0, 1), lengths=True,
+  ),
+  Case(
+    "blocks_normalized_vectors", batch=2, queries=90, keys=150, heads=2,
+    query_bias=(0, 1), key_bias=(1,), normalize=True, causal=True,
+    offset="array",
+  ),
+  Case("blocks_silu", batch=1, queries=90, heads=2, kind="silu", causal=True),
   Case(  # Two heads: a slope's gradient of one alone may be small.
     "blocks_normalized_window", batch=1, queries=150, heads=2, normalize=True,
     causal=True, window=(50, 3), alibi=True,
@@ -232,6 +277,17 @@ def draw(case, dtype="float32", seed=0):
     options["mask"] = rng.random(some(case.mask)) < 0.7
   if case.bias:
     options["bias"] = normal(*some(case.bias))
+  for name, axes, length in (
+    ("query_logit_bias", case.query_bias, t),
+    ("key_logit_bias", case.key_bias, s),
+  ):
+    if axes is not None:
+      options[name] = normal(*some(axes)[:2], length)
+  if case.offset is not None:
+    options["query_offset"] = case.offset
+  if case.offset == "array":
+    # Before the keys, among them, and behind them.
+    options["query_offset"] = np.linspace(-t // 2, s, b, dtype=np.int32)
   arrays = [np.asarray(x).astype(_dtype(dtype)) for x in (*arrays, cotangent)]
   return arrays[:3], options, arrays[3]
 
@@ -247,10 +303,11 @@ def visible(case, options):
   b, t, s, n, *_ = case.shape
   seen = np.ones((b, n, t, s), bool)
   i, j = np.arange(t)[:, None], np.arange(s)[None]
+  place = i + _offsets(options, 0)
   if case.causal:
-    seen &= j <= i
+    seen &= j <= place
   if case.window:
-    seen &= (i - case.window[0] <= j) & (j <= i + case.window[1])
+    seen &= (place - case.window[0] <= j) & (j <= place + case.window[1])
   for example in range(b):
     if case.lengths:
       seen[example] &= i < options["query_seq_lengths"][example]
@@ -263,11 +320,34 @@ def visible(case, options):
   return seen
 
 
+def _offsets(options, default):
+  """query_offset of each example, (B or 1, 1, 1, 1)."""
+  offset = options.get("query_offset", default)
+  return np.reshape(offset, (-1, 1, 1, 1))
+
+
+def distance(case, options):
+  """ALiBi's distance of each pair, (B or 1, 1, T, S)."""
+  _, t, s, *_ = case.shape
+  apart = np.arange(t)[:, None] - np.arange(s)[None]
+  return abs(apart + _offsets(options, s - t))
+
+
+def vectors(options):
+  """What the logit vectors add to the logits, (B or 1, N or 1, T, S or 1)."""
+  total = np.zeros((1, 1, 1, 1))
+  if "query_logit_bias" in options:
+    total = total + options["query_logit_bias"][..., None].astype(np.float64)
+  if "key_logit_bias" in options:
+    total = total + options["key_logit_bias"][:, :, None].astype(np.float64)
+  return total
+
+
 def exact(case, arrays, options, cotangent):
   """Output and gradients in NumPy float64: a dict of arrays.
 
-  Its keys are out, query, key, value, and those of logit_bias, alibi_slopes and
-  bias that the case has as arrays.
+  Its keys are out, query, key, value, and those of logit_bias, alibi_slopes,
+  bias and the logit vectors that the case has as arrays.
   """
   q, k, v, do = (np.asarray(x, np.float64) for x in (*arrays, cotangent))
   b, t, s, n, kv, h = case.shape
@@ -276,10 +356,10 @@ def exact(case, arrays, options, cotangent):
   z = scale * np.einsum("btnh,bsnh->bnts", q, k)
   if case.bias:
     z = z + options["bias"].astype(np.float64)
-  distance = abs(np.arange(t)[:, None] + s - t - np.arange(s)[None])
+  z = z + vectors(options)
   if case.alibi:
     slopes = options["alibi_slopes"].astype(np.float64)
-    z = z - slopes[:, None, None] * distance
+    z = z - slopes[:, None, None] * distance(case, options)
   offset = options["logit_bias"]
   if offset is None:
     offset = -math.log(s) if case.kind == "sigmoid" else 0.0
@@ -289,6 +369,9 @@ def exact(case, arrays, options, cotangent):
     derivative = p / (1 + np.exp(z))
   elif case.kind == "relu":
     p, derivative = np.maximum(z, 0) / s, (z > 0) / s
+  elif case.kind == "silu":
+    half = np.exp(-np.logaddexp(0, -z))
+    p, derivative = z * half / s, (half + z * half / (1 + np.exp(z))) / s
   else:
     p, derivative = np.maximum(z, 0) ** 2 / s, 2 * np.maximum(z, 0) / s
   seen = visible(case, options)
@@ -311,7 +394,10 @@ def exact(case, arrays, options, cotangent):
   if case.bias_per_head:
     results["logit_bias"] = _reduce(dz.sum((2, 3)), np.shape(offset))
   if case.alibi:
-    results["alibi_slopes"] = -(dz * distance).sum((0, 2, 3))
+    results["alibi_slopes"] = -(dz * distance(case, options)).sum((0, 2, 3))
+  for name, axis in (("query_logit_bias", 3), ("key_logit_bias", 2)):
+    if name in options:
+      results[name] = _reduce(dz.sum(axis), options[name].shape)
   if case.bias:
     results["bias"] = _reduce(dz, options["bias"].shape)
   return results

@@ -11,7 +11,9 @@ from sigattn import attention
 from sigattn.kernels import device, dispatch
 from tests.kernels import cases
 
-WITH_GRADIENT = ("logit_bias", "alibi_slopes", "bias")
+WITH_GRADIENT = (
+  "logit_bias", "alibi_slopes", "bias", "query_logit_bias", "key_logit_bias",
+)  # fmt: skip
 
 
 def run(arrays, options, cotangent):
@@ -77,6 +79,7 @@ def plain_16_bit(case, arrays, options, cotangent):
     "sigmoid": jax.nn.sigmoid,
     "relu": lambda z: jax.nn.relu(z) / s,
     "relu2": lambda z: jax.nn.relu(z) ** 2 / s,
+    "silu": lambda z: jax.nn.silu(z) / s,
   }[case.kind]
   offset = options["logit_bias"]
   if offset is None:
@@ -85,8 +88,9 @@ def plain_16_bit(case, arrays, options, cotangent):
   extra += np.asarray(offset).reshape(*np.shape(offset), 1, 1)
   if case.bias:
     extra += options["bias"]
+  extra += cases.vectors(options)
   if case.alibi:
-    distance = abs(np.arange(t)[:, None] + s - t - np.arange(s)[None])
+    distance = cases.distance(case, options)
     extra -= options["alibi_slopes"][:, None, None] * distance
 
   def f(q, k, v):

@@ -105,6 +105,11 @@ def _add_to_rows(totals, x):
   return totals + x.sum(1)
 
 
+def _add_columns(x, total):
+  """registers.add_columns in plain JAX."""
+  total[...] += x.sum(0)
+
+
 def _distance(x, offset):
   """registers.distance in plain JAX."""
   return jnp.abs(_columns_less_rows(x) - offset).astype(jnp.float32)
@@ -125,10 +130,11 @@ def _pretend(backward):
   registers.hide, registers.distance = _hide, _distance
   registers.plane, registers.hide_from = _plane, _hide_from
   registers.add_to_rows = _add_to_rows
+  registers.add_columns = _add_columns
   registers.sum_of_threads = lambda totals: totals
   tiles.TILES = {
     width: tiles.Tiles(
-      *(dataclasses.replace(x, warpgroups=2) for x in of_width)
+      *(x and dataclasses.replace(x, warpgroups=2) for x in of_width)
     )
     for width, of_width in tiles.TILES.items()
   }
@@ -139,6 +145,7 @@ def _pretend(backward):
 
 
 def main(width, backward, names):
+  jax.config.update("jax_numpy_rank_promotion", "raise")  # as in conftest.py
   _let_products_read_registers()
   _pretend(backward)
   table = {case.name: case for case in cases.CASES + cases.BLOCKS}

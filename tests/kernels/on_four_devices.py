@@ -29,14 +29,19 @@ def forward(precision, problem, query, key, value, operands):
 
 
 def backward(
-  precision, trained, problem, query, key, value, operands, d_out, *rows
+  precision, wanted, problem, query, key, value, operands, d_out, *rows
 ):
   """As the kernels: the operands' gradients not yet summed over examples."""
-  del precision, trained
+  del precision
   heads = problem.batch, problem.num_heads
   operands = operands._replace(
-    logit_bias=jnp.broadcast_to(operands.logit_bias, heads),
     alibi_slopes=jnp.broadcast_to(operands.alibi_slopes, heads),
+    query_logit_bias=jnp.broadcast_to(
+      operands.query_logit_bias, (*heads, problem.query_len)
+    ),
+    key_logit_bias=jnp.broadcast_to(
+      operands.key_logit_bias, (*heads, problem.key_len)
+    ),
   )
   arrays = jax.tree.map(
     lambda x: batching_and_sharding.varying(x, [query]),
@@ -56,16 +61,22 @@ def backward(
     inverse, shift = rows
     d_out, d_sums = d_out * inverse[..., None], -shift
   *grads, d_operands = pull_back((d_out, d_sums))
-  return *grads, d_operands.logit_bias, d_operands.alibi_slopes
+  found = {
+    "BNT": d_operands.query_logit_bias, "BNS": d_operands.key_logit_bias,
+    "BN": d_operands.alibi_slopes,
+  }  # fmt: skip
+  return *grads, *(found[axes] for axes in wanted.axes)
 
 
 def attend(
-  implementation, query, key, value, bias, slopes, lengths, normalize=False
-):
+  implementation, query, key, value, bias, slopes, of_queries, of_keys, lengths,
+  normalize=False,
+):  # fmt: skip
   return attention.dot_product_attention(
     query, key, value, logit_bias=bias, alibi_slopes=slopes, is_causal=True,
-    key_value_seq_lengths=lengths, implementation=implementation,
-    normalize=normalize,
+    query_logit_bias=of_queries, key_logit_bias=of_keys,
+    key_value_seq_lengths=lengths, query_offset=lengths // 3,
+    implementation=implementation, normalize=normalize,
   )  # fmt: skip
 
 
@@ -82,7 +93,8 @@ def check(name, actual, expected):
 
 def check_meshes(kv_heads, normalize):
   rng = np.random.default_rng(0)
-  shapes = (4, 6, 4, 8), (4, 6, kv_heads, 8), (4, 6, kv_heads, 8), (4,), (4,)
+  keys = 4, 6, kv_heads, 8
+  shapes = (4, 6, 4, 8), keys, keys, (4,), (4,), (4, 4, 6), (4, 1, 6)
   arrays = [rng.standard_normal(shape, np.float32) for shape in shapes]
   arrays.append(np.array([3, 6, 2, 5], np.int32))
 
@@ -94,7 +106,8 @@ def check_meshes(kv_heads, normalize):
   mesh = make_mesh(jax.sharding.AxisType.Auto)
   split = PartitionSpec("data", None, "model")
   heads, batch = PartitionSpec("model"), PartitionSpec("data")
-  specs = split, split, split, heads, heads, batch
+  of_queries = PartitionSpec("data", "model")
+  specs = split, split, split, heads, heads, of_queries, batch, batch
   sharded = [
     jax.device_put(x, NamedSharding(mesh, spec))
     for x, spec in zip(arrays, specs, strict=True)

@@ -12,6 +12,7 @@ import pytest
 import sigattn
 from benchmarks import tune_triton
 from sigattn.kernels import device, mosaic
+from sigattn.kernels.differentiation import Sums
 from sigattn.kernels.mosaic import blocks, dkv, host, tiles
 from sigattn.kernels.problem import Operands
 from tests.kernels import compare
@@ -39,6 +40,10 @@ H100 = device.Device("NVIDIA H100", 90)
     (128, "fused", ["blocks_normalized_window", "normalized_relu2.float16"]),
     (128, "two_kernels", ["blocks_normalized_cross"]),
     (32, "two_kernels", ["normalized_relu"]),
+    (64, "fused", ["blocks_vectors", "blocks_offsets", "blocks_silu"]),
+    (128, "fused", ["shared_vectors", "normalized_vectors.float16"]),
+    (64, "two_kernels", ["blocks_normalized_vectors", "mask_keys"]),
+    (128, "two_kernels", ["query_vector", "offset_behind"]),
   ],
 )
 def test_interpreted_output_and_gradients(width, form, names):
@@ -100,6 +105,43 @@ def test_tiles_of_normalized_rows_are_lowered_for_cuda(
   _assert_lowered(dataclasses.replace(problem, normalize=True), has_slopes)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+  ("width", "length"),
+  [(width, 1024) for width in tiles.TILES]
+  + [(width, 4096) for width in tiles.FUSED_BACKWARD],
+)
+def test_tiles_of_logit_vectors_are_lowered_for_cuda(
+  width, length, dtype, normalize, monkeypatch
+):
+  """With all that is trained beside them, and with offsets."""
+  compare.use_only(monkeypatch, "mosaic", H100)
+
+  def loss(query, key, value, offset, *trained):
+    names = (
+      "logit_bias", "alibi_slopes", "query_logit_bias", "key_logit_bias",
+    )  # fmt: skip
+    out = sigattn.dot_product_attention(
+      query, key, value, normalize=normalize, is_causal=True,
+      query_offset=offset, **dict(zip(names, trained, strict=True)),
+    )  # fmt: skip
+    return out.astype("float32").sum()
+
+  def shape(*axes, dtype="float32"):
+    return jax.ShapeDtypeStruct(axes, dtype)
+
+  query = shape(2, length, 4, width, dtype=dtype)
+  key = shape(2, length, 2, width, dtype=dtype)
+  vector, heads = shape(2, 4, length), shape(4)
+  gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 4, 5, 6, 7)))
+  arrays = shape(2, dtype="int32"), heads, heads, vector, vector
+  lowered = gradients.trace(query, key, key, *arrays).lower(
+    lowering_platforms=("cuda",)
+  )
+  assert lowered.as_text().count("custom_call @mosaic_gpu") >= 2
+
+
 def _assert_lowered(problem, has_slopes):
   """Shapes and layouts are valid, and shared memory suffices.
 
@@ -119,7 +161,7 @@ def _assert_lowered(problem, has_slopes):
     inputs = query, key, value, Operands(alibi_slopes=slopes)
     return (
       host._forward(problem, *inputs),
-      host._backward(has_slopes, problem, *inputs, d_out, *rows),
+      host._backward(Sums(slopes=has_slopes), problem, *inputs, d_out, *rows),
     )
 
   traced = jax.jit(both).trace(x, x, x, slopes, x, *rows)
@@ -128,7 +170,8 @@ def _assert_lowered(problem, has_slopes):
   # for dq unless the kernel of the keys adds it.
   count = 2 + (width > tiles.WIDEST_DK_AND_DV)
   form = host._form(problem)
-  count += not host._takes_fused_backward(form, problem, has_slopes)
+  wanted = Sums(slopes=has_slopes)
+  count += not host._takes_fused_backward(form, problem, wanted)
   assert lowered.as_text().count("custom_call @mosaic_gpu") == count
 
 
@@ -183,6 +226,13 @@ def test_gradients_on_the_mesh_of_the_training_program():
   [
     (90, {}, ""),
     (90, {"normalize": True}, ""),
+    (90, {"scale": 0.0}, "scale=0 is not implemented"),
+    (
+      90,
+      {"shapes": Operands(mask=(1, 1, 9, 9))},
+      "a dense mask is not implemented",
+    ),
+    (90, {"shapes": Operands(mask=(1, 1, 1, 9))}, ""),
     (90, {"head_dim": 80}, "head_dim=80; one of [32, 64, 96, 128, 192, 256]"),
     (90, {"dtype": "float32"}, "float32 is not implemented"),
     (80, {}, "needs a Hopper GPU (9.0), device is Testing"),
@@ -236,9 +286,9 @@ def test_the_fused_backward_pass_is_taken_where_it_is_faster(
   problem = tune_triton.example(width, "bfloat16", length, is_causal=is_causal)
   form = host._form(problem)
   monkeypatch.delenv("XLA_FLAGS", raising=False)
-  assert host._takes_fused_backward(form, problem) == fused
+  assert host._takes_fused_backward(form, problem, Sums()) == fused
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
-  assert not host._takes_fused_backward(form, problem)
+  assert not host._takes_fused_backward(form, problem, Sums())
 
 
 @pytest.mark.parametrize("argnums", [(0,), (0, 3)])

@@ -224,7 +224,8 @@ def test_the_choice_and_its_reasons(monkeypatch, caplog):
   ("lengths", "width", "alibi", "first"),
   [
     ((196, 196), 64, False, "triton"),
-    ((1, 2048), 64, False, "mosaic"),
+    ((1, 2048), 64, False, "triton"),
+    ((64, 2048), 64, False, "mosaic"),
     ((2048, 2048), 64, False, "mosaic"),
     ((2048, 2048), 32, True, "triton"),
     ((2048, 2048), 64, True, "mosaic"),

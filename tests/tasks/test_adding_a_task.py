@@ -145,3 +145,8 @@ def test_one_file_and_one_line_add_a_task(tmp_path):
   )
   assert code == 1
   assert "config.data.length=0; must be a whole number >= 1" in said
+  (tasks / "majority.py").write_text(TASK.replace("METRICS =", "SCORES ="))
+  code, said = command("train.py", "--config=configs/majority.py")
+  assert code == 1
+  assert "sigattn.tasks.majority has no METRICS; the docstring" in said
+  assert "Traceback" not in said

@@ -30,15 +30,17 @@ def test_saved_state_data_and_best_step_are_restored(tmp_path):
     with checkpoint.Checkpoints(tmp_path, config) as checkpoints:
       if i == 1:
         assert checkpoints.restore(state, data) is state
+        assert checkpoints.log_state() is None
       state = jax.tree.map(lambda x: x + 1, state)
       assert checkpoints.is_best(values) == (i == 1)
-      checkpoints.save(i, state, data, values)
+      checkpoints.save(i, state, data, values, {"i": i})
   expected = next(data)
 
   fresh, _ = step.init(config, mesh.make())
   data = tasks.train_batches(config)
   with checkpoint.Checkpoints(tmp_path, config) as checkpoints:
     equal(checkpoints.restore(fresh, data), state)
+    assert checkpoints.log_state() == {"i": 3}
   equal(next(data), expected)
 
   _, params, last = checkpoint.load(tmp_path)
@@ -54,6 +56,7 @@ def test_saved_state_data_and_best_step_are_restored(tmp_path):
 def test_without_a_folder_nothing_is_saved_or_restored():
   config = vit_sigmoid.get_config("runlocal")
   with checkpoint.Checkpoints(None, config) as checkpoints:
-    checkpoints.save(1, None, None, {"accuracy": 1.0})
+    checkpoints.save(1, None, None, {"accuracy": 1.0}, {})
+    assert checkpoints.log_state() is None
     assert not checkpoints.is_best({"accuracy": 1.0})
     assert checkpoints.restore("state", None) == "state"
