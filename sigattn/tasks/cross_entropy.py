@@ -134,18 +134,18 @@ def _at(logits_BTV, target_BT):
 def _over_chunks(function, carry, parts, chunks):
   """function(carry, parts) -> (carry, outs), once for each chunk along T.
 
-  T is cut and not B, so that each device of a mesh that shares a batch has its
-  own part of every chunk.
+  A chunk has every chunks-th token of each row, so that each device of a mesh
+  that splits the batch or the rows has its own part of every chunk.
   """
   if chunks == 1:
     return function(carry, parts)
 
   def cut(x):
-    shape = x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]
-    return jnp.moveaxis(x.reshape(shape), 1, 0)
+    shape = x.shape[0], x.shape[1] // chunks, chunks, *x.shape[2:]
+    return jnp.moveaxis(x.reshape(shape), 2, 0)
 
   def join(x):
-    x = jnp.moveaxis(x, 0, 1)
+    x = jnp.moveaxis(x, 0, 2)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
   carry, outs = jax.lax.scan(function, carry, jax.tree.map(cut, parts))
