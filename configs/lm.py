@@ -186,7 +186,7 @@ def _published(config, size):
     num_heads=num_heads,
     mlp_dim=mlp_dim,
     positions="none",
-    # What fits a card of 80 GB with eight rows.
+    # With eight rows a step of :1b then needs 60 GiB of a card.
     remat="dots",
     loss_chunks=8,
   )

@@ -148,8 +148,8 @@ def _at(logits_BTV, target_BT):
 def _over_chunks(function, carry, parts, chunks):
   """function(carry, parts) -> (carry, outs), once for each chunk along T.
 
-  T is cut and not B, and a chunk has every chunks-th token, so that each device
-  has its own part of every chunk, whether it shares a batch or a row.
+  A chunk has every chunks-th token of each row, so that each device of a mesh
+  that splits the batch or the rows has its own part of every chunk.
   """
   if chunks == 1:
     return function(carry, parts)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -14,6 +13,7 @@ from sigattn import layers, positions, stack
 from sigattn.data import loader, log_mel
 from sigattn.data import speech as recordings
 from sigattn.tasks import ctc
+from sigattn.tasks.ctc_loss import ctc_loss
 from sigattn.validate import added, choice, items, real, sequence, whole
 
 SOURCE = recordings
@@ -245,31 +245,6 @@ def loss(
   loss_B = ctc_loss(logits_BTV, tokens_B, batch["target"], batch["characters"])
   mean_loss = loss_B.sum() / jnp.maximum(batch["characters"].sum(), 1)
   return mean_loss, {"loss": mean_loss}
-
-
-def ctc_loss(
-  logits_BTV: jax.Array,
-  tokens_B: jax.Array,
-  targets_BU: jax.Array,
-  characters_B: jax.Array,
-) -> jax.Array:
-  """Returns -log p(target) of each utterance, (B,), in nats.
-
-  An utterance with too few tokens for its target has a loss of 0. A target
-  needs one token per character, and one blank between two equal characters.
-  """
-  padding_BU = ~log_mel.valid(characters_B, targets_BU.shape[1])
-  repeated_BU = (targets_BU[:, 1:] == targets_BU[:, :-1]) & ~padding_BU[:, 1:]
-  needed_B = characters_B + repeated_BU.sum(1)
-  padding_BT = ~log_mel.valid(tokens_B, logits_BTV.shape[1])
-  loss_B = optax.ctc_loss(
-    logits_BTV,
-    padding_BT.astype(jnp.float32),
-    targets_BU,
-    padding_BU.astype(jnp.float32),
-    blank_id=ctc.BLANK,
-  )
-  return jnp.where(needed_B <= tokens_B, loss_B, 0)
 
 
 def evaluate(
