@@ -13,7 +13,7 @@ from absl import flags
 
 from sigattn import cli, tasks
 from sigattn.analysis import report
-from sigattn.training import checkpoint, files, mesh, metrics, run_dir
+from sigattn.training import checkpoint, files, mesh, metrics, run_dir, setup
 from sigattn.training import evaluate as evaluation
 
 
@@ -31,7 +31,8 @@ def evaluate(
   "best", or None for the newest. Raises ValueError where there is no such run,
   step or split.
   """
-  devices = mesh.for_evaluation(run_dir.read_config(workdir))
+  saved = setup.complete(run_dir.read_config(workdir), workdir)
+  devices = mesh.for_evaluation(saved)
   config, params, step = checkpoint.load(workdir, step, devices)
   split = split or config.data.eval_split
 

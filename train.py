@@ -60,7 +60,9 @@ def train(
       config, lambda *args: update(*args)[:3], eval_batches, devices
     )
     # What cannot start fails before here, and leaves nothing behind.
-    first = None if saved.steps(workdir) else next(data)
+    first = None
+    if not saved.steps(workdir):
+      first, state = next(data), step.start(config, state)
     folder.begin()
 
     checkpoints = enter(checkpoint.Checkpoints(workdir, config))

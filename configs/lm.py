@@ -48,21 +48,27 @@ def _base():
   config.total_steps = 1500
   config.batch_size = 8  # rows per update
   config.data = dict(
-    # An embedded text (kjv), a local file or folder (parquet, JSON lines,
-    # text), or a Hugging Face name: owner/name or owner/name:subset.
+    # An embedded text (kjv), a local file or folder (.txt, JSON lines,
+    # parquet), or a Hugging Face name: owner/name or owner/name:subset.
     source="kjv",
-    # Pairs of (source, share of the rows) to train on instead of `source`.
+    # Pairs of (source, share of the rows) to train on; `source` is then "".
     mixture=(),
     # The source to evaluate on. None means config.data.source.
     eval_source=config_dict.placeholder(str),
     train_split="train",
-    eval_split="test",  # the last 5 % of an embedded text
+    # The last 5 % of one text, which is embedded or a .txt; about every 20th
+    # document of a local file or folder that has no such split of its own.
+    eval_split="test",
     text_column="text",
-    # characters (of the embedded text), bytes, or the path of a tokenizer.json.
+    lines=False,  # whether each line of a .txt is a document of its own
+    # characters (all that the texts have), bytes, or the path of a
+    # tokenizer.json.
     tokenizer="characters",
     vocab_size=64,  # at least the size of the tokenizer
     length=256,  # tokens per row that are predicted
-    shuffle_window=10_000,  # documents of a stream that are shuffled together
+    # Documents of a stream that are shuffled together: fewer at the end of an
+    # epoch, or where they have more than 67 million characters.
+    shuffle_window=10_000,
     # The share of a stream's documents that may be no text. Each is skipped,
     # with its number in the log; 0 ends the run at the first. The share is that
     # of the documents read so far, and at first of shuffle_window documents.
@@ -79,9 +85,19 @@ def _base():
     # sigmoid is behind softmax, and RoPE makes up for it. With RoPE alone, a
     # model fails on texts longer than its training rows (benchmarks/NOTES.md).
     positions="rope",
-    mlp="swiglu",  # gelu or swiglu
+    rope_base=10_000.0,  # of RoPE's wavelengths
+    rope_share=1.0,  # of a head's features that RoPE turns
+    use_bias=False,  # in the linear layers of the blocks
+    # Whether attention and MLP both read the block's input (GPT-J, GPT-NeoX).
+    parallel=False,
+    tied=True,  # whether the logits are products with the embedding
+    # c of c tanh(logits / c); None means no cap.
+    logit_cap=config_dict.placeholder(float),
+    mlp="swiglu",  # gelu, gelu_exact or swiglu
     norm="hybrid",  # pre, post, or hybrid: x + norm(f(norm(x)))
     norm_kind="rmsnorm",  # layernorm or rmsnorm
+    # Added to the variance in a norm. None: 1e-6, or 1e-5 for rmsnorm.
+    norm_epsilon=config_dict.placeholder(float),
     # Initial value of the factor on each branch, 1e-4 in the paper's code. None
     # means no factor.
     layer_scale=config_dict.placeholder(float),
@@ -103,7 +119,7 @@ def _base():
   config.model.max_length = config.data.get_ref("length") * 1
   config.attn.update(alibi=True, qk_norm="rmsnorm")
   config.optim.update(lr=5e-3, b2=0.98, weight_decay=0.1)
-  config.optim.decay_groups = ((r".*kernel|embed", 1.0),)
+  config.optim.decay_groups = ((r".*kernel|embed|head", 1.0),)
   config.eval.every_steps = config.get_ref("total_steps") // 4
   # Rows of a stream to evaluate; None means all.
   config.eval.rows = config_dict.placeholder(int)
@@ -146,6 +162,7 @@ def _published(config, size):
   config.dtype = "bfloat16"
   pajama = "togethercomputer/RedPajama-Data-1T"
   config.data.update(
+    source="",
     mixture=(
       (f"{pajama}:common_crawl", 0.726),
       (f"{pajama}:c4", 0.081),
@@ -169,7 +186,7 @@ def _published(config, size):
     num_heads=num_heads,
     mlp_dim=mlp_dim,
     positions="none",
-    # What fits a card of 80 GB with eight rows.
+    # With eight rows a step of :1b then needs 60 GiB of a card.
     remat="dots",
     loss_chunks=8,
   )
@@ -179,6 +196,9 @@ def _published(config, size):
     config.mesh.update(data=1, fsdp=None)
     config.optim.accumulate = 64
   config.optim.update(lr=0.01, b2=0.95, end_lr=0.1)
+  # The published recipe decays the norms' scales too. Its warm-up begins at 0,
+  # where an update changes nothing; ours begins one step of it further.
+  config.optim.decay_groups = ((r".*kernel|embed|head|.*scale", 1.0),)
   config.optim.warmup_steps = 5000
   # The published weight decay is independent of the learning rate: 1e-4 times a
   # schedule with peak 1. Ours is multiplied by lr, so divide by it.

@@ -83,6 +83,9 @@ def _base():
     depth=4,
     num_heads=4,
     mlp_dim=576,
+    # log_mel (normalised for each recording), or whisper: that of Whisper's
+    # extractor for recordings of up to 30 seconds, at 16 kHz.
+    features="log_mel",
     mel_bins=80,
     # (kernel, stride) of each convolution. The first counts frames, the others
     # count outputs of the one before.
@@ -92,9 +95,11 @@ def _base():
     cape_shift=100.0,
     cape_local_shift=0.5,
     cape_scale=1.1,
-    mlp="gelu",  # gelu or swiglu
+    mlp="gelu",  # gelu, gelu_exact or swiglu
     norm="pre",  # pre, post, or hybrid: x + norm(f(norm(x)))
     norm_kind="layernorm",  # layernorm or rmsnorm
+    # Added to the variance in a norm. None: 1e-6, or 1e-5 for rmsnorm.
+    norm_epsilon=config_dict.placeholder(float),
     # Initial value of the factor on each branch. None means no factor.
     layer_scale=config_dict.placeholder(float),
     dropout=0.0,  # probability, for each number that a branch adds

@@ -60,9 +60,11 @@ def _base():
     # The n of sigmoid's bias -log n. None means the number of tokens of a
     # training example.
     max_length=config_dict.placeholder(int),
-    mlp="gelu",  # gelu or swiglu
+    mlp="gelu",  # gelu, gelu_exact or swiglu
     norm="pre",  # pre, post, or hybrid: x + norm(f(norm(x)))
     norm_kind="layernorm",  # layernorm or rmsnorm
+    # Added to the variance in a norm. None: 1e-6, or 1e-5 for rmsnorm.
+    norm_epsilon=config_dict.placeholder(float),
     layer_scale=config_dict.placeholder(float),
     dropout=0.0,
     drop_path=0.0,

@@ -84,9 +84,11 @@ def _base():
     pool="mean",  # mean of the tokens, or class for a class token
     positions="learned",  # learned, sincos1d, sincos2d, rope or none
     position_std=0.02,  # standard deviation of a learned table at the start
-    mlp="gelu",  # gelu or swiglu
+    mlp="gelu",  # gelu, gelu_exact or swiglu
     norm="pre",  # pre, post, or hybrid: x + norm(f(norm(x)))
     norm_kind="layernorm",  # layernorm or rmsnorm
+    # Added to the variance in a norm. None: 1e-6, or 1e-5 for rmsnorm.
+    norm_epsilon=config_dict.placeholder(float),
     # Initial value of the factor on each branch, 1e-4 in the paper's code. None
     # means no factor.
     layer_scale=config_dict.placeholder(float),

@@ -40,6 +40,7 @@ COMMANDS = {
     "sigattn.inference.transcribe", ("workdir", "step"), "recordings"
   ),
   "lm_eval": Command("sigattn.inference.lm_eval", ("workdir", "step")),
+  "export": Command("sigattn.inference.export", ("workdir", "step")),
   "sweep": Command("sigattn.sweep", ("config",)),
   "report": Command("sigattn.analysis.report_html", words="folders of runs"),
   "attention_maps": Command(

@@ -13,7 +13,7 @@ PACKAGES = {
   "train": (
     "flax", "optax", "orbax", "ml_collections", "absl", "grain", "datasets",
     "tokenizers", "PIL", "rich", "matplotlib", "tensorboardX", "scipy",
-    "filelock", "huggingface_hub",
+    "filelock", "huggingface_hub", "safetensors",
   ),
   "speech": ("soundfile", "scipy", "jiwer", "pyarrow"),
   "eval": ("lm_eval",),

@@ -27,10 +27,9 @@ extras.require("layers")
 
 from flax import nnx
 
-NORMS = {  # with epsilon 1e-6, and AXLearn's 1e-5
-  "layernorm": nnx.LayerNorm,
-  "rmsnorm": functools.partial(nnx.RMSNorm, epsilon=1e-5),
-}
+NORMS = {"layernorm": nnx.LayerNorm, "rmsnorm": nnx.RMSNorm}
+# By default; AXLearn's of rmsnorm.
+EPSILONS = {"layernorm": 1e-6, "rmsnorm": 1e-5}
 NORM_PLACES = ("pre", "post", "hybrid")
 QK_NORMS = ("none", *NORMS)
 
@@ -55,10 +54,16 @@ def _choose(name, value, choices):
     raise ValueError(f"{name}={value!r}; choose from {sorted(choices)}")
 
 
-def make_norm(kind: str, width: int, rngs: nnx.Rngs) -> nnx.Module:
-  """LayerNorm (1607.06450) or RMSNorm (1910.07467), in float32."""
+def make_norm(
+  kind: str, width: int, rngs: nnx.Rngs, epsilon: float | None = None
+) -> nnx.Module:
+  """LayerNorm (1607.06450) or RMSNorm (1910.07467), in float32.
+
+  epsilon: is added to the variance or mean square; None: that of EPSILONS.
+  """
   _choose("norm_kind", kind, NORMS)
-  return NORMS[kind](width, dtype=jnp.float32, rngs=rngs)
+  epsilon = EPSILONS[kind] if epsilon is None else epsilon
+  return NORMS[kind](width, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
 
 
 def normalize(norm: nnx.Module, x: jax.Array) -> jax.Array:
@@ -93,6 +98,7 @@ class SelfAttention(nnx.Module):
     normalize: divides a row's weights by their sum, see
       attention.dot_product_attention. Softmax refuses it.
     qk_norm: none, layernorm or rmsnorm, of q and k over the head width.
+    norm_epsilon: as in make_norm.
     alibi: adds ALiBi's distance penalty (2108.12409) to the logits.
     window: a token sees so many tokens before it, and so many behind it unless
       is_causal, besides itself. None: all.
@@ -120,6 +126,7 @@ class SelfAttention(nnx.Module):
     learn_logit_bias: bool = False,
     normalize: bool = False,
     qk_norm: str = "none",
+    norm_epsilon: float | None = None,
     alibi: bool = False,
     is_causal: bool = False,
     window: int | None = None,
@@ -162,8 +169,8 @@ class SelfAttention(nnx.Module):
     self.value = linear(width, (kv_heads, head_width))
     self.out = linear((num_heads, head_width), width, axis=(-2, -1))
     if qk_norm != "none":
-      self.query_norm = make_norm(qk_norm, head_width, rngs)
-      self.key_norm = make_norm(qk_norm, head_width, rngs)
+      self.query_norm = make_norm(qk_norm, head_width, rngs, norm_epsilon)
+      self.key_norm = make_norm(qk_norm, head_width, rngs, norm_epsilon)
     self.has_qk_norm = qk_norm != "none"
     self.logit_bias = (
       _trainable_bias(kind, logit_bias, max_length, num_heads)
@@ -295,6 +302,7 @@ class Mlp(nnx.Module):
 
   gelu is the tanh form of 1606.08415, as in jax.nn and in ViT: with it, a step
   of configs/vit.py takes 0.8 of the time that it takes with the exact form.
+  gelu_exact is that, x Phi(x) with the normal distribution function Phi.
   swiglu: 2002.05202. hidden: F.
   """
 
@@ -335,6 +343,9 @@ def _swiglu(mlp, x_BTD):
 
 MLPS = {
   "gelu": lambda mlp, x_BTD: jax.nn.gelu(checkpoint_name(mlp.up(x_BTD), "up")),
+  "gelu_exact": lambda mlp, x_BTD: jax.nn.gelu(
+    checkpoint_name(mlp.up(x_BTD), "up"), approximate=False
+  ),
   "swiglu": _swiglu,
 }
 
@@ -373,7 +384,7 @@ class Residual(nnx.Module):
 
   layer_scale: LayerScale's init, None for no factor. The factor, dropout (of
   single numbers, at rate `dropout`) and drop_path (of whole examples) act on
-  what is added to x.
+  what is added to x. norm_epsilon: as in make_norm.
   """
 
   def __init__(
@@ -384,15 +395,16 @@ class Residual(nnx.Module):
     layer_scale: float | None,
     dropout: float = 0.0,
     *,
+    norm_epsilon: float | None = None,
     rngs: nnx.Rngs,
   ) -> None:
     _choose("norm", norm, NORM_PLACES)
     self.norm = norm
     self.dropout = nnx.Dropout(dropout, deterministic=False)
     if norm in ("pre", "hybrid"):
-      self.norm_in = make_norm(norm_kind, width, rngs)
+      self.norm_in = make_norm(norm_kind, width, rngs, norm_epsilon)
     if norm in ("post", "hybrid"):
-      self.norm_out = make_norm(norm_kind, width, rngs)
+      self.norm_out = make_norm(norm_kind, width, rngs, norm_epsilon)
     self.has_layer_scale = layer_scale is not None
     if self.has_layer_scale:
       self.layer_scale = LayerScale(width, layer_scale)
@@ -434,8 +446,11 @@ class Residual(nnx.Module):
 class Block(nnx.Module):
   """Self-attention, then an MLP, each in a Residual.
 
-  attn, mlp: a SelfAttention and an Mlp of this width. The other arguments are
-  those of Residual.
+  attn, mlp: a SelfAttention and an Mlp of this width. parallel: whether the MLP
+  reads the block's input, as attention does, instead of its result (GPT-J and
+  2204.06745): x + attn(norm(x)) + mlp(norm(x)). The other arguments are those
+  of Residual. Raises ValueError for parallel branches with another norm than
+  "pre".
   """
 
   def __init__(
@@ -446,13 +461,24 @@ class Block(nnx.Module):
     *,
     norm: str = "pre",
     norm_kind: str = "layernorm",
+    norm_epsilon: float | None = None,
     layer_scale: float | None = None,
     dropout: float = 0.0,
+    parallel: bool = False,
     rngs: nnx.Rngs,
   ) -> None:
-    self.attn, self.mlp = attn, mlp
+    if parallel and norm != "pre":
+      raise ValueError(f"{norm=}; must be 'pre' with {parallel=}")
+    self.attn, self.mlp, self.parallel = attn, mlp, parallel
     residual = functools.partial(
-      Residual, width, norm, norm_kind, layer_scale, dropout, rngs=rngs
+      Residual,
+      width,
+      norm,
+      norm_kind,
+      layer_scale,
+      dropout,
+      norm_epsilon=norm_epsilon,
+      rngs=rngs,
     )
     self.attn_residual, self.mlp_residual = residual(), residual()
 
@@ -479,8 +505,13 @@ class Block(nnx.Module):
       y_BTD, cache = self.attn(x_BTD, cache=cache, **attn_args)
       return y_BTD
 
-    x_BTD = self.attn_residual(x_BTD, attn, rngs[0], rate)
-    x_BTD = self.mlp_residual(x_BTD, self.mlp, rngs[1], rate)
+    if self.parallel:
+      attn_BTD = self.attn_residual.added(x_BTD, attn, rngs[0], rate)
+      mlp_BTD = self.mlp_residual.added(x_BTD, self.mlp, rngs[1], rate)
+      x_BTD = x_BTD + attn_BTD + mlp_BTD
+    else:
+      x_BTD = self.attn_residual(x_BTD, attn, rngs[0], rate)
+      x_BTD = self.mlp_residual(x_BTD, self.mlp, rngs[1], rate)
     return x_BTD if cache is None else (x_BTD, cache)
 
 

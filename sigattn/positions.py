@@ -97,7 +97,10 @@ def cape(
 
 
 def rope(
-  x_BTNH: jax.Array, positions: ArrayLike, base: float = 10000.0
+  x_BTNH: jax.Array,
+  positions: ArrayLike,
+  base: float = 10000.0,
+  share: float = 1.0,
 ) -> jax.Array:
   """Rotary embedding (2104.09864): q_s . k_t then depends on s - t alone.
 
@@ -105,14 +108,21 @@ def rope(
   neighbour, as in the paper), and the pair is turned by the angle
   positions[t] base^(-2 i / H). Position 0 is left as it is.
 
-  positions: (T,) or (B, T), whole numbers or not.
-  Returns x's shape and dtype; computes in float32. Raises ValueError for an
-  odd head width.
+  positions: (T,) or (B, T), whole numbers or not. share: of the features that
+  are turned, the first ones; H is then their number (2204.06745 turns 1/4).
+  Returns x's shape and dtype; computes in float32. Raises ValueError where the
+  number of features to turn is odd.
   """
-  head_width = x_BTNH.shape[-1]
-  if head_width % 2:
-    raise ValueError(f"x_BTNH.shape={x_BTNH.shape}; H must be even")
-  half = head_width // 2
+  width = round(share * x_BTNH.shape[-1])
+  if width % 2:
+    raise ValueError(
+      f"x_BTNH.shape={x_BTNH.shape}, {share=}; must turn an "
+      "even number of features"
+    )
+  if width < x_BTNH.shape[-1]:
+    turned = rope(x_BTNH[..., :width], positions, base)
+    return jnp.concatenate([turned, x_BTNH[..., width:]], axis=-1)
+  half = width // 2
   frequencies = jnp.asarray(base ** (-np.arange(half) / half), jnp.float32)
   positions = jnp.atleast_2d(jnp.asarray(positions, jnp.float32))
   angles = jnp.einsum("BT,H->BTH", positions, frequencies)[:, :, None, :]

@@ -1,7 +1,8 @@
 """The stack of blocks that a config describes, the same for every task.
 
 Reads config.model (width, depth, num_heads, mlp_dim, mlp, norm, norm_kind,
-layer_scale, dropout, drop_path, remat, max_unrolled) and all of config.attn.
+norm_epsilon, layer_scale, dropout, drop_path, remat, max_unrolled) and all of
+config.attn.
 """
 
 from collections.abc import Callable
@@ -52,6 +53,9 @@ FIELDS = {
   "model.mlp": choice(layers.MLPS),
   "model.norm": choice(layers.NORM_PLACES),
   "model.norm_kind": choice(layers.NORMS),
+  "model.norm_epsilon": added(
+    real(low=1e-20, high=1, optional=True), before=None
+  ),
   "model.layer_scale": real(low=1e-30, high=1e6, optional=True),
   "model.dropout": PROBABILITY,
   "model.drop_path": PROBABILITY,
@@ -221,6 +225,7 @@ def make(
   use_bias: bool = True,
   kernel_init: nnx.Initializer = layers.KERNEL_INIT,
   rotate: Callable[..., jax.Array] | None = None,
+  parallel: bool = False,
   rngs: nnx.Rngs,
 ) -> layers.Stack:
   """The layers.Stack of a config; the arguments are those of its layers."""
@@ -240,6 +245,7 @@ def make(
       learn_logit_bias=attn.learn_logit_bias,
       normalize=attn.normalize,
       qk_norm=attn.qk_norm,
+      norm_epsilon=model.norm_epsilon,
       alibi=attn.alibi,
       is_causal=is_causal,
       rotate=rotate,
@@ -256,8 +262,10 @@ def make(
       mlp,
       norm=model.norm,
       norm_kind=model.norm_kind,
+      norm_epsilon=model.norm_epsilon,
       layer_scale=model.layer_scale,
       dropout=model.dropout,
+      parallel=parallel,
       rngs=rngs,
     )
 

@@ -33,10 +33,11 @@ ARROWS = {
     "extras",
   },
 }
+ARROWS["pretrained"] = {"layers", "validate", "extras"}
 ARROWS["ring"] = {"attention", "kernels"}
 # Only training knows the mesh, and so what attention does on it.
 ARROWS["training"] = {
-  "tasks", "data", "validate", "extras", "attention", "ring",
+  "pretrained", "tasks", "data", "validate", "extras", "attention", "ring",
 }  # fmt: skip
 _ABOVE_TRAINING = {"training", *ARROWS["training"], *ARROWS["tasks"]}
 ARROWS["inference"] = _ABOVE_TRAINING

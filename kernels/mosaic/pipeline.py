@@ -167,13 +167,25 @@ def smem_blocks(
 class Ring:
   """Slots in shared memory for streamed blocks, counted by steps."""
 
-  def __init__(self, smem: Any, full: Any, free: Any, stages: int):
-    """smem: (stages, rows, width). full, free: a barrier for each slot."""
+  def __init__(
+    self,
+    smem: Any,
+    full: Any,
+    free: Any,
+    stages: int,
+    hides_slots: bool = False,
+  ):
+    """smem: (stages, rows, width). full, free: a barrier for each slot.
+
+    hides_slots: whether no compiler may compute the addresses of the slots
+    before the loop of steps, see at_step. With two slots it does.
+    """
     self._smem, self._full, self._free = smem, full, free
-    self._stages = stages
+    self._stages, self._hides_slots = stages, hides_slots
 
   def _slot(self, step):
-    return rem(step, self._stages)
+    slot = rem(step, self._stages)
+    return at_step(slot, step) if self._hides_slots else slot
 
   def fill(self, step: jax.Array, source: Any) -> None:
     """Memory warpgroup: starts to copy a block in, once its slot is free."""

@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 _EMBEDDED = pathlib.Path(__file__).parent / "embedded"
@@ -66,7 +66,8 @@ def builder(source: str, embedded_names: Collection[str]) -> Any:
   else:
     raise unknown_source(source, embedded_names)
   try:
-    return datasets.load_dataset_builder(name, subset or None)
+    with uncounted() if path.is_dir() else contextlib.nullcontext():
+      return datasets.load_dataset_builder(name, subset or None)
   except Exception as error:  # A strange folder makes it raise anything.
     raise ValueError(
       f"config.data.source={source!r}: cannot be read: {error}"
@@ -120,14 +121,34 @@ def unknown_source(
 
 
 @contextlib.contextmanager
-def reading(source: str) -> Iterator[None]:
-  """A context in which errors of `datasets` name the source as a ValueError."""
+def uncounted() -> Iterator[None]:
+  """A context in which `datasets` does not tell the Hub what it loads.
+
+  It counts the uses of its readers, of local files too: a request for each
+  file that is opened, which waits for seconds where there is no network.
+  """
+  import datasets
+
+  before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+  datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+  try:
+    yield
+  finally:
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
+
+
+@contextlib.contextmanager
+def reading(origin: object) -> Iterator[None]:
+  """A context in which errors of `datasets` are ValueErrors.
+
+  origin: what is read, as the message begins.
+  """
   import datasets
 
   try:
     yield
   except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-    raise ValueError(f"source {source!r}: cannot be read: {error}") from error
+    raise ValueError(f"{origin}: cannot be read: {error}") from error
 
 
 def splits(builder: Any) -> list[str]:
@@ -143,29 +164,49 @@ def validate_split(source: str, split: str, splits: Collection[str]) -> None:
 
 def table(source: str, builder: Any, split: str) -> Any:
   """Returns a `datasets.Dataset` of the split, or of several joined by +."""
-  with reading(source):
+  with reading(f"source {source!r}"):
     builder.download_and_prepare()
     return builder.as_dataset(split)
+
+
+def is_encoded(feature: Any, kind: type) -> bool:
+  """Whether a column holds encoded files: images or recordings.
+
+  feature: the column's type, as `datasets` describes it. kind: datasets.Image
+  or datasets.Audio. Their storage will do as well, which is what other tools
+  write: a struct of bytes and path, or the bytes alone.
+  """
+  if isinstance(feature, dict):
+    return {"bytes", "path"} <= feature.keys()
+  is_bytes = getattr(feature, "dtype", None) in ("binary", "large_binary")
+  return isinstance(feature, kind) or is_bytes
+
+
+def encoded(value: Any) -> dict[str, Any] | None:
+  """The value of a column of `is_encoded` as {"bytes": ..., "path": ...}."""
+  return {"bytes": value, "path": None} if isinstance(value, bytes) else value
 
 
 def column(
   source: str,
   features: dict[str, Any],
-  kind: type,
+  kind: str,
+  is_kind: Callable[[Any], bool],
   usual_names: Collection[str],
 ) -> str:
   """Returns the name of the only column of a kind.
 
-  features: {column: type}, as `datasets` describes them. If several columns
-  are of the kind, the one with a usual name is meant. Raises ValueError if
-  this leaves no column or several.
+  features: {column: type}, as `datasets` describes them. kind: its name, for
+  the error. is_kind: whether a type is of the kind. If several columns are of
+  it, the one with a usual name is meant. Raises ValueError if this leaves no
+  column or several.
   """
-  candidates = [k for k, value in features.items() if isinstance(value, kind)]
+  candidates = [k for k, value in features.items() if is_kind(value)]
   with_usual_name = [name for name in candidates if name in usual_names]
   if len(candidates) == 1 or len(with_usual_name) == 1:
     return (with_usual_name or candidates)[0]
   raise ValueError(
     f"config.data.source={source!r}; needs one column of the kind "
-    f"{kind.__name__}, or one of them called {' or '.join(usual_names)}; its "
+    f"{kind}, or one of them called {' or '.join(usual_names)}; its "
     f"columns are {dict(features)}"
   )

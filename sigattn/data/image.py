@@ -1,7 +1,9 @@
 """Reads labelled images and turns them into batches of arrays.
 
 config.data.source is the name of an embedded data set, a local folder of images
-or of parquet files, or the name of a data set on the Hugging Face Hub.
+or of parquet files, or the name of a data set on the Hugging Face Hub. A class
+is the folder of an image, or a column called label: of ClassLabel, of integers
+from 0 on, or of names.
 """
 
 import io
@@ -9,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
@@ -109,19 +112,62 @@ def _splits_and_classes(source):
   features = builder.info.features
   if features is None:
     return hub.splits(builder), None
-  return hub.splits(builder), features[
-    _image_and_label_columns(source, features)[1]
-  ].num_classes
+  label = features[_image_and_label_columns(source, features)[1]]
+  return hub.splits(builder), getattr(label, "num_classes", None)
 
 
 def _image_and_label_columns(source, features):
   """The names of the columns that hold the images and their classes."""
   import datasets
 
-  return (
-    hub.column(source, features, datasets.Image, ("image", "img")),
-    hub.column(source, features, datasets.ClassLabel, ("label",)),
+  image = hub.column(
+    source,
+    features,
+    "Image",
+    lambda x: hub.is_encoded(x, datasets.Image),
+    ("image", "img"),
   )
+  label = features.get("label")
+  if not any(isinstance(x, datasets.ClassLabel) for x in features.values()):
+    if _is_integer(label) or _is_string(label):
+      return image, "label"
+    _validate_depth(source)
+  return image, hub.column(
+    source,
+    features,
+    "ClassLabel",
+    lambda x: isinstance(x, datasets.ClassLabel),
+    ("label",),
+  )
+
+
+def _is_integer(feature):
+  return getattr(feature, "dtype", "").startswith(("int", "uint"))
+
+
+def _is_string(feature):
+  return getattr(feature, "dtype", "") in ("string", "large_string")
+
+
+def _validate_depth(source):
+  """Raises ValueError for a folder of images whose classes cannot be told.
+
+  `datasets` takes the folder of an image for its class only if all images lie
+  equally deep.
+  """
+  folder = hub.local(source)
+  depths = {}
+  for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+    is_image = path.suffix.lower() in Image.registered_extensions()
+    path = path.relative_to(folder)
+    if is_image and not any(x.startswith((".", "__")) for x in path.parts):
+      depths.setdefault(len(path.parts), []).append(str(path))
+  if len(depths) > 1:
+    [fewest, *_, usual] = sorted(depths.values(), key=len)
+    raise ValueError(
+      f"config.data.source={source!r}; all images must lie equally deep, as in "
+      f"train/<class>/x.png: {fewest[0]!r} does not lie as deep as {usual[0]!r}"
+    )
 
 
 def open_source(config: ConfigDict, split: str) -> "Source":
@@ -193,20 +239,32 @@ class _Decoded(Source):
     import datasets
 
     source, features = config.data.source, table.features
-    self._image_column, self._label_column = _image_and_label_columns(
-      source, features
-    )
+    self._origin = f"config.data.source={source!r}, split {split!r}"
+    self._image_column, label = _image_and_label_columns(source, features)
     self._source, self._channels = source, config.data.channels
     self._max_pixels = config.data.max_pixels
-    self._num_classes = features[self._label_column].num_classes
-    _validate_num_classes(config, self._num_classes)
+    self._num_classes = config.data.num_classes
+    names = _class_names(config, features[label], label)
+    _validate_num_classes(config, len(names))
+    self._labels = _labels(table[label][:], names)
+    self._warn_of_missing(names)
     # The images stay encoded here. Pillow decodes them in grain's workers, and
     # our errors then name the row.
-    self._table = table.select_columns(
-      [self._image_column, self._label_column]
-    ).cast_column(self._image_column, datasets.Image(decode=False))
-    self._origin = f"config.data.source={source!r}, split {split!r}"
+    self._table = table.select_columns([self._image_column])
+    if isinstance(features[self._image_column], datasets.Image):
+      self._table = self._table.cast_column(
+        self._image_column, datasets.Image(decode=False)
+      )
     self.max_corrupt = int(config.data.max_corrupt_share * len(table))
+
+  def _warn_of_missing(self, names):
+    present = set(self._labels)
+    missing = [str(x) for i, x in enumerate(names) if i not in present]
+    if missing:
+      logging.warning(
+        "%s: has no image of %d of the %d classes: %s",
+        self._origin, len(missing), len(names), ", ".join(missing[:20])
+      )  # fmt: skip
 
   def __len__(self):
     return len(self._table)
@@ -230,8 +288,8 @@ class _Decoded(Source):
     return f"{self._origin}, row {index}: could be read the second time"
 
   def _example(self, row):
-    example = self._table[row]
-    image, label = example[self._image_column], example[self._label_column]
+    image = hub.encoded(self._table[row][self._image_column])
+    label = self._labels[row]
     if label not in range(self._num_classes):
       raise ValueError(
         f"{self._origin}, row {row}: {label=} is no class; the "
@@ -249,6 +307,33 @@ class _Decoded(Source):
     return array, label
 
 
+def _class_names(config, feature, column):
+  """The name of each class.
+
+  feature: the type of the column of labels. Of a column of strings, the classes
+  are those that occur in the splits of the config, in alphabetical order.
+  """
+  import datasets
+
+  if isinstance(feature, datasets.ClassLabel):
+    return feature.names
+  if _is_integer(feature):
+    return range(config.data.num_classes)
+  data, names = config.data, set()
+  for split in (data.train_split, data.eval_split):
+    table = hub.table(data.source, hub.builder(data.source, EMBEDDED), split)
+    names.update(table.unique(column))
+  return sorted(x for x in names if x is not None)
+
+
+def _labels(values, names):
+  """The classes as numbers (rows,), -1 for what is none."""
+  number = {name: i for i, name in enumerate(names)}
+  return np.array(
+    [number.get(x, -1) if isinstance(x, str) else x for x in values], object
+  )
+
+
 def decode(
   encoded: Mapping[str, Any], channels: int, max_pixels: int
 ) -> np.ndarray:
@@ -257,8 +342,8 @@ def decode(
   encoded: {"bytes": content of a file, "path": str}; the file at the path is
   read if the bytes are None. channels: 1 or 3. max_pixels: a file of a few
   kilobytes may say that it holds more, and would need gigabytes. Raises
-  ValueError for an image with more pixels, or with more than 8 bits per
-  channel.
+  ValueError for an image with more pixels, with more than 8 bits per channel,
+  or with several frames.
   """
   content = encoded["bytes"]
   file = encoded["path"] if content is None else io.BytesIO(content)
@@ -271,6 +356,10 @@ def decode(
         f"{width} x {height} pixels; may have config.data.max_pixels="
         f"{max_pixels}"
       )
+    frames = getattr(image, "n_frames", 1)
+    # A camera's MPO is a JPEG with a preview.
+    if frames > 1 and image.format != "MPO":
+      raise ValueError(f"{frames} frames: must be one image")
     if image.mode.startswith(("I", "F")):
       raise ValueError(f"mode {image.mode}: must have 8 bits per channel")
     # A photograph may be stored rotated, with its orientation as metadata.

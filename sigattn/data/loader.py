@@ -10,6 +10,7 @@ processes and runs the worker processes. A source module has
                               eval_batches
 """
 
+import ast
 import bisect
 import functools
 import itertools
@@ -18,7 +19,9 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
+import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -197,6 +200,8 @@ def _batches(config, source, chunks, num_workers):
     index, count = _process()
     share = batches[index::count]
   threads = 1 if num_workers or source.in_memory else _THREADS
+  if num_workers:
+    _validate_main_guard(num_workers)
   if num_workers and not flags.FLAGS.is_parsed():
     # grain reads absl's flags, which a notebook has not parsed.
     flags.FLAGS.mark_as_parsed()
@@ -210,6 +215,38 @@ def _batches(config, source, chunks, num_workers):
   if source.max_corrupt:
     dataset = dataset.map(_CountCorrupt(source))
   return dataset
+
+
+def _validate_main_guard(num_workers):
+  """Raises ValueError in a script that worker processes would run again.
+
+  A worker begins by importing the script that was started, as __mp_main__. If
+  this call does not stand below `if __name__ == "__main__"` there, each worker
+  would start workers of its own.
+  """
+  main = sys.modules["__main__"]
+  file, spec = getattr(main, "__file__", None), main.__spec__
+  if file is None or not os.path.isfile(file):
+    return  # a notebook, or code that no worker can import
+  if spec is not None and spec.name.endswith("__main__"):
+    return  # a package's __main__, which no worker imports
+  line = None
+  for frame, number in traceback.walk_stack(None):
+    if frame.f_code.co_name == "<module>" and frame.f_code.co_filename == file:
+      line = number
+  if line is None:
+    return
+  with open(file, "rb") as script:
+    statements = ast.parse(script.read()).body
+  [*_, statement] = (x for x in statements if x.lineno <= line)
+  if not isinstance(statement, ast.If) or "__name__" not in ast.unparse(
+    statement.test
+  ):
+    raise ValueError(
+      f"config.data.num_workers={num_workers}; each worker process imports "
+      f"{file} again, so what is in line {line} must stand below "
+      '`if __name__ == "__main__":`; or set 0 for no worker processes'
+    )
 
 
 class _NamingDeadWorkers(grain.IterDataset):

@@ -34,14 +34,23 @@ def log_mel(audio_BS: jax.Array, sample_rate: int, mel_bins: int) -> jax.Array:
   A window of 25 ms starts every 10 ms, and none reaches beyond the end. The FFT
   has at least twice the window's samples, so that each of 80 bins holds a
   frequency even at 8 kHz. The energies are those of
-  librosa.feature.melspectrogram(center=False).
+  librosa.feature.melspectrogram(center=False) for the audio with
+  (n_fft - window) / 2 zeros on both sides: librosa puts the window in the
+  middle of the FFT, so that its first one begins that much later.
 
   audio_BS: in [-1, 1]. sample_rate: in Hz. Returns (B, frames, mel_bins)
   float32.
   """
-  window, hop = _window_and_hop(sample_rate)
+  window, _ = _window_and_hop(sample_rate)
   fft_size = 2 ** math.ceil(math.log2(2 * window))
   num_frames = frames(audio_BS.shape[1], sample_rate)
+  mel_BTM = _mel_energies(audio_BS, num_frames, sample_rate, fft_size, mel_bins)
+  return jnp.log(jnp.maximum(mel_BTM, _FLOOR))
+
+
+def _mel_energies(audio_BS, num_frames, sample_rate, fft_size, mel_bins):
+  """Mel filters . |FFT(Hann window of the audio)|^2, (B, frames, mel_bins)."""
+  window, hop = _window_and_hop(sample_rate)
   index_TS = hop * np.arange(num_frames)[:, None] + np.arange(window)[None]
   # The periodic window is the usual one for spectra of audio.
   hann_S = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
@@ -49,8 +58,44 @@ def log_mel(audio_BS: jax.Array, sample_rate: int, mel_bins: int) -> jax.Array:
   x_BTS = x_BTS * jnp.asarray(hann_S, jnp.float32)[None, None]
   power_BTF = jnp.square(jnp.abs(jnp.fft.rfft(x_BTS, fft_size)))
   filters_FM = jnp.asarray(mel_filters(sample_rate, fft_size, mel_bins))
-  mel_BTM = jnp.einsum("BTF,FM->BTM", power_BTF, filters_FM)
-  return jnp.log(jnp.maximum(mel_BTM, _FLOOR))
+  return jnp.einsum("BTF,FM->BTM", power_BTF, filters_FM)
+
+
+WHISPER_RATE = 16_000  # Hz
+
+
+def whisper_frames(samples: int | jax.Array) -> int | jax.Array:
+  """Returns the frames of `whisper`: one begins every 10 ms.
+
+  samples: at 16 kHz, an int or an array of ints.
+  """
+  return samples // _window_and_hop(WHISPER_RATE)[1]
+
+
+def whisper(audio_BS: jax.Array, mel_bins: int) -> jax.Array:
+  """The features of Whisper (2212.04356) for recordings of up to 30 seconds.
+
+  x = log10(max(mel filters . |FFT(Hann window of the audio)|^2, 1e-10)) becomes
+  max(x, the recording's largest x - 8) / 4 + 1. The windows of 25 ms lie around
+  the multiples of 10 ms; the audio is mirrored before its beginning and
+  followed by zeros, as Whisper pads it.
+
+  audio_BS: in [-1, 1], at 16 kHz; zeros where it is padding. mel_bins: 80, or
+  128 as in Whisper's third large model. Returns (B, samples // 160, mel_bins)
+  float32.
+  """
+  window, hop = _window_and_hop(WHISPER_RATE)
+  num_frames = whisper_frames(audio_BS.shape[1])
+  # Two frames more: they reach into the audio too, and may hold its largest x.
+  after = 2 * hop + window
+  audio_BS = jnp.pad(audio_BS.astype(jnp.float32), ((0, 0), (0, after)))
+  audio_BS = jnp.pad(audio_BS, ((0, 0), (window // 2, 0)), mode="reflect")
+  mel_BTM = _mel_energies(
+    audio_BS, num_frames + 2, WHISPER_RATE, window, mel_bins
+  )
+  x_BTM = jnp.log10(jnp.maximum(mel_BTM, 1e-10))
+  largest_B11 = x_BTM.max((1, 2), keepdims=True)
+  return jnp.maximum(x_BTM, largest_B11 - 8)[:, :num_frames] / 4 + 1
 
 
 def mel_filters(sample_rate: int, fft_size: int, mel_bins: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Reads transcribed speech and turns it into batches of arrays.
 
-config.data.source is the name of the embedded data set, a local folder of
-parquet files, or the name of a data set on the Hugging Face Hub.
+config.data.source is the name of the embedded data set, a local folder, or the
+name of a data set on the Hugging Face Hub. A folder holds parquet files, or
+recordings in one of the layouts of speech_files.
 """
 
 import functools
@@ -25,17 +26,17 @@ import soundfile
 from absl import logging
 from ml_collections import ConfigDict
 
-from sigattn.data import hub, loader
+from sigattn.data import hub, loader, speech_files
 from sigattn.validate import Field, added, real, sequence, text, whole
 
 # 535 prompts of one speaker, 18.6 minutes; licence and credit are beside the
 # file.
 EMBEDDED = {"spoken_prompts": "spoken_prompts.parquet"}
 _SPLITS = ("train", "test")
-# One of this many transcripts of the embedded set is in the test split. The
-# transcript decides, so that none is in both splits.
+# One of this many transcripts is in the test split, of the embedded set and of
+# a folder of recordings that has train alone. The transcript decides, so that
+# none is in both splits.
 _HELD_OUT_EVERY = 10
-_TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
 # Samples per second. At a rate of 1 in its header, a short recording would be
 # resampled to gigabytes.
 RATES = (1000, 768_000)
@@ -110,7 +111,31 @@ def _splits(config):
   if source in EMBEDDED:
     hub.embedded(source, EMBEDDED[source])
     return _SPLITS
+  if (found := _found(source)) is not None:
+    return tuple(found)
   return hub.splits(_builder(config))
+
+
+def _found(source):
+  """speech_files.find, with a test split held out where there is only train."""
+  found = speech_files.find(source)
+  if found is None or set(found) != {"train"}:
+    return found
+  splits = {name: [] for name in _SPLITS}
+  for row in found["train"]:
+    splits[_split_of(row[1])].append(row)
+  if not all(splits.values()):
+    raise ValueError(
+      f"config.data.source={source!r}; about every {_HELD_OUT_EVERY}th "
+      "transcript is held out where no folder is called test, but of these "
+      f"{len(found['train'])} that leaves a split empty: put some recordings "
+      "into folders train and test"
+    )
+  return splits
+
+
+def _split_of(transcript):
+  return _SPLITS[zlib.crc32(transcript.encode()) % _HELD_OUT_EVERY == 0]
 
 
 def _builder(config):
@@ -225,8 +250,7 @@ def _embedded_rows(name, split):
   return [
     row
     for row in _embedded_table(name)
-    if _SPLITS[zlib.crc32(row["text"].encode()) % _HELD_OUT_EVERY == 0]
-    in split.split("+")
+    if _split_of(row["text"]) in split.split("+")
   ]
 
 
@@ -247,13 +271,27 @@ class _TableRecordings(_Recordings):
 
     source = config.data.source
     self._origin = f"config.data.source={source!r}, split {split!r}"
-    table = hub.table(source, _builder(config), split)
-    audio = hub.column(source, table.features, datasets.Audio, ("audio",))
-    text = _text_column(source, table.features)
-    # The audio stays encoded: `datasets` would need torch to decode it.
-    table = table.select_columns([audio, text]).cast_column(
-      audio, datasets.Audio(decode=False)
+    found = _found(source)
+    if found is None:
+      table = hub.table(source, _builder(config), split)
+    else:
+      rows = [row for part in split.split("+") for row in found[part]]
+      table = datasets.Dataset.from_dict({
+        "audio": [{"bytes": None, "path": path} for path, _ in rows],
+        "text": [text for _, text in rows],
+      })  # fmt: skip
+    audio = hub.column(
+      source,
+      table.features,
+      "Audio",
+      lambda x: hub.is_encoded(x, datasets.Audio),
+      ("audio",),
     )
+    text = _text_column(source, table.features)
+    table = table.select_columns([audio, text])
+    if isinstance(table.features[audio], datasets.Audio):
+      # The audio stays encoded: `datasets` would need torch to decode it.
+      table = table.cast_column(audio, datasets.Audio(decode=False))
     lengths = table.map(
       functools.partial(
         _duration,
@@ -275,27 +313,28 @@ class _TableRecordings(_Recordings):
     self._audio = audio
 
   def __getitem__(self, i):
-    return self._recordings[int(i)][self._audio]
+    return hub.encoded(self._recordings[int(i)][self._audio])
 
 
 def _text_column(source, columns):
-  names = [name for name in _TEXT_COLUMNS if name in columns]
+  names = [name for name in speech_files.TEXT_COLUMNS if name in columns]
   if len(names) == 1:
     return names[0]
   raise ValueError(
     f"config.data.source={source!r}; needs one column called "
-    f"{' or '.join(_TEXT_COLUMNS)}; its columns are {dict(columns)}"
+    f"{' or '.join(speech_files.TEXT_COLUMNS)}; its columns are {dict(columns)}"
   )
 
 
 def _duration(example, row, audio, origin, source, skips):
   """The length, and why it cannot be read; raises if nothing is skipped."""
+  encoded = hub.encoded(example[audio])
   try:
-    header = soundfile.info(_open(example[audio], source))
+    header = soundfile.info(_open(encoded, source))
     _validate_rate(header.samplerate)
     return {"seconds": header.duration, "corrupt": ""}
   except Exception as error:  # errors of libsndfile and of files
-    path = example[audio] and example[audio]["path"]
+    path = encoded and encoded["path"]
     why = f"{origin}, row {row}, {path=}: {error!r}"
     if not skips:
       raise loader.CorruptExampleError(why) from error

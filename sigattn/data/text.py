@@ -7,16 +7,23 @@ the last token and predicts all but the first. A batch contains
   segment  int32 (B, L + 1), the number of a token's document within its row,
            from 1 on; 0 is padding. Missing if each row is from one document
 
-There are four kinds of sources. An embedded text is cut at new positions in
-each epoch. A local file (parquet, JSON lines or text, compressed or not), a
-local folder of such files, and a data set of the Hugging Face Hub (owner/name
-or owner/name:subset) are streams of documents.
+There are two kinds of sources. One text, which is embedded or the content of a
+local .txt, is cut at new positions in each epoch; its end is its test split. A
+stream of documents is a local file of JSON or parquet, a local folder (see
+text_files), a data set of the Hugging Face Hub (owner/name or
+owner/name:subset), or a .txt with config.data.lines=True. A local stream that
+is trained on and evaluated, and that has no split but train, has about every
+twentieth document in its test split.
 """
 
+import copy
 import functools
 import itertools
 import lzma
+import time
+import zlib
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import grain
 import grain.experimental
@@ -25,27 +32,41 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from sigattn.data import hub, loader, tokenizers
-from sigattn.validate import added, items, real, sequence, text, whole
+from sigattn.data import hub, loader, text_files, tokenizers
+from sigattn.validate import (
+  Field,
+  added,
+  flag,
+  items,
+  real,
+  sequence,
+  text,
+  whole,
+)
 
 # The King James Bible, one verse per line; the licence is beside the file.
 EMBEDDED = {"kjv": "kjv.txt.xz"}
-_SPLITS = ("train", "test")  # of an embedded text
-_HELD_OUT_SHARE = 0.05  # the end of an embedded text is its test split
-_SUFFIXES = {  # {suffix of a local file: the builder in `datasets`}
-  ".parquet": "parquet",
-  ".json": "json",
-  ".jsonl": "json",
-  ".txt": "text",
-}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# Documents per call of the tokenizer: the tokenizers library encodes them in
-# parallel threads.
+_SPLITS = ("train", "test")  # of one text, and of a stream that is held out of
+_HELD_OUT_SHARE = 0.05  # the end of one text is its test split
+# The documents of a stream whose checksum this divides are its test split. The
+# text decides, so that a document that occurs twice is not in both splits.
+_HELD_OUT_EVERY = 20
+# One text is held in memory with its tokens, 4 bytes each.
+_LONGEST_TEXT = 2**30
+# What one call of the tokenizer gets: the tokenizers library encodes texts in
+# parallel threads, and all pieces of them are in memory at once.
 _ENCODED_AT_ONCE = 64
+_CHARACTERS_AT_ONCE = 2**20
+# A shuffle window ends here, however few documents it has: it is in memory.
+_WINDOW_CHARACTERS = 2**26
+_SECONDS_BETWEEN_MESSAGES = 5
 
 
 FIELDS = {
-  "data.source": text(),
+  "data.source": Field(
+    lambda value: value == "" or text().is_right(value),
+    f"{text().wanted}, or '' where config.data.mixture is given",
+  ),
   "data.mixture": sequence(
     items(text(), real(low=1e-9, high=1e9)),
     "(source, share from 1e-9 to 1e9) pairs",
@@ -55,6 +76,7 @@ FIELDS = {
   "data.train_split": text(),
   "data.eval_split": text(),
   "data.text_column": text(),
+  "data.lines": added(flag(), before=False),
   "data.tokenizer": text(),
   "data.vocab_size": whole(low=1, high=2**22),
   "data.length": whole(low=1, high=2**24),
@@ -65,26 +87,46 @@ FIELDS = {
 }
 
 
+def _one_of_source_and_mixture(config):
+  data = config.data
+  if data.source and data.mixture:
+    raise ValueError(
+      f"config.data.source={data.source!r}; must be '' with a config.data."
+      "mixture, which would be trained on instead: to train on the source, set "
+      "--config.data.mixture='()' and, if it is to be evaluated too, "
+      f"--config.data.eval_source={data.source}"
+    )
+  if not data.source and not data.mixture:
+    raise ValueError(
+      "config.data.source=''; must be given where config.data.mixture is empty"
+    )
+
+
 def _sources_have_the_splits(config):
   """Compares the config with what is known of the sources before reading.
 
-  Whether a stream has the split and the column is known only when it is read.
+  What the Hub has is known only when the splits are opened.
   """
-  for split, key, source in _sources(config):
-    _validate_source(key, source)
-    if source in EMBEDDED and config.data[split] not in _SPLITS:
+  for origin in _origins(config):
+    known = _splits(origin)
+    if known is not None and origin.split not in known:
       raise ValueError(
-        f"config.data.{split}={config.data[split]!r}; choose from "
-        f"{sorted(_SPLITS)}"
+        f"config.data.{origin.split_key}={origin.split!r}; choose from "
+        f"{sorted(known)}, the splits of config.data.{origin.key}="
+        f"{origin.source!r}"
       )
 
 
-def _embedded_text_has_the_rows(config):
+def _one_text_has_the_rows(config):
   data = config.data
-  if data.source not in EMBEDDED or data.mixture:
+  if not _is_one_text(config):
     return
+  if data.train_split == data.eval_split != "train":
+    raise ValueError(
+      f"config.data.train_split={data.train_split!r}; must be 'train'"
+    )
   # Characters bound the tokens of each tokenizer that is a file.
-  characters = len(_embedded_split(data.source, data.train_split).encode())
+  characters = len(_part(config, data.train_split).encode())
   if data.length >= characters:
     raise ValueError(
       f"config.data.length={data.length!r}; must be less than {characters}, "
@@ -106,95 +148,165 @@ def _vocabulary_covers_the_tokenizer(config):
 
 
 RULES = (
+  _one_of_source_and_mixture,
   _sources_have_the_splits,
   _vocabulary_covers_the_tokenizer,
-  _embedded_text_has_the_rows,
+  _one_text_has_the_rows,
 )
 
 
-def _sources(config):
-  """What a run reads: [(key of its split, its own key, source)].
+class _Origin(NamedTuple):
+  """A split of a source, and the keys of config.data that name them.
 
-  Both keys are of config.data.
+  column, lines: config.data.text_column and lines.
+  held_out: whether the splits are made of a source that has train alone.
   """
-  data, mixture = config.data, _mixture(config)
+
+  source: str
+  split: str
+  key: str = "source"
+  split_key: str = "split"
+  column: str = "text"
+  lines: bool = False
+  held_out: bool = False
+
+  def __str__(self):
+    if self.split_key == "split":  # not of a config
+      return f"source={self.source!r}, split={self.split!r}"
+    return (
+      f"config.data.{self.key}={self.source!r}, config.data.{self.split_key}="
+      f"{self.split!r}"
+    )
+
+
+def _origins(config):
+  """What a run reads: the _Origin of each source."""
+  data = config.data
   for name, _ in data.mixture:
     if name in EMBEDDED:
       raise ValueError(
         f"config.data.mixture: {name!r} is an embedded text; must be a file, a "
         "folder or a Hugging Face name"
       )
-  if data.source in EMBEDDED and not data.mixture:
-    if data.eval_source is not None:
-      raise ValueError(
-        f"config.data.eval_source={data.eval_source!r}; must be None with "
-        f"config.data.source={data.source!r}, whose end is evaluated"
-      )
-    splits = ("train_split", "eval_split")
-    return [(split, "source", data.source) for split in splits]
-  if data.num_workers:
+  if data.num_workers and not _is_one_text(config):
     raise ValueError(
       f"config.data.num_workers={data.num_workers}; must be 0: a "
       "stream is read by one thread, and encoded by all threads"
     )
-  key = "mixture" if data.mixture else "source"
-  eval_key = "source" if data.eval_source is None else "eval_source"
-  return [
-    *(("train_split", key, name) for name, _ in mixture),
-    ("eval_split", eval_key, _eval_source(data)),
-  ]
+  trained = [_origin(config, x, "train_split") for x, _ in _mixture(config)]
+  return [*trained, _origin(config, _eval_source(config), "eval_split")]
 
 
-def _eval_source(data):
-  """The source of the evaluation if a stream is trained on."""
-  if data.eval_source is not None:
-    return data.eval_source
-  if data.mixture or hub.local(data.source).is_file():
+def _origin(config, source, split_key, split=None):
+  """The _Origin of a source that is trained on or evaluated."""
+  data = config.data
+  evaluated = split_key == "eval_split" and data.eval_source is not None
+  return _Origin(
+    source,
+    split or data[split_key],
+    "eval_source" if evaluated else "mixture" if data.mixture else "source",
+    split_key,
+    data.text_column,
+    data.lines,
+    _is_held_out(config, source),
+  )
+
+
+def _is_held_out(config, source):
+  """Whether the source must give both splits, but has only one."""
+  trained = [name for name, _ in _mixture(config)]
+  if source not in trained or source != _eval_source(config):
+    return False
+  if source in EMBEDDED:
+    return False
+  return set(text_files.find(source) or ()) == {"train"}
+
+
+def _eval_source(config):
+  data = config.data
+  if data.eval_source is None and data.mixture:
     raise ValueError(
-      "config.data.eval_source=None; must be given if config.data.source is "
-      "one file, or if config.data.mixture is not empty"
+      "config.data.eval_source=None; must be given if config.data.mixture is "
+      "not empty"
     )
-  return data.source
+  if data.source in EMBEDDED and data.eval_source is not None:
+    raise ValueError(
+      f"config.data.eval_source={data.eval_source!r}; must be None with "
+      f"config.data.source={data.source!r}, whose end is evaluated"
+    )
+  return data.source if data.eval_source is None else data.eval_source
 
 
 def _mixture(config):
   return config.data.mixture or ((config.data.source, 1.0),)
 
 
-def _validate_source(key, source):
-  """key: config.data's key of the source."""
-  path = hub.local(source, key)
+def _splits(origin):
+  """The names of the splits; None where they are known only on the Hub."""
+  source, key = origin.source, origin.key
   if source in EMBEDDED:
     hub.embedded(source, EMBEDDED[source])
-  elif path.is_file():
-    _builder(path, key)
-  elif not path.is_dir() and not hub.is_hub_name(source):
-    raise hub.unknown_source(source, EMBEDDED, "file or ", key)
+    return _SPLITS
+  files = text_files.find(source, key)
+  if files is None:
+    if not hub.is_hub_name(source):
+      raise hub.unknown_source(source, EMBEDDED, "file or ", key)
+    return None
+  if origin.held_out:
+    return _SPLITS
+  # A file is what it is taken for.
+  return (origin.split,) if hub.local(source).is_file() else tuple(files)
 
 
-def _builder(path, key="source"):
-  """The name of the builder in `datasets` that reads a file."""
-  suffixes = [x for x in path.suffixes if x not in _COMPRESSED]
-  if not suffixes or suffixes[-1] not in _SUFFIXES:
+# One text.
+
+
+def _is_one_text(config):
+  """Whether the run trains on one text, not on a stream of documents."""
+  data = config.data
+  return not data.mixture and _is_text(data.source, data.lines)
+
+
+def _is_text(source, lines):
+  if source in EMBEDDED:
+    return True
+  path = hub.local(source)
+  return path.is_file() and text_files.suffix(path) == ".txt" and not lines
+
+
+@functools.lru_cache(maxsize=2)
+def _whole(source):
+  """The whole content of one text."""
+  if source in EMBEDDED:
+    path = hub.embedded(source, EMBEDDED[source])
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+      return file.read()
+  origin = _Origin(source, "train")
+  [content] = _DocumentIterator(origin, in_training=False, corrupt=_Corrupt())
+  if not 2 <= len(content) <= _LONGEST_TEXT:
     raise ValueError(
-      f"config.data.{key}={str(path)!r}; its name must end in one of "
-      f"{sorted(_SUFFIXES)}, compressed or not"
+      f"config.data.source={source!r}; has {len(content)} characters, must "
+      f"have 2 to {_LONGEST_TEXT}: a longer text must be a folder of several "
+      "files, or parquet or JSON lines"
     )
-  return _SUFFIXES[suffixes[-1]]
+  return content
 
 
-@functools.lru_cache(maxsize=1)
-def _embedded(source):
-  path = hub.embedded(source, EMBEDDED[source])
-  with lzma.open(path, "rt", encoding="utf-8") as file:
-    return file.read()
+def _part(config, split):
+  """The part of the config's one text that a split is.
 
-
-def _embedded_split(source, split):
+  Of a text that is trained on alone, the train split is the whole.
+  """
+  source, content = config.data.source, _whole(config.data.source)
   hub.validate_split(source, split, _SPLITS)
-  whole_text = _embedded(source)
-  cut = len(whole_text) - int(_HELD_OUT_SHARE * len(whole_text))
-  return whole_text[:cut] if split == "train" else whole_text[cut:]
+  if _eval_source(config) != source:
+    return content
+  return _cut(content, split)
+
+
+def _cut(content, split):
+  cut = len(content) - max(int(_HELD_OUT_SHARE * len(content)), 1)
+  return content[:cut] if split == "train" else content[cut:]
 
 
 def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
@@ -203,22 +315,15 @@ def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
   Raises ValueError if config.data.tokenizer does not name one.
   """
   data = config.data
-  return _tokenizer(data.tokenizer, data.source, data.vocab_size)
+  if data.tokenizer == "characters":
+    return _characters(tuple(sorted(set(_origins(config)))))
+  return _tokenizer(data.tokenizer, data.vocab_size)
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer(name, source, vocab_size):
+def _tokenizer(name, vocab_size):
   if name == "bytes":
     return tokenizers.Bytes()
-  if name == "characters":
-    if source not in EMBEDDED:
-      raise ValueError(
-        f"config.data.tokenizer={name!r}; works only with the embedded texts "
-        f"{sorted(EMBEDDED)}, not with config.data.source={source!r}: choose "
-        "bytes, or train a tokenizer (`python -m "
-        "sigattn train_tokenizer`)"
-      )
-    return tokenizers.Characters("".join(sorted(set(_embedded(source)))))
   if not (path := hub.local(name, "tokenizer")).is_file():
     raise ValueError(
       f"config.data.tokenizer={name!r}; choose characters, bytes, or a "
@@ -227,34 +332,85 @@ def _tokenizer(name, source, vocab_size):
   return tokenizers.File(path, vocab_size)
 
 
-def open_source(
-  config: ConfigDict, split: str
-) -> "loader.ExampleSource | Stream":
+@functools.lru_cache(maxsize=4)
+def _characters(origins):
+  """The tokenizer of all characters that the sources have.
+
+  It reads the whole of each: the alphabet must be the same in every run.
+  """
+  alphabet = set()
+  for origin in origins:
+    known = _splits(origin)
+    if known is None:
+      raise ValueError(
+        f"config.data.tokenizer='characters'; works with local texts, not with "
+        f"{origin.source!r}, all of which would have to be read first: choose "
+        "bytes, or train a tokenizer (`python -m sigattn train_tokenizer`)"
+      )
+    if _is_text(origin.source, origin.lines):
+      alphabet |= set(_whole(origin.source))
+      continue
+    progress = _Progress(f"reads the alphabet of {origin.source!r}")
+    documents = _Documents(origin, in_training=False)
+    for count, document in enumerate(documents):
+      alphabet.update(document)
+      progress.say(f"{count} documents")
+  return tokenizers.Characters("".join(sorted(alphabet)))
+
+
+class _Progress:
+  """Says in the log how far something is that takes longer than 5 seconds."""
+
+  def __init__(self, what):
+    self._what, self._said = what, time.monotonic()
+
+  def say(self, how_far):
+    if time.monotonic() - self._said > _SECONDS_BETWEEN_MESSAGES:
+      self._said = time.monotonic()
+      logging.warning("%s: %s", self._what, how_far)
+
+
+def open_source(config: ConfigDict, split: str) -> "_OneText | Stream":
   """Opens a split of config.data.source or config.data.mixture.
 
-  Returns an ExampleSource for an embedded text, otherwise a Stream. Raises
-  ValueError if an embedded text has no such split.
+  Returns an ExampleSource for one text, otherwise a Stream. The first document
+  is read. Raises ValueError if a source has no such split, if it has no
+  documents or if it cannot be read.
   """
-  if config.data.source in EMBEDDED and not config.data.mixture:
-    return _Embedded(config, split)
+  if not _is_one_text(config):
+    return Stream(config, split)
+  other = config.data.eval_source
+  if split != config.data.eval_split or other in (None, config.data.source):
+    return _OneText(config, _part(config, split))
+  if _is_text(other, config.data.lines):
+    return _OneText(config, _whole(other))
   return Stream(config, split)
 
 
-def documents(source: str, split: str, column: str) -> Iterable[str]:
+def documents(
+  source: str, split: str, column: str, lines: bool = False
+) -> Iterable[str]:
   """Returns an iterable of the texts of a source.
 
-  source: as config.data.source. column: as config.data.text_column.
+  source: as config.data.source. column, lines: as config.data.text_column and
+  config.data.lines. Raises ValueError if the source has no such split.
   """
-  if source in EMBEDDED:
-    return iter([_embedded_split(source, split)])
-  return _Documents(source, split, column, _Corrupt(), endless=False)
+  if _is_text(source, lines):
+    hub.validate_split(source, split, _SPLITS)
+    return iter([_cut(_whole(source), split)])
+  held_out = set(text_files.find(source) or ()) == {"train"}
+  origin = _Origin(source, split, column=column, lines=lines, held_out=held_out)
+  known = _splits(origin)
+  if known is not None:
+    hub.validate_split(source, split, known)
+  return _Documents(origin, in_training=False, corrupt=_Corrupt())
 
 
 def _num_rows(tokens, length):
   return -(-(tokens - 1) // length)
 
 
-class _Embedded(loader.ExampleSource):
+class _OneText(loader.ExampleSource):
   """Rows cut from one long text.
 
   In training, row i of an epoch begins at a random token of [i L, (i + 1) L).
@@ -263,10 +419,9 @@ class _Embedded(loader.ExampleSource):
 
   in_memory = True
 
-  def __init__(self, config, split):
+  def __init__(self, config, content):
     self._length = config.data.length
-    whole_text = _embedded_split(config.data.source, split)
-    [self._tokens] = tokenizer(config).encode([whole_text])
+    self._tokens = _tokens(content, tokenizer(config))
 
   def __len__(self):
     return _num_rows(len(self._tokens), self._length)
@@ -288,13 +443,54 @@ class _Embedded(loader.ExampleSource):
     return {"token": np.where(real_BT, token_BT, -1)}
 
 
+def _tokens(content, tokenizer):
+  """The tokens of one text, int32 (S,).
+
+  It is encoded in pieces that end with a line, which a tokenizer can encode in
+  parallel: of one string, it would need many times the memory.
+  """
+  pieces, size = [[]], 0
+  for line in content.splitlines(keepends=True):
+    if size > _CHARACTERS_AT_ONCE // 16:
+      pieces.append([])
+      size = 0
+    pieces[-1].append(line)
+    size += len(line)
+  encoded = tokenizer.encode(["".join(lines) for lines in pieces])
+  return np.concatenate(encoded)
+
+
 class Stream:
   """A stream of documents, which are packed into rows as they arrive."""
 
   def __init__(self, config: ConfigDict, split: str):
+    """Opens the split and reads a document of each source."""
     self._config, self._split = config, split
     self._tokenizer = tokenizer(config)
     self._corrupt = {}  # {source: what is known of its documents}
+    origins = self._train_origins()
+    if not origins or split == config.data.eval_split:
+      origins.append(self._eval_origin())
+    for origin in origins:
+      _read_first(origin, self._corrupt_of(origin))
+
+  def _train_origins(self):
+    if self._split != self._config.data.train_split:
+      return []
+    return [
+      _origin(self._config, source, "train_split")
+      for source, _ in _mixture(self._config)
+    ]
+
+  def _eval_origin(self):
+    config = self._config
+    return _origin(config, _eval_source(config), "eval_split", self._split)
+
+  def _corrupt_of(self, origin):
+    data = self._config.data
+    return self._corrupt.setdefault(
+      origin.source, _Corrupt(data.max_corrupt_share, data.shuffle_window)
+    )
 
   def train_batches(self, config: ConfigDict) -> Iterator[loader.Batch]:
     """Yields batches without end; each process reads its own documents.
@@ -303,9 +499,7 @@ class Stream:
     sources of a mixture alternate by their shares of the rows.
     """
     mixture = _mixture(self._config)
-    rows = [
-      self._rows(source, self._split, train=True) for source, _ in mixture
-    ]
+    rows = [self._rows(x, train=True) for x in self._train_origins()]
     mixed = grain.IterDataset.mix(rows, [weight for _, weight in mixture])
     batches = mixed.batch(loader.batch_size(config), drop_remainder=True)
     return iter(
@@ -325,23 +519,19 @@ class Stream:
 
   def eval_rows(self) -> Iterator[loader.Batch]:
     """Yields the rows that are evaluated, each {"token", "segment"}."""
-    data = self._config.data
-    rows = self._rows(_eval_source(data), self._split, train=False)
+    rows = self._rows(self._eval_origin(), train=False)
     return itertools.islice(rows, self._config.eval.rows)
 
-  def _rows(self, source, split, train):
+  def _rows(self, origin, train):
     """A dataset of rows {"token", "segment"}, each (L + 1,)."""
     data, seed = self._config.data, self._config.seed
-    corrupt = self._corrupt.setdefault(
-      source, _Corrupt(data.max_corrupt_share, data.shuffle_window)
-    )
-    texts = _Documents(source, split, data.text_column, corrupt, endless=train)
-    if train:
-      texts = grain.experimental.WindowShuffleIterDataset(
-        texts, window_size=data.shuffle_window, seed=seed
-      )
     pieces = grain.experimental.FlatMapIterDataset(
-      texts.batch(_ENCODED_AT_ONCE, batch_fn=list),
+      _Groups(
+        origin,
+        data.shuffle_window if train else None,
+        seed,
+        self._corrupt_of(origin),
+      ),
       _Pieces(self._tokenizer, data.length),
     )
     packed = grain.experimental.FirstFitPackIterDataset(
@@ -427,107 +617,243 @@ class _Corrupt:
     logging.warning("skipped (%d of at most %d): %s", count, most, why)
 
 
-class _Documents(grain.IterDataset):
-  """A dataset of the texts of a split.
+class _Groups(grain.IterDataset):
+  """A dataset of lists of texts, each of which is encoded by one call.
 
-  corrupt: counts those that are no text, and are skipped. endless: whether to
-  start again at the end, and to read this process's share of the documents
-  instead of all.
+  window: documents that are shuffled together; None: they come once, in order.
+  corrupt: as in _DocumentIterator.
   """
 
-  def __init__(self, source, split, column, corrupt, endless):
+  def __init__(self, origin, window, seed, corrupt=None):
     super().__init__()
-    self._arguments = source, split, column, corrupt, endless
+    self._origin, self._window, self._seed = origin, window, seed
+    self._corrupt = corrupt
+
+  def __iter__(self):
+    in_training = self._window is not None
+    documents = _DocumentIterator(self._origin, in_training, self._corrupt)
+    return _GroupIterator(self._origin, documents, self._window, self._seed)
+
+
+class _GroupIterator(grain.DatasetIterator):
+  """Iterates over _Groups.
+
+  A window ends with the epoch, however few documents it has, and when it holds
+  too much text. The state is that of the documents where the window begins: a
+  resumed run reads it again.
+  """
+
+  def __init__(self, origin, documents, window, seed):
+    super().__init__()
+    self._origin, self._documents = origin, documents
+    self._size, self._seed = window, seed
+    self._window, self._start = -1, documents.get_state()
+    self._groups, self._place = [], 0
+
+  def __next__(self):
+    while self._place == len(self._groups):
+      self._fill()
+    self._place += 1
+    return self._groups[self._place - 1]
+
+  def get_state(self):
+    return {"start": self._start, "window": self._window, "place": self._place}
+
+  def set_state(self, state):
+    self._documents.set_state(state["start"])
+    self._start, self._window = state["start"], state["window"] - 1
+    self._groups, self._place = [], 0
+    if state["window"] >= 0:
+      self._fill()
+      self._place = state["place"]
+    else:
+      self._window = -1
+
+  def _fill(self):
+    self._start = self._documents.get_state()
+    self._window += 1
+    if self._size is None:
+      texts = self._read(_ENCODED_AT_ONCE, _CHARACTERS_AT_ONCE)
+    else:
+      texts = self._read(self._size, _WINDOW_CHARACTERS)
+      rng = np.random.default_rng((self._seed, self._window))
+      texts = [texts[i] for i in rng.permutation(len(texts))]
+    self._groups, self._place = _grouped(texts), 0
+
+  def _read(self, count, characters):
+    texts, size = [], 0
+    progress = _Progress(f"fills the shuffle window from {self._origin}")
+    while len(texts) < count and size < characters:
+      document = next(self._documents, None)
+      if document is None and (texts or self._size is not None):
+        break  # the end of an epoch
+      if document is None:
+        raise StopIteration
+      texts.append(document)
+      size += len(document)
+      progress.say(f"{len(texts)} of {count} documents, {size} characters")
+    return texts
+
+
+def _grouped(texts):
+  """Lists of consecutive texts, each as many as one call should encode."""
+  groups, size = [], _CHARACTERS_AT_ONCE
+  for document in texts:
+    if size >= _CHARACTERS_AT_ONCE or len(groups[-1]) == _ENCODED_AT_ONCE:
+      groups.append([])
+      size = 0
+    groups[-1].append(document)
+    size += len(document)
+  return groups
+
+
+class _Documents(grain.IterDataset):
+  """A dataset of the texts of a split; see _DocumentIterator."""
+
+  def __init__(self, origin, in_training, corrupt=None):
+    super().__init__()
+    self._arguments = origin, in_training, corrupt
 
   def __iter__(self):
     return _DocumentIterator(*self._arguments)
 
 
 class _DocumentIterator(grain.DatasetIterator):
-  """Iterates over _Documents; its state holds that of the `datasets` stream."""
+  """Iterates over the texts of a split.
 
-  def __init__(self, source, split, column, corrupt, endless):
-    super().__init__()
-    self._source, self._split, self._column = source, split, column
-    self._corrupt, self._endless = corrupt, endless
-    self._begin(epoch=0)
+  in_training: whether to read this process's share of the documents instead of
+  all, and to start again at the end, which a None marks. corrupt: counts those
+  that are no text, and are skipped; None: nothing counts them.
 
-  def _begin(self, epoch, place=None, row=0):
+  Its state holds that of the `datasets` stream of one part of the source: the
+  files of one kind.
+  """
+
+  def __init__(self, origin, in_training, corrupt=None):
     import datasets.distributed
 
-    self._epoch, self._row = epoch, row
-    with hub.reading(self._source):
-      self._stream = _open(self._source, self._split)
-      # In an evaluation, the processes divide the rows, not the documents.
-      if self._endless:
-        self._stream = datasets.distributed.split_dataset_by_node(
-          self._stream, jax.process_index(), jax.process_count()
-        )
-      if place is not None:
-        self._stream.load_state_dict(place)
-      self._examples = iter(self._stream)
+    super().__init__()
+    self._origin, self._in_training = origin, in_training
+    self._corrupt = corrupt
+    self._parts = []  # (kind of the files, stream, its state at the beginning)
+    with hub.reading(origin):
+      for kind, stream in _open(origin):
+        # In an evaluation, the processes divide the rows, not the documents.
+        if in_training:
+          stream = datasets.distributed.split_dataset_by_node(
+            stream, jax.process_index(), jax.process_count()
+          )
+        self._parts.append((kind, stream, stream.state_dict()))
+    self._begin(epoch=0)
+
+  def _begin(self, epoch, part=0, place=None, row=0, any_document=False):
+    """row: documents of this epoch so far. any_document: if one was a text."""
+    self._epoch, self._part, self._row = epoch, part, row
+    self._any = any_document
+    kind, self._stream, start = self._parts[part]
+    # Where nothing was read yet, the stream's own state is the one before.
+    self._place = start if place is None else place
+    with hub.reading(self._origin):
+      self._stream.load_state_dict(copy.deepcopy(self._place))
+      self._examples = text_files.examples(kind, iter(self._stream))
 
   def __next__(self):
-    empty = False  # whether this epoch has no text so far
-    while True:
-      with hub.reading(self._source):
-        example = next(self._examples, None)
-      if example is not None:
-        if (document := self._document(example)) is not None:
-          return document
-      elif not self._endless:
-        raise StopIteration
-      elif empty:
-        raise ValueError(f"{self._source!r}: contains no documents")
-      else:
-        self._begin(self._epoch + 1)
-        empty = True
+    while (example := self._next()) is not None:
+      document = self._text(example)
+      # Of an empty text, a model would learn that nothing follows a beginning.
+      if document and document.strip() and _is_in(self._origin, document):
+        self._any = True
+        return document
+    if not self._any:
+      raise ValueError(_no_documents(self._origin))
+    if not self._in_training:
+      raise StopIteration
+    self._begin(self._epoch + 1)
+    return None
 
-  def _document(self, example):
-    """The text of the next example; None if it is corrupt."""
-    if self._column not in example:
-      raise ValueError(
-        f"config.data.text_column={self._column!r}; must be a column of "
-        f"{self._source!r}, which has {sorted(example)}"
+  def _next(self):
+    """The next example of this epoch, None at its end."""
+    while True:
+      with hub.reading(self._origin):
+        example = next(self._examples, None)
+      self._place = None
+      if example is not None or self._part + 1 == len(self._parts):
+        return example
+      self._begin(
+        self._epoch, self._part + 1, row=self._row, any_document=self._any
       )
-    row, document = self._row, example[self._column]
+
+  def _text(self, example):
+    """The text of the next example; None if it is corrupt."""
+    row, column, source = self._row, self._origin.column, self._origin.source
     self._row += 1
+    is_object = isinstance(example, dict)  # a line of JSON may be anything
+    if row == 0 and is_object and column not in example:
+      raise ValueError(
+        f"config.data.text_column={column!r}; must be a column of "
+        f"{source!r}, which has {sorted(example)}"
+      )
+    document = example.get(column) if is_object else None
     if isinstance(document, str):
       return document
-    shown = repr(example)
-    self._corrupt.add(
-      row,
-      f"{self._source!r}, split {self._split!r}, document {row}: config.data."
-      f"text_column={self._column!r} must be text, not {document!r:.100}: "
-      f"{shown if len(shown) <= 300 else shown[:300] + '...'}",
-    )
+    if self._corrupt is not None:
+      shown = repr(example)
+      self._corrupt.add(
+        row,
+        f"{source!r}, split {self._origin.split!r}, document {row}: config."
+        f"data.text_column={column!r} must be text, not {document!r:.100}: "
+        f"{shown if len(shown) <= 300 else shown[:300] + '...'}",
+      )
     return None
 
   def get_state(self):
+    place = self._place
     return {
       "epoch": self._epoch,
+      "part": self._part,
       "row": self._row,
-      "place": self._stream.state_dict(),
+      "place": self._stream.state_dict() if place is None else place,
+      "any_document": self._any,
     }
 
   def set_state(self, state):
     self._begin(**state)
 
 
-def _open(source, split):
-  """Opens a file, folder or Hub name as a datasets.IterableDataset."""
+def _is_in(origin, document):
+  """Whether the document is of the split, if the splits are made here."""
+  if not origin.held_out:
+    return True
+  is_held_out = zlib.crc32(document.encode()) % _HELD_OUT_EVERY == 0
+  return is_held_out == (origin.split == "test")
+
+
+def _no_documents(origin):
+  message = f"{origin}: contains no documents"
+  if origin.held_out:
+    message += (
+      f": about every {_HELD_OUT_EVERY}th of a source without a test split is "
+      "held out; give config.data.eval_source"
+    )
+  return message
+
+
+def _read_first(origin, corrupt):
+  """Raises ValueError if no document can be read; no process has a share."""
+  next(_DocumentIterator(origin, in_training=False, corrupt=corrupt))
+
+
+def _open(origin):
+  """Opens a source: [(kind of its files, datasets.IterableDataset)]."""
   import datasets
 
-  path = hub.local(source)
-  if path.is_file():
-    return datasets.load_dataset(
-      _builder(path), data_files={split: str(path)}, split=split, streaming=True
-    )
-  if path.is_dir():
-    return datasets.load_dataset(
-      str(path.resolve()), split=split, streaming=True
-    )
+  source, split = origin.source, origin.split
+  files = text_files.find(source, origin.key)
+  if files is not None:
+    own = origin.held_out or hub.local(source).is_file()
+    part = files["train" if own else split]
+    return text_files.open_files(part, origin.column, origin.lines)
   name, _, subset = source.partition(":")
-  return datasets.load_dataset(
+  return [("", datasets.load_dataset(
     name, subset or None, split=split, streaming=True
-  )
+  ))]  # fmt: skip

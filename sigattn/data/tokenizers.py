@@ -54,7 +54,15 @@ class Characters:
         f"characters {sorted(unknown)} are unknown; the tokenizer knows "
         f"{self._alphabet!r}"
       )
-    return [np.array([self._ids[x] for x in t], np.int32) for t in texts]
+    # By arrays, because a text of a gigabyte is as well encoded here.
+    codes = np.array([ord(x) for x in self._alphabet], np.uint32)
+    order = np.argsort(codes)
+    encoded = []
+    for text in texts:
+      code_T = np.frombuffer(text.encode("utf-32-le"), "<u4")
+      places = np.searchsorted(codes[order], code_T)
+      encoded.append(order[places].astype(np.int32))
+    return encoded
 
   def decode(self, ids: Iterable[int]) -> str:
     return "".join(self._alphabet[i] for i in ids if i != self.end)
@@ -96,6 +104,8 @@ class File:
       self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises bare Exceptions.
       raise ValueError(f"{path}: is no tokenizer: {error}") from error
+    # A text that spells a special token out is a text, and not the token.
+    self._tokenizer.encode_special_tokens = True
     vocabulary = self._tokenizer.get_vocab()
     ends = [vocabulary[name] for name in self._ENDS if name in vocabulary]
     if not ends:

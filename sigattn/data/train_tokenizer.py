@@ -46,6 +46,9 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "column", "text", "The column with the text, as in config.data.text_column."
   )
+  flags.DEFINE_bool(
+    "lines", False, "Whether each line of a .txt is a document of its own."
+  )
   flags.DEFINE_integer(
     "size", 32768, "The number of tokens, including the end of text."
   )
@@ -62,7 +65,9 @@ def run(options: flags.FlagValues) -> None:
     raise ValueError(
       f"--size={options.size}; must be >= 257: 256 bytes and the end of text"
     )
-  texts = text.documents(options.source, options.split, options.column)
+  texts = text.documents(
+    options.source, options.split, options.column, options.lines
+  )
   tokenizer = train(itertools.islice(texts, options.documents), options.size)
   tokenizer.save(options.out)
   print(f"{options.out}: {tokenizer.get_vocab_size():,} tokens")

@@ -33,6 +33,7 @@ def linear_cross_entropy(
   target_BT: jax.Array,
   weight_BT: jax.Array,
   chunks: int = 1,
+  logit_cap: float | None = None,
 ) -> Scored:
   """Scores the logits x embed^T, which are float32, against the targets.
 
@@ -40,6 +41,9 @@ def linear_cross_entropy(
 
     dlogits = w (p - onehot(target))    dx = dlogits embed
     dembed = dlogits^T x                dw = nats
+
+  With a cap c, p is softmax(capped) of capped = cap(logits, c), and dlogits has
+  the factor 1 - (capped / c)^2.
 
   Products are of x's dtype: the embedding and dlogits are rounded to it. Sums
   are float32, also that of dembed over the chunks.
@@ -50,6 +54,7 @@ def linear_cross_entropy(
     weight_BT: of each token in the total, 0 for those that do not count.
     chunks: the number of parts, along T, that are computed one after another.
       The logits of one part need B T V / chunks floats of memory.
+    logit_cap: c of `cap`, None for none.
 
   Raises:
     ValueError: if `chunks` does not divide T.
@@ -58,18 +63,25 @@ def linear_cross_entropy(
   if chunks < 1 or length % chunks:
     raise ValueError(f"{chunks=}; must divide the {length} tokens of a row")
   weight_BT = weight_BT.astype(jnp.float32)
-  scored = _scored(chunks, x_BTD, embed_VD, target_BT, weight_BT)
+  scored = _scored(chunks, logit_cap, x_BTD, embed_VD, target_BT, weight_BT)
   # Autodiff would take the gradient of these two for zero without a word.
   return scored._replace(nats_BT=jax.lax.stop_gradient(scored.nats_BT))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scored(chunks, x_BTD, embed_VD, target_BT, weight_BT):
+def cap(logits: jax.Array, logit_cap: float | None) -> jax.Array:
+  """c tanh(logits / c) for logit_cap=c (2408.00118); the logits for None."""
+  return (
+    logits if logit_cap is None else logit_cap * jnp.tanh(logits / logit_cap)
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scored(chunks, logit_cap, x_BTD, embed_VD, target_BT, weight_BT):
   embed_VD = embed_VD.astype(x_BTD.dtype)
 
   def score(_, part):
     x_BTD, target_BT, weight_BT = part
-    logits_BTV = _logits(x_BTD, embed_VD)
+    logits_BTV = cap(_logits(x_BTD, embed_VD), logit_cap)
     nats_BT = _log_sum(logits_BTV) - _at(logits_BTV, target_BT)
     return None, (nats_BT, logits_BTV.argmax(-1) == target_BT)
 
@@ -78,12 +90,12 @@ def _scored(chunks, x_BTD, embed_VD, target_BT, weight_BT):
   return Scored(jnp.vdot(weight_BT, nats_BT), nats_BT, correct_BT)
 
 
-def _with_gradients(chunks, x_BTD, embed_VD, target_BT, weight_BT):
+def _with_gradients(chunks, logit_cap, x_BTD, embed_VD, target_BT, weight_BT):
   embed_dtype, embed_VD = embed_VD.dtype, embed_VD.astype(x_BTD.dtype)
 
   def score(d_embed_VD, part):
     x_BTD, target_BT, weight_BT = part
-    logits_BTV = _logits(x_BTD, embed_VD)
+    logits_BTV = cap(_logits(x_BTD, embed_VD), logit_cap)
     log_sum_BT = _log_sum(logits_BTV)
     nats_BT = log_sum_BT - _at(logits_BTV, target_BT)
     correct_BT = logits_BTV.argmax(-1) == target_BT
@@ -91,6 +103,8 @@ def _with_gradients(chunks, x_BTD, embed_VD, target_BT, weight_BT):
     symbol_BTV = jax.lax.broadcasted_iota(jnp.int32, p_BTV.shape, 2)
     is_target_BTV = symbol_BTV == target_BT[..., None]
     d_logits_BTV = weight_BT[..., None] * (p_BTV - is_target_BTV)
+    if logit_cap is not None:
+      d_logits_BTV *= 1 - jnp.square(logits_BTV / logit_cap)
     d_logits_BTV = d_logits_BTV.astype(x_BTD.dtype)
     d_x_BTD = jnp.einsum("BTV,VD->BTD", d_logits_BTV, embed_VD)
     d_embed_VD += jnp.einsum(
@@ -106,8 +120,8 @@ def _with_gradients(chunks, x_BTD, embed_VD, target_BT, weight_BT):
   return scored, (d_x_BTD, d_embed_VD.astype(embed_dtype), nats_BT)
 
 
-def _scale_gradients(chunks, saved, cotangents):
-  del chunks
+def _scale_gradients(chunks, logit_cap, saved, cotangents):
+  del chunks, logit_cap
   d_x_BTD, d_embed_VD, d_weight_BT = (
     (cotangents.total * x).astype(x.dtype) for x in saved
   )
@@ -134,8 +148,8 @@ def _at(logits_BTV, target_BT):
 def _over_chunks(function, carry, parts, chunks):
   """function(carry, parts) -> (carry, outs), once for each chunk along T.
 
-  T is cut and not B, and a chunk has every chunks-th token, so that each device
-  has its own part of every chunk, whether it shares a batch or a row.
+  A chunk has every chunks-th token of each row, so that each device of a mesh
+  that splits the batch or the rows has its own part of every chunk.
   """
   if chunks == 1:
     return function(carry, parts)

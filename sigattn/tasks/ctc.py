@@ -1,8 +1,8 @@
 """Connectionist temporal classification (CTC): decoding and error counts.
 
 A path assigns a character or the blank to each frame. Merging equal neighbours
-and then dropping the blanks gives the text of the path. The loss is optax's,
-in sigattn/tasks/speech.py.
+and then dropping the blanks gives the text of the path. The loss is in
+sigattn/tasks/ctc_loss.py.
 """
 
 import math

@@ -1,5 +1,6 @@
 """A decoder-only language model and its task, predicting the next token."""
 
+import functools
 import math
 
 import jax
@@ -10,8 +11,8 @@ from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack
 from sigattn.data import loader, text
-from sigattn.tasks.cross_entropy import Scored, linear_cross_entropy
-from sigattn.validate import choice, divides, flag, whole
+from sigattn.tasks.cross_entropy import Scored, cap, linear_cross_entropy
+from sigattn.validate import added, choice, divides, flag, real, whole
 
 SOURCE = text
 UNIT = "rows"
@@ -20,18 +21,20 @@ POSITIONS = ("sincos", "rope", "none")
 
 
 class LanguageModel(nnx.Module):
-  """Tokens -> embedding -> causal stack -> norm -> logits by the embedding.
-
-  Input and output share the embedding (1608.05859). There are no biases.
+  """Tokens -> embedding -> causal stack -> norm -> logits.
 
   norm: the kind of the norm before the logits, or None for no norm.
+  norm_epsilon: as in layers.make_norm.
+  tied: whether input and output share the embedding (1608.05859); otherwise the
+    logits have a table of their own, `head`.
+  logit_cap: c of c tanh(logits / c), as in Gemma 2 (2408.00118); None: no cap.
   add_sincos: whether sines of the positions are added to the embedding. Their
     weight relative to the embedding is that of 1706.03762, which multiplies an
     embedding of variance 1 / width by sqrt(width).
   has_positions: whether the stack takes `positions`.
 
   Initialisation, as in the models published with 2409.04431:
-    embed  normal, variance 1 / width, so that the logits have variance 1
+    embed, head  normal, variance 1 / width, so that the logits have variance 1
   """
 
   def __init__(
@@ -41,6 +44,9 @@ class LanguageModel(nnx.Module):
     vocab_size: int,
     width: int,
     norm: str | None,
+    norm_epsilon: float | None,
+    tied: bool,
+    logit_cap: float | None,
     add_sincos: bool,
     has_positions: bool,
     dtype: jax.typing.DTypeLike,
@@ -51,9 +57,12 @@ class LanguageModel(nnx.Module):
     self.dtype = dtype
     normal = nnx.initializers.normal(width**-0.5)
     self.embed = nnx.Param(normal(rngs.params(), (vocab_size, width)))
+    self.tied, self.logit_cap = tied, logit_cap
+    if not tied:
+      self.head = nnx.Param(normal(rngs.params(), (vocab_size, width)))
     self.has_norm = norm is not None
     if self.has_norm:
-      self.norm = layers.make_norm(norm, width, rngs)
+      self.norm = layers.make_norm(norm, width, rngs, norm_epsilon)
 
   def __call__(
     self,
@@ -87,7 +96,7 @@ class LanguageModel(nnx.Module):
     """
     x_BTD = self._normalized(self._hidden(token_BT, rng, segment_ids))
     return linear_cross_entropy(
-      x_BTD, self.embed[...], target_BT, weight_BT, chunks
+      x_BTD, self._table()[...], target_BT, weight_BT, chunks, self.logit_cap
     )
 
   def prefill(
@@ -159,13 +168,18 @@ class LanguageModel(nnx.Module):
   def _normalized(self, x_BTD):
     return layers.normalize(self.norm, x_BTD) if self.has_norm else x_BTD
 
+  def _table(self):
+    """The table (V, D) of which the logits are products."""
+    return self.embed if self.tied else self.head
+
   def _logits(self, x_BTD):
-    return jnp.einsum(
+    logits_BTV = jnp.einsum(
       "BTD,VD->BTV",
       self._normalized(x_BTD),
-      self.embed[...].astype(self.dtype),
+      self._table()[...].astype(self.dtype),
       preferred_element_type=jnp.float32,
     )
+    return cap(logits_BTV, self.logit_cap)
 
 
 def offsets(
@@ -185,14 +199,45 @@ FIELDS = (
   | stack.LENGTH_FIELDS
   | {
     "model.positions": choice(POSITIONS),
+    "model.rope_base": added(real(low=1, high=1e12), before=10_000.0),
+    "model.rope_share": added(real(above=0, high=1), before=1.0),
+    "model.use_bias": added(flag(), before=False),
+    "model.parallel": added(flag(), before=False),
+    "model.tied": added(flag(), before=True),
+    "model.logit_cap": added(
+      real(low=1e-3, high=1e6, optional=True), before=None
+    ),
     "model.max_length": whole(low=1, high=2**31 - 1),
     "model.loss_chunks": whole(low=1, high=2**31 - 1),
     "eval.by_position": flag(),
   }
 )
+
+
+def _rope_turns_pairs(config):
+  model = config.model
+  width = model.rope_share * (model.width // model.num_heads)
+  if model.positions == "rope" and (width < 1 or width % 2):
+    raise ValueError(
+      f"config.model.rope_share={model.rope_share!r}; must turn an even number "
+      f"of the {model.width // model.num_heads} features of a head "
+      "(config.model.width / config.model.num_heads)"
+    )
+
+
+def _parallel_branches_have_norms_before_them(config):
+  if config.model.parallel and config.model.norm != "pre":
+    raise ValueError(
+      f"config.model.norm={config.model.norm!r}; must be 'pre' with "
+      "config.model.parallel=True"
+    )
+
+
 RULES = (
   *stack.RULES,
   stack.multiple_for_positions({"sincos": 2, "rope": 2}),
+  _rope_turns_pairs,
+  _parallel_branches_have_norms_before_them,
   divides("model.loss_chunks", "data.length"),
   # Other lengths would be padded.
   divides("mesh.sequence", "data.length"),
@@ -209,9 +254,10 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> LanguageModel:
     config,
     max_length=model.max_length,
     is_causal=True,
-    use_bias=False,
+    use_bias=model.use_bias,
     kernel_init=layers.FAN_IN_INIT,
-    rotate=positions.rope if model.positions == "rope" else None,
+    rotate=_rotate(model),
+    parallel=model.parallel,
     rngs=rngs,
   )
   return LanguageModel(
@@ -219,11 +265,22 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> LanguageModel:
     vocab_size=config.data.vocab_size,
     width=model.width,
     norm=None if model.norm == "post" else model.norm_kind,
+    norm_epsilon=model.norm_epsilon,
+    tied=model.tied,
+    logit_cap=model.logit_cap,
     add_sincos=model.positions == "sincos",
     # RoPE rotates by the positions, and the row scaling counts tokens by them.
     has_positions=model.positions == "rope" or config.attn.row_power > 0,
     dtype=jnp.dtype(config.dtype),
     rngs=rngs,
+  )
+
+
+def _rotate(model):
+  if model.positions != "rope":
+    return None
+  return functools.partial(
+    positions.rope, base=model.rope_base, share=model.rope_share
   )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -14,12 +13,14 @@ from sigattn import layers, positions, stack
 from sigattn.data import loader, log_mel
 from sigattn.data import speech as recordings
 from sigattn.tasks import ctc
-from sigattn.validate import choice, items, real, sequence, whole
+from sigattn.tasks.ctc_loss import ctc_loss
+from sigattn.validate import added, choice, items, real, sequence, whole
 
 SOURCE = recordings
 UNIT = "utterances"
 METRICS = ("loss", "cer", "wer")
 POSITIONS = ("sincos", "cape", "rope", "none")
+FEATURES = ("log_mel", "whisper")
 
 # Errors are also counted by length: utterances of 0 to 10 seconds, 10 to 20, 20
 # to 30, and more. The paper groups TED-LIUM's utterances in this way.
@@ -54,6 +55,7 @@ class AcousticModel(nnx.Module):
     characters: int,
     add_positions: Callable[..., jax.Array] | None,
     norm: str | None,
+    norm_epsilon: float | None,
     dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
   ):
@@ -75,7 +77,7 @@ class AcousticModel(nnx.Module):
     )
     self.has_norm = norm is not None
     if self.has_norm:
-      self.norm = layers.make_norm(norm, width, rngs)
+      self.norm = layers.make_norm(norm, width, rngs, norm_epsilon)
     zeros = nnx.initializers.zeros
     self.head = nnx.Linear(width, characters + 1, kernel_init=zeros, rngs=rngs)
 
@@ -104,6 +106,7 @@ class AcousticModel(nnx.Module):
 
 
 FIELDS = stack.FIELDS | {
+  "model.features": added(choice(FEATURES), before="log_mel"),
   "model.mel_bins": whole(low=1, high=2**12),
   "model.convolutions": sequence(
     items(whole(low=1, high=2**12), whole(low=1, high=2**12)),
@@ -121,8 +124,20 @@ FIELDS = stack.FIELDS | {
   "augment.time_share": real(low=0, high=1),
   "eval.beam_width": whole(low=1, high=2**16),
 }
+
+
+def _whisper_hears_at_16_khz(config):
+  rate = config.data.sample_rate
+  if config.model.features == "whisper" and rate != log_mel.WHISPER_RATE:
+    raise ValueError(
+      f"config.data.sample_rate={rate!r}; must be {log_mel.WHISPER_RATE} with "
+      "config.model.features='whisper'"
+    )
+
+
 RULES = (
   *stack.RULES,
+  _whisper_hears_at_16_khz,
   stack.not_causal,
   stack.multiple_for_positions({"sincos": 2, "cape": 2, "rope": 2}),
 )
@@ -136,7 +151,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> AcousticModel:
   """
   model, data = config.model, config.data
   samples = int(data.bucket_seconds[-1] * data.sample_rate)
-  max_length = log_mel.frames(samples, data.sample_rate)
+  max_length = _frames(config, samples)
   for _, stride in model.convolutions:
     max_length = -(-max_length // stride)
   encoder = stack.make(
@@ -154,6 +169,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> AcousticModel:
     add_positions=_position_adder(model),
     # A post-norm block already ends with a norm.
     norm=None if model.norm == "post" else model.norm_kind,
+    norm_epsilon=model.norm_epsilon,
     dtype=jnp.dtype(config.dtype),
     rngs=rngs,
   )
@@ -181,21 +197,32 @@ def _position_adder(model):
 def log_mel_of(
   config: ConfigDict, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns normalised log-mel energies (B, T, M) and the valid frames (B,).
+  """Returns log-mel energies (B, T, M) and the valid frames (B,).
 
-  A recording that is shorter than a window counts as one frame. batch: "audio"
-  and "samples", as in `loss`.
+  They are normalised for each recording, or scaled as Whisper does it, by
+  config.model.features. A recording that is shorter than a window counts as one
+  frame. batch: "audio" and "samples", as in `loss`.
   """
-  rate = config.data.sample_rate
-  x_BTM = log_mel.log_mel(batch["audio"], rate, config.model.mel_bins)
-  frames_B = jnp.maximum(log_mel.frames(batch["samples"], rate), 1)
+  bins = config.model.mel_bins
+  frames_B = jnp.maximum(_frames(config, batch["samples"]), 1)
+  if config.model.features == "whisper":
+    x_BTM = log_mel.whisper(batch["audio"], bins)
+    valid_BT = log_mel.valid(frames_B, x_BTM.shape[1])
+    return jnp.where(valid_BT[..., None], x_BTM, 0), frames_B
+  x_BTM = log_mel.log_mel(batch["audio"], config.data.sample_rate, bins)
   return log_mel.normalize(x_BTM, frames_B), frames_B
+
+
+def _frames(config, samples):
+  if config.model.features == "whisper":
+    return log_mel.whisper_frames(samples)
+  return log_mel.frames(samples, config.data.sample_rate)
 
 
 def tick_labels(config: ConfigDict, batch: loader.Batch) -> list[str]:
   """Returns the second at which each token begins, of a batch of one."""
   stride = math.prod(stride for _, stride in config.model.convolutions)
-  frames = log_mel.frames(int(batch["samples"][0]), config.data.sample_rate)
+  frames = _frames(config, int(batch["samples"][0]))
   starts = range(0, frames, stride)
   return [f"{start * log_mel.HOP_MS / 1000:.2f}" for start in starts]
 
@@ -218,31 +245,6 @@ def loss(
   loss_B = ctc_loss(logits_BTV, tokens_B, batch["target"], batch["characters"])
   mean_loss = loss_B.sum() / jnp.maximum(batch["characters"].sum(), 1)
   return mean_loss, {"loss": mean_loss}
-
-
-def ctc_loss(
-  logits_BTV: jax.Array,
-  tokens_B: jax.Array,
-  targets_BU: jax.Array,
-  characters_B: jax.Array,
-) -> jax.Array:
-  """Returns -log p(target) of each utterance, (B,), in nats.
-
-  An utterance with too few tokens for its target has a loss of 0. A target
-  needs one token per character, and one blank between two equal characters.
-  """
-  padding_BU = ~log_mel.valid(characters_B, targets_BU.shape[1])
-  repeated_BU = (targets_BU[:, 1:] == targets_BU[:, :-1]) & ~padding_BU[:, 1:]
-  needed_B = characters_B + repeated_BU.sum(1)
-  padding_BT = ~log_mel.valid(tokens_B, logits_BTV.shape[1])
-  loss_B = optax.ctc_loss(
-    logits_BTV,
-    padding_BT.astype(jnp.float32),
-    targets_BU,
-    padding_BU.astype(jnp.float32),
-    blank_id=ctc.BLANK,
-  )
-  return jnp.where(needed_B <= tokens_B, loss_B, 0)
 
 
 def evaluate(

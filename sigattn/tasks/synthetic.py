@@ -42,6 +42,7 @@ class Solver(nnx.Module):
     num_outputs: int,
     width: int,
     norm: str | None,
+    norm_epsilon: float | None,
     add_sincos: bool,
     has_positions: bool,
     dtype: jax.typing.DTypeLike,
@@ -56,7 +57,7 @@ class Solver(nnx.Module):
     )
     self.has_norm = norm is not None
     if self.has_norm:
-      self.norm = layers.make_norm(norm, width, rngs)
+      self.norm = layers.make_norm(norm, width, rngs, norm_epsilon)
     self.head = nnx.Linear(width, num_outputs, rngs=rngs)
 
   def __call__(
@@ -123,6 +124,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> Solver:
     num_outputs=1 if is_number else config.data.vocab_size,
     width=model.width,
     norm=None if model.norm == "post" else model.norm_kind,
+    norm_epsilon=model.norm_epsilon,
     add_sincos=model.positions == "sincos",
     # RoPE rotates by the positions, and the row scaling counts tokens by them.
     has_positions=model.positions == "rope" or config.attn.row_power > 0,

@@ -52,6 +52,7 @@ class VisionTransformer(nnx.Module):
     position_table: str,
     position_std: float,
     norm: str | None,
+    norm_epsilon: float | None,
     dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
   ):
@@ -69,7 +70,7 @@ class VisionTransformer(nnx.Module):
       self.position = nnx.Param(position_std * normal)
     self.has_norm = norm is not None
     if self.has_norm:
-      self.norm = layers.make_norm(norm, width, rngs)
+      self.norm = layers.make_norm(norm, width, rngs, norm_epsilon)
     zeros = nnx.initializers.zeros
     self.head = nnx.Linear(width, num_classes, kernel_init=zeros, rngs=rngs)
 
@@ -200,6 +201,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> VisionTransformer:
     position_std=model.position_std,
     # A post-norm block already ends with a norm.
     norm=None if model.norm == "post" else model.norm_kind,
+    norm_epsilon=model.norm_epsilon,
     dtype=dtype,
     rngs=rngs,
   )

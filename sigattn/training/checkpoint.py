@@ -26,6 +26,7 @@ import grain.checkpoint
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -87,7 +88,15 @@ def _manager(workdir, keep=None):
     create=keep is not None,
   )
   folder = pathlib.Path(workdir).resolve() / "checkpoints"
-  return ocp.CheckpointManager(folder, options=options)
+  if keep is not None:
+    return ocp.CheckpointManager(folder, options=options)
+  # Orbax warns of what was asked for: that it only reads.
+  verbosity = absl_logging.get_verbosity()
+  absl_logging.set_verbosity(absl_logging.ERROR)
+  try:
+    return ocp.CheckpointManager(folder, options=options)
+  finally:
+    absl_logging.set_verbosity(verbosity)
 
 
 class Checkpoints:

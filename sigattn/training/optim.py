@@ -234,7 +234,7 @@ def lowered(params: Any, dtype: str) -> Any:
 
   def cast(path, x):
     name = path_name(path).rpartition("/")[2]
-    return x.astype(dtype) if name in ("kernel", "embed") else x
+    return x.astype(dtype) if name in ("kernel", "embed", "head") else x
 
   return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from sigattn import tasks, validate
+from sigattn import pretrained, tasks, validate
 from sigattn.data import loader
 from sigattn.training import mesh, optim
 from sigattn.validate import added, choice, flag, text, whole
@@ -66,11 +66,11 @@ def tables(task: str) -> tuple[dict[str, validate.Field], list[validate.Rule]]:
   fields, rules = dict(FIELDS), list(RULES)
   # The data source's rules come last, because they may have to look up what a
   # data set offers, which takes a while.
-  for part in (optim, mesh, loader, module, module.SOURCE):
+  for part in (optim, mesh, loader, module, pretrained, module.SOURCE):
     rules += part.RULES
   rules += LAST_RULES
   # The source's fields come before the task's, which depend on some of them.
-  for part in (optim, mesh, loader, module.SOURCE, module):
+  for part in (optim, mesh, loader, module.SOURCE, module, pretrained):
     fields |= part.FIELDS
   return fields, rules
 

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from sigattn import tasks
+from sigattn import pretrained, tasks
 from sigattn.training import mesh, optim, setup
 
 
@@ -57,6 +57,21 @@ def init(
     return State(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
 
   return state(params), _update(config, static, tx, shardings)
+
+
+def start(config: ConfigDict, state: State) -> State:
+  """The state from which a new run starts: that of config.init_from.
+
+  state: the initial one. Raises ValueError as pretrained.start does.
+  """
+  if config.init_from is None:
+    return state
+  loaded = pretrained.start(config, jax.device_get(state.params))
+  params = jax.tree.map(
+    lambda old, new: jax.device_put(new, old.sharding), state.params, loaded
+  )
+  ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+  return state._replace(params=params, ema=ema)
 
 
 def jitted(update: Update) -> Step:

@@ -6,6 +6,7 @@ import struct
 import zlib
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -328,6 +329,72 @@ def test_bad_value_is_refused_with_its_path(path, value):
   with pytest.raises(ValueError, match=rf"config\.{path}=") as error:
     validate_source(make(**{path: value}))
   assert repr(value) in str(error.value)
+
+
+# Other people's tables and folders.
+
+
+@pytest.mark.parametrize("label", ["integer", "name"])
+@pytest.mark.parametrize("kind", ["struct", "bytes"])
+def test_parquet_as_other_tools_write_it(kind, label, tmp_path, hub_offline):
+  pictures = [png(picture(9, 9, 3, seed)) for seed in range(3)]
+  if kind == "struct":
+    pictures = [{"bytes": x, "path": None} for x in pictures]
+  labels = {"integer": [1, 0, 1], "name": ["dog", "cat", "dog"]}[label]
+  table = pyarrow.table({"image": pictures, "label": labels})
+  (tmp_path / "mine").mkdir()
+  for split, rows in (("train", table), ("test", table.slice(0, 1))):
+    pyarrow.parquet.write_table(rows, tmp_path / "mine" / f"{split}.parquet")
+  config = local(tmp_path / "mine", batch_size=1)
+  validate_source(config)
+  targets = [b["target"][0] for b in tasks.eval_batches(config, "train")]
+  assert targets == [1, 0, 1]
+  [batch] = tasks.eval_batches(config, "test")
+  assert batch["target"] == [1]
+  config.data.num_classes = 1
+  expect_refusal(config, "label=1 is no class|num_classes=1; must be 2")
+
+
+def test_a_class_that_a_split_lacks_is_named(folder, monkeypatch):
+  lines = []
+  monkeypatch.setattr(
+    image.logging, "warning", lambda line, *args: lines.append(line % args)
+  )
+  for file in (folder / "test" / "dog").iterdir():
+    file.unlink()
+  tasks.eval_batches(local(folder), "test")
+  tasks.eval_batches(local(folder), "train")
+  [line] = lines
+  assert "split 'test'" in line
+  assert "1 of the 2 classes: dog" in line
+
+
+def test_hidden_files_are_no_images_and_no_class(folder):
+  """torchvision issues 109 and 2831."""
+  save(folder / "train" / ".ipynb_checkpoints" / "x.png", picture(9, 9, 3))
+  (folder / "train" / "dog" / "._1.png").write_bytes(b"\x00")
+  (folder / "train" / ".DS_Store").write_bytes(b"\x00")
+  config = local(folder)
+  validate_source(config)
+  batches = list(tasks.eval_batches(config, "train"))
+  assert sum(batch["weight"].sum() for batch in batches) == 8
+
+
+def test_a_class_that_lies_deeper_is_named(folder):
+  save(folder / "train" / "dog" / "small" / "x.png", picture(9, 9, 3))
+  expect_refusal(
+    local(folder),
+    r"equally deep.*'train/dog/small/x\.png' does not lie as deep as",
+  )
+
+
+def test_an_animated_picture_is_refused(folder):
+  frames = [Image.fromarray(picture(9, 9, 3, seed)) for seed in range(3)]
+  path = folder / "train" / "dog" / "1.png"
+  frames[0].save(path, "gif", save_all=True, append_images=frames[1:])
+  expect_refusal(local(folder), r"dog/1\.png.*3 frames: must be one image")
+  frames[0].save(path, "mpo", save_all=True, append_images=frames[1:])
+  assert take(local(folder), 3), "a camera's, with a preview"
 
 
 # Training.

@@ -164,3 +164,28 @@ if __name__ == "__main__":
   )  # fmt: skip
   assert done.returncode == -signal.SIGKILL
   assert done.stdout == "2\n"
+
+
+# Worker processes.
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+  """Its workers would run it again, and crash without a word of why."""
+  script = tmp_path / "script.py"
+  call = "next(tasks.train_batches(config))"
+  script.write_text(
+    "from configs import speech_sigmoid\n"
+    "from sigattn import tasks\n"
+    "config = speech_sigmoid.get_config('runlocal')\n"
+    "config.data.num_workers = 1\n"
+    f"{call}\n"
+  )
+  done = subprocess.run(
+    [sys.executable, script], capture_output=True, text=True, timeout=100,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+  )  # fmt: skip
+  assert done.returncode == 1
+  [*_, last] = done.stderr.strip().splitlines()
+  assert "config.data.num_workers=1" in last
+  assert "script.py again" in last
+  assert "line 5" in last

@@ -11,6 +11,14 @@ from sigattn.data import log_mel
 from tests.data.recordings import noise, small
 
 KEY = jax.random.key(0)
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def chirp(rate):
+  """A quarter of a second of a rising tone that fades."""
+  time = np.arange(rate // 4) / rate
+  tone = np.sin(2 * np.pi * (200 + 0.4 * rate * time) * time)
+  return (0.3 * tone * np.exp(-8 * time)).astype(np.float32)
 
 
 @pytest.mark.parametrize("rate", [8000, 16000])
@@ -23,15 +31,25 @@ def test_log_mel_is_librosas(rate):
   expected = np.load(pathlib.Path(__file__).parent / "librosa_mel.npz")[
     str(rate)
   ]
-  time = np.arange(rate // 4) / rate
-  chirp = np.sin(2 * np.pi * (200 + 0.4 * rate * time) * time)
-  audio_S = (0.3 * chirp * np.exp(-8 * time)).astype(np.float32)
+  audio_S = chirp(rate)
   features_TM = log_mel.log_mel(audio_S[None], rate, 80)[0]
   assert (
     features_TM.shape == (log_mel.frames(len(audio_S), rate), 80) == (23, 80)
   )
   assert np.ptp(expected) > 8
   np.testing.assert_allclose(features_TM, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("padding", [0, 1000])
+def test_whispers_features(padding):
+  """The expected ones are transformers'; see tests/references/make.py."""
+  expected_TM = np.load(ROOT / "references" / "whisper.npz")["features"]
+  audio_S = np.pad(chirp(16000), (0, padding))
+  features_BTM = log_mel.whisper(np.stack([0.01 * audio_S, audio_S]), 80)
+  assert np.ptp(expected_TM) > 1
+  np.testing.assert_allclose(
+    features_BTM[1, : len(expected_TM)], expected_TM, atol=1e-4
+  )
 
 
 def test_digital_silence_is_finite():

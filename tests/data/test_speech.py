@@ -1,10 +1,12 @@
 """Transcripts, recordings, and the order of batches from buckets."""
 
 import io
+import json
 import pickle
 
 import jax
 import numpy as np
+import pyarrow.parquet
 import pytest
 import soundfile
 
@@ -72,6 +74,132 @@ def test_unreadable_recording_is_named(tmp_path, monkeypatch):
   values = write_folder(tmp_path, [(recording(0.5), "a"), (b"no sound", "b")])
   with pytest.raises(ValueError, match="row 1, path='x'"):
     data.open_source(small(**values), "train")
+
+
+# Other people's folders.
+
+
+def spoken(config, split):
+  """The transcripts and the seconds of a split."""
+  source = data.open_source(config, split)
+  return sorted(zip(source._texts, source._seconds.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["struct", "bytes"])
+def test_parquet_as_other_tools_write_it(kind, tmp_path, monkeypatch):
+  monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+  content = recording(0.5)
+  audio = {"bytes": content, "path": "a.flac"} if kind == "struct" else content
+  table = pyarrow.table({"audio": [audio], "text": ["One."]})
+  for split in ("train", "test"):
+    pyarrow.parquet.write_table(table, tmp_path / f"{split}.parquet")
+  config = small(**{"data.source": str(tmp_path)})
+  setup.validate_config(config)
+  assert spoken(config, "train") == [("one", 0.5)]
+  assert 4000 in take(config, 1)[0]["samples"]
+
+
+def put(folder, **recordings):
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, seconds in recordings.items():
+    (folder / f"{name}.flac").write_bytes(recording(seconds))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "csv at the top"])
+def test_folder_with_metadata(kind, tmp_path):
+  for split, seconds in (("train", 0.5), ("test", 1.0)):
+    put(tmp_path / split, a=seconds)
+    rows = [{"file_name": "a.flac", "transcription": f"{split}, two"}]
+    if kind == "csv at the top":
+      continue
+    table = "".join(json.dumps(row) + "\n" for row in rows)
+    if kind == "csv":
+      table = f'\ufefffile_name,transcription\r\na.flac,"{split}, two"\r\n'
+    (tmp_path / split / f"metadata.{kind}").write_text(table)
+  if kind == "csv at the top":
+    (tmp_path / "metadata.csv").write_text(
+      "file_name,transcription\n"
+      'train/a.flac,"train, two"\ntest/./a.flac,"test, two"\n'
+    )
+  # datasets issue 5046 and torchvision issue 2831: a path that begins with ./,
+  # and what systems leave behind.
+  for table in list(tmp_path.rglob("metadata.*")):
+    table.write_text(table.read_text().replace("a.flac", "./a.flac"))
+    (table.parent / f"._{table.name}").write_bytes(b"\x00\xff")
+    hidden = table.parent / "__MACOSX"
+    hidden.mkdir()
+    (hidden / table.name).write_bytes(b"\x00\xff")
+  config = small(**{"data.source": str(tmp_path)})
+  setup.validate_config(config)
+  assert spoken(config, "train") == [("train two", 0.5)]
+  assert spoken(config, "test") == [("test two", 1.0)]
+  assert take(config, 1)[0]["samples"].max() <= 4000 / 0.9 + 1
+
+
+def test_the_layout_of_librispeech(tmp_path):
+  for split, reader in (("train-clean-100", "19"), ("dev-clean", "84")):
+    chapter = tmp_path / split / reader / "198"
+    put(chapter, **{f"{reader}-198-0000": 0.5, f"{reader}-198-0001": 1.0})
+    (chapter / f"{reader}-198.trans.txt").write_text(
+      f"{reader}-198-0000 NORTHANGER ABBEY\n{reader}-198-0001 IT'S {reader}\n"
+    )
+  config = small(**{
+    "data.source": str(tmp_path), "data.train_split": "train-clean-100",
+    "data.eval_split": "train-clean-100+dev-clean",
+  })  # fmt: skip
+  setup.validate_config(config)
+  assert spoken(config, "train-clean-100") == [
+    ("it's", 1.0), ("northanger abbey", 0.5),
+  ]  # fmt: skip
+  assert len(spoken(config, "train-clean-100+dev-clean")) == 4
+
+
+def test_the_layout_of_common_voice(tmp_path):
+  put(tmp_path / "clips", a=0.5, b=1.0)
+  head = "client_id\tpath\tsentence\tage\n"
+  for split, name in (("train", "a"), ("test", "b")):
+    (tmp_path / f"{split}.tsv").write_text(
+      f'{head}x\t{name}.flac\t"Quoted, {name}\t\n'
+    )
+  (tmp_path / "clip_durations.tsv").write_text("clip\tduration[ms]\na\t500\n")
+  config = small(**{"data.source": str(tmp_path)})
+  setup.validate_config(config)
+  assert spoken(config, "test") == [("quoted b", 1.0)]
+  config.data.eval_split = "validated"
+  with pytest.raises(ValueError, match=r"eval_split='validated'.*'test', 'tra"):
+    setup.validate_config(config)
+
+
+def test_recordings_without_a_test_split_get_one(tmp_path):
+  rows = [f"a.flac,number {i % 40}" for i in range(60)]
+  put(tmp_path, a=0.5)
+  table = tmp_path / "metadata.csv"
+  table.write_text("\n".join(["file_name,text", *rows]))
+  config = small(**{
+    "data.source": str(tmp_path), "data.alphabet": " 0123456789bemnru",
+  })  # fmt: skip
+  setup.validate_config(config)
+  train, test = ([x for x, _ in spoken(config, s)] for s in ("train", "test"))
+  assert len(train) + len(test) == 60
+  assert 2 <= len(test) <= 15
+  assert not set(train) & set(test)
+  table.write_text("file_name,text\na.flac,one\n")
+  with pytest.raises(ValueError, match="of these 1 that leaves a split empty"):
+    setup.validate_config(config)
+
+
+def test_metadata_may_not_name_files_elsewhere(tmp_path):
+  put(tmp_path, secret=0.5)
+  folder = tmp_path / "folder"
+  folder.mkdir()
+  table = "file_name,text\ntest/../../secret.flac,a\n"
+  (folder / "metadata.csv").write_text(table)
+  config = small(**{"data.source": str(folder)})
+  with pytest.raises(ValueError, match=r"lies outside of the source's folder"):
+    data.open_source(config, "test")
+  (folder / "metadata.csv").write_text("file,text\n../secret.flac,a\n")
+  with pytest.raises(ValueError, match=r"needs a column file_name.*'file', 't"):
+    setup.validate_config(config)
 
 
 # Batches.

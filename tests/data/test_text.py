@@ -13,8 +13,9 @@ import pytest
 
 from configs import lm
 from sigattn import tasks
-from sigattn.data import text, tokenizers
+from sigattn.data import text, text_files, tokenizers, train_tokenizer
 from sigattn.training import setup
+from train import train
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -68,7 +69,8 @@ def texts_of(rows):
 
 
 def test_embedded_text_is_cut_as_told():
-  train, test = (text._embedded_split("kjv", x) for x in ("train", "test"))
+  config = lm.get_config("runlocal")
+  train, test = (text._part(config, x) for x in ("train", "test"))
   assert train.startswith("In the beginning God created")
   assert test.endswith("Amen.\n")
   assert len(train) + len(test) == 4_137_850
@@ -80,7 +82,7 @@ def test_evaluation_predicts_every_character_but_the_first_once():
   config.update_from_flattened_dict({"batch_size": 7, "data.length": 1000})
   rows = rows_of(tasks.eval_batches(config, "test"))
   ids = np.concatenate([row["token"][1:] for row in rows])
-  whole = text._embedded_split("kjv", "test")
+  whole = text._part(config, "test")
   assert text.tokenizer(config).decode(ids[ids >= 0]) == whole[1:]
 
 
@@ -89,7 +91,7 @@ def test_training_rows_are_text_and_each_epoch_cuts_anew():
   config.data.length = 400_000  # 10 rows per epoch
   config.batch_size = 10
   data = tasks.train_batches(config)
-  whole = text._embedded_split("kjv", "train")
+  whole = text._part(config, "train")
   starts = []
   for _ in range(2):
     rows = next(data)["token"]
@@ -160,8 +162,7 @@ def test_an_id_beyond_the_vocabulary_is_refused_before_arrays_are_made(
 def test_evaluation_of_a_file_has_every_document_whole(name, tmp_path):
   texts = documents(30)
   path = write(tmp_path / name, texts)
-  config = make(**{"data.source": path, "data.eval_source": path})
-  setup.validate_config(config)
+  config = make(**{"data.source": "kjv/train", "data.eval_source": path})
   batches = tasks.eval_batches(config, "test")
   rows = rows_of(batches)
   assert max(len(row["token"]) for row in rows) == 17
@@ -183,7 +184,7 @@ def test_evaluation_of_a_file_has_every_document_whole(name, tmp_path):
 def test_every_token_of_a_document_is_a_target_once(tmp_path):
   texts = documents(9)
   path = write(tmp_path / "a.jsonl", texts)
-  config = make(**{"data.source": path, "data.eval_source": path})
+  config = make(**{"data.source": "kjv/train", "data.eval_source": path})
   count = 0
   for row in rows_of(tasks.eval_batches(config, "test")):
     same = row["segment"][1:] == row["segment"][:-1]
@@ -221,7 +222,10 @@ def test_stopped_and_resumed_stream_is_the_same(name, tmp_path):
 def test_every_document_comes_once_an_epoch(tmp_path):
   texts = documents(23)
   path = write(tmp_path / "a.jsonl", texts)
-  config = make(**{"data.source": path, "data.shuffle_window": 7})
+  other = write(tmp_path / "b.jsonl", texts)
+  config = make(**{
+    "data.source": path, "data.eval_source": other, "data.shuffle_window": 7,
+  })  # fmt: skip
   config.data.length = 64  # longer than any document
   data = tasks.train_batches(config)
   pieces = []
@@ -260,7 +264,8 @@ def test_documents_that_are_no_text_are_skipped_up_to_the_share(
   assert len(skipped) == 2
   assert re.search("skipped .1 of at most 1.: .*document 4: ", skipped[0])
   assert re.search("skipped .2 of at most 2.: .*document 10: ", skipped[1])
-  sources = {"data.source": good, "data.eval_source": path, **share, **values}
+  # Of a source that is also trained on, only a part would be evaluated.
+  sources = {"data.source": "x/y", "data.eval_source": path, **share, **values}
   config = make(**sources)
   setup.validate_config(config)
   rows = rows_of(tasks.eval_batches(config, "test"))
@@ -286,7 +291,7 @@ def test_mixture_has_the_shares_it_was_told(tmp_path):
   a = write(tmp_path / "a.jsonl", ["a" * 40] * 50)
   b = write(tmp_path / "b.jsonl", ["b" * 10] * 50)
   config = make(batch_size=10)
-  config.data.update(mixture=((a, 0.7), (b, 0.3)), eval_source=a)
+  config.data.update(source="", mixture=((a, 0.7), (b, 0.3)), eval_source=a)
   setup.validate_config(config)
   data = tasks.train_batches(config)
   rows = np.concatenate([next(data)["token"] for _ in range(10)])
@@ -315,7 +320,9 @@ def test_processes_read_documents_of_their_own(tmp_path, monkeypatch):
 def test_sources_that_cannot_be_read_are_named(tmp_path):
   path = write(tmp_path / "a.jsonl", documents(3))
   with pytest.raises(ValueError, match=r"eval_source=None; must be given"):
-    setup.validate_config(make(**{"data.source": path}))
+    setup.validate_config(
+      make(**{"data.source": "", "data.mixture": ((path, 1.0),)})
+    )
   (tmp_path / "a.doc").write_text("x")
   doc = str(tmp_path / "a.doc")
   with pytest.raises(ValueError, match=r"a\.doc'; its name must end in"):
@@ -324,17 +331,288 @@ def test_sources_that_cannot_be_read_are_named(tmp_path):
   config.data.num_workers = 2
   with pytest.raises(ValueError, match="num_workers=2; must be 0"):
     setup.validate_config(config)
-  with pytest.raises(ValueError, match="only with the embedded texts"):
-    setup.validate_config(
-      make(**{
-        "data.source": path, "data.eval_source": path,
-        "data.tokenizer": "characters",
-      })
-    )  # fmt: skip
   config = make(**{"data.source": path, "data.text_column": "body"})
   with pytest.raises(ValueError, match=r"text_column='body'.*\['id', 'text'\]"):
     next(tasks.train_batches(config))
   (tmp_path / "b.jsonl").write_text("not json\n")
   config = make(**{"data.source": str(tmp_path / "b.jsonl")})
-  with pytest.raises(ValueError, match=r"b\.jsonl': cannot be read"):
+  with pytest.raises(
+    ValueError, match=r"b\.jsonl'.*document 0.*must be text.*'not json"
+  ):
     next(tasks.train_batches(config))
+
+
+# Other people's texts.
+
+
+def fetched(config, batches):
+  """Some training batches, and the number of documents that were read."""
+  data = tasks.train_batches(config)
+  return [next(data) for _ in range(batches)]
+
+
+def test_a_shuffle_window_ends_with_the_epoch(tmp_path, monkeypatch):
+  """One large document was read again and again to fill a window."""
+  [path] = [write(tmp_path / "a.jsonl", ["x" * 300_000])]
+  other = write(tmp_path / "b.jsonl", ["x"])
+  config = make(**{"data.source": path, "data.eval_source": other})
+  config.data.shuffle_window = 10_000
+  opened = []
+  load = datasets.load_dataset
+  monkeypatch.setattr(
+    datasets, "load_dataset", lambda *a, **k: opened.append(a) or load(*a, **k)
+  )
+  next(tasks.train_batches(config))
+  # Looked at once, then epochs as far as the prefetching of rows goes.
+  assert len(opened) < 6
+
+
+def test_a_shuffle_window_ends_when_it_holds_much_text(tmp_path, monkeypatch):
+  texts = documents(40)
+  path = write(tmp_path / "a.jsonl", texts)
+  monkeypatch.setattr(text, "_WINDOW_CHARACTERS", 100)
+  groups = iter(text._Groups(text._Origin(path, "train"), 10_000, seed=0))
+  pieces = []
+  while len(pieces) < len(texts):
+    group = next(groups)
+    assert sum(map(len, group)) < 100 + 60  # the last may go beyond the bound
+    pieces += group
+  assert sorted(pieces) == sorted(texts)
+  assert pieces != texts
+
+
+def test_filling_a_window_shows_progress(tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr(text, "_SECONDS_BETWEEN_MESSAGES", 0)
+  monkeypatch.setattr(
+    text.logging, "warning", lambda line, *args: said.append(line % args)
+  )
+  path = write(tmp_path / "a.jsonl", documents(3))
+  next(iter(text._Groups(text._Origin(path, "train"), 10, seed=0)))
+  assert "a.jsonl" in said[-1]
+  assert "3 of 10 documents" in said[-1]
+
+
+def test_a_txt_is_one_text_with_its_newlines_and_an_end_held_out(tmp_path):
+  path = tmp_path / "a.txt"
+  lines = [f"line {i}, naïve" for i in range(400)]
+  path.write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
+  whole = "\n".join(lines)
+  config = make(**{
+    "data.source": str(path), "data.tokenizer": "characters",
+    "data.vocab_size": 64,
+  })  # fmt: skip
+  setup.validate_config(config)
+  decode = text.tokenizer(config).decode
+  ids = np.concatenate([
+    row["token"][1:] for row in rows_of(tasks.eval_batches(config, "test"))
+  ])  # fmt: skip
+  held_out = decode(ids[ids >= 0])
+  assert whole.endswith(held_out)
+  assert 0.04 < len(held_out) / len(whole) < 0.05
+  rows = next(tasks.train_batches(config))["token"]
+  assert all(decode(row) in whole[: -len(held_out)] for row in rows)
+  config.data.lines = True  # and now each line is a document
+  config.data.length = 64
+  pieces = [
+    x for split in ("train", "test") for x in texts_in_characters(config, split)
+  ]
+  assert sorted(pieces) == sorted(lines)
+
+
+def texts_in_characters(config, split):
+  decode = text.tokenizer(config).decode
+  for row in rows_of(tasks.eval_batches(config, split)):
+    for segment in range(1, row["segment"].max() + 1):
+      yield decode(row["token"][row["segment"] == segment])
+
+
+def test_another_text_can_be_evaluated(tmp_path):
+  for name, content in (("a.txt", "abcd" * 30), ("b.txt", "bad cab " * 10)):
+    (tmp_path / name).write_text(content)
+  b = write(tmp_path / "b.jsonl", ["bad cab"])
+  for other, last in ((str(tmp_path / "b.txt"), "b "), (b, "ab")):
+    config = make(**{
+      "data.source": str(tmp_path / "a.txt"), "data.eval_source": other,
+      "data.tokenizer": "characters", "batch_size": 1,
+    })  # fmt: skip
+    setup.validate_config(config)
+    rows = rows_of(tasks.eval_batches(config, "test"))
+    ids = rows[-1]["token"]
+    assert text.tokenizer(config).decode(ids[ids >= 0]).endswith(last)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "folder"])
+def test_a_stream_gets_a_held_out_part_without_a_second_file(name, tmp_path):
+  texts = [f"document {i % 150}" for i in range(300)]  # each of them twice
+  if name == "folder":
+    (tmp_path / name).mkdir()
+    write(tmp_path / name / "one.jsonl", texts)
+    path = str(tmp_path / name)
+  else:
+    path = write(tmp_path / name, texts)
+  config = make(**{"data.source": path, "data.length": 64})
+  setup.validate_config(config)
+  train, test = (
+    [x for _, x in texts_of(rows_of(tasks.eval_batches(config, split)))]
+    for split in ("train", "test")
+  )
+  assert sorted(train + test) == sorted(texts)
+  assert not set(train) & set(test)
+  assert 2 <= len(test) <= 40
+  batches = fetched(config, 20)
+  assert {x for _, x in texts_of(rows_of(batches))} <= set(train)
+
+
+def test_too_few_documents_to_hold_some_out_is_said(tmp_path):
+  path = write(tmp_path / "a.jsonl", ["only one"])
+  config = make(**{"data.source": path})
+  with pytest.raises(
+    ValueError, match=r"eval_split='test': contains no documents: .*eval_source"
+  ):
+    tasks.eval_batches(config, "test")
+
+
+def test_a_folder_of_all_kinds_is_read_whole(tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr(
+    text_files.logging, "warning", lambda line, *args: said.append(line % args)
+  )
+  folder = tmp_path / "my [best] texts"  # a pattern to those who take it so
+  folder.mkdir()
+  (folder / "a.txt").write_text("first\nsecond")
+  (folder / "b.txt.gz").write_bytes(gzip.compress(b"third"))
+  (folder / "c.pdf").write_text("no text")
+  mixed = [
+    {"body": "fourth", "id": 1},
+    {"body": "fifth", "id": "x", "more": {}},
+  ]
+  (folder / "d.jsonl").write_text("\n\n".join(map(json.dumps, mixed)))
+  (folder / "e.json").write_text(json.dumps([{"body": "sixth"}]))
+  datasets.Dataset.from_dict({"body": ["seventh"], "n": [1]}).to_parquet(
+    folder / "f.parquet"
+  )
+  other = write(tmp_path / "b.jsonl", [])
+  config = make(**{
+    "data.source": str(folder), "data.eval_source": other,
+    "data.text_column": "body", "data.length": 64, "data.shuffle_window": 3,
+  })  # fmt: skip
+  config.data.eval_source = str(folder)
+  config.data.eval_split = "train"
+  expected = {
+    "first\nsecond", "third", "fourth", "fifth", "sixth", "seventh",
+  }  # fmt: skip
+  read = {
+    x for split in ("train", "test") for x in _texts_if_any(config, split)
+  }
+  assert read == expected
+  assert any("c.pdf" in line for line in said)
+  data = tasks.train_batches(config)
+  states, batches = [], []
+  for _ in range(6):
+    states.append(json.loads(json.dumps(data.get_state())))
+    batches.append(next(data))
+  data = tasks.train_batches(config)
+  data.set_state(states[3])
+  for batch in batches[3:]:
+    np.testing.assert_array_equal(next(data)["token"], batch["token"])
+
+
+def _texts_if_any(config, split):
+  try:
+    return [x for _, x in texts_of(rows_of(tasks.eval_batches(config, split)))]
+  except ValueError:  # none of so few is held out
+    return []
+
+
+def test_the_hub_is_not_told_of_local_files(tmp_path, monkeypatch):
+  told = []
+  monkeypatch.setattr(
+    datasets.load, "get_session", lambda *_: told.append("a request")
+  )
+  path = write(tmp_path / "a.jsonl", documents(3))
+  assert len(list(text.documents(path, "train", "text")))
+  assert not told
+  assert datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+
+
+def test_empty_texts_are_no_documents(tmp_path):
+  """gpt-2-output-dataset issue 51; blank lines of a .txt are empty too."""
+  path = tmp_path / "a.txt"
+  path.write_text("one\n\n  \ntwo\n")
+  config = make(**{"data.source": "kjv/x", "data.eval_source": str(path)})
+  config.data.lines = True
+  rows = rows_of(tasks.eval_batches(config, "test"))
+  assert sorted(x for _, x in texts_of(rows)) == ["one", "two"]
+
+
+def test_files_with_other_columns_are_read(tmp_path):
+  """datasets issue 7169 and mini_qwen issue 2: "column names don't match"."""
+  for i, columns in enumerate(({"n": [1]}, {"m": ["x"]}, {})):
+    datasets.Dataset.from_dict({"text": [f"text {i}"], **columns}).to_parquet(
+      tmp_path / f"{i}.parquet"
+    )
+  (tmp_path / "3.jsonl").write_text('{"text": "text 3", "n": {"a": null}}')
+  config = make(**{"data.source": "kjv/x", "data.eval_source": str(tmp_path)})
+  config.data.update(train_split="x", eval_split="train")
+  rows = rows_of(tasks.eval_batches(config, "train"))
+  assert sorted(x for _, x in texts_of(rows)) == [f"text {i}" for i in range(4)]
+
+
+def test_a_resumed_epoch_is_followed_by_whole_ones(tmp_path):
+  """litgpt issue 1712 and torchtitan pull request 3008."""
+  texts = documents(24)
+  for i in range(2):
+    write(tmp_path / f"{i}.jsonl", texts[12 * i : 12 * (i + 1)])
+  origin = text._Origin(str(tmp_path), "train")
+  documents_ = text._DocumentIterator(origin, in_training=True)
+  for _ in range(24 + 1 + 20):  # into the second epoch, of the second file
+    next(documents_)
+  state = json.loads(json.dumps(documents_.get_state()))
+  again = text._DocumentIterator(origin, in_training=True)
+  again.set_state(state)
+  rest = [next(again) for _ in range(4 + 1 + 24 + 1)]
+  assert rest[4] is rest[-1] is None
+  assert sorted(rest[:4]) == sorted(texts[20:])
+  assert sorted(rest[5:-1]) == sorted(texts)
+
+
+def test_a_preset_does_not_ignore_the_source_that_is_given(tmp_path):
+  path = tmp_path / "mine.txt"
+  path.write_text("mine " * 100)
+  config = lm.get_config("85m,runlocal")
+  config.data.update(tokenizer="bytes", source=str(path))
+  with pytest.raises(ValueError, match=r"mine\.txt'; must be '' with a config"):
+    setup.validate_config(config)
+  config.data.update(mixture=(), eval_source=str(path), eval_split="test")
+  setup.validate_config(config)
+  row = next(tasks.train_batches(config))["token"][0]
+  assert "mine mine" in tokenizers.Bytes().decode(row)
+
+
+def test_a_missing_evaluation_ends_the_start_and_names_key_and_split(tmp_path):
+  path = write(tmp_path / "train.jsonl", documents(100))
+  write(tmp_path / "validation.jsonl", documents(9))
+  config = make(**{"data.source": str(tmp_path)})
+  with pytest.raises(
+    ValueError, match=r"eval_split='test'; .*\['train', 'validation'\]"
+  ):
+    train(config, tmp_path / "run")
+  empty = write(tmp_path / "empty.jsonl", [])
+  config = make(**{"data.source": path, "data.eval_source": empty})
+  with pytest.raises(
+    ValueError,
+    match=r"eval_source='.*empty\.jsonl', .*eval_split='test': contains no",
+  ):
+    train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_special_token_spelt_out_is_text(tmp_path):
+  texts = ["the cat sat on the mat"] * 30
+  trained = train_tokenizer.train(texts, 270)
+  trained.save(str(tmp_path / "bpe.json"))
+  bpe = tokenizers.File(tmp_path / "bpe.json", 270)
+  [ids] = bpe.encode(["a<|endoftext|>b"])
+  assert bpe.end not in ids
+  assert bpe.decode(ids) == "a<|endoftext|>b"

@@ -96,8 +96,8 @@ def get_config():
   )
   config.model = dict(
     width=16, depth=1, num_heads=2, mlp_dim=32, mlp="gelu", norm="pre",
-    norm_kind="layernorm", layer_scale=None, dropout=0.0, drop_path=0.0,
-    remat="none",
+    norm_kind="layernorm", norm_epsilon=None, layer_scale=None, dropout=0.0,
+    drop_path=0.0, remat="none",
     max_unrolled=6,
   )
   config.ckpt.best_metric = "loss"

@@ -64,6 +64,28 @@ def test_equals_optax_in_float64(chunks, scale):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * size)
 
 
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_capped_logits_and_their_gradients(chunks):
+  x, embed, target, weight = arguments(scale=5.0)
+
+  def plain(x, embed):
+    logits = 3 * jnp.tanh(jnp.einsum("BTD,VD->BTV", x, embed) / 3)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    return (weight * nats).sum()
+
+  def ours(x, embed):
+    return linear_cross_entropy(x, embed, target, weight, chunks, 3.0).total
+
+  found, wanted = (
+    jax.value_and_grad(f, (0, 1))(x, embed) for f in (ours, plain)
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    found,
+    wanted,
+  )
+
+
 def test_nats_alone_have_no_gradient():
   x, embed, target, weight = arguments()
   gradient = jax.grad(

@@ -1,14 +1,11 @@
-"""CTC against the sum over all paths, and the counts of errors."""
+"""Decoding against the sum over all paths, and the counts of errors."""
 
 import itertools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigattn.data.speech import encode
-from sigattn.tasks import ctc, speech
+from sigattn.tasks import ctc
 
 
 @pytest.mark.parametrize(
@@ -51,38 +48,6 @@ def test_prefix_beam_finds_the_most_probable_text():
     differs += text != ctc.greedy(x_TV.argmax(1), "abc")
   assert differs > 5
   assert ctc.prefix_beam(log_probs(0, 3), "abc", 4) == ""
-
-
-def test_ctc_loss_is_the_sum_over_paths_of_what_is_no_padding():
-  texts = ["ab", "aa", "", "bb", "c"]
-  tokens = np.array([5, 4, 3, 3, 0], np.int32)
-  logits = np.stack([log_probs(5, 4, seed) for seed in range(5)])
-  targets = np.zeros((5, 3), np.int32)
-  for row, text in zip(targets, texts, strict=True):
-    row[: len(text)] = encode(text, "abc")
-  characters = np.array([len(text) for text in texts], np.int32)
-  targets[3, 2] = 2  # padding that repeats the last character
-  loss_B = speech.ctc_loss(np.float32(logits), tokens, targets, characters)
-  for i in range(4):
-    expected = -by_paths(logits[i, : tokens[i]])[texts[i]]
-    assert loss_B[i] == pytest.approx(expected, rel=1e-4)
-  assert loss_B[4] == 0  # there is no token for its character
-
-
-def test_too_few_tokens_for_a_double_letter_give_no_gradient():
-  targets, characters = np.array([[1, 1]]), np.array([2])
-
-  @jax.jit
-  @jax.grad
-  def gradient(logits_BTV, tokens):
-    return speech.ctc_loss(
-      logits_BTV, jnp.array([tokens]), targets, characters
-    ).sum()
-
-  for tokens, is_zero in ((2, True), (3, False)):
-    grad_BTV = gradient(jnp.zeros((1, 3, 3)), tokens)
-    assert np.isfinite(grad_BTV).all()
-    assert (grad_BTV == 0).all() == is_zero
 
 
 def test_errors_count_edits():

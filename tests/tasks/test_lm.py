@@ -170,7 +170,7 @@ def test_sines_have_the_weight_of_the_embedding():
 
 
 def test_run_is_evaluated_at_other_lengths_and_continues_texts(
-  tmp_path, monkeypatch
+  tmp_path, monkeypatch, caplog
 ):
   whole = tasks.eval_batches
   monkeypatch.setattr(
@@ -178,7 +178,9 @@ def test_run_is_evaluated_at_other_lengths_and_continues_texts(
   )
   train(small(**{"eval.length_factors": (2,)}), tmp_path)
   done = json.loads((tmp_path / "DONE.json").read_text())
+  caplog.clear()
   results = evaluate(tmp_path)
+  assert not [x for x in caplog.messages if "read" in x], "Orbax's warnings"
   assert json.loads((tmp_path / "eval.json").read_text()) == results
   assert results["loss"] == pytest.approx(done["loss"], rel=1e-5)
   [twice] = results["variants"].values()

@@ -1,0 +1,110 @@
+# %% [markdown]
+# # A softmax model goes on with sigmoid attention
+#
+# `config.init_from` names a folder with a model of transformers (Llama,
+# GPT-NeoX, ViT) or of timm, and a run starts from its parameters. Attention may
+# then be of another kind. Here a small model takes the place of a public one:
+# it is made with softmax and saved in Llama's form.
+
+# %%
+import sys
+
+sys.path.append("..")  # the root of the repository
+
+import json
+import pathlib
+import tempfile
+import warnings
+
+import matplotlib.pyplot as plt
+
+from configs import lm
+from sigattn import pretrained
+from sigattn.data import text
+from sigattn.training import metrics
+from train import train
+
+metrics.console.quiet = True  # hides each run's tables and progress
+warnings.filterwarnings("ignore", "IProgress")  # of a widget that none needs
+root = pathlib.Path(tempfile.mkdtemp())
+
+# A .txt of one's own: its last 5 % are held out.
+[content] = text.documents("kjv", "test", "text")
+(root / "mine.txt").write_text(content[:120_000])
+
+
+def small(**changes):
+  """A config with the layers of Llama, for the text above."""
+  config = lm.get_config("runlocal")
+  config.total_steps = 60
+  config.batch_size = 16
+  config.data.update(source=str(root / "mine.txt"), length=64)
+  config.model.update(
+    width=32, depth=1, num_heads=4, mlp_dim=64, norm="pre", tied=False
+  )
+  config.attn.update(alibi=False, qk_norm="none", num_kv_heads=2)
+  config.optim.update(lr=5e-3, warmup_steps=5)
+  config.eval.every_steps = 10
+  config.ckpt.every_steps = 0
+  config.log.update(every_steps=10, tensorboard=False)
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+# %% [markdown]
+# ## A model in another library's form
+#
+# A folder as `save_pretrained` writes it has a config.json and safetensors.
+# `python -m sigattn export` makes one of a run.
+
+# %%
+config = small(**{"total_steps": 200, "eval.every_steps": 0})
+state = train(config)
+public = root / "public"
+pretrained.save(config, state.params, public)
+settings = json.loads((public / "config.json").read_text())
+print(settings["architectures"], sorted(x.name for x in public.iterdir()))
+
+# %% [markdown]
+# ## Continued with another attention
+#
+# `pretrained.values` reads from the folder what our config must say: sizes,
+# norms, RoPE's base and so on. Of a folder that fits our layers, only these
+# values, the tokenizer and the data are needed.
+#
+# Sigmoid's bias is -log n, so that the weights of a long row add up to about 1,
+# as those of softmax do.
+
+# %%
+values = pretrained.values(public)
+print(values)
+
+
+runs = {
+  f"{kind}, continued": small(
+    **values, **{"attn.kind": kind, "init_from": str(public)}
+  )
+  for kind in ("softmax", "sigmoid")
+}
+runs["sigmoid, from random parameters"] = small(**{"attn.kind": "sigmoid"})
+for name, run in runs.items():
+  train(run, root / name)
+
+# %% [markdown]
+# The parameters were trained with other attention weights than those that
+# sigmoid makes of them. The model is nevertheless soon far ahead of one from
+# random parameters, and near to the one that kept softmax.
+
+# %%
+figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+for name in runs:
+  lines = (root / name / "metrics.jsonl").read_text().splitlines()
+  points = [json.loads(line) for line in lines]
+  points = [x for x in points if x["split"] == "test"]
+  axes.plot(
+    [x["step"] for x in points], [x["loss"] for x in points], "o-", label=name
+  )
+  print(f"{name}: {points[0]['loss']:.3f} to {points[-1]['loss']:.3f} nats")
+axes.set(xlabel="step", ylabel="held-out loss, nats a character")
+axes.legend(fontsize="small")
+plt.show()

@@ -1,0 +1,159 @@
+"""Finds and opens the files of a local source of texts.
+
+  .jsonl          a document per line, an object with a column of text
+  .json           the same, or one array of such objects
+  .parquet        a document per row
+  .txt            one document, or with config.data.lines one per line
+
+each of them compressed or not (.gz, .bz2, .xz). A folder may hold files of all
+kinds. The names of its files and folders say which split a file belongs to, as
+in `datasets`: train, validation and test, or train alone if no name says it.
+"""
+
+import contextlib
+import functools
+import glob
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+from sigattn.data import hub
+
+SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
+_COMPRESSED = (".gz", ".bz2", ".xz")
+
+# {split: {suffix: paths}}
+Files = Mapping[str, Mapping[str, Sequence[str]]]
+
+
+def suffix(path: pathlib.Path) -> str | None:
+  """The one of SUFFIXES that a file's name ends in, None for other names."""
+  suffixes = [x for x in path.suffixes if x not in _COMPRESSED]
+  return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+
+
+def find(source: str, key: str = "source") -> Files | None:
+  """Returns the files of a local source; None for a name of the Hub.
+
+  key: config.data's, for the errors. A file of another kind in a folder is
+  named in the log. Raises ValueError for a file of another kind, and for a
+  folder without texts.
+  """
+  path = hub.local(source, key)
+  if path.is_file():
+    if (kind := suffix(path)) is None:
+      raise ValueError(
+        f"config.data.{key}={source!r}; its name must end in one of "
+        f"{list(SUFFIXES)}, compressed ({', '.join(_COMPRESSED)}) or not"
+      )
+    return {"train": {kind: [str(path.resolve())]}}
+  return _in_folder(path.resolve(), source, key) if path.is_dir() else None
+
+
+def _in_folder(path, source, key):
+  from datasets import data_files
+
+  base = glob.escape(str(path))
+  files, read = {}, set()
+  try:
+    patterns = data_files.get_data_patterns(base)
+  except FileNotFoundError:
+    patterns = {}
+  for split, names in patterns.items():
+    found = set()
+    for name in names:
+      with contextlib.suppress(FileNotFoundError):  # another of them has files
+        found.update(data_files.resolve_pattern(name, base))
+    for file in sorted(found):
+      if kind := suffix(pathlib.Path(file)):
+        files.setdefault(str(split), {}).setdefault(kind, []).append(file)
+        read.add(pathlib.Path(file))
+  if not files:
+    raise ValueError(
+      f"config.data.{key}={source!r}; holds no file whose name ends in one of "
+      f"{list(SUFFIXES)}, compressed ({', '.join(_COMPRESSED)}) or not"
+    )
+  others = [x for x in path.rglob("*") if x.is_file() and x not in read]
+  if others := sorted(str(x.relative_to(path)) for x in others):
+    _warn(
+      f"config.data.{key}={source!r}: {len(others)} files of the folder are "
+      f"not read, because they belong to no split or are of another kind: "
+      f"{', '.join(others[:10])}"
+    )
+  return files
+
+
+@functools.lru_cache(maxsize=64)
+def _warn(message):
+  """Each epoch opens the files anew; the log names them once."""
+  logging.warning("%s", message)
+
+
+def open_files(
+  files: Mapping[str, Sequence[str]], column: str, lines: bool
+) -> list[tuple[str, Any]]:
+  """Opens the files of a split: [(suffix, datasets.IterableDataset)].
+
+  files: {suffix: paths}. lines: whether each line of a .txt is a document.
+  """
+  import datasets
+
+  text = datasets.Features({column: datasets.Value("string")})
+  encoding = {"encoding": "utf-8-sig"}  # without the mark that Windows writes
+  builders = {
+    ".json": ("json", {}),
+    # Parsed by `parse`: the lines of other people's files differ in columns and
+    # types, which the builder `json` refuses.
+    ".jsonl": ("text", {"sample_by": "line", **encoding}),
+    ".parquet": ("parquet", {}),
+    ".txt": (
+      "text",
+      {
+        "sample_by": "line" if lines else "document",
+        "features": text,
+        **encoding,
+      },
+    ),
+  }
+
+  def load(kind, paths, **more):
+    builder, options = builders[kind]
+    with hub.uncounted():
+      return datasets.load_dataset(
+        builder,
+        data_files={"train": [*map(glob.escape, paths)]},
+        split="train",
+        streaming=True,
+        **options,
+        **more,
+      )
+
+  opened = []
+  for kind, paths in files.items():
+    stream = load(kind, paths)
+    if kind == ".parquet" and column in (stream.features or ()):
+      # The other columns take time, and may differ from file to file.
+      stream = load(kind, paths, columns=[column])
+    opened.append((kind, stream))
+  return opened
+
+
+def examples(kind: str, rows: Iterator[dict[str, Any]]) -> Iterator[Any]:
+  """The documents of an opened file, dicts of columns.
+
+  kind: the suffix. A line of a .jsonl may be anything else: what it holds, or
+  the line itself where it is not JSON.
+  """
+  if kind != ".jsonl":
+    yield from rows
+    return
+  for row in rows:
+    line = row["text"]
+    if line.strip():
+      try:
+        yield json.loads(line)
+      except ValueError:
+        yield line

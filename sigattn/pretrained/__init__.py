@@ -1,0 +1,305 @@
+"""Models of transformers and timm: continued from, and saved in their form.
+
+`config.init_from` names a folder with a config.json and safetensors, as
+`save_pretrained` of transformers and `save_for_hf` of timm write it. A run then
+starts from its parameters instead of random ones; config.attn.kind, and with it
+the attention, may be another. In a notebook:
+
+  config = lm_sigmoid.get_config()
+  config.update_from_flattened_dict(pretrained.values(folder))
+  config.init_from = folder
+
+Supported are Llama, GPT-NeoX and ViT of transformers, and the plain vit_* of
+timm: families.py has what their tensors mean.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from sigattn import layers
+from sigattn.pretrained.families import BLOCKS, FAMILIES
+from sigattn.validate import added, text, value_at
+
+
+def _init_from_has_the_shape(config):
+  if config.init_from is None:
+    return
+  family, wanted = _read(config.init_from)
+  if family.task != config.task:
+    raise ValueError(
+      f"config.init_from={config.init_from!r}; is a model of the task "
+      f"{family.task!r}, not of config.task={config.task!r}"
+    )
+  given = _ours(config, wanted)
+  wrong = {
+    path: value
+    for path, value in wanted.items()
+    if given[path] != value and path != "data.num_classes"
+  }
+  if wrong:
+    path = next(iter(wrong))
+    raise ValueError(
+      f"config.{path}={value_at(config, path)!r}; must be {wrong[path]!r} for "
+      f"config.init_from={config.init_from!r}, whose model needs: "
+      + " ".join(f"--config.{path}={value}" for path, value in wrong.items())
+    )
+
+
+FIELDS = {"init_from": added(text(optional=True), before=None)}
+RULES = (_init_from_has_the_shape,)
+
+
+def _ours(config, paths):
+  """The values of the config, with what None stands for."""
+  given = {path: value_at(config, path) for path in paths}
+  if given.get("attn.num_kv_heads", 0) is None:
+    given["attn.num_kv_heads"] = config.model.num_heads
+  if given.get("model.norm_epsilon", 0) is None:
+    given["model.norm_epsilon"] = layers.EPSILONS[config.model.norm_kind]
+  return given
+
+
+class _Tensors:
+  """The tensors of a folder's safetensors, which may be several files."""
+
+  def __init__(self, folder):
+    import safetensors
+
+    self.shapes, self._files = {}, {}
+    try:
+      for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
+        file = safetensors.safe_open(path, "flax")  # NumPy has no bfloat16.
+        for name in file.keys():  # noqa: SIM118, it is no dict
+          self._files[name] = file
+          self.shapes[name] = tuple(file.get_slice(name).get_shape())
+    except safetensors.SafetensorError as error:
+      raise ValueError(f"{path}: cannot be read: {error}") from error
+    if not self.shapes:
+      raise ValueError(f"{folder}: holds no *.safetensors")
+
+  def __getitem__(self, name):
+    return np.asarray(self._files[name].get_tensor(name)).astype(np.float32)
+
+
+def _read(folder):
+  """(Family, values) of the model in a folder."""
+  path = pathlib.Path(folder) / "config.json"
+  try:
+    theirs = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    reason = getattr(error, "strerror", None) or error
+    raise ValueError(
+      f"config.init_from={str(folder)!r}; needs a config.json and "
+      f"*.safetensors: {path.name}: {reason}"
+    ) from error
+  is_timm = str(theirs.get("architecture", "")).startswith("vit_")
+  kind = theirs.get("model_type", "timm" if is_timm else None)
+  if kind not in FAMILIES:
+    raise ValueError(
+      f"config.init_from={str(folder)!r}; has model_type={kind!r}, must be one "
+      f"of {sorted(set(FAMILIES) - {'timm'})}, or a vit_* of timm"
+    )
+  try:
+    values = FAMILIES[kind].values(theirs, _Tensors(folder).shapes)
+  except KeyError as error:
+    raise ValueError(
+      f"config.init_from={str(folder)!r}; its config or tensors lack {error}"
+    ) from error
+  except ValueError as error:
+    raise ValueError(f"config.init_from={str(folder)!r}; {error}") from error
+  return FAMILIES[kind], values
+
+
+def values(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  """The values of our config, by path, that make the model in a folder.
+
+  For ConfigDict.update_from_flattened_dict. Raises ValueError for a folder
+  without a model, and for a model that ours cannot be.
+  """
+  _, found = _read(folder)
+  return {path: x for path, x in found.items() if x is not None}
+
+
+def _tensors_of(family, values):
+  """(name, paths of ours, entry, index of the layer) of each tensor."""
+  for entry in family.entries(values):
+    if "{}" not in entry.theirs:
+      yield entry.theirs, entry.ours, entry, ()
+      continue
+    paths = tuple(BLOCKS[family.task] + path for path in entry.ours)
+    for i in range(values["model.depth"]):
+      yield entry.theirs.format(i), paths, entry, (i,)
+
+
+# Ours that their models do not have, and that keep their initial values.
+_MAY_BE_NEW = ("attn/logit_bias",)
+
+
+def start(config: ConfigDict, params: Mapping[str, Any]) -> dict[str, Any]:
+  """The parameters of config.init_from, a nested dict of NumPy arrays.
+
+  params: the initial parameters. A trained logit bias keeps its initial value,
+  and so does the head where the model has other classes; the log says so.
+  Raises ValueError for a tensor that is missing, has another shape or is not
+  known.
+  """
+  family, found = _read(config.init_from)
+  tensors, flat = _Tensors(config.init_from), _flatten(params)
+  loaded = {path: np.array(x) for path, x in flat.items()}
+  fresh, unknown = set(loaded), set(tensors.shapes)
+  new_head = family.task == "vit" and (
+    found["data.num_classes"] != config.data.num_classes
+  )
+  for name, paths, entry, layer in _tensors_of(family, found):
+    unknown.discard(name)
+    if new_head and paths[0].startswith("head/"):
+      continue
+    if name not in tensors.shapes:
+      raise ValueError(f"{config.init_from}: has no tensor {name!r}")
+    for path, part in zip(paths, entry.load(tensors[name]), strict=True):
+      if loaded[path][layer].shape != part.shape:
+        raise ValueError(
+          f"{config.init_from}: {name} has the shape {tensors.shapes[name]}, "
+          f"not that of {path}, {loaded[path][layer].shape}"
+        )
+      loaded[path][layer] = part
+      fresh.discard(path)
+  if unknown := sorted(x for x in unknown if not x.endswith(_BUFFERS)):
+    raise ValueError(f"{config.init_from}: tensors not known: {unknown[:10]}")
+  allowed = {x for x in fresh if x.endswith(_MAY_BE_NEW)}
+  if new_head:
+    allowed |= {x for x in fresh if x.startswith("head/")}
+  if fresh - allowed:
+    raise ValueError(f"{config.init_from}: lacks {sorted(fresh - allowed)}")
+  if fresh:
+    logging.warning("not in %s: %s", config.init_from, ", ".join(sorted(fresh)))
+  return _nested(loaded)
+
+
+# Tables of constants, which old versions of transformers saved too.
+_BUFFERS = (
+  "rotary_emb.inv_freq", "attention.bias", "attention.masked_bias",
+)  # fmt: skip
+
+
+def save(
+  config: ConfigDict,
+  params: Mapping[str, Any],
+  folder: str | os.PathLike[str],
+) -> None:
+  """Writes a model as transformers' config.json and model.safetensors.
+
+  The folder is made. Raises ValueError, before anything is written, for a model
+  that none of transformers' Llama, GPT-NeoX and ViT can be.
+  """
+  import safetensors.numpy
+
+  name, family, found = _fitting(config)
+  flat = _flatten(params)
+  tensors = {}
+  for theirs, paths, entry, layer in _tensors_of(family, found):
+    parts = [np.asarray(flat[path])[layer] for path in paths]
+    tensors[theirs] = np.ascontiguousarray(entry.save(*parts), np.float32)
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  length = getattr(config.model, "max_length", 0)
+  described = FAMILIES[name].describe(found, length)
+  (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+  safetensors.numpy.save_file(
+    tensors, folder / "model.safetensors", metadata={"format": "pt"}
+  )
+
+
+# What a config must have to be one of theirs.
+_REQUIRED = {
+  "llama": {
+    "model.positions": ("rope",), "model.rope_share": (1.0,),
+    "model.norm_kind": ("rmsnorm",), "model.mlp": ("swiglu",),
+    "model.use_bias": (False,), "model.parallel": (False,),
+    "model.logit_cap": (None,),
+  },
+  "gpt_neox": {
+    "model.positions": ("rope",), "model.norm_kind": ("layernorm",),
+    "model.mlp": ("gelu", "gelu_exact"), "model.use_bias": (True,),
+    "model.logit_cap": (None,),
+  },
+  "vit": {
+    "model.positions": ("learned",), "model.norm_kind": ("layernorm",),
+    "model.mlp": ("gelu", "gelu_exact"), "model.pool": ("class",),
+  },
+}  # fmt: skip
+_REQUIRED_OF_ALL = {
+  "attn.kind": ("softmax",), "attn.qk_norm": ("none",), "attn.alibi": (False,),
+  "attn.row_power": (0.0,), "model.norm": ("pre",),
+  "model.layer_scale": (None,),
+}  # fmt: skip
+
+
+def _fitting(config):
+  """(name, Family, values) of the family that the config's model is of."""
+  reasons = []
+  for name, required in _REQUIRED.items():
+    family = FAMILIES[name]
+    if family.task != config.task:
+      continue
+    required = _REQUIRED_OF_ALL | required
+    if name == "gpt_neox" or family.task == "vit":
+      heads = (None, config.model.num_heads)
+      required = required | {"attn.num_kv_heads": heads}
+    wrong = []
+    for path, right in required.items():
+      if (value := value_at(config, path)) not in right:
+        choices = " or ".join(map(repr, right))
+        wrong.append(f"config.{path}={value!r}, not {choices}")
+    if not wrong:
+      return name, family, _ours(config, _paths(family))
+    reasons.append(f"{name}: {', '.join(wrong)}")
+  raise ValueError(
+    f"config.task={config.task!r}: no model of transformers that is known here "
+    "is like this one; " + "; ".join(reasons)
+  )
+
+
+def _paths(family):
+  """The fields that the entries and the description of a family read."""
+  shared = (
+    "model.width", "model.depth", "model.num_heads", "model.mlp_dim",
+    "model.mlp", "model.norm_epsilon", "attn.num_kv_heads",
+  )  # fmt: skip
+  if family.task == "lm":
+    return (
+      *shared, "model.tied", "model.rope_base", "model.rope_share",
+      "model.parallel", "data.vocab_size",
+    )  # fmt: skip
+  return (
+    *shared, "model.patch_size", "model.pool", "data.image_size",
+    "data.channels", "data.num_classes",
+  )  # fmt: skip
+
+
+def _flatten(tree, prefix=""):
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      flat |= _flatten(value, f"{prefix}{key}/")
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def _nested(flat):
+  tree = {}
+  for path, value in flat.items():
+    *parents, key = path.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[key] = value
+  return tree

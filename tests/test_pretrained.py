@@ -1,0 +1,243 @@
+"""Models of transformers and timm, against what these libraries compute.
+
+tests/references/make.py made the models and the outputs.
+"""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.flax
+import safetensors.numpy
+
+from configs import lm_sigmoid, vit, vit_sigmoid
+from sigattn import pretrained
+from sigattn.training import checkpoint, setup
+from train import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+REFERENCES = ROOT / "tests" / "references"
+LANGUAGE, VISION = ("llama", "gpt_neox"), ("vit", "timm", "timm_mean")
+
+
+def make(name, **values):
+  """The config of a reference, with softmax."""
+  folder = REFERENCES / name
+  if name in LANGUAGE:
+    config = lm_sigmoid.get_config("runlocal")
+    config.attn.update(alibi=False, qk_norm="none")
+    config.data.update(tokenizer="bytes", length=16)
+  else:
+    config = vit_sigmoid.get_config("runlocal")
+    config.data.update(mean=(0.5,) * 3, std=(0.5,) * 3)
+  config.update_from_flattened_dict(pretrained.values(folder))
+  config.init_from = str(folder)
+  config.attn.kind = "softmax"
+  config.update_from_flattened_dict(values)
+  return config
+
+
+def initial(config):
+  """Parameters of the right shapes; what they are is overwritten."""
+  shapes = jax.eval_shape(lambda: setup.init(config)[1])
+  return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+
+
+def loaded(config):
+  params = pretrained.start(config, initial(config))
+  return setup.model(config, jax.tree.map(jnp.asarray, params))
+
+
+@pytest.mark.parametrize("name", [*LANGUAGE, *VISION])
+def test_loaded_models_compute_what_theirs_do(name):
+  expected = np.load(REFERENCES / name / "expected.npz")
+  model = loaded(make(name))
+  if name in LANGUAGE:
+    logits = model(jnp.asarray(expected["token"]))
+  else:
+    logits = model(jnp.asarray(expected["image"].transpose(0, 2, 3, 1)))
+  assert np.ptp(expected["logits"]) > 1
+  np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "vit"])
+def test_saved_models_are_theirs_bit_for_bit(name, tmp_path):
+  config = make(name)
+  params = pretrained.start(config, initial(config))
+  pretrained.save(config, params, tmp_path / "saved")
+  ours, theirs = (
+    safetensors.numpy.load_file(folder / "model.safetensors")
+    for folder in (tmp_path / "saved", REFERENCES / name)
+  )
+  assert ours.keys() == theirs.keys()
+  for key, tensor in theirs.items():
+    np.testing.assert_array_equal(ours[key], tensor, err_msg=key)
+  # And the config says the same to those who load it.
+  assert pretrained.values(tmp_path / "saved") == pretrained.values(
+    REFERENCES / name
+  )
+
+
+def test_several_files_and_bfloat16_are_read(tmp_path):
+  folder = tmp_path / "llama"
+  shutil.copytree(REFERENCES / "llama", folder)
+  tensors = safetensors.flax.load_file(folder / "model.safetensors")
+  (folder / "model.safetensors").unlink()
+  names = sorted(tensors)
+  for i, part in enumerate((names[:7], names[7:])):
+    safetensors.flax.save_file(
+      {x: tensors[x].astype("bfloat16") for x in part},
+      folder / f"model-0000{i + 1}-of-00002.safetensors",
+    )
+  config = make("llama", init_from=str(folder))
+  params = pretrained.start(config, initial(config))
+  wanted = np.asarray(tensors["model.embed_tokens.weight"])
+  np.testing.assert_allclose(params["embed"], wanted, rtol=2**-8)
+  assert params["embed"].dtype == np.float32
+
+
+def command(*words):
+  done = subprocess.run(
+    [sys.executable, *words], cwd=ROOT, capture_output=True, text=True
+  )
+  return done.returncode, done.stdout + done.stderr
+
+
+def test_the_command_names_what_the_model_needs():
+  code, said = command(
+    "train.py", "--config=configs/lm_sigmoid.py:runlocal",
+    f"--config.init_from={REFERENCES / 'llama'}",
+  )  # fmt: skip
+  assert code == 1
+  assert (
+    "train.py: config.model.norm='hybrid'; must be 'pre' for config" in said
+  )
+  assert "--config.model.rope_base=500000.0 " in said
+  assert "--config.attn.alibi=False" in said
+
+
+def test_a_softmax_model_goes_on_with_sigmoid_and_is_saved(tmp_path):
+  text = tmp_path / "a.txt"
+  text.write_text("hello jello yellow fellow " * 30)
+  config = make(
+    "llama",
+    **{
+      "attn.kind": "sigmoid", "attn.learn_logit_bias": True,
+      "data.source": str(text), "data.tokenizer": "characters",
+      "batch_size": 2, "total_steps": 1, "optim.lr": 1e-6,
+      "optim.ema_decay": 0.9,
+    },
+  )  # fmt: skip
+  state = train(config, tmp_path / "run")
+  start = pretrained.start(config, initial(config))
+  for tree in (state.params, state.ema):
+    np.testing.assert_allclose(tree["embed"], start["embed"], atol=1e-5)
+  bias_LN = state.params["stack"]["blocks"]["attn"]["logit_bias"]
+  np.testing.assert_allclose(bias_LN, -np.log(16), atol=1e-4)
+  config.total_steps = 2  # and now from the checkpoint
+  assert int(train(config, tmp_path / "run").step) == 2
+  with pytest.raises(ValueError, match=r"llama: config\.attn\.kind='sigmoid'"):
+    pretrained.save(config, state.params, tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_exported_and_read_again(tmp_path):
+  text = tmp_path / "a.txt"
+  text.write_text("hello jello yellow fellow " * 30)
+  config = make(
+    "gpt_neox",
+    **{
+      "data.source": str(text), "data.tokenizer": "characters",
+      "batch_size": 2, "total_steps": 1,
+    },
+  )  # fmt: skip
+  train(config, tmp_path / "run")
+  out = str(tmp_path / "out")
+  code, said = command(
+    "-m", "sigattn", "export", f"--workdir={tmp_path / 'run'}", f"--out={out}"
+  )
+  assert code == 0, said
+  config.init_from = out
+  again = pretrained.start(config, initial(config))
+  _, params, _ = checkpoint.load(tmp_path / "run")
+  jax.tree.map(np.testing.assert_array_equal, again, jax.device_get(params))
+
+
+def test_another_number_of_classes_gets_a_new_head():
+  config = make("timm", **{"data.num_classes": 7})
+  params = pretrained.start(config, initial(config))
+  assert params["head"]["kernel"].shape == (8, 7)
+  assert not params["head"]["kernel"].any()
+  assert params["position"].any()
+
+
+def altered(tmp_path, **changes):
+  """The reference llama with other settings in its config."""
+  folder = tmp_path / "llama"
+  shutil.copytree(REFERENCES / "llama", folder)
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+  return folder
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"model_type": "gemma2"}, r"model_type='gemma2', must be one of"),
+    ({"attention_bias": True}, r"attention_bias=True; must be one of \[False"),
+    ({"hidden_act": "relu"}, r"hidden_act='relu'; must be one of \['silu'"),
+    ({"head_dim": 8}, r"head_dim=8; must be one of \[4\]"),
+    (
+      {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+      r"rope_type='llama3'; must be one of \['default'\]",
+    ),
+    ({"num_hidden_layers": 3}, r"has no tensor 'model\.layers\.2"),
+    ({"num_hidden_layers": 1}, r"tensors not known: \['model\.layers\.1"),
+    ({"intermediate_size": 20}, r"has the shape \(24, 16\), not that of"),
+  ],
+)
+def test_a_model_that_ours_cannot_be_is_refused(change, message, tmp_path):
+  folder = altered(tmp_path, **change)
+
+  def read():
+    config = make("llama")
+    config.update_from_flattened_dict(pretrained.values(folder))
+    config.init_from = str(folder)
+    pretrained.start(config, initial(config))
+
+  with pytest.raises(ValueError, match=message):
+    read()
+
+
+def test_a_missing_head_is_not_taken_for_a_tied_one(tmp_path):
+  """lerobot issue 1529: lm_head is not saved where it is the embedding."""
+  for tied in (True, False):
+    folder = altered(tmp_path / str(tied), tie_word_embeddings=tied)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    if tied:
+      config = make("llama", **pretrained.values(folder))
+      config.init_from = str(folder)
+      assert "head" not in pretrained.start(config, initial(config))
+      continue
+    with pytest.raises(ValueError, match=r"no tensor 'lm_head\.weight', and"):
+      pretrained.values(folder)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+  config = vit.get_config()
+  config.init_from = str(tmp_path)
+  with pytest.raises(ValueError, match=r"init_from='.*'; needs a config\.json"):
+    setup.validate_config(config)
+  config.init_from = str(REFERENCES / "llama")
+  with pytest.raises(
+    ValueError, match=r"of the task 'lm', not of config\.task"
+  ):
+    setup.validate_config(config)
