@@ -37,7 +37,7 @@ import sigattn
 from benchmarks import attention
 from configs import lm_sigmoid
 from sigattn.training import mesh as meshes
-from sigattn.training import step
+from sigattn.training import process, step
 
 SPLITS = ("data", "fsdp", "tensor")
 # (exchange, order) of each ring. Without the balanced order the last device
@@ -243,6 +243,7 @@ PARTS = {"train": train_rows, "ring": ring_rows}
 
 
 def main(argv=None):
+  process.use_most_of_the_gpu()
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
   parser.add_argument(
