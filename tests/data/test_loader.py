@@ -182,7 +182,7 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
   )
   done = subprocess.run(
     [sys.executable, script], capture_output=True, text=True, timeout=100,
-    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
   )  # fmt: skip
   assert done.returncode == 1
   [*_, last] = done.stderr.strip().splitlines()
