@@ -98,9 +98,14 @@ def _source_has_the_splits(config):
           "join several by +"
         )
   if source in EMBEDDED:
-    split = config.data.train_split
-    count = len(_embedded_rows(source, split))
-    loader.validate_batch_size(config, count, f"{split!r} of {source}")
+    split, seconds = config.data.train_split, config.data.bucket_seconds
+    rows = _embedded_rows(source, split)
+    loader.validate_batch_size(config, len(rows), f"{split!r} of {source}")
+    if seconds[-1] < (shortest := min(row["duration"] for row in rows)):
+      raise ValueError(
+        f"config.data.bucket_seconds={seconds!r}; must reach {shortest:.2f}, "
+        f"the shortest recording in {split!r} of {source}"
+      )
 
 
 RULES = (_speeds_are_hundredths, _source_has_the_splits)

@@ -170,6 +170,12 @@ def test_the_layout_of_common_voice(tmp_path):
     setup.validate_config(config)
 
 
+def test_buckets_that_no_embedded_recording_fits_are_refused():
+  config = small(**{"data.bucket_seconds": (0.05,)})
+  with pytest.raises(ValueError, match=r"config\.data\.bucket_seconds=.*reach"):
+    setup.validate_config(config)
+
+
 def test_recordings_without_a_test_split_get_one(tmp_path):
   rows = [f"a.flac,number {i % 40}" for i in range(60)]
   put(tmp_path, a=0.5)
