@@ -85,7 +85,8 @@ def _peak_mib():
   return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
 
 
-def _commit():
+def commit():
+  """What git calls the code that is measured; None outside of a checkout."""
   done = subprocess.run(
     ["git", "describe", "--always", "--dirty"],
     cwd=_FOLDER.parent, capture_output=True, text=True, check=False,
@@ -343,7 +344,7 @@ def write(name, device, measurements):
   result = {
     "device": device,
     "date": datetime.date.today().isoformat(),
-    "commit": _commit(),
+    "commit": commit(),
     "jax": jax.__version__,
   }
   path = _FOLDER / f"{name}.json"

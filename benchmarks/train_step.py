@@ -426,7 +426,10 @@ def _arguments():
   )
   parser.add_argument("--out", type=pathlib.Path, help="instead of results/")
   parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
-  return parser.parse_args()
+  arguments = parser.parse_args()
+  if arguments.out and arguments.out.is_dir():
+    parser.error(f"--out {arguments.out}: must be a file, and is a folder")
+  return arguments
 
 
 def main():
@@ -478,9 +481,12 @@ def _rows_of_others(path, device, models):
 def _save(path, device, rows):
   import jax
 
+  from benchmarks import attention
+
   result = {
     "device": device,
     "date": datetime.date.today().isoformat(),
+    "commit": attention.commit(),
     "jax": jax.__version__,
     "method": f"median of {ROUNDS} rounds of {STEPS} steps",
     "rows": rows,
