@@ -408,16 +408,18 @@ def table(params: Any) -> rich.table.Table:
   """A table of how each parameter is split, and what a device holds of it.
 
   "1 fsdp, 2 tensor" means that these axes of the mesh split the axes 1 and 2 of
-  the shape; "no rule", that PARAMETERS has no pattern for the parameter.
+  the shape; "no rule", that PARAMETERS has no pattern for the parameter. A
+  single device splits nothing, and has no such column.
 
   params: arrays, or shapes with a sharding.
   """
   leaves = jax.tree_util.tree_leaves_with_path(params)
+  several = any(x.sharding.num_devices > 1 for _, x in leaves)
   table = rich.table.Table(
     rich.table.Column("parameter", overflow="fold"),
     "shape",
-    "split over",
-    rich.table.Column("MiB each", justify="right"),
+    *(["split over"] if several else []),
+    rich.table.Column("MiB each" if several else "MiB", justify="right"),
     box=rich.box.SIMPLE_HEAD,
     padding=(0, 1, 0, 0),
   )
@@ -426,14 +428,13 @@ def table(params: Any) -> rich.table.Table:
     table.add_row(
       name,
       "x".join(map(str, x.shape)),
-      _split_over(name, x),
+      *([_split_over(name, x)] if several else []),
       f"{bytes_a_device(x) / 2**20:,.2f}",
     )
   table.add_section()
   total = sum(math.prod(x.shape) for _, x in leaves)
-  table.add_row(
-    "all", f"{total:,}", "", f"{bytes_a_device(params) / 2**20:,.2f}"
-  )
+  held = f"{bytes_a_device(params) / 2**20:,.2f}"
+  table.add_row("all", f"{total:,}", *([""] if several else []), held)
   return table
 
 
@@ -463,4 +464,6 @@ def describe(state: Sequence[Any], mesh: Mesh) -> str:
     for name, tree in parts.items()
     if tree is not None
   )
+  if mesh.size == 1:
+    return f"MiB on the device: {held}"
   return f"mesh {shape}; MiB that each device holds: {held}"
