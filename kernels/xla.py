@@ -223,7 +223,7 @@ def _rows(problem, rows, d_out, d_sums):
 
   def by_head(x_BTN):
     batch, length, _ = x_BTN.shape
-    x_BTKG = x_BTN.reshape(batch, length, problem.num_kv_heads, -1)
+    x_BTKG = x_BTN.reshape(batch, length, *_heads(problem))
     return jnp.moveaxis(x_BTKG, 1, 3)
 
   inverse = numerics.inverse(sums)
@@ -401,12 +401,16 @@ def _query_blocks(problem):
 
 
 def _is_small(problem):
+  if problem.is_symbolic:  # Blocks need sizes.
+    return True
   weights = problem.batch * problem.num_heads * problem.query_len
   return weights * problem.key_len <= _TILE
 
 
 def _over_keys(add, total, problem, start, stop):
   """Applies add(total, first, size) to each block of visible keys."""
+  if problem.is_symbolic:
+    return add(total, 0, problem.key_len)
   low, high = _key_range(problem, start, stop)
   block = high - low
   if not _is_small(problem):
@@ -577,23 +581,28 @@ def _by_key_head(x_BNTS, problem):
   batch, heads, *rest = x_BNTS.shape
   if heads == 1:
     return x_BNTS.reshape(batch, 1, 1, *rest)
-  return x_BNTS.reshape(batch, problem.num_kv_heads, -1, *rest)
+  return x_BNTS.reshape(batch, *_heads(problem), *rest)
 
 
 def _per_head(x_BN, problem):
-  return x_BN.reshape(x_BN.shape[0], problem.num_kv_heads, -1, 1, 1)
+  return x_BN.reshape(x_BN.shape[0], *_heads(problem), 1, 1)
 
 
 def _group(x_BTNH, problem):
   batch, length, _, width = x_BTNH.shape
-  return x_BTNH.reshape(batch, length, problem.num_kv_heads, -1, width)
+  return x_BTNH.reshape(batch, length, *_heads(problem), width)
+
+
+def _heads(problem):
+  """(K, G)."""
+  return problem.num_kv_heads, problem.num_heads // problem.num_kv_heads
 
 
 # Precision.
 
 
 def _logits_dtype(problem):
-  return jnp.promote_types(problem.dtype, jnp.float32)
+  return numerics.wide(problem.dtype)
 
 
 def _einsum(equation, a, b, problem):

@@ -56,6 +56,8 @@ def unsupported(problem: Problem) -> str:
     return "scale=0 is not implemented"
   if problem.head_dim not in tiles.TILES:
     return f"head_dim={problem.head_dim}; one of {sorted(tiles.TILES)}"
+  if problem.is_symbolic:
+    return "symbolic sizes are not implemented"
   if 0 in (problem.batch, problem.query_len, problem.key_len):
     return "nothing to compute"
   card = device.current()

@@ -8,8 +8,10 @@ gradients of logit_bias and slopes) and one for dk and dv. Neither uses atomics,
 so every run gives the same numbers.
 """
 
+import contextlib
 import functools
 import importlib.util
+import os
 from typing import Any
 
 import jax
@@ -50,6 +52,8 @@ def unsupported(problem: Problem) -> str:
     return f"a dense {name} is not implemented"
   if problem.head_dim > 256:
     return f"head_dim={problem.head_dim}; at most 256"
+  if problem.is_symbolic:
+    return "symbolic sizes are not implemented"
   if 0 in (problem.batch, problem.query_len, problem.key_len):
     return "nothing to compute"
   card = device.current()
@@ -221,7 +225,8 @@ def _call(direction, problem, precision, tile, arrays, outs, **sums):
 
 
 def _start(kernel, arrays, outs, tile, count, constants):
-  import jax_triton
+  with _triton_cache_dir():
+    import jax_triton
 
   return jax_triton.triton_call(
     *arrays,
@@ -234,6 +239,20 @@ def _start(kernel, arrays, outs, tile, count, constants):
     compute_capability=device.current().capability,
     **constants,
   )
+
+
+@contextlib.contextmanager
+def _triton_cache_dir():
+  """Puts TRITON_CACHE_DIR back, which jax_triton empties where it is imported.
+
+  Without a folder, Triton's kernels of others in this process do not compile.
+  """
+  before = os.environ.get("TRITON_CACHE_DIR")
+  yield
+  if before is None:
+    os.environ.pop("TRITON_CACHE_DIR", None)
+  else:
+    os.environ["TRITON_CACHE_DIR"] = before
 
 
 # The constants and operands of the kernels.
