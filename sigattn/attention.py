@@ -600,6 +600,13 @@ def _softmax(
     scale=1.0 if isinstance(scale, jax.core.Tracer) else scale,
     is_causal=is_causal, window=local_window_size, query_offset=query_offset,
   )  # fmt: skip
+  promotion = jax.config.jax_numpy_dtype_promotion
+  if promotion == "strict" and problem.dtype == "bfloat16":
+    raise ValueError(
+      f"jax_numpy_dtype_promotion={promotion!r} with "
+      "kind='softmax' and query.dtype=bfloat16: jax cannot lower its own "
+      "function then; give 'standard', or float16 or float32 arrays"
+    )
   bias, mask = operands.bias, operands.mask
   length, keys = query.shape[1], key.shape[1]
   if problem.is_symbolic and problem.window:
