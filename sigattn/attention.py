@@ -603,7 +603,7 @@ def _softmax(
   promotion = jax.config.jax_numpy_dtype_promotion
   if promotion == "strict" and problem.dtype == "bfloat16":
     raise ValueError(
-      f"jax_numpy_dtype_promotion={promotion!r} with "
+      f"jax_numpy_dtype_promotion={promotion.value!r} with "
       "kind='softmax' and query.dtype=bfloat16: jax cannot lower its own "
       "function then; give 'standard', or float16 or float32 arrays"
     )

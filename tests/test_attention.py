@@ -520,7 +520,7 @@ def test_a_traced_scale_is_a_number_with_a_gradient(kind):
     out = dot_product_attention(
       factor * query, key, value, kind=kind, scale=scale
     )
-    return (out * jnp.cos(jnp.arange(8.0))[None, None, None]).sum()
+    return (out**2).sum()
 
   found, slope = jax.jit(jax.value_and_grad(loss))(0.3)
   close(found, loss(0.3), rtol=1e-4)
