@@ -23,6 +23,7 @@ from sigattn.kernels import (
   numerics,
   segments,
   vectors,
+  xla,
 )
 from sigattn.kernels.differentiation import Sums
 from sigattn.kernels.problem import Operands, Problem
@@ -72,7 +73,7 @@ def attention(
   operands: Operands,
   problem: Problem,
 ) -> jax.Array:
-  """As xla.attention. Only reverse mode works.
+  """As xla.attention, of which the tangents of forward mode are computed.
 
   Products of float32 are exact in float32, unless jax.default_matmul_precision
   is tensorfloat32 or high (three products of tf32). float16 weights are
@@ -81,10 +82,16 @@ def attention(
   problem, operands = vectors.fold(problem, operands)
   precision = _PRECISIONS.get(jax.config.jax_default_matmul_precision, "ieee")
   return differentiation.attention(
+    _passes(precision), xla.PASSES, problem, query, key, value, operands
+  )
+
+
+@functools.cache
+def _passes(precision):
+  return differentiation.of_kernels(
     functools.partial(_forward, precision),
     functools.partial(_backward, precision),
-    problem, query, key, value, operands,
-  )  # fmt: skip
+  )
 
 
 def _forward(precision, problem, query, key, value, operands):
