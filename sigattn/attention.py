@@ -69,7 +69,19 @@ def dot_product_attention(
   silu      z sigmoid(z) / n 0              2402.17152 (HSTU)
 
   The arguments of jax.nn.dot_product_attention mean what they mean there.
-  A row that sees no key is zero, except with softmax.
+  A row that sees no key is zero, except with softmax. docs/jax_nn.md lists
+  where the arguments differ from those of jax.nn.
+
+  What computes a derivative (jax.grad, vjp, jacrev: reverse; jvp, jacfwd,
+  linearize: forward; of one another: second order), "portable" being plain JAX
+  over blocks of keys:
+
+  implementation      reverse         forward       second order
+  xla                 its own pass    portable      portable
+  triton              kernels         portable      portable
+  mosaic              kernels         portable      portable
+  softmax by xla      jax.nn's        jax.nn's      jax.nn's
+  softmax by cudnn    jax.nn's        none in jax   none in jax
 
   Args:
     query: (B, T, N, H) or (T, N, H); float16, bfloat16 or float32.
