@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -33,7 +32,7 @@ _EXTRA = {4: "BTNH", 3: "BTN"}
 _FREE = ("BNTS", "BN", "BNT", "BNS")
 
 
-def over_batch(
+def over_devices(
   compute: Callable[..., tuple[jax.Array, ...]],
   outputs: Sequence[str],
   problem: Problem,
@@ -43,7 +42,7 @@ def over_batch(
   operands: Operands,
   *extra: jax.Array,
 ) -> tuple[jax.Array, ...]:
-  """compute(problem, query, ...), also under vmap and on a mesh.
+  """compute(problem, query, ...), of the part that each device of a mesh holds.
 
   Args:
     compute: takes the other arguments, and works for any batch and heads.
@@ -61,48 +60,74 @@ def over_batch(
   ]  # fmt: skip
   axes = [*_INPUTS, *given, *(_EXTRA[x.ndim] for x in extra)]
 
-  def arguments(arrays):
-    """The arguments of compute, with a problem that fits the arrays."""
-    query, key, value, operands, *extra = jax.tree.unflatten(tree, arrays)
-    resized = dataclasses.replace(
-      problem,
-      batch=query.shape[0],
-      num_heads=query.shape[2],
-      num_kv_heads=key.shape[2],
-      shapes=Operands(*(x if x is None else x.shape for x in operands)),
-    )
-    return resized, query, key, value, operands, *extra
-
   def local(*arrays):
-    return tuple(varying(x, arrays) for x in compute(*arguments(arrays)))
+    query, key, value, operands, *extra = jax.tree.unflatten(tree, arrays)
+    inputs = query, key, value, operands
+    results = compute(resized(problem, *inputs), *inputs, *extra)
+    return tuple(varying(x, arrays) for x in results)
 
-  @custom_vmap
-  def call(*arrays):
-    if jax.sharding.get_abstract_mesh().manual_axes:
-      return local(*arrays)  # In a shard_map: split already.
-    return _partitioned(local, problem, axes, outputs, arrays)(*arrays)
-
-  @call.def_vmap
-  def fold(size, batched, *arrays):
-    arrays = [
-      _fold(x, size if b else None, size, problem.batch, a)
-      for x, b, a in zip(arrays, batched, axes, strict=True)
-    ]
-    results = over_batch(compute, outputs, *arguments(arrays))
-    results = tuple(x.reshape(size, -1, *x.shape[1:]) for x in results)
-    return results, (True,) * len(results)
-
-  return call(*arrays)
+  if jax.sharding.get_abstract_mesh().manual_axes:
+    return local(*arrays)  # In a shard_map: split already.
+  return _partitioned(local, problem, axes, outputs, arrays)(*arrays)
 
 
-def _fold(x, batched, size, batch, axes):
-  """x (size, batch, ...) or, not batched, (batch, ...) as (size batch, ...)."""
-  if not batched:
-    if axes in _FREE and x.shape[0] == 1:
+def resized(
+  problem: Problem,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  operands: Operands,
+) -> Problem:
+  """The problem with the batch and heads of the arrays."""
+  del value
+  return dataclasses.replace(
+    problem,
+    batch=query.shape[0],
+    num_heads=query.shape[2],
+    num_kv_heads=key.shape[2],
+    shapes=Operands(*(x if x is None else x.shape for x in operands)),
+  )
+
+
+# vmap.
+
+
+def fold(
+  name: str,
+  x: jax.Array,
+  axis: int | None,
+  size: int,
+  batch: int,
+  whole: bool,
+) -> jax.Array:
+  """x with a vmapped axis in its batch, (size batch, ...).
+
+  Args:
+    name: of the array, or its axes.
+    x: (batch, ...) and a vmapped axis, if it has one.
+    axis: where that is, or None.
+    size: of that axis.
+    batch: the examples of each vmapped one.
+    whole: whether a batch of 1 that all share becomes size batch too.
+  """
+  if axis is not None:
+    x = jnp.moveaxis(x, axis, 0)
+  else:
+    free = getattr(_OPERANDS, name, name) in _FREE
+    if free and x.shape[0] == 1 and not whole:
       return x
     x = x[None]
   x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
-  return x.reshape(-1, *x.shape[2:])
+  return x.reshape(size * batch, *x.shape[2:])
+
+
+def unfold(x: jax.Array, size: int, aval: Any) -> jax.Array:
+  """(size, *aval.shape) of (size batch, ...); a batch of 1 is a sum over it."""
+  x = x.reshape(size, x.shape[0] // size, *x.shape[1:])
+  return x.sum(1, keepdims=True) if x.shape[1:] != aval.shape else x
+
+
+# shard_map.
 
 
 def varying(x: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:

@@ -55,7 +55,7 @@ def attention(
   normalizer: float = 1.0,
   normalize: bool = False,
   is_causal: bool = False,
-  local_window_size: int | tuple[int, int] | None = None,
+  local_window_size: int | tuple[int | None, int | None] | None = None,
   query_offset: int | None = None,
   implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -74,7 +74,8 @@ def attention(
     normalize: divides the weights of a row by their sum over the visible keys.
       A row whose weights are all zero remains zero.
     is_causal: query i sees the keys j <= i, as in jax.nn.
-    local_window_size: w or (left, right): query i sees i - left .. i + right.
+    local_window_size: w or (left, right): query i sees i - left .. i + right;
+      None for all keys on a side.
     query_offset: an int, the position of the first query among the keys: i
       begins there. None if operands.query_offset is an array, or if it is not
       given; then i begins at 0, and for ALiBi at S - T.
@@ -122,7 +123,7 @@ def weights(
   key: jax.Array,
   operands: Operands,
   *,
-  local_window_size: int | tuple[int, int] | None = None,
+  local_window_size: int | tuple[int | None, int | None] | None = None,
   **options: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """(logits, weights, visible) of `attention`, each (B, N, T, S), to look at.
@@ -170,6 +171,8 @@ def _choose(problem, implementation, _):
 
 def _fastest_first(problem):
   names = list(IMPLEMENTATIONS)
+  if problem.is_symbolic:
+    return names
   short = max(problem.query_len, problem.key_len) < _SHORT
   short |= problem.query_len <= _FEW
   # With ALiBi and H = 32 (n = 2,048), forward and backward without a mask take

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sigattn.kernels.problem import Problem
 
@@ -76,6 +77,15 @@ def float16_scales(problem: Problem, headroom: int) -> tuple[float, float]:
   return 1.0, 1.0
 
 
+def wide(dtype: DTypeLike) -> jnp.dtype:
+  """The dtype of logits and sums: float32, or float64 of float64.
+
+  Unlike jnp.promote_types it also works where the user forbids promotions.
+  """
+  dtype = jnp.dtype(dtype)
+  return dtype if dtype == "float64" else jnp.dtype("float32")
+
+
 def _nearest(problem):
   """The least distance |i + S - T - j| that ALiBi puts on a visible key."""
   offset = problem.distance_offset
@@ -98,7 +108,7 @@ def shift(
 
   out, d_out: (B, T, N, H). inverse: 1 / s. inverse, d_sums: (B, T, N).
   """
-  dtype = jnp.promote_types(out.dtype, jnp.float32)
+  dtype = wide(out.dtype)
   product = (d_out.astype(dtype) * out.astype(dtype)).sum(-1)
   return product * inverse - d_sums
 

@@ -9,10 +9,13 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
 
 ACTIVATIONS = ("sigmoid", "relu", "relu2", "silu")
 _FARTHEST = 2**30  # the largest query_offset
+_LONGEST = 2**29  # no window is longer where the lengths are not known
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -35,6 +38,10 @@ class Operands(NamedTuple):
   query_offset: Any = None  # (B,) int32: the first query's place among the keys
 
 
+# The operands that are added to the logits.
+FLOATS = (
+  "bias", "logit_bias", "alibi_slopes", "query_logit_bias", "key_logit_bias",
+)  # fmt: skip
 # The operands that hold integers.
 INTEGERS = (
   "query_seq_lengths", "key_value_seq_lengths", "query_segment_ids",
@@ -63,7 +70,8 @@ class Problem:
   normalizer: float  # the weights are activation(logits) / normalizer
   normalize: bool  # and are divided by their sum over a row's visible keys
   is_causal: bool
-  window: tuple[int, int] | None  # keys to the left and right of a query
+  # keys to the left and right of a query; None: all on that side
+  window: tuple[int | None, int | None] | None
   query_offset: int | None  # None: not given, or an array of the operands
   shapes: Operands  # the shape of each operand, or None
 
@@ -94,6 +102,11 @@ class Problem:
     if self.shapes.query_offset is not None:
       return 0
     return self.key_len - self.query_len
+
+  @property
+  def is_symbolic(self) -> bool:
+    """Whether jax.export leaves the batch or a length open."""
+    return any(map(symbolic, (self.batch, self.query_len, self.key_len)))
 
   @property
   def masked_by_data(self) -> bool:
@@ -137,7 +150,7 @@ def make_problem(
   normalizer: float,
   normalize: bool = False,
   is_causal: bool,
-  window: int | tuple[int, int] | None,
+  window: int | tuple[int | None, int | None] | None,
   query_offset: int | None = None,
 ) -> Problem:
   """The Problem of these arrays.
@@ -152,7 +165,7 @@ def make_problem(
     normalizer: the divisor of the weights.
     normalize: whether a row's weights are divided by their sum.
     is_causal: query i sees the keys j <= i.
-    window: w or (left, right), numbers of keys beside a query.
+    window: w or (left, right), numbers of keys beside a query. None: all.
     query_offset: the position of the first query among the keys; None if it is
       not given, or an array, operands.query_offset.
 
@@ -173,7 +186,7 @@ def make_problem(
     dtype=query.dtype.name,
     scale=float(scale),
     logit_bias=None if logit_bias is None else float(logit_bias),
-    normalizer=float(normalizer),
+    normalizer=normalizer if symbolic(normalizer) else float(normalizer),
     normalize=bool(normalize),
     is_causal=bool(is_causal),
     window=_window(window, query.shape[1] + key.shape[1]),
@@ -220,15 +233,26 @@ def _window(window, longest):
 
   longest: what sees everything. More would overflow in the kernels' int32.
   """
-  if window is None:
-    return None
-  pair = (window, window) if isinstance(window, int) else tuple(window)
-  if len(pair) != 2 or min(pair) < 0:
+  pair = window if isinstance(window, (tuple, list)) else (window, window)
+  if len(pair) != 2 or not all(x is None or _counts(x) for x in pair):
     raise ValueError(
       f"local_window_size={window!r}; must be a number of keys >= 0, or a pair "
-      "of such numbers: to the left and to the right"
+      "of such numbers, to the left and to the right, None for all keys there"
     )
-  return tuple(min(size, longest) for size in pair)
+  if all(x is None for x in pair):
+    return None
+  longest = _LONGEST if symbolic(longest) else longest
+  return tuple(None if x is None else min(int(x), longest) for x in pair)
+
+
+def _counts(x):
+  is_int = isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+  return is_int and x >= 0
+
+
+def symbolic(size: Any) -> bool:
+  """Whether a length is a dimension that jax.export leaves open."""
+  return jax.export.is_symbolic_dim(size)
 
 
 def _offset(offset):
@@ -273,6 +297,13 @@ def _check_operands(p, operands):
       f"mask.dtype={operands.mask.dtype.name}; must be bool (use bias for "
       "numbers that are added to the logits)"
     )
+  for name in FLOATS:
+    array = getattr(operands, name)
+    if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+      raise ValueError(
+        f"{name}.dtype={array.dtype.name}; must be a float"
+        + " (a bool array is a mask)" * (array.dtype == bool)
+      )
   for name in INTEGERS:
     array = getattr(operands, name)
     if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
@@ -299,7 +330,8 @@ def _check_numbers(p):
     raise ValueError("logit_bias; must be either a number or an array")
   for name in ("scale", "logit_bias", "normalizer"):
     number = getattr(p, name)
-    if number is not None and not math.isfinite(number):
+    known = number is not None and not symbolic(number)
+    if known and not math.isfinite(number):
       raise ValueError(f"{name}={number!r}; must be finite")
   if p.normalize and p.kind == "silu":
     raise ValueError(

@@ -35,10 +35,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from sigattn.kernels import batching_and_sharding, numerics
-from sigattn.kernels.problem import Operands, Problem
+from sigattn.kernels import batching_and_sharding, differentiation, numerics
+from sigattn.kernels.problem import FLOATS, Operands, Problem
 
 _TILE = 2**24  # weights computed at a time: 64 MiB in float32
 _MIN_BLOCK = 128  # keys; with fewer, overhead dominates
@@ -125,28 +124,19 @@ def attention(
 
   With problem.normalize it also saves the output and the row sums.
 
-  Only reverse mode works (jax.grad, jax.vjp, jax.jacrev, also of each other).
+  Forward and reverse mode work, also of each other.
   bfloat16 weights are rounded to bfloat16 before their product with the values.
   With float16 inputs they remain float32, because exp(-16) underflows in
   float16. Rows that are hidden from everything by a length, segment or mask may
   contain NaN. Arguments and result are those of `reference`.
   """
-  return _attention(problem, query, key, value, operands)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(problem, query, key, value, operands):
-  return _forward(problem, query, key, value, operands)
-
-
-def _save_inputs(problem, query, key, value, operands):
-  result = _forward(problem, query, key, value, operands)
-  result = jax.tree.map(lambda x: checkpoint_name(x, "attention"), result)
-  rows = result if problem.normalize else None
-  return result, (query, key, value, operands, rows)
+  return differentiation.attention(
+    PASSES, PASSES, problem, query, key, value, operands
+  )
 
 
 def _forward(problem, query, key, value, operands):
+  """(out,), or (out, sums) with problem.normalize."""
   q_BTKGH, outs, sums = _group(query, problem), [], []
   for start, stop in _query_blocks(problem):
 
@@ -155,7 +145,7 @@ def _forward(problem, query, key, value, operands):
       q, k, v, _, visible = _inputs(
         problem, operands, block, q_BTKGH, key, value
       )
-      p_BKGTS, _ = _activation(_logits(q, k, operands, problem, block), problem)
+      p_BKGTS = _phi(_logits(q, k, operands, problem, block), problem)
       p_BKGTS = _only(visible, p_BKGTS)
       out_BTKGH, *sums_BKGT = totals
       out_BTKGH += _product("BKGTS,BSKH->BTKGH", p_BKGTS, v, problem)
@@ -174,7 +164,7 @@ def _forward(problem, query, key, value, operands):
     outs.append(out_BTKGH)
   out = jnp.concatenate(outs, axis=1).reshape(query.shape).astype(query.dtype)
   if not problem.normalize:
-    return out
+    return (out,)
   return out, jnp.concatenate(sums, axis=1).reshape(query.shape[:3])
 
 
@@ -190,7 +180,7 @@ def _by_query(x_BKGT):
 
 
 class _Gradients(NamedTuple):
-  """Sums over the blocks; None for an absent operand."""
+  """Sums over the blocks; None for an operand that is not differentiated."""
 
   q_BTKGH: Any
   k_BSKH: Any
@@ -223,7 +213,7 @@ def _rows(problem, rows, d_out, d_sums):
 
   def by_head(x_BTN):
     batch, length, _ = x_BTN.shape
-    x_BTKG = x_BTN.reshape(batch, length, problem.num_kv_heads, -1)
+    x_BTKG = x_BTN.reshape(batch, length, *_heads(problem))
     return jnp.moveaxis(x_BTKG, 1, 3)
 
   inverse = numerics.inverse(sums)
@@ -231,26 +221,27 @@ def _rows(problem, rows, d_out, d_sums):
   return _Rows(by_head(inverse), by_head(shift))
 
 
-def _backward(problem, saved, cotangents):
-  query, key, value, operands, rows = saved
-  d_out = cotangents
+def _backward(trained, problem, query, key, value, operands, rows, cotangents):
+  """The gradients, as differentiation.Passes has them."""
+  d_out, sums = cotangents[0], None
   if problem.normalize:
-    (_, sums), (d_out, d_sums) = rows, cotangents
+    (_, sums), d_sums = rows, cotangents[1]
     rows = _rows(problem, rows, d_out, d_sums)
+  else:
+    rows = None
   q_BTKGH, do_BTKGH = _group(query, problem), _group(d_out, problem)
 
   def zeros(x):
     return None if x is None else jnp.zeros(x.shape, _logits_dtype(problem))
 
+  def zeros_of(name):
+    return zeros(getattr(operands, name)) if name in trained else None
+
   grads = _Gradients(
     q_BTKGH=zeros(q_BTKGH),
     k_BSKH=zeros(key),
     v_BSKH=zeros(value),
-    bias=zeros(operands.bias),
-    logit_bias=zeros(operands.logit_bias),
-    alibi_slopes=zeros(operands.alibi_slopes),
-    query_logit_bias=zeros(operands.query_logit_bias),
-    key_logit_bias=zeros(operands.key_logit_bias),
+    **{name: zeros_of(name) for name in FLOATS},
   )
   grads = _as_varying(grads, query, key, value, operands, d_out)
   for start, stop in _query_blocks(problem):
@@ -269,7 +260,7 @@ def _backward(problem, saved, cotangents):
   return _as_inputs(grads, query, key, value, operands)
 
 
-_attention.defvjp(_save_inputs, _backward)
+PASSES = differentiation.Passes(_forward, _backward)
 
 
 def _add_gradients(
@@ -363,7 +354,7 @@ def _as_inputs(grads, query, key, value, operands):
   """The cotangents, with the shapes and dtypes of the inputs."""
 
   def like(grad, x):
-    return None if x is None else batching_and_sharding.cotangent(grad, x)
+    return None if grad is None else batching_and_sharding.cotangent(grad, x)
 
   names = "bias", "alibi_slopes", *_SUMMED
   d_operands = Operands(**{
@@ -401,12 +392,16 @@ def _query_blocks(problem):
 
 
 def _is_small(problem):
+  if problem.is_symbolic:  # Blocks need sizes.
+    return True
   weights = problem.batch * problem.num_heads * problem.query_len
   return weights * problem.key_len <= _TILE
 
 
 def _over_keys(add, total, problem, start, stop):
   """Applies add(total, first, size) to each block of visible keys."""
+  if problem.is_symbolic:
+    return add(total, 0, problem.key_len)
   low, high = _key_range(problem, start, stop)
   block = high - low
   if not _is_small(problem):
@@ -477,6 +472,18 @@ def _activation(z, problem):
   if problem.normalizer == 1:
     return p, derivative
   return p / problem.normalizer, derivative / problem.normalizer
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _phi(z, problem):
+  """The weights, with the derivative of the backward pass, also at 0."""
+  return _activation(z, problem)[0]
+
+
+@_phi.defjvp
+def _phi_tangent(problem, primals, tangents):
+  p, derivative = _activation(*primals, problem)
+  return p, derivative * tangents[0]
 
 
 def _logits(q_BTKGH, k_BSKH, operands, problem, block):
@@ -577,23 +584,28 @@ def _by_key_head(x_BNTS, problem):
   batch, heads, *rest = x_BNTS.shape
   if heads == 1:
     return x_BNTS.reshape(batch, 1, 1, *rest)
-  return x_BNTS.reshape(batch, problem.num_kv_heads, -1, *rest)
+  return x_BNTS.reshape(batch, *_heads(problem), *rest)
 
 
 def _per_head(x_BN, problem):
-  return x_BN.reshape(x_BN.shape[0], problem.num_kv_heads, -1, 1, 1)
+  return x_BN.reshape(x_BN.shape[0], *_heads(problem), 1, 1)
 
 
 def _group(x_BTNH, problem):
   batch, length, _, width = x_BTNH.shape
-  return x_BTNH.reshape(batch, length, problem.num_kv_heads, -1, width)
+  return x_BTNH.reshape(batch, length, *_heads(problem), width)
+
+
+def _heads(problem):
+  """(K, G)."""
+  return problem.num_kv_heads, problem.num_heads // problem.num_kv_heads
 
 
 # Precision.
 
 
 def _logits_dtype(problem):
-  return jnp.promote_types(problem.dtype, jnp.float32)
+  return numerics.wide(problem.dtype)
 
 
 def _einsum(equation, a, b, problem):

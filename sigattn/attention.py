@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from sigattn.kernels import dispatch
+from sigattn.kernels import dispatch, numerics
+from sigattn.kernels.problem import make_problem, symbolic
 
 KINDS = ("sigmoid", "softmax", "relu", "relu2", "silu")
 
@@ -47,14 +48,14 @@ def dot_product_attention(
   n: float | None = None,
   normalize: bool = False,
   alibi_slopes: ArrayLike | None = None,
-  scale: float | None = None,
+  scale: ArrayLike | None = None,
   is_causal: bool = False,
   query_offset: ArrayLike | None = None,
   query_seq_lengths: ArrayLike | None = None,
   key_value_seq_lengths: ArrayLike | None = None,
   query_segment_ids: ArrayLike | None = None,
   key_value_segment_ids: ArrayLike | None = None,
-  local_window_size: int | tuple[int, int] | None = None,
+  local_window_size: int | tuple[int | None, int | None] | None = None,
   implementation: str | None = None,
   return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -68,7 +69,19 @@ def dot_product_attention(
   silu      z sigmoid(z) / n 0              2402.17152 (HSTU)
 
   The arguments of jax.nn.dot_product_attention mean what they mean there.
-  A row that sees no key is zero, except with softmax.
+  A row that sees no key is zero, except with softmax. docs/jax_nn.md lists
+  where the arguments differ from those of jax.nn.
+
+  What computes a derivative (jax.grad, vjp, jacrev: reverse; jvp, jacfwd,
+  linearize: forward; of one another: second order), "portable" being plain JAX
+  over blocks of keys:
+
+  implementation      reverse         forward       second order
+  xla                 its own pass    portable      portable
+  triton              kernels         portable      portable
+  mosaic              kernels         portable      portable
+  softmax by xla      jax.nn's        jax.nn's      jax.nn's
+  softmax by cudnn    jax.nn's        none in jax   none in jax
 
   Args:
     query: (B, T, N, H) or (T, N, H); float16, bfloat16 or float32.
@@ -78,7 +91,8 @@ def dot_product_attention(
       query_logit_bias and key_logit_bias do; others take the portable form.
     mask: the same shapes, bool; True where the query sees the key.
     kind: one of KINDS.
-    logit_bias: b. A float, or an array (N,) or (B, N), which has a gradient.
+    logit_bias: b. A float, or an array (), (N,) or (B, N), which has a
+      gradient.
       None: as in the table. Softmax cancels it, and so refuses it.
     query_logit_bias: b_i, (T,), (N, T) or (B, N, T), where B and N may be 1.
       One number for each query, with a gradient: a threshold that grows with
@@ -97,11 +111,14 @@ def dot_product_attention(
       loses precision, and is zero where all of them are below it, or where it
       sees nothing. Softmax, which is normalised already, refuses it, and silu,
       whose weights may be negative.
-    alibi_slopes: (N,) or (B, N), positive: subtracts slope * |i - j| from the
-      logit of query i and key j (2108.12409), with i from query_offset on.
+    alibi_slopes: (N,) or (B, N): subtracts slope * |i - j| from the logit of
+      query i and key j (2108.12409), with i from query_offset on. A negative
+      slope favours far keys.
       Sigmoid does not cancel a constant of the row, as softmax does, so the
       full distance matters.
-    scale: multiplies q k^T; None: 1 / sqrt(H).
+    scale: multiplies q k^T; None: 1 / sqrt(H). A traced one has a gradient. It
+      multiplies the query in float32, which is then rounded to its dtype again,
+      but with softmax by xla the logits, as in jax.nn.
     is_causal: query i sees the keys j <= i.
     query_offset: an integer or (B,) integers, the position of the first query
       among the keys, for is_causal, local_window_size and alibi_slopes alike:
@@ -115,7 +132,8 @@ def dot_product_attention(
       length is not seen and gets no gradient; it may contain NaN.
     query_segment_ids, key_value_segment_ids: (B, T) and (B, S) integers, of
       sequences packed into one row; a query sees the keys of its own id.
-    local_window_size: w or (left, right): query i sees i - left to i + right.
+    local_window_size: w or (left, right): query i sees i - left to i + right;
+      None: all keys on that side.
     implementation: a name of implementations(kind); None: the fastest one that
       supports the problem.
     return_residual: also returns what the rows were divided by, as jax.nn's
@@ -166,6 +184,9 @@ def dot_product_attention(
     key_value_segment_ids=key_value_segment_ids,
   )
   operands, offset = _with_offset(operands, query_offset, query.shape[0])
+  query, scale = _with_scale(
+    scale, query, keep=kind == "softmax" and implementation != "cudnn"
+  )
   masks = dict(
     is_causal=is_causal,
     local_window_size=local_window_size,
@@ -175,13 +196,13 @@ def dot_product_attention(
     _refuse_biases(kind, logit_bias, query_logit_bias)
     _length(n, key)  # refuses a bad n; softmax normalises by itself
     out, residual = _softmax(
-      query, key, value, operands, scale=_scale(scale, query),
+      query, key, value, operands, scale=scale,
       implementation=implementation, return_residual=return_residual, **masks,
     )  # fmt: skip
   else:
     out, residual = _pointwise(
       query, key, value, operands, kind=kind, logit_bias=logit_bias,
-      n=_length(n, key), normalize=normalize, scale=_scale(scale, query),
+      n=_length(n, key), normalize=normalize, scale=scale,
       implementation=implementation, **masks,
     )  # fmt: skip
   out = out.reshape(shape)
@@ -204,9 +225,9 @@ def attention_weights(
   logit_bias: ArrayLike | None = None,
   n: float | None = None,
   normalize: bool = False,
-  scale: float | None = None,
+  scale: ArrayLike | None = None,
   is_causal: bool = False,
-  local_window_size: int | tuple[int, int] | None = None,
+  local_window_size: int | tuple[int | None, int | None] | None = None,
   query_offset: ArrayLike | None = None,
   **operands: ArrayLike | None,
 ) -> Weights:
@@ -216,6 +237,7 @@ def attention_weights(
   a batch axis; operands: its arrays, from `bias` to `key_value_segment_ids`.
   """
   query, key = jnp.asarray(query), jnp.asarray(key)
+  query, scale = _with_scale(scale, query)
   arrays = _operands(query, **operands)
   arrays, offset = _with_offset(arrays, query_offset, query.shape[0])
   _validate_normalize(kind, normalize)
@@ -232,7 +254,7 @@ def attention_weights(
       key,
       arrays,
       kind=kind,
-      scale=_scale(scale, query),
+      scale=scale,
       normalize=normalize,
       is_causal=is_causal,
       local_window_size=local_window_size,
@@ -276,6 +298,13 @@ def flax_attention_fn(
 
     functools.partial(sigattn.flax_attention_fn, kind="relu", n=1024)
 
+  With decode=True Flax's layers pass one query, the whole cache, and a mask
+  that hides what is not filled yet. That mask is causal already, so is_causal
+  must be False there (in nnx an argument of the layer's call, which passes it
+  in any case). Bind n, because the default is the length of the cache. ALiBi
+  and windows need the query's place, which Flax does not pass: bind
+  query_offset.
+
   Args:
     query: (..., T, N, H), with any number of batch axes.
     key, value: (..., S, K, H).
@@ -298,7 +327,9 @@ def flax_attention_fn(
     An array with the shape of query.
 
   Raises:
-    ValueError: for active dropout, and what must be None.
+    ValueError: for active dropout, what must be None, and for one query of a
+      masked cache with is_causal, local_window_size or alibi_slopes but no
+      query_offset: jax.nn would put the query at key 0.
   """
   del dropout_rng, broadcast_dropout, force_fp32_for_softmax
   if dropout_rate and not deterministic:
@@ -319,6 +350,7 @@ def flax_attention_fn(
     if argument is not None:
       raise ValueError(f"{name}={argument!r}; must be None")
   query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+  _refuse_unknown_place(query, key, mask, options)
   shape, lead = query.shape, query.shape[:-3]
   query, key, value = (
     x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)
@@ -330,6 +362,22 @@ def flax_attention_fn(
       _sow_weights(module, lead, query, key, bias=bias, mask=mask, **options)
     out = dot_product_attention(query, key, value, bias, mask, **options)
   return out.reshape(shape)
+
+
+def _refuse_unknown_place(query, key, mask, options):
+  """For a step of Flax's decoding, whose query is not at key 0."""
+  decodes = mask is not None and query.shape[-3] == 1 < key.shape[-3]
+  if not decodes or options.get("query_offset") is not None:
+    return
+  given = [x for x in ("local_window_size", "alibi_slopes") if x in options]
+  given = [x for x in given if options[x] is not None]
+  given += ["is_causal"] if options.get("is_causal") else []
+  if given:
+    raise ValueError(
+      f"{', '.join(given)} with 1 query, {key.shape[-3]} keys and a mask, as "
+      "Flax's decode=True gives them, whose query is not at key 0: give "
+      "query_offset, or is_causal=False, since Flax's mask hides the future"
+    )
 
 
 def _sow_weights(module, lead, query, key, *, implementation=None, **options):
@@ -379,15 +427,54 @@ def _refuse_biases(kind, logit_bias, query_logit_bias):
     )
 
 
-def _scale(scale, query):
-  return 1 / math.sqrt(query.shape[3]) if scale is None else scale
+def _with_scale(scale, query, *, keep=False):
+  """(query, scale): a number, which kernels are compiled for.
+
+  A traced scale becomes a factor of the query, or is kept.
+  """
+  if not query.shape[3]:
+    raise ValueError(f"query.shape={query.shape}; the head width must be > 0")
+  usual = 1 / math.sqrt(query.shape[3])
+  if scale is None:
+    return query, usual
+  if not isinstance(scale, jax.core.Tracer):
+    return query, _number("scale", scale)
+  if scale.shape or not jnp.issubdtype(scale.dtype, jnp.floating):
+    raise ValueError(f"scale={scale}; must be a float, or a traced () array")
+  if keep:
+    return query, scale
+  dtype = numerics.wide(query.dtype)
+  factor = scale.astype(dtype) * math.sqrt(query.shape[3])
+  wide = query.astype(dtype)
+  # Hidden queries may be NaN, and the gradient of the factor is a sum over all.
+  finite = jnp.isfinite(wide)
+  scaled = jnp.where(finite, jnp.where(finite, wide, 0) * factor, wide)
+  return scaled.astype(query.dtype), usual
+
+
+def _number(name, x):
+  """x as a finite float."""
+  try:
+    number = float(x)
+  except (TypeError, ValueError):
+    number = math.nan
+  if not math.isfinite(number):
+    raise ValueError(f"{name}={x!r}; must be a finite number")
+  return number
 
 
 def _length(n, key):
-  n = key.shape[1] if n is None else n
-  if not n > 0:
+  """n as a float, or a dimension that jax.export leaves open."""
+  if n is None and symbolic(key.shape[1]):
+    return key.shape[1]
+  if n is None:
+    return float(key.shape[1] or 1)  # Nothing is divided where there is no key.
+  if isinstance(n, jax.core.Tracer):
+    raise ValueError(f"n={n}; must be a number, not a traced array")
+  number = _number("n", n)
+  if not number > 0:
     raise ValueError(f"{n=}; must be > 0")
-  return n
+  return number
 
 
 def _operands(
@@ -398,18 +485,19 @@ def _operands(
   alibi_slopes=None,
   query_logit_bias=None,
   key_logit_bias=None,
-  **lengths_and_segments,
+  **integers,
 ):
   """dispatch.Operands of arrays that may lack axes in front."""
+  heads = _heads(query)
   return dispatch.Operands(
-    bias=_unsqueeze(bias, 4),
+    bias=_unsqueeze(_float(bias), 4),
     mask=_unsqueeze(mask, 4),
-    alibi_slopes=_per_head("alibi_slopes", alibi_slopes, _heads(query)),
-    query_logit_bias=_unsqueeze(query_logit_bias, 3),
-    key_logit_bias=_unsqueeze(key_logit_bias, 3),
+    alibi_slopes=_per_head("alibi_slopes", _float(alibi_slopes), heads),
+    query_logit_bias=_unsqueeze(_float(query_logit_bias), 3),
+    key_logit_bias=_unsqueeze(_float(key_logit_bias), 3),
     **{
-      name: _unsqueeze(x, 1 if name.endswith("lengths") else 2)
-      for name, x in lengths_and_segments.items()
+      name: _unsqueeze(_int32(name, x), 1 if name.endswith("lengths") else 2)
+      for name, x in integers.items()
     },
   )
 
@@ -419,6 +507,8 @@ def _with_offset(operands, offset, batch):
   if offset is None or _is_int(offset):
     return operands, None if offset is None else int(offset)
   array = jnp.asarray(offset)
+  if jnp.issubdtype(array.dtype, jnp.integer):
+    array = _int32("query_offset", offset)
   if array.shape not in ((), (batch,)) or not jnp.issubdtype(
     array.dtype, jnp.integer
   ):
@@ -427,6 +517,36 @@ def _with_offset(operands, offset, batch):
     )
   array = jnp.broadcast_to(array, (batch,))
   return operands._replace(query_offset=array), None
+
+
+def _float(x):
+  """Whole numbers as float32; other arrays as they are."""
+  if x is None:
+    return None
+  x = jnp.asarray(x)
+  return x.astype("float32") if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+
+def _int32(name, x):
+  """Whole numbers as int32, if none of them wraps: 2**32 + 1 would meet 1."""
+  if x is None:
+    return None
+  known = not isinstance(x, jax.Array)
+  x = np.asarray(x) if known else x
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    raise ValueError(f"{name}.dtype={x.dtype.name}; must be an integer")
+  limits = jnp.iinfo("int32")
+  if known and x.size and not limits.min <= x.min() <= x.max() <= limits.max:
+    raise ValueError(
+      f"{name} from {x.min()} to {x.max()}; must fit int32, from {limits.min} "
+      f"to {limits.max}"
+    )
+  if not known and not np.can_cast(x.dtype, "int32"):
+    raise ValueError(
+      f"{name}.dtype={x.dtype.name}; must be int32, which the kernels compare "
+      "(astype, where the numbers fit)"
+    )
+  return jnp.asarray(x, "int32")
 
 
 def _is_int(x):
@@ -471,38 +591,50 @@ def _bias_and_divisor(query, operands, kind, logit_bias, n):
 
   Returns (operands, {"logit_bias", "normalizer"}).
   """
-  if logit_bias is None:
+  if logit_bias is None and kind == "sigmoid" and symbolic(n):
+    logit_bias = -jnp.log(jnp.asarray(n).astype("float32"))
+  elif logit_bias is None:
     logit_bias = default_logit_bias(kind, n)
-  elif not isinstance(logit_bias, (int, float, np.number)):
-    array = _per_head("logit_bias", logit_bias, _heads(query))
+  if not isinstance(logit_bias, (int, float, np.number)):
+    array = _per_head("logit_bias", _float(logit_bias), _heads(query))
     operands, logit_bias = operands._replace(logit_bias=array), None
   normalizer = 1.0 if kind == "sigmoid" else n
   return operands, dict(logit_bias=logit_bias, normalizer=normalizer)
 
 
 def _softmax(
-  query, key, value, operands, *, return_residual, query_offset, is_causal,
-  local_window_size, **options,
+  query, key, value, operands, *, scale, return_residual, query_offset,
+  is_causal, local_window_size, implementation,
 ):  # fmt: skip
   """(out, log-sum-exp or None)."""
+  problem = make_problem(  # It refuses what makes no sense.
+    query, key, value, operands, kind="sigmoid", logit_bias=0.0, normalizer=1.0,
+    scale=1.0 if isinstance(scale, jax.core.Tracer) else scale,
+    is_causal=is_causal, window=local_window_size, query_offset=query_offset,
+  )  # fmt: skip
+  promotion = jax.config.jax_numpy_dtype_promotion
+  if promotion == "strict" and problem.dtype == "bfloat16":
+    raise ValueError(
+      f"jax_numpy_dtype_promotion={promotion.value!r} with "
+      "kind='softmax' and query.dtype=bfloat16: jax cannot lower its own "
+      "function then; give 'standard', or float16 or float32 arrays"
+    )
   bias, mask = operands.bias, operands.mask
   length, keys = query.shape[1], key.shape[1]
+  if problem.is_symbolic and problem.window:
+    query_offset = query_offset or 0  # The windows of jax.nn need sizes.
   place_BTS = _distance_to_keys(query_offset, operands, length, keys)
   if operands.alibi_slopes is not None:
     apart = place_BTS
     if apart is None:
       apart = _distance_to_keys(keys - length, operands, length, keys)
     bias = _sum_of(
-      bias, -operands.alibi_slopes[:, :, None, None] * abs(apart)[:, None]
+      bias,
+      -operands.alibi_slopes[:, :, None, None].astype("float32")
+      * abs(apart)[:, None].astype("float32"),
     )
   if operands.key_logit_bias is not None:
     bias = _sum_of(bias, operands.key_logit_bias[:, :, None])
-  if (operands.query_segment_ids is None) != (
-    operands.key_value_segment_ids is None
-  ):
-    raise ValueError(
-      "query_segment_ids and key_value_segment_ids; give both or neither"
-    )
   if operands.query_segment_ids is not None:
     same = (
       operands.query_segment_ids[:, :, None]
@@ -510,28 +642,49 @@ def _softmax(
     )[:, None]
     mask = same if mask is None else mask & same
   if place_BTS is not None:  # jax.nn has no offset: its masks become an array.
-    seen = _seen(place_BTS, is_causal, local_window_size)
+    seen = _seen(place_BTS, is_causal, problem.window)
     if seen is not None:
       mask = seen[:, None] if mask is None else mask & seen[:, None]
-    is_causal, local_window_size = False, None
-  result = jax.nn.dot_product_attention(
-    query,
-    key,
-    value,
-    bias,
-    mask,
-    is_causal=is_causal,
-    local_window_size=local_window_size,
-    query_seq_lengths=operands.query_seq_lengths,
-    key_value_seq_lengths=operands.key_value_seq_lengths,
-    return_residual=return_residual,
-    **options,
-  )
+    is_causal, window = False, None
+  else:
+    is_causal, window = _window_of_jax_nn(problem, implementation)
+  # jax.nn promotes 16 bits to 32, which a strict user forbids.
+  with jax.numpy_dtype_promotion("standard"):
+    result = jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      bias,
+      mask,
+      scale=scale,
+      is_causal=is_causal,
+      local_window_size=window,
+      query_seq_lengths=operands.query_seq_lengths,
+      key_value_seq_lengths=operands.key_value_seq_lengths,
+      implementation=implementation,
+      return_residual=return_residual,
+    )
   return result if return_residual else (result, None)
 
 
+def _window_of_jax_nn(problem, implementation):
+  """(is_causal, local_window_size) as jax.nn takes them."""
+  if problem.window is None:
+    return problem.is_causal, None
+  left, right = problem.window
+  if implementation == "cudnn" and (problem.is_causal or right == 0):
+    # Without is_causal, jax hands cuDNN a left bound alone, and the future is
+    # seen. With it and lengths, a right bound is refused that hides nothing.
+    return True, None if left is None else (left, 0)
+  far = problem.query_len + problem.key_len
+  window = tuple(far if x is None else x for x in (left, right))
+  return problem.is_causal, window
+
+
 def _sum_of(bias, part):
-  return part if bias is None else bias + part
+  dtype = numerics.wide(part.dtype)
+  part = part.astype(dtype)
+  return part if bias is None else bias.astype(dtype) + part
 
 
 def _distance_to_keys(offset, operands, length, keys):
@@ -549,8 +702,6 @@ def _seen(apart, is_causal, window):
 
   apart: i - j.
   """
-  if isinstance(window, int):
-    window = window, window
   left, right = window or (None, None)
   right = 0 if is_causal else right
   parts = [] if left is None else [apart <= left]

@@ -12,7 +12,7 @@ from flax import nnx
 
 import sigattn
 from sigattn.attention import KINDS, dot_product_attention
-from tests.kernels import cases
+from tests.kernels import cases, compare
 
 POINTWISE = [kind for kind in KINDS if kind != "softmax"]
 SMALL = cases.Case("small", queries=6, keys=9, heads=4, width=8)
@@ -462,6 +462,298 @@ def test_a_window_longer_than_the_sequences_is_no_window(window):
   close(found, wanted)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [(None, 1), (2, None), (None, None)])
+def test_a_window_may_be_open_on_a_side(window, kind):
+  query, key, value = draw()
+  wanted = dot_product_attention(
+    query, key, value, kind=kind,
+    local_window_size=tuple(100 if x is None else x for x in window),
+  )  # fmt: skip
+  for each in (
+    window,
+    tuple(None if x is None else np.int64(x) for x in window),
+  ):
+    found = dot_product_attention(
+      query, key, value, kind=kind, local_window_size=each
+    )
+    close(found, wanted)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+  "window", [(3, 0), (3, 2), (None, 0), (np.int64(2), np.int64(0))]
+)
+def test_cudnn_is_told_of_the_future_that_a_window_hides(
+  window, causal, monkeypatch
+):
+  """jax passes the left bound alone, unless the mask is causal."""
+  if window[1] and not causal:
+    pytest.skip("jax refuses it by name")
+  query, key, value = draw(cases.Case("square", queries=9))
+  options = dict(kind="softmax", is_causal=causal, local_window_size=window)
+  wanted = dot_product_attention(query, key, value, **options)
+  plain, asked = jax.nn.dot_product_attention, []
+
+  def spy(*arrays, implementation, **options):
+    asked.append((implementation, options))
+    return plain(*arrays, **options)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+  found = dot_product_attention(
+    query, key, value, implementation="cudnn", **options
+  )
+  close(found, wanted)
+  [(implementation, asked)] = asked
+  assert implementation == "cudnn"
+  assert asked["is_causal"]
+  assert asked["local_window_size"] == (
+    None if window[0] is None else (window[0], 0)
+  )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_traced_scale_is_a_number_with_a_gradient(kind):
+  query, key, value = draw()
+
+  def loss(scale, factor=1.0):
+    out = dot_product_attention(
+      factor * query, key, value, kind=kind, scale=scale
+    )
+    return (out**2).sum()
+
+  found, slope = jax.jit(jax.value_and_grad(loss))(0.3)
+  close(found, loss(0.3), rtol=1e-4)
+  wanted = jax.grad(lambda factor: loss(1.0, factor))(0.3)
+  close(slope, wanted, rtol=1e-4)
+  with pytest.raises(
+    ValueError, match="scale=.*; must be a float, or a traced"
+  ):
+    jax.jit(loss)(jnp.ones(3))
+
+
+def test_the_gradient_of_a_traced_scale_ignores_hidden_nan():
+  query, key, value = draw()
+  lengths = jnp.array([6, 2], jnp.int32)
+
+  def loss(scale, query):
+    out = dot_product_attention(
+      query, key, value, scale=scale, query_seq_lengths=lengths
+    )
+    return (out**2).sum()
+
+  wanted = jax.grad(loss)(0.3, query)
+  found = jax.grad(loss)(0.3, query.at[1, 2:].set(jnp.nan))
+  close(found, wanted)
+  assert abs(wanted) > 1e-3
+
+
+@pytest.mark.parametrize("kind", POINTWISE)
+def test_a_traced_scalar_logit_bias_has_a_gradient(kind):
+  query, key, value = draw()
+
+  def loss(bias):
+    out = dot_product_attention(query, key, value, kind=kind, logit_bias=bias)
+    return (out**2).sum()
+
+  found, slope = jax.jit(jax.value_and_grad(loss))(0.3)
+  close(found, loss(0.3))
+  wanted = jax.grad(loss)(jnp.full(4, 0.3))  # one for each head
+  close(slope, wanted.sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("empty", ["batch", "queries", "keys"])
+def test_empty_arrays(empty, masked, kind):
+  size = {"batch": 2, "queries": 6, "keys": 9} | {empty: 0}
+  query = jnp.ones((size["batch"], size["queries"], 4, 8))
+  key = jnp.ones((size["batch"], size["keys"], 2, 8))
+  options = dict(is_causal=True, local_window_size=2) if masked else {}
+  if masked and kind != "softmax":
+    options |= dict(normalize=kind != "silu", alibi_slopes=jnp.ones(4))
+  out, pull_back = jax.vjp(
+    lambda *x: dot_product_attention(*x, kind=kind, **options), query, key, key
+  )
+  assert out.shape == query.shape
+  assert (out == 0).all()
+  for x, grad in zip((query, key, key), pull_back(out), strict=True):
+    assert grad.shape == x.shape
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "options",
+  [{}, dict(is_causal=True, local_window_size=(3, None)), dict(alibi=True),
+   dict(normalize=True)],
+  ids=str,
+)  # fmt: skip
+def test_export_with_an_open_batch_and_lengths(options, kind):
+  options = dict(options)
+  if options.pop("alibi", False):
+    options["alibi_slopes"] = jnp.ones(4)
+  if options.get("normalize") and kind in ("softmax", "silu"):
+    pytest.skip("these are refused")
+
+  def gradients(*arrays):
+    def loss(*arrays):
+      return (dot_product_attention(*arrays, kind=kind, **options) ** 2).sum()
+
+    return jax.value_and_grad(loss, (0, 1, 2))(*arrays)
+
+  b, t, s = jax.export.symbolic_shape("b, t, s")
+  of_keys = jax.ShapeDtypeStruct((b, s, 2, 8), "float32")
+  exported = jax.export.export(jax.jit(gradients))(
+    jax.ShapeDtypeStruct((b, t, 4, 8), "float32"), of_keys, of_keys
+  )
+  for queries, keys in ((6, 9), (4, 4)):
+    case = cases.Case("open", queries=queries, keys=keys, kv_heads=2)
+    arrays = draw(case)
+    found, wanted = exported.call(*arrays), gradients(*arrays)
+    for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+      close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_bits_where_promotion_is_forbidden(kind, dtype):
+  """With float32 arrays beside them, as models keep their parameters."""
+  arrays = draw(dtype=dtype)
+  options = dict(
+    kind=kind, is_causal=True, local_window_size=(4, 0),
+    bias=jnp.ones((4, 6, 9)), alibi_slopes=jnp.ones(4),
+    key_logit_bias=jnp.ones(9), query_offset=jnp.array([2, 3]),
+    key_value_seq_lengths=jnp.array([9, 7]),
+    query_segment_ids=Z((2, 6), int), key_value_segment_ids=Z((2, 9), int),
+  )  # fmt: skip
+  if kind != "softmax":
+    options |= dict(
+      logit_bias=jnp.ones(4), query_logit_bias=jnp.ones(6),
+      normalize=kind != "silu",
+    )  # fmt: skip
+
+  def gradients(scale, *arrays):
+    def loss(scale, *arrays):
+      out = dot_product_attention(*arrays, scale=scale, **options)
+      assert out.dtype == dtype
+      return (out.astype("float32") ** 2).sum()
+
+    return jax.value_and_grad(loss, (0, 1, 2, 3))(scale, *arrays)
+
+  wanted = gradients(jnp.float32(0.4), *arrays)
+  with jax.numpy_dtype_promotion("strict"):
+    if (kind, dtype) == ("softmax", "bfloat16"):
+      with pytest.raises(
+        ValueError, match=r"jax_numpy_dtype_promotion='strict"
+      ):
+        gradients(jnp.float32(0.4), *arrays)
+      return
+    found = gradients(jnp.float32(0.4), *arrays)
+  for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_float32_bias_beside_bfloat16(kind):
+  bias = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6, 9)))
+
+  def gradients(dtype):
+    arrays = draw(dtype=dtype)
+
+    def loss(bias):
+      out = dot_product_attention(*arrays, bias, kind=kind)
+      return (out.astype("float32") ** 2).sum()
+
+    return jax.value_and_grad(loss)(bias)
+
+  (found, grad), (wanted, exact) = gradients("bfloat16"), gradients("float32")
+  assert grad.dtype == "float32"
+  close(found, wanted, rtol=2e-2)
+  assert compare.error(grad, exact) < 2e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nested_vmap(kind):
+  rng = np.random.default_rng(0)
+  query, key, value = (
+    jnp.asarray(rng.standard_normal((2, 3, 2, 5, 2, 4)), "float32")
+    for _ in range(3)
+  )
+
+  def gradient(query, key, value):
+    def loss(*arrays):
+      out = dot_product_attention(*arrays, kind=kind, is_causal=True)
+      return (out**2).sum()
+
+    return jax.value_and_grad(loss, (0, 1, 2))(query, key, value)
+
+  inner = jax.vmap(gradient, in_axes=(0, None, 0))
+  found = jax.vmap(inner, in_axes=(1, 0, 0))(
+    jnp.swapaxes(query, 0, 1), key[:, 0], value
+  )
+  for i in range(2):
+    for j in range(3):
+      wanted = gradient(query[i, j], key[i, 0], value[i, j])
+      jax.tree.map(lambda x, y: close(x[i, j], y, rtol=1e-4), found, wanted)  # noqa: B023
+
+
+@pytest.mark.parametrize("library", ["nnx", "linen"])
+def test_decoding_in_flax_is_right_or_refused(library):
+  """Its cache comes whole, with a mask of what is filled."""
+  attend = functools.partial(sigattn.flax_attention_fn, n=5)
+  x = jax.random.normal(jax.random.key(1), (2, 5, 16))
+  if library == "nnx":
+    layer = nnx.MultiHeadAttention(
+      4, 16, decode=False, attention_fn=attend, rngs=nnx.Rngs(0)
+    )
+    whole = layer(x, is_causal=True)
+    layer.init_cache(x.shape)
+
+    def step(token, **causal):
+      return layer(token, decode=True, **causal)
+
+  else:
+
+    def linen(attend, **decode):
+      return flax.linen.MultiHeadDotProductAttention(
+        4, attention_fn=attend, **decode
+      )
+
+    causal = functools.partial(attend, is_causal=True)
+    params = linen(causal).init(jax.random.key(0), x)
+    whole = linen(causal).apply(params, x)
+    cache = linen(attend, decode=True).init(jax.random.key(0), x)["cache"]
+
+    def step(token, **causal):
+      nonlocal cache
+      out, state = linen(
+        functools.partial(attend, **causal), decode=True
+      ).apply(params | {"cache": cache}, token, mutable=["cache"])
+      cache = state["cache"]
+      return out
+
+  with pytest.raises(ValueError, match="is_causal with 1 query, 5 keys and a"):
+    step(x[:, :1], is_causal=True)
+  if library == "nnx":
+    layer.init_cache(x.shape)
+  for place in range(5):
+    close(step(x[:, place : place + 1]), whole[:, place : place + 1], atol=1e-5)
+
+
+def test_a_step_of_flax_knows_its_place_by_query_offset():
+  query, key, value = draw(cases.Case("cache", queries=9))
+  options = dict(is_causal=True, local_window_size=3, alibi_slopes=jnp.ones(4))
+  whole = dot_product_attention(query, key, value, **options)
+  filled = (jnp.arange(9) <= 4)[None, None, None]
+  token = query[:, 4:5], key, value, None, filled
+  found = sigattn.flax_attention_fn(*token, query_offset=4, **options)
+  close(found, whole[:, 4:5])
+  names = "local_window_size, alibi_slopes, is_causal with 1 query"
+  with pytest.raises(ValueError, match=names):
+    sigattn.flax_attention_fn(*token, **options)
+
+
 def test_the_adapter_refuses_to_return_two_arrays():
   x = jnp.ones((1, 3, 2, 4))
   with pytest.raises(ValueError, match="return_residual=True; Flax's layers"):
@@ -494,7 +786,20 @@ BAD = [
   (dict(logit_bias=Z(3)), r"logit_bias.shape=\(3,\); must be \(4,\)"),
   (dict(alibi_slopes=Z(3)), "alibi_slopes.shape"),
   (dict(n=0), "n=0; must be > 0"),
-  (dict(scale=float("inf")), "scale=inf"),
+  (dict(scale=float("inf")), "scale=inf; must be a finite number"),
+  (dict(scale=jnp.ones(2)), "scale=.*must be a finite number"),
+  (dict(kind="softmax", scale=float("nan")), "scale=nan; must be a finite"),
+  (dict(n=float("inf")), "n=inf; must be a finite number"),
+  (dict(local_window_size=1.5), "local_window_size=1.5; must be a number"),
+  (dict(local_window_size=(True, 1)), r"local_window_size=\(True, 1\)"),
+  (dict(kind="softmax", local_window_size=(-1, 2)), "local_window_size="),
+  (dict(bias=Z((6, 9), bool)), r"bias.dtype=bool; .* \(a bool array is a mask"),
+  (dict(bias=Z((6, 9), complex)), "bias.dtype=complex64; must be a float"),
+  (dict(kind="softmax", bias=Z((6, 9), bool)), "bias.dtype=bool; must be"),
+  (dict(alibi_slopes=Z(4, complex)), "alibi_slopes.dtype=complex64"),
+  (dict(kind="softmax", query_segment_ids=np.full((2, 6), 2**32 + 1),
+        key_value_segment_ids=Z((2, 9), int)), "query_segment_ids from 42949"),
+  (dict(query_seq_lengths=np.array([1, 2**32 + 1])), "from 1 to 4294967297"),
   (dict(local_window_size=(-1, 2)), r"local_window_size=\(-1, 2\)"),
   (dict(mask=Z((2, 1, 6, 9))), "mask.dtype=float32; must be bool"),
   (dict(mask=Z((2, 3, 6, 9), bool)), r"mask.shape=\(2, 3, 6, 9\)"),

@@ -56,6 +56,8 @@ def unsupported(problem: Problem) -> str:
     return "scale=0 is not implemented"
   if problem.head_dim not in tiles.TILES:
     return f"head_dim={problem.head_dim}; one of {sorted(tiles.TILES)}"
+  if problem.is_symbolic:
+    return "symbolic sizes are not implemented"
   if 0 in (problem.batch, problem.query_len, problem.key_len):
     return "nothing to compute"
   card = device.current()
@@ -74,7 +76,9 @@ def attention(
   operands: Operands,
   problem: Problem,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-  """As xla.attention, in 16 bits with float32 sums. Only reverse mode works.
+  """As xla.attention, in 16 bits with float32 sums.
+
+  The tangents of forward mode are those of xla.attention.
 
   Sigmoid weights come from the hardware's tanh where that is exact enough, see
   numerics.exact_sigmoid. float16 weights are multiplied by a power of two, so

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from sigattn.kernels import differentiation, numerics
+from sigattn.kernels import differentiation, numerics, xla
 from sigattn.kernels.mosaic import (
   blocks,
   dkv,
@@ -54,8 +54,9 @@ def attention(
   operands: Operands,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """(B, T, N, H), with problem.normalize also (B, T, N): mosaic.attention."""
+  passes = differentiation.of_kernels(_forward, _backward)
   return differentiation.attention(
-    _forward, _backward, problem, query, key, value, operands
+    passes, xla.PASSES, problem, query, key, value, operands
   )
 
 

@@ -8,8 +8,10 @@ gradients of logit_bias and slopes) and one for dk and dv. Neither uses atomics,
 so every run gives the same numbers.
 """
 
+import contextlib
 import functools
 import importlib.util
+import os
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from sigattn.kernels import (
   numerics,
   segments,
   vectors,
+  xla,
 )
 from sigattn.kernels.differentiation import Sums
 from sigattn.kernels.problem import Operands, Problem
@@ -50,6 +53,8 @@ def unsupported(problem: Problem) -> str:
     return f"a dense {name} is not implemented"
   if problem.head_dim > 256:
     return f"head_dim={problem.head_dim}; at most 256"
+  if problem.is_symbolic:
+    return "symbolic sizes are not implemented"
   if 0 in (problem.batch, problem.query_len, problem.key_len):
     return "nothing to compute"
   card = device.current()
@@ -68,7 +73,7 @@ def attention(
   operands: Operands,
   problem: Problem,
 ) -> jax.Array:
-  """As xla.attention. Only reverse mode works.
+  """As xla.attention, of which the tangents of forward mode are computed.
 
   Products of float32 are exact in float32, unless jax.default_matmul_precision
   is tensorfloat32 or high (three products of tf32). float16 weights are
@@ -77,10 +82,16 @@ def attention(
   problem, operands = vectors.fold(problem, operands)
   precision = _PRECISIONS.get(jax.config.jax_default_matmul_precision, "ieee")
   return differentiation.attention(
+    _passes(precision), xla.PASSES, problem, query, key, value, operands
+  )
+
+
+@functools.cache
+def _passes(precision):
+  return differentiation.of_kernels(
     functools.partial(_forward, precision),
     functools.partial(_backward, precision),
-    problem, query, key, value, operands,
-  )  # fmt: skip
+  )
 
 
 def _forward(precision, problem, query, key, value, operands):
@@ -221,7 +232,8 @@ def _call(direction, problem, precision, tile, arrays, outs, **sums):
 
 
 def _start(kernel, arrays, outs, tile, count, constants):
-  import jax_triton
+  with _triton_cache_dir():
+    import jax_triton
 
   return jax_triton.triton_call(
     *arrays,
@@ -234,6 +246,20 @@ def _start(kernel, arrays, outs, tile, count, constants):
     compute_capability=device.current().capability,
     **constants,
   )
+
+
+@contextlib.contextmanager
+def _triton_cache_dir():
+  """Puts TRITON_CACHE_DIR back, which jax_triton empties where it is imported.
+
+  Without a folder, Triton's kernels of others in this process do not compile.
+  """
+  before = os.environ.get("TRITON_CACHE_DIR")
+  yield
+  if before is None:
+    os.environ.pop("TRITON_CACHE_DIR", None)
+  else:
+    os.environ["TRITON_CACHE_DIR"] = before
 
 
 # The constants and operands of the kernels.

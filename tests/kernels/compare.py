@@ -1,6 +1,7 @@
 """Compares an implementation of attention with NumPy in float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,37 @@ def assert_float32(case, bound):
   assert actual.keys() == expected.keys()
   for name, value in expected.items():
     assert error(actual[name], value) < bound, name
+
+
+def assert_tangents(case, bound):
+  """The derivatives along each operand, beside the gradients in float64.
+
+  Both give the sum of cotangent * (derivative along a tangent). The error is
+  relative to what the terms of that sum come to without their signs.
+  """
+  arrays, options, cotangent = cases.draw(case)
+  expected = cases.exact(case, arrays, options, cotangent)
+  arrays = dict(zip(("query", "key", "value"), arrays, strict=True))
+  arrays |= {k: options.pop(k) for k in WITH_GRADIENT if k in expected}
+  rng = np.random.default_rng(1)
+  tangents = {
+    name: rng.standard_normal(x.shape).astype(x.dtype)
+    for name, x in arrays.items()
+  }
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def along(name, tangent):
+    def attend(x):
+      return attention.dot_product_attention(**arrays | {name: x}, **options)
+
+    return jax.jvp(attend, (arrays[name],), (tangent,))[1]
+
+  for name, tangent in tangents.items():
+    terms = cotangent * np.asarray(along(name, tangent), np.float64)
+    products = tangent * np.asarray(expected[name], np.float64)
+    size = max(abs(terms).sum(), abs(products).sum())
+    assert abs(terms.sum() - products.sum()) < bound * size, name
+    assert abs(products).sum() > 0, name
 
 
 def plain_16_bit(case, arrays, options, cotangent):

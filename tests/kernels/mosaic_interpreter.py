@@ -138,8 +138,8 @@ def _pretend(backward):
     )
     for width, of_width in tiles.TILES.items()
   }
-  # Neither custom_vmap nor partitioning accepts the interpreter's effects.
-  batching_and_sharding.over_batch = lambda compute, _, *arguments: compute(
+  # custom_partitioning does not accept the interpreter's effects.
+  batching_and_sharding.over_devices = lambda compute, _, *arguments: compute(
     *arguments
   )
 

@@ -5,6 +5,7 @@ process a kernel is either interpreted or compiled.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 
 from benchmarks import tune_triton
 from sigattn import attention
-from sigattn.kernels import device, dispatch, numerics
+from sigattn.kernels import device, differentiation, dispatch, numerics, xla
 from sigattn.kernels import triton as triton_attention
 from sigattn.kernels.triton import tiles
 from tests.kernels import cases, compare
@@ -308,6 +309,176 @@ def test_float32_is_exact_unless_asked(asked, precision, monkeypatch):
   with jax.default_matmul_precision(asked):
     attention.dot_product_attention(x, x, x)
   assert seen == [precision]
+
+
+@pytest.mark.parametrize(
+  "name", ["grouped", "lengths_cross_grouped", "normalized_vectors", "offsets"]
+)
+def test_interpreted_tangents(name, interpreter):
+  (case,) = [c for c in cases.CASES if c.name == name]
+  compare.assert_tangents(case, 5e-6)
+
+
+@pytest.fixture
+def started(monkeypatch):
+  """The (name, constants) of the kernels, of which the portable form runs none.
+
+  Whatever differentiates the portable form in reverse mode fails.
+  """
+  calls = []
+
+  def start(kernel, arrays, outs, tile, count, constants):
+    calls.append((kernel.__name__, constants))
+    return _interpreted(kernel, arrays, outs, tile, count, constants)
+
+  def refuse(*_):
+    raise AssertionError("the portable form runs")
+
+  monkeypatch.setattr(triton_attention, "_start", start)
+  monkeypatch.setattr(xla, "PASSES", differentiation.Passes(refuse, refuse))
+  return calls
+
+
+def _scanned(attend):
+  def loss(x):
+    def step(x, _):
+      return attend(x), None
+
+    return (jax.lax.scan(step, x, None, length=2)[0] ** 2).sum()
+
+  return loss
+
+
+WAYS = {
+  "grad": lambda f: lambda x: (f(x) ** 2).sum(),
+  "checkpoint": lambda f: jax.checkpoint(lambda x: (f(x) ** 2).sum()),
+  "scan": _scanned,
+  "scan of checkpoint": lambda f: _scanned(jax.checkpoint(f)),
+  "vmap": lambda f: lambda x: (jax.vmap(f)(x[:, None]) ** 2).sum(),
+  "policy": lambda f: jax.checkpoint(
+    lambda x: (f(x) ** 2).sum(),
+    policy=jax.checkpoint_policies.save_only_these_names("attention"),
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_reach_the_backward_kernels(
+  way, normalize, interpreter, started, monkeypatch
+):
+  case = cases.Case("reach", queries=6, heads=2)
+  (x, *_), *_ = cases.draw(case)
+
+  def loss():  # a new function each time, which no cache of JAX knows
+    return WAYS[way](
+      lambda x: attention.dot_product_attention(x, x, x, normalize=normalize)
+    )
+
+  found = jax.jit(jax.grad(loss()))(x)
+  names = [name for name, _ in started]
+  assert {*names} == {"forward", "backward_q", "backward_kv"}
+  monkeypatch.undo()
+  wanted = jax.grad(loss())(x)
+  assert compare.error(found, wanted) < 2e-6
+  if way == "policy":  # What is saved is not computed again.
+    assert names.count("forward") == 1
+
+
+@pytest.mark.parametrize("name", ["linearize", "vjp of jit", "jvp then grad"])
+def test_a_linear_map_is_transposed_to_the_backward_kernels(
+  name, interpreter, started
+):
+  case = cases.Case("reach", queries=6, heads=2)
+  (x, *_), *_ = cases.draw(case)
+
+  def attend(x):
+    return attention.dot_product_attention(x, x, x)
+
+  if name == "linearize":
+    out, linear = jax.linearize(attend, jnp.asarray(x))
+    jax.linear_transpose(linear, x)(out)
+  elif name == "vjp of jit":
+    out, pull_back = jax.vjp(jax.jit(attend), x)
+    pull_back(out)
+  else:
+    jax.grad(lambda x: attend(jax.jit(attend)(x)).sum())(x)
+  assert {"backward_q", "backward_kv"} <= {name for name, _ in started}
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit])
+@pytest.mark.parametrize(
+  ("name", "sums"),
+  [("query", ()), ("logit_bias", ("keys",)), ("alibi_slopes", ("slopes",)),
+   ("query_logit_bias", ("rows",)), ("key_logit_bias", ("keys",))],
+)  # fmt: skip
+def test_sums_are_computed_only_for_what_is_differentiated(
+  name, sums, wrap, interpreter, started
+):
+  case = cases.Case("reach", queries=6, heads=2)
+  arrays, *_ = cases.draw(case)
+  arrays = dict(zip(("query", "key", "value"), arrays, strict=True))
+  arrays |= dict(
+    logit_bias=jnp.zeros(2), alibi_slopes=jnp.ones(2),
+    query_logit_bias=jnp.ones(6), key_logit_bias=jnp.ones(6),
+  )  # fmt: skip
+
+  @wrap
+  def loss(x):
+    return attention.dot_product_attention(**arrays | {name: x}).sum()
+
+  jax.grad(loss)(arrays[name])
+  constants = dict(started)
+  of_queries, of_keys = constants["backward_q"], constants["backward_kv"]
+  assert of_queries["SUMS"] == ("rows" in sums)
+  assert of_queries["SLOPE_SUMS"] == ("slopes" in sums)
+  assert of_keys["SUMS"] == ("keys" in sums)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_second_derivatives_behind_the_kernels(normalize, interpreter):
+  case = cases.Case("second", batch=1, queries=4, heads=2, width=4)
+  (query, key, value), *_ = cases.draw(case)
+
+  def loss(implementation, query, bias):
+    out = attention.dot_product_attention(
+      query, key, value, logit_bias=bias, normalize=normalize,
+      implementation=implementation,
+    )  # fmt: skip
+    return (out**2).sum()
+
+  def products(implementation):
+    def gradient(*x):
+      return jax.grad(functools.partial(loss, implementation), (0, 1))(*x)
+
+    x = query, jnp.array([-1.0, 0.5])
+    return (
+      jax.jvp(gradient, x, x)[1],
+      jax.vjp(gradient, *x)[1](x),
+      jax.jacfwd(functools.partial(loss, implementation))(*x),
+    )
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      dispatch, "IMPLEMENTATIONS",
+      dispatch.IMPLEMENTATIONS | {"xla": "sigattn.kernels.xla"},
+    )  # fmt: skip
+    found, wanted = products("triton"), products("xla")
+  for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+    assert compare.error(x, y) < 5e-6
+    assert abs(y).max() > 1e-4
+
+
+def test_the_cache_of_other_triton_kernels_is_put_back(monkeypatch):
+  """jax_triton empties the variable where it is imported."""
+  for before in (None, "/somewhere"):
+    if before is None:
+      monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    else:
+      monkeypatch.setenv("TRITON_CACHE_DIR", before)
+    with triton_attention._triton_cache_dir():
+      os.environ["TRITON_CACHE_DIR"] = ""
+    assert os.environ.get("TRITON_CACHE_DIR") == before
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -1,0 +1,127 @@
+"""Forward mode, reverse mode and each of the other, in the portable form.
+
+tests/kernels/test_triton.py has what holds for the kernels.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from sigattn.attention import KINDS, dot_product_attention
+from sigattn.kernels import xla
+from tests.kernels import cases, compare
+
+OPTIONS = [
+  {},
+  dict(is_causal=True, alibi_slopes=True),
+  dict(normalize=True, return_residual=True, bias=True),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_modes_to_second_order(kind, options):
+  """Of every operand that has a gradient, beside differences."""
+  if options.get("normalize") and kind in ("softmax", "silu"):
+    pytest.skip("these are refused")
+  case = cases.Case("small", batch=2, queries=3, keys=4, heads=2, width=3)
+  arrays = dict(
+    zip(("query", "key", "value"), cases.draw(case)[0], strict=True)
+  )
+  rng = np.random.default_rng(0)
+  options = dict(options, kind=kind, local_window_size=(2, 2))
+  shapes = dict(key_logit_bias=(2, 1, 4))
+  if kind != "softmax":
+    shapes |= dict(logit_bias=(2,), query_logit_bias=(2, 3))
+  if options.pop("alibi_slopes", False):
+    shapes["alibi_slopes"] = (2,)
+  if options.pop("bias", False):
+    shapes["bias"] = (2, 3, 4)
+  for name, shape in shapes.items():
+    arrays[name] = rng.uniform(0.5, 1, shape).astype(np.float32)
+  if kind in ("relu", "relu2"):
+    arrays["logit_bias"] += 8  # far from where the derivative jumps
+
+  def attend(arrays):
+    return dot_product_attention(**arrays, **options)
+
+  check_grads(
+    attend, (arrays,), order=2, modes=("fwd", "rev"), atol=1e-2, rtol=1e-2,
+    eps=1e-2,
+  )  # fmt: skip
+
+
+NAMES = (
+  "plain", "vit_197", "one_kv_head", "bias_example_grouped", "causal_cross",
+  "alibi_causal_cross", "lengths_cross_grouped", "dense_bias_shared", "silu",
+  "normalized_segments", "normalized_vectors", "relu", "relu2_lengths",
+  "everything",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("small_blocks", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_tangents_equal_float64(name, small_blocks, monkeypatch):
+  if small_blocks:
+    monkeypatch.setattr(xla, "_TILE", 64)
+    monkeypatch.setattr(xla, "_MIN_BLOCK", 5)
+  (case,) = [c for c in cases.CASES if c.name == name]
+  compare.assert_tangents(case, 5e-6)
+
+
+def test_a_tangent_of_padding_that_is_nan_leaks_nowhere():
+  (case,) = [c for c in cases.CASES if c.name == "lengths"]
+  arrays, options, _ = cases.draw(case)
+  lengths = (
+    options["query_seq_lengths"],
+    *[options["key_value_seq_lengths"]] * 2,
+  )
+  dirty = [x.copy() for x in arrays]
+  for x, of_array in zip(dirty, lengths, strict=True):
+    for example, length in enumerate(of_array):
+      x[example, length:] = np.nan
+
+  def attend(*arrays):
+    return dot_product_attention(*arrays, **options)
+
+  wanted = jax.jvp(attend, arrays, arrays)
+  found = jax.jvp(attend, dirty, dirty)
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_every_order_of_the_modes_is_one_hessian(normalize):
+  case = cases.Case("small", batch=1, queries=3, heads=2, width=2)
+  (query, key, value), *_ = cases.draw(case)
+
+  def loss(query):
+    out = dot_product_attention(
+      query, key, value, normalize=normalize, is_causal=True
+    )
+    return (out**2).sum()
+
+  wanted = jax.jacfwd(jax.jacfwd(loss))(query)
+  for other in (jax.hessian(loss), jax.jacrev(jax.jacrev(loss)),
+                jax.jacrev(jax.jacfwd(loss))):  # fmt: skip
+    np.testing.assert_allclose(other(query), wanted, rtol=1e-4, atol=1e-6)
+  _, linear = jax.linearize(jax.grad(loss), query)
+  np.testing.assert_allclose(
+    linear(query), (wanted * query[None, None, None, None]).sum((4, 5, 6, 7)),
+    rtol=1e-4, atol=1e-6,
+  )  # fmt: skip
+  assert abs(wanted).max() > 1e-3
+
+
+def test_a_logit_of_zero_has_one_derivative():
+  """relu has a corner there: both modes take the left side."""
+  query = key = jnp.zeros((1, 3, 1, 4))
+  value = jnp.ones((1, 3, 1, 4))
+
+  def attend(bias):
+    return dot_product_attention(
+      query, key, value, kind="relu", logit_bias=bias
+    ).sum()
+
+  assert jax.grad(attend)(0.0) == jax.jvp(attend, (0.0,), (1.0,))[1] == 0
