@@ -121,9 +121,9 @@ def fold(
   return x.reshape(size * batch, *x.shape[2:])
 
 
-def unfold(x: jax.Array, size: int, aval: Any) -> jax.Array:
+def unfold(x: jax.Array, size: int, batch: int, aval: Any) -> jax.Array:
   """(size, *aval.shape) of (size batch, ...); a batch of 1 is a sum over it."""
-  x = x.reshape(size, x.shape[0] // size, *x.shape[1:])
+  x = x.reshape(size, batch, *x.shape[1:])
   return x.sum(1, keepdims=True) if x.shape[1:] != aval.shape else x
 
 

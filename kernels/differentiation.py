@@ -182,8 +182,9 @@ def attention(
     problem, query, key, value, operands: as in xla.attention.
   """
   arrays = query, key, value, *(x for x in operands if x is not None)
-  # Alike on all devices of a shard_map is one type too many for a primitive.
-  # The transpose of this adds the gradients of what devices share.
+  # In a shard_map some arrays may be the same on all devices and others not.
+  # The primitives take arrays of one sort. The transpose of this step adds up
+  # the gradients of what devices share.
   arrays = [varying(x, arrays) for x in arrays]
   avals = tuple(map(jax.typeof, arrays))
   result = _Attention(passes, portable, problem, avals)(*arrays)
@@ -231,10 +232,14 @@ class _Static:
 
 
 class _Primitive(hijax.HiPrim):
-  """What the three have in common: a derivative by that of the portable form.
+  """What the three have in common.
 
-  `lead` is the number of arguments before the tangents or cotangents, on which
-  it depends linearly.
+  Their arguments begin with the arrays that are there: query, key, value and
+  operands. given: which of these have tangents, or need cotangents.
+
+  A subclass has `names`, of its arguments (those of others than the arrays are
+  their axes), `results`, the types of what it returns, `expand`, which computes
+  that, and `plain`, which computes it so that JAX can differentiate it.
   """
 
   def __init__(self, passes, portable, problem, avals, given=()):
@@ -259,15 +264,14 @@ class _Primitive(hijax.HiPrim):
     if all(dim is None for dim in dims):
       return self(*args), (None,) * len(self.out_aval)
     names = self.names()
-    of_array = {}  # whether an array or what has its shape is to have all axes
+    whole = {}  # whether an operand needs a batch: its tangent has its shape
     for name, dim in zip(names, dims, strict=True):
-      of_array[name] = of_array.get(name, False) or dim is not None
-    for name in self.apart():
-      of_array[name] = True
+      whole[name] = whole.get(name, False) or dim is not None
+    whole |= dict.fromkeys(self.apart(), True)
     size, batch = axis.size, self.problem.batch
     folded = [
       batching_and_sharding.fold(
-        name, x, dim, size, batch, of_array[name]
+        name, x, dim, size, batch, whole[name]
       )
       for name, x, dim in zip(names, args, dims, strict=True)
     ]  # fmt: skip
@@ -279,7 +283,7 @@ class _Primitive(hijax.HiPrim):
       self.given,
     )  # fmt: skip
     results = [
-      batching_and_sharding.unfold(x, size, aval)
+      batching_and_sharding.unfold(x, size, batch, aval)
       for x, aval in zip(same(*folded), self.out_aval, strict=True)
     ]
     return tuple(results), (0,) * len(results)

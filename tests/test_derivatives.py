@@ -125,3 +125,34 @@ def test_a_logit_of_zero_has_one_derivative():
     ).sum()
 
   assert jax.grad(attend)(0.0) == jax.jvp(attend, (0.0,), (1.0,))[1] == 0
+
+
+@pytest.mark.parametrize(
+  ("name", "shape"),
+  [("logit_bias", (2,)), ("bias", (5, 5)), ("key_logit_bias", (5,)),
+   ("alibi_slopes", (2,))],
+)  # fmt: skip
+def test_each_vmapped_example_has_a_gradient_of_what_all_share(name, shape):
+  """vmap folds its axis into the batch, over which gradients are sums."""
+  case = cases.Case("vmapped", batch=6, queries=5, heads=2, width=4)
+  query = jnp.asarray(cases.draw(case)[0][0]).reshape(3, 2, 5, 2, 4)
+  rng = np.random.default_rng(0)
+  shared = jnp.asarray(rng.uniform(0.5, 1, shape), "float32")
+
+  def attend(x, query):
+    return dot_product_attention(query, query, query, **{name: x})
+
+  def gradient(x, query):
+    return jax.grad(lambda x: (attend(x, query) ** 2).sum())(x)
+
+  def equal(found, wanted):
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+  wanted = jnp.stack([gradient(shared, x) for x in query])
+  equal(jax.vmap(gradient, (None, 0))(shared, query), wanted)
+  several = jnp.stack([shared, 2 * shared])
+  wanted = jnp.stack([gradient(x, query[0]) for x in several])
+  equal(jax.vmap(gradient, (0, None))(several, query[0]), wanted)
+  equal(
+    jax.jacfwd(attend)(shared, query[0]), jax.jacrev(attend)(shared, query[0])
+  )

@@ -71,13 +71,13 @@ def assert_float32(case, bound):
     assert error(actual[name], value) < bound, name
 
 
-def assert_tangents(case, bound):
+def assert_tangents(case, bound, dtype="float32"):
   """The derivatives along each operand, beside the gradients in float64.
 
   Both give the sum of cotangent * (derivative along a tangent). The error is
   relative to what the terms of that sum come to without their signs.
   """
-  arrays, options, cotangent = cases.draw(case)
+  arrays, options, cotangent = cases.draw(case, dtype)
   expected = cases.exact(case, arrays, options, cotangent)
   arrays = dict(zip(("query", "key", "value"), arrays, strict=True))
   arrays |= {k: options.pop(k) for k in WITH_GRADIENT if k in expected}
@@ -95,8 +95,11 @@ def assert_tangents(case, bound):
     return jax.jvp(attend, (arrays[name],), (tangent,))[1]
 
   for name, tangent in tangents.items():
-    terms = cotangent * np.asarray(along(name, tangent), np.float64)
-    products = tangent * np.asarray(expected[name], np.float64)
+    found, tangent, d_out = (
+      np.asarray(x, np.float64)
+      for x in (along(name, tangent), tangent, cotangent)
+    )
+    terms, products = d_out * found, tangent * expected[name]
     size = max(abs(terms).sum(), abs(products).sum())
     assert abs(terms.sum() - products.sum()) < bound * size, name
     assert abs(products).sum() > 0, name

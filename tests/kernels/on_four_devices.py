@@ -85,6 +85,12 @@ def with_gradients(f, *arrays):
   return out, pull_back(jnp.cos(out))
 
 
+def along(f, *arrays):
+  """The derivative along all arrays but the last one."""
+  primals = arrays[:-1]
+  return jax.jvp(lambda *x: f(*x, arrays[-1]), primals, primals)
+
+
 def check(name, actual, expected):
   for x, y in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
     if not np.allclose(x, y, rtol=1e-5, atol=1e-5):
@@ -103,6 +109,7 @@ def check_meshes(kv_heads, normalize):
 
   ours = by("triton")
   expected = with_gradients(by("xla"), *arrays)
+  tangents = along(by("xla"), *arrays)
   mesh = make_mesh(jax.sharding.AxisType.Auto)
   split = PartitionSpec("data", None, "model")
   heads, batch = PartitionSpec("model"), PartitionSpec("data")
@@ -114,6 +121,10 @@ def check_meshes(kv_heads, normalize):
   ]
 
   check_without_moving("automatic", ours, sharded, expected)
+  check(
+    "automatic, forward mode",
+    jax.jit(functools.partial(along, ours))(*sharded), tangents,
+  )  # fmt: skip
 
   manual = jax.shard_map(ours, mesh=mesh, in_specs=specs, out_specs=split)
   check(
@@ -121,6 +132,10 @@ def check_meshes(kv_heads, normalize):
     jax.jit(lambda *x: with_gradients(manual, *x))(*arrays),
     expected,
   )
+  check(
+    "shard_map, forward mode",
+    jax.jit(lambda *x: along(manual, *x))(*arrays), tangents,
+  )  # fmt: skip
 
   # Explicit: the mesh is in the types of query, key and value.
   mesh = make_mesh(jax.sharding.AxisType.Explicit)
@@ -130,6 +145,11 @@ def check_meshes(kv_heads, normalize):
       f"explicit, {name}", by(name),
       [*typed, *arrays[3:]], expected,
     )  # fmt: skip
+    check(
+      f"explicit, {name}, forward mode",
+      jax.jit(functools.partial(along, by(name)))(*typed, *arrays[3:]),
+      tangents,
+    )
 
 
 def make_mesh(axis_type):

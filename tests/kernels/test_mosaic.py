@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ from sigattn.kernels import device, mosaic
 from sigattn.kernels.differentiation import Sums
 from sigattn.kernels.mosaic import blocks, dkv, host, tiles
 from sigattn.kernels.problem import Operands
-from tests.kernels import compare
+from tests.kernels import cases, compare
 
 if jax.default_backend() != "cpu":
   pytest.skip("the kernels are not interpreted here", allow_module_level=True)
@@ -210,6 +211,17 @@ def test_what_users_call_is_lowered(options, around, monkeypatch):
   gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
   lowered = gradients.trace(x, x, x).lower(lowering_platforms=("cuda",))
   assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["grouped", "normalized_vectors", "offsets"])
+def test_tangents_equal_float64(name, dtype, monkeypatch):
+  """They are those of the portable form, so that no kernel runs here."""
+  compare.use_only(monkeypatch, "mosaic", H100)
+  (case,) = [c for c in cases.CASES if c.name == name]
+  case = dataclasses.replace(case, width=64)
+  # Half a unit for the output, and as much for weights of 16 bits.
+  compare.assert_tangents(case, float(jnp.finfo(dtype).eps), dtype)
 
 
 def test_gradients_on_the_mesh_of_the_training_program():

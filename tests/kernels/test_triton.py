@@ -469,6 +469,36 @@ def test_second_derivatives_behind_the_kernels(normalize, interpreter):
     assert abs(y).max() > 1e-4
 
 
+def test_a_traced_scale_and_a_traced_bias(interpreter):
+  case = cases.Case("traced", queries=6, heads=2, scale=0.7, logit_bias=-0.5)
+  arrays, _, cotangent = cases.draw(case)
+
+  @jax.jit
+  def gradients(scale, bias, *arrays):
+    def attend(scale, bias, *arrays):
+      return attention.dot_product_attention(
+        *arrays, scale=scale, logit_bias=bias
+      )
+
+    out, pull_back = jax.vjp(attend, scale, bias, *arrays)
+    return out, *pull_back(jnp.asarray(cotangent))
+
+  options = dict(logit_bias=case.logit_bias)
+  wanted = cases.exact(case, arrays, options, cotangent)
+  out, d_scale, d_bias, *grads = gradients(0.7, -0.5, *arrays)
+  for name, found in zip(
+    ("out", "query", "key", "value"), (out, *grads), strict=True
+  ):
+    assert compare.error(found, wanted[name]) < 2e-6, name
+  # scale multiplies the query: their gradients times themselves agree.
+  d_log = (wanted["query"] * arrays[0]).sum()
+  np.testing.assert_allclose(0.7 * d_scale, d_log, rtol=1e-4)
+  heads = dataclasses.replace(case, logit_bias=None, bias_per_head=("N",))
+  options = dict(logit_bias=np.full(2, -0.5, np.float32))
+  of_heads = cases.exact(heads, arrays, options, cotangent)["logit_bias"]
+  np.testing.assert_allclose(d_bias, of_heads.sum(), rtol=1e-4)
+
+
 def test_the_cache_of_other_triton_kernels_is_put_back(monkeypatch):
   """jax_triton empties the variable where it is imported."""
   for before in (None, "/somewhere"):
