@@ -188,27 +188,16 @@ def run(
     k_full, v_full, k_free, v_free,
   ):  # fmt: skip
     context = Context(
-      form=form,
-      tile=tile,
-      schedule=schedule,
-      heads=heads,
-      group=heads // kv_heads,
-      key_len=key_len,
-      scale=scale,
-      sum_scale=sum_scale,
-      divides=divides,
-      accumulate=accumulate,
-      gmem=gmem,
-      q_smem=q_smem,
-      do_smem=do_smem,
-      sums_smem=sums_smem,
-      columns_smem=columns_smem,
-      q_full=q_full,
+      form=form, tile=tile, schedule=schedule, heads=heads,
+      group=heads // kv_heads, key_len=key_len, scale=scale,
+      sum_scale=sum_scale, divides=divides, accumulate=accumulate, gmem=gmem,
+      q_smem=q_smem, do_smem=do_smem, sums_smem=sums_smem,
+      columns_smem=columns_smem, q_full=q_full,
       keys=Ring(k_smem, k_full, k_free, tile.stages),
       values=Ring(v_smem, v_full, v_free, tile.stages),
       warpgroup=lax.axis_index("warpgroup"),
       tiles=schedule.count(gmem.table),
-    )
+    )  # fmt: skip
     by_role(
       tile, context.warpgroup, functools.partial(_compute, context),
       functools.partial(_feed, context),
