@@ -235,19 +235,13 @@ def build(
   def kernel(gmem, *smem):
     smem = Smem(*smem)
     context = Context(
-      variant=variant,
-      form=form,
-      tile=tile,
-      schedule=schedule,
-      sizes=sizes,
-      scales=scales,
-      gmem=gmem,
-      smem=smem,
+      variant=variant, form=form, tile=tile, schedule=schedule, sizes=sizes,
+      scales=scales, gmem=gmem, smem=smem,
       queries=ring(smem.queries, smem.q_full, smem.q_free),
       d_outs=ring(smem.d_outs, smem.do_full, smem.do_free),
       warpgroup=lax.axis_index("warpgroup"),
       tiles=schedule.count(gmem.table),
-    )
+    )  # fmt: skip
     by_role(
       tile, context.warpgroup, functools.partial(_compute, context),
       functools.partial(_feed, context),
