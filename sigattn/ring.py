@@ -96,6 +96,10 @@ def ring_attention(
   """
   parts = lax.axis_size(axis_name)
   _validate(query, key, kind, exchange, order, is_causal, local_window_size)
+  if not (scale is None or isinstance(scale, (int, float, np.number))):
+    raise ValueError(
+      f"{scale=}; must be a number here: multiply the query by an array instead"
+    )
   length = query.shape[1]
   window = local_window_size
   if isinstance(window, int):
