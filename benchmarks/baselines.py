@@ -239,63 +239,35 @@ def _any(cell):
 
 
 _ready = jax.block_until_ready
+
+
+def _sigattn(implementation, form="", can=_any, **options):
+  """Ours, under its name and that of the form; options: of _ours."""
+  return Baseline(
+    f"sigattn {implementation}{form}",
+    False,
+    "jax_triton" if implementation == "triton" else "jax",
+    functools.partial(_ours, implementation, **options),
+    _ready,
+    can,
+    normalize=options.get("normalize", False),
+  )
+
+
+def _whole(cell):
+  return not cell.padding
+
+
 BASELINES = (
-  Baseline(
-    "sigattn mosaic",
-    False,
-    "jax",
-    functools.partial(_ours, "mosaic"),
-    _ready,
-    _any,
+  _sigattn("mosaic"),
+  _sigattn("triton"),
+  _sigattn("mosaic", " normalized", normalize=True),
+  _sigattn("triton", " normalized", normalize=True),
+  _sigattn(
+    "mosaic", " normalized, b = -14", _whole, normalize=True, logit_bias=-14.0
   ),
-  Baseline(
-    "sigattn triton",
-    False,
-    "jax_triton",
-    functools.partial(_ours, "triton"),
-    _ready,
-    _any,
-  ),
-  Baseline(
-    "sigattn mosaic normalized",
-    False,
-    "jax",
-    functools.partial(_ours, "mosaic", normalize=True),
-    _ready,
-    _any,
-    normalize=True,
-  ),
-  Baseline(
-    "sigattn triton normalized",
-    False,
-    "jax_triton",
-    functools.partial(_ours, "triton", normalize=True),
-    _ready,
-    _any,
-    normalize=True,
-  ),
-  Baseline(
-    "sigattn mosaic normalized, b = -14",
-    False,
-    "jax",
-    functools.partial(_ours, "mosaic", normalize=True, logit_bias=-14.0),
-    _ready,
-    normalize=True,
-  ),
-  Baseline(
-    "sigattn mosaic, logit vectors",
-    False,
-    "jax",
-    functools.partial(_ours, "mosaic", vectors=True),
-    _ready,
-  ),
-  Baseline(
-    "sigattn triton, logit vectors",
-    False,
-    "jax_triton",
-    functools.partial(_ours, "triton", vectors=True),
-    _ready,
-  ),
+  _sigattn("mosaic", ", logit vectors", _whole, vectors=True),
+  _sigattn("triton", ", logit vectors", _whole, vectors=True),
   Baseline(
     "TritonSigmoid", False, "triton_sigmoid", _triton_sigmoid, _torch_wait, _any
   ),
