@@ -169,6 +169,7 @@ def _imagenet(size):
     # To keep what float32 norms make, for every layer of a loop, takes longer
     # than to compute it again, and three times the memory.
     remat="dots",
+    max_unrolled=depth,
   )
   config.optim.update(lr=1e-3, weight_decay=0.05)
   config.optim.warmup_steps = 5 * 1_281_167 // 1024  # 5 epochs
