@@ -166,10 +166,7 @@ def _imagenet(size):
     patch_size=int(size.split("/")[1]),
     pool="class",
     drop_path=0.1,
-    # To keep what float32 norms make, for every layer of a loop, takes longer
-    # than to compute it again, and three times the memory.
-    remat="dots",
-    max_unrolled=depth,
+    max_unrolled=depth,  # A loop would copy all that the layers keep.
   )
   config.optim.update(lr=1e-3, weight_decay=0.05)
   config.optim.warmup_steps = 5 * 1_281_167 // 1024  # 5 epochs
