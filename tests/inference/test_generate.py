@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigattn.inference import generate
+from sigattn.inference import engine, generate, sampling
 from sigattn.training import setup
 from tests.tasks.small_lm import (
   ALIBI,
@@ -36,28 +36,30 @@ from tests.tasks.small_lm import (
 def test_decoding_equals_the_full_forward_pass(kind, values):
   config = small(depth=2, **{"attn.kind": kind, **values})
   model = make(config)
-  prompts = [tokens(11)[:n] for n in (11, 4)]
-  length, count = 11, 6
-  token_BT = np.stack([np.pad(x, (length - len(x), 0)) for x in prompts])
-  start_B = np.array([length - len(x) for x in prompts], np.int32)
-  forced_BT = tokens(2, count, seed=3)
+  length_B, count = np.array([11, 4], np.int32), 6
+  token_BT, forced_BT = tokens(2, 11), tokens(2, count, seed=3)
 
-  def run(model, token_BT, start_B, forced_BT):
-    state = generate.prefill(
-      model, token_BT, start_B, length + count, jax.random.key(0)
-    )
-    logits_BTV, cache = [state.logits_BV], state.cache
-    for i in range(count):
-      logits_BV, cache = model.decode(
-        forced_BT[:, i], cache, length + i, start_B
-      )
+  def run(model, token_BT, forced_BT):
+    model.prepare_to_generate()
+    cache = model.empty_cache(2, 20)
+    # The longer prompt comes in three parts. Of the shorter one, the second
+    # and the third are padding.
+    logits_BTV = []
+    for first in (0, 4, 8):
+      part_BT = token_BT[:, first : first + 4]
+      last_B = jnp.clip(length_B - 1 - first, 0, part_BT.shape[1] - 1)
+      logits_BV, cache = model.extend(part_BT, cache, first, last_B)
       logits_BTV.append(logits_BV)
-    return jnp.stack(logits_BTV, axis=1)
+    after_BV = [jnp.stack([logits_BTV[2][0], logits_BTV[0][1]])]
+    for i in range(count):
+      logits_BV, cache = model.decode(forced_BT[:, i], cache, length_B + i)
+      after_BV.append(logits_BV)
+    return jnp.stack(after_BV, axis=1)
 
-  logits_BTV = compiled(run, model, token_BT, start_B, forced_BT)
-  for i, prompt in enumerate(prompts):
-    whole = np.concatenate([prompt, forced_BT[i]])
-    full = logits(model, whole[None])[0, len(prompt) - 1 :]
+  logits_BTV = compiled(run, model, token_BT, forced_BT)
+  for i, length in enumerate(length_B):
+    whole = np.concatenate([token_BT[i, :length], forced_BT[i]])
+    full = logits(model, whole[None])[0, length - 1 :]
     np.testing.assert_allclose(logits_BTV[i], full, rtol=2e-4, atol=2e-4)
 
 
@@ -81,37 +83,35 @@ def test_generator_continues_a_batch_as_each_alone_and_streams_the_same():
     generator(["Ω"])
 
 
-def test_a_row_that_has_ended_stays_so_and_all_ended_stop_the_loop():
+def test_a_row_that_has_ended_stays_so():
   class Counter:
-    """Its next token is the number of the slot; its cache counts the calls."""
+    """Its next token is the number of tokens."""
 
-    def decode(self, token_B, cache, place, start_B):
+    def decode(self, token_B, cache, length_B):
       del token_B
-      next_B = jnp.minimum(place + 1 - start_B, V - 1)
-      return jax.nn.one_hot(next_B, V), cache + 1
+      return jax.nn.one_hot(length_B + 1, V), cache
 
-  state = generate.State(
-    place=jnp.int32(3),
-    start_B=jnp.array([0, 2]),
+  state = engine.State(
+    length_B=jnp.array([3, 1]),
     logits_BV=jax.nn.one_hot(jnp.array([3, 1]), V),
-    cache=jnp.int32(0),
+    cache=(),
     done_B=jnp.zeros(2, bool),
     rng=jax.random.key(0),
   )
-  greedy = generate.Sampling(temperature=0)
-  token_BT, last = generate.decode(Counter(), state, 9, greedy, V, end=5)
+  greedy = sampling.Sampling(temperature=0)
+  token_BT, last = engine.decode(Counter(), state, 9, greedy, V, end=5)
   np.testing.assert_array_equal(
     token_BT, [[3, 4, 5, 5, 5, 5, 5, 5, 5], [1, 2, 3, 4, 5, 5, 5, 5, 5]]
   )
   assert last.done_B.all()
-  assert last.cache == 5  # calls, not 9
+  np.testing.assert_array_equal(last.length_B, [6, 6])
 
 
 def test_top_k_and_top_p_keep_what_they_say():
   p = np.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]], np.float32)
 
   def kept(**options):
-    kept_BV = generate.keep(jnp.log(p), generate.Sampling(**options))
+    kept_BV = sampling.keep(jnp.log(p), sampling.Sampling(**options))
     return np.isfinite(kept_BV).sum(1).tolist()
 
   assert kept(top_k=2) == [2, 2]
@@ -120,7 +120,7 @@ def test_top_k_and_top_p_keep_what_they_say():
   assert kept(top_p=0.79) == [2, 2]
   assert kept(top_p=0.81) == [3, 3]
   assert kept(top_k=3, top_p=0.9) == [3, 3] != kept(top_k=3, top_p=0.8)
-  kept_BV = generate.keep(jnp.log(p), generate.Sampling(top_k=2))
+  kept_BV = sampling.keep(jnp.log(p), sampling.Sampling(top_k=2))
   assert np.isfinite(kept_BV).tolist()[0] == [True, True, False, False]
 
 
@@ -128,8 +128,8 @@ def test_draws_follow_the_probabilities():
   p = np.array([0.6, 0.3, 0.1], np.float32)
   logits_BV = jnp.tile(jnp.log(p), (4000, 1))
   for temperature in (1.0, 0.5):
-    drawn = generate.sample(
-      jax.random.key(0), logits_BV, generate.Sampling(temperature)
+    drawn = sampling.sample(
+      jax.random.key(0), logits_BV, sampling.Sampling(temperature)
     )
     share = np.bincount(drawn, minlength=3) / 4000
     expected = p ** (1 / temperature)
