@@ -89,6 +89,18 @@ def prepared(config: ConfigDict, params: Any) -> tuple[nnx.GraphDef, Any]:
 
   See lm.LanguageModel.prepare_to_generate.
   """
+  prepare = _prepare(config)
+  graphdef, _ = shapes(config)
+  return graphdef, jax.jit(lambda x: nnx.state(prepare(x)))(params)
+
+
+def shapes(config: ConfigDict) -> tuple[nnx.GraphDef, Any]:
+  """`prepared` with the shapes and dtypes of the parameters alone."""
+  params = setup.shapes(config)
+  return nnx.split(nnx.eval_shape(_prepare(config), params))
+
+
+def _prepare(config):
   static = setup.graphdef(config)
 
   def prepare(params):
@@ -96,18 +108,17 @@ def prepared(config: ConfigDict, params: Any) -> tuple[nnx.GraphDef, Any]:
     model.prepare_to_generate()
     return model
 
-  graphdef = nnx.graphdef(nnx.eval_shape(prepare, params))
-  return graphdef, jax.jit(lambda x: nnx.state(prepare(x)))(params)
+  return prepare
 
 
 class Engine:
   """A language model that reads prompts and continues them, token by token."""
 
   def __init__(
-    self, config: ConfigDict, params: Any, size: int, end: int
+    self, graphdef: nnx.GraphDef, params: Any, size: int, end: int
   ) -> None:
-    """Args: size, end: as in `decode`. The others are those of a run."""
-    graphdef, self.params = prepared(config, params)
+    """graphdef, params: what `prepared` returns. size, end: as in `decode`."""
+    self.params = params
 
     @functools.partial(jax.jit, static_argnames=("batch", "slots"))
     def empty(params, rng, batch, slots):
@@ -147,6 +158,11 @@ class Engine:
 
     self._empty, self._read, self._decode = empty, read, decode_chunk
 
+  def empty(self, batch: int, slots: int, rng: jax.Array) -> State:
+    """The State before the first token, with room for `slots` tokens a row."""
+    slots = -(-slots // _SLOTS) * _SLOTS
+    return self._empty(self.params, rng, batch=batch, slots=slots)
+
   def prefill(
     self, prompts: Sequence[np.ndarray], max_tokens: int, rng: jax.Array
   ) -> State:
@@ -162,10 +178,9 @@ class Engine:
     most = 1 << (_PART // batch).bit_length() - 1
     part = min(part, max(_SHORTEST_PART, min(most, _LONGEST_PART)))
     padded = -(-longest // part) * part
-    slots = -(-max(padded, longest + max_tokens) // _SLOTS) * _SLOTS
     token_BT = np.stack([np.pad(x, (0, padded - len(x))) for x in prompts])
     length_B = np.array([len(x) for x in prompts], np.int32)
-    state = self._empty(self.params, rng, batch=batch, slots=slots)
+    state = self.empty(batch, max(padded, longest + max_tokens), rng)
     for first in range(0, padded, part):
       token_BC = token_BT[:, first : first + part].astype(np.int32)
       state = self._read(
@@ -178,3 +193,11 @@ class Engine:
   ) -> tuple[jax.Array, State]:
     """`decode` on the device; the given State is used up."""
     return self._decode(self.params, state, count=count, sampling=sampling)
+
+  def lower_decode(
+    self, state: State, count: int, sampling: Sampling
+  ) -> jax.stages.Lowered:
+    """The program of `decode`, to be compiled and looked at."""
+    return self._decode.lower(
+      self.params, state, count=count, sampling=sampling
+    )

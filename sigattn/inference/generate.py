@@ -24,7 +24,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from sigattn.data import text
-from sigattn.inference.engine import Engine
+from sigattn.inference import engine
 from sigattn.inference.sampling import Sampling
 from sigattn.training import checkpoint
 
@@ -39,8 +39,10 @@ class Generator:
     if config.task != "lm":
       raise ValueError(f"config.task={config.task!r}; must be 'lm'")
     self.tokenizer = text.tokenizer(config)
-    self._engine = Engine(
-      config, params, self.tokenizer.size, self.tokenizer.end
+    self._engine = engine.Engine(
+      *engine.prepared(config, params),
+      self.tokenizer.size,
+      self.tokenizer.end,
     )
 
   @classmethod
