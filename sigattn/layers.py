@@ -236,14 +236,13 @@ class SelfAttention(nnx.Module):
     return y_BTD if cache is None else (y_BTD, cache)
 
   def merge_products(self) -> None:
-    """Makes query, key and value one product of matrices, for decoding.
+    """Makes query, key and value one Product, and the output another.
 
-    With few tokens a product takes as long as its matrix is read, and two small
-    ones take longer than one. The parameters get other names, so this is not
-    for a model that is saved.
+    The parameters get other names, so this is not for a model that is saved.
     """
     parts = (self.query, self.key, self.value)
-    self.query_key_value = _merged(parts, axis=-2)
+    self.query_key_value = Product(*parts, axis=-2)
+    self.out = Product(self.out)
     del self.query, self.key, self.value
 
   def _project(self, x_BTD):
@@ -308,23 +307,45 @@ def _write(cache, k_BTKH, v_BTKH, place):
   return Cache(*map(write, cache, (k_BTKH, v_BTKH)))
 
 
-def _merged(linears, axis):
-  """One nnx.Linear or LinearGeneral with the outputs of several, along `axis`.
+class Product(nnx.Module):
+  """x W^T + b, of one or more linear layers, side by side, for decoding.
 
-  axis: a negative one, of the outputs.
+  With few tokens a product takes as long as reading its matrix does. That is
+  fastest in one piece, and with an output's weights in a row: W is (*outputs,
+  *inputs), where nnx.Linear's kernel is (*inputs, *outputs). XLA then makes a
+  product by one token one kernel, where it would write down each weight times
+  its input and add them up in another one.
+
+  linears: nnx.Linear or nnx.LinearGeneral of the same input. axis: a negative
+  one, of their outputs, along which they are joined.
   """
-  first = linears[0]
-  merged = nnx.clone(first)
-  merged.kernel = nnx.Param(
-    jnp.concatenate([x.kernel[...] for x in linears], axis)
-  )
-  if first.bias is not None:
-    merged.bias = nnx.Param(
-      jnp.concatenate([x.bias[...] for x in linears], axis)
+
+  def __init__(self, *linears: nnx.Module, axis: int = -1) -> None:
+    def joined(arrays):
+      return jnp.concatenate([x[...] for x in arrays], axis)
+
+    kernel = joined([x.kernel for x in linears])
+    contracted = getattr(linears[0], "axis", (-1,))
+    self.num_inputs, self.dtype = len(contracted), linears[0].dtype
+    inputs = range(self.num_inputs)
+    self.kernel = nnx.Param(
+      jnp.moveaxis(kernel, inputs, [-x - 1 for x in inputs][::-1])
     )
-  if isinstance(first, nnx.LinearGeneral):
-    merged.out_features = merged.kernel.shape[-len(first.out_features) :]
-  return merged
+    has_bias = linears[0].bias is not None
+    self.bias = (
+      nnx.Param(joined([x.bias for x in linears])) if has_bias else None
+    )
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """(..., *inputs) -> (..., *outputs)."""
+    last = range(-self.num_inputs, 0)
+    kernel = self.kernel[...].astype(self.dtype)
+    axes = [[ndim + i for i in last] for ndim in (x.ndim, kernel.ndim)]
+    y = jax.lax.dot_general(x.astype(self.dtype), kernel, (axes, ((), ())))
+    if self.bias is None:
+      return y
+    bias = self.bias[...].astype(self.dtype)
+    return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
 def _check_heads(width, num_heads, num_kv_heads):
@@ -387,9 +408,12 @@ class Mlp(nnx.Module):
 
   def merge_products(self) -> None:
     """As SelfAttention's, of gate and up."""
+    self.down = Product(self.down)
     if self.kind == "swiglu":
-      self.gate_up = _merged((self.gate, self.up), axis=-1)
+      self.gate_up = Product(self.gate, self.up)
       del self.gate, self.up
+    else:
+      self.up = Product(self.up)
 
 
 def _swiglu(mlp, x_BTD):

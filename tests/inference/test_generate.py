@@ -18,6 +18,14 @@ from tests.tasks.small_lm import (
   tokens,
 )
 
+# As GPT-NeoX has it, with fewer heads of keys and values.
+NEOX = {
+  "model.use_bias": True, "model.mlp": "gelu", "model.parallel": True,
+  "model.norm": "pre", "model.norm_kind": "layernorm", "model.tied": False,
+  "model.rope_share": 0.5, "attn.num_kv_heads": 1,
+  "attn.learn_logit_bias": True,
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(
   ("kind", "values"),
@@ -31,6 +39,7 @@ from tests.tasks.small_lm import (
     ("sigmoid", ALIBI | {"attn.window": 5}),
     ("softmax", {"attn.window": 3}),
     ("silu", {}),
+    ("sigmoid", NEOX),
   ],
 )
 def test_decoding_equals_the_full_forward_pass(kind, values):
@@ -61,6 +70,28 @@ def test_decoding_equals_the_full_forward_pass(kind, values):
     whole = np.concatenate([token_BT[i, :length], forced_BT[i]])
     full = logits(model, whole[None])[0, length - 1 :]
     np.testing.assert_allclose(logits_BTV[i], full, rtol=2e-4, atol=2e-4)
+
+
+def test_a_token_copies_no_cache_and_reads_no_matrix_in_float32():
+  config = small(depth=2, **ALIBI)
+  config.dtype = "bfloat16"
+  graphdef, shapes = engine.shapes(config)
+  matrices = [x for x in jax.tree.leaves(shapes) if x.ndim > 1]
+  assert {str(x.dtype) for x in matrices} == {"bfloat16"}
+  machine = engine.Engine(graphdef, shapes, V, end=-1)
+  state = jax.eval_shape(
+    lambda x: engine.Engine(graphdef, x, V, -1).empty(
+      3, 640, jax.random.key(0)
+    ),
+    shapes,
+  )
+  heads, width = config.model.num_heads, config.model.width
+  shape = f"bf16[3,640,{heads},{width // heads}]"
+  lowered = machine.lower_decode(state, 4, sampling.Sampling(temperature=0))
+  lines = lowered.compile().as_text().splitlines()
+  made = [x.split(" = ")[1] for x in lines if f" = {shape}" in x]
+  assert made
+  assert not [x for x in made if "} copy(" in x]
 
 
 def test_generator_continues_a_batch_as_each_alone_and_streams_the_same():
