@@ -133,7 +133,7 @@ def _our_row(machine, case, bandwidth, tokens, options, trace):
   from sigattn.inference.sampling import Sampling
 
   rows, prompt = _sizes(case)
-  state = machine.empty(rows, prompt + tokens, jax.random.key(0))
+  state = machine.empty(rows, prompt + tokens)
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.cache
   )
@@ -149,7 +149,7 @@ def _our_row(machine, case, bandwidth, tokens, options, trace):
 
   def run():
     length_B = jnp.full((rows,), prompt, jnp.int32)
-    begin = holder[0]._replace(length_B=length_B)
+    begin = holder[0]._replace(length_B=length_B, left_B=length_B + tokens)
     token_BT, holder[0] = compiled(machine.params, begin)
     return token_BT
 

@@ -30,13 +30,16 @@ class Sampling(NamedTuple):
 
 
 def sample(
-  rng: jax.Array, logits_BV: jax.Array, sampling: Sampling
+  key_B: jax.Array | None, logits_BV: jax.Array, sampling: Sampling
 ) -> jax.Array:
-  """Draws one token for each row of logits; int32 (B,)."""
+  """Draws one token for each row of logits, with its own key; int32 (B,).
+
+  key_B may be None where the temperature is 0.
+  """
   if sampling.temperature == 0:
     return logits_BV.argmax(-1).astype(jnp.int32)
   logits_BV = keep(logits_BV / sampling.temperature, sampling)
-  return jax.random.categorical(rng, logits_BV).astype(jnp.int32)
+  return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
 
 
 def keep(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
