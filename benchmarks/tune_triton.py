@@ -30,7 +30,8 @@ from benchmarks.timing import milliseconds
 from sigattn.kernels import device
 from sigattn.kernels.differentiation import Sums
 from sigattn.kernels.problem import Operands, make_problem
-from sigattn.kernels.triton import FLOATS, INTEGERS, constants, tiles
+from sigattn.kernels.triton import tiles
+from sigattn.kernels.triton.launch import FLOATS, INTEGERS, constants
 from sigattn.kernels.triton.tiles import (
   DTYPES,
   PASSES,

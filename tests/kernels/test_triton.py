@@ -21,7 +21,7 @@ from benchmarks import tune_triton
 from sigattn import attention
 from sigattn.kernels import device, differentiation, dispatch, numerics, xla
 from sigattn.kernels import triton as triton_attention
-from sigattn.kernels.triton import tiles
+from sigattn.kernels.triton import decode, launch, tiles
 from tests.kernels import cases, compare
 
 if jax.default_backend() != "cpu":
@@ -30,6 +30,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # Read when Triton is imported.
 triton = pytest.importorskip("triton")  # It has wheels for Linux alone.
 import triton.language as tl  # noqa: E402
 
+# A number that no program writes remains, and is noticed.
+_UNWRITTEN = {"f": np.nan, "V": np.nan, "i": 99}
 _ONE_AT_A_TIME = threading.Lock()  # The interpreter's state is global.
 
 
@@ -56,13 +58,16 @@ def tanh(x):
   return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
 
 
-def _interpreted(kernel, arrays, outs, tile, count, constants):
-  """In the place of triton_attention._start, for Triton's interpreter."""
+def _interpreted(kernel, arrays, outs, tile, count, constants, zeroed=()):
+  """In the place of launch.start, for Triton's interpreter."""
   del tile
 
   def run(*arrays):
-    # A number that no program writes remains NaN, and is noticed.
-    results = [np.full(x.shape, np.nan, x.dtype) for x in outs]
+    results = [
+      np.full(x.shape, _UNWRITTEN[x.dtype.kind], x.dtype) for x in outs
+    ]
+    for index in zeroed:
+      results[index][...] = 0
     inputs = [_Array(np.array(x)) for x in arrays]
     with _ONE_AT_A_TIME:
       kernel[(count,)](*inputs, *map(_Array, results), **constants)
@@ -77,7 +82,7 @@ def interpreter(monkeypatch):
   from sigattn.kernels.triton import kernels
 
   monkeypatch.setattr(kernels, "tanh", tanh)
-  monkeypatch.setattr(triton_attention, "_start", _interpreted)
+  monkeypatch.setattr(launch, "start", _interpreted)
   monkeypatch.setattr(
     triton_attention, "_PACKAGES", {}
   )  # It needs no jax-triton.
@@ -111,6 +116,115 @@ def test_interpreted_float16(bias, width, interpreter):
     "half", batch=1, queries=40, heads=1, width=width, logit_bias=bias
   )
   compare.assert_16_bit(case, "float16")
+
+
+@pytest.fixture
+def decoding(monkeypatch):
+  """Lets the decode kernel take every problem; give it splits and last_adds."""
+
+  def use(splits, last_adds=True):
+    small = decode.Tile(16, 16, splits, 4, 2, last_adds)
+    monkeypatch.setattr(decode, "tile", lambda _: small)
+
+  monkeypatch.setattr(decode, "MOST_QUERIES", 99)
+  monkeypatch.setattr(decode, "LEAST_KEYS", 1)
+  return use
+
+
+def output(arrays, options):
+  return jax.jit(lambda *x: attention.dot_product_attention(*x, **options))(
+    *arrays
+  )
+
+
+DECODED = (
+  "one_token", "one_kv_head", "bias_example_grouped", "cross_short",
+  "alibi_causal_cross", "causal_window", "lengths_cross_grouped",
+  "normalized_lengths", "normalized_relu2", "query_vector", "key_vector",
+  "shared_vectors", "normalized_vectors", "bias_of_one_key", "offset_before",
+  "offset_behind", "offsets", "offset_one_query", "normalized_offsets",
+  "silu_lengths", "blocks_offsets",
+)  # fmt: skip
+
+
+# The shares of several programs are added by the last of them, or by XLA.
+@pytest.mark.parametrize(
+  ("splits", "last_adds"), [(1, True), (3, True), (3, False)]
+)
+@pytest.mark.parametrize("name", DECODED)
+def test_interpreted_decoding(name, splits, last_adds, interpreter, decoding):
+  decoding(splits, last_adds)
+  (case,) = [c for c in cases.CASES + cases.BLOCKS if c.name == name]
+  arrays, options, cotangent = cases.draw(case)
+  expected = cases.exact(case, arrays, options, cotangent)["out"]
+  assert compare.error(output(arrays, options), expected) < 2e-6
+
+
+def test_interpreted_decoding_in_float16(interpreter, decoding):
+  decoding(3)
+  case = cases.Case(
+    "half", batch=1, queries=3, keys=70, heads=4, kv_heads=2, width=80,
+    logit_bias=-16.0,
+  )  # fmt: skip
+  compare.assert_16_bit(case, "float16")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_decoding_loads_no_keys_that_are_not_seen(
+  normalize, interpreter, decoding
+):
+  """NaN there would survive a product with weights of zero."""
+  decoding(3)
+  rng = np.random.default_rng(0)
+  query = rng.standard_normal((2, 1, 2, 8), np.float32)
+  key, value = rng.standard_normal((2, 2, 90, 1, 8), np.float32)
+  place, window = np.array([80, 41]), 30
+  options = dict(
+    is_causal=True, local_window_size=(window, 0), query_offset=place,
+    normalize=normalize,
+  )  # fmt: skip
+  clean = output((query, key, value), options)
+  for example, last in enumerate(place):
+    for x in key, value:
+      x[example, last + 1 :] = x[example, : last - window] = np.nan
+  np.testing.assert_array_equal(output((query, key, value), options), clean)
+
+
+def test_one_query_takes_the_decode_kernel(interpreter, started):
+  """So in loops, under vmap, and with gradients; 17 queries do not."""
+  rng = np.random.default_rng(0)
+  query = rng.standard_normal((2, 17, 2, 8), np.float32)
+  key, value = rng.standard_normal((2, 2, 200, 1, 8), np.float32)
+
+  def attend(query, key, value):
+    return attention.dot_product_attention(query, key, value, is_causal=True)
+
+  def one(query, place):
+    return attention.dot_product_attention(
+      query, key, value, is_causal=True, query_offset=place
+    )
+
+  whole = attend(query, key, value)
+  assert {name for name, _ in started} == {"forward"}
+  started.clear()
+
+  @jax.jit
+  def loop(query):
+    def step(place, out):
+      token = jax.lax.dynamic_slice_in_dim(query, place, 1, 1)
+      return jax.lax.dynamic_update_slice_in_dim(
+        out, one(token, place), place, 1
+      )
+
+    return jax.lax.fori_loop(0, 3, step, jnp.zeros_like(query))[:, :3]
+
+  tokens = jnp.moveaxis(query[:, :3, None], 1, 0)
+  vmapped = jax.vmap(one, out_axes=1)(tokens, jnp.arange(3))
+  for found in loop(query), vmapped[:, :, 0]:
+    np.testing.assert_allclose(found, whole[:, :3], rtol=1e-5, atol=1e-7)
+  assert {name for name, _ in started} == {"decode"}
+  jax.grad(lambda x: one(x, 5).sum())(query[:, :1])
+  assert {name for name, _ in started} >= {"backward_q"}
 
 
 def test_interpreted_nan_in_padding_leaks_nowhere(interpreter, monkeypatch):
@@ -301,7 +415,7 @@ def test_float32_is_exact_unless_asked(asked, precision, monkeypatch):
     seen.append(constants["PRECISION"])
     return [jnp.zeros(x.shape, x.dtype) for x in outs]
 
-  monkeypatch.setattr(triton_attention, "_start", start)
+  monkeypatch.setattr(launch, "start", start)
   monkeypatch.setattr(triton_attention, "_PACKAGES", {})
   card = device.Device("NVIDIA A100", 80)
   compare.use_only(monkeypatch, "triton", card)
@@ -327,14 +441,14 @@ def started(monkeypatch):
   """
   calls = []
 
-  def start(kernel, arrays, outs, tile, count, constants):
+  def start(kernel, arrays, outs, tile, count, constants, zeroed=()):
     calls.append((kernel.__name__, constants))
-    return _interpreted(kernel, arrays, outs, tile, count, constants)
+    return _interpreted(kernel, arrays, outs, tile, count, constants, zeroed)
 
   def refuse(*_):
     raise AssertionError("the portable form runs")
 
-  monkeypatch.setattr(triton_attention, "_start", start)
+  monkeypatch.setattr(launch, "start", start)
   monkeypatch.setattr(xla, "PASSES", differentiation.Passes(refuse, refuse))
   return calls
 
@@ -506,7 +620,7 @@ def test_the_cache_of_other_triton_kernels_is_put_back(monkeypatch):
       monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     else:
       monkeypatch.setenv("TRITON_CACHE_DIR", before)
-    with triton_attention._triton_cache_dir():
+    with launch.triton_cache_dir():
       os.environ["TRITON_CACHE_DIR"] = ""
     assert os.environ.get("TRITON_CACHE_DIR") == before
 
