@@ -35,6 +35,7 @@ ARROWS = {
 }
 ARROWS["pretrained"] = {"layers", "validate", "extras"}
 ARROWS["ring"] = {"attention", "kernels"}
+ARROWS["paged"] = {"attention", "kernels"}
 # Only training knows the mesh, and so what attention does on it.
 ARROWS["training"] = {
   "pretrained", "tasks", "data", "validate", "extras", "attention", "ring",
@@ -45,7 +46,8 @@ ARROWS["analysis"] = _ABOVE_TRAINING
 ARROWS["sweep"] = {"training", "analysis", "cli"}  # cli: only as a program
 ARROWS["cli"] = {"extras"}  # its commands are imported by name
 ARROWS["__main__"] = {"cli"}
-ARROWS["__init__"] = {"attention", "ring"}  # the layers are imported by name
+# The layers are imported by name.
+ARROWS["__init__"] = {"attention", "paged", "ring"}
 
 
 def sources():

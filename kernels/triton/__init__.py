@@ -70,10 +70,34 @@ def attention(
   multiplied by a power of two, so that they do not underflow.
   """
   problem, operands = vectors.fold(problem, operands)
-  precision = _PRECISIONS.get(jax.config.jax_default_matmul_precision, "ieee")
+  precision = _precision()
   return differentiation.attention(
     _passes(precision), xla.PASSES, problem, query, key, value, operands
   )
+
+
+def paged(
+  problem: Problem,
+  query: jax.Array,
+  key_pages: jax.Array,
+  value_pages: jax.Array,
+  operands: Operands,
+  page_table: jax.Array,
+) -> tuple[jax.Array, ...]:
+  """(out,), and with problem.normalize (out, sums), by the decode kernel.
+
+  key_pages, value_pages: (pages, length, K, H). page_table: (B, pages of a row)
+  int32; problem.key_len is that number of pages times their length.
+  """
+  arrays = query, key_pages, value_pages, operands, page_table
+  out, sums = decode.forward(
+    problem, _precision(), decode.tile(problem, paged=True), *arrays
+  )
+  return (out, sums) if problem.normalize else (out,)
+
+
+def _precision():
+  return _PRECISIONS.get(jax.config.jax_default_matmul_precision, "ieee")
 
 
 @functools.cache

@@ -40,8 +40,8 @@ def fits(problem: Problem) -> bool:
   )
 
 
-def tile(problem: Problem) -> Tile:
-  """The tile of a problem."""
+def tile(problem: Problem, paged: bool = False) -> Tile:
+  """The tile of a problem. paged: whether its keys lie in pages."""
   group = problem.num_heads // problem.num_kv_heads
   wide = problem.dtype == "float32"
   rows = min(tiles.padded(problem.query_len * group), 16 if wide else 64)
@@ -49,7 +49,12 @@ def tile(problem: Problem) -> Tile:
   block_kv = 32 if wide or width > 128 else 64
   splits = -(-_PROGRAMS // (cells(problem, rows) * problem.batch))
   splits = min(splits, -(-problem.key_len // _LEAST_SHARE))
-  return Tile(rows, block_kv, splits, 4, 2 if wide else 3, True)
+  stages = 2 if wide else 3
+  if paged:
+    # Triton divides them between the loads of pages' numbers and of keys, which
+    # wait for the former. So as many keys as without pages are loaded ahead.
+    stages = 2 * stages - 1
+  return Tile(rows, block_kv, splits, 4, stages, True)
 
 
 def cells(problem: Problem, rows: int) -> int:
@@ -81,6 +86,7 @@ def forward(
   """
   from sigattn.kernels.triton import decode_kernel
 
+  page = None if pages is None else key.shape[1]
   splits, apart = tile.splits, tile.splits > 1 and not tile.last_adds
   shares = (splits,) if splits > 1 else ()
   rows = query.shape[:3]
@@ -103,7 +109,7 @@ def forward(
     [jax.ShapeDtypeStruct(*x) for x in shapes],
     tile,
     problem.batch * cells(problem, tile.rows) * splits,
-    constants(problem, precision, tile, pages and key.shape[1]),
+    constants(problem, precision, tile, page),
     zeroed=(4,) if splits > 1 and tile.last_adds else (),
   )
   out, sums, shares, share_sums, _ = results

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sigattn
 from benchmarks import tune_triton
 from sigattn import attention
 from sigattn.kernels import device, differentiation, dispatch, numerics, xla
@@ -124,7 +125,7 @@ def decoding(monkeypatch):
 
   def use(splits, last_adds=True):
     small = decode.Tile(16, 16, splits, 4, 2, last_adds)
-    monkeypatch.setattr(decode, "tile", lambda _: small)
+    monkeypatch.setattr(decode, "tile", lambda *_, **__: small)
 
   monkeypatch.setattr(decode, "MOST_QUERIES", 99)
   monkeypatch.setattr(decode, "LEAST_KEYS", 1)
@@ -188,6 +189,73 @@ def test_decoding_loads_no_keys_that_are_not_seen(
     for x in key, value:
       x[example, last + 1 :] = x[example, : last - window] = np.nan
   np.testing.assert_array_equal(output((query, key, value), options), clean)
+
+
+PAGED = (
+  {}, dict(normalize=True), dict(local_window_size=(20, 0)),
+  dict(kind="relu", alibi_slopes=np.ones(4, np.float32), query_offset=30),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("last_adds", [True, False])
+@pytest.mark.parametrize("options", PAGED, ids=str)
+def test_interpreted_pages_change_no_bit(
+  options, last_adds, interpreter, decoding, started
+):
+  """Nor are pages and numbers read that a row does not use."""
+  decoding(3, last_adds)
+  arrays, whole = cases.draw_paged([40, 64, 37, 0], shared=2)
+  query, *_, lengths = arrays
+  found = jax.jit(lambda *x: sigattn.paged_attention(*x, **options))(*arrays)
+  (paged,) = [constants for _, constants in started]
+  assert paged["PAGE"] == cases.PAGE
+  place = dict(is_causal=True, query_offset=lengths - query.shape[1])
+  wanted = sigattn.dot_product_attention(
+    query, *whole, key_value_seq_lengths=lengths, **place | options
+  )
+  assert [name for name, _ in started] == ["decode"] * 2
+  np.testing.assert_array_equal(found, wanted)
+
+
+def test_paged_attention_differentiated_and_vmapped(interpreter, decoding):
+  decoding(2)
+  arrays, _ = cases.draw_paged([40, 20])
+  query, keys, values, table, lengths = arrays
+
+  def attend(query, keys, values, implementation=None):
+    return sigattn.paged_attention(
+      query, keys, values, table, lengths, normalize=True,
+      implementation=implementation,
+    )  # fmt: skip
+
+  pages = np.nan_to_num(keys), np.nan_to_num(values)
+  found, pull_back = jax.vjp(attend, query, *pages)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      dispatch, "IMPLEMENTATIONS",
+      dispatch.IMPLEMENTATIONS | {"xla": "sigattn.kernels.xla"},
+    )  # fmt: skip
+    by_xla = functools.partial(attend, implementation="xla")
+    wanted, pull_wanted = jax.vjp(by_xla, query, *pages)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+  for x, y in zip(*(f(found) for f in (pull_back, pull_wanted)), strict=True):
+    assert compare.error(x, y) < 2e-6
+  both = jax.vmap(attend, in_axes=(0, None, None))(
+    np.stack([query, -query]), *pages
+  )
+  np.testing.assert_array_equal(both[0], found)
+  np.testing.assert_array_equal(both[1], attend(-query, *pages))
+
+
+def test_many_queries_gather_their_pages(interpreter, started):
+  """The kernel computes them where it is named."""
+  arrays, _ = cases.draw_paged([40, 64], queries=17)
+  wanted = sigattn.paged_attention(*arrays)
+  assert {name for name, _ in started} == {"forward"}
+  started.clear()
+  found = sigattn.paged_attention(*arrays, implementation="triton")
+  assert {name for name, _ in started} == {"decode"}
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_one_query_takes_the_decode_kernel(interpreter, started):
@@ -362,16 +430,21 @@ def test_the_fastest_tile_that_fits_what_it_was_timed_on(monkeypatch):
   assert {tile for *_, tile in compiled} == {spilling, first}
 
 
-def test_tiles_compile_without_spills():
+@pytest.mark.parametrize(
+  "what",
+  [
+    "--cards 86 90 --widths 64 --examples causal short",
+    # Decoding, with its gradient and of pages.
+    "--cards 80 90 --widths 64 128 --examples token 16-tokens",
+  ],
+)
+def test_tiles_compile_without_spills(what):
   """A few of them; python -m benchmarks.tune_triton --check compiles all."""
   environment = {k: v for k, v in os.environ.items() if "INTERPRET" not in k}
-  command = (
-    "benchmarks.tune_triton --check --cards 86 90 --dtypes bfloat16 --widths 64"
-  )
+  command = f"benchmarks.tune_triton --check --dtypes bfloat16 {what}"
   subprocess.run(
-    [sys.executable, "-m", *command.split(), "--examples", "causal", "short"],
-    env=environment, check=True,
-  )  # fmt: skip
+    [sys.executable, "-m", *command.split()], env=environment, check=True
+  )
 
 
 @pytest.mark.parametrize(
