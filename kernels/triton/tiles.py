@@ -53,9 +53,7 @@ def tile(problem: Problem, direction: str, capability: int) -> Tile:
   rows, all_rows = block_q, whole.block_q
   if direction == "backward_kv":
     rows, all_rows = block_kv, whole.block_kv
-  # One warp of backward_q with 16 queries spills.
-  least = 2 if direction == "backward_q" else 1
-  warps = max(whole.num_warps * rows // all_rows, least)
+  warps = max(whole.num_warps * rows // all_rows, 1)
   return Tile(block_q, block_kv, warps, whole.num_stages)
 
 

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -27,54 +26,8 @@ from tests.kernels import cases, compare
 
 if jax.default_backend() != "cpu":
   pytest.skip("the kernels are not interpreted here", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # Read when Triton is imported.
-triton = pytest.importorskip("triton")  # It has wheels for Linux alone.
-import triton.language as tl  # noqa: E402
-
-# A number that no program writes remains, and is noticed.
-_UNWRITTEN = {"f": np.nan, "V": np.nan, "i": 99}
-_ONE_AT_A_TIME = threading.Lock()  # The interpreter's state is global.
-
-
-class _Array:
-  """The part of a torch tensor and its storage that the interpreter uses."""
-
-  def __init__(self, array):
-    self.array, self.device = array, "cpu"
-    self.dtype = str(array.dtype).replace("float", "fp")
-
-  def data_ptr(self):
-    return self.array.ctypes.data
-
-  def _self(self, *_, **__):
-    return self
-
-  untyped_storage = cpu = new_empty = set_ = copy_ = _self
-  storage_offset = size = stride = _self
-
-
-@triton.jit
-def tanh(x):
-  """kernels.tanh without assembly, which the interpreter does not support."""
-  return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
-
-
-def _interpreted(kernel, arrays, outs, tile, count, constants, zeroed=()):
-  """In the place of launch.start, for Triton's interpreter."""
-  del tile
-
-  def run(*arrays):
-    results = [
-      np.full(x.shape, _UNWRITTEN[x.dtype.kind], x.dtype) for x in outs
-    ]
-    for index in zeroed:
-      results[index][...] = 0
-    inputs = [_Array(np.array(x)) for x in arrays]
-    with _ONE_AT_A_TIME:
-      kernel[(count,)](*inputs, *map(_Array, results), **constants)
-    return results
-
-  return jax.pure_callback(run, outs, *arrays)
+# Triton has wheels for Linux alone.
+triton_interpreter = pytest.importorskip("tests.kernels.triton_interpreter")
 
 
 @pytest.fixture
@@ -82,8 +35,8 @@ def interpreter(monkeypatch):
   """Lets Triton's kernels run on the CPU, which pretends to be an H100."""
   from sigattn.kernels.triton import kernels
 
-  monkeypatch.setattr(kernels, "tanh", tanh)
-  monkeypatch.setattr(launch, "start", _interpreted)
+  monkeypatch.setattr(kernels, "tanh", triton_interpreter.tanh)
+  monkeypatch.setattr(launch, "start", triton_interpreter.start)
   monkeypatch.setattr(
     triton_attention, "_PACKAGES", {}
   )  # It needs no jax-triton.
@@ -197,13 +150,12 @@ PAGED = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("last_adds", [True, False])
 @pytest.mark.parametrize("options", PAGED, ids=str)
 def test_interpreted_pages_change_no_bit(
-  options, last_adds, interpreter, decoding, started
+  options, interpreter, decoding, started
 ):
   """Nor are pages and numbers read that a row does not use."""
-  decoding(3, last_adds)
+  decoding(3)
   arrays, whole = cases.draw_paged([40, 64, 37, 0], shared=2)
   query, *_, lengths = arrays
   found = jax.jit(lambda *x: sigattn.paged_attention(*x, **options))(*arrays)
@@ -356,6 +308,12 @@ def test_jit_vmap_and_checkpoint_change_nothing(interpreter, monkeypatch):
 def test_meshes_split_batch_and_heads_without_gathering():
   subprocess.run(
     [sys.executable, "-m", "tests.kernels.on_four_devices"], check=True
+  )
+
+
+def test_decoding_on_the_mesh_of_the_training_program():
+  subprocess.run(
+    [sys.executable, "-m", "tests.kernels.decode_on_four_devices"], check=True
   )
 
 
@@ -516,7 +474,9 @@ def started(monkeypatch):
 
   def start(kernel, arrays, outs, tile, count, constants, zeroed=()):
     calls.append((kernel.__name__, constants))
-    return _interpreted(kernel, arrays, outs, tile, count, constants, zeroed)
+    return triton_interpreter.start(
+      kernel, arrays, outs, tile, count, constants, zeroed
+    )
 
   def refuse(*_):
     raise AssertionError("the portable form runs")
