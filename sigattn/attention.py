@@ -149,14 +149,7 @@ def dot_product_attention(
     ValueError: for arguments that make no sense.
     NotImplementedError: where the named implementation cannot do this.
   """
-  if kind not in KINDS:
-    raise ValueError(f"{kind=}; choose from {KINDS}")
-  if implementation not in (None, *implementations(kind)):
-    raise ValueError(
-      f"{implementation=}; with {kind=} choose from "
-      f"{(None, *implementations(kind))}"
-    )
-  _validate_normalize(kind, normalize)
+  validate_kind(kind, implementation, normalize)
   if return_residual and kind != "softmax" and not normalize:
     raise ValueError(
       f"{return_residual=}; rows are divided by nothing with {kind=} and "
@@ -237,28 +230,24 @@ def attention_weights(
   a batch axis; operands: its arrays, from `bias` to `key_value_segment_ids`.
   """
   query, key = jnp.asarray(query), jnp.asarray(key)
-  query, scale = _with_scale(scale, query)
-  arrays = _operands(query, **operands)
-  arrays, offset = _with_offset(arrays, query_offset, query.shape[0])
   _validate_normalize(kind, normalize)
   is_softmax = kind == "softmax"
   if is_softmax:
-    _refuse_biases(kind, logit_bias, arrays.query_logit_bias)
+    _refuse_biases(kind, logit_bias, operands.get("query_logit_bias"))
     kind, logit_bias = "sigmoid", 0.0  # of the same logits
-  arrays, numbers = _bias_and_divisor(
-    query, arrays, kind, logit_bias, _length(n, key)
-  )
+  query, arrays, numbers = prepare(
+    query, key, kind=kind, logit_bias=logit_bias, n=n, scale=scale,
+    query_offset=query_offset, **operands,
+  )  # fmt: skip
   weights = Weights(
     *dispatch.weights(
       query,
       key,
       arrays,
       kind=kind,
-      scale=scale,
       normalize=normalize,
       is_causal=is_causal,
       local_window_size=local_window_size,
-      query_offset=offset,
       **numbers,
     )
   )
@@ -268,6 +257,37 @@ def attention_weights(
   # jax.nn's are NaN in a row that sees nothing.
   weights_BNTS = jnp.where(weights.visible_BNTS, weights_BNTS, 0)
   return weights._replace(weights_BNTS=weights_BNTS)
+
+
+def prepare(
+  query: jax.Array,
+  key: Any,
+  *,
+  kind: str,
+  logit_bias: ArrayLike | None,
+  n: float | None,
+  scale: ArrayLike | None,
+  query_offset: ArrayLike | None,
+  **operands: ArrayLike | None,
+) -> tuple[jax.Array, dispatch.Operands, dict[str, Any]]:
+  """dot_product_attention's arguments as the functions of `kernels` take them.
+
+  Args:
+    query: (B, T, N, H).
+    key: (B, S, K, H), or anything of that shape.
+    kind: any but softmax.
+    logit_bias, n, scale, query_offset, operands: as there.
+
+  Returns:
+    (query, Operands, {"scale", "query_offset", "logit_bias", "normalizer"}).
+  """
+  query, scale = _with_scale(scale, query)
+  arrays = _operands(query, **operands)
+  arrays, offset = _with_offset(arrays, query_offset, query.shape[0])
+  arrays, numbers = _bias_and_divisor(
+    query, arrays, kind, logit_bias, _length(n, key)
+  )
+  return query, arrays, numbers | dict(scale=scale, query_offset=offset)
 
 
 def flax_attention_fn(
@@ -561,6 +581,20 @@ def _heads(query):
 def default_logit_bias(kind: str, n: float) -> float:
   """b where none is given: -log n for sigmoid, 0 for other kinds."""
   return -math.log(n) if kind == "sigmoid" else 0.0
+
+
+def validate_kind(
+  kind: str, implementation: str | None, normalize: bool
+) -> None:
+  """Raises ValueError for unknown names, and for what does not go together."""
+  if kind not in KINDS:
+    raise ValueError(f"{kind=}; choose from {KINDS}")
+  if implementation not in (None, *implementations(kind)):
+    raise ValueError(
+      f"{implementation=}; with {kind=} choose from "
+      f"{(None, *implementations(kind))}"
+    )
+  _validate_normalize(kind, normalize)
 
 
 def _validate_normalize(kind, normalize):

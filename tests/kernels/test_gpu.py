@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import sigattn
 from sigattn.kernels import device
 from sigattn.kernels.mosaic import tiles
+from sigattn.kernels.triton import decode
 from sigattn.training import mesh as meshes
 from tests.kernels import cases, compare
 
@@ -100,6 +101,76 @@ def test_float32_output_and_gradients(case):
 def test_nan_in_padding_leaks_nowhere(name, implementation):
   changes = (64, "bfloat16") if implementation == "mosaic" else ()
   compare.assert_nan_in_padding_leaks_nowhere(name, *changes)
+
+
+def few_queries(case):
+  """The case with 1 to 16 queries and a longer cache of keys."""
+  return dataclasses.replace(
+    case,
+    queries=1 + len(case.name) % 16,
+    keys=30 * (case.keys or case.queries) + 1,
+    width=(64, 80, 128)[len(case.name) % 3],
+    window=case.window and tuple(30 * x for x in case.window),
+  )
+
+
+def decoded(arrays, options):
+  return jax.jit(lambda *x: sigattn.dot_product_attention(*x, **options))(
+    *arrays
+  )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decoding(case, dtype, implementation):
+  if implementation != "triton" or case.segments:
+    pytest.skip("only Triton has a decode kernel, and without segments")
+  case = few_queries(case)
+  arrays, options, cotangent = cases.draw(case, dtype)
+  try:
+    out = decoded(arrays, options)
+  except NotImplementedError as reason:
+    pytest.skip(str(reason))
+  expected = cases.exact(case, arrays, options, cotangent)["out"]
+  bound = 4e-6
+  if dtype != "float32":
+    plain = compare.plain_16_bit(case, arrays, options, cotangent)["out"]
+    unit = float(jnp.finfo(dtype).eps)
+    bound = 2 * compare.error(plain, expected) + 0.2 * unit
+  assert compare.error(out, expected) <= bound
+
+
+@pytest.mark.parametrize("last_adds", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_decoding_gives_the_same_bits_at_every_run(
+  last_adds, normalize, implementation, monkeypatch
+):
+  """Programs that add up before all shares are there would not."""
+  if implementation != "triton":
+    pytest.skip("only Triton has a decode kernel")
+  tile = decode.tile
+  monkeypatch.setattr(
+    decode, "tile",
+    lambda p: tile(p)._replace(splits=23, last_adds=last_adds),
+  )  # fmt: skip
+  rng = np.random.default_rng(0)
+  shapes = (8, 1, 16, 64), (8, 4001, 8, 64), (8, 4001, 8, 64)
+  query, key, value = (
+    jnp.asarray(rng.standard_normal(shape), "bfloat16") for shape in shapes
+  )
+  lengths = jnp.asarray(rng.integers(0, 4002, 8), "int32")
+
+  @jax.jit
+  def attend(query, key, value, lengths):
+    return sigattn.dot_product_attention(
+      query, key, value, key_value_seq_lengths=lengths, normalize=normalize
+    )
+
+  wanted = np.asarray(attend(query, key, value, lengths))
+  assert np.isfinite(wanted.astype(np.float32)).all()
+  for _ in range(200):
+    found = attend(query, key, value, lengths)
+    np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("index", range(3))
