@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
-from sigattn import attention, extras, positions
+from sigattn import attention, extras, paged, positions
 
 extras.require("layers")
 
@@ -77,6 +77,9 @@ class Cache(NamedTuple):
   A row's token at position s is in its slot s. It belongs to one SelfAttention;
   a Stack's cache is a tuple of them, one for each layer, so that a layer writes
   its own arrays in place.
+
+  A paged cache has the same arrays with other axes: P pages of L tokens take
+  the place of rows and slots. A table (B, M) says which pages a row has.
   """
 
   key_BSKH: jax.Array
@@ -191,6 +194,7 @@ class SelfAttention(nnx.Module):
     positions: jax.Array | None = None,
     cache: Cache | None = None,
     place: jax.Array | None = None,
+    page_table: jax.Array | None = None,
   ) -> jax.Array | tuple[jax.Array, Cache]:
     """(B, T, D) -> (B, T, D), and the filled cache where one is given.
 
@@ -203,6 +207,9 @@ class SelfAttention(nnx.Module):
     scalar or one for each row, (B,): a token then sees the slots up to its own,
     as far as the window goes, and needs is_causal. What would be beyond slot S
     is not kept. mask, seq_lengths and segment_ids then have no effect.
+    page_table: int32 (B, M), of a paged cache: slot s of a row is token s % L
+    of the page that its number s // L names. S is M L; what would be beyond
+    goes to the last page that the table names.
     """
     q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
     if self.has_qk_norm:
@@ -213,7 +220,8 @@ class SelfAttention(nnx.Module):
       q_BTNH = self.rotate(q_BTNH, **where)
       k_BTKH = self.rotate(k_BTKH, **where)
     if cache is not None:
-      cache = _write(cache, k_BTKH, v_BTKH, 0 if place is None else place)
+      first = 0 if place is None else place
+      cache = _write(cache, k_BTKH, v_BTKH, first, page_table)
     if place is None:
       out_BTNH = self._attend(
         q_BTNH,
@@ -225,8 +233,10 @@ class SelfAttention(nnx.Module):
         query_segment_ids=segment_ids,
         key_value_segment_ids=segment_ids,
       )
-    else:
+    elif page_table is None:
       out_BTNH = self._attend(q_BTNH, *cache, query_offset=place)
+    else:
+      out_BTNH = self._attend_pages(q_BTNH, cache, place, page_table)
     if self.row_power:
       if positions is None:
         raise ValueError(f"{positions=}; needed by row_power={self.row_power}")
@@ -257,24 +267,38 @@ class SelfAttention(nnx.Module):
     return tuple(map(checkpoint_name, parts, names))
 
   def _attend(self, q_BTNH, k_BSKH, v_BSKH, **options):
+    return self.attention_fn(
+      q_BTNH, k_BSKH, v_BSKH, **self._options(), **options
+    )
+
+  def _attend_pages(self, q_BTNH, cache, place, page_table):
+    batch, length = q_BTNH.shape[:2]
+    slots = page_table.shape[1] * cache.key_BSKH.shape[1]
+    place_B = jnp.broadcast_to(jnp.asarray(place, jnp.int32), (batch,))
+    return paged.paged_attention(
+      q_BTNH,
+      *cache,
+      page_table,
+      jnp.minimum(place_B + length, slots),
+      query_offset=place_B,
+      **self._options(),
+    )
+
+  def _options(self):
     bias, window = self.logit_bias, self.window
     if window is not None:
       window = window, 0 if self.is_causal else window
-    return self.attention_fn(
-      q_BTNH,
-      k_BSKH,
-      v_BSKH,
+    return dict(
       kind=self.kind,
       logit_bias=bias[...] if isinstance(bias, nnx.Param) else bias,
       n=self.max_length,
       normalize=self.normalize,
       alibi_slopes=(
-        positions.alibi_slopes(q_BTNH.shape[2]) if self.alibi else None
+        positions.alibi_slopes(self.num_heads) if self.alibi else None
       ),
       is_causal=self.is_causal,
       local_window_size=window,
       implementation=self.implementation,
-      **options,
     )
 
 
@@ -287,14 +311,16 @@ def row_scale(positions: ArrayLike, power: float) -> jax.Array:
   return seen_BT**-power
 
 
-def _write(cache, k_BTKH, v_BTKH, place):
+def _write(cache, k_BTKH, v_BTKH, place, page_table):
   """The cache with these in its slots from `place`, () or (B,), on.
 
-  Both forms write in place, where the cache's old array is not used any more.
+  All forms write in place, where the cache's old array is not used any more.
   """
 
   def write(slots, new):
     new = new.astype(slots.dtype)
+    if page_table is not None:
+      return _write_pages(slots, new, place, page_table)
     if jnp.ndim(place) == 0 or len(new) == 1:
       first = jnp.reshape(place, ())
       return jax.lax.dynamic_update_slice_in_dim(slots, new, first, axis=1)
@@ -305,6 +331,17 @@ def _write(cache, k_BTKH, v_BTKH, place):
     )
 
   return Cache(*map(write, cache, (k_BTKH, v_BTKH)))
+
+
+def _write_pages(pages_PLKH, new_BTKH, place, page_table):
+  batch, length = new_BTKH.shape[:2]
+  first_B1 = jnp.broadcast_to(jnp.asarray(place, jnp.int32), (batch,))[:, None]
+  slot_BT = first_B1 + jnp.arange(length, dtype=jnp.int32)[None]
+  page = pages_PLKH.shape[1]
+  page_BT = jnp.take_along_axis(
+    page_table, slot_BT // page, axis=1, mode="clip"
+  )
+  return pages_PLKH.at[page_BT, slot_BT % page].set(new_BTKH, mode="drop")
 
 
 class Product(nnx.Module):

@@ -19,7 +19,7 @@ ARROWS = {
   "attention": {"kernels"},
   "positions": set(),
   "extras": set(),
-  "layers": {"attention", "positions", "extras"},
+  "layers": {"attention", "paged", "positions", "extras"},
   "validate": {"extras"},
   "stack": {"attention", "layers", "validate", "extras"},
   "data": {"validate", "extras"},

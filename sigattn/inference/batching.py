@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from sigattn.inference import engine
+from sigattn.inference.pages import Pages
 from sigattn.inference.sampling import Sampling
 
 _CHUNK = 16  # tokens between two looks at whether rows have ended
@@ -70,6 +71,20 @@ def slots(
   return engine.slots(longest, max_tokens)
 
 
+def _pages(prompts, rows, max_tokens, window):
+  """Pages for these prompts, of which any `rows` may run at the same time."""
+  lengths = [len(x) + max_tokens for x in prompts]
+  # One token of each must be read, even where others have the same.
+  common = min(map(len, prompts)) - 1
+  for x in prompts:
+    differs = np.flatnonzero(x[:common] != prompts[0][:common])
+    common = int(differs[0]) if len(differs) else common
+  if window is not None and max(lengths) > window:
+    # Texts that are cut begin with other tokens.
+    lengths, common = [min(x, window + 1) for x in lengths], 0
+  return Pages.for_prompts(lengths, common, rows)
+
+
 def continued(
   machine: engine.Engine,
   prompts: Sequence[np.ndarray],
@@ -80,6 +95,7 @@ def continued(
   keys: np.ndarray,
   end: int,
   window: int | None = None,
+  is_paged: bool = False,
   stopped: Callable[[list[int]], bool] = lambda ids: False,
 ) -> Iterator[New]:
   """Continues each prompt; yields what is new, chunk by chunk.
@@ -93,12 +109,17 @@ def continued(
     keys: of each prompt, see engine.Prompt.
     end: the token that ends a row; it is not part of what is yielded.
     window: the most tokens that a row sees; None for no limit.
+    is_paged: whether the cache lies in pages, see pages.py.
     stopped: whether a row with these new tokens ends before max_tokens.
   """
   if not prompts:
     return
   rows, chunk = min(rows, len(prompts)), min(_CHUNK, max_tokens)
-  state = machine.empty(rows, slots(prompts, max_tokens, window))
+  pages = _pages(prompts, rows, max_tokens, window) if is_paged else None
+  if is_paged:
+    state = machine.empty_pages(pages)
+  else:
+    state = machine.empty(rows, slots(prompts, max_tokens, window))
   waiting = collections.deque(
     _Row(i, prompt_T, []) for i, prompt_T in enumerate(prompts)
   )
@@ -110,14 +131,15 @@ def continued(
         active[i] = waiting.popleft()
       if active[i] is not None and not active[i].room:
         begun.append(_begin(i, active[i], max_tokens, window, keys))
-    if begun:
-      state = machine.fill(state, begun)
+    state = _fill(machine, state, begun, pages)
     # All chunks are equally long, so that one program is compiled.
     token_BT, state = machine.decode(state, chunk, sampling)
     for i, token_T in enumerate(jax.device_get(token_BT)):
       if active[i] is not None:
         new = _take(active[i], token_T.tolist(), max_tokens, end, stopped)
         active[i] = None if new.ended else active[i]
+        if pages is not None and not (active[i] and active[i].room):
+          pages.release(i)
         yield new
 
 
@@ -129,6 +151,21 @@ def _begin(number, row, max_tokens, window, keys):
   # The last token that is drawn need not be put into the cache.
   row.room = left if window is None else min(left, window + 1 - len(text_T))
   return engine.Prompt(number, text_T, row.room, keys[row.index], len(row.ids))
+
+
+def _fill(machine, state, begun, pages):
+  """Reads the prompts; in waves, where some have pages that others fill."""
+  if pages is None:
+    return machine.fill(state, begun)
+  waves = collections.defaultdict(list)
+  for x in begun:
+    known, wave = pages.take(x.row, x.token_T, len(x.token_T) + x.left)
+    waves[wave].append(x._replace(known=known))
+  pages.have_been_read()
+  state = state._replace(table_BM=jax.numpy.asarray(pages.table_BM))
+  for _, wave in sorted(waves.items()):
+    state = machine.fill(state, wave)
+  return state
 
 
 def _take(row, tokens, max_tokens, end, stopped):

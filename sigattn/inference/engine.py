@@ -6,7 +6,7 @@ Every token reads each matrix and each visible key and value once, which is the
 least time that it can take; the rest of this module avoids other work:
 
   parameters  in the dtype of the activations and layer by layer, from the start
-  cache       two arrays a layer, written in place
+  cache       two arrays a layer, written in place; of rows or of pages
   loop        on the device, several tokens at a time
 
 The rows of a State are independent: each has its own length, its own key and
@@ -26,6 +26,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from sigattn import layers
+from sigattn.inference.pages import PAGE, Pages
 from sigattn.inference.sampling import Sampling, sample
 from sigattn.tasks import lm
 from sigattn.training import setup
@@ -51,6 +52,7 @@ class State(NamedTuple):
   key_B: jax.Array  # the key of the prompt, from which its tokens are drawn
   logits_BV: jax.Array  # logits of the next token
   cache: tuple[layers.Cache, ...]
+  table_BM: jax.Array | None = None  # of a paged cache, see pages.py
 
 
 class Prompt(NamedTuple):
@@ -58,7 +60,8 @@ class Prompt(NamedTuple):
 
   row: its number. token_T: the tokens to read, at least one. left: the most
   tokens to draw. key: of the draws, as jax.random.key_data gives it. drawn: how
-  many tokens were drawn with that key before.
+  many tokens were drawn with that key before. known: of how many of the tokens,
+  the first ones, the row's pages hold keys and values already.
   """
 
   row: int
@@ -66,6 +69,7 @@ class Prompt(NamedTuple):
   left: int
   key: np.ndarray
   drawn: int = 0
+  known: int = 0
 
 
 def decode(
@@ -101,13 +105,12 @@ def decode(
       key_B = jax.vmap(jax.random.fold_in)(s.key_B, s.drawn_B)
     goes_on_B = s.left_B > 0
     token_B = jnp.where(goes_on_B, sample(key_B, logits_BV, sampling), end)
-    logits_BV, cache = model.decode(token_B, s.cache, s.length_B)
-    state = State(
+    logits_BV, cache = model.decode(token_B, s.cache, s.length_B, s.table_BM)
+    state = s._replace(
       # A row that has ended stays in its place, where nothing reads it.
       length_B=s.length_B + goes_on_B,
       left_B=jnp.where(token_B == end, 0, s.left_B - 1),
       drawn_B=s.drawn_B + goes_on_B,
-      key_B=s.key_B,
       logits_BV=logits_BV,
       cache=cache,
     )
@@ -139,7 +142,7 @@ def prepared(
 
   See lm.LanguageModel.prepare_to_generate. release: whether `params` is emptied
   meanwhile. A float32 matrix is then freed before the next one is cast, so that
-  a model in 16 bits needs no more memory than its float32 parameters take.
+  a model in 16 bits needs little more memory than its float32 parameters take.
   """
   graphdef, _ = shapes(config)
   prepare = jax.jit(lambda x: nnx.state(_prepare(config)(x)))
@@ -200,7 +203,7 @@ class Engine:
       model = nnx.merge(graphdef, params)
       return decode(model, state, count, sampling, size, end)
 
-    self._empty = program(_empty, "batch", "slots")
+    self._empty = program(_empty, "batch", "shape")
     self._read = program(_read, "whole", donate="state")
     self._decode = program(decode_chunk, "count", "sampling", donate="state")
     self._score = program(_score)
@@ -208,18 +211,28 @@ class Engine:
   def empty(self, batch: int, slots: int) -> State:
     """A State of rows that have ended, with room for `slots` tokens each."""
     slots = -(-slots // _SLOTS) * _SLOTS
-    return self._empty(self.params, batch=batch, slots=slots)
+    return self._empty(self.params, batch=batch, shape=(batch, slots))
+
+  def empty_pages(self, pages: Pages) -> State:
+    """As empty, with a paged cache."""
+    state = self._empty(
+      self.params, batch=len(pages.table_BM), shape=(pages.count, PAGE)
+    )
+    return state._replace(table_BM=jnp.asarray(pages.table_BM))
 
   def fill(self, state: State, prompts: Sequence[Prompt]) -> State:
     """Reads each prompt into its row, which then goes on; others wait.
 
-    The given State is used up. Rows need `slots` of their prompts.
+    The given State is used up. Rows need `slots` of their prompts, or the pages
+    that hold them.
     """
+    if not prompts:
+      return state
     # Prompts of similar length are read together, 2^k at a time, so that there
     # is little padding, and few shapes are compiled.
-    waiting = sorted(prompts, key=lambda x: len(x.token_T))
+    waiting = sorted(prompts, key=_unknown)
     while waiting:
-      part = _part(len(waiting[-1].token_T))
+      part = _part(_unknown(waiting[-1]))
       most = 1 << min(len(waiting), _PART // part).bit_length() - 1
       batch = len(state.length_B)
       # A batch of another size is filled at once where it can be.
@@ -229,12 +242,13 @@ class Engine:
     return _begin(state, *_columns(prompts, len(state.length_B)))
 
   def _fill(self, state, group, part):
-    length_R = np.array([len(x.token_T) for x in group], np.int32)
+    length_R = np.array([_unknown(x) for x in group], np.int32)
     padded = -(-length_R.max() // part) * part
     token_RT = np.stack(
-      [np.pad(x.token_T, (0, padded - len(x.token_T))) for x in group]
+      [np.pad(x.token_T[x.known :], (0, padded - _unknown(x))) for x in group]
     ).astype(np.int32)
     rows = np.array([x.row for x in group], np.int32)
+    known_R = np.array([x.known for x in group], np.int32)
     if len(rows) == len(state.length_B):
       rows = None
     for first in range(0, padded, part):
@@ -243,9 +257,9 @@ class Engine:
         state,
         rows,
         token_RT[:, first : first + part],
-        first,
+        first + known_R if known_R.any() else first,
         length_R - 1 - first,
-        whole=padded == part,
+        whole=padded == part and not known_R.any(),
       )
     return state
 
@@ -273,7 +287,12 @@ class Engine:
     )
 
 
-def _empty(graphdef, params, batch, slots):
+def _unknown(prompt):
+  """The number of tokens that must be read."""
+  return len(prompt.token_T) - prompt.known
+
+
+def _empty(graphdef, params, batch, shape):
   model = nnx.merge(graphdef, params)
   none_B = jnp.zeros((batch,), jnp.int32)
   return State(
@@ -282,32 +301,38 @@ def _empty(graphdef, params, batch, slots):
     drawn_B=none_B,
     key_B=jnp.broadcast_to(jax.random.key(0), (batch,)),
     logits_BV=jnp.zeros((batch, model.embed.shape[0]), jnp.float32),
-    cache=model.empty_cache(batch, slots),
+    cache=model.empty_cache(*shape),
   )
 
 
 def _read(graphdef, params, state, rows, token_RT, first, last_R, whole):
   """Reads a part of R prompts into rows of the state.
 
-  rows: None for all. first: the position of the part's first token. last_R: the
-  index in the part of each prompt's last token, which may lie outside. whole:
-  whether the part is all that is read, and nothing comes before.
+  rows: None for all. first: the position of the part's first token, or that of
+  each row. last_R: the index in the part of each prompt's last token, which may
+  lie outside. whole: whether the part is all that is read, and nothing comes
+  before.
   """
   model = nnx.merge(graphdef, params)
   length = token_RT.shape[1]
-  logits_RV, cache = _rows_of((state.logits_BV, state.cache), rows)
-  if whole and rows is not None:
+  is_paged = state.table_BM is not None
+  logits_RV, table_RM = _rows_of((state.logits_BV, state.table_BM), rows)
+  # All rows have the same pages, and each has slots of its own.
+  cache = state.cache if is_paged else _rows_of(state.cache, rows)
+  if whole and rows is not None and not is_paged:
     cache = model.empty_cache(*token_RT.shape)
   new_RV, cache = model.extend(
     token_RT,
     cache,
     None if whole else first,
     jnp.clip(last_R, 0, length - 1),
+    table_RM,
   )
   is_here_R1 = ((last_R >= 0) & (last_R < length))[:, None]
   logits_RV = jnp.where(is_here_R1, new_RV, logits_RV)
-  both = state.cache, state.logits_BV
-  cache, logits_BV = _put(both, rows, (cache, logits_RV))
+  if not is_paged:
+    cache = _put(state.cache, rows, cache)
+  logits_BV = _put(state.logits_BV, rows, logits_RV)
   return state._replace(cache=cache, logits_BV=logits_BV)
 
 

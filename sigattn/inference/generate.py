@@ -35,6 +35,7 @@ from sigattn.inference.sampling import Sampling
 from sigattn.training import checkpoint
 
 CONTEXTS = ("full", "window")
+CACHES = ("contiguous", "paged")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Options:
     was trained on too (config.data.length), and then warns of it. "window"
     never shows the model more than that length: a text that passes it is cut to
     its last half and read again, see batching.py.
+  cache: "contiguous" gives each row the slots that the longest text needs.
+    "paged" gives it the pages that its own text needs, and reads what prompts
+    have in common at their beginning once, see pages.py.
   temperature, top_k, top_p: see Sampling.
   """
 
@@ -60,6 +64,7 @@ class Options:
   rows: int = 32
   stop: str | Sequence[str] = ()
   context: str = "full"
+  cache: str = "contiguous"
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
@@ -83,6 +88,8 @@ class Options:
       raise ValueError(f"rows={self.rows!r}; must be >= 1")
     if self.context not in CONTEXTS:
       raise ValueError(f"context={self.context!r}; choose from {CONTEXTS}")
+    if self.cache not in CACHES:
+      raise ValueError(f"cache={self.cache!r}; choose from {CACHES}")
     for x in self.stops:
       if not isinstance(x, str) or not x:
         raise ValueError(f"stop={self.stop!r}; must be strings, none empty")
@@ -218,6 +225,7 @@ class Generator:
       keys=_keys(options.seed, first, len(prompts)),
       end=self.tokenizer.end,
       window=self.length if is_window else None,
+      is_paged=options.cache == "paged",
       stopped=lambda ids: (
         bool(options.stops) and self._holds(ids, options.stops)
       ),
@@ -300,6 +308,13 @@ def define_flags() -> None:
     "full",
     CONTEXTS,
     "What the model sees: all before, or only as much as it was trained on.",
+  )
+  flags.DEFINE_enum(
+    "cache",
+    "contiguous",
+    CACHES,
+    "Where keys and values lie: pages take less memory for texts of different "
+    "lengths, and hold a common beginning of prompts once.",
   )
   flags.DEFINE_float("temperature", 0.8, "0: always the most likely token.")
   flags.DEFINE_integer(

@@ -115,7 +115,7 @@ class LanguageModel(nnx.Module):
     nnx.update(self, jax.tree.map(cast, nnx.state(self, nnx.Param)))
 
   def empty_cache(self, batch: int, slots: int) -> tuple[layers.Cache, ...]:
-    """A cache of `slots` tokens for each of `batch` rows."""
+    """A cache of `slots` tokens for each of `batch` rows, or pages."""
     return self.stack.empty_cache(batch, slots, self.dtype)
 
   def extend(
@@ -124,6 +124,7 @@ class LanguageModel(nnx.Module):
     cache: tuple[layers.Cache, ...],
     place: jax.Array | None = None,
     last_B: jax.Array | None = None,
+    page_table: jax.Array | None = None,
   ) -> tuple[jax.Array, tuple[layers.Cache, ...]]:
     """Adds T tokens to each row: (the logits (B, V) of the next, the cache).
 
@@ -135,6 +136,7 @@ class LanguageModel(nnx.Module):
     place where it is donated. place: the number of tokens in the cache, an
     int32 scalar or one for each row, (B,); None: the cache is empty. last_B:
     the index of the token after which the logits are wanted; None: T - 1.
+    page_table: of a paged cache, see layers.SelfAttention.
     """
     length = token_BT.shape[1]
     positions_BT = jnp.broadcast_to(jnp.arange(length), token_BT.shape)
@@ -144,6 +146,7 @@ class LanguageModel(nnx.Module):
       self._embed(token_BT, positions_BT),
       cache=cache,
       place=place,
+      page_table=page_table,
       **self._positions(positions_BT),
     )
     if last_B is None:
@@ -157,9 +160,10 @@ class LanguageModel(nnx.Module):
     token_B: jax.Array,
     cache: tuple[layers.Cache, ...],
     place_B: jax.Array,
+    page_table: jax.Array | None = None,
   ) -> tuple[jax.Array, tuple[layers.Cache, ...]]:
     """`extend` by one token for each row."""
-    return self.extend(token_B[:, None], cache, place_B)
+    return self.extend(token_B[:, None], cache, place_B, page_table=page_table)
 
   def _embed(self, token_BT, positions_BT):
     x_BTD = self.embed[...].at[token_BT].get(mode="clip")

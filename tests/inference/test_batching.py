@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sigattn.data import text
-from sigattn.inference import engine, generate, prompt_file
+from sigattn.inference import engine, generate, pages, prompt_file
 from sigattn.tasks import lm
 from sigattn.training import setup
 from tests.tasks.small_lm import ALIBI, SINES, small
@@ -48,14 +48,12 @@ def generator():
 
 def test_a_text_is_the_same_alone_in_a_batch_and_taking_turns(generator):
   for temperature in (0, 1):
-    options = {
-      "max_tokens": 20,
-      "temperature": temperature,
-      "stop": list("aeou"),
-    }
+    options = {"max_tokens": 20, "temperature": temperature}
+    whole = generator(PROMPTS, **options)
+    options["stop"] = [whole[0][5], whole[1][11]]
     batch = generator(PROMPTS, **options)
-    assert generator(PROMPTS, rows=2, **options) == batch
     assert len({len(x) for x in batch}) > 1, "rows end at different times"
+    assert generator(PROMPTS, rows=2, **options) == batch
     tokens = generator.encode(PROMPTS)
     for i in range(len(PROMPTS)):
       [alone] = generator.each(
@@ -240,3 +238,41 @@ def test_a_run_is_loaded_into_little_memory_and_continues_a_file(
     context="window",
   )  # fmt: skip
   assert [x["text"] for x in lines(out)] == expected
+
+
+COMMON = "In the beginning God created the heaven and the earth. " * 2
+
+
+def test_pages_give_the_texts_that_slots_give(generator):
+  prompts = [COMMON + "And", "Let", COMMON[:70] + "zz", COMMON, COMMON + "And"]
+  options = {"max_tokens": 20, "temperature": 0, "stop": list("aeou")}
+  expected = generator(prompts, **options)
+  for rows in (8, 2):
+    assert generator(prompts, rows=rows, cache="paged", **options) == expected
+  options = {"max_tokens": 60, "temperature": 0, "context": "window"}
+  expected = generator(prompts, **options)
+  assert generator(prompts, rows=2, cache="paged", **options) == expected
+  with pytest.raises(ValueError, match="cache='pages'"):
+    generator(prompts, cache="pages")
+
+
+def test_rows_have_the_pages_that_they_need_and_share_full_ones():
+  text_T = np.arange(200)
+  # All begin with 130 tokens: two pages are full.
+  held = pages.Pages.for_prompts([200, 330, 150, 135], common=130, rows=2)
+  assert held.count == 1 + 2 + 4 + 2
+  assert held.take(0, text_T, 330) == (0, 0)
+  # The other one waits until the first row's pages have been read.
+  assert held.take(1, text_T[:140], 200) == (128, 1)
+  held.have_been_read()
+  first, second = held.table_BM
+  assert first[:2].tolist() == second[:2].tolist()
+  assert not set(first[2:6]) & set(second[2:4])
+  assert (first > 0).sum() == 6
+  assert (second > 0).sum() == 4
+  held.release(0)
+  # The last token is read even if its page is there: it gives the logits.
+  assert held.take(0, text_T[:128], 150) == (64, 0)
+  held.release(0)
+  held.release(1)
+  assert held.take(0, text_T, 330) == (0, 0)

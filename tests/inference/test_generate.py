@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigattn.inference import engine, generate, sampling
+from sigattn.inference import engine, generate, pages, sampling
 from sigattn.training import setup
 from tests.tasks.small_lm import (
   ALIBI,
@@ -72,18 +72,25 @@ def test_decoding_equals_the_full_forward_pass(kind, values):
     np.testing.assert_allclose(logits_BTV[i], full, rtol=2e-4, atol=2e-4)
 
 
-def test_a_token_copies_no_cache_and_reads_no_matrix_in_float32():
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_a_token_copies_no_cache_and_reads_no_matrix_in_float32(is_paged):
   config = small(depth=2, **ALIBI)
   config.dtype = "bfloat16"
   graphdef, shapes = engine.shapes(config)
   matrices = [x for x in jax.tree.leaves(shapes) if x.ndim > 1]
   assert {str(x.dtype) for x in matrices} == {"bfloat16"}
   machine = engine.Engine(graphdef, shapes, V, end=-1)
-  state = jax.eval_shape(
-    lambda x: engine.Engine(graphdef, x, V, -1).empty(3, 640), shapes
-  )
+
+  def empty(params):
+    machine = engine.Engine(graphdef, params, V, -1)
+    if is_paged:
+      return machine.empty_pages(pages.Pages(31, rows=3, most=10))
+    return machine.empty(3, 640)
+
+  state = jax.eval_shape(empty, shapes)
   heads, width = config.model.num_heads, config.model.width
-  shape = f"bf16[3,640,{heads},{width // heads}]"
+  slots = "31,64" if is_paged else "3,640"
+  shape = f"bf16[{slots},{heads},{width // heads}]"
   lowered = machine.lower_decode(state, 4, sampling.Sampling(temperature=0))
   lines = lowered.compile().as_text().splitlines()
   made = [x.split(" = ")[1] for x in lines if f" = {shape}" in x]
@@ -115,8 +122,8 @@ def test_a_row_that_has_ended_stays_so():
   class Counter:
     """Its next token is the number of tokens."""
 
-    def decode(self, token_B, cache, length_B):
-      del token_B
+    def decode(self, token_B, cache, length_B, table_BM):
+      del token_B, table_BM
       return jax.nn.one_hot(length_B + 1, V), cache
 
   state = engine.State(
