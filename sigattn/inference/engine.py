@@ -139,7 +139,7 @@ def prepared(
 
   See lm.LanguageModel.prepare_to_generate. release: whether `params` is emptied
   meanwhile. A float32 matrix is then freed before the next one is cast, so that
-  a model in 16 bits needs no more memory than its float32 parameters take.
+  a model in 16 bits needs little more memory than its float32 parameters take.
   """
   graphdef, _ = shapes(config)
   prepare = jax.jit(lambda x: nnx.state(_prepare(config)(x)))
