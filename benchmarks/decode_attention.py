@@ -13,6 +13,7 @@ of tiles that differ from ours in one or two numbers, and writes nothing.
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import attention
 from benchmarks.timing import milliseconds
@@ -146,6 +148,30 @@ def _ours(cell, normalize=False):
   )
 
 
+def _softmax(cell):
+  problem = dataclasses.replace(_problem(cell, True), kind="softmax")
+  return _jax_time(
+    functools.partial(_with_tile, decode.tile(problem), problem), cell
+  )
+
+
+def _paged(cell):
+  """Of pages in no order, of the least length: the most numbers to be read."""
+  page, problem = 16, _problem(cell)
+  tile = decode.tile(problem, paged=True)
+  count = cell.batch * cell.length // page
+  table = np.random.default_rng(0).permutation(count).astype("int32")
+  table = table.reshape(cell.batch, -1)
+
+  def attend(query, *arrays):
+    arrays = [x.reshape(count, page, *x.shape[2:]) for x in arrays]
+    return decode.forward(
+      problem, "ieee", tile, query, *arrays, Operands(), jnp.asarray(table)
+    )[0]
+
+  return _jax_time(attend, cell)
+
+
 def _jax_nn(cell):
   return _jax_time(
     functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
@@ -221,6 +247,8 @@ BASELINES = (
     "sigattn triton normalized", "jax_triton",
     functools.partial(_ours, normalize=True),
   ),
+  Baseline("sigattn triton, pages", "jax_triton", _paged),
+  Baseline("sigattn triton softmax", "jax_triton", _softmax),
   Baseline("cuDNN (jax.nn)", "jax", _jax_nn),
   Baseline(
     "cuDNN (torch)", "torch",

@@ -12,6 +12,7 @@ no GPU.
 """
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import itertools
@@ -193,9 +194,13 @@ def check(cards, dtypes, widths, passes, examples):
 def _needs(problem, direction, capability):
   """(name, tile, Resources) of each kernel that a pass may take."""
   if direction == "forward" and decode.fits(problem):
-    for name, page in (("decode", None), ("paged", 16)):
-      chosen = decode.tile(problem, paged=page is not None)
-      yield name, chosen, decode_resources(problem, chosen, capability, page)
+    softmax = dataclasses.replace(problem, kind="softmax", normalize=True)
+    for name, page, x in (
+      ("decode", None, problem), ("paged", 16, problem),
+      ("softmax", None, softmax),
+    ):  # fmt: skip
+      chosen = decode.tile(x, paged=page is not None)
+      yield name, chosen, decode_resources(x, chosen, capability, page)
     return
   chosen = tiles.tile(problem, direction, capability)
   yield direction, chosen, resources(problem, direction, chosen, capability)

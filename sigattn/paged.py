@@ -5,14 +5,15 @@ with the same tokens share the pages of those. The idea is PagedAttention's
 (vLLM, 2309.06180, Section 4.1).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from sigattn import attention
-from sigattn.kernels import paged
-from sigattn.kernels.problem import make_problem
+from sigattn.kernels import decoding
 
 PAGE_LENGTHS = (16, 32, 64, 128)
 
@@ -65,9 +66,9 @@ def paged_attention(
       dot_product_attention.
     query_offset: the position of a row's first query, an integer or (B,)
       integers; None: lengths - T.
-    implementation: "triton" asks for the decode kernel, for any T; the other
-      names of attention.implementations(kind) gather, and are those of
-      dot_product_attention. None: the fastest.
+    implementation: "triton" asks for the decode kernel, for any T, but with
+      softmax up to 16; the other names of attention.implementations(kind)
+      gather, and are those of dot_product_attention. None: the fastest.
 
   Returns:
     (B, T, N, H), with the dtype of the query.
@@ -84,34 +85,36 @@ def paged_attention(
   _validate(query, keys, values, table, lengths)
   _validate_lengths(lengths_B, table.shape[1] * keys.shape[1])
   table, lengths = table.astype("int32"), lengths.astype("int32")
-  options = dict(
-    logit_bias=logit_bias, n=n, scale=scale, alibi_slopes=alibi_slopes,
-    key_value_seq_lengths=lengths, query_offset=query_offset,
-  )  # fmt: skip
   if query_offset is None:
-    options["query_offset"] = lengths - query.shape[1]
-  masks = dict(is_causal=is_causal, window=local_window_size)
-  gathered = jax.ShapeDtypeStruct(
+    query_offset = lengths - query.shape[1]
+  whole = jax.ShapeDtypeStruct(
     (len(query), table.shape[1] * keys.shape[1], *keys.shape[2:]), keys.dtype
   )
-  seeing = options | (dict(logit_bias=0.0) if kind == "softmax" else {})
-  activation = "sigmoid" if kind == "softmax" else kind
-  scaled, operands, numbers = attention.prepare(
-    query, gathered, kind=activation, **seeing
+  query, operands, numbers = attention.prepare(
+    query, whole, kind=kind, logit_bias=logit_bias, n=n, scale=scale,
+    query_offset=query_offset, alibi_slopes=alibi_slopes,
+    key_value_seq_lengths=lengths,
+  )  # fmt: skip
+  problem = attention.problem_of(
+    query, whole, whole, operands, kind=kind, normalize=normalize,
+    is_causal=is_causal, window=local_window_size, **numbers,
+  )  # fmt: skip
+  if decoding.takes(problem, implementation):
+    return decoding.attention(
+      problem, functools.partial(_gathered, problem, None),
+      query, keys, values, operands, table,
+    )  # fmt: skip
+  return _gathered(
+    problem, implementation, query, keys, values, operands, table
   )
-  problem = make_problem(
-    scaled, gathered, gathered, operands, kind=activation, normalize=normalize,
-    **numbers, **masks,
-  )  # fmt: skip
-  if kind != "softmax" and paged.takes(problem, implementation):
-    return paged.attention(scaled, keys, values, table, operands, problem)
-  seen_BS = paged.seen(problem, operands)
-  key, value = (paged.gather(x, table, seen_BS) for x in (keys, values))
-  return attention.dot_product_attention(
-    query, key, value, kind=kind, normalize=normalize, is_causal=is_causal,
-    local_window_size=local_window_size, implementation=implementation,
-    **options,
-  )  # fmt: skip
+
+
+def _gathered(problem, implementation, query, keys, values, operands, table):
+  seen_BS = decoding.seen(problem, operands)
+  key, value = (decoding.gather(x, table, seen_BS) for x in (keys, values))
+  return attention.computed(
+    problem, implementation, query, key, value, operands
+  )
 
 
 def _validate(query, keys, values, table, lengths):

@@ -76,23 +76,22 @@ def attention(
   )
 
 
-def paged(
+def decoded(
   problem: Problem,
   query: jax.Array,
-  key_pages: jax.Array,
-  value_pages: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
   operands: Operands,
-  page_table: jax.Array,
+  *page_table: jax.Array,
 ) -> tuple[jax.Array, ...]:
   """(out,), and with problem.normalize (out, sums), by the decode kernel.
 
-  key_pages, value_pages: (pages, length, K, H). page_table: (B, pages of a row)
-  int32; problem.key_len is that number of pages times their length.
+  problem: its kind may be softmax, with normalize. page_table: with pages, see
+  decode.forward.
   """
-  arrays = query, key_pages, value_pages, operands, page_table
-  out, sums = decode.forward(
-    problem, _precision(), decode.tile(problem, paged=True), *arrays
-  )
+  tile = decode.tile(problem, paged=bool(page_table))
+  arrays = query, key, value, operands, *page_table
+  out, sums = decode.forward(problem, _precision(), tile, *arrays)
   return (out, sums) if problem.normalize else (out,)
 
 

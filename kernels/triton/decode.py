@@ -54,7 +54,9 @@ def tile(problem: Problem, paged: bool = False) -> Tile:
     # Triton divides them between the loads of pages' numbers and of keys, which
     # wait for the former. So as many keys as without pages are loaded ahead.
     stages = 2 * stages - 1
-  return Tile(rows, block_kv, splits, 4, stages, True)
+  # Products of float32 need many registers: with four warps they spill.
+  warps = 8 if wide and width >= 128 else 4
+  return Tile(rows, block_kv, splits, warps, stages, True)
 
 
 def cells(problem: Problem, rows: int) -> int:
@@ -89,12 +91,13 @@ def forward(
   page = None if pages is None else key.shape[1]
   splits, apart = tile.splits, tile.splits > 1 and not tile.last_adds
   shares = (splits,) if splits > 1 else ()
-  rows = query.shape[:3]
+  rows, softmax = query.shape[:3], problem.kind == "softmax"
   shapes = [
     ((1,) if apart else query.shape, query.dtype),
     (rows if problem.normalize and not apart else (1,), "float32"),
     ((*shares, *query.shape) if shares else (1,), "float32"),
     ((*shares, *rows) if shares and problem.normalize else (1,), "float32"),
+    ((*shares, *rows) if shares and softmax else (1,), "float32"),
     ((problem.batch * cells(problem, tile.rows),), "int32"),
   ]
   results = launch.start(
@@ -110,11 +113,14 @@ def forward(
     tile,
     problem.batch * cells(problem, tile.rows) * splits,
     constants(problem, precision, tile, page),
-    zeroed=(4,) if splits > 1 and tile.last_adds else (),
+    zeroed=(5,) if splits > 1 and tile.last_adds else (),
   )
-  out, sums, shares, share_sums, _ = results
+  out, sums, shares, share_sums, share_peaks, _ = results
   if not apart:
     return out, sums
+  if softmax:  # The peaks are exponents of 2.
+    factor = jnp.exp2(share_peaks - share_peaks.max(0, keepdims=True))
+    shares, share_sums = shares * factor[..., None], share_sums * factor
   out = shares.sum(0)
   if problem.normalize:
     sums = share_sums.sum(0)

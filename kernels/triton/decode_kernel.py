@@ -14,6 +14,11 @@ writes its share in float32. With LAST_ADDS the program that arrives last adds
 them up, in the order of the keys, so that every run gives the same bits;
 without it the caller does.
 
+Softmax needs a second number: the largest logit of a row, the peak, by which
+its weights exp(z - peak) are held in range. It grows from step to step and
+differs between shares, so that sums are rescaled wherever they meet. Only
+ACTIVATION "softmax" compiles this.
+
 Keys may lie in pages: the keys p PAGE .. (p + 1) PAGE of an example are the
 page that its p-th number in `pages` names. Nothing else changes, and the bits
 of the result are the same.
@@ -35,12 +40,15 @@ from sigattn.kernels.triton.kernels import (
   _weights,
 )
 
+# Where a peak begins: exp2(-inf - LOWEST) is 0, and -inf less -inf no number.
+LOWEST = tl.constexpr(-1e30)
+
 
 @triton.jit
 def decode(
   q, k, v, pages, logit_bias, slopes, q_bias, k_bias, q_lengths, k_lengths,
   offsets,
-  out, sums, shares, share_sums, arrived,
+  out, sums, shares, share_sums, share_peaks, arrived,
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
   H: tl.constexpr, BLOCK_H: tl.constexpr, PAGE: tl.constexpr,
   ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLITS: tl.constexpr,
@@ -71,7 +79,7 @@ def decode(
     share = min(split, used)
     start = low + blocks * share // used * BLOCK_KV
     stop = min(low + blocks * min(share + 1, used) // used * BLOCK_KV, high)
-    acc, total = _attend(
+    acc, total, peak = _attend(
       q, k, v, pages, logit_bias, slopes, q_bias, k_bias, batch, kv_head, head,
       i, q_len, offset, start, stop, T, S, N, K, H, BLOCK_H, PAGE, ROWS,
       BLOCK_KV, ACTIVATION, SCALE, BIAS, P_SCALE, PRECISION, LEFT, RIGHT,
@@ -84,23 +92,24 @@ def decode(
       _finish(out, sums, acc, total, row, i < T, H, BLOCK_H, NORMALIZE)
     elif not LAST_ADDS:
       _store_share(
-        shares, share_sums, acc, total, split * ALL_ROWS + row, i < T, H,
-        BLOCK_H, NORMALIZE,
+        shares, share_sums, share_peaks, acc, total, peak,
+        split * ALL_ROWS + row, i < T, H, BLOCK_H, NORMALIZE, ACTIVATION,
       )  # fmt: skip
     elif used == 1:
       _finish(out, sums, acc, total, row, i < T, H, BLOCK_H, NORMALIZE)
     else:
       _store_share(
-        shares, share_sums, acc, total, split * ALL_ROWS + row, i < T, H,
-        BLOCK_H, NORMALIZE,
+        shares, share_sums, share_peaks, acc, total, peak,
+        split * ALL_ROWS + row, i < T, H, BLOCK_H, NORMALIZE, ACTIVATION,
       )  # fmt: skip
       # What all threads have stored must be seen before the number grows.
       tl.debug_barrier()
       count = tl.atomic_add(arrived + batch * CELLS + cell, 1, sem="acq_rel")
       if count == used - 1:
         _add_up(
-          shares, share_sums, out, sums, batch, cell, used, T, N, K, H,
-          BLOCK_H, ROWS, ALL_ROWS, ADDED_ROWS, CHUNK, NORMALIZE,
+          shares, share_sums, share_peaks, out, sums, batch, cell, used, T, N,
+          K, H, BLOCK_H, ROWS, ALL_ROWS, ADDED_ROWS, CHUNK, NORMALIZE,
+          ACTIVATION,
         )  # fmt: skip
 
 
@@ -144,7 +153,7 @@ def _attend(
   OFFSET: tl.constexpr, BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
   Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-  """(sum_j p_ij v_j, sum_j p_ij) of the keys start .. stop - 1."""
+  """(sum_j p_ij v_j, sum_j p_ij, peak) of the keys start .. stop - 1."""
   columns = tl.arange(0, BLOCK_H)[None, :]
   row = (tl.cast(batch, tl.int64) * T + i) * N + head
   is_row = i < q_len
@@ -158,6 +167,7 @@ def _attend(
   )  # fmt: skip
   acc = tl.zeros((ROWS, BLOCK_H), tl.float32)
   total = tl.zeros((ROWS,), tl.float32)
+  peak = tl.full((ROWS,), LOWEST, tl.float32)
   for first in tl.range(start, stop, BLOCK_KV):
     j = first + tl.arange(0, BLOCK_KV)
     key_rows = _key_rows(pages, batch, j, stop, S, PAGE)
@@ -174,16 +184,29 @@ def _attend(
       s, (i + offset)[:, None], j[None, :], bias[:, None], slope[:, None], 0.0,
       j_bias, OFFSET, SCALE, SLOPE_STRIDE, None, K_BIAS,
     )  # fmt: skip
-    p, _ = _weights(x, ACTIVATION, P_SCALE, 1.0)
-    if T > 1:  # One query sees every key of start .. stop - 1.
-      p = _visible(
-        p, (i + offset)[:, None], j[None, :], 0, 0, LEFT, RIGHT, False
-      )
-    if NORMALIZE:  # A key of zeros has a weight too.
-      total += tl.sum(tl.where(j[None, :] < stop, p, 0.0), 1)
+    if ACTIVATION == "softmax":
+      seen = tl.where(j[None, :] < stop, 1.0, 0.0)
+      if T > 1:
+        seen = _visible(
+          seen, (i + offset)[:, None], j[None, :], 0, 0, LEFT, RIGHT, False
+        )
+      x = tl.where(seen > 0, x, float("-inf"))
+      before = peak
+      peak = tl.maximum(peak, tl.max(x, 1))
+      p = tl.exp2(x - peak[:, None])
+      acc *= tl.exp2(before - peak)[:, None]
+      total = total * tl.exp2(before - peak) + tl.sum(p, 1)
+    else:
+      p, _ = _weights(x, ACTIVATION, P_SCALE, 1.0)
+      if T > 1:  # One query sees every key of start .. stop - 1.
+        p = _visible(
+          p, (i + offset)[:, None], j[None, :], 0, 0, LEFT, RIGHT, False
+        )
+      if NORMALIZE:  # A key of zeros has a weight too.
+        total += tl.sum(tl.where(j[None, :] < stop, p, 0.0), 1)
     v_tile = tl.load(v + places, mask=mask, other=0.0)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
-  return acc, total
+  return acc, total, peak
 
 
 @triton.jit
@@ -251,22 +274,26 @@ def _of_keys(
 
 @triton.jit
 def _store_share(
-  shares, share_sums, acc, total, row, is_row,
+  shares, share_sums, share_peaks, acc, total, peak, row, is_row,
   H: tl.constexpr, BLOCK_H: tl.constexpr, NORMALIZE: tl.constexpr,
+  ACTIVATION: tl.constexpr,
 ):  # fmt: skip
   columns = tl.arange(0, BLOCK_H)[None, :]
   mask = is_row[:, None] & (columns < H)
   tl.store(shares + row[:, None] * H + columns, acc, mask=mask)
   if NORMALIZE:
     tl.store(share_sums + row, total, mask=is_row)
+  if ACTIVATION == "softmax":
+    tl.store(share_peaks + row, peak, mask=is_row)
 
 
 @triton.jit
 def _add_up(
-  shares, share_sums, out, sums, batch, cell, used,
+  shares, share_sums, share_peaks, out, sums, batch, cell, used,
   T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
   BLOCK_H: tl.constexpr, ROWS: tl.constexpr, ALL_ROWS: tl.constexpr,
   ADDED_ROWS: tl.constexpr, CHUNK: tl.constexpr, NORMALIZE: tl.constexpr,
+  ACTIVATION: tl.constexpr,
 ):  # fmt: skip
   """Writes the sums of the shares of `used` programs, in their order."""
   i, head = _rows(cell, N, K, ROWS, ADDED_ROWS)
@@ -274,6 +301,7 @@ def _add_up(
   columns = tl.arange(0, BLOCK_H)[None, None, :]
   acc = tl.zeros((ADDED_ROWS, BLOCK_H), tl.float32)
   total = tl.zeros((ADDED_ROWS,), tl.float32)
+  peak = tl.full((ADDED_ROWS,), LOWEST, tl.float32)
   for first in range(0, used, CHUNK):
     share = first + tl.arange(0, CHUNK)
     rows = share[:, None] * tl.cast(ALL_ROWS, tl.int64) + row[None, :]
@@ -283,11 +311,23 @@ def _add_up(
       shares + rows[:, :, None] * H + columns,
       mask=mask[:, :, None] & (columns < H), other=0.0, cache_modifier=".cg",
     )  # fmt: skip
+    if ACTIVATION == "softmax":
+      peaks = tl.load(
+        share_peaks + rows, mask=mask, other=LOWEST, cache_modifier=".cg"
+      )
+      before = peak
+      peak = tl.maximum(peak, tl.max(peaks, 0))
+      factor = tl.exp2(peaks - peak[None, :])
+      part *= factor[:, :, None]
+      acc *= tl.exp2(before - peak)[:, None]
+      total *= tl.exp2(before - peak)
     acc += tl.sum(part, 0)
     if NORMALIZE:
       part = tl.load(
         share_sums + rows, mask=mask, other=0.0, cache_modifier=".cg"
       )
+      if ACTIVATION == "softmax":
+        part *= factor
       total += tl.sum(part, 0)
   _finish(out, sums, acc, total, row, i < T, H, BLOCK_H, NORMALIZE)
 

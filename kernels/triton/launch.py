@@ -17,7 +17,7 @@ from sigattn.kernels.triton.tiles import Tile
 # The kernels' pointers whose dtype is not that of query, key and value.
 FLOATS = (
   "logit_bias", "slopes", "q_bias", "k_bias", "d_rows", "d_keys", "d_slope",
-  "sums", "inverse", "shift", "shares", "share_sums",
+  "sums", "inverse", "shift", "shares", "share_sums", "share_peaks",
 )  # fmt: skip
 INTEGERS = (
   "q_lengths", "k_lengths", "offsets", "q_ids", "k_ids", "spans", "pages",

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import sigattn
-from sigattn.kernels import device, paged, triton, xla
+from sigattn.kernels import decoding, device, triton, xla
 from sigattn.kernels.triton import decode, launch
 from sigattn.training import mesh as meshes
 from tests.kernels import cases, triton_interpreter
@@ -41,7 +41,7 @@ def contiguous(implementation, query, key, value, bias, lengths):
 
 def in_pages(implementation, query, key, value, bias, lengths, table):
   return sigattn.paged_attention(
-    query, key, value, table, lengths, logit_bias=bias,
+    query, key, value, table, lengths, logit_bias=bias, normalize=True,
     implementation=implementation,
   )  # fmt: skip
 
@@ -52,8 +52,8 @@ def plain_decode(
   """In the place of decode.forward, for what one device holds."""
   del precision, tile
   if pages is not None:
-    seen_BS = paged.seen(problem, operands)
-    key, value = (paged.gather(x, pages, seen_BS) for x in (key, value))
+    seen_BS = decoding.seen(problem, operands)
+    key, value = (decoding.gather(x, pages, seen_BS) for x in (key, value))
   result = xla.reference(query, key, value, operands, problem)
   return result if problem.normalize else (result, None)
 

@@ -195,8 +195,12 @@ def test_paged_attention_differentiated_and_vmapped(interpreter, decoding):
   both = jax.vmap(attend, in_axes=(0, None, None))(
     np.stack([query, -query]), *pages
   )
-  np.testing.assert_array_equal(both[0], found)
+  np.testing.assert_allclose(both[0], found, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(both[1], attend(-query, *pages))
+  apart = jax.vmap(attend, in_axes=(None, 0, None))(
+    query, np.stack([pages[1], pages[0]]), pages[1]
+  )
+  np.testing.assert_array_equal(apart[1], both[0])
 
 
 def test_many_queries_gather_their_pages(interpreter, started):
@@ -208,6 +212,96 @@ def test_many_queries_gather_their_pages(interpreter, started):
   found = sigattn.paged_attention(*arrays, implementation="triton")
   assert {name for name, _ in started} == {"decode"}
   np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+SOFTMAX = {
+  "plain": {},
+  "window": dict(is_causal=True, local_window_size=(40, 0)),
+  "alibi": dict(alibi_slopes=np.array([0.5, 0.1], np.float32), is_causal=True),
+  "hidden": dict(key_logit_bias=np.where(np.arange(150) % 3, 30.0, -np.inf)),
+}
+
+
+@pytest.mark.parametrize(
+  ("splits", "last_adds"), [(1, True), (3, True), (3, False)]
+)
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_interpreted_softmax(name, splits, last_adds, interpreter, decoding):
+  """A few queries by the decode kernel, as jax.nn has them."""
+  decoding(splits, last_adds)
+  rng = np.random.default_rng(0)
+  query = 3 * rng.standard_normal((2, 3, 2, 8), np.float32)
+  key, value = rng.standard_normal((2, 2, 150, 1, 8), np.float32)
+  lengths = np.array([149, 20])
+  options = dict(
+    kind="softmax", query_offset=lengths - 3, key_value_seq_lengths=lengths,
+  ) | SOFTMAX[name]  # fmt: skip
+
+  def attend(implementation, *arrays):
+    return sigattn.dot_product_attention(
+      *arrays, implementation=implementation, **options
+    )
+
+  arrays = query, key, value
+  wanted = attend("xla", *arrays)
+  poisoned = key.copy(), value.copy()
+  for x in poisoned:
+    x[0, 149:] = x[1, 20:] = np.nan
+  assert compare.error(attend("triton", query, *poisoned), wanted) < 2e-6
+
+
+def test_softmax_differentiated_vmapped_and_in_pages(
+  interpreter, decoding, started
+):
+  decoding(2)
+  arrays, whole = cases.draw_paged([40, 20, 30])
+  query, keys, values, table, lengths = arrays
+  whole = np.nan_to_num(whole)
+
+  def attend(implementation, query, key, value, length):
+    return sigattn.dot_product_attention(
+      query, key, value, kind="softmax", key_value_seq_lengths=length,
+      is_causal=True, query_offset=length - 3, implementation=implementation,
+    )  # fmt: skip
+
+  ours = functools.partial(attend, "triton")
+  wanted = attend("xla", query, *whole, lengths)
+  found = jax.vmap(ours)(
+    query[:, None], *whole[:, :, None], jnp.asarray(lengths)[:, None]
+  )
+  np.testing.assert_allclose(found[:, 0], wanted, rtol=1e-5, atol=1e-6)
+  assert {x["PAGE"] for _, x in started} == {None}
+  started.clear()
+  paged = sigattn.paged_attention(*arrays, kind="softmax")
+  assert {x["PAGE"] for _, x in started} == {cases.PAGE}
+  np.testing.assert_allclose(paged, wanted, rtol=1e-5, atol=1e-6)
+
+  def loss(implementation, query):
+    return (attend(implementation, query, *whole, lengths) ** 2).sum()
+
+  found, wanted = (jax.grad(functools.partial(loss, x))(query)
+                   for x in ("triton", "xla"))  # fmt: skip
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    (dict(queries=17), "17 queries; at most 16"),
+    (dict(return_residual=True), "return_residual=True is not implemented"),
+    (dict(bias=np.ones((2, 150), np.float32)), "a dense bias is not"),
+  ],
+)
+def test_the_softmax_that_the_kernel_refuses(change, reason, interpreter):
+  """Where it is not named, jax.nn computes it."""
+  query = np.ones((1, change.pop("queries", 2), 2, 8), np.float32)
+  key = np.ones((1, 150, 2, 8), np.float32)
+  options = dict(kind="softmax") | change
+  with pytest.raises(NotImplementedError, match=reason):
+    sigattn.dot_product_attention(
+      query, key, key, implementation="triton", **options
+    )
+  sigattn.dot_product_attention(query, key, key, **options)
 
 
 def test_one_query_takes_the_decode_kernel(interpreter, started):
