@@ -219,8 +219,11 @@ def _rates(config, params, seconds):
   }
 
 
-def _profile(run, steps=2):
-  """Prints where the milliseconds of a step go, by kernel."""
+def _profile(run, steps=2, units=1, unit="a step", most=60):
+  """Prints where the milliseconds of a step go, by kernel.
+
+  units: how many of `unit` a step consists of.
+  """
   import jax
 
   with tempfile.TemporaryDirectory() as folder:
@@ -231,6 +234,7 @@ def _profile(run, steps=2):
     [path] = pathlib.Path(folder).rglob("*.xplane.pb")
     data = jax.profiler.ProfileData.from_file(str(path))
   totals, counts = {}, {}
+  parts = steps * units
   for plane in data.planes:
     if "GPU" not in plane.name:
       continue
@@ -240,10 +244,13 @@ def _profile(run, steps=2):
       for event in line.events:
         totals[event.name] = totals.get(event.name, 0) + event.duration_ns
         counts[event.name] = counts.get(event.name, 0) + 1
-  print(f"{sum(totals.values()) / steps / 1e6:9.2f} ms a step in kernels")
-  for name in sorted(totals, key=totals.get, reverse=True)[:60]:
+  print(
+    f"{sum(totals.values()) / parts / 1e6:9.3f} ms {unit} in "
+    f"{sum(counts.values()) / parts:.0f} kernels"
+  )
+  for name in sorted(totals, key=totals.get, reverse=True)[:most]:
     print(
-      f"{totals[name] / steps / 1e6:9.2f} ms {counts[name] / steps:7.0f} "
+      f"{totals[name] / parts / 1e6:9.4f} ms {counts[name] / parts:7.1f} "
       f"times  {name[:110]}"
     )
 

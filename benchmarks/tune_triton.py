@@ -12,6 +12,7 @@ no GPU.
 """
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import itertools
@@ -30,7 +31,8 @@ from benchmarks.timing import milliseconds
 from sigattn.kernels import device
 from sigattn.kernels.differentiation import Sums
 from sigattn.kernels.problem import Operands, make_problem
-from sigattn.kernels.triton import FLOATS, INTEGERS, constants, tiles
+from sigattn.kernels.triton import decode, tiles
+from sigattn.kernels.triton.launch import FLOATS, INTEGERS, constants
 from sigattn.kernels.triton.tiles import (
   DTYPES,
   PASSES,
@@ -54,23 +56,35 @@ class Resources(NamedTuple):
   spilled: int  # bytes of a thread
   shared: int  # bytes of a program
 
-  def fit(self, capability):
+  def fit(self, capability, may_spill=False):
     shared = SHARED_KIB.get(capability, min(SHARED_KIB.values())) * 1024
-    return not self.spilled and self.shared <= shared
+    return (may_spill or not self.spilled) and self.shared <= shared
 
 
 def resources(problem, direction, tile, capability):
   """The Resources of a kernel, compiled without a GPU."""
+  from sigattn.kernels.triton import kernels
+
+  constexprs = constants(direction, problem, "ieee", tile)
+  constexprs |= _sums(problem, direction)
+  kernel = getattr(kernels, direction)
+  return _compiled(kernel, problem, constexprs, tile, capability)
+
+
+def decode_resources(problem, tile, capability, page):
+  """Those of the decode kernel. page: the keys of a page, or None."""
+  from sigattn.kernels.triton import decode_kernel
+
+  constexprs = decode.constants(problem, "ieee", tile, page)
+  return _compiled(decode_kernel.decode, problem, constexprs, tile, capability)
+
+
+def _compiled(kernel, problem, constexprs, tile, capability):
   import triton
   from triton.backends.compiler import GPUTarget
   from triton.compiler import ASTSource
 
-  from sigattn.kernels.triton import kernels
-
-  kernel = getattr(kernels, direction)
   names = kernel.arg_names
-  constexprs = constants(direction, problem, "ieee", tile)
-  constexprs |= _sums(problem, direction)
   short = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
   types = dict.fromkeys(names, short[problem.dtype])
   types |= dict.fromkeys(FLOATS, "*fp32")
@@ -112,14 +126,15 @@ def _sums(problem, direction):
   return {}
 
 
-def example(width, dtype, length=4096, **options):
+def example(width, dtype, length=4096, queries=None, **options):
   """Sigmoid attention of 16,384 tokens and 2,048 / width heads."""
   shape = (max(16384 // length, 1), length, max(2048 // width, 1), width)
   x = jax.ShapeDtypeStruct(shape, dtype)
+  query = jax.ShapeDtypeStruct((shape[0], queries or length, *shape[2:]), dtype)
   options = dict(is_causal=False, window=None, logit_bias=-8.0) | options
   operands = options.pop("operands", Operands())
   return make_problem(
-    x, x, x, operands, kind="sigmoid", scale=width**-0.5, normalizer=1.0,
+    query, x, x, operands, kind="sigmoid", scale=width**-0.5, normalizer=1.0,
     **options,
   )  # fmt: skip
 
@@ -147,6 +162,10 @@ EXAMPLES = {
   "full": example,
   "short": functools.partial(example, length=196),
   "causal": functools.partial(example, is_causal=True),
+  "token": functools.partial(example, queries=1),
+  "16-tokens": functools.partial(
+    example, queries=16, is_causal=True, query_offset=4080, normalize=True
+  ),
   "everything": example_of_everything,
 }
 
@@ -158,17 +177,33 @@ def check(cards, dtypes, widths, passes, examples):
     cards, dtypes, widths, passes, examples
   ):
     problem = EXAMPLES[name](width, dtype)
-    chosen = tiles.tile(problem, direction, capability)
-    needs = resources(problem, direction, chosen, capability)
-    good &= (fits := needs.fit(capability))
-    print(
-      f"sm_{capability} {dtype:8} {width:3} {direction:11} {name:10} "
-      f"{' x '.join(map(str, chosen)):18} {needs.registers:3} registers, "
-      f"{needs.spilled} B spilled, {needs.shared / 1024:.0f} KiB shared"
-      f"{'' if fits else '  DOES NOT FIT'}",
-      flush=True,
-    )
+    # Nothing waits for the gradient of a few queries.
+    may_spill = direction != "forward" and decode.fits(problem)
+    for what, chosen, needs in _needs(problem, direction, capability):
+      good &= (fits := needs.fit(capability, may_spill))
+      print(
+        f"sm_{capability} {dtype:8} {width:3} {what:11} {name:10} "
+        f"{' x '.join(map(str, chosen)):18} {needs.registers:3} registers, "
+        f"{needs.spilled} B spilled, {needs.shared / 1024:.0f} KiB shared"
+        f"{'' if fits else '  DOES NOT FIT'}",
+        flush=True,
+      )
   return good
+
+
+def _needs(problem, direction, capability):
+  """(name, tile, Resources) of each kernel that a pass may take."""
+  if direction == "forward" and decode.fits(problem):
+    softmax = dataclasses.replace(problem, kind="softmax", normalize=True)
+    for name, page, x in (
+      ("decode", None, problem), ("paged", 16, problem),
+      ("softmax", None, softmax),
+    ):  # fmt: skip
+      chosen = decode.tile(x, paged=page is not None)
+      yield name, chosen, decode_resources(x, chosen, capability, page)
+    return
+  chosen = tiles.tile(problem, direction, capability)
+  yield direction, chosen, resources(problem, direction, chosen, capability)
 
 
 # Timing.

@@ -21,14 +21,16 @@ from sigattn.kernels.problem import Operands, Problem
 _NAMES = ("query", "key", "value")
 # The axes of each argument. Those of _FREE may have size 1 and keep it.
 _INPUTS = ("BTNH", "BSKH", "BSKH")
+PAGED = ("BTNH", "PLKH", "PLKH")  # P pages of L keys
 _OPERANDS = Operands(
   bias="BNTS", mask="BNTS", logit_bias="BN", alibi_slopes="BN",
   query_seq_lengths="B", key_value_seq_lengths="B", query_segment_ids="BT",
   key_value_segment_ids="BS", query_logit_bias="BNT", key_logit_bias="BNS",
   query_offset="B",
 )  # fmt: skip
-# Of the cotangent of the output, and of numbers that belong to a row.
-_EXTRA = {4: "BTNH", 3: "BTN"}
+# Of the cotangent of the output, of numbers that belong to a row, and of the
+# M pages of an example.
+_EXTRA = {4: "BTNH", 3: "BTN", 2: "BM"}
 _FREE = ("BNTS", "BN", "BNT", "BNS")
 
 
@@ -41,6 +43,7 @@ def over_devices(
   value: jax.Array,
   operands: Operands,
   *extra: jax.Array,
+  inputs: Sequence[str] = _INPUTS,
 ) -> tuple[jax.Array, ...]:
   """compute(problem, query, ...), of the part that each device of a mesh holds.
 
@@ -50,7 +53,9 @@ def over_devices(
       them may be a sum over examples: compute one for each example, and add
       them outside.
     problem, query, key, value, operands: as in xla.attention.
-    extra: (B, T, N, H) or (B, T, N): the cotangent of the output, for example.
+    extra: (B, T, N, H) or (B, T, N): the cotangent of the output, for example;
+      or a table of pages, (B, M).
+    inputs: the axes of query, key and value; PAGED if these lie in pages.
   """
   arrays, tree = jax.tree.flatten((query, key, value, operands, *extra))
   given = [
@@ -58,12 +63,12 @@ def over_devices(
     for axes, x in zip(_OPERANDS, operands, strict=True)
     if x is not None
   ]  # fmt: skip
-  axes = [*_INPUTS, *given, *(_EXTRA[x.ndim] for x in extra)]
+  axes = [*inputs, *given, *(_EXTRA[x.ndim] for x in extra)]
 
   def local(*arrays):
     query, key, value, operands, *extra = jax.tree.unflatten(tree, arrays)
-    inputs = query, key, value, operands
-    results = compute(resized(problem, *inputs), *inputs, *extra)
+    of_device = query, key, value, operands
+    results = compute(resized(problem, *of_device), *of_device, *extra)
     return tuple(varying(x, arrays) for x in results)
 
   if jax.sharding.get_abstract_mesh().manual_axes:
@@ -284,10 +289,12 @@ def _rule(problem, axes, outputs, arrays):
     for i, (a, x) in enumerate(zip(axes, arrays, strict=True))
   ]
   right = [one("", a) for a in outputs]
+  # The order must be that of their first appearance.
+  order = dict.fromkeys("".join(axes).replace("N", "G"))
+  whole = [x.lower() for x in order if x not in "BK" and (x, group) != ("G", 1)]
   return dict(
     sharding_rule=f"{', '.join(left)} -> {', '.join(right)}",
-    # The order must be that of their first appearance.
-    need_replication_factors=("t", *("g" * (group > 1)), "h", "s"),
+    need_replication_factors=tuple(whole),
     **({"g": group} if heads == "(k g)" else {}),
   )
 

@@ -22,6 +22,7 @@ from sigattn.attention import (
   dot_product_attention,
   flax_attention_fn,
 )
+from sigattn.paged import paged_attention
 from sigattn.ring import ring_attention, zigzag
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
   "attention_weights",
   "dot_product_attention",
   "flax_attention_fn",
+  "paged_attention",
   "ring_attention",
   "zigzag",
 ]

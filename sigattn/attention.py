@@ -14,6 +14,7 @@ H head width.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -23,15 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from sigattn.kernels import dispatch, numerics
-from sigattn.kernels.problem import make_problem, symbolic
+from sigattn.kernels import decoding, dispatch, numerics
+from sigattn.kernels.problem import Problem, make_problem, symbolic
 
 KINDS = ("sigmoid", "softmax", "relu", "relu2", "silu")
 
 
 def implementations(kind: str) -> tuple[str, ...]:
   """The names that `implementation` may have, besides None, for a kind."""
-  return ("xla", "cudnn") if kind == "softmax" else (*dispatch.IMPLEMENTATIONS,)
+  if kind == "softmax":
+    return "xla", "cudnn", "triton"
+  return (*dispatch.IMPLEMENTATIONS,)
 
 
 def dot_product_attention(
@@ -63,7 +66,7 @@ def dot_product_attention(
 
   kind      phi(z)           b by default   source
   sigmoid   1 / (1 + e^-z)   -log n         2409.04431
-  softmax   over the row     none           goes to jax.nn
+  softmax   over the row     none           jax.nn's
   relu      max(z, 0) / n    0              2309.08586
   relu2     max(z, 0)^2 / n  0              2309.08586
   silu      z sigmoid(z) / n 0              2402.17152 (HSTU)
@@ -82,6 +85,7 @@ def dot_product_attention(
   mosaic              kernels         portable      portable
   softmax by xla      jax.nn's        jax.nn's      jax.nn's
   softmax by cudnn    jax.nn's        none in jax   none in jax
+  softmax by triton   jax.nn's        jax.nn's      jax.nn's
 
   Args:
     query: (B, T, N, H) or (T, N, H); float16, bfloat16 or float32.
@@ -135,7 +139,9 @@ def dot_product_attention(
     local_window_size: w or (left, right): query i sees i - left to i + right;
       None: all keys on that side.
     implementation: a name of implementations(kind); None: the fastest one that
-      supports the problem.
+      supports the problem. "triton" with softmax is the decode kernel, for at
+      most 16 queries; on a GPU None takes it for so few against 128 keys or
+      more. A row that sees no key is zero there.
     return_residual: also returns what the rows were divided by, as jax.nn's
       log-sum-exp does: softmax's is jax.nn's own; with `normalize` it is the
       sum of a row's weights, from which shards of the keys can be joined:
@@ -149,14 +155,7 @@ def dot_product_attention(
     ValueError: for arguments that make no sense.
     NotImplementedError: where the named implementation cannot do this.
   """
-  if kind not in KINDS:
-    raise ValueError(f"{kind=}; choose from {KINDS}")
-  if implementation not in (None, *implementations(kind)):
-    raise ValueError(
-      f"{implementation=}; with {kind=} choose from "
-      f"{(None, *implementations(kind))}"
-    )
-  _validate_normalize(kind, normalize)
+  validate_kind(kind, implementation, normalize)
   if return_residual and kind != "softmax" and not normalize:
     raise ValueError(
       f"{return_residual=}; rows are divided by nothing with {kind=} and "
@@ -185,7 +184,7 @@ def dot_product_attention(
   )
   operands, offset = _with_offset(operands, query_offset, query.shape[0])
   query, scale = _with_scale(
-    scale, query, keep=kind == "softmax" and implementation != "cudnn"
+    scale, query, keep=kind == "softmax" and implementation in (None, "xla")
   )
   masks = dict(
     is_causal=is_causal,
@@ -195,9 +194,14 @@ def dot_product_attention(
   if kind == "softmax":
     _refuse_biases(kind, logit_bias, query_logit_bias)
     _length(n, key)  # refuses a bad n; softmax normalises by itself
+    problem = problem_of(  # It refuses what makes no sense.
+      query, key, value, operands, kind=kind, logit_bias=0.0, normalizer=1.0,
+      scale=1.0 if isinstance(scale, jax.core.Tracer) else scale,
+      is_causal=is_causal, window=local_window_size, query_offset=offset,
+    )  # fmt: skip
     out, residual = _softmax(
-      query, key, value, operands, scale=scale,
-      implementation=implementation, return_residual=return_residual, **masks,
+      problem, scale, implementation, query, key, value, operands,
+      return_residual,
     )  # fmt: skip
   else:
     out, residual = _pointwise(
@@ -237,28 +241,21 @@ def attention_weights(
   a batch axis; operands: its arrays, from `bias` to `key_value_segment_ids`.
   """
   query, key = jnp.asarray(query), jnp.asarray(key)
-  query, scale = _with_scale(scale, query)
-  arrays = _operands(query, **operands)
-  arrays, offset = _with_offset(arrays, query_offset, query.shape[0])
   _validate_normalize(kind, normalize)
   is_softmax = kind == "softmax"
-  if is_softmax:
-    _refuse_biases(kind, logit_bias, arrays.query_logit_bias)
-    kind, logit_bias = "sigmoid", 0.0  # of the same logits
-  arrays, numbers = _bias_and_divisor(
-    query, arrays, kind, logit_bias, _length(n, key)
-  )
+  query, arrays, numbers = prepare(
+    query, key, kind=kind, logit_bias=logit_bias, n=n, scale=scale,
+    query_offset=query_offset, **operands,
+  )  # fmt: skip
   weights = Weights(
     *dispatch.weights(
       query,
       key,
       arrays,
-      kind=kind,
-      scale=scale,
+      kind="sigmoid" if is_softmax else kind,  # of the same logits
       normalize=normalize,
       is_causal=is_causal,
       local_window_size=local_window_size,
-      query_offset=offset,
       **numbers,
     )
   )
@@ -268,6 +265,74 @@ def attention_weights(
   # jax.nn's are NaN in a row that sees nothing.
   weights_BNTS = jnp.where(weights.visible_BNTS, weights_BNTS, 0)
   return weights._replace(weights_BNTS=weights_BNTS)
+
+
+def prepare(
+  query: jax.Array,
+  key: Any,
+  *,
+  kind: str,
+  logit_bias: ArrayLike | None,
+  n: float | None,
+  scale: ArrayLike | None,
+  query_offset: ArrayLike | None,
+  **operands: ArrayLike | None,
+) -> tuple[jax.Array, dispatch.Operands, dict[str, Any]]:
+  """dot_product_attention's arguments as the functions of `kernels` take them.
+
+  Args:
+    query: (B, T, N, H).
+    key: (B, S, K, H), or anything of that shape.
+    kind, logit_bias, n, scale, query_offset, operands: as there.
+
+  Returns:
+    (query, Operands, {"scale", "query_offset", "logit_bias", "normalizer"}).
+  """
+  if kind == "softmax":
+    _refuse_biases(kind, logit_bias, operands.get("query_logit_bias"))
+    logit_bias = 0.0
+  query, scale = _with_scale(scale, query)
+  arrays = _operands(query, **operands)
+  arrays, offset = _with_offset(arrays, query_offset, query.shape[0])
+  arrays, numbers = _bias_and_divisor(
+    query, arrays, kind, logit_bias, _length(n, key)
+  )
+  return query, arrays, numbers | dict(scale=scale, query_offset=offset)
+
+
+def problem_of(*arrays: Any, kind: str, **options: Any) -> Problem:
+  """make_problem, also of softmax, which then is its kind."""
+  if kind != "softmax":
+    return make_problem(*arrays, kind=kind, **options)
+  problem = make_problem(*arrays, kind="sigmoid", **options)
+  return dataclasses.replace(problem, kind=kind, normalize=True)
+
+
+def computed(
+  problem: Problem,
+  implementation: str | None,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  operands: dispatch.Operands,
+) -> jax.Array:
+  """dot_product_attention of what `prepare` and problem_of return."""
+  arrays = query, key, value, operands
+  if problem.kind == "softmax":
+    return _softmax(problem, problem.scale, implementation, *arrays)[0]
+  out = dispatch.attention(
+    *arrays,
+    kind=problem.kind,
+    scale=problem.scale,
+    logit_bias=problem.logit_bias,
+    normalizer=problem.normalizer,
+    normalize=problem.normalize,
+    is_causal=problem.is_causal,
+    local_window_size=problem.window,
+    query_offset=problem.query_offset,
+    implementation=implementation,
+  )
+  return out[0] if problem.normalize else out
 
 
 def flax_attention_fn(
@@ -563,6 +628,20 @@ def default_logit_bias(kind: str, n: float) -> float:
   return -math.log(n) if kind == "sigmoid" else 0.0
 
 
+def validate_kind(
+  kind: str, implementation: str | None, normalize: bool
+) -> None:
+  """Raises ValueError for unknown names, and for what does not go together."""
+  if kind not in KINDS:
+    raise ValueError(f"{kind=}; choose from {KINDS}")
+  if implementation not in (None, *implementations(kind)):
+    raise ValueError(
+      f"{implementation=}; with {kind=} choose from "
+      f"{(None, *implementations(kind))}"
+    )
+  _validate_normalize(kind, normalize)
+
+
 def _validate_normalize(kind, normalize):
   if kind == "softmax" and normalize:
     raise ValueError(
@@ -598,20 +677,15 @@ def _bias_and_divisor(query, operands, kind, logit_bias, n):
   if not isinstance(logit_bias, (int, float, np.number)):
     array = _per_head("logit_bias", _float(logit_bias), _heads(query))
     operands, logit_bias = operands._replace(logit_bias=array), None
-  normalizer = 1.0 if kind == "sigmoid" else n
+  normalizer = 1.0 if kind in ("sigmoid", "softmax") else n
   return operands, dict(logit_bias=logit_bias, normalizer=normalizer)
 
 
 def _softmax(
-  query, key, value, operands, *, scale, return_residual, query_offset,
-  is_causal, local_window_size, implementation,
+  problem, scale, implementation, query, key, value, operands,
+  return_residual=False,
 ):  # fmt: skip
   """(out, log-sum-exp or None)."""
-  problem = make_problem(  # It refuses what makes no sense.
-    query, key, value, operands, kind="sigmoid", logit_bias=0.0, normalizer=1.0,
-    scale=1.0 if isinstance(scale, jax.core.Tracer) else scale,
-    is_causal=is_causal, window=local_window_size, query_offset=query_offset,
-  )  # fmt: skip
   promotion = jax.config.jax_numpy_dtype_promotion
   if promotion == "strict" and problem.dtype == "bfloat16":
     raise ValueError(
@@ -619,6 +693,26 @@ def _softmax(
       "kind='softmax' and query.dtype=bfloat16: jax cannot lower its own "
       "function then; give 'standard', or float16 or float32 arrays"
     )
+  arrays = query, key, value, operands
+  if implementation == "triton" and return_residual:
+    raise NotImplementedError(
+      f"attention {problem}: triton: {return_residual=} is not implemented"
+    )
+  # What jax.nn alone does: a factor of the logits, and meshes in the types.
+  is_plain = not (return_residual or isinstance(scale, jax.core.Tracer))
+  is_plain &= not any(jax.typeof(query).sharding.spec)
+  if is_plain and decoding.takes(problem, implementation):
+    portable = functools.partial(_by_jax_nn, problem, scale, None, False)
+    return decoding.attention(problem, portable, *arrays), None
+  result = _by_jax_nn(problem, scale, implementation, return_residual, *arrays)
+  return result if return_residual else (result, None)
+
+
+def _by_jax_nn(
+  problem, scale, implementation, return_residual, query, key, value, operands
+):
+  """out, or (out, log-sum-exp)."""
+  query_offset, is_causal = problem.query_offset, problem.is_causal
   bias, mask = operands.bias, operands.mask
   length, keys = query.shape[1], key.shape[1]
   if problem.is_symbolic and problem.window:
@@ -650,7 +744,7 @@ def _softmax(
     is_causal, window = _window_of_jax_nn(problem, implementation)
   # jax.nn promotes 16 bits to 32, which a strict user forbids.
   with jax.numpy_dtype_promotion("standard"):
-    result = jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(
       query,
       key,
       value,
@@ -664,7 +758,6 @@ def _softmax(
       implementation=implementation,
       return_residual=return_residual,
     )
-  return result if return_residual else (result, None)
 
 
 def _window_of_jax_nn(problem, implementation):

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import layout
 from jax.typing import ArrayLike, DTypeLike
 
-from sigattn import attention, extras, positions
+from sigattn import attention, extras, paged, positions
 
 extras.require("layers")
 
@@ -75,8 +75,12 @@ def normalize(norm: nnx.Module, x: jax.Array) -> jax.Array:
 class Cache(NamedTuple):
   """Keys and values of the tokens so far, in the dtype of the activations.
 
-  A SelfAttention's cache has these axes; a Stack's has an axis of layers in
-  front of them.
+  A row's token at position s is in its slot s. It belongs to one SelfAttention;
+  a Stack's cache is a tuple of them, one for each layer, so that a layer writes
+  its own arrays in place.
+
+  A paged cache has the same arrays with other axes: P pages of L tokens take
+  the place of rows and slots. A table (B, M) says which pages a row has.
   """
 
   key_BSKH: jax.Array
@@ -151,13 +155,15 @@ class SelfAttention(nnx.Module):
     if row_power and window is not None:
       raise ValueError(f"{row_power=}; must be 0 where {window=}")
     self.kind, self.max_length = kind, max_length
+    self.num_heads, self.num_kv_heads = num_heads, kv_heads
+    self.head_width = width // num_heads
     self.normalize = normalize
     self.alibi, self.is_causal, self.window = alibi, is_causal, window
     self.rotate, self.row_power = rotate, row_power
     self.implementation = implementation
     # Telemetry replaces it, to record what every layer passes to attention.
     self.attention_fn = attention.dot_product_attention
-    head_width = width // num_heads
+    head_width = self.head_width
     linear = functools.partial(
       nnx.LinearGeneral,
       kernel_init=kernel_init,
@@ -189,6 +195,7 @@ class SelfAttention(nnx.Module):
     positions: jax.Array | None = None,
     cache: Cache | None = None,
     place: jax.Array | None = None,
+    page_table: jax.Array | None = None,
   ) -> jax.Array | tuple[jax.Array, Cache]:
     """(B, T, D) -> (B, T, D), and the filled cache where one is given.
 
@@ -197,13 +204,15 @@ class SelfAttention(nnx.Module):
     token sees the tokens of its own segment. positions: (T,) or (B, T), for
     `rotate` and row_power; 0 is the first token of a row or segment.
     cache: a Cache of S slots. Without `place` the tokens fill its first T slots
-    and see only each other. `place` is an int32 scalar, the slot of the first
-    token; it then sees the slots up to its own, as far as is_causal and the
-    window go, and as `mask`, (B or 1, N or 1, T or 1, S), allows. seq_lengths
-    and segment_ids then have no effect.
+    and see only each other. `place` is the slot of the first token, an int32
+    scalar or one for each row, (B,): a token then sees the slots up to its own,
+    as far as the window goes, and needs is_causal. What would be beyond slot S
+    is not kept. mask, seq_lengths and segment_ids then have no effect.
+    page_table: int32 (B, M), of a paged cache: slot s of a row is token s % L
+    of the page that its number s // L names. S is M L; what would be beyond
+    goes to the last page that the table names.
     """
-    q_BTNH = checkpoint_name(self.query(x_BTD), "query")
-    k_BTKH = checkpoint_name(self.key(x_BTD), "key")
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
     if self.has_qk_norm:
       q_BTNH = normalize(self.query_norm, q_BTNH)
       k_BTKH = normalize(self.key_norm, k_BTKH)
@@ -211,9 +220,9 @@ class SelfAttention(nnx.Module):
       where = {} if positions is None else {"positions": positions}
       q_BTNH = self.rotate(q_BTNH, **where)
       k_BTKH = self.rotate(k_BTKH, **where)
-    v_BTKH = checkpoint_name(self.value(x_BTD), "value")
     if cache is not None:
-      cache = _write(cache, k_BTKH, v_BTKH, 0 if place is None else place)
+      first = 0 if place is None else place
+      cache = _write(cache, k_BTKH, v_BTKH, first, page_table)
     if place is None:
       out_BTNH = self._attend(
         q_BTNH,
@@ -225,8 +234,10 @@ class SelfAttention(nnx.Module):
         query_segment_ids=segment_ids,
         key_value_segment_ids=segment_ids,
       )
+    elif page_table is None:
+      out_BTNH = self._attend(q_BTNH, *cache, query_offset=place)
     else:
-      out_BTNH = self._attend(q_BTNH, *cache, mask=mask, query_offset=place)
+      out_BTNH = self._attend_pages(q_BTNH, cache, place, page_table)
     if self.row_power:
       if positions is None:
         raise ValueError(f"{positions=}; needed by row_power={self.row_power}")
@@ -235,25 +246,60 @@ class SelfAttention(nnx.Module):
     y_BTD = checkpoint_name(self.out(out_BTNH), "out")
     return y_BTD if cache is None else (y_BTD, cache)
 
+  def merge_products(self) -> None:
+    """Makes query, key and value one Product, and the output another.
+
+    The parameters get other names, so this is not for a model that is saved.
+    """
+    parts = (self.query, self.key, self.value)
+    self.query_key_value = Product(*parts, axis=-2)
+    self.out = Product(self.out)
+    del self.query, self.key, self.value
+
+  def _project(self, x_BTD):
+    """(query, key, value), before norms and rotation."""
+    if hasattr(self, "query_key_value"):
+      heads = self.query_key_value(x_BTD)
+      ends = self.num_heads, self.num_heads + self.num_kv_heads
+      parts = jnp.split(heads, ends, axis=2)
+    else:
+      parts = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+    names = ("query", "key", "value")
+    return tuple(map(checkpoint_name, parts, names))
+
   def _attend(self, q_BTNH, k_BSKH, v_BSKH, **options):
+    return self.attention_fn(
+      q_BTNH, k_BSKH, v_BSKH, **self._options(), **options
+    )
+
+  def _attend_pages(self, q_BTNH, cache, place, page_table):
+    batch, length = q_BTNH.shape[:2]
+    slots = page_table.shape[1] * cache.key_BSKH.shape[1]
+    place_B = jnp.broadcast_to(jnp.asarray(place, jnp.int32), (batch,))
+    return paged.paged_attention(
+      q_BTNH,
+      *cache,
+      page_table,
+      jnp.minimum(place_B + length, slots),
+      query_offset=place_B,
+      **self._options(),
+    )
+
+  def _options(self):
     bias, window = self.logit_bias, self.window
     if window is not None:
       window = window, 0 if self.is_causal else window
-    return self.attention_fn(
-      q_BTNH,
-      k_BSKH,
-      v_BSKH,
+    return dict(
       kind=self.kind,
       logit_bias=bias[...] if isinstance(bias, nnx.Param) else bias,
       n=self.max_length,
       normalize=self.normalize,
       alibi_slopes=(
-        positions.alibi_slopes(q_BTNH.shape[2]) if self.alibi else None
+        positions.alibi_slopes(self.num_heads) if self.alibi else None
       ),
       is_causal=self.is_causal,
       local_window_size=window,
       implementation=self.implementation,
-      **options,
     )
 
 
@@ -266,16 +312,78 @@ def row_scale(positions: ArrayLike, power: float) -> jax.Array:
   return seen_BT**-power
 
 
-def _write(cache, k_BTKH, v_BTKH, place):
-  """The cache with these in its slots from `place` on."""
-  return Cache(
-    *(
-      jax.lax.dynamic_update_slice_in_dim(
-        slots, new.astype(slots.dtype), place, axis=1
-      )
-      for slots, new in zip(cache, (k_BTKH, v_BTKH), strict=True)
+def _write(cache, k_BTKH, v_BTKH, place, page_table):
+  """The cache with these in its slots from `place`, () or (B,), on.
+
+  All forms write in place, where the cache's old array is not used any more.
+  """
+
+  def write(slots, new):
+    new = new.astype(slots.dtype)
+    if page_table is not None:
+      return _write_pages(slots, new, place, page_table)
+    if jnp.ndim(place) == 0 or len(new) == 1:
+      first = jnp.reshape(place, ())
+      return jax.lax.dynamic_update_slice_in_dim(slots, new, first, axis=1)
+    row_B1 = jnp.arange(len(new))[:, None]
+    slot_BT = place[:, None] + jnp.arange(new.shape[1])[None]
+    return slots.at[row_B1, slot_BT].set(
+      new, mode="drop", unique_indices=True, indices_are_sorted=True
     )
+
+  return Cache(*map(write, cache, (k_BTKH, v_BTKH)))
+
+
+def _write_pages(pages_PLKH, new_BTKH, place, page_table):
+  batch, length = new_BTKH.shape[:2]
+  first_B1 = jnp.broadcast_to(jnp.asarray(place, jnp.int32), (batch,))[:, None]
+  slot_BT = first_B1 + jnp.arange(length, dtype=jnp.int32)[None]
+  page = pages_PLKH.shape[1]
+  page_BT = jnp.take_along_axis(
+    page_table, slot_BT // page, axis=1, mode="clip"
   )
+  return pages_PLKH.at[page_BT, slot_BT % page].set(new_BTKH, mode="drop")
+
+
+class Product(nnx.Module):
+  """x W^T + b, of one or more linear layers, side by side, for decoding.
+
+  With few tokens a product takes as long as reading its matrix does. That is
+  fastest in one piece, and with an output's weights in a row: W is (*outputs,
+  *inputs), where nnx.Linear's kernel is (*inputs, *outputs). XLA then makes a
+  product by one token one kernel, where it would write down each weight times
+  its input and add them up in another one.
+
+  linears: nnx.Linear or nnx.LinearGeneral of the same input. axis: a negative
+  one, of their outputs, along which they are joined.
+  """
+
+  def __init__(self, *linears: nnx.Module, axis: int = -1) -> None:
+    def joined(arrays):
+      return jnp.concatenate([x[...] for x in arrays], axis)
+
+    kernel = joined([x.kernel for x in linears])
+    contracted = getattr(linears[0], "axis", (-1,))
+    self.num_inputs, self.dtype = len(contracted), linears[0].dtype
+    inputs = range(self.num_inputs)
+    self.kernel = nnx.Param(
+      jnp.moveaxis(kernel, inputs, [-x - 1 for x in inputs][::-1])
+    )
+    has_bias = linears[0].bias is not None
+    self.bias = (
+      nnx.Param(joined([x.bias for x in linears])) if has_bias else None
+    )
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """(..., *inputs) -> (..., *outputs)."""
+    last = range(-self.num_inputs, 0)
+    kernel = self.kernel[...].astype(self.dtype)
+    axes = [[ndim + i for i in last] for ndim in (x.ndim, kernel.ndim)]
+    y = jax.lax.dot_general(x.astype(self.dtype), kernel, (axes, ((), ())))
+    if self.bias is None:
+      return y
+    bias = self.bias[...].astype(self.dtype)
+    return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
 def _check_heads(width, num_heads, num_kv_heads):
@@ -336,10 +444,23 @@ class Mlp(nnx.Module):
     """(B, T, D) -> (B, T, D)."""
     return checkpoint_name(self.down(MLPS[self.kind](self, x_BTD)), "down")
 
+  def merge_products(self) -> None:
+    """As SelfAttention's, of gate and up."""
+    self.down = Product(self.down)
+    if self.kind == "swiglu":
+      self.gate_up = Product(self.gate, self.up)
+      del self.gate, self.up
+    else:
+      self.up = Product(self.up)
+
 
 def _swiglu(mlp, x_BTD):
-  gate_BTF = checkpoint_name(mlp.gate(x_BTD), "gate")
-  return jax.nn.silu(gate_BTF) * checkpoint_name(mlp.up(x_BTD), "up")
+  if hasattr(mlp, "gate_up"):
+    gate_BTF, up_BTF = jnp.split(mlp.gate_up(x_BTD), 2, axis=-1)
+  else:
+    gate_BTF, up_BTF = mlp.gate(x_BTD), mlp.up(x_BTD)
+  gate_BTF = checkpoint_name(gate_BTF, "gate")
+  return jax.nn.silu(gate_BTF) * checkpoint_name(up_BTF, "up")
 
 
 def _gelu(mlp, x_BTD, approximate):
@@ -599,6 +720,7 @@ class Stack(nnx.Module):
   ) -> None:
     self.depth, self.drop_path, self.remat = depth, drop_path, remat
     self.is_unrolled = depth <= max_unrolled
+    self.is_split = False
     remat_policy(remat)  # raises for a string that names none
 
     def state(key):
@@ -613,31 +735,78 @@ class Stack(nnx.Module):
     x_BTD: jax.Array,
     rng: jax.Array | None = None,
     *,
-    cache: Cache | None = None,
+    cache: tuple[Cache, ...] | None = None,
     **attn_args: Any,
-  ) -> jax.Array | tuple[jax.Array, Cache]:
-    """The arguments are those of Block; rng None drops nothing."""
+  ) -> jax.Array | tuple[jax.Array, tuple[Cache, ...]]:
+    """The arguments are those of Block; rng None drops nothing.
+
+    cache: one for each layer. It goes without dropout, and through a loop that
+    is unrolled: a scan would copy all of it at every token.
+
+    Raises ValueError for an rng with a cache, or after split_layers.
+    """
+    if rng is not None and (cache is not None or self.is_split):
+      raise ValueError(f"{rng=}; must be None where tokens are generated")
+    if cache is not None:
+      filled = []
+      for block, one in zip(self.each(), cache, strict=True):
+        x_BTD, one = block(x_BTD, cache=one, **attn_args)
+        filled.append(one)
+      return x_BTD, tuple(filled)
+    if self.is_split:
+      for block in self.blocks:
+        x_BTD = block(x_BTD, **attn_args)
+      return x_BTD
     graphdef, states = nnx.split(self.blocks)
 
     def layer(x_BTD, slices):
-      state, rng, rate, cache = slices
-      block = nnx.merge(graphdef, state)
-      if cache is None:
-        return block(x_BTD, rng, rate, **attn_args), None
-      return block(x_BTD, rng, rate, cache=cache, **attn_args)
+      state, rng, rate = slices
+      return nnx.merge(graphdef, state)(x_BTD, rng, rate, **attn_args), None
 
     policy = remat_policy(self.remat)
     if policy is not None:
       # A scan's loop already keeps the two passes apart.
       layer = jax.checkpoint(layer, prevent_cse=self.is_unrolled, policy=policy)
     rngs = None if rng is None else jax.random.split(rng, self.depth)
-    xs = (states, rngs, self._rates(), cache)
+    xs = (states, rngs, self._rates())
     # Without this, XLA may give all layers the layout that suits the gradient
     # of a table of positions, with the batch last, and transpose between it and
     # every product of matrices.
     x_BTD = layout.with_layout_constraint(x_BTD, layout.Layout((0, 1, 2)))
-    x_BTD, cache = jax.lax.scan(layer, x_BTD, xs, unroll=self.is_unrolled)
-    return x_BTD if cache is None else (x_BTD, cache)
+    x_BTD, _ = jax.lax.scan(layer, x_BTD, xs, unroll=self.is_unrolled)
+    return x_BTD
+
+  def each(self) -> list[Block]:
+    """The blocks one by one, each with its own part of the parameters."""
+    if self.is_split:
+      return list(self.blocks)
+    graphdef, states = nnx.split(self.blocks)
+    return [
+      nnx.merge(graphdef, jax.tree.map(lambda x: x[i], states))  # noqa: B023
+      for i in range(self.depth)
+    ]
+
+  def split_layers(self) -> None:
+    """Gives each layer arrays of its own, and merges products that it can.
+
+    For decoding, see SelfAttention.merge_products.
+    """
+    blocks = self.each()
+    for block in blocks:
+      block.attn.merge_products()
+      block.mlp.merge_products()
+    self.blocks, self.is_split = nnx.List(blocks), True
+
+  def empty_cache(
+    self, batch: int, slots: int, dtype: DTypeLike
+  ) -> tuple[Cache, ...]:
+    """Caches of `slots` tokens for each of `batch` rows, one for each layer."""
+    attn = self.blocks[0].attn if self.is_split else self.blocks.attn
+    shape = batch, slots, attn.num_kv_heads, attn.head_width
+    return tuple(
+      Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+      for _ in range(self.depth)
+    )
 
   def _rates(self):
     if not self.drop_path:

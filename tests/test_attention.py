@@ -770,7 +770,7 @@ Z = np.zeros
 BAD = [
   (dict(kind="sigmiod"), "kind='sigmiod'; choose from"),
   (dict(implementation="mosiac"), "implementation='mosiac'.*'xla'"),
-  (dict(kind="softmax", implementation="triton"), "'xla', 'cudnn'"),
+  (dict(kind="softmax", implementation="mosaic"), "'xla', 'cudnn'"),
   (dict(kind="softmax", logit_bias=-1.0), "logit_bias=-1.0"),
   (dict(kind="softmax", normalize=True), "normalize=True with kind='softmax'"),
   (dict(kind="silu", normalize=True), "normalize=True with kind='silu'"),

@@ -4,7 +4,12 @@
     --prompt="In the beginning" --temperature=0.7
 
 prints the text while it is generated. With several --prompt flags, the prompts
-are continued as one batch and printed at the end. In a notebook:
+are continued together and printed at the end.
+
+  python -m sigattn generate --workdir=runs/lm_sigmoid/default \\
+    --prompts=prompts.jsonl --out=texts.jsonl --stop=$'\\n'
+
+continues each "prompt" of a file, see prompt_file.py. In a notebook:
 
   generator = Generator.load("runs/lm_sigmoid/default")
   [text] = generator(["In the beginning"], max_tokens=100)
@@ -13,180 +18,116 @@ The n of sigmoid attention stays the constant that the layer was built with,
 however long the text becomes.
 """
 
-import functools
+import bisect
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import flags
-from absl import logging as absl_logging
-from flax import nnx
+from absl import flags, logging
 from ml_collections import ConfigDict
 
-from sigattn import layers
 from sigattn.data import text
-from sigattn.tasks import lm
-from sigattn.training import checkpoint, setup
+from sigattn.inference import batching, engine, prompt_file
+from sigattn.inference.sampling import Sampling
+from sigattn.training import checkpoint
 
-_CHUNK = 16  # tokens that are generated before a stream yields them
+CONTEXTS = ("full", "window")
+CACHES = ("contiguous", "paged")
 
 
-class Sampling(NamedTuple):
-  """How the next token is drawn: from softmax(logits / temperature).
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How texts are continued.
 
-  temperature: 0 always takes the most likely token.
-  top_k: only the k most likely tokens can be drawn; 0 allows all.
-  top_p: only the smallest set of most likely tokens whose probabilities add up
-    to at least top_p can be drawn (nucleus sampling, 1904.09751); 1 allows all.
+  max_tokens: the maximum number of new tokens of each prompt.
+  seed: of the random draws. Prompt i draws its tokens with the key
+    fold_in(key(seed), i), so that its text does not depend on the others.
+  rows: how many prompts are continued at the same time; the next one begins
+    where one has ended.
+  stop: strings (or one string) that end a text; the text is cut before the
+    first one that it holds.
+  context: "full" reads all that came before, beyond the length that the model
+    was trained on too (config.data.length), and then warns of it. "window"
+    never shows the model more than that length: a text that passes it is cut to
+    its last half and read again, see batching.py.
+  cache: "contiguous" gives each row the slots that the longest text needs.
+    "paged" gives it the pages that its own text needs, and reads what prompts
+    have in common at their beginning once, see pages.py.
+  temperature, top_k, top_p: see Sampling.
   """
 
+  max_tokens: int = 256
+  seed: int = 0
+  rows: int = 32
+  stop: str | Sequence[str] = ()
+  context: str = "full"
+  cache: str = "contiguous"
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
 
+  @property
+  def sampling(self) -> Sampling:
+    """How a token is drawn."""
+    return Sampling(self.temperature, self.top_k, self.top_p)
+
+  @property
+  def stops(self) -> tuple[str, ...]:
+    """The stop strings."""
+    return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
   def validate(self) -> None:
     """Raises ValueError for a value out of range."""
-    if not 0 <= self.temperature < float("inf"):
-      raise ValueError(f"temperature={self.temperature!r}; must be >= 0")
-    if self.top_k < 0:
-      raise ValueError(f"top_k={self.top_k!r}; must be >= 0")
-    if not 0 < self.top_p <= 1:
-      raise ValueError(f"top_p={self.top_p!r}; must be > 0 and <= 1")
+    self.sampling.validate()
+    if self.max_tokens < 0:
+      raise ValueError(f"max_tokens={self.max_tokens!r}; must be >= 0")
+    if self.rows < 1:
+      raise ValueError(f"rows={self.rows!r}; must be >= 1")
+    if self.context not in CONTEXTS:
+      raise ValueError(f"context={self.context!r}; choose from {CONTEXTS}")
+    if self.cache not in CACHES:
+      raise ValueError(f"cache={self.cache!r}; choose from {CACHES}")
+    for x in self.stops:
+      if not isinstance(x, str) or not x:
+        raise ValueError(f"stop={self.stop!r}; must be strings, none empty")
 
 
-def sample(
-  rng: jax.Array, logits_BV: jax.Array, sampling: Sampling
-) -> jax.Array:
-  """Draws one token for each row of logits; int32 (B,)."""
-  if sampling.temperature == 0:
-    return logits_BV.argmax(-1).astype(jnp.int32)
-  logits_BV = keep(logits_BV / sampling.temperature, sampling)
-  return jax.random.categorical(rng, logits_BV).astype(jnp.int32)
+class Continuation(NamedTuple):
+  """The text that continues a prompt, without the prompt.
 
-
-def keep(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-  """The logits of the tokens that top_k and top_p allow, -inf for others."""
-  if sampling.top_k and sampling.top_k < logits_BV.shape[1]:
-    least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-  if sampling.top_p < 1:
-    sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
-    share_BV = jax.nn.softmax(sorted_BV)
-    before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
-    needed_BV = jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf)
-    least_B1 = needed_BV.min(-1, keepdims=True)
-    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-  return logits_BV
-
-
-class State(NamedTuple):
-  """The state of decoding between two tokens."""
-
-  place: jax.Array  # int32 scalar, the cache slot of the next token
-  start_B: jax.Array  # the first slot of each row that is not padding
-  logits_BV: jax.Array  # logits of the next token
-  cache: layers.Cache
-  done_B: jax.Array  # bool, whether the row has ended
-  rng: jax.Array
-
-
-def prefill(
-  model: lm.LanguageModel,
-  token_BT: jax.Array,
-  start_B: jax.Array,
-  slots: int,
-  rng: jax.Array,
-) -> State:
-  """Reads the prompts and returns the State after them.
-
-  Args:
-    model: the language model.
-    token_BT: the prompts, padded at the start so that all end at T.
-    start_B: the first slot of each row that is not padding.
-    slots: the number of tokens that the cache holds, prompt included.
-    rng: the key from which tokens will be drawn.
+  index: of the prompt. tokens: the number of tokens that were drawn for it,
+  those of a stop string too, but not the one that ends a text.
   """
-  slot_T = jnp.arange(token_BT.shape[1])[None]
-  segment_BT = (slot_T >= start_B[:, None]).astype(jnp.int32)
-  logits_BV, cache = model.prefill(token_BT, segment_BT, slots)
-  place = jnp.asarray(token_BT.shape[1], jnp.int32)
-  done_B = jnp.zeros(token_BT.shape[:1], bool)
-  return State(place, start_B, logits_BV, cache, done_B, rng)
 
-
-def decode(
-  model: lm.LanguageModel,
-  state: State,
-  count: int,
-  sampling: Sampling,
-  size: int,
-  end: int,
-) -> tuple[jax.Array, State]:
-  """Draws up to `count` tokens per row and stops when all rows have ended.
-
-  Args:
-    model: the language model.
-    state: the State after the previous token.
-    count: the maximum number of tokens.
-    sampling: how they are drawn.
-    size: the vocabulary of the tokenizer; no index >= size is drawn.
-    end: the token that ends a row.
-
-  Returns:
-    (tokens (B, count), State). After a row has ended, its tokens are `end`.
-  """
-  batch, vocabulary = state.logits_BV.shape
-  in_vocabulary_V = jnp.arange(vocabulary) < size
-
-  def unfinished(carry):
-    i, state, _ = carry
-    return (i < count) & ~state.done_B.all()
-
-  def step(carry):
-    i, s, token_BT = carry
-    rng, key = jax.random.split(s.rng)
-    logits_BV = jnp.where(in_vocabulary_V[None], s.logits_BV, -jnp.inf)
-    token_B = jnp.where(s.done_B, end, sample(key, logits_BV, sampling))
-    token_BT = token_BT.at[:, i].set(token_B)
-    logits_BV, cache = model.decode(token_B, s.cache, s.place, s.start_B)
-    done_B = s.done_B | (token_B == end)
-    state = State(s.place + 1, s.start_B, logits_BV, cache, done_B, rng)
-    return i + 1, state, token_BT
-
-  token_BT = jnp.full((batch, count), end, jnp.int32)
-  _, state, token_BT = jax.lax.while_loop(
-    unfinished, step, (jnp.zeros((), jnp.int32), state, token_BT)
-  )
-  return token_BT, state
+  index: int
+  text: str
+  tokens: int
 
 
 class Generator:
   """A language model with its tokenizer: continues texts."""
 
-  def __init__(self, config: ConfigDict, params: Any) -> None:
-    """Raises ValueError if the config is not of the task "lm"."""
+  def __init__(
+    self, config: ConfigDict, params: Any, *, release: bool = False
+  ) -> None:
+    """Prepares a model to generate.
+
+    params: a nested dict of arrays. release: whether it is emptied, so that
+    less memory is needed, see engine.prepared. Raises ValueError if the config
+    is not of the task "lm".
+    """
     if config.task != "lm":
       raise ValueError(f"config.task={config.task!r}; must be 'lm'")
     self.tokenizer = text.tokenizer(config)
-    static = setup.graphdef(config)
-    self._params = params
-    size, end = self.tokenizer.size, self.tokenizer.end
-
-    @functools.partial(jax.jit, static_argnames="slots")
-    def prefill_prompts(params, token_BT, start_B, rng, slots):
-      return prefill(nnx.merge(static, params), token_BT, start_B, slots, rng)
-
-    @functools.partial(
-      jax.jit, static_argnames=("count", "sampling"), donate_argnames="state"
+    self.length = config.data.length  # tokens that it was trained on
+    self.engine = engine.Engine(
+      *engine.prepared(config, params, release),
+      self.tokenizer.size,
+      self.tokenizer.end,
     )
-    def decode_chunk(params, state, count, sampling):
-      model = nnx.merge(static, params)
-      return decode(model, state, count, sampling, size, end)
-
-    self._prefill, self._decode = prefill_prompts, decode_chunk
 
   @classmethod
   def load(
@@ -197,97 +138,149 @@ class Generator:
     workdir, step: as in checkpoint.load, which raises ValueError if there is no
     such run or step.
     """
-    config, params, _ = checkpoint.load(workdir, step)
-    return cls(config, params)
+    return cls.load_step(workdir, step)[0]
 
-  def __call__(
-    self,
-    prompts: Sequence[str],
-    *,
-    max_tokens: int = 256,
-    seed: int = 0,
-    **sampling: float,
-  ) -> list[str]:
+  @classmethod
+  def load_step(
+    cls, workdir: str | os.PathLike[str], step: int | str | None = None
+  ) -> tuple[Self, int]:
+    """As load, with the step of the checkpoint."""
+    config, params, step = checkpoint.load(workdir, step)
+    return cls(config, params, release=True), step
+
+  def __call__(self, prompts: Sequence[str], **options: Any) -> list[str]:
     """Returns the continuation of each prompt, without the prompt.
 
-    Args:
-      prompts: texts, which are continued as one batch.
-      max_tokens: the maximum number of new tokens per prompt.
-      seed: of the random draws.
-      **sampling: temperature, top_k and top_p, see Sampling.
+    options: the fields of Options.
 
     Raises:
       ValueError: for a value out of range, or a prompt that the tokenizer
         cannot encode.
     """
-    chunks = self.tokens(prompts, max_tokens, max_tokens, seed, **sampling)
-    [token_BT] = [*chunks] or [np.zeros((len(prompts), 0), np.int32)]
-    return [self.tokenizer.decode(row) for row in token_BT]
+    done = self.each(self.encode(prompts), Options(**options))
+    return [x.text for x in sorted(done)]
 
-  def stream(
-    self,
-    prompt: str,
-    *,
-    max_tokens: int = 256,
-    seed: int = 0,
-    **sampling: float,
-  ) -> Iterator[str]:
+  def stream(self, prompt: str, **options: Any) -> Iterator[str]:
     """Yields the continuation of one prompt, piece by piece.
 
     The arguments and errors are those of __call__.
     """
+    options = Options(**options)
     ids, yielded = [], 0
-    for token_1T in self.tokens([prompt], max_tokens, _CHUNK, seed, **sampling):
-      ids += token_1T[0].tolist()
-      decoded = self.tokenizer.decode(ids)
+    for new in self._continued(self.encode([prompt]), options):
+      ids += new.ids
+      decoded = self._cut(ids, options.stops).text
       # A character may consist of several tokens. Its first bytes decode to
-      # U+FFFD and are held back until the character is complete.
+      # U+FFFD and are held back until the character is complete, and so is
+      # what may be the beginning of a stop string.
       complete = len(decoded.rstrip("\ufffd"))
+      complete -= _begun(decoded[:complete], options.stops)
+      if new.ended:
+        complete = len(decoded)
       yield decoded[yielded:complete]
       yielded = max(yielded, complete)
-    yield self.tokenizer.decode(ids)[yielded:]
 
-  def tokens(
+  def each(
     self,
-    prompts: Sequence[str],
-    max_tokens: int,
-    chunk: int,
-    seed: int = 0,
-    **sampling: float,
-  ) -> Iterator[np.ndarray]:
-    """Yields the new tokens as int32 arrays (B, up to `chunk`).
+    prompts: Sequence[np.ndarray],
+    options: Options,
+    first: int = 0,
+  ) -> Iterator[Continuation]:
+    """Yields the Continuation of each prompt, in the order in which they end.
 
-    Up to `max_tokens` tokens per row in all, fewer if every row ends earlier.
-    The other arguments and the errors are those of __call__.
+    prompts: tokens, which `encode` returns. first: the index of the first one.
+    Errors are those of __call__.
     """
-    sampling = Sampling(**sampling)
-    sampling.validate()
-    if max_tokens < 0:
-      raise ValueError(f"{max_tokens=}; must be >= 0")
-    token_BT, start_B = self._pad_prompts(prompts)
-    slots = token_BT.shape[1] + max_tokens
-    state = self._prefill(
-      self._params, token_BT, start_B, jax.random.key(seed), slots=slots
-    )
-    for first in range(0, max_tokens, chunk):
-      count = min(chunk, max_tokens - first)
-      new_BT, state = self._decode(
-        self._params, state, count=count, sampling=sampling
-      )
-      yield np.asarray(new_BT)
-      if state.done_B.all():
-        return
+    ids = {}
+    for new in self._continued(prompts, options, first):
+      ids.setdefault(new.index, []).extend(new.ids)
+      if new.ended:
+        done = self._cut(ids.pop(new.index), options.stops)
+        yield done._replace(index=first + new.index)
 
-  def _pad_prompts(self, prompts):
-    """Pads the prompts at the start: (tokens (B, T), first real slot (B,))."""
+  def encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
+    """The tokens of each prompt, after the token that starts a text.
+
+    Raises ValueError for a prompt that the tokenizer cannot encode.
+    """
     start = np.array([self.tokenizer.start], np.int32)
-    ids = [
+    return [
       np.concatenate([start, x]) for x in self.tokenizer.encode(list(prompts))
     ]
-    # A power of two, so that few lengths are compiled.
-    length = 1 << max(4, (max(map(len, ids)) - 1).bit_length())
-    token_BT = np.stack([np.pad(x, (length - len(x), 0)) for x in ids])
-    return token_BT, np.array([length - len(x) for x in ids], np.int32)
+
+  def _continued(self, prompts, options, first=0):
+    """batching.continued of these options; a prompt may get no token at all."""
+    options.validate()
+    if not options.max_tokens or not prompts:
+      return [batching.New(i, [], True) for i in range(len(prompts))]
+    is_window = options.context == "window"
+    if not is_window:
+      self._warn_beyond_training(prompts, options.max_tokens)
+    return batching.continued(
+      self.engine,
+      prompts,
+      rows=options.rows,
+      max_tokens=options.max_tokens,
+      sampling=options.sampling,
+      keys=_keys(options.seed, first, len(prompts)),
+      end=self.tokenizer.end,
+      window=self.length if is_window else None,
+      is_paged=options.cache == "paged",
+      stopped=lambda ids: (
+        bool(options.stops) and self._holds(ids, options.stops)
+      ),
+    )
+
+  def _warn_beyond_training(self, prompts, max_tokens):
+    # The last token that is drawn is not read.
+    longest = max(map(len, prompts)) + max_tokens - 1
+    if longest > self.length:
+      logging.warning(
+        "texts may grow to %d tokens with their prompts, and the model was "
+        "trained on %d (config.data.length); what it writes beyond them may "
+        "make no sense. Give fewer max_tokens, or context=window, which keeps "
+        "to the trained length",
+        longest,
+        self.length,
+      )
+
+  def _holds(self, ids, stops):
+    decoded = self.tokenizer.decode(ids)
+    return any(stop in decoded for stop in stops)
+
+  def _cut(self, ids, stops):
+    """The Continuation of these tokens up to the first stop string."""
+    if stops and self._holds(ids, stops):
+      # The fewest tokens with a stop string: what was drawn after them depends
+      # on when the host looked.
+      count = bisect.bisect_left(
+        range(len(ids)), True, key=lambda i: self._holds(ids[:i], stops)
+      )
+      ids = ids[:count]
+    decoded = self.tokenizer.decode(ids)
+    places = [decoded.find(stop) for stop in stops]
+    place = min((x for x in places if x >= 0), default=len(decoded))
+    return Continuation(0, decoded[:place], len(ids))
+
+
+def _begun(decoded, stops):
+  """The most characters at the end that may begin a stop string."""
+  return max(
+    (
+      size
+      for stop in stops
+      for size in range(1, len(stop))
+      if decoded.endswith(stop[:size])
+    ),
+    default=0,
+  )
+
+
+def _keys(seed, first, count):
+  """Data of the key of each prompt, uint32 (count, ...)."""
+  fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+  key_B = fold(jax.random.key(seed), first + np.arange(count))
+  return jax.device_get(jax.random.key_data(key_B))
 
 
 def define_flags() -> None:
@@ -295,7 +288,34 @@ def define_flags() -> None:
   flags.DEFINE_multi_string(
     "prompt", [""], "The text to continue; repeat the flag for several texts."
   )
+  flags.DEFINE_string(
+    "prompts",
+    None,
+    'A file of JSON lines to continue, each an object with a "prompt".',
+  )
+  flags.DEFINE_string(
+    "out",
+    None,
+    "The file for the results of --prompts. What it holds of them is kept.",
+  )
   flags.DEFINE_integer("max_tokens", 256, "Maximum number of new tokens.")
+  flags.DEFINE_integer("rows", 32, "Prompts to continue at the same time.")
+  flags.DEFINE_multi_string(
+    "stop", [], "A text ends before this string; repeat the flag for several."
+  )
+  flags.DEFINE_enum(
+    "context",
+    "full",
+    CONTEXTS,
+    "What the model sees: all before, or only as much as it was trained on.",
+  )
+  flags.DEFINE_enum(
+    "cache",
+    "contiguous",
+    CACHES,
+    "Where keys and values lie: pages take less memory for texts of different "
+    "lengths, and hold a common beginning of prompts once.",
+  )
   flags.DEFINE_float("temperature", 0.8, "0: always the most likely token.")
   flags.DEFINE_integer(
     "top_k", 0, "Draw from the k most likely tokens; 0: from all."
@@ -309,12 +329,17 @@ def define_flags() -> None:
 
 
 def run(flag_values: flags.FlagValues) -> None:
-  """Prints the prompts with their continuations."""
-  absl_logging.set_verbosity(absl_logging.WARNING)  # print only the text
-  names = ("max_tokens", "seed", "temperature", "top_k", "top_p")
+  """Prints the prompts with their continuations, or writes them to --out."""
+  logging.set_verbosity(logging.WARNING)  # print only the text
+  names = [field.name for field in dataclasses.fields(Options)]
   options = {name: flag_values[name].value for name in names}
+  Options(**options).validate()
+  workdir, step = flag_values.workdir, flag_values.step
+  if flag_values.prompts is not None or flag_values.out is not None:
+    _continue_file(flag_values, Options(**options))
+    return
   prompts = flag_values.prompt
-  generator = Generator.load(flag_values.workdir, flag_values.step)
+  generator = Generator.load(workdir, step)
   if len(prompts) > 1:
     texts = generator(prompts, **options)
     for prompt, continuation in zip(prompts, texts, strict=True):
@@ -324,3 +349,17 @@ def run(flag_values: flags.FlagValues) -> None:
   for piece in generator.stream(prompts[0], **options):
     print(piece, end="", flush=True)
   print()
+
+
+def _continue_file(flag_values, options):
+  for one, other in (("prompts", "out"), ("out", "prompts")):
+    if flag_values[other].value is None:
+      raise ValueError(f"--{one} is given; needs --{other} as well")
+  if flag_values["prompt"].present:
+    raise ValueError("--prompt and --prompts are given; give one of them")
+  work = prompt_file.PromptFile(flag_values.prompts, flag_values.out)
+  generator = Generator.load(flag_values.workdir, flag_values.step)
+  work.run(
+    generator.encode,
+    lambda prompts, first: generator.each(prompts, options, first),
+  )

@@ -6,32 +6,29 @@
 prints the harness's table and writes its numbers to lm_eval.json in the run's
 folder. In a notebook:
 
-  lm_eval.simple_evaluate(HarnessLM(config, params), tasks=[...])
+  lm_eval.simple_evaluate(HarnessLM(Generator.load(workdir)), tasks=[...])
 """
 
 import itertools
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 from sigattn import extras
 
 extras.require("eval")
 
 import jax
-import jax.numpy as jnp
 import lm_eval
 import lm_eval.tasks
 import lm_eval.utils
 import numpy as np
-from absl import flags
-from flax import nnx
+from absl import flags, logging
 from lm_eval.api import model as harness
 from lm_eval.api.instance import Instance
-from ml_collections import ConfigDict
+from lm_eval.models.utils import normalize_gen_kwargs
 
-from sigattn.inference.generate import Generator
-from sigattn.training import checkpoint, files, metrics, setup
+from sigattn.inference.generate import Generator, Options
+from sigattn.training import files, metrics
 
 _MAX_NEW = 256  # tokens to generate for a task that sets no limit
 
@@ -45,8 +42,7 @@ class HarnessLM(harness.TemplateLM):
 
   def __init__(
     self,
-    config: ConfigDict,
-    params: Any,
+    generator: Generator,
     *,
     batch_size: int = 16,
     max_length: int | None = None,
@@ -54,30 +50,21 @@ class HarnessLM(harness.TemplateLM):
     """Wraps a model.
 
     Args:
-      config: of the run.
-      params: its parameters, a nested dict of arrays.
+      generator: the model with its tokenizer.
       batch_size: the number of texts that are scored or continued at once.
-      max_length: in tokens; longer texts lose their beginning. None means
-        config.data.length.
+      max_length: the most tokens that the model sees; longer texts lose their
+        beginning. None means config.data.length.
+
+    Raises:
+      ValueError: for a number below 1.
     """
     super().__init__()
-    self._generator = Generator(config, params)
-    self._tokenizer = self._generator.tokenizer
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+      if value is not None and value < 1:
+        raise ValueError(f"{name}={value}; must be >= 1")
+    self._generator, self._tokenizer = generator, generator.tokenizer
     self._batch_size = batch_size
-    self._max_length = max_length or config.data.length
-    self._params = params
-    static = setup.graphdef(config)
-
-    @jax.jit
-    def score(params, token_BT):
-      """Log-probability of each next token, and whether it is the argmax."""
-      logits_BTV = nnx.merge(static, params)(token_BT[:, :-1])
-      target_BT = jnp.maximum(token_BT[:, 1:], 0)
-      log_p_BTV = jax.nn.log_softmax(logits_BTV)
-      log_p_BT1 = jnp.take_along_axis(log_p_BTV, target_BT[..., None], axis=-1)
-      return log_p_BT1[..., 0], logits_BTV.argmax(-1) == target_BT
-
-    self._score = score
+    self._max_length = max_length or generator.length
 
   @property
   def eot_token_id(self) -> int:
@@ -100,10 +87,13 @@ class HarnessLM(harness.TemplateLM):
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
     """(log-probability, whether greedy decoding gives it) per continuation.
 
-    requests: (_, tokens of the context, tokens of the continuation) each.
+    requests: (_, tokens of the context, tokens of the continuation) each. As
+    the harness's own model for transformers does, it cuts contexts to what
+    max_length leaves, and refuses a continuation that is longer than that.
     """
     del disable_tqdm
     pairs = [(context, continuation) for _, context, continuation in requests]
+    self._validate_lengths(pairs)
     scores = [None] * len(pairs)
     # Batches have texts of similar length, so that there is little padding.
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
@@ -113,21 +103,44 @@ class HarnessLM(harness.TemplateLM):
         scores[i] = score
     return scores
 
+  def _validate_lengths(self, pairs):
+    longest = max((len(b) for _, b in pairs), default=0)
+    if longest > self._max_length:
+      raise ValueError(
+        f"a continuation has {longest} tokens; must have at most "
+        f"max_length={self._max_length}, which the model sees at once"
+      )
+    # The last token is only predicted.
+    cut = sum(len(a) + len(b) - 1 > self._max_length for a, b in pairs)
+    self._warn_of_cut(cut, len(pairs), self._max_length)
+
+  def _warn_of_cut(self, cut, count, length):
+    if cut:
+      logging.warning(
+        "%d of %d contexts lose their beginning: the model sees at most "
+        "max_length=%d tokens, of which the context may have %s",
+        cut,
+        count,
+        self._max_length,
+        "what its continuation leaves"
+        if length == self._max_length
+        else f"{length}",
+      )
+
   def _score_pairs(self, pairs):
     """Scores of one batch of (context, continuation) pairs of token lists."""
     rows = [(*a, *b)[-self._max_length - 1 :] for a, b in pairs]
-    length = 1 << (max(map(len, rows)) - 1).bit_length()
+    length = 1 << (max(map(len, rows)) - 2).bit_length()
     token_BT = np.full((self._batch_size, length + 1), -1, np.int32)
     for row, ids in zip(token_BT, rows, strict=False):
       row[: len(ids)] = ids
-    log_p_BT, correct_BT = jax.device_get(self._score(self._params, token_BT))
+    scored = jax.device_get(self._generator.engine.score(token_BT))
     scores = []
     for i, ((_, continuation), ids) in enumerate(zip(pairs, rows, strict=True)):
       last = len(ids) - 1  # the number of targets: one less than tokens
-      part = slice(max(last - len(continuation), 0), last)
-      scores.append(
-        (float(log_p_BT[i, part].sum()), bool(correct_BT[i, part].all()))
-      )
+      part = slice(last - len(continuation), last)
+      log_p_T, correct_T = (x[i, part] for x in scored)
+      scores.append((float(log_p_T.sum()), bool(correct_T.all())))
     return scores
 
   def loglikelihood_rolling(
@@ -157,45 +170,47 @@ class HarnessLM(harness.TemplateLM):
   ) -> list[str]:
     """The greedy or sampled continuation of each context.
 
-    It ends before the first of the request's stop strings.
+    It ends before the first of the request's stop strings. A context is cut to
+    its last max_length - max_gen_toks tokens, so that text and continuation fit
+    into max_length. Raises ValueError where that leaves no token.
     """
     del disable_tqdm
     texts = [None] * len(requests)
     groups = {}
     for i, request in enumerate(requests):
-      context, options = request.args
-      groups.setdefault(repr(sorted(options.items())), []).append(i)
-    for group in groups.values():
-      for batch in itertools.batched(group, self._batch_size):
-        contexts = [requests[i].args[0] for i in batch]
-        batch_texts = self._until(contexts, dict(requests[batch[0]].args[1]))
-        for i, text in zip(batch, batch_texts, strict=True):
-          texts[i] = text
+      options = normalize_gen_kwargs(request.args[1], _MAX_NEW)
+      groups.setdefault(repr(sorted(options.items())), (options, []))[1].append(
+        i
+      )
+    for options, group in groups.values():
+      contexts = [requests[i].args[0] for i in group]
+      for done in self._until(contexts, options):
+        texts[group[done.index]] = done.text
     return texts
 
   def _until(self, contexts, options):
-    until = options.get("until") or []
-    stops = [until] if isinstance(until, str) else list(until)
-    temperature = options.get("temperature", 0.0)
-    chunks = self._generator.tokens(
-      contexts,
-      max_tokens=options.get("max_gen_toks", _MAX_NEW),
-      chunk=16,
-      temperature=temperature if options.get("do_sample") else 0.0,
-      top_k=options.get("top_k", 0) or 0,
-      top_p=options.get("top_p", 1.0),
+    count = options["max_gen_toks"]
+    most = self._max_length - count
+    if most < 1:
+      raise ValueError(
+        f"max_gen_toks={count}; must be less than max_length="
+        f"{self._max_length}, so that a context fits before the new tokens"
+      )
+    prompts = self._generator.encode(contexts)
+    self._warn_of_cut(sum(len(x) > most for x in prompts), len(prompts), most)
+    return self._generator.each(
+      [x[-most:] for x in prompts],
+      Options(
+        max_tokens=count,
+        rows=self._batch_size,
+        stop=[x for x in options["until"] if x],
+        temperature=options.get("temperature", 1.0)
+        if options["do_sample"]
+        else 0.0,
+        top_k=options.get("top_k") or 0,
+        top_p=options.get("top_p") or 1.0,
+      ),
     )
-    ids = [[] for _ in contexts]
-    texts = [""] * len(contexts)
-    for chunk in chunks:
-      for row, new in zip(ids, chunk, strict=True):
-        row.extend(new.tolist())
-      texts = [self._tokenizer.decode(row) for row in ids]
-      if stops and all(any(stop in text for stop in stops) for text in texts):
-        break
-    for stop in stops:
-      texts = [text.split(stop, 1)[0] for text in texts]
-    return texts
 
 
 def define_flags() -> None:
@@ -216,10 +231,9 @@ def define_flags() -> None:
 def run(flag_values: flags.FlagValues) -> None:
   """Prints the harness's table and writes its numbers to lm_eval.json."""
   metrics.set_up_logs()
-  config, params, step = checkpoint.load(flag_values.workdir, flag_values.step)
+  generator, step = Generator.load_step(flag_values.workdir, flag_values.step)
   model = HarnessLM(
-    config,
-    params,
+    generator,
     batch_size=flag_values.batch_size,
     max_length=flag_values.max_length,
   )

@@ -99,48 +99,71 @@ class LanguageModel(nnx.Module):
       x_BTD, self._table()[...], target_BT, weight_BT, chunks, self.logit_cap
     )
 
-  def prefill(
-    self, token_BT: jax.Array, segment_ids: jax.Array, slots: int
-  ) -> tuple[jax.Array, layers.Cache]:
-    """Returns the logits (B, V) after the last token, and a cache.
+  def prepare_to_generate(self) -> None:
+    """Changes the parameters to the form that a token takes least time with.
 
-    All prompts end at T: a shorter prompt begins with padding, whose segment is
-    0. slots: the number of tokens that the cache can hold, prompt included.
+    Each layer gets arrays of its own, products of one input are merged, and
+    matrices have the dtype of the activations, to which each call would cast
+    them. The results stay the same; the model can no longer be trained or
+    saved.
     """
-    cache = self._empty_cache(token_BT.shape[0], slots)
-    positions_BT = offsets(token_BT, segment_ids)
+    self.stack.split_layers()
+
+    def cast(x):
+      return x.astype(self.dtype) if x.ndim > 1 else x
+
+    nnx.update(self, jax.tree.map(cast, nnx.state(self, nnx.Param)))
+
+  def empty_cache(self, batch: int, slots: int) -> tuple[layers.Cache, ...]:
+    """A cache of `slots` tokens for each of `batch` rows, or pages."""
+    return self.stack.empty_cache(batch, slots, self.dtype)
+
+  def extend(
+    self,
+    token_BT: jax.Array,
+    cache: tuple[layers.Cache, ...],
+    place: jax.Array | None = None,
+    last_B: jax.Array | None = None,
+    page_table: jax.Array | None = None,
+  ) -> tuple[jax.Array, tuple[layers.Cache, ...]]:
+    """Adds T tokens to each row: (the logits (B, V) of the next, the cache).
+
+    A row's tokens see those before them. Behind its last token a row may have
+    padding: what is written for it is not seen, as long as the row's next token
+    overwrites it.
+
+    token_BT: integers; those of padding do not matter. cache: is written in
+    place where it is donated. place: the number of tokens in the cache, an
+    int32 scalar or one for each row, (B,); None: the cache is empty. last_B:
+    the index of the token after which the logits are wanted; None: T - 1.
+    page_table: of a paged cache, see layers.SelfAttention.
+    """
+    length = token_BT.shape[1]
+    positions_BT = jnp.broadcast_to(jnp.arange(length), token_BT.shape)
+    if place is not None:
+      positions_BT = positions_BT + jnp.reshape(place, (-1, 1))
     x_BTD, cache = self.stack(
       self._embed(token_BT, positions_BT),
-      segment_ids=segment_ids,
       cache=cache,
+      place=place,
+      page_table=page_table,
       **self._positions(positions_BT),
     )
-    return self._logits(x_BTD[:, -1:])[:, 0], cache
+    if last_B is None:
+      x_B1D = x_BTD[:, -1:]
+    else:
+      x_B1D = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)
+    return self._logits(x_B1D)[:, 0], cache
 
   def decode(
     self,
     token_B: jax.Array,
-    cache: layers.Cache,
-    place: jax.Array,
-    start_B: jax.Array,
-  ) -> tuple[jax.Array, layers.Cache]:
-    """Returns the logits (B, V) after one more token, and the cache with it.
-
-    place: int32 scalar, the slot of this token in the cache. start_B: the first
-    slot of each row that is not padding.
-    """
-    # The cache's arrays start with an axis of layers, so S is axis 2.
-    slot_S = jnp.arange(cache.key_BSKH.shape[2])[None]
-    visible_BS = slot_S >= start_B[:, None]
-    positions_BT = (place - start_B)[:, None]
-    x_BTD, cache = self.stack(
-      self._embed(token_B[:, None], positions_BT),
-      cache=cache,
-      place=place,
-      mask=visible_BS[:, None, None],
-      **self._positions(positions_BT),
-    )
-    return self._logits(x_BTD)[:, 0], cache
+    cache: tuple[layers.Cache, ...],
+    place_B: jax.Array,
+    page_table: jax.Array | None = None,
+  ) -> tuple[jax.Array, tuple[layers.Cache, ...]]:
+    """`extend` by one token for each row."""
+    return self.extend(token_B[:, None], cache, place_B, page_table=page_table)
 
   def _embed(self, token_BT, positions_BT):
     x_BTD = self.embed[...].at[token_BT].get(mode="clip")
@@ -158,12 +181,6 @@ class LanguageModel(nnx.Module):
 
   def _positions(self, positions_BT):
     return {"positions": positions_BT} if self.has_positions else {}
-
-  def _empty_cache(self, batch, slots):
-    attn = self.stack.blocks.attn
-    depth, _, kv_heads, head_width = attn.key.kernel.shape
-    zeros = jnp.zeros((depth, batch, slots, kv_heads, head_width), self.dtype)
-    return layers.Cache(zeros, zeros)
 
   def _normalized(self, x_BTD):
     return layers.normalize(self.norm, x_BTD) if self.has_norm else x_BTD

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigattn.inference import generate
+from sigattn.inference import engine, generate, pages, sampling
 from sigattn.training import setup
 from tests.tasks.small_lm import (
   ALIBI,
@@ -17,6 +17,14 @@ from tests.tasks.small_lm import (
   small,
   tokens,
 )
+
+# As GPT-NeoX has it, with fewer heads of keys and values.
+NEOX = {
+  "model.use_bias": True, "model.mlp": "gelu", "model.parallel": True,
+  "model.norm": "pre", "model.norm_kind": "layernorm", "model.tied": False,
+  "model.rope_share": 0.5, "attn.num_kv_heads": 1,
+  "attn.learn_logit_bias": True,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -31,34 +39,63 @@ from tests.tasks.small_lm import (
     ("sigmoid", ALIBI | {"attn.window": 5}),
     ("softmax", {"attn.window": 3}),
     ("silu", {}),
+    ("sigmoid", NEOX),
   ],
 )
 def test_decoding_equals_the_full_forward_pass(kind, values):
   config = small(depth=2, **{"attn.kind": kind, **values})
   model = make(config)
-  prompts = [tokens(11)[:n] for n in (11, 4)]
-  length, count = 11, 6
-  token_BT = np.stack([np.pad(x, (length - len(x), 0)) for x in prompts])
-  start_B = np.array([length - len(x) for x in prompts], np.int32)
-  forced_BT = tokens(2, count, seed=3)
+  length_B, count = np.array([11, 4], np.int32), 6
+  token_BT, forced_BT = tokens(2, 11), tokens(2, count, seed=3)
 
-  def run(model, token_BT, start_B, forced_BT):
-    state = generate.prefill(
-      model, token_BT, start_B, length + count, jax.random.key(0)
-    )
-    logits_BTV, cache = [state.logits_BV], state.cache
-    for i in range(count):
-      logits_BV, cache = model.decode(
-        forced_BT[:, i], cache, length + i, start_B
-      )
+  def run(model, token_BT, forced_BT):
+    model.prepare_to_generate()
+    cache = model.empty_cache(2, 20)
+    # The longer prompt comes in three parts. Of the shorter one, the second
+    # and the third are padding.
+    logits_BTV = []
+    for first in (0, 4, 8):
+      part_BT = token_BT[:, first : first + 4]
+      last_B = jnp.clip(length_B - 1 - first, 0, part_BT.shape[1] - 1)
+      logits_BV, cache = model.extend(part_BT, cache, first, last_B)
       logits_BTV.append(logits_BV)
-    return jnp.stack(logits_BTV, axis=1)
+    after_BV = [jnp.stack([logits_BTV[2][0], logits_BTV[0][1]])]
+    for i in range(count):
+      logits_BV, cache = model.decode(forced_BT[:, i], cache, length_B + i)
+      after_BV.append(logits_BV)
+    return jnp.stack(after_BV, axis=1)
 
-  logits_BTV = compiled(run, model, token_BT, start_B, forced_BT)
-  for i, prompt in enumerate(prompts):
-    whole = np.concatenate([prompt, forced_BT[i]])
-    full = logits(model, whole[None])[0, len(prompt) - 1 :]
+  logits_BTV = compiled(run, model, token_BT, forced_BT)
+  for i, length in enumerate(length_B):
+    whole = np.concatenate([token_BT[i, :length], forced_BT[i]])
+    full = logits(model, whole[None])[0, length - 1 :]
     np.testing.assert_allclose(logits_BTV[i], full, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_a_token_copies_no_cache_and_reads_no_matrix_in_float32(is_paged):
+  config = small(depth=2, **ALIBI)
+  config.dtype = "bfloat16"
+  graphdef, shapes = engine.shapes(config)
+  matrices = [x for x in jax.tree.leaves(shapes) if x.ndim > 1]
+  assert {str(x.dtype) for x in matrices} == {"bfloat16"}
+  machine = engine.Engine(graphdef, shapes, V, end=-1)
+
+  def empty(params):
+    machine = engine.Engine(graphdef, params, V, -1)
+    if is_paged:
+      return machine.empty_pages(pages.Pages(31, rows=3, most=10))
+    return machine.empty(3, 640)
+
+  state = jax.eval_shape(empty, shapes)
+  heads, width = config.model.num_heads, config.model.width
+  slots = "31,64" if is_paged else "3,640"
+  shape = f"bf16[{slots},{heads},{width // heads}]"
+  lowered = machine.lower_decode(state, 4, sampling.Sampling(temperature=0))
+  lines = lowered.compile().as_text().splitlines()
+  made = [x.split(" = ")[1] for x in lines if f" = {shape}" in x]
+  assert made
+  assert not [x for x in made if "} copy(" in x]
 
 
 def test_generator_continues_a_batch_as_each_alone_and_streams_the_same():
@@ -71,7 +108,7 @@ def test_generator_continues_a_batch_as_each_alone_and_streams_the_same():
   alone = [generator([x], max_tokens=32, temperature=0)[0] for x in prompts]
   assert texts == alone
   pieces = list(generator.stream(prompts[0], max_tokens=32, temperature=0))
-  assert len(pieces) == 3
+  assert len(pieces) == 2
   assert "".join(pieces) == texts[0]
   drawn = [generator(prompts, max_tokens=32, seed=s)[0] for s in (0, 0, 1)]
   assert drawn[0] == drawn[1] != drawn[2]
@@ -81,37 +118,42 @@ def test_generator_continues_a_batch_as_each_alone_and_streams_the_same():
     generator(["Ω"])
 
 
-def test_a_row_that_has_ended_stays_so_and_all_ended_stop_the_loop():
+def test_a_row_that_has_ended_stays_so():
   class Counter:
-    """Its next token is the number of the slot; its cache counts the calls."""
+    """Its next token is the number of tokens."""
 
-    def decode(self, token_B, cache, place, start_B):
-      del token_B
-      next_B = jnp.minimum(place + 1 - start_B, V - 1)
-      return jax.nn.one_hot(next_B, V), cache + 1
+    def decode(self, token_B, cache, length_B, table_BM):
+      del token_B, table_BM
+      return jax.nn.one_hot(length_B + 1, V), cache
 
-  state = generate.State(
-    place=jnp.int32(3),
-    start_B=jnp.array([0, 2]),
-    logits_BV=jax.nn.one_hot(jnp.array([3, 1]), V),
-    cache=jnp.int32(0),
-    done_B=jnp.zeros(2, bool),
-    rng=jax.random.key(0),
+  state = engine.State(
+    length_B=jnp.array([3, 1, 8]),
+    left_B=jnp.array([20, 20, 2]),
+    drawn_B=jnp.zeros(3, jnp.int32),
+    key_B=jax.random.split(jax.random.key(0), 3),
+    logits_BV=jax.nn.one_hot(jnp.array([3, 1, 8]), V),
+    cache=(),
   )
-  greedy = generate.Sampling(temperature=0)
-  token_BT, last = generate.decode(Counter(), state, 9, greedy, V, end=5)
+  greedy = sampling.Sampling(temperature=0)
+  token_BT, last = engine.decode(Counter(), state, 9, greedy, V, end=5)
   np.testing.assert_array_equal(
-    token_BT, [[3, 4, 5, 5, 5, 5, 5, 5, 5], [1, 2, 3, 4, 5, 5, 5, 5, 5]]
+    token_BT,
+    [
+      [3, 4, 5, 5, 5, 5, 5, 5, 5],
+      [1, 2, 3, 4, 5, 5, 5, 5, 5],
+      [8, 9, 5, 5, 5, 5, 5, 5, 5],
+    ],
   )
-  assert last.done_B.all()
-  assert last.cache == 5  # calls, not 9
+  assert not last.left_B.any()
+  np.testing.assert_array_equal(last.length_B, [6, 6, 10])
+  np.testing.assert_array_equal(last.drawn_B, [3, 5, 2])
 
 
 def test_top_k_and_top_p_keep_what_they_say():
   p = np.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]], np.float32)
 
   def kept(**options):
-    kept_BV = generate.keep(jnp.log(p), generate.Sampling(**options))
+    kept_BV = sampling.keep(jnp.log(p), sampling.Sampling(**options))
     return np.isfinite(kept_BV).sum(1).tolist()
 
   assert kept(top_k=2) == [2, 2]
@@ -120,7 +162,7 @@ def test_top_k_and_top_p_keep_what_they_say():
   assert kept(top_p=0.79) == [2, 2]
   assert kept(top_p=0.81) == [3, 3]
   assert kept(top_k=3, top_p=0.9) == [3, 3] != kept(top_k=3, top_p=0.8)
-  kept_BV = generate.keep(jnp.log(p), generate.Sampling(top_k=2))
+  kept_BV = sampling.keep(jnp.log(p), sampling.Sampling(top_k=2))
   assert np.isfinite(kept_BV).tolist()[0] == [True, True, False, False]
 
 
@@ -128,9 +170,8 @@ def test_draws_follow_the_probabilities():
   p = np.array([0.6, 0.3, 0.1], np.float32)
   logits_BV = jnp.tile(jnp.log(p), (4000, 1))
   for temperature in (1.0, 0.5):
-    drawn = generate.sample(
-      jax.random.key(0), logits_BV, generate.Sampling(temperature)
-    )
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = sampling.sample(keys, logits_BV, sampling.Sampling(temperature))
     share = np.bincount(drawn, minlength=3) / 4000
     expected = p ** (1 / temperature)
     np.testing.assert_allclose(share, expected / expected.sum(), atol=0.03)

@@ -1,19 +1,22 @@
 """The harness's scores of a small local task equal those of the plain model."""
 
 import json
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
 from configs import lm_sigmoid
-from sigattn.data import text
 from sigattn.inference import generate
 from sigattn.training import setup
 
 lm_eval = pytest.importorskip(
   "lm_eval", reason="lm-eval is not installed (requirements.txt)"
 )
+
+from lm_eval.api.instance import Instance  # noqa: E402
 
 QUESTIONS = [
   ("And God said, Let there be", [" light", " darkness", " q"], 0),
@@ -39,9 +42,13 @@ metric_list:
 """
 
 
+class Trained(NamedTuple):
+  generator: generate.Generator
+  table: Callable[[np.ndarray], np.ndarray]  # tokens (T,) -> log p (T, V)
+
+
 @pytest.fixture(scope="module")
 def trained():
-  """Config, parameters, and a function from tokens (T,) to log p (T, V)."""
   config = lm_sigmoid.get_config("runlocal")
   _, params = setup.init(config)
   params = jax.tree.map(
@@ -53,23 +60,21 @@ def trained():
     padded = np.pad(ids, (0, 48 - len(ids)), constant_values=-1)
     return np.asarray(forward(params, padded[None])[0, : len(ids)])
 
-  return config, params, table
+  return Trained(generate.Generator(config, params), table)
 
 
 def log_p(trained, context, continuation):
   """Log-probability of the continuation by the plain forward pass."""
-  config, _, table = trained
-  tokenizer = text.tokenizer(config)
+  tokenizer = trained.generator.tokenizer
   [before], [after] = (tokenizer.encode([x]) for x in (context, continuation))
   ids = np.array([tokenizer.start, *before, *after], np.int32)
-  first, log_p_TV = len(ids) - len(after), table(ids)
+  first, log_p_TV = len(ids) - len(after), trained.table(ids)
   return sum(log_p_TV[i - 1, ids[i]] for i in range(first, len(ids)))
 
 
 def test_scores_equal_the_plain_forward_pass(trained, tmp_path):
   from sigattn.inference import lm_eval as harness
 
-  config, params, _ = trained
   path = tmp_path / "questions.jsonl"
   path.write_text(
     "".join(
@@ -78,7 +83,7 @@ def test_scores_equal_the_plain_forward_pass(trained, tmp_path):
     )
   )
   (tmp_path / "local_choice.yaml").write_text(TASK.format(path=path))
-  model = harness.HarnessLM(config, params, batch_size=4, max_length=64)
+  model = harness.HarnessLM(trained.generator, batch_size=4, max_length=64)
   results = lm_eval.simple_evaluate(
     model,
     tasks=["local_choice"],
@@ -101,17 +106,15 @@ def test_scores_equal_the_plain_forward_pass(trained, tmp_path):
     np.testing.assert_allclose(log_probs, scores[sample["doc_id"]], rtol=1e-4)
 
 
-def test_rolling_and_generation(trained):
-  from lm_eval.api.instance import Instance
+def instance(kind, *args):
+  return Instance(request_type=kind, doc={}, arguments=args, idx=0)
 
+
+def test_rolling(trained):
   from sigattn.inference import lm_eval as harness
 
-  config, params, table = trained
-  model = harness.HarnessLM(config, params, batch_size=2, max_length=8)
-
-  def instance(kind, *args):
-    return Instance(request_type=kind, doc={}, arguments=args, idx=0)
-
+  generator, table = trained.generator, trained.table
+  model = harness.HarnessLM(generator, batch_size=2, max_length=8)
   string = "And God said, Let"
   [log_prob] = model.loglikelihood_rolling(
     [instance("loglikelihood_rolling", string)]
@@ -120,13 +123,53 @@ def test_rolling_and_generation(trained):
   # Windows have 8 tokens. The second begins with the last token of the first.
   # The last has a single new token, after as many old ones as fit.
   for window, count in ((string[7:16], 8), (string[8:17], 1)):
-    [ids] = model._tokenizer.encode([window])
+    [ids] = generator.tokenizer.encode([window])
     expected += sum(table(ids)[i, ids[i + 1]] for i in range(8 - count, 8))
   assert log_prob == pytest.approx(expected, rel=1e-4)
 
-  options = {"until": ["e"], "max_gen_toks": 12, "do_sample": False}
-  requests = [instance("generate_until", x, options) for x in ("In", "And God")]
-  greedy = generate.Generator(config, params)(
-    ["In", "And God"], max_tokens=12, temperature=0
-  )
-  assert model.generate_until(requests) == [x.split("e")[0] for x in greedy]
+
+def test_contexts_are_cut_to_what_the_model_sees(trained, caplog):
+  from sigattn.inference import lm_eval as harness
+
+  model = harness.HarnessLM(trained.generator, batch_size=2, max_length=16)
+  tokenizer, table = trained.generator.tokenizer, trained.table
+  context, continuation = "In the beginning God", " created"
+  pairs = [(context, continuation), ("In", " the")]
+  scores = model.loglikelihood([instance("loglikelihood", *x) for x in pairs])
+  # 16 tokens are seen, and the last one that is scored need not be.
+  [ids] = tokenizer.encode([(context + continuation)[-17:]])
+  expected = sum(table(ids)[i - 1, ids[i]] for i in range(9, 17))
+  assert scores[0][0] == pytest.approx(expected, rel=1e-4)
+  assert scores[1][0] == pytest.approx(log_p(trained, *pairs[1]), rel=1e-4)
+  [message] = caplog.messages
+  assert "1 of 2 contexts" in message
+  assert "max_length=16" in message
+  with pytest.raises(ValueError, match="17 tokens; .* max_length=16"):
+    model.loglikelihood([instance("loglikelihood", "In", "x" * 17)])
+
+
+def test_generation_is_cut_as_the_harness_does(trained, caplog):
+  from sigattn.inference import lm_eval as harness
+
+  generator, table = trained.generator, trained.table
+  contexts, count = ["In", "And God", "Let there be light"], 6
+
+  def greedy(ids):
+    for _ in range(count):
+      ids = [*ids, table(np.array(ids, np.int32))[len(ids) - 1].argmax()]
+    return generator.tokenizer.decode(ids[-count:])
+
+  # Contexts keep 16 - 6 tokens; the first one is where the text starts.
+  expected = [greedy(x[-10:].tolist()) for x in generator.encode(contexts)]
+  stop = expected[2][3]
+  options = {"until": [stop], "max_gen_toks": count, "do_sample": False}
+  model = harness.HarnessLM(generator, batch_size=2, max_length=16)
+  requests = [instance("generate_until", x, options) for x in contexts]
+  texts = model.generate_until(requests)
+  assert texts == [x.split(stop)[0] for x in expected]
+  [message] = caplog.messages
+  assert "1 of 3 contexts" in message
+  with pytest.raises(ValueError, match="max_gen_toks=16; .* max_length=16"):
+    model.generate_until(
+      [instance("generate_until", "In", {"max_gen_toks": 16})]
+    )

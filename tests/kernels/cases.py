@@ -410,3 +410,39 @@ def _reduce(x, shape):
   x = x.sum(tuple(range(x.ndim - len(shape))))
   axes = tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] > 1)
   return x.sum(axes, keepdims=True)
+
+
+PAGE = 16  # tokens of a page
+
+
+def draw_paged(lengths, queries=3, heads=4, kv_heads=2, width=8, shared=0):
+  """(query, key pages, value pages, table, lengths), and contiguous k and v.
+
+  The rows begin with `shared` common pages. What is not used is poison: NaN in
+  pages, and numbers in the table that name none.
+  """
+  rng = np.random.default_rng(0)
+  used = [-(-x // PAGE) for x in lengths]
+  table = np.full((len(lengths), max(used) + 1), 2**31 - 1)
+  table[:, -1] = -7
+  numbers = iter(rng.permutation(3 + sum(used)))
+  common = [next(numbers) for _ in range(shared)]
+  for row, count in enumerate(used):
+    own = [next(numbers) for _ in range(count - shared)]
+    table[row, :count] = [*common, *own][:count]
+  pages = rng.standard_normal(
+    (2, 3 + sum(used), PAGE, kv_heads, width), np.float32
+  )
+  whole = np.zeros((2, *table.shape, PAGE, kv_heads, width), np.float32)
+  for row, count in enumerate(used):
+    whole[:, row, :count] = pages[:, table[row, :count]]
+  whole = whole.reshape(2, len(lengths), -1, kv_heads, width)
+  for row, length in enumerate(lengths):
+    whole[:, row, length:] = np.nan
+    if length % PAGE:
+      pages[:, table[row, used[row] - 1], length % PAGE :] = np.nan
+  names = {x for row, count in zip(table, used, strict=True)
+           for x in row[:count]}  # fmt: skip
+  pages[:, [x for x in range(pages.shape[1]) if x not in names]] = np.nan
+  query = rng.standard_normal((len(lengths), queries, heads, width), np.float32)
+  return (query, *pages, table, np.array(lengths)), whole

@@ -14,8 +14,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sigattn
+from sigattn import paged
 from sigattn.kernels import device
 from sigattn.kernels.mosaic import tiles
+from sigattn.kernels.triton import decode
 from sigattn.training import mesh as meshes
 from tests.kernels import cases, compare
 
@@ -100,6 +102,145 @@ def test_float32_output_and_gradients(case):
 def test_nan_in_padding_leaks_nowhere(name, implementation):
   changes = (64, "bfloat16") if implementation == "mosaic" else ()
   compare.assert_nan_in_padding_leaks_nowhere(name, *changes)
+
+
+def few_queries(case):
+  """The case with 1 to 16 queries and a longer cache of keys."""
+  return dataclasses.replace(
+    case,
+    queries=1 + len(case.name) % 16,
+    keys=30 * (case.keys or case.queries) + 1,
+    width=(64, 80, 128)[len(case.name) % 3],
+    window=case.window and tuple(30 * x for x in case.window),
+  )
+
+
+def decoded(arrays, options):
+  return jax.jit(lambda *x: sigattn.dot_product_attention(*x, **options))(
+    *arrays
+  )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decoding(case, dtype, implementation):
+  if implementation != "triton" or case.segments:
+    pytest.skip("only Triton has a decode kernel, and without segments")
+  case = few_queries(case)
+  arrays, options, cotangent = cases.draw(case, dtype)
+  try:
+    out = decoded(arrays, options)
+  except NotImplementedError as reason:
+    pytest.skip(str(reason))
+  expected = cases.exact(case, arrays, options, cotangent)["out"]
+  bound = 4e-6
+  if dtype != "float32":
+    plain = compare.plain_16_bit(case, arrays, options, cotangent)["out"]
+    unit = float(jnp.finfo(dtype).eps)
+    bound = 2 * compare.error(plain, expected) + 0.2 * unit
+  assert compare.error(out, expected) <= bound
+
+
+@pytest.mark.parametrize("last_adds", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_decoding_gives_the_same_bits_at_every_run(
+  last_adds, normalize, implementation, monkeypatch
+):
+  """Programs that add up before all shares are there would not."""
+  if implementation != "triton":
+    pytest.skip("only Triton has a decode kernel")
+  tile = decode.tile
+  monkeypatch.setattr(
+    decode, "tile",
+    lambda p, **x: tile(p, **x)._replace(splits=23, last_adds=last_adds),
+  )  # fmt: skip
+  rng = np.random.default_rng(0)
+  shapes = (8, 1, 16, 64), (8, 4001, 8, 64), (8, 4001, 8, 64)
+  query, key, value = (
+    jnp.asarray(rng.standard_normal(shape), "bfloat16") for shape in shapes
+  )
+  lengths = jnp.asarray(rng.integers(0, 4002, 8), "int32")
+
+  @jax.jit
+  def attend(query, key, value, lengths):
+    return sigattn.dot_product_attention(
+      query, key, value, key_value_seq_lengths=lengths, normalize=normalize
+    )
+
+  wanted = np.asarray(attend(query, key, value, lengths))
+  assert np.isfinite(wanted.astype(np.float32)).all()
+  for _ in range(200):
+    found = attend(query, key, value, lengths)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("length", paged.PAGE_LENGTHS)
+def test_pages_change_no_bit(length, dtype, normalize, implementation):
+  """Nor do NaN in pages that no row uses, and numbers that name none."""
+  if implementation != "triton":
+    pytest.skip("only Triton has a decode kernel")
+  rng = np.random.default_rng(length)
+  lengths = np.array([900, 31, 0, 1024, 513])
+  used = -(-lengths // length)
+  table = np.full((5, 1024 // length), -5)
+  pages = rng.permutation(used.sum() + 9)
+  for row, count in enumerate(used):
+    start = used[:row].sum()
+    table[row, :count] = pages[start : start + count]
+  table[1, : used[1]] = table[0, : used[1]]  # a shared beginning
+  query = jnp.asarray(rng.standard_normal((5, 3, 8, 64)), dtype)
+  keys, values = (
+    rng.standard_normal((len(pages), length, 2, 64), np.float32)
+    for _ in range(2)
+  )
+  for x in keys, values:
+    x[np.setdiff1d(pages, table)] = np.nan
+  keys, values = jnp.asarray(keys, dtype), jnp.asarray(values, dtype)
+  whole = [x[np.maximum(table, 0)].reshape(5, 1024, 2, 64)
+           for x in (keys, values)]  # fmt: skip
+  attend = functools.partial(sigattn.paged_attention, normalize=normalize)
+  found = jax.jit(attend)(query, keys, values, table, lengths)
+  wanted = decoded(
+    (query, *whole),
+    dict(
+      key_value_seq_lengths=lengths, query_offset=lengths - 3, is_causal=True,
+      normalize=normalize,
+    ),
+  )  # fmt: skip
+  np.testing.assert_array_equal(found, wanted)
+  assert np.asarray(found, np.float32)[[0, 1, 3, 4]].any((1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("last_adds", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("queries", [1, 16])
+@pytest.mark.parametrize("width", [64, 128])
+def test_softmax_of_a_few_queries(
+  width, queries, dtype, last_adds, implementation, monkeypatch
+):
+  if implementation != "triton":
+    pytest.skip("only Triton has a decode kernel")
+  tile = decode.tile
+  monkeypatch.setattr(
+    decode, "tile",
+    lambda p, **x: tile(p, **x)._replace(splits=7, last_adds=last_adds),
+  )  # fmt: skip
+  rng = np.random.default_rng(0)
+  shapes = (3, queries, 8, width), (3, 3001, 2, width), (3, 3001, 2, width)
+  arrays = [jnp.asarray(rng.standard_normal(x), dtype) for x in shapes]
+  lengths = np.array([3000, 700, 129])
+  options = dict(
+    kind="softmax", key_value_seq_lengths=lengths, is_causal=True,
+    query_offset=lengths - queries, scale=0.5,
+  )  # fmt: skip
+  wide = [x.astype("float32") for x in arrays]
+  with jax.default_matmul_precision("highest"):
+    wanted = decoded(wide, options | {"implementation": "xla"})
+  found = decoded(arrays, options | {"implementation": "triton"})
+  unit = float(jnp.finfo(dtype).eps)
+  assert compare.error(found, wanted) <= (4e-6 if dtype == "float32" else unit)
 
 
 @pytest.mark.parametrize("index", range(3))

@@ -10,9 +10,7 @@ import sigattn.kernels.dispatch as dispatch
 _ROOT = pathlib.Path(dispatch.__file__).parent
 # Triton's functions have types of its own (tl.constexpr).
 _FILES = sorted(
-  path
-  for path in _ROOT.rglob("*.py")
-  if path != _ROOT / "triton" / "kernels.py"
+  path for path in _ROOT.rglob("*.py") if not path.match("triton/*kernel*.py")
 )
 
 

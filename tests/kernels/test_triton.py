@@ -10,65 +10,24 @@ import json
 import os
 import subprocess
 import sys
-import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sigattn
 from benchmarks import tune_triton
 from sigattn import attention
 from sigattn.kernels import device, differentiation, dispatch, numerics, xla
 from sigattn.kernels import triton as triton_attention
-from sigattn.kernels.triton import tiles
+from sigattn.kernels.triton import decode, launch, tiles
 from tests.kernels import cases, compare
 
 if jax.default_backend() != "cpu":
   pytest.skip("the kernels are not interpreted here", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # Read when Triton is imported.
-triton = pytest.importorskip("triton")  # It has wheels for Linux alone.
-import triton.language as tl  # noqa: E402
-
-_ONE_AT_A_TIME = threading.Lock()  # The interpreter's state is global.
-
-
-class _Array:
-  """The part of a torch tensor and its storage that the interpreter uses."""
-
-  def __init__(self, array):
-    self.array, self.device = array, "cpu"
-    self.dtype = str(array.dtype).replace("float", "fp")
-
-  def data_ptr(self):
-    return self.array.ctypes.data
-
-  def _self(self, *_, **__):
-    return self
-
-  untyped_storage = cpu = new_empty = set_ = copy_ = _self
-  storage_offset = size = stride = _self
-
-
-@triton.jit
-def tanh(x):
-  """kernels.tanh without assembly, which the interpreter does not support."""
-  return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
-
-
-def _interpreted(kernel, arrays, outs, tile, count, constants):
-  """In the place of triton_attention._start, for Triton's interpreter."""
-  del tile
-
-  def run(*arrays):
-    # A number that no program writes remains NaN, and is noticed.
-    results = [np.full(x.shape, np.nan, x.dtype) for x in outs]
-    inputs = [_Array(np.array(x)) for x in arrays]
-    with _ONE_AT_A_TIME:
-      kernel[(count,)](*inputs, *map(_Array, results), **constants)
-    return results
-
-  return jax.pure_callback(run, outs, *arrays)
+# Triton has wheels for Linux alone.
+triton_interpreter = pytest.importorskip("tests.kernels.triton_interpreter")
 
 
 @pytest.fixture
@@ -76,8 +35,8 @@ def interpreter(monkeypatch):
   """Lets Triton's kernels run on the CPU, which pretends to be an H100."""
   from sigattn.kernels.triton import kernels
 
-  monkeypatch.setattr(kernels, "tanh", tanh)
-  monkeypatch.setattr(triton_attention, "_start", _interpreted)
+  monkeypatch.setattr(kernels, "tanh", triton_interpreter.tanh)
+  monkeypatch.setattr(launch, "start", triton_interpreter.start)
   monkeypatch.setattr(
     triton_attention, "_PACKAGES", {}
   )  # It needs no jax-triton.
@@ -111,6 +70,275 @@ def test_interpreted_float16(bias, width, interpreter):
     "half", batch=1, queries=40, heads=1, width=width, logit_bias=bias
   )
   compare.assert_16_bit(case, "float16")
+
+
+@pytest.fixture
+def decoding(monkeypatch):
+  """Lets the decode kernel take every problem; give it splits and last_adds."""
+
+  def use(splits, last_adds=True):
+    small = decode.Tile(16, 16, splits, 4, 2, last_adds)
+    monkeypatch.setattr(decode, "tile", lambda *_, **__: small)
+
+  monkeypatch.setattr(decode, "MOST_QUERIES", 99)
+  monkeypatch.setattr(decode, "LEAST_KEYS", 1)
+  return use
+
+
+def output(arrays, options):
+  return jax.jit(lambda *x: attention.dot_product_attention(*x, **options))(
+    *arrays
+  )
+
+
+DECODED = (
+  "one_token", "one_kv_head", "bias_example_grouped", "cross_short",
+  "alibi_causal_cross", "causal_window", "lengths_cross_grouped",
+  "normalized_lengths", "normalized_relu2", "query_vector", "key_vector",
+  "shared_vectors", "normalized_vectors", "bias_of_one_key", "offset_before",
+  "offset_behind", "offsets", "offset_one_query", "normalized_offsets",
+  "silu_lengths", "blocks_offsets",
+)  # fmt: skip
+
+
+# The shares of several programs are added by the last of them, or by XLA.
+@pytest.mark.parametrize(
+  ("splits", "last_adds"), [(1, True), (3, True), (3, False)]
+)
+@pytest.mark.parametrize("name", DECODED)
+def test_interpreted_decoding(name, splits, last_adds, interpreter, decoding):
+  decoding(splits, last_adds)
+  (case,) = [c for c in cases.CASES + cases.BLOCKS if c.name == name]
+  arrays, options, cotangent = cases.draw(case)
+  expected = cases.exact(case, arrays, options, cotangent)["out"]
+  assert compare.error(output(arrays, options), expected) < 2e-6
+
+
+def test_interpreted_decoding_in_float16(interpreter, decoding):
+  decoding(3)
+  case = cases.Case(
+    "half", batch=1, queries=3, keys=70, heads=4, kv_heads=2, width=80,
+    logit_bias=-16.0,
+  )  # fmt: skip
+  compare.assert_16_bit(case, "float16")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_decoding_loads_no_keys_that_are_not_seen(
+  normalize, interpreter, decoding
+):
+  """NaN there would survive a product with weights of zero."""
+  decoding(3)
+  rng = np.random.default_rng(0)
+  query = rng.standard_normal((2, 1, 2, 8), np.float32)
+  key, value = rng.standard_normal((2, 2, 90, 1, 8), np.float32)
+  place, window = np.array([80, 41]), 30
+  options = dict(
+    is_causal=True, local_window_size=(window, 0), query_offset=place,
+    normalize=normalize,
+  )  # fmt: skip
+  clean = output((query, key, value), options)
+  for example, last in enumerate(place):
+    for x in key, value:
+      x[example, last + 1 :] = x[example, : last - window] = np.nan
+  np.testing.assert_array_equal(output((query, key, value), options), clean)
+
+
+PAGED = (
+  {}, dict(normalize=True), dict(local_window_size=(20, 0)),
+  dict(kind="relu", alibi_slopes=np.ones(4, np.float32), query_offset=30),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", PAGED, ids=str)
+def test_interpreted_pages_change_no_bit(
+  options, interpreter, decoding, started
+):
+  """Nor are pages and numbers read that a row does not use."""
+  decoding(3)
+  arrays, whole = cases.draw_paged([40, 64, 37, 0], shared=2)
+  query, *_, lengths = arrays
+  found = jax.jit(lambda *x: sigattn.paged_attention(*x, **options))(*arrays)
+  (paged,) = [constants for _, constants in started]
+  assert paged["PAGE"] == cases.PAGE
+  place = dict(is_causal=True, query_offset=lengths - query.shape[1])
+  wanted = sigattn.dot_product_attention(
+    query, *whole, key_value_seq_lengths=lengths, **place | options
+  )
+  assert [name for name, _ in started] == ["decode"] * 2
+  np.testing.assert_array_equal(found, wanted)
+
+
+def test_paged_attention_differentiated_and_vmapped(interpreter, decoding):
+  decoding(2)
+  arrays, _ = cases.draw_paged([40, 20])
+  query, keys, values, table, lengths = arrays
+
+  def attend(query, keys, values, implementation=None):
+    return sigattn.paged_attention(
+      query, keys, values, table, lengths, normalize=True,
+      implementation=implementation,
+    )  # fmt: skip
+
+  pages = np.nan_to_num(keys), np.nan_to_num(values)
+  found, pull_back = jax.vjp(attend, query, *pages)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      dispatch, "IMPLEMENTATIONS",
+      dispatch.IMPLEMENTATIONS | {"xla": "sigattn.kernels.xla"},
+    )  # fmt: skip
+    by_xla = functools.partial(attend, implementation="xla")
+    wanted, pull_wanted = jax.vjp(by_xla, query, *pages)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+  for x, y in zip(*(f(found) for f in (pull_back, pull_wanted)), strict=True):
+    assert compare.error(x, y) < 2e-6
+  both = jax.vmap(attend, in_axes=(0, None, None))(
+    np.stack([query, -query]), *pages
+  )
+  np.testing.assert_allclose(both[0], found, rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(both[1], attend(-query, *pages))
+  apart = jax.vmap(attend, in_axes=(None, 0, None))(
+    query, np.stack([pages[1], pages[0]]), pages[1]
+  )
+  np.testing.assert_array_equal(apart[1], both[0])
+
+
+def test_many_queries_gather_their_pages(interpreter, started):
+  """The kernel computes them where it is named."""
+  arrays, _ = cases.draw_paged([40, 64], queries=17)
+  wanted = sigattn.paged_attention(*arrays)
+  assert {name for name, _ in started} == {"forward"}
+  started.clear()
+  found = sigattn.paged_attention(*arrays, implementation="triton")
+  assert {name for name, _ in started} == {"decode"}
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+SOFTMAX = {
+  "plain": {},
+  "window": dict(is_causal=True, local_window_size=(40, 0)),
+  "alibi": dict(alibi_slopes=np.array([0.5, 0.1], np.float32), is_causal=True),
+  "hidden": dict(key_logit_bias=np.where(np.arange(150) % 3, 30.0, -np.inf)),
+}
+
+
+@pytest.mark.parametrize(
+  ("splits", "last_adds"), [(1, True), (3, True), (3, False)]
+)
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_interpreted_softmax(name, splits, last_adds, interpreter, decoding):
+  """A few queries by the decode kernel, as jax.nn has them."""
+  decoding(splits, last_adds)
+  rng = np.random.default_rng(0)
+  query = 3 * rng.standard_normal((2, 3, 2, 8), np.float32)
+  key, value = rng.standard_normal((2, 2, 150, 1, 8), np.float32)
+  lengths = np.array([149, 20])
+  options = dict(
+    kind="softmax", query_offset=lengths - 3, key_value_seq_lengths=lengths,
+  ) | SOFTMAX[name]  # fmt: skip
+
+  def attend(implementation, *arrays):
+    return sigattn.dot_product_attention(
+      *arrays, implementation=implementation, **options
+    )
+
+  arrays = query, key, value
+  wanted = attend("xla", *arrays)
+  poisoned = key.copy(), value.copy()
+  for x in poisoned:
+    x[0, 149:] = x[1, 20:] = np.nan
+  assert compare.error(attend("triton", query, *poisoned), wanted) < 2e-6
+
+
+def test_softmax_differentiated_vmapped_and_in_pages(
+  interpreter, decoding, started
+):
+  decoding(2)
+  arrays, whole = cases.draw_paged([40, 20, 30])
+  query, keys, values, table, lengths = arrays
+  whole = np.nan_to_num(whole)
+
+  def attend(implementation, query, key, value, length):
+    return sigattn.dot_product_attention(
+      query, key, value, kind="softmax", key_value_seq_lengths=length,
+      is_causal=True, query_offset=length - 3, implementation=implementation,
+    )  # fmt: skip
+
+  ours = functools.partial(attend, "triton")
+  wanted = attend("xla", query, *whole, lengths)
+  found = jax.vmap(ours)(
+    query[:, None], *whole[:, :, None], jnp.asarray(lengths)[:, None]
+  )
+  np.testing.assert_allclose(found[:, 0], wanted, rtol=1e-5, atol=1e-6)
+  assert {x["PAGE"] for _, x in started} == {None}
+  started.clear()
+  paged = sigattn.paged_attention(*arrays, kind="softmax")
+  assert {x["PAGE"] for _, x in started} == {cases.PAGE}
+  np.testing.assert_allclose(paged, wanted, rtol=1e-5, atol=1e-6)
+
+  def loss(implementation, query):
+    return (attend(implementation, query, *whole, lengths) ** 2).sum()
+
+  found, wanted = (jax.grad(functools.partial(loss, x))(query)
+                   for x in ("triton", "xla"))  # fmt: skip
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    (dict(queries=17), "17 queries; at most 16"),
+    (dict(return_residual=True), "return_residual=True is not implemented"),
+    (dict(bias=np.ones((2, 150), np.float32)), "a dense bias is not"),
+  ],
+)
+def test_the_softmax_that_the_kernel_refuses(change, reason, interpreter):
+  """Where it is not named, jax.nn computes it."""
+  query = np.ones((1, change.pop("queries", 2), 2, 8), np.float32)
+  key = np.ones((1, 150, 2, 8), np.float32)
+  options = dict(kind="softmax") | change
+  with pytest.raises(NotImplementedError, match=reason):
+    sigattn.dot_product_attention(
+      query, key, key, implementation="triton", **options
+    )
+  sigattn.dot_product_attention(query, key, key, **options)
+
+
+def test_one_query_takes_the_decode_kernel(interpreter, started):
+  """So in loops, under vmap, and with gradients; 17 queries do not."""
+  rng = np.random.default_rng(0)
+  query = rng.standard_normal((2, 17, 2, 8), np.float32)
+  key, value = rng.standard_normal((2, 2, 200, 1, 8), np.float32)
+
+  def attend(query, key, value):
+    return attention.dot_product_attention(query, key, value, is_causal=True)
+
+  def one(query, place):
+    return attention.dot_product_attention(
+      query, key, value, is_causal=True, query_offset=place
+    )
+
+  whole = attend(query, key, value)
+  assert {name for name, _ in started} == {"forward"}
+  started.clear()
+
+  @jax.jit
+  def loop(query):
+    def step(place, out):
+      token = jax.lax.dynamic_slice_in_dim(query, place, 1, 1)
+      return jax.lax.dynamic_update_slice_in_dim(
+        out, one(token, place), place, 1
+      )
+
+    return jax.lax.fori_loop(0, 3, step, jnp.zeros_like(query))[:, :3]
+
+  tokens = jnp.moveaxis(query[:, :3, None], 1, 0)
+  vmapped = jax.vmap(one, out_axes=1)(tokens, jnp.arange(3))
+  for found in loop(query), vmapped[:, :, 0]:
+    np.testing.assert_allclose(found, whole[:, :3], rtol=1e-5, atol=1e-7)
+  assert {name for name, _ in started} == {"decode"}
+  jax.grad(lambda x: one(x, 5).sum())(query[:, :1])
+  assert {name for name, _ in started} >= {"backward_q"}
 
 
 def test_interpreted_nan_in_padding_leaks_nowhere(interpreter, monkeypatch):
@@ -174,6 +402,12 @@ def test_jit_vmap_and_checkpoint_change_nothing(interpreter, monkeypatch):
 def test_meshes_split_batch_and_heads_without_gathering():
   subprocess.run(
     [sys.executable, "-m", "tests.kernels.on_four_devices"], check=True
+  )
+
+
+def test_decoding_on_the_mesh_of_the_training_program():
+  subprocess.run(
+    [sys.executable, "-m", "tests.kernels.decode_on_four_devices"], check=True
   )
 
 
@@ -248,16 +482,21 @@ def test_the_fastest_tile_that_fits_what_it_was_timed_on(monkeypatch):
   assert {tile for *_, tile in compiled} == {spilling, first}
 
 
-def test_tiles_compile_without_spills():
+@pytest.mark.parametrize(
+  "what",
+  [
+    "--cards 86 90 --widths 64 --examples causal short",
+    # Decoding, with its gradient and of pages.
+    "--cards 80 90 --widths 64 128 --examples token 16-tokens",
+  ],
+)
+def test_tiles_compile_without_spills(what):
   """A few of them; python -m benchmarks.tune_triton --check compiles all."""
   environment = {k: v for k, v in os.environ.items() if "INTERPRET" not in k}
-  command = (
-    "benchmarks.tune_triton --check --cards 86 90 --dtypes bfloat16 --widths 64"
-  )
+  command = f"benchmarks.tune_triton --check --dtypes bfloat16 {what}"
   subprocess.run(
-    [sys.executable, "-m", *command.split(), "--examples", "causal", "short"],
-    env=environment, check=True,
-  )  # fmt: skip
+    [sys.executable, "-m", *command.split()], env=environment, check=True
+  )
 
 
 @pytest.mark.parametrize(
@@ -301,7 +540,7 @@ def test_float32_is_exact_unless_asked(asked, precision, monkeypatch):
     seen.append(constants["PRECISION"])
     return [jnp.zeros(x.shape, x.dtype) for x in outs]
 
-  monkeypatch.setattr(triton_attention, "_start", start)
+  monkeypatch.setattr(launch, "start", start)
   monkeypatch.setattr(triton_attention, "_PACKAGES", {})
   card = device.Device("NVIDIA A100", 80)
   compare.use_only(monkeypatch, "triton", card)
@@ -327,14 +566,16 @@ def started(monkeypatch):
   """
   calls = []
 
-  def start(kernel, arrays, outs, tile, count, constants):
+  def start(kernel, arrays, outs, tile, count, constants, zeroed=()):
     calls.append((kernel.__name__, constants))
-    return _interpreted(kernel, arrays, outs, tile, count, constants)
+    return triton_interpreter.start(
+      kernel, arrays, outs, tile, count, constants, zeroed
+    )
 
   def refuse(*_):
     raise AssertionError("the portable form runs")
 
-  monkeypatch.setattr(triton_attention, "_start", start)
+  monkeypatch.setattr(launch, "start", start)
   monkeypatch.setattr(xla, "PASSES", differentiation.Passes(refuse, refuse))
   return calls
 
@@ -506,7 +747,7 @@ def test_the_cache_of_other_triton_kernels_is_put_back(monkeypatch):
       monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     else:
       monkeypatch.setenv("TRITON_CACHE_DIR", before)
-    with triton_attention._triton_cache_dir():
+    with launch.triton_cache_dir():
       os.environ["TRITON_CACHE_DIR"] = ""
     assert os.environ.get("TRITON_CACHE_DIR") == before
 

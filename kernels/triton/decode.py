@@ -1,0 +1,158 @@
+"""A few queries against many keys: when, and how its kernel is called.
+
+decode_kernel.py holds the kernel.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sigattn.kernels import numerics
+from sigattn.kernels.problem import Operands, Problem
+from sigattn.kernels.triton import launch, tiles
+
+MOST_QUERIES = 16  # With more, a tile of queries of one head is full enough.
+LEAST_KEYS = 128  # Fewer are not worth dividing.
+# Programs that keep the 132 multiprocessors of an H100 busy: four at a time on
+# each.
+_PROGRAMS = 4 * 132
+_LEAST_SHARE = 128  # keys of a program, when they are divided
+
+
+class Tile(NamedTuple):
+  """How the work of the kernel is cut up."""
+
+  rows: int  # queries times heads, of a program
+  block_kv: int  # keys of a step
+  splits: int  # programs that share the keys of an example
+  num_warps: int
+  num_stages: int  # steps whose keys are loaded ahead
+  last_adds: bool  # the last of those programs adds up, and not XLA
+
+
+def fits(problem: Problem) -> bool:
+  """Whether the decode kernel computes the forward pass of a problem."""
+  return (
+    problem.query_len <= MOST_QUERIES
+    and problem.key_len >= LEAST_KEYS
+    and problem.shapes.query_segment_ids is None
+  )
+
+
+def tile(problem: Problem, paged: bool = False) -> Tile:
+  """The tile of a problem. paged: whether its keys lie in pages."""
+  group = problem.num_heads // problem.num_kv_heads
+  wide = problem.dtype == "float32"
+  rows = min(tiles.padded(problem.query_len * group), 16 if wide else 64)
+  width = tiles.padded(problem.head_dim)
+  block_kv = 32 if wide or width > 128 else 64
+  splits = -(-_PROGRAMS // (cells(problem, rows) * problem.batch))
+  splits = min(splits, -(-problem.key_len // _LEAST_SHARE))
+  stages = 2 if wide else 3
+  if paged:
+    # Triton divides them between the loads of pages' numbers and of keys, which
+    # wait for the former. So as many keys as without pages are loaded ahead.
+    stages = 2 * stages - 1
+  # Products of float32 need many registers: with four warps they spill.
+  warps = 8 if wide and width >= 128 else 4
+  return Tile(rows, block_kv, splits, warps, stages, True)
+
+
+def cells(problem: Problem, rows: int) -> int:
+  """The programs of an example that see all of their keys."""
+  group = problem.num_heads // problem.num_kv_heads
+  return problem.num_kv_heads * -(-problem.query_len * group // rows)
+
+
+def forward(
+  problem: Problem,
+  precision: str,
+  tile: Tile,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  operands: Operands,
+  pages: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """(out, sums): (B, T, N, H), and with problem.normalize (B, T, N) float32.
+
+  Args:
+    problem: with pages, key_len is their number in a row times their length.
+    precision: of float32 products, a value of Triton's input_precision.
+    tile: how the work is cut up.
+    query: (B, T, N, H).
+    key, value: (B, S, K, H), or (pages, length, K, H).
+    operands: without dense ones and segments.
+    pages: None, or (B, pages of a row) int32.
+  """
+  from sigattn.kernels.triton import decode_kernel
+
+  page = None if pages is None else key.shape[1]
+  splits, apart = tile.splits, tile.splits > 1 and not tile.last_adds
+  shares = (splits,) if splits > 1 else ()
+  rows, softmax = query.shape[:3], problem.kind == "softmax"
+  shapes = [
+    ((1,) if apart else query.shape, query.dtype),
+    (rows if problem.normalize and not apart else (1,), "float32"),
+    ((*shares, *query.shape) if shares else (1,), "float32"),
+    ((*shares, *rows) if shares and problem.normalize else (1,), "float32"),
+    ((*shares, *rows) if shares and softmax else (1,), "float32"),
+    ((problem.batch * cells(problem, tile.rows),), "int32"),
+  ]
+  results = launch.start(
+    decode_kernel.decode,
+    (
+      query,
+      key,
+      value,
+      launch.given(pages, jnp.int32),
+      *launch.logit_operands(operands),
+    ),
+    [jax.ShapeDtypeStruct(*x) for x in shapes],
+    tile,
+    problem.batch * cells(problem, tile.rows) * splits,
+    constants(problem, precision, tile, page),
+    zeroed=(5,) if splits > 1 and tile.last_adds else (),
+  )
+  out, sums, shares, share_sums, share_peaks, _ = results
+  if not apart:
+    return out, sums
+  if softmax:  # The peaks are exponents of 2.
+    factor = jnp.exp2(share_peaks - share_peaks.max(0, keepdims=True))
+    shares, share_sums = shares * factor[..., None], share_sums * factor
+  out = shares.sum(0)
+  if problem.normalize:
+    sums = share_sums.sum(0)
+    out *= numerics.inverse(sums)[..., None]
+  return out.astype(query.dtype), sums
+
+
+def constants(
+  problem: Problem, precision: str, tile: Tile, page: int | None
+) -> dict[str, Any]:
+  """The compile-time arguments of the kernel, except warps and stages.
+
+  page: the keys of a page, or None.
+  """
+  width = tiles.padded(problem.head_dim)
+  group = problem.num_heads // problem.num_kv_heads
+  rows = min(_power_of_two(problem.query_len * group), tile.rows)
+  # As many shares are added at a time as fit in 32 registers of a thread.
+  chunk = max(tile.num_warps * 32 * 32 // (rows * width), 1)
+  return launch.common("decode", problem, precision) | dict(
+    PAGE=page,
+    ROWS=tile.rows,
+    BLOCK_KV=tile.block_kv,
+    SPLITS=tile.splits,
+    CELLS=cells(problem, tile.rows),
+    ALL_ROWS=problem.batch * problem.query_len * problem.num_heads,
+    ADDED_ROWS=rows,
+    CHUNK=min(chunk, _power_of_two(tile.splits)),
+    LAST_ADDS=tile.last_adds,
+  )
+
+
+def _power_of_two(number):
+  """The least one that is not below a number."""
+  return 1 << (number - 1).bit_length()

@@ -1,0 +1,223 @@
+"""How the Triton kernels are called: constants, operands, and the call."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from sigattn.kernels import device, numerics, segments
+from sigattn.kernels.problem import Operands, Problem
+from sigattn.kernels.triton import tiles
+from sigattn.kernels.triton.tiles import Tile
+
+# The kernels' pointers whose dtype is not that of query, key and value.
+FLOATS = (
+  "logit_bias", "slopes", "q_bias", "k_bias", "d_rows", "d_keys", "d_slope",
+  "sums", "inverse", "shift", "shares", "share_sums", "share_peaks",
+)  # fmt: skip
+INTEGERS = (
+  "q_lengths", "k_lengths", "offsets", "q_ids", "k_ids", "spans", "pages",
+  "arrived",
+)  # fmt: skip
+
+
+def start(
+  kernel: Any,
+  arrays: Sequence[jax.Array],
+  outs: Sequence[jax.ShapeDtypeStruct],
+  tile: Any,
+  count: int,
+  constants: dict[str, Any],
+  zeroed: Sequence[int] = (),
+) -> list[jax.Array]:
+  """The outputs of a kernel.
+
+  Args:
+    kernel: a function of Triton. Its arguments are the arrays, the outputs and
+      the constants.
+    arrays: what it reads.
+    outs: the shapes and dtypes of the outputs.
+    tile: has num_warps and num_stages.
+    count: the number of programs.
+    constants: the arguments that are known at compile time.
+    zeroed: the places in `outs` of those which are zero when it begins.
+  """
+  with triton_cache_dir():
+    import jax_triton
+
+  return jax_triton.triton_call(
+    *arrays,
+    kernel=kernel,
+    out_shape=outs,
+    grid=(count,),
+    name=kernel.__name__,
+    num_warps=tile.num_warps,
+    num_stages=tile.num_stages,
+    zeroed_outputs=zeroed,
+    compute_capability=device.current().capability,
+    **constants,
+  )
+
+
+@contextlib.contextmanager
+def triton_cache_dir() -> Iterator[None]:
+  """Puts TRITON_CACHE_DIR back, which jax_triton empties where it is imported.
+
+  Without a folder, Triton's kernels of others in this process do not compile.
+  """
+  before = os.environ.get("TRITON_CACHE_DIR")
+  yield
+  if before is None:
+    os.environ.pop("TRITON_CACHE_DIR", None)
+  else:
+    os.environ["TRITON_CACHE_DIR"] = before
+
+
+def _activation(direction, problem):
+  # Decoding waits for memory, so that the exact forms cost no time.
+  exact = problem.dtype == "float32" or direction == "decode"
+  if problem.kind == "silu":
+    return "exact_silu" if exact else "silu"
+  if problem.kind != "sigmoid":
+    return problem.kind
+  return "exp" if exact or numerics.exact_sigmoid(problem) else "tanh"
+
+
+_SCALES = {  # the scales that each kernel takes
+  "forward": ("P_SCALE", "OUT_SCALE"),
+  "decode": ("P_SCALE", "OUT_SCALE"),
+  "backward_q": ("D_Z_SCALE", "D_Q_SCALE", "SUM_SCALE"),
+  "backward_kv": (
+    "P_SCALE",
+    "OUT_SCALE",
+    "D_Z_SCALE",
+    "D_Q_SCALE",
+    "SUM_SCALE",
+  ),
+}
+
+
+def constants(
+  direction: str, problem: Problem, precision: str, tile: Tile
+) -> dict[str, Any]:
+  """The compile-time arguments of a kernel, except warps and stages."""
+  return common(direction, problem, precision) | dict(
+    BLOCK_Q=tile.block_q,
+    BLOCK_KV=tile.block_kv,
+    SEGMENTS=problem.shapes.query_segment_ids is not None,
+  )
+
+
+def common(direction: str, problem: Problem, precision: str) -> dict[str, Any]:
+  """The compile-time arguments that do not depend on the tile."""
+  from sigattn.kernels.triton import kernels
+
+  activation, shapes = _activation(direction, problem), problem.shapes
+  scales = _scales(activation, problem)
+  left, right = problem.bounds
+
+  def stride(shape):
+    # None: there is no array; 0: all examples share it.
+    return shape and (0 if shape[0] == 1 else problem.num_heads)
+
+  return dict(
+    T=problem.query_len,
+    S=problem.key_len,
+    N=problem.num_heads,
+    K=problem.num_kv_heads,
+    H=problem.head_dim,
+    BLOCK_H=tiles.padded(problem.head_dim),
+    ACTIVATION=activation,
+    SCALE=problem.scale * kernels.UNITS[activation],
+    BIAS=problem.logit_bias,
+    PRECISION=precision,
+    LEFT=left,
+    RIGHT=right,
+    OFFSET=problem.distance_offset,
+    BIAS_STRIDE=stride(shapes.logit_bias),
+    SLOPE_STRIDE=stride(shapes.alibi_slopes),
+    Q_BIAS=strides(problem, shapes.query_logit_bias),
+    K_BIAS=strides(problem, shapes.key_logit_bias),
+    OFFSETS=shapes.query_offset is not None,
+    Q_LENGTHS=shapes.query_seq_lengths is not None,
+    K_LENGTHS=shapes.key_value_seq_lengths is not None,
+    NORMALIZE=problem.normalize,
+    **{name: scales[name] for name in _SCALES[direction]},
+  )
+
+
+def strides(problem: Problem, shape: tuple[int, ...] | None) -> int | None:
+  """How a kernel finds a head's row in (B or 1, N or 1, length).
+
+  Twice the distance of examples in rows, plus that of heads, which is 0 or 1.
+  None if there is no array.
+  """
+  if shape is None:
+    return None
+  batch, heads, _ = shape
+  return 2 * (heads if batch > 1 else 0) + (1 if heads > 1 else 0)
+
+
+def _scales(activation, problem):
+  """The constant factors that the kernels apply to their sums."""
+  # dz of tanh is four times that of sigmoid: hence two bits more than Mosaic
+  # has. Values of do v^T up to 64 may meet a saturated weight.
+  p_scale, d_z_scale = numerics.float16_scales(problem, headroom=11)
+  twice = {"tanh": 2.0}.get(activation, 1.0)
+  derivatives = {"tanh": 4.0, "silu": 2.0, "relu2": 0.5}.get(activation, 1.0)
+  sum_scale = 1 / (derivatives * d_z_scale * problem.normalizer)
+  return dict(
+    P_SCALE=p_scale,
+    OUT_SCALE=1 / (twice * p_scale * problem.normalizer),
+    D_Z_SCALE=d_z_scale,
+    D_Q_SCALE=sum_scale * problem.scale,
+    SUM_SCALE=sum_scale,
+  )
+
+
+def operands_of(
+  operands: Operands, block: int, of_queries: bool
+) -> tuple[jax.Array, ...]:
+  """The kernels' operands in order. Absent ones are never read.
+
+  block: the rows of a stationary block. of_queries: whether they are queries.
+  """
+  spans = unread()
+  if operands.query_segment_ids is not None:
+    rows, others = operands.query_segment_ids, operands.key_value_segment_ids
+    if not of_queries:
+      rows, others = others, rows
+    spans = segments.spans(rows, others, block)
+  return (
+    *logit_operands(operands),
+    given(operands.query_segment_ids, jnp.int32),
+    given(operands.key_value_segment_ids, jnp.int32),
+    spans,
+  )
+
+
+def logit_operands(operands: Operands) -> tuple[jax.Array, ...]:
+  """The operands that every kernel takes, in their order."""
+  return (
+    given(operands.logit_bias, jnp.float32),
+    given(operands.alibi_slopes, jnp.float32),
+    given(operands.query_logit_bias, jnp.float32),
+    given(operands.key_logit_bias, jnp.float32),
+    given(operands.query_seq_lengths, jnp.int32),
+    given(operands.key_value_seq_lengths, jnp.int32),
+    given(operands.query_offset, jnp.int32),
+  )
+
+
+def given(x: jax.Array | None, dtype: DTypeLike) -> jax.Array:
+  """x as the kernels read it."""
+  return unread() if x is None else x.astype(dtype)
+
+
+def unread() -> jax.Array:
+  """Takes the place of an array that is absent, and that is never read."""
+  return jnp.zeros(1, jnp.int32)

@@ -1,0 +1,183 @@
+"""Continues the prompts of a file of JSON lines.
+
+Each line is an object with the field "prompt". Its result is the same object
+with the fields "text", the continuation, and "tokens", how many were drawn for
+it. Results are written line by line, in the order of the prompts, each as soon
+as all before it are there. A run that was stopped goes on behind what its file
+holds: the texts are those that it would have written without the stop.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Self
+
+import numpy as np
+import rich.progress
+
+from sigattn.training import files, metrics
+
+_RESULT = ("text", "tokens")  # the fields that a result has besides
+
+
+class PromptFile:
+  """The prompts of one file, and the file of their results."""
+
+  def __init__(
+    self, path: str | os.PathLike[str], out: str | os.PathLike[str]
+  ) -> None:
+    """Reads and validates both files; `out` need not exist.
+
+    Raises:
+      ValueError: that names the line and what is wrong with it: no JSON object,
+        no string "prompt", a field that a result has, or a result of another
+        prompt. OSError where a file cannot be read.
+    """
+    self.path, self.out = path, out
+    self.rows = [_prompt(*line) for line in _lines(path)]
+    if not self.rows:
+      raise ValueError(f"{path}: has no line")
+    # Results that are there; the last one may have been cut by a kill.
+    self.done, self._bytes = 0, 0
+    if os.path.exists(out):
+      self._find_results()
+
+  def _find_results(self):
+    for where, line in _lines(self.out):
+      if not line.endswith(b"\n"):
+        break
+      result = _object(where, line)
+      given = {k: v for k, v in result.items() if k not in _RESULT}
+      row = self.rows[self.done] if self.done < len(self.rows) else None
+      # As text, because a NaN does not equal itself.
+      if len(given) + 2 != len(result) or _json(given) != _json(row):
+        raise ValueError(
+          f"{where}: is not the result of line {self.done + 1} of {self.path}; "
+          "delete the file, or name another --out"
+        )
+      self.done, self._bytes = self.done + 1, self._bytes + len(line)
+
+  def run(
+    self,
+    encode: Callable[[list[str]], list[np.ndarray]],
+    each: Callable[[list[np.ndarray], int], Iterator[tuple[int, str, int]]],
+  ) -> None:
+    """Continues the prompts that have no result yet, and says how fast.
+
+    encode, each: as a Generator has them. Raises ValueError for a prompt that
+    cannot be encoded, before anything is written; OSError where the file of
+    results cannot be written. On Ctrl-C it says what is there and exits.
+    """
+    begun, total = self.done, len(self.rows)
+    prompts = self._encoded(encode)
+    if begun:
+      metrics.log(f"{self.out} holds {begun} of {total} results already")
+    with _Progress(begun, total) as progress:
+      try:
+        self._write(progress.of(each(prompts, begun)))
+      except KeyboardInterrupt:
+        metrics.log(
+          f"stopped: {self.out} holds {self.done} of {total} results; the same "
+          "command goes on from there"
+        )
+        raise SystemExit(130) from None
+    metrics.log(
+      f"{self.out}: {total - begun} new texts, {progress.tokens:,} tokens, "
+      f"{progress.rate()} (the time to compile counts)"
+    )
+
+  def _encoded(self, encode):
+    prompts = [row["prompt"] for row in self.rows[self.done :]]
+    try:
+      return encode(prompts)
+    except ValueError:
+      for i, prompt in enumerate(prompts, self.done + 1):
+        try:
+          encode([prompt])
+        except ValueError as error:
+          raise ValueError(f"{self.path}, line {i}: {error}") from error
+      raise
+
+  def _write(self, results):
+    """Writes (index, text, tokens) of each, in the order of the indices."""
+    waiting = {}
+    with files.naming(self.out), open(self.out, "ab", buffering=0) as file:
+      file.truncate(self._bytes)
+      for index, text, tokens in results:
+        waiting[index] = {"text": text, "tokens": tokens}
+        while self.done in waiting:
+          row = self.rows[self.done] | waiting.pop(self.done)
+          files.append(file, _json(row) + b"\n")
+          self.done += 1
+
+
+def _lines(path):
+  """(what an error calls it, bytes) of each line."""
+  with open(path, "rb") as file:
+    for number, line in enumerate(file, 1):
+      yield f"{path}, line {number}", line
+
+
+def _object(where, line):
+  try:
+    row = json.loads(line)
+    _json(row)
+  # A character that no encoding has, and lists in lists without an end.
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{where}: is no JSON in UTF-8: {error}") from error
+  if not isinstance(row, dict):
+    raise ValueError(f"{where}: must be a JSON object, {{...}}")
+  return row
+
+
+def _prompt(where, line):
+  row = _object(where, line)
+  if "prompt" not in row:
+    raise ValueError(f'{where}: has no field "prompt", only {sorted(row)}')
+  if not isinstance(row["prompt"], str):
+    raise ValueError(f"{where}: prompt={row['prompt']!r}; must be a string")
+  if taken := [name for name in _RESULT if name in row]:
+    raise ValueError(
+      f"{where}: has a field {taken[0]!r}, where the result would be written; "
+      "rename it"
+    )
+  return row
+
+
+def _json(row):
+  return json.dumps(row, ensure_ascii=False).encode()
+
+
+class _Progress:
+  """Counts prompts and tokens; a bar where the output is a terminal."""
+
+  def __init__(self, done, total):
+    self._begin, self.tokens = time.perf_counter(), 0
+    self._bar = rich.progress.Progress(
+      rich.progress.TextColumn("{task.completed}/{task.total} prompts"),
+      rich.progress.BarColumn(bar_width=None),
+      rich.progress.TextColumn("{task.fields[rate]}"),
+      rich.progress.TimeRemainingColumn(),
+      console=metrics.console,
+      expand=True,
+      disable=not metrics.console.is_terminal,
+    )
+    self._task = self._bar.add_task("", total=total, completed=done, rate="")
+
+  def __enter__(self) -> Self:
+    self._bar.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._bar.stop()
+
+  def of(self, results):
+    for result in results:
+      self.tokens += result.tokens
+      self._bar.update(self._task, advance=1, rate=self.rate())
+      yield result
+
+  def rate(self):
+    seconds = time.perf_counter() - self._begin
+    return f"{self.tokens / seconds:,.0f} tokens/s"

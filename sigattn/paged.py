@@ -1,0 +1,171 @@
+"""Attention to a cache of keys and values that lies in pages.
+
+Rows of different lengths need no room for the longest one, and rows that begin
+with the same tokens share the pages of those. The idea is PagedAttention's
+(vLLM, 2309.06180, Section 4.1).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from sigattn import attention
+from sigattn.kernels import decoding
+
+PAGE_LENGTHS = (16, 32, 64, 128)
+
+
+def paged_attention(
+  query_BTNH: ArrayLike,
+  key_pages_PLKH: ArrayLike,
+  value_pages_PLKH: ArrayLike,
+  page_table_BM: ArrayLike,
+  lengths_B: ArrayLike,
+  *,
+  kind: str = "sigmoid",
+  logit_bias: ArrayLike | None = None,
+  n: float | None = None,
+  normalize: bool = False,
+  alibi_slopes: ArrayLike | None = None,
+  scale: ArrayLike | None = None,
+  is_causal: bool = True,
+  query_offset: ArrayLike | None = None,
+  local_window_size: int | tuple[int | None, int | None] | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  """dot_product_attention of a few new tokens to keys that lie in pages.
+
+    k_j = key_pages[page_table[row, j // L], j % L],   v_j in the same way
+    out_i = sum_j phi(scale q_i k_j + alibi + b) v_j,  j < lengths[row]
+
+  The queries are the last T of a row's tokens, whose keys and values are in
+  their pages already. Shapes: P pages of L tokens each, M pages of a row at
+  most, S = M L; the others as in dot_product_attention, whose arguments those
+  that are not listed are.
+
+  On a GPU, up to 16 queries are computed by the Triton decode kernel, which
+  reads the keys where they lie. Everything else gathers the pages of each row,
+  (B, S, K, H), and calls dot_product_attention. Gradients are always those of
+  the gathered form.
+
+  Args:
+    query_BTNH: float16, bfloat16 or float32.
+    key_pages_PLKH, value_pages_PLKH: of the query's dtype; L is one of
+      PAGE_LENGTHS, and K divides N. Rows may share pages.
+    page_table_BM: integers from 0 to P - 1, the pages of each row in the order
+      of its tokens. A number is read only if its page has a token that some
+      query sees: it may be anything beyond the row's length, and before the
+      window of its first query.
+    lengths_B: integers, the tokens of each row, at most S. Where it is 0 the
+      row of the output is zero, except with softmax.
+    n: the length that b and ReLU's divisor are made for; None: S.
+    is_causal: a query sees no token behind its own. True by default, unlike in
+      dot_product_attention.
+    query_offset: the position of a row's first query, an integer or (B,)
+      integers; None: lengths - T.
+    implementation: "triton" asks for the decode kernel, for any T, but with
+      softmax up to 16; the other names of attention.implementations(kind)
+      gather, and are those of dot_product_attention. None: the fastest.
+
+  Returns:
+    (B, T, N, H), with the dtype of the query.
+
+  Raises:
+    ValueError: for arguments that make no sense.
+    NotImplementedError: where the named implementation cannot do this.
+  """
+  query, keys, values, table, lengths = map(
+    jnp.asarray,
+    (query_BTNH, key_pages_PLKH, value_pages_PLKH, page_table_BM, lengths_B),
+  )
+  attention.validate_kind(kind, implementation, normalize)
+  _validate(query, keys, values, table, lengths)
+  _validate_lengths(lengths_B, table.shape[1] * keys.shape[1])
+  table, lengths = table.astype("int32"), lengths.astype("int32")
+  if query_offset is None:
+    query_offset = lengths - query.shape[1]
+  whole = jax.ShapeDtypeStruct(
+    (len(query), table.shape[1] * keys.shape[1], *keys.shape[2:]), keys.dtype
+  )
+  query, operands, numbers = attention.prepare(
+    query, whole, kind=kind, logit_bias=logit_bias, n=n, scale=scale,
+    query_offset=query_offset, alibi_slopes=alibi_slopes,
+    key_value_seq_lengths=lengths,
+  )  # fmt: skip
+  problem = attention.problem_of(
+    query, whole, whole, operands, kind=kind, normalize=normalize,
+    is_causal=is_causal, window=local_window_size, **numbers,
+  )  # fmt: skip
+  if decoding.takes(problem, implementation):
+    return decoding.attention(
+      problem, functools.partial(_gathered, problem, None),
+      query, keys, values, operands, table,
+    )  # fmt: skip
+  return _gathered(
+    problem, implementation, query, keys, values, operands, table
+  )
+
+
+def _gathered(problem, implementation, query, keys, values, operands, table):
+  seen_BS = decoding.seen(problem, operands)
+  key, value = (decoding.gather(x, table, seen_BS) for x in (keys, values))
+  return attention.computed(
+    problem, implementation, query, key, value, operands
+  )
+
+
+def _validate(query, keys, values, table, lengths):
+  if query.ndim != 4:
+    raise ValueError(f"query_BTNH.shape={query.shape}; must have four axes")
+  batch, _, heads, width = query.shape
+  if keys.ndim != 4 or keys.shape[3] != width or 0 in keys.shape:
+    raise ValueError(
+      f"key_pages_PLKH.shape={keys.shape}; must be pages, tokens, key heads "
+      f"and the query's head width, {width}"
+    )
+  if keys.shape[1] not in PAGE_LENGTHS:
+    raise ValueError(
+      f"key_pages_PLKH.shape={keys.shape}: pages of {keys.shape[1]} tokens; "
+      f"choose from {PAGE_LENGTHS}"
+    )
+  if heads % keys.shape[2]:
+    raise ValueError(
+      f"key_pages_PLKH.shape={keys.shape}: {keys.shape[2]} heads; must divide "
+      f"the query's {heads}"
+    )
+  if values.shape != keys.shape:
+    raise ValueError(
+      f"value_pages_PLKH.shape={values.shape}; must be that of key_pages_PLKH, "
+      f"{keys.shape}"
+    )
+  for name, pages in (("key_pages_PLKH", keys), ("value_pages_PLKH", values)):
+    if pages.dtype != query.dtype:
+      raise ValueError(
+        f"{name}.dtype={pages.dtype.name}; must be the query's, "
+        f"{query.dtype.name}"
+      )
+  if table.ndim != 2 or len(table) != batch or not table.shape[1]:
+    raise ValueError(
+      f"page_table_BM.shape={table.shape}; must be ({batch}, M), M the pages "
+      "of a row"
+    )
+  if lengths.shape != (batch,):
+    raise ValueError(f"lengths_B.shape={lengths.shape}; must be ({batch},)")
+  for name, x in (("page_table_BM", table), ("lengths_B", lengths)):
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+      raise ValueError(f"{name}.dtype={x.dtype.name}; must be an integer")
+
+
+def _validate_lengths(lengths, most):
+  """Of numbers that are known without waiting for a device."""
+  if isinstance(lengths, jax.Array) or not np.size(lengths):
+    return
+  least, longest = np.min(lengths), np.max(lengths)
+  if least < 0 or longest > most:
+    raise ValueError(
+      f"lengths_B from {least} to {longest}; must be from 0 to {most}, the "
+      "tokens of a row's pages"
+    )
