@@ -2,12 +2,11 @@
 
   python train.py --config=configs/byol_sigmoid.py
   python train.py --config=configs/byol_sigmoid.py:gpu
-  python -m sigattn sweep --config=configs/byol_sigmoid.py:gpu --sweep=attn,seed
 
-Arguments and sweeps are those of byol.py.
+Arguments and sweeps, attn, lr and seed, are those of byol.py.
 """
 
-from configs import common, byol
+from configs import byol, common
 from configs.byol import sweep_attn, sweep_lr, sweep_seed  # noqa: F401
 
 

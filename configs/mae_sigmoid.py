@@ -2,9 +2,8 @@
 
   python train.py --config=configs/mae_sigmoid.py
   python train.py --config=configs/mae_sigmoid.py:gpu
-  python -m sigattn sweep --config=configs/mae_sigmoid.py:gpu --sweep=attn,seed
 
-Arguments and sweeps are those of mae.py.
+Arguments and sweeps, attn, lr and seed, are those of mae.py.
 """
 
 from configs import common, mae

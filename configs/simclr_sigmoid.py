@@ -2,9 +2,8 @@
 
   python train.py --config=configs/simclr_sigmoid.py
   python train.py --config=configs/simclr_sigmoid.py:gpu
-  python -m sigattn sweep --config=configs/simclr_sigmoid.py:gpu --sweep=attn,seed
 
-Arguments and sweeps are those of simclr.py.
+Arguments and sweeps, attn, lr and seed, are those of simclr.py.
 """
 
 from configs import common, simclr

@@ -5,7 +5,7 @@ inside of the training step, from the step's random numbers: they follow from
 the seed and the number of the step, so a resumed run draws the same views, and
 a mesh draws those of one device. Colours change by dm_pix.
 
-Source is a module as sigattn.data.image is one, for config.task's SOURCE.
+This module is the SOURCE of such tasks, as sigattn.data.image is of others.
 """
 
 import functools
@@ -120,9 +120,8 @@ def draw(
 
   def one(rng, image_HWC):
     x = image_HWC.astype(jnp.float32) / 255
-    for key, step in zip(
-      jax.random.split(rng, len(change)), change, strict=True
-    ):
+    keys = jax.random.split(rng, len(change))
+    for key, step in zip(keys, change, strict=True):
       x = step(key, x)
     return x
 

@@ -42,6 +42,8 @@ A task may also have
                                   then keeps m average + (1 - m) parameters, and
                                   `loss` gets the model of that average as a
                                   fifth argument
+  drawings(config, model, batch)  returns {name: images (B, H, W, C) in [0, 1]},
+                                  what eval.py --eval=pictures draws
   ENCODER                         names of the parameters from which a run of
                                   another task, which has the same, may start
 

@@ -44,7 +44,7 @@ reference = selfsup.reference
 
 
 class Byol(vit.Backbone):
-  """A backbone with a projector and, of the network that is trained, a predictor.
+  """A backbone with a projector and a predictor.
 
   The target has a predictor too, which nothing reads.
   """

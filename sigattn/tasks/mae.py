@@ -209,3 +209,33 @@ def loss(
   ).mean()
   std = selfsup.feature_std(feature_BD)
   return value, {"loss": value, "feature_std": std}
+
+
+def drawings(
+  config: ConfigDict, model: MaskedAutoencoder, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Rows of images in [0, 1]: as they are, what is left, and what is drawn.
+
+  What is drawn are the masked patches, with the mean and the deviation of the
+  true ones, which the model does not learn; the others are as they are.
+  """
+  images_BHWC = vit.normalize(config.data, batch["image"])
+  batch_size = len(images_BHWC)
+  # The same masks for every model of this size.
+  order_BP, kept = mask(config, model, jax.random.key(0), batch_size)
+  drawn_BPX, _ = model.reconstruct(images_BHWC, order_BP, kept)
+  true_BPX = model.patches(images_BHWC)
+  mean_BP1 = true_BPX.mean(-1, keepdims=True)
+  drawn_BPX = drawn_BPX * true_BPX.std(-1, keepdims=True) + mean_BP1
+  is_left_BP = order_BP.argsort(axis=1) < kept
+  is_left_BP1 = is_left_BP[:, :, None]
+  rows = {
+    "image": true_BPX,
+    "left": jnp.where(is_left_BP1, true_BPX, 0),
+    "drawn": jnp.where(is_left_BP1, true_BPX, drawn_BPX),
+  }
+  mean, std = (jnp.asarray(x) for x in (config.data.mean, config.data.std))
+  return {
+    name: (model.images(x_BPX) * std + mean).clip(0, 1)
+    for name, x_BPX in rows.items()
+  }

@@ -175,8 +175,8 @@ def results(config: ConfigDict, sums: dict[str, Any]) -> dict[str, float]:
   std = float(np.sqrt(len(mean_D)) * np.sqrt(variance_D).mean())
   if std < COLLAPSED:
     logging.warning(
-      "the features have collapsed: feature_std=%.4f, below %s; all images have "
-      "nearly the same. A smaller config.optim.lr or another seed may help",
+      "the features have collapsed: feature_std=%.4f, below %s; all images "
+      "have nearly the same",
       std, COLLAPSED,
     )  # fmt: skip
   metrics = {"feature_std": std}

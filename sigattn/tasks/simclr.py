@@ -1,4 +1,4 @@
-"""SimCLR (2002.05709): two views of an image are alike, other images are not."""
+"""SimCLR (2002.05709): two views of an image are alike, others are not."""
 
 import jax
 import jax.numpy as jnp

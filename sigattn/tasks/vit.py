@@ -116,6 +116,14 @@ class Backbone(nnx.Module):
     x = images_BHWC.reshape(batch, rows, size, columns, size, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
 
+  def images(self, x_BPX: jax.Array) -> jax.Array:
+    """The images (B, H, W, C) whose `patches` are given."""
+    (rows, columns), size = self.grid, self.patch_size
+    batch = len(x_BPX)
+    x = x_BPX.reshape(batch, rows, columns, size, size, -1)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows * size, columns * size, -1)
+
   def _add_class_token(self, x_BPD):
     if self.pool != "class":
       return x_BPD

@@ -7,7 +7,6 @@ numbers of patches differ.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
