@@ -50,8 +50,8 @@ def draw(
         config, nnx.merge(static, params), batch
       )
     )(params, mesh.put(batches[0], devices))
-    rows = {k: x[:_MOST_IMAGES] for k, x in jax.device_get(drawn).items()}
-    plots.image_rows(rows, paths[1])
+    rows = [x[:_MOST_IMAGES] for x in jax.device_get(drawn)]
+    plots.image_rows(dict(zip(task.DRAWINGS, rows, strict=True)), paths[1])
   return paths
 
 

@@ -42,8 +42,9 @@ A task may also have
                                   then keeps m average + (1 - m) parameters, and
                                   `loss` gets the model of that average as a
                                   fifth argument
-  drawings(config, model, batch)  returns {name: images (B, H, W, C) in [0, 1]},
-                                  what eval.py --eval=pictures draws
+  drawings(config, model, batch)  returns rows of images (B, H, W, C) in [0, 1]
+                                  for eval.py --eval=pictures; DRAWINGS has the
+                                  name of each row
   ENCODER                         names of the parameters from which a run of
                                   another task, which has the same, may start
 

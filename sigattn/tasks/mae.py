@@ -211,9 +211,12 @@ def loss(
   return value, {"loss": value, "feature_std": std}
 
 
+DRAWINGS = ("image", "left", "drawn")
+
+
 def drawings(
   config: ConfigDict, model: MaskedAutoencoder, batch: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
+) -> list[jax.Array]:
   """Rows of images in [0, 1]: as they are, what is left, and what is drawn.
 
   What is drawn are the masked patches, with the mean and the deviation of the
@@ -229,13 +232,10 @@ def drawings(
   drawn_BPX = drawn_BPX * true_BPX.std(-1, keepdims=True) + mean_BP1
   is_left_BP = order_BP.argsort(axis=1) < kept
   is_left_BP1 = is_left_BP[:, :, None]
-  rows = {
-    "image": true_BPX,
-    "left": jnp.where(is_left_BP1, true_BPX, 0),
-    "drawn": jnp.where(is_left_BP1, true_BPX, drawn_BPX),
-  }
+  rows = [
+    true_BPX,
+    jnp.where(is_left_BP1, true_BPX, 0),  # 0 is the mean of all pixels
+    jnp.where(is_left_BP1, true_BPX, drawn_BPX),
+  ]
   mean, std = (jnp.asarray(x) for x in (config.data.mean, config.data.std))
-  return {
-    name: (model.images(x_BPX) * std + mean).clip(0, 1)
-    for name, x_BPX in rows.items()
-  }
+  return [(model.images(x_BPX) * std + mean).clip(0, 1) for x_BPX in rows]
