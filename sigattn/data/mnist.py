@@ -56,10 +56,10 @@ def _idx(source, name, ndim, max_pixels):
   opened = gzip.open if path.suffix == ".gz" else open
   try:
     with opened(path, "rb") as file:
-      header = np.frombuffer(file.read(4 + 4 * ndim), ">u4")
-      if len(header) != ndim + 1 or header[0] != 0x800 + ndim:
+      header = file.read(4 + 4 * ndim)
+      if len(header) < 4 + 4 * ndim or header[:4] != bytes((0, 0, 8, ndim)):
         raise ValueError(f"is no idx file of {ndim} axes of bytes")
-      shape = tuple(int(x) for x in header[1:])
+      shape = tuple(np.frombuffer(header[4:], ">u4").tolist())
       size = math.prod(shape)
       if size > _MOST_BYTES or math.prod(shape[1:]) > max_pixels:
         raise ValueError(

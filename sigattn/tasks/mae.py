@@ -237,5 +237,8 @@ def drawings(
     jnp.where(is_left_BP1, true_BPX, 0),  # 0 is the mean of all pixels
     jnp.where(is_left_BP1, true_BPX, drawn_BPX),
   ]
-  mean, std = (jnp.asarray(x) for x in (config.data.mean, config.data.std))
+  mean, std = (
+    jnp.asarray(x)[None, None, None]
+    for x in (config.data.mean, config.data.std)
+  )
   return [(model.images(x_BPX) * std + mean).clip(0, 1) for x_BPX in rows]

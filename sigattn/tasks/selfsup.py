@@ -5,8 +5,6 @@ are evaluated by their nearest neighbours, which needs no training, and the
 deviation of the features says whether they collapse.
 """
 
-import itertools
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,7 +63,11 @@ class Projector(nnx.Module):
   def __call__(self, x_BD: jax.Array) -> jax.Array:
     """(..., B, width) -> (..., B, out), float32; statistics are over B."""
     x_BF = jax.nn.standardize(self.up(x_BD), axis=-2)
-    return self.down(jax.nn.relu(x_BF * self.scale[...] + self.bias[...]))
+    axes = tuple(range(x_BF.ndim - 1))
+    scale, bias = (
+      jnp.expand_dims(x[...], axes) for x in (self.scale, self.bias)
+    )
+    return self.down(jax.nn.relu(x_BF * scale + bias))
 
 
 def two_views(
@@ -89,11 +91,12 @@ def feature_std(features_BD: jax.Array) -> jax.Array:
   that have collapsed to one (2011.10566, Section 4.1). What all features have
   in common makes it smaller.
   """
-  unit_BD = _unit(features_BD)
+  unit_BD = unit(features_BD)
   return jnp.sqrt(unit_BD.shape[-1]) * unit_BD.std(0).mean()
 
 
-def _unit(x_BD):
+def unit(x_BD: jax.Array) -> jax.Array:
+  """x / |x| along the last axis; zeros stay zeros."""
   norm_B1 = optax.safe_norm(x_BD, 1e-12, axis=-1, keepdims=True)
   return x_BD / norm_B1
 
@@ -104,21 +107,35 @@ def _unit(x_BD):
 def reference(config: ConfigDict) -> Iterable[loader.Batch]:
   """The training images among which evaluation looks for neighbours.
 
-  The first config.eval.knn_examples, rounded up to whole batches.
+  config.eval.knn_examples of them, or all if there are fewer. Raises ValueError
+  if they are fewer than config.eval.knn_neighbours.
   """
   split = views.open_source(config, config.data.train_split)
-  count = math.ceil(config.eval.knn_examples / config.batch_size)
-  return _First(split.eval_batches(config), count)
+  some = _Spread(split, config.eval.knn_examples)
+  if len(some) < config.eval.knn_neighbours:
+    raise ValueError(
+      f"config.eval.knn_neighbours={config.eval.knn_neighbours!r}; must be at "
+      f"most {len(some)}, the images of the split {config.data.train_split!r}"
+    )
+  return some.eval_batches(config)
 
 
-class _First:
-  """The first batches, which can be iterated several times."""
+class _Spread(loader.ExampleSource):
+  """Some of a split's examples, evenly spread over it.
 
-  def __init__(self, batches, count):
-    self._batches, self._count = batches, count
+  Files may be sorted by class: the first ones would be of a few classes.
+  """
 
-  def __iter__(self):
-    return itertools.islice(self._batches, self._count)
+  def __init__(self, split, count):
+    self._split, self._count = split, min(count, len(split))
+    self.in_memory, self.max_corrupt = split.in_memory, split.max_corrupt
+    self.why_corrupt = split.why_corrupt
+
+  def __len__(self):
+    return self._count
+
+  def evaluate(self, indices_B):
+    return self._split.evaluate(indices_B * len(self._split) // self._count)
 
 
 def evaluate(
@@ -133,7 +150,7 @@ def evaluate(
   for padding. bank: "feature" (M, D), "target" (M,) and "weight" (M,) of
   training images; None, as for telemetry, leaves the neighbours out.
   """
-  feature_BD = _unit(vit.represent(config, model, batch))
+  feature_BD = unit(vit.represent(config, model, batch))
   weight_B = batch["weight"]
   sums = {
     "weight": weight_B.sum(),
@@ -155,7 +172,7 @@ def nearest(
   exp(cosine similarity / knn_temperature). unit_BD: features of norm 1.
   """
   options = config.eval
-  similar_BM = unit_BD @ _unit(bank["feature"]).T
+  similar_BM = unit_BD @ unit(bank["feature"]).T
   similar_BM = jnp.where(bank["weight"][None] > 0, similar_BM, -jnp.inf)
   similar_BK, place_BK = jax.lax.top_k(similar_BM, options.knn_neighbours)
   # The constant that all neighbours share changes no vote.

@@ -49,10 +49,9 @@ def loss(
   batch: dict[str, jax.Array],
   rng: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """NT-Xent: -log softmax over the other 2B - 1 views of z_i z_j / temperature.
+  """`nt_xent` of the projections of two views of each image.
 
-  z are projections of norm 1, and j is the other view of i. The negatives are
-  all views of the global batch, on whatever devices they are.
+  The negatives are all views of the global batch, on whatever devices they are.
 
   batch: "image" (B, H, W, C) uint8.
   """
@@ -60,7 +59,26 @@ def loss(
   images_BHWC = selfsup.two_views(config, view_rng, batch["image"])
   feature_BD = model.features(images_BHWC, drop_rng)
   projection_BF = model.projector(feature_BD)
-  owner_B = jnp.tile(jnp.arange(len(batch["image"])), 2)
-  value = optax.losses.ntxent(projection_BF, owner_B, config.model.temperature)
+  value = nt_xent(projection_BF, config.model.temperature)
   std = selfsup.feature_std(feature_BD)
   return value, {"loss": value, "feature_std": std}
+
+
+def nt_xent(projection_BF: jax.Array, temperature: float) -> jax.Array:
+  """The mean over i of -log softmax_j(z_i z_j / temperature) at the other view.
+
+  z are projections of norm 1, and j runs over all views but i (2002.05709,
+  Equation 1). Rows i and i + B / 2 of projection_BF are views of one image.
+
+  It is optax.losses.ntxent for pairs. That one multiplies before it sums, for
+  which the CPU's compiler keeps B x B x F numbers.
+  """
+  unit_BF = selfsup.unit(projection_BF)
+  count = len(unit_BF)
+  # TF32 is too coarse for what is divided by a small temperature.
+  similar_BB = jnp.dot(unit_BF, unit_BF.T, precision="highest") / temperature
+  similar_BB = jnp.where(jnp.eye(count, dtype=bool), -jnp.inf, similar_BB)
+  other_B = jnp.roll(jnp.arange(count), count // 2)
+  return optax.losses.softmax_cross_entropy_with_integer_labels(
+    similar_BB, other_B
+  ).mean()
