@@ -35,5 +35,6 @@ def get_config(arg=None):
       positions="sincos2d",
       decoder_width=512, decoder_depth=8, decoder_heads=16,
     )  # fmt: skip
-    config.optim.weight_decay = 0.05
+    # As in the published code of 2111.06377.
+    config.optim.update(weight_decay=0.05, b2=0.95)
   return selfsup.finish(config, words)

@@ -59,12 +59,23 @@ def two_views(config):
 
 
 def imagenet(config, size, epochs):
-  """ImageNet-1k by the recipe of MoCo v3 (2104.02057) for transformers.
+  """ImageNet-1k at 224 pixels, for 2409.04431's three self-supervised rows.
 
-  Batches of 4096, a warm-up of 40 epochs, and the learning rate 1.5e-4 for 256
-  images. 2409.04431 gives the epochs; its other settings could not be verified.
-  A view is cut out of the middle 256 x 256 pixels of an image whose short side
-  has 256.
+  From 2409.04431: the size of the encoder and the number of epochs, which are
+  read off its figure of training losses. Its other settings could not be
+  verified, and none of what follows is taken from it.
+
+  From the published code of MoCo v3 (2104.02057), for SimCLR and BYOL with a
+  ViT: AdamW with the usual b2, batches of 4096, the learning rate 1.5e-4 for
+  each 256 images, weight decay 0.1, a warm-up of 40 epochs, and projections of
+  4096 and 256 numbers. That of MAE (2111.06377) has the same but for its weight
+  decay, b2 and decoder: see mae.py. Views and the target's momentum are those
+  of each method's own paper.
+
+  Ours: gradients are clipped to the norm 1, a class token, one hidden layer in
+  each projector, and views that are cut out of the middle 256 x 256 pixels of
+  an image whose short side has 256, where the papers cut them out of the whole
+  image. Nobody has trained these configs here.
   """
   batch = 4096
   vit.imagenet(config, size)
@@ -72,7 +83,7 @@ def imagenet(config, size, epochs):
   config.batch_size = batch
   config.total_steps = epochs * EPOCH // batch
   config.model.position_std = 0.02
-  config.optim.update(lr=1.5e-4 * batch / 256, weight_decay=0.1)
+  config.optim.update(lr=1.5e-4 * batch / 256, weight_decay=0.1, b2=0.999)
   config.optim.warmup_steps = 40 * EPOCH // batch
   config.eval.every_steps = 10 * EPOCH // batch
   config.ckpt.every_steps = EPOCH // batch
