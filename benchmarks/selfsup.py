@@ -1,7 +1,7 @@
 """Trains SimCLR, BYOL and MAE with three kinds of attention, and compares them.
 
   python -m benchmarks.selfsup --processes=9
-  python -m benchmarks.selfsup --table        only the picture and the table
+  python -m benchmarks.selfsup --table
 
 Each of the methods is trained with softmax, sigmoid and normalised sigmoid
 attention and three seeds, by the recipe `:gpu` of its config. A linear probe of
@@ -9,11 +9,11 @@ each run, and of the encoder that it started from, is then measured on the test
 images. The runs share one GPU: `--processes` of them train side by side. A run
 that is finished is not repeated, and one that was stopped goes on.
 
-It writes benchmarks/results/selfsup_<device>.json after every run, and at the
-end a picture beside it and the table of docs/selfsup.md. On a CPU, with the
-embedded images:
+It writes --out after every run, and prints a table at the end. With --table it
+trains nothing: it draws the picture beside --out and writes the table of
+docs/selfsup.md. On a CPU, with the embedded images:
 
-  python -m benchmarks.selfsup --recipe= --source=fashion_mnist --processes=1
+  python -m benchmarks.selfsup --recipe= --processes=1 --out=selfsup_cpu.json
 """
 
 import argparse
@@ -78,6 +78,7 @@ def train_one(method, kind, seed, args):
     "knn_accuracy": last["knn_accuracy"],
     "feature_std": last["feature_std"],
     "steps": config.total_steps,
+    "recipe": args.recipe,
     "source": config.data.source,
     "seconds": {
       "training": trained - start,
@@ -94,7 +95,8 @@ def _is_done(folder, args):
     result = json.loads((folder / "result.json").read_text())
   except (OSError, ValueError):
     return False
-  return not args.steps or result["steps"] == args.steps
+  same_steps = not args.steps or result["steps"] == args.steps
+  return same_steps and result["recipe"] == args.recipe
 
 
 def _start(name, args):
@@ -138,20 +140,16 @@ def train_all(args):
 
 
 def write_results(args):
-  """Collects the result.json of all runs; returns the path and the rows."""
+  """Collects the result.json of all runs into --out; returns the runs."""
   paths = sorted(pathlib.Path(args.root).glob("*/result.json"))
   runs = [json.loads(path.read_text()) for path in paths]
-  if not runs:
-    return None, []
-  device = runs[0]["device"].lower().replace(" ", "_")
-  out = pathlib.Path(args.out or f"benchmarks/results/selfsup_{device}.json")
   contents = {
     "date": datetime.date.today().isoformat(),
     "commit": attention.commit(),
     "runs": runs,
   }
-  out.write_text(json.dumps(contents, indent=2) + "\n")
-  return out, runs
+  pathlib.Path(args.out).write_text(json.dumps(contents, indent=2) + "\n")
+  return runs
 
 
 def _accuracies(runs, method, kind, key="linear_probe"):
@@ -212,16 +210,14 @@ def draw(runs, path):
 
 
 def publish(args):
-  """Writes the picture, and the table into docs/selfsup.md; prints it."""
-  out, runs = write_results(args)
-  if out is None:
-    sys.exit(f"no run below --root={args.root} is finished")
+  """Draws the picture, and writes the table into docs/selfsup.md."""
+  out = pathlib.Path(args.out)
+  runs = json.loads(out.read_text())["runs"]
   draw(runs, out.with_suffix(".png"))
   text = table(runs)
   print(text)
   old = DOCUMENT.read_text()
-  new = _TABLE.sub(lambda x: f"{x[1]}\n{text}\n\n{x[2]}", old)
-  DOCUMENT.write_text(new)
+  DOCUMENT.write_text(_TABLE.sub(lambda x: f"{x[1]}\n{text}\n\n{x[2]}", old))
 
 
 def main():
@@ -229,22 +225,27 @@ def main():
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.add_argument("--root", default="runs/selfsup", help="folder of runs")
-  parser.add_argument("--out", default="", help="the JSON file to write")
+  parser.add_argument(
+    "--out", default="benchmarks/results/selfsup.json", help="a JSON file"
+  )
   parser.add_argument("--recipe", default="gpu", help="argument of the configs")
   parser.add_argument("--source", default="", help="another data.source")
   parser.add_argument("--steps", type=int, default=0, help="another number")
   parser.add_argument("--seeds", type=int, default=SEEDS)
   parser.add_argument("--processes", type=int, default=9)
   parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-  parser.add_argument("--table", action="store_true", help="train nothing")
+  parser.add_argument("--table", action="store_true", help="publish --out")
   parser.add_argument("--one", default="", help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.one:
     method, kind, seed = args.one.split("-")
     train_one(method, kind.replace("_", " "), int(seed), args)
     return
-  failed = [] if args.table else train_all(args)
-  publish(args)
+  if args.table:
+    publish(args)
+    return
+  failed = train_all(args)
+  print(table(write_results(args)))
   if failed:
     sys.exit(f"failed, see the logs in {args.root}: {failed}")
 
