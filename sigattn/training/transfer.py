@@ -98,16 +98,17 @@ def take(
 def _resized(theirs_TD, ours_TD):
   """A table of positions for another square of patches, by cubic interpolation.
 
-  With a class token the first row is its own, and stays.
+  With a class token the first row is its own, and stays. It is left out where
+  our model has no such token.
   """
   count, width = ours_TD.shape
   side, their_side = math.isqrt(count), math.isqrt(len(theirs_TD))
   # One more than a square is a square and a class token.
-  first = len(theirs_TD) - their_side**2
+  first, their_first = count - side**2, len(theirs_TD) - their_side**2
   logging.warning(
     "the positions of %d x %d patches are resized to %d x %d",
     their_side, their_side, side, side,
   )  # fmt: skip
-  table = theirs_TD[first:].reshape(their_side, their_side, width)
+  table = theirs_TD[their_first:].reshape(their_side, their_side, width)
   table = jax.image.resize(table, (side, side, width), "cubic")
   return np.concatenate([theirs_TD[:first], table.reshape(-1, width)])

@@ -31,7 +31,15 @@ from sigattn.tasks import byol as byol_task
 from sigattn.tasks import mae as mae_task
 from sigattn.tasks import selfsup
 from sigattn.tasks import simclr as simclr_task
-from sigattn.training import checkpoint, evaluate, init_from, mesh, setup, step
+from sigattn.training import (
+  checkpoint,
+  evaluate,
+  init_from,
+  mesh,
+  setup,
+  step,
+  transfer,
+)
 from tests.data import idx
 from train import train
 
@@ -92,10 +100,16 @@ def test_nt_xent_is_that_of_optax_and_so_is_its_gradient():
 
 
 @pytest.mark.timeout(600)
-def test_loss_and_gradients_on_four_devices_equal_those_on_one():
-  """Negatives and batch statistics are those of the whole batch."""
+def test_loss_and_gradients_on_four_devices_equal_those_on_one(request):
+  """Negatives and batch statistics are those of the whole batch.
+
+  MAE has neither: its images meet in the mean of the loss alone.
+  """
+  names = ["simclr", "byol"]
+  if request.config.getoption("--all-meshes"):
+    names.append("mae")
   run = subprocess.run(
-    [sys.executable, "-m", "tests.training.selfsup_on_four_devices"],
+    [sys.executable, "-m", "tests.training.selfsup_on_four_devices", *names],
     cwd=ROOT, capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert run.returncode == 0, run.stderr[-3000:]
@@ -223,6 +237,27 @@ def test_an_encoder_starts_supervised_training_at_another_size(byol_run, data):
   wider.model.update(width=32)
   with pytest.raises(ValueError, match=r"config\.init_from=.*the parameter"):
     setup.validate_config(wider)
+
+
+def numbered(config):
+  """Parameters without an initialisation: numbers from 0 on."""
+  return jax.tree.map(
+    lambda x: np.arange(x.size, dtype=np.float32).reshape(x.shape),
+    setup.shapes(config),
+  )
+
+
+def test_positions_follow_the_class_token(data):
+  theirs, ours = small(byol, data), small(vit_sigmoid, data)
+  theirs.model.pool = "class"
+  before = numbered(theirs)["position"]
+  for pool, expected in (("class", before), ("mean", before[1:])):
+    ours.model.pool = pool
+    taken = transfer.take(ours, numbered(ours), theirs, numbered(theirs))
+    np.testing.assert_allclose(taken["position"], expected, rtol=1e-6)
+  theirs.model.pool, ours.model.pool = "mean", "class"
+  with pytest.raises(ValueError, match="class_token.*that run lacks it"):
+    transfer.take(ours, numbered(ours), theirs, numbered(theirs))
 
 
 def test_eval_probes_the_frozen_features(byol_run):
