@@ -186,8 +186,10 @@ def _published(config, size):
     num_heads=num_heads,
     mlp_dim=mlp_dim,
     positions="none",
-    # With eight rows a step of :1b then needs 60 GiB of a card.
+    # With eight rows a step of :1b then needs 64 GiB of a card.
     remat="dots",
+    # Unrolled, :1b trains a tenth faster and compiles for 23 seconds.
+    max_unrolled=6 if size == "7b" else depth,
     loss_chunks=8,
   )
   if size == "7b":

@@ -153,9 +153,6 @@ def imagenet(config, size):
     mlp_dim=mlp_dim,
     patch_size=int(size.split("/")[1]),
     pool="class",
-    # To keep what float32 norms make, for every layer of a loop, takes longer
-    # than to compute it again, and three times the memory.
-    remat="dots",
   )
 
 
@@ -181,6 +178,8 @@ def _imagenet(size):
     label_smoothing=0.1,
   )
   config.model.drop_path = 0.1
+  # A loop would copy all that the layers keep.
+  config.model.max_unrolled = config.model.depth
   config.optim.update(lr=1e-3, weight_decay=0.05)
   config.optim.warmup_steps = 5 * 1_281_167 // 1024  # 5 epochs
   config.eval.every_steps = 5 * 1_281_167 // 1024

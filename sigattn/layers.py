@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import layout
 from jax.typing import ArrayLike, DTypeLike
 
 from sigattn import attention, extras, positions
@@ -341,11 +342,19 @@ def _swiglu(mlp, x_BTD):
   return jax.nn.silu(gate_BTF) * checkpoint_name(mlp.up(x_BTD), "up")
 
 
+def _gelu(mlp, x_BTD, approximate):
+  activation = functools.partial(jax.nn.gelu, approximate=approximate)
+  up_BTF = checkpoint_name(mlp.up(x_BTD), "up")
+  if up_BTF.dtype.itemsize == 2:
+    # A GPU computes the derivative again in less time than it takes to write
+    # and read an array of F numbers a token that the derivative would need.
+    activation = jax.checkpoint(activation)
+  return activation(up_BTF)
+
+
 MLPS = {
-  "gelu": lambda mlp, x_BTD: jax.nn.gelu(checkpoint_name(mlp.up(x_BTD), "up")),
-  "gelu_exact": lambda mlp, x_BTD: jax.nn.gelu(
-    checkpoint_name(mlp.up(x_BTD), "up"), approximate=False
-  ),
+  "gelu": functools.partial(_gelu, approximate=True),
+  "gelu_exact": functools.partial(_gelu, approximate=False),
   "swiglu": _swiglu,
 }
 
@@ -623,6 +632,10 @@ class Stack(nnx.Module):
       layer = jax.checkpoint(layer, prevent_cse=self.is_unrolled, policy=policy)
     rngs = None if rng is None else jax.random.split(rng, self.depth)
     xs = (states, rngs, self._rates(), cache)
+    # Without this, XLA may give all layers the layout that suits the gradient
+    # of a table of positions, with the batch last, and transpose between it and
+    # every product of matrices.
+    x_BTD = layout.with_layout_constraint(x_BTD, layout.Layout((0, 1, 2)))
     x_BTD, cache = jax.lax.scan(layer, x_BTD, xs, unroll=self.is_unrolled)
     return x_BTD if cache is None else (x_BTD, cache)
 
