@@ -2,19 +2,35 @@
 
   python eval.py --workdir=runs/vit_sigmoid/default
 
-or, in a notebook: `from eval import evaluate; evaluate(workdir)`.
+or, in a notebook: `from eval import evaluate; evaluate(workdir)`. Of runs that
+learn features of images, also
+
+  --eval=linear_probe   a linear classifier on frozen features
+  --eval=finetune       supervised training from the run: configs/finetune.py
+  --eval=pictures       features in two dimensions; what a model draws
 """
 
+import json
 import os
 import pathlib
 from typing import Any
 
 from absl import flags
 
+from configs import finetune as finetune_config
 from sigattn import cli, tasks
-from sigattn.analysis import report
-from sigattn.training import checkpoint, files, mesh, metrics, run_dir, setup
+from sigattn.analysis import features, report
+from sigattn.training import (
+  checkpoint,
+  files,
+  mesh,
+  metrics,
+  probe,
+  run_dir,
+  setup,
+)
 from sigattn.training import evaluate as evaluation
+from train import train
 
 
 def evaluate(
@@ -31,9 +47,7 @@ def evaluate(
   "best", or None for the newest. Raises ValueError where there is no such run,
   step or split.
   """
-  saved = setup.complete(run_dir.read_config(workdir), workdir)
-  devices = mesh.for_evaluation(saved)
-  config, params, step = checkpoint.load(workdir, step, devices)
+  config, params, step, devices = _load(workdir, step)
   split = split or config.data.eval_split
 
   def run(config):
@@ -43,23 +57,100 @@ def evaluate(
   results = {"step": step, "split": split, **run(config)}
   if variants := evaluation.variants(config):
     results["variants"] = {name: run(x) for name, x in variants.items()}
+  return _written(workdir, "eval.json", results)
+
+
+def linear_probe(
+  workdir: str | os.PathLike[str],
+  split: str | None = None,
+  step: int | str | None = None,
+) -> dict[str, Any]:
+  """Accuracy of a linear classifier on a run's frozen features.
+
+  Also in workdir/linear_probe.json. `random_encoder` is the same of the
+  parameters that the run started from. Arguments and errors are those of
+  `evaluate`; see sigattn.training.probe.
+  """
+  config, params, step, devices = _load(workdir, step)
+  split = split or config.data.eval_split
+  results = {
+    "step": step,
+    "split": split,
+    **probe.linear_probe(config, params, split, devices),
+    "random_encoder": probe.random_encoder(config, split, devices),
+  }
+  return _written(workdir, "linear_probe.json", results)
+
+
+def finetune(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+  """Trains workdir/finetune by configs/finetune.py, which resumes it.
+
+  Returns its last evaluation.
+  """
+  config = finetune_config.get_config(workdir)
+  folder = os.path.join(workdir, "finetune")
+  state = train(config, folder)
+  if int(state.step) < config.total_steps:
+    raise ValueError(f"{folder}: was stopped; the same command goes on")
+  done = json.loads((pathlib.Path(folder) / "DONE.json").read_bytes())
+  return {"split": config.data.eval_split, **done}
+
+
+def pictures(
+  workdir: str | os.PathLike[str],
+  split: str | None = None,
+  step: int | str | None = None,
+) -> list[pathlib.Path]:
+  """Draws what sigattn.analysis.features says into the run's folder.
+
+  Returns the paths. Arguments and errors are those of `evaluate`.
+  """
+  config, params, _, devices = _load(workdir, step)
+  split = split or config.data.eval_split
+  return features.draw(config, params, split, devices, workdir)
+
+
+def _load(workdir, step):
+  saved = setup.complete(run_dir.read_config(workdir), workdir)
+  devices = mesh.for_evaluation(saved)
+  config, params, step = checkpoint.load(workdir, step, devices)
+  return config, params, step, devices
+
+
+def _written(workdir, name, results):
   with metrics.saying_what_is_not_written():
-    files.write_json(pathlib.Path(workdir) / "eval.json", results)
+    files.write_json(pathlib.Path(workdir) / name, results)
   return results
 
 
 def _define_flags():
   flags.DEFINE_string("split", None, "By default the run's own held-out one.")
+  flags.DEFINE_enum(
+    "eval",
+    "metrics",
+    ["metrics", "linear_probe", "finetune", "pictures"],
+    "What to evaluate; see above.",
+  )
 
 
 def _main(given):
   metrics.set_up_logs()
   with cli.refusing("eval.py"):
-    results = evaluate(given.workdir, given.split, given.step)
+    if given.eval == "pictures":
+      paths = pictures(given.workdir, given.split, given.step)
+      metrics.log("drawn: " + ", ".join(map(str, paths)))
+      return
+    if given.eval == "finetune":
+      results = finetune(given.workdir)
+    elif given.eval == "linear_probe":
+      results = linear_probe(given.workdir, given.split, given.step)
+    else:
+      results = evaluate(given.workdir, given.split, given.step)
   variants = results.pop("variants", {})
-  metrics.log(
-    report.evaluation_table({results["split"]: results}, title=given.workdir)
-  )
+  rows = {results["split"]: results}
+  if random := results.pop("random_encoder", None):
+    rows["random encoder"] = random
+  metrics.log(report.evaluation_table(rows, title=given.workdir))
   if variants:
     metrics.log(report.variants_table(variants))
 

@@ -19,6 +19,7 @@ from sigattn.analysis import report, telemetry
 from sigattn.training import (
   checkpoint,
   evaluate,
+  init_from,
   mesh,
   metrics,
   process,
@@ -62,7 +63,7 @@ def train(
     # What cannot start fails before here, and leaves nothing behind.
     first = None
     if not saved.steps(workdir):
-      first, state = next(data), step.start(config, state)
+      first, state = next(data), init_from.start(config, state)
     folder.begin()
 
     checkpoints = enter(checkpoint.Checkpoints(workdir, config))
@@ -85,7 +86,7 @@ def train(
         results = None
         if last or due(i, config.eval.every_steps):
           log.finish()
-          params = state.params if state.ema is None else state.ema
+          params = step.evaluated(config, state)
           results = evaluator(params, eval_batches)
           log.evaluation(i, split, results)
         if (

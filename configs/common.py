@@ -16,8 +16,8 @@ def base():
   config.seed = 0  # of initialisation, data order, augmentation and dropout
   config.total_steps = 1000  # optimizer updates
   config.batch_size = 128  # examples per update, over all devices
-  # A folder of transformers or timm with the parameters to start from; None
-  # means random ones. See sigattn/pretrained.
+  # A folder of transformers or timm, or of a run of ours, with the parameters
+  # to start from; None means random ones. See sigattn/pretrained.
   config.init_from = config_dict.placeholder(str)
   config.dtype = "float32"  # of activations; parameters are always float32
 

@@ -40,9 +40,9 @@ def get_config(arg=None):
   return config.lock()
 
 
-def _base():
+def base():
+  """The data and the model that supervised and self-supervised runs share."""
   config = common.base()
-  config.task = "vit"
   config.data = dict(
     # The embedded data set (fashion_mnist), a local folder of images or parquet
     # files, or a Hugging Face name: owner/name or owner/name:subset.
@@ -63,17 +63,6 @@ def _base():
     # its name in the log; 0 ends the run at the first.
     max_corrupt_share=0.0,
     num_workers=0,  # processes that decode and augment; 0 uses threads
-  )
-  config.augment = dict(
-    crop="none",  # none, pad (shift by up to `pad` pixels) or inception
-    pad=2,  # pixels
-    min_area=0.08,  # smallest share of the image's area that inception keeps
-    flip=False,  # mirror half of the images horizontally
-    randaugment_layers=0,  # operations per image; 0 turns RandAugment off
-    randaugment_magnitude=9,  # 0 to 10
-    mixup=0.0,  # alpha of Beta(alpha, alpha); 0 turns mixup off
-    cutmix=0.0,  # likewise; if both are on, each batch uses one of them
-    label_smoothing=0.0,
   )
   config.model = dict(
     width=96,
@@ -105,6 +94,23 @@ def _base():
   return config
 
 
+def _base():
+  config = base()
+  config.task = "vit"
+  config.augment = dict(
+    crop="none",  # none, pad (shift by up to `pad` pixels) or inception
+    pad=2,  # pixels
+    min_area=0.08,  # smallest share of the image's area that inception keeps
+    flip=False,  # mirror half of the images horizontally
+    randaugment_layers=0,  # operations per image; 0 turns RandAugment off
+    randaugment_magnitude=9,  # 0 to 10
+    mixup=0.0,  # alpha of Beta(alpha, alpha); 0 turns mixup off
+    cutmix=0.0,  # likewise; if both are on, each batch uses one of them
+    label_smoothing=0.0,
+  )
+  return config
+
+
 def _fashion_mnist():
   """The embedded data set: three to five minutes on two CPU cores.
 
@@ -126,17 +132,8 @@ def _fashion_mnist():
   return config
 
 
-def _imagenet(size):
-  """ImageNet-1k from the Hub, with the recipe of DeiT (2012.12877), Table 9.
-
-  Training takes 300 epochs of 1,281,167 images, as for ViT-B/16 in 2409.04431.
-  We could not verify that paper's other hyper-parameters. Options
-  in its spirit are --config.model.layer_scale=1e-4 and
-  --config.attn.qk_norm=layernorm.
-  """
-  config = _base()
-  config.total_steps = 300 * 1_281_167 // 1024
-  config.batch_size = 1024
+def imagenet(config, size):
+  """Sets the data to ImageNet-1k and the model to one of SIZES."""
   config.dtype = "bfloat16"
   config.data.update(
     source="ILSVRC/imagenet-1k",
@@ -148,6 +145,29 @@ def _imagenet(size):
     std=(0.229, 0.224, 0.225),
     num_workers=16,
   )
+  width, depth, num_heads, mlp_dim = SIZES[size]
+  config.model.update(
+    width=width,
+    depth=depth,
+    num_heads=num_heads,
+    mlp_dim=mlp_dim,
+    patch_size=int(size.split("/")[1]),
+    pool="class",
+  )
+
+
+def _imagenet(size):
+  """ImageNet-1k from the Hub, with the recipe of DeiT (2012.12877), Table 9.
+
+  Training takes 300 epochs of 1,281,167 images, as for ViT-B/16 in 2409.04431.
+  We could not verify that paper's other hyper-parameters. Options
+  in its spirit are --config.model.layer_scale=1e-4 and
+  --config.attn.qk_norm=layernorm.
+  """
+  config = _base()
+  config.total_steps = 300 * 1_281_167 // 1024
+  config.batch_size = 1024
+  imagenet(config, size)
   config.augment.update(
     crop="inception",
     flip=True,
@@ -157,17 +177,9 @@ def _imagenet(size):
     cutmix=1.0,
     label_smoothing=0.1,
   )
-  width, depth, num_heads, mlp_dim = SIZES[size]
-  config.model.update(
-    width=width,
-    depth=depth,
-    num_heads=num_heads,
-    mlp_dim=mlp_dim,
-    patch_size=int(size.split("/")[1]),
-    pool="class",
-    drop_path=0.1,
-    max_unrolled=depth,  # A loop would copy all that the layers keep.
-  )
+  config.model.drop_path = 0.1
+  # A loop would copy all that the layers keep.
+  config.model.max_unrolled = config.model.depth
   config.optim.update(lr=1e-3, weight_decay=0.05)
   config.optim.warmup_steps = 5 * 1_281_167 // 1024  # 5 epochs
   config.eval.every_steps = 5 * 1_281_167 // 1024

@@ -15,6 +15,7 @@ PACKAGES = {
     "tokenizers", "PIL", "rich", "matplotlib", "tensorboardX", "scipy",
     "filelock", "huggingface_hub", "safetensors",
   ),
+  "selfsup": ("dm_pix",),
   "speech": ("soundfile", "scipy", "jiwer", "pyarrow"),
   "eval": ("lm_eval",),
 }  # fmt: skip

@@ -29,7 +29,7 @@ def pytest_addoption(parser):
   parser.addoption(
     "--all-meshes",
     action="store_true",
-    help="train on every mesh of eight devices, not on one of each kind",
+    help="train every method, and on every mesh of eight devices",
   )
 
 

@@ -6,7 +6,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import (
+  byol_sigmoid,
   lm_sigmoid,
+  mae_sigmoid,
+  simclr_sigmoid,
   speech_sigmoid,
   synthetic_sigmoid,
   vit,
@@ -68,7 +71,15 @@ def leaves(config, prefix=""):
 
 @pytest.mark.parametrize(
   "module",
-  [vit_sigmoid, lm_sigmoid, speech_sigmoid, synthetic_sigmoid],
+  [
+    vit_sigmoid,
+    lm_sigmoid,
+    speech_sigmoid,
+    synthetic_sigmoid,
+    simclr_sigmoid,
+    byol_sigmoid,
+    mae_sigmoid,
+  ],
   ids=lambda module: module.__name__,
 )
 def test_every_field_of_a_config_is_validated_and_no_other(module):

@@ -155,6 +155,7 @@ def test_public_functions_have_types():
 DISTRIBUTIONS = {
   "PIL": "pillow",
   "absl": "absl-py",
+  "dm_pix": "dm-pix",
   "huggingface_hub": "huggingface-hub",
   "lm_eval": "lm-eval",
   "ml_collections": "ml-collections",
@@ -184,6 +185,7 @@ def test_the_extra_that_an_error_names_brings_the_packages(extra):
 # What imports more than its room's extra: the task and its data.
 SPEECH = {"sigattn.data.speech", "sigattn.tasks.ctc"}
 EVAL = {"sigattn.inference.lm_eval"}
+SELFSUP = {"sigattn.data.views"}
 BASE = {"jax", "jaxlib", "numpy"}
 
 
@@ -201,6 +203,8 @@ def test_what_is_imported_is_brought_by_the_extra(module):
     packages |= {*extras.PACKAGES["speech"]}
   if module in EVAL:
     packages |= {*extras.PACKAGES["eval"]}
+  if module in SELFSUP:
+    packages |= {*extras.PACKAGES["selfsup"]}
   for name in imports(SOURCES[module]):
     top = name.split(".")[0]
     if top not in sys.stdlib_module_names and top != "sigattn":

@@ -40,12 +40,13 @@ _STYLE = {
   "svg.hashsalt": "sigattn",  # the same figure gives the same file
 }
 _SIZE = 5.2, 3.6  # width and height of one plot in inches
+_CURVES = ("loss", "accuracy", "cer", "knn_accuracy", "feature_std")
 _LOG_SCALE_RANGE = 30  # largest / smallest value, above which an axis is log
 
 
 def curves(groups: Groups, path: str | os.PathLike[str]) -> None:
-  """Draws loss, accuracy and character error rate by step into one PNG file."""
-  names = [n for n in ("loss", "accuracy", "cer") if _has_metric(groups, n)]
+  """Draws the metrics of _CURVES by step into one PNG file."""
+  names = [name for name in _CURVES if _has_metric(groups, name)]
   with mpl.rc_context(_STYLE):
     figure, axes = _figure(1, len(names))
     for ax, name in zip(axes[0], names, strict=True):
@@ -285,3 +286,49 @@ def matrices(
       ax.set_yticks(range(count), tick_labels, **ticks)
       ax.tick_params(length=0)
   return figure
+
+
+def classes(
+  xy_M2: np.ndarray,
+  target_M: np.ndarray,
+  names: tuple[str, str],
+  path: str | os.PathLike[str],
+) -> None:
+  """Draws points in the colours of their classes into a PNG file.
+
+  names: of the axes.
+  """
+  with mpl.rc_context(_STYLE):
+    figure, [[axes]] = _figure(1, 1, (6, 5))
+    for i, target in enumerate(np.unique(target_M)):
+      axes.scatter(
+        *xy_M2[target_M == target].T,
+        s=6,
+        linewidths=0,
+        color=mpl.colormaps["tab20"](i % 20),
+        # A legend of a thousand classes would hide the points.
+        label=f"class {target}" if i < 20 else None,
+      )
+    axes.set(xlabel=names[0], ylabel=names[1])
+    axes.legend(markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+
+
+def image_rows(
+  rows: Mapping[str, np.ndarray], path: str | os.PathLike[str]
+) -> None:
+  """Draws rows of images into a PNG file.
+
+  rows: {name: images (B, H, W, C) with pixels from 0 to 1}, all as many.
+  """
+  columns = len(next(iter(rows.values())))
+  with mpl.rc_context(_STYLE):
+    figure, axes = _figure(len(rows), columns, (0.9, 0.9))
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+      for ax, image in zip(line, images, strict=True):
+        # imshow takes a grey image without its channel.
+        grey = image.shape[-1] == 1
+        ax.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=1)
+        ax.set(xticks=[], yticks=[])
+      line[0].set_ylabel(name, fontsize="x-small")
+    figure.savefig(path, dpi=120)

@@ -50,8 +50,16 @@ def evaluate(images_BHWC: np.ndarray, size: int, crop: str) -> np.ndarray:
   """
   if crop != "inception":
     return resize(images_BHWC, size, size)
+  return centre(images_BHWC, round(size * 8 / 7), size)
+
+
+def centre(images_BHWC: np.ndarray, short_side: int, size: int) -> np.ndarray:
+  """Resizes the short side and cuts out the centre, (B, size, size, C).
+
+  short_side: its length afterwards in pixels, at least `size`.
+  """
   height, width = images_BHWC.shape[1:3]
-  factor = round(size * 8 / 7) / min(height, width)
+  factor = short_side / min(height, width)
   images = resize(images_BHWC, round(height * factor), round(width * factor))
   top, left = (images.shape[1] - size) // 2, (images.shape[2] - size) // 2
   return images[:, top : top + size, left : left + size]

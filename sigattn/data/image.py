@@ -1,9 +1,10 @@
 """Reads labelled images and turns them into batches of arrays.
 
-config.data.source is the name of an embedded data set, a local folder of images
-or of parquet files, or the name of a data set on the Hugging Face Hub. A class
-is the folder of an image, or a column called label: of ClassLabel, of integers
-from 0 on, or of names.
+config.data.source is the name of an embedded data set, a local folder of
+images, of parquet files or of the four files of MNIST (sigattn/data/mnist.py),
+or the name of a data set on the Hugging Face Hub. A class is the folder of an
+image, or a column called label: of ClassLabel, of integers from 0 on, or of
+names.
 """
 
 import io
@@ -15,7 +16,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
-from sigattn.data import augment, hub, loader
+from sigattn.data import augment, hub, loader, mnist
 from sigattn.validate import added, choice, flag, real, sequence, text, whole
 
 # {name: (file, number of images of each split, number of classes)}
@@ -46,7 +47,8 @@ FIELDS = {
 }
 
 
-def _one_mean_and_std_per_channel(config):
+def one_mean_and_std_per_channel(config: ConfigDict) -> None:
+  """The rule that config.data.mean and std fit config.data.channels."""
   channels = config.data.channels
   for name in ("mean", "std"):
     values = config.data[name]
@@ -66,7 +68,7 @@ def _shift_leaves_a_part(config):
     )
 
 
-def _source_has_the_splits_and_classes(config):
+def source_has_the_splits_and_classes(config: ConfigDict) -> None:
   """Compares the config with what is known of the source before it is read.
 
   The columns and classes of a folder are known only after it has been opened;
@@ -88,9 +90,9 @@ def _source_has_the_splits_and_classes(config):
 
 
 RULES = (
-  _one_mean_and_std_per_channel,
+  one_mean_and_std_per_channel,
   _shift_leaves_a_part,
-  _source_has_the_splits_and_classes,
+  source_has_the_splits_and_classes,
 )
 
 
@@ -108,6 +110,8 @@ def _splits_and_classes(source):
     file, *splits_and_classes = EMBEDDED[source]
     hub.embedded(source, file)
     return splits_and_classes
+  if mnist.is_source(source):
+    return mnist.SPLITS, None
   builder = hub.builder(source, EMBEDDED)
   features = builder.info.features
   if features is None:
@@ -170,27 +174,49 @@ def _validate_depth(source):
     )
 
 
-def open_source(config: ConfigDict, split: str) -> "Source":
+def open_source(
+  config: ConfigDict, split: str, transform: Any = None
+) -> "Source":
   """Opens a split of config.data.source.
 
-  Raises ValueError if the source has no such split or cannot be read.
+  transform: what makes batches of the images that were read, by default with
+  the crops and the augmentation of config.augment. It has train(images_BHWC,
+  rng) and evaluate(images_BHWC). Raises ValueError if the source has no such
+  split or cannot be read.
   """
   source = config.data.source
+  transform = transform or _Augmented(config)
   if source in EMBEDDED:
     hub.validate_split(source, split, EMBEDDED[source][1])
-    return _Embedded(config, split)
+    return _Embedded(config, split, transform)
+  if mnist.is_source(source):
+    hub.validate_split(source, split, mnist.SPLITS)
+    return _Mnist(config, split, transform)
   builder = hub.builder(source, EMBEDDED)
   hub.validate_split(source, split, hub.splits(builder))
-  return _Decoded(config, split, hub.table(source, builder, split))
+  return _Decoded(config, split, transform, hub.table(source, builder, split))
 
 
-class Source(loader.ExampleSource):
-  """A split of images; the config says how they are cropped and augmented."""
+class _Augmented:
+  """Crops and augments as config.augment says."""
 
-  def __init__(self, config: ConfigDict):
+  def __init__(self, config):
     self._size = config.data.image_size
     # A copy, so that later changes of the config have no effect on this split.
     self._augment = config.augment.copy_and_resolve_references()
+
+  def train(self, images_BHWC, rng):
+    return augment.train(images_BHWC, self._size, self._augment, rng)
+
+  def evaluate(self, images_BHWC):
+    return augment.evaluate(images_BHWC, self._size, self._augment.crop)
+
+
+class Source(loader.ExampleSource):
+  """A split of images, and the transform that crops and augments them."""
+
+  def __init__(self, transform: Any):
+    self._transform = transform
 
   def train(
     self, indices_B: np.ndarray, rng: np.random.Generator
@@ -200,26 +226,23 @@ class Source(loader.ExampleSource):
     {"image": uint8 (B, size, size, C), "target": int32 (B,)}
     """
     images, targets, read_B = self._read(indices_B)
-    images = augment.train(images, self._size, self._augment, rng)
-    batch = {"image": images, "target": targets}
+    batch = {"image": self._transform.train(images, rng), "target": targets}
     return batch | self.marks(indices_B, read_B)
 
   def evaluate(self, indices_B: np.ndarray) -> loader.Batch:
     """Returns a batch like that of `train`, but without random augmentation."""
     images, targets, read_B = self._read(indices_B)
-    images = augment.evaluate(images, self._size, self._augment.crop)
-    batch = {"image": images, "target": targets}
+    batch = {"image": self._transform.evaluate(images), "target": targets}
     return batch | self.marks(indices_B, read_B)
 
 
-class _Embedded(Source):
+class _InMemory(Source):
+  """Grey images (M, H, W) uint8 and their classes (M,) in two arrays."""
+
   in_memory = True
 
-  def __init__(self, config, split):
-    super().__init__(config)
-    name = config.data.source
-    with np.load(hub.embedded(name, EMBEDDED[name][0])) as arrays:
-      images, targets = arrays[f"x_{split}"], arrays[f"y_{split}"]
+  def __init__(self, config, transform, images, targets):
+    super().__init__(transform)
     # With three channels, each of them is a copy of the grey image.
     self._images = np.repeat(images[..., None], config.data.channels, axis=-1)
     self._targets = targets.astype(np.int32)
@@ -231,11 +254,31 @@ class _Embedded(Source):
     return self._images[indices_B], self._targets[indices_B], indices_B
 
 
+class _Embedded(_InMemory):
+  def __init__(self, config, split, transform):
+    name = config.data.source
+    with np.load(hub.embedded(name, EMBEDDED[name][0])) as arrays:
+      images, targets = arrays[f"x_{split}"], arrays[f"y_{split}"]
+    super().__init__(config, transform, images, targets)
+
+
+class _Mnist(_InMemory):
+  def __init__(self, config, split, transform):
+    data = config.data
+    images, targets = mnist.read(data.source, split, data.max_pixels)
+    if targets.max() >= data.num_classes:
+      raise ValueError(
+        f"config.data.num_classes={data.num_classes!r}; must be at least "
+        f"{targets.max() + 1}: {data.source} has that many classes"
+      )
+    super().__init__(config, transform, images, targets)
+
+
 class _Decoded(Source):
   in_memory = False
 
-  def __init__(self, config, split, table):
-    super().__init__(config)
+  def __init__(self, config, split, transform, table):
+    super().__init__(transform)
     import datasets
 
     source, features = config.data.source, table.features

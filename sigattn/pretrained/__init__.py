@@ -1,7 +1,8 @@
 """Models of transformers and timm: continued from, and saved in their form.
 
-`config.init_from` names a folder with a config.json and safetensors, as
-`save_pretrained` of transformers and `save_for_hf` of timm write it. A run then
+`config.init_from` names the folder of a run of ours, or one with a config.json
+and safetensors, as `save_pretrained` of transformers and `save_for_hf` of timm
+write it. A run then
 starts from its parameters instead of random ones; config.attn.kind, and with it
 the attention, may be another. In a notebook:
 
@@ -29,7 +30,7 @@ from sigattn.validate import added, text, value_at
 
 
 def _init_from_has_the_shape(config):
-  if config.init_from is None:
+  if config.init_from is None or is_run(config.init_from):
     return
   family, wanted = _read(config.init_from)
   if family.task != config.task:
@@ -50,6 +51,17 @@ def _init_from_has_the_shape(config):
       f"config.init_from={config.init_from!r}, whose model needs: "
       + " ".join(f"--config.{path}={value}" for path, value in wrong.items())
     )
+
+
+def is_run(folder: str) -> bool:
+  """Whether config.init_from names the folder of a run of ours.
+
+  sigattn.training.transfer then says what is taken over.
+  """
+  try:
+    return (pathlib.Path(folder) / "checkpoints").is_dir()
+  except (OSError, ValueError):
+    return False
 
 
 FIELDS = {"init_from": added(text(optional=True), before=None)}
@@ -151,7 +163,7 @@ def start(config: ConfigDict, params: Mapping[str, Any]) -> dict[str, Any]:
   known.
   """
   family, found = _read(config.init_from)
-  tensors, flat = _Tensors(config.init_from), _flatten(params)
+  tensors, flat = _Tensors(config.init_from), flatten(params)
   loaded = {path: np.array(x) for path, x in flat.items()}
   fresh, unknown = set(loaded), set(tensors.shapes)
   new_head = family.task == "vit" and (
@@ -180,7 +192,7 @@ def start(config: ConfigDict, params: Mapping[str, Any]) -> dict[str, Any]:
     raise ValueError(f"{config.init_from}: lacks {sorted(fresh - allowed)}")
   if fresh:
     logging.warning("not in %s: %s", config.init_from, ", ".join(sorted(fresh)))
-  return _nested(loaded)
+  return nested(loaded)
 
 
 # Tables of constants, which old versions of transformers saved too.
@@ -202,7 +214,7 @@ def save(
   import safetensors.numpy
 
   name, family, found = _fitting(config)
-  flat = _flatten(params)
+  flat = flatten(params)
   tensors = {}
   for theirs, paths, entry, layer in _tensors_of(family, found):
     parts = [np.asarray(flat[path])[layer] for path in paths]
@@ -284,17 +296,19 @@ def _paths(family):
   )  # fmt: skip
 
 
-def _flatten(tree, prefix=""):
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested parameters by path: {"embed/kernel": ...}."""
   flat = {}
   for key, value in tree.items():
     if isinstance(value, Mapping):
-      flat |= _flatten(value, f"{prefix}{key}/")
+      flat |= flatten(value, f"{prefix}{key}/")
     else:
       flat[prefix + key] = value
   return flat
 
 
-def _nested(flat):
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """What `flatten` was given."""
   tree = {}
   for path, value in flat.items():
     *parents, key = path.split("/")

@@ -33,6 +33,20 @@ A task may also have
   patch_attention(config, weights_LNTS)
                                   returns how much attention each patch of an
                                   image receives, (L, N, rows, columns)
+  represent(config, model, batch) returns features (B, D) of a batch, which a
+                                  linear probe classifies; batches then have
+                                  "target"
+  reference(config)               returns batches of training examples, whose
+                                  features `evaluate` gets as a fourth argument
+  target_momentum(config)         returns an optax schedule m(step): the step
+                                  then keeps m average + (1 - m) parameters, and
+                                  `loss` gets the model of that average as a
+                                  fifth argument
+  drawings(config, model, batch)  returns rows of images (B, H, W, C) in [0, 1]
+                                  for eval.py --eval=pictures; DRAWINGS has the
+                                  name of each row
+  ENCODER                         names of the parameters from which a run of
+                                  another task, which has the same, may start
 
 To add a task, add its module here and its name to TASKS, and write a config
 that begins with configs.common.base(). tests/tasks/test_adding_a_task.py has a
@@ -48,7 +62,10 @@ from ml_collections import ConfigDict
 from sigattn.data import loader
 
 TASKS = (
+  "byol",
   "lm",
+  "mae",
+  "simclr",
   "speech",
   "synthetic",
   "vit",

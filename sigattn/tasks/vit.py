@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,16 @@ UNIT = "images"
 METRICS = ("loss", "accuracy", "accuracy_top5")  # top5 needs > 10 classes
 POOLS = ("mean", "class")
 POSITIONS = ("learned", "sincos1d", "sincos2d", "rope", "none")
+# The parameters of a Backbone, by which other tasks may start: see
+# sigattn.training.init_from.
+ENCODER = ("class_token", "embed", "encoder", "norm", "position")
 
 
-class VisionTransformer(nnx.Module):
-  """Patches -> linear embedding + positions -> encoder -> norm -> pool -> head.
+class Backbone(nnx.Module):
+  """Patches -> linear embedding + positions -> encoder -> norm -> pool.
+
+  What supervised and self-supervised models have in common: the parameters of
+  ENCODER.
 
   encoder: a module, encoder(x_BTD, rng) -> (B, T, D); T counts all tokens.
   grid: the numbers of rows and columns of patches.
@@ -30,13 +37,12 @@ class VisionTransformer(nnx.Module):
     the first token.
   position_table: what is added to the tokens, "learned", "sincos1d", "sincos2d"
     or "none". Only a learned table has a row for the class token.
-  norm: the kind of the norm before the head, or None for no norm.
+  norm: the kind of the last norm, or None for no norm.
 
   Initialisation beyond that of sigattn.layers:
     embed/kernel  LeCun normal, which keeps the variance of normalised pixels
     class_token   0
     position      normal, standard deviation position_std
-    head          0, so that the first loss is log(num_classes)
   """
 
   def __init__(
@@ -46,7 +52,6 @@ class VisionTransformer(nnx.Module):
     grid: tuple[int, int],
     patch_size: int,
     channels: int,
-    num_classes: int,
     width: int,
     pool: str,
     position_table: str,
@@ -71,27 +76,32 @@ class VisionTransformer(nnx.Module):
     self.has_norm = norm is not None
     if self.has_norm:
       self.norm = layers.make_norm(norm, width, rngs, norm_epsilon)
-    zeros = nnx.initializers.zeros
-    self.head = nnx.Linear(width, num_classes, kernel_init=zeros, rngs=rngs)
 
-  def __call__(
+  def features(
     self, images_BHWC: jax.Array, rng: jax.Array | None = None
   ) -> jax.Array:
-    """Returns float32 logits (B, num_classes).
+    """Returns float32 features (B, D), the pooled tokens.
 
     images_BHWC: normalised, see `normalize`. rng: for dropout and drop path;
     None turns both off. Raises ValueError for images of another size.
     """
-    x_BPD = self.embed(self._patches(images_BHWC).astype(self.dtype))
-    x_BTD = self._add_positions(self._add_class_token(x_BPD))
+    x_BTD = self.encode(self.tokens(images_BHWC), rng)
+    return x_BTD[:, 0] if self.pool == "class" else x_BTD.mean(1)
+
+  def tokens(self, images_BHWC: jax.Array) -> jax.Array:
+    """The tokens that the encoder gets (B, T, D): patches with positions."""
+    x_BPD = self.embed(self.patches(images_BHWC).astype(self.dtype))
+    return self._add_positions(self._add_class_token(x_BPD))
+
+  def encode(self, x_BTD: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+    """The encoder and the last norm of tokens, float32 (B, T, D)."""
     x_BTD = self.encoder(x_BTD, rng)
     if self.has_norm:
       x_BTD = layers.normalize(self.norm, x_BTD)
-    # The pool and the head are cheap, so they compute in float32.
-    x_BTD = x_BTD.astype(jnp.float32)
-    return self.head(x_BTD[:, 0] if self.pool == "class" else x_BTD.mean(1))
+    # The pool and the heads are cheap, so they compute in float32.
+    return x_BTD.astype(jnp.float32)
 
-  def _patches(self, images_BHWC):
+  def patches(self, images_BHWC: jax.Array) -> jax.Array:
     """The pixels of each patch, (B, P, patch_size^2 C).
 
     Patches, and the pixels of each patch, are in raster order.
@@ -105,6 +115,14 @@ class VisionTransformer(nnx.Module):
       )
     x = images_BHWC.reshape(batch, rows, size, columns, size, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+
+  def images(self, x_BPX: jax.Array) -> jax.Array:
+    """The images (B, H, W, C) whose `patches` are given."""
+    (rows, columns), size = self.grid, self.patch_size
+    batch = len(x_BPX)
+    x = x_BPX.reshape(batch, rows, columns, size, size, -1)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows * size, columns * size, -1)
 
   def _add_class_token(self, x_BPD):
     if self.pool != "class":
@@ -126,6 +144,34 @@ class VisionTransformer(nnx.Module):
     return x_BTD + table_TD.astype(x_BTD.dtype)[None]
 
 
+class VisionTransformer(Backbone):
+  """A Backbone with a linear head: its features -> logits.
+
+  The head is 0 at first, so that the first loss is log(num_classes). The other
+  arguments are those of Backbone.
+  """
+
+  def __init__(
+    self,
+    encoder: nnx.Module,
+    *,
+    num_classes: int,
+    rngs: nnx.Rngs,
+    **options: Any,
+  ):
+    super().__init__(encoder, rngs=rngs, **options)
+    zeros = nnx.initializers.zeros
+    self.head = nnx.Linear(
+      self.width, num_classes, kernel_init=zeros, rngs=rngs
+    )
+
+  def __call__(
+    self, images_BHWC: jax.Array, rng: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns float32 logits (B, num_classes); the arguments of `features`."""
+    return self.head(self.features(images_BHWC, rng))
+
+
 def _fixed_table(name, grid, width):
   if name == "sincos1d":
     return positions.sincos_1d(math.prod(grid), width)
@@ -136,11 +182,13 @@ _MAX_TOKENS = 2**20
 # Of Beta(alpha, alpha): below, nothing is mixed; above, all is halved.
 _ALPHA = zero_or(real(low=1e-3, high=1e3))
 
-FIELDS = stack.FIELDS | {
+BACKBONE_FIELDS = stack.FIELDS | {
   "model.patch_size": whole(low=1, high=2**14),
   "model.pool": choice(POOLS),
   "model.positions": choice(POSITIONS),
   "model.position_std": real(low=0, high=1e6),
+}
+FIELDS = BACKBONE_FIELDS | {
   "augment.mixup": _ALPHA,
   "augment.cutmix": _ALPHA,
   "augment.label_smoothing": real(low=0, below=1),
@@ -167,14 +215,14 @@ def _top5_needs_more_classes(config):
     )
 
 
-RULES = (
+BACKBONE_RULES = (
   *stack.RULES,
   stack.not_causal,
   divides("model.patch_size", "data.image_size"),
   _patches_are_not_too_many,
   stack.multiple_for_positions({"sincos1d": 2, "sincos2d": 4, "rope": 4}),
-  _top5_needs_more_classes,
 )
+RULES = (*BACKBONE_RULES, _top5_needs_more_classes)
 
 
 def build(config: ConfigDict, rngs: nnx.Rngs) -> VisionTransformer:
@@ -182,19 +230,24 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> VisionTransformer:
 
   Its max_length, the n of sigmoid's bias -log n, is the number of tokens.
   """
+  return VisionTransformer(
+    num_classes=config.data.num_classes, **backbone(config, rngs)
+  )
+
+
+def backbone(config: ConfigDict, rngs: nnx.Rngs) -> dict[str, Any]:
+  """The arguments of the Backbone that a config describes."""
   model, data = config.model, config.data
   side = data.image_size // model.patch_size
   grid, dtype = (side, side), jnp.dtype(config.dtype)
   tokens = side**2 + (model.pool == "class")
-  encoder = stack.make(
-    config, max_length=tokens, rotate=_rotate(model, grid), rngs=rngs
-  )
-  return VisionTransformer(
-    encoder,
+  return dict(
+    encoder=stack.make(
+      config, max_length=tokens, rotate=_rotate(model, grid), rngs=rngs
+    ),
     grid=grid,
     patch_size=model.patch_size,
     channels=data.channels,
-    num_classes=data.num_classes,
     width=model.width,
     pool=model.pool,
     position_table="none" if model.positions == "rope" else model.positions,
@@ -289,16 +342,28 @@ def _has_top5(config):
   return config.data.num_classes > 10
 
 
+def represent(
+  config: ConfigDict, model: Backbone, batch: dict[str, jax.Array]
+) -> jax.Array:
+  """The features (B, D) of a batch's images, float32, without randomness."""
+  return model.features(normalize(config.data, batch["image"]))
+
+
 def normalize(data: ConfigDict, images_BHWC: jax.Array) -> jax.Array:
   """(images / 255 - mean) / std in float32, for each channel.
 
-  data: config.data. images_BHWC: uint8.
+  data: config.data. images_BHWC: uint8, from 0 to 255.
   """
+  return standardize(data, images_BHWC.astype(jnp.float32) / 255)
+
+
+def standardize(data: ConfigDict, images_BHWC: jax.Array) -> jax.Array:
+  """(images - mean) / std for each channel, of pixels in [0, 1]."""
   mean, std = (
     jnp.asarray(x, jnp.float32)[None, None, None, :]
     for x in (data.mean, data.std)
   )
-  return (images_BHWC.astype(jnp.float32) / 255 - mean) / std
+  return (images_BHWC - mean) / std
 
 
 def mix(

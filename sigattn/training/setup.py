@@ -7,6 +7,7 @@ parameters, and `model` a callable model with given parameters.
 
 import functools
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 
 from sigattn import pretrained, tasks, validate
 from sigattn.data import loader
-from sigattn.training import mesh, optim
+from sigattn.training import mesh, optim, saved, transfer
 from sigattn.validate import added, choice, flag, text, whole
 
 MAX_STEPS = 10**9  # The devices count steps in int32.
@@ -53,8 +54,25 @@ def _groups_and_mesh_match_parameters(config):
   mesh.validate_parameters(config, params)
 
 
+def _run_of_init_from_fits(config):
+  folder = config.init_from
+  if folder is None or not pretrained.is_run(folder):
+    return
+  path = pathlib.Path(folder) / "config.json"
+  try:
+    theirs = saved.read_config(path)["config"]
+  except (OSError, ValueError, KeyError) as error:
+    raise ValueError(
+      f"config.init_from={folder!r}; needs the config of a run: {path.name}: "
+      f"{error}"
+    ) from error
+  theirs = complete(ConfigDict(theirs), folder)
+  transfer.names(config, shapes(config), theirs, shapes(theirs))
+
+
 RULES = (_best_metric_of_the_task,)
-LAST_RULES = (_groups_and_mesh_match_parameters,)  # They need all others.
+# They need all others.
+LAST_RULES = (_groups_and_mesh_match_parameters, _run_of_init_from_fits)
 
 
 def tables(task: str) -> tuple[dict[str, validate.Field], list[validate.Rule]]:

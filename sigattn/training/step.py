@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from sigattn import pretrained, tasks
+from sigattn import tasks
 from sigattn.training import mesh, optim, setup
 
 
@@ -24,7 +24,9 @@ class State(NamedTuple):
   step: jax.Array  # int32 scalar, the number of updates done
   params: Any  # nested dict of float32 arrays
   opt_state: Any
-  ema: Any  # like params; None where config.optim.ema_decay is 0
+  # The exponential average of the parameters, like them; None where neither
+  # config.optim.ema_decay nor the task's target_momentum asks for one.
+  ema: Any
 
 
 # Scalars by name, and "norms": those of the gradient and of the parameters by
@@ -48,30 +50,25 @@ def init(
     mesh.replicated(devices),
     split,
     mesh.optimizer(tx, params, devices),
-    split if config.optim.ema_decay else None,
+    split if _has_average(config) else None,
   )
 
   @functools.partial(jax.jit, out_shardings=shardings)
   def state(params):
-    ema = jax.tree.map(jnp.copy, params) if config.optim.ema_decay else None
+    ema = jax.tree.map(jnp.copy, params) if _has_average(config) else None
     return State(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
 
   return state(params), _update(config, static, tx, shardings)
 
 
-def start(config: ConfigDict, state: State) -> State:
-  """The state from which a new run starts: that of config.init_from.
+def _has_average(config):
+  target = hasattr(tasks.get(config.task), "target_momentum")
+  return target or bool(config.optim.ema_decay)
 
-  state: the initial one. Raises ValueError as pretrained.start does.
-  """
-  if config.init_from is None:
-    return state
-  loaded = pretrained.start(config, jax.device_get(state.params))
-  params = jax.tree.map(
-    lambda old, new: jax.device_put(new, old.sharding), state.params, loaded
-  )
-  ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-  return state._replace(params=params, ema=ema)
+
+def evaluated(config: ConfigDict, state: State) -> Any:
+  """The parameters to evaluate: the average, if config.optim.ema_decay > 0."""
+  return state.ema if config.optim.ema_decay else state.params
 
 
 def jitted(update: Update) -> Step:
@@ -87,31 +84,34 @@ def jitted(update: Update) -> Step:
 def _update(config, static, tx, shardings):
   task = tasks.get(config.task)
   schedule = optim.schedule(config)
-  decay = config.optim.ema_decay
+  average = _average(config, task)
 
   @functools.partial(jax.value_and_grad, has_aux=True)
-  def low_gradients(params, batch, rng):
-    return task.loss(config, nnx.merge(static, params), batch, rng)
+  def low_gradients(params, batch, rng, *targets):
+    targets = [nnx.merge(static, target) for target in targets]
+    return task.loss(config, nnx.merge(static, params), batch, rng, *targets)
 
-  def gradients(params, batch, rng):
+  def gradients(params, batch, rng, *targets):
     low = optim.lowered(params, config.optim.grad_dtype)
-    values, grads = low_gradients(low, batch, rng)
+    values, grads = low_gradients(low, batch, rng, *targets)
     # XLA converts where it reads: what lies in memory stays as it is.
     return values, optax.tree.cast(grads, jnp.float32)
 
   def update(state, batch):
     # The number 0 is left to the initialisation.
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step + 1)
+    targets = [state.ema] if hasattr(task, "target_momentum") else []
     (_, metrics), grads = _accumulate(
-      gradients, state.params, batch, rng, config.optim.accumulate
-    )
+      lambda *args: gradients(*args, *targets),
+      state.params, batch, rng, config.optim.accumulate,
+    )  # fmt: skip
     # Without this, each device might add up all gradients and keep its part.
     grads = jax.lax.with_sharding_constraint(grads, shardings.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-      ema = optim.average(ema, params, state.step, decay)
+      ema = average(ema, params, state.step)
     metrics = metrics | {
       "lr": schedule(state.step),
       "grad_norm": optax.tree.norm(grads),
@@ -129,6 +129,17 @@ def _update(config, static, tx, shardings):
     return grads, updates, new, metrics
 
   return update
+
+
+def _average(config, task):
+  """The function (average, params, step) -> the next average."""
+  if not hasattr(task, "target_momentum"):
+    decay = config.optim.ema_decay
+    return functools.partial(optim.average, decay=decay)
+  momentum = task.target_momentum(config)
+  return lambda ema, params, step: optax.incremental_update(
+    params, ema, 1 - momentum(step)
+  )
 
 
 def _norms_by_module(tree):

@@ -153,9 +153,9 @@ def test_patches_are_squares_in_raster_order():
     for row in (0, 4)
     for column in (0, 4)
   ]
-  np.testing.assert_array_equal(model._patches(x), np.stack(expected, axis=1))
+  np.testing.assert_array_equal(model.patches(x), np.stack(expected, axis=1))
   with pytest.raises(ValueError, match="8 x 8"):
-    model._patches(images(side=12))
+    model.patches(images(side=12))
 
 
 def test_rope_turns_patches_by_row_and_column_not_the_class_token():

@@ -1,0 +1,34 @@
+"""Starts a run from the parameters that config.init_from names."""
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from sigattn import pretrained
+from sigattn.training import checkpoint, transfer
+from sigattn.training.step import State
+
+
+def start(config: ConfigDict, state: State) -> State:
+  """The state from which a new run starts: that of config.init_from.
+
+  That is a folder with a model of transformers or timm, or of a run of ours,
+  whose newest checkpoint is taken; if that run has averaged its parameters to
+  evaluate them, it is the average.
+
+  state: the initial one. Raises ValueError as pretrained.start and
+  checkpoint.load do.
+  """
+  if config.init_from is None:
+    return state
+  params = jax.device_get(state.params)
+  if pretrained.is_run(config.init_from):
+    theirs, their_params, _ = checkpoint.load(config.init_from)
+    loaded = transfer.take(config, params, theirs, jax.device_get(their_params))
+  else:
+    loaded = pretrained.start(config, params)
+  params = jax.tree.map(
+    lambda old, new: jax.device_put(new, old.sharding), state.params, loaded
+  )
+  ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+  return state._replace(params=params, ema=ema)

@@ -1,0 +1,114 @@
+"""What a run takes over from another run of ours, which config.init_from names.
+
+A run of the same task gives all parameters, except a head for other classes. A
+run of another task gives the encoder, if both tasks have an ENCODER; the rest
+keeps its initial values. A learned table of positions is resized where the
+numbers of patches differ.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from sigattn import tasks
+from sigattn.pretrained import flatten, nested
+from sigattn.validate import value_at
+
+# What changes the model and shows in no shape.
+_SAME = ("model.mlp", "model.norm", "model.positions")
+
+
+def names(
+  config: ConfigDict, params: Any, their_config: ConfigDict, theirs: Any
+) -> set[str]:
+  """The paths of the parameters that are taken over, "embed/kernel" and so on.
+
+  params, theirs: the parameters of both configs, or their shapes. Raises
+  ValueError for a run whose parameters do not fit.
+  """
+  where = f"config.init_from={config.init_from!r}"
+  encoder = getattr(tasks.get(config.task), "ENCODER", None)
+  if config.task != their_config.task and encoder != getattr(
+    tasks.get(their_config.task), "ENCODER", ()
+  ):
+    raise ValueError(
+      f"{where}; is a run of the task {their_config.task!r}, from which "
+      f"config.task={config.task!r} cannot start"
+    )
+  for path in _SAME:
+    if _value(config, path) != _value(their_config, path):
+      raise ValueError(
+        f"config.{path}={_value(config, path)!r}; must be "
+        f"{_value(their_config, path)!r} as in the run of {where}"
+      )
+  ours, theirs = flatten(params), flatten(theirs)
+  taken = set()
+  for path, x in ours.items():
+    top = path.split("/")[0]
+    their = theirs.get(path)
+    if config.task != their_config.task and top not in encoder:
+      continue
+    if their is not None and _fits(path, x.shape, their.shape, encoder):
+      taken.add(path)
+    elif top != "head" or not encoder:
+      has = "lacks it" if their is None else f"has the shape {their.shape}"
+      raise ValueError(
+        f"{where}; the parameter {path} has the shape {x.shape} by "
+        f"config.model and config.attn, and that run {has}: see the config "
+        "in its config.json"
+      )
+  return taken
+
+
+def _value(config, path):
+  try:
+    return value_at(config, path)
+  except ValueError:
+    return None  # The task has no such field.
+
+
+def _fits(path, shape, their_shape, encoder):
+  if path == "position" and encoder:
+    return shape[1] == their_shape[1]
+  return shape == their_shape
+
+
+def take(
+  config: ConfigDict, params: Any, their_config: ConfigDict, theirs: Any
+) -> dict[str, Any]:
+  """`params`, of which `names` are replaced by theirs, as NumPy arrays.
+
+  The log says which parameters keep their initial values.
+  """
+  taken = names(config, params, their_config, theirs)
+  ours, theirs = flatten(params), flatten(theirs)
+  if fresh := sorted(ours.keys() - taken):
+    logging.warning("not in %s: %s", config.init_from, ", ".join(fresh))
+  new = {path: np.asarray(x) for path, x in ours.items()}
+  for path in taken:
+    x = np.asarray(theirs[path])
+    new[path] = x if x.shape == new[path].shape else _resized(x, new[path])
+  return nested(new)
+
+
+def _resized(theirs_TD, ours_TD):
+  """A table of positions for another square of patches, by cubic interpolation.
+
+  With a class token the first row is its own, and stays. It is left out where
+  our model has no such token.
+  """
+  count, width = ours_TD.shape
+  side, their_side = math.isqrt(count), math.isqrt(len(theirs_TD))
+  # One more than a square is a square and a class token.
+  first, their_first = count - side**2, len(theirs_TD) - their_side**2
+  logging.warning(
+    "the positions of %d x %d patches are resized to %d x %d",
+    their_side, their_side, side, side,
+  )  # fmt: skip
+  table = theirs_TD[their_first:].reshape(their_side, their_side, width)
+  table = jax.image.resize(table, (side, side, width), "cubic")
+  return np.concatenate([theirs_TD[:first], table.reshape(-1, width)])
