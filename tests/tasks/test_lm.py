@@ -200,7 +200,7 @@ BAD = [
   ("model.norm", "both"),
   ("attn.kind", "sigmiod"),
   ("data.source", "kvj"),
-  ("data.eval_split", "validation"),
+  ("data.eval_split", "valid"),
   ("data.tokenizer", "character"),
   ("data.vocab_size", 63),
   ("data.length", 0),
