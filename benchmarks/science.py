@@ -6,8 +6,8 @@ A study is a config of configs/studies, some settings of it, and the forms of
 attention to compare (benchmarks/forms.py). The runs of a setting and a form
 differ in seed and learning rate alone, so that one program trains them all,
 by jax.vmap over the parameters. They use the project's models, data, losses and
-optimizer, and train as train.py does. Rows of 2,048 tokens or more fill a GPU
-by themselves: their runs are computed one after the other, within the program.
+optimizer, and train as train.py does. Rows of 512 tokens or more fill a GPU by
+themselves: their runs are computed one after the other, within the program.
 
 How things are chosen: the learning rate of a form is the one with the lowest
 mean loss of the seeds on the split "validation". What is reported is of the
@@ -48,7 +48,7 @@ from sigattn.training import files, optim, setup
 
 EVERY = 50  # updates between two entries of a curve
 _CHUNK = 2 * EVERY  # updates of one call
-_LONG = 2048  # tokens of a row, from which on runs are not batched
+_LONG = 512  # tokens of a row, from which on runs are not batched
 
 
 class Study(NamedTuple):
@@ -116,7 +116,14 @@ STUDIES = {
     "studies.hybrid_norm", ("gap_positions",), _MAIN[:3], _TEXT_LRS, 35
   ),
   "default_language": Study("lm", (), _MAIN, _TEXT_LRS, 25),
-  "default_vision": Study("vit", (), _MAIN, (5e-4, 1e-3, 2e-3), 40),
+  "default_vision": Study("vit", (), _MAIN, (1.5e-3, 3e-3, 6e-3), 40),
+  # Beside the rows of `length` without a window.
+  "layers": Study(
+    "studies.length", ("rope",), (*forms.LAYER_FORMS,), (5e-3,), 45
+  ),
+  "slopes": Study(
+    "studies.length", ("alibi",), (*forms.SLOPE_FORMS,), (5e-3,), 30
+  ),
 }
 
 
@@ -163,9 +170,15 @@ def jobs(study: str, deadline: float) -> list[Job]:
 # Training.
 
 
+def _built(config, form, rngs):
+  """The model of the config, with the layers of the form."""
+  return forms.extend(tasks.get(config.task).build(config, rngs), form, rngs)
+
+
 def _model(config, form, params):
   """The callable model, whose layers attend by the form's function."""
-  model = setup.model(config, params)
+  built = nnx.eval_shape(lambda: _built(config, form, nnx.Rngs(0)))
+  model = nnx.merge(nnx.graphdef(built), params)
   if form.attend is not None:
     for _, module in nnx.iter_modules(model):
       if hasattr(module, "attention_fn"):
@@ -180,15 +193,18 @@ def _each(config, function):
   return lambda *args: jax.lax.map(lambda x: function(*x), args)
 
 
-def _initial(config, tx, seed_R):
+def _params(config, form, seed):
+  model = _built(config, form, nnx.Rngs(jax.random.key(seed)))
+  return nnx.to_pure_dict(nnx.state(model))
+
+
+def _initial(config, form, tx, seed_R):
   """The parameters and the optimizer's state of each run."""
-  task = tasks.get(config.task)
 
   @jax.jit
   @jax.vmap
   def make(seed):
-    rngs = nnx.Rngs(jax.random.key(seed))
-    params = nnx.to_pure_dict(nnx.state(task.build(config, rngs)))
+    params = _params(config, form, seed)
     return params, tx.init(params)
 
   return make(seed_R)
@@ -259,10 +275,12 @@ def train(
   """
   study, config = STUDIES[job.study], job.config()
   lrs, form = study.lrs, forms.FORMS[job.form]
-  tx = optim.make(config, setup.shapes(config))
+  tx = optim.make(
+    config, jax.eval_shape(functools.partial(_params, config, form), 0)
+  )
   seed_R = np.repeat(np.array(seeds, np.int32), len(lrs))
   factor_R = np.tile(np.array(lrs, np.float32) / config.optim.lr, len(seeds))
-  state, update = _initial(config, tx, seed_R), _updates(config, form, tx)
+  state, update = _initial(config, form, tx, seed_R), _updates(config, form, tx)
   curves, done = [], 0
   for batches in _batches(config, seeds, len(lrs), _CHUNK):
     size = len(jax.tree.leaves(batches)[0])
@@ -424,7 +442,7 @@ def _write(folder, study, done, command):
   ]
   header = {
     "command": command,
-    "commit": commit(),
+    "commit": flags.FLAGS.commit or commit(),
     "date": time.strftime("%Y-%m-%d"),
     "jax": jax.__version__,
     "seeds": [0, 1, 2],
@@ -469,6 +487,7 @@ def main(argv) -> None:
 if __name__ == "__main__":
   flags.DEFINE_list("studies", None, "The studies to run, in this order.")
   flags.DEFINE_string("out", None, "The folder for the JSON files.")
+  flags.DEFINE_string("commit", None, "Of the code, where there is no git.")
   flags.DEFINE_integer("workers", 8, "Processes that share the device.", 1)
   flags.DEFINE_float("seconds", 3600, "When to stop.")
   flags.mark_flags_as_required(["studies", "out"])

@@ -106,7 +106,7 @@ BAD = [
   ("augment.label_smoothing", 1.0),
   ("augment.randaugment_magnitude", 11),
   ("data.source", "fashion_mnits"),
-  ("data.eval_split", "validation"),
+  ("data.eval_split", "valid"),
   ("data.image_size", 0),
   ("data.channels", 2),
   ("data.num_classes", 9),

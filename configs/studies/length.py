@@ -44,6 +44,15 @@ def sweep_rope():
   }
 
 
+def sweep_alibi():
+  yield {
+    "attn.alibi": True,
+    "model.positions": "none",
+    "eval.length_factors": (1, 2, 4, 8, 16),
+    "eval.max_length_of": ("training",),
+  }
+
+
 def sweep_window():
   yield {}
   yield {"attn.window": 255}  # 256 keys with the token's own

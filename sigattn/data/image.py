@@ -18,10 +18,15 @@ from PIL import Image, ImageOps
 from sigattn.data import augment, hub, loader
 from sigattn.validate import added, choice, flag, real, sequence, text, whole
 
-# {name: (file, number of images of each split, number of classes)}
+# {name: (file, number of images of each split, number of classes)}. A file has
+# a train and a test part; the validation split is the end of the train part.
 EMBEDDED = {
   # The licence is beside the file.
-  "fashion_mnist": ("fashion_mnist.npz", {"train": 10_000, "test": 2_000}, 10),
+  "fashion_mnist": (
+    "fashion_mnist.npz",
+    {"train": 9_000, "validation": 1_000, "test": 2_000},
+    10,
+  ),
 }
 _MODES = {1: "L", 3: "RGB"}  # {number of channels: Pillow's mode}
 
@@ -218,8 +223,15 @@ class _Embedded(Source):
   def __init__(self, config, split):
     super().__init__(config)
     name = config.data.source
-    with np.load(hub.embedded(name, EMBEDDED[name][0])) as arrays:
-      images, targets = arrays[f"x_{split}"], arrays[f"y_{split}"]
+    file, counts, _ = EMBEDDED[name]
+    part = "test" if split == "test" else "train"
+    rows = (
+      slice(counts["train"], None)
+      if split == "validation"
+      else slice(counts[split])
+    )
+    with np.load(hub.embedded(name, file)) as arrays:
+      images, targets = (arrays[f"{x}_{part}"][rows] for x in "xy")
     # With three channels, each of them is a copy of the grey image.
     self._images = np.repeat(images[..., None], config.data.channels, axis=-1)
     self._targets = targets.astype(np.int32)

@@ -95,7 +95,7 @@ def test_controls_are_their_formulas(name, weights):
   query, key, value = (
     3 * jax.random.normal(jax.random.key(i), (1, 9, 2, 4)) for i in range(3)
   )
-  changes, attend = forms.FORMS[name]
+  changes, attend, _ = forms.FORMS[name]
   options = {k.removeprefix("attn."): v for k, v in changes.items()}
   out = attend(query, key, value, n=9, implementation="xla", **options)
   logits = attention.attention_weights(query, key, kind="softmax")[0]
