@@ -10,8 +10,8 @@ optimizer, and train as train.py does. Rows of 512 tokens or more fill a GPU by
 themselves: their runs are computed one after the other, within the program.
 
 How things are chosen: the learning rate of a form is the one with the lowest
-mean loss of the seeds on the split "validation". What is reported is of the
-split "test", which nothing is chosen by.
+mean loss of the seeds on the split "validation", which is not trained on. What
+is reported is of the split "test", which nothing is chosen by.
 
 --workers processes share the device and take the settings from one queue, in
 the order of the studies. After --seconds no more is begun, and what is running
@@ -140,17 +140,23 @@ class Job(NamedTuple):
 
   def config(self):
     """The validated config, with the first learning rate and seed."""
-    study = STUDIES[self.study]
-    module = importlib.import_module(f"configs.{study.config}")
-    config = module.get_config()
+    study, config = STUDIES[self.study], _config(self.study)
     config.update_from_flattened_dict(
       self.changes | forms.FORMS[self.form].changes | {"optim.lr": study.lrs[0]}
     )
+    if config.task in ("lm", "vit"):  # The synthetic tasks never end.
+      config.data.train_split = "train_without_validation"
     if config.dtype == "float32":
       # As in all earlier studies; their rows are short.
       config.attn.implementation = "xla"
     setup.validate_config(config)
     return config
+
+
+def _config(study):
+  """A study's config as its file has it."""
+  module = importlib.import_module(f"configs.{STUDIES[study].config}")
+  return module.get_config()
 
 
 def jobs(study: str, deadline: float) -> list[Job]:
@@ -448,6 +454,7 @@ def _write(folder, study, done, command):
     "seeds": [0, 1, 2],
     "lrs": STUDIES[study].lrs,
     "curve_every_updates": EVERY,
+    "metric": "loss" if _config(study).task == "lm" else "accuracy",
   }
   files.write_json(folder / f"{study}.json", header | {"rows": rows})
 

@@ -1,7 +1,9 @@
 r"""Study 9: whether sigmoid attention learns to recall, and what helps.
 
-Later work reports that sigmoid matches softmax's loss, but loses its ability to
-retrieve (2605.20798). The paper 2409.04431 has no such task.
+A loss may hide what a model has lost: 2605.20798 reports two modifications of
+attention's output that come near the baseline's loss and fail downstream. Its
+abstract does not say that sigmoid is one of them. The paper 2409.04431 has no
+task of retrieval.
 
 The task is multi-query associative recall (sigattn/data/synthetic.py): 16 pairs
 of a key and a value, then eight of the keys, for two layers of width 64. The

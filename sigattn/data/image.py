@@ -18,13 +18,18 @@ from PIL import Image, ImageOps
 from sigattn.data import augment, hub, loader
 from sigattn.validate import added, choice, flag, real, sequence, text, whole
 
-# {name: (file, number of images of each split, number of classes)}. A file has
-# a train and a test part; the validation split is the end of the train part.
+# {name: (file, number of images of each split, number of classes)}. The
+# validation split is the end of the train split.
 EMBEDDED = {
   # The licence is beside the file.
   "fashion_mnist": (
     "fashion_mnist.npz",
-    {"train": 9_000, "validation": 1_000, "test": 2_000},
+    {
+      "train": 10_000,
+      "train_without_validation": 9_000,
+      "validation": 1_000,
+      "test": 2_000,
+    },
     10,
   ),
 }
@@ -87,6 +92,7 @@ def _source_has_the_splits_and_classes(config):
   if num_classes is not None:
     _validate_num_classes(config, num_classes)
   if source in EMBEDDED:
+    hub.validate_no_validation_in_training(config.data)
     split = config.data.train_split
     count = EMBEDDED[source][1][split]
     loader.validate_batch_size(config, count, f"{split!r} of {source}")
@@ -225,11 +231,8 @@ class _Embedded(Source):
     name = config.data.source
     file, counts, _ = EMBEDDED[name]
     part = "test" if split == "test" else "train"
-    rows = (
-      slice(counts["train"], None)
-      if split == "validation"
-      else slice(counts[split])
-    )
+    begin = counts["train_without_validation"] if split == "validation" else 0
+    rows = slice(begin, begin + counts[split])
     with np.load(hub.embedded(name, file)) as arrays:
       images, targets = (arrays[f"{x}_{part}"][rows] for x in "xy")
     # With three channels, each of them is a copy of the grey image.

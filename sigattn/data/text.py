@@ -9,7 +9,8 @@ the last token and predicts all but the first. A batch contains
 
 There are two kinds of sources. One text, which is embedded or the content of a
 local .txt, is cut at new positions in each epoch. Its end is its test split,
-and the part before that is its validation split. A stream of documents is a
+and the rest its train split. The end of that is the validation split, for runs
+that train on train_without_validation. A stream of documents is a
 local file of JSON or parquet, a local folder (see text_files), a data set of
 the Hugging Face Hub (owner/name or owner/name:subset), or a .txt with
 config.data.lines=True. A local stream that is trained on and evaluated, and
@@ -48,9 +49,9 @@ from sigattn.validate import (
 # The King James Bible, one verse per line; the licence is beside the file.
 EMBEDDED = {"kjv": "kjv.txt.xz"}
 _SPLITS = ("train", "test")  # of a stream that is held out of
-# The end of one text is its test split, and as much before it its validation
-# split.
-_TEXT_SPLITS = ("train", "validation", "test")
+# The end of one text is its test split, and as much before it, the end of its
+# train split, is its validation split.
+_TEXT_SPLITS = (*hub.TRAIN_SPLITS, "validation", "test")
 _HELD_OUT_SHARE = 0.05
 # The documents of a stream whose checksum this divides are its test split. The
 # text decides, so that a document that occurs twice is not in both splits.
@@ -129,6 +130,8 @@ def _one_text_has_the_rows(config):
     raise ValueError(
       f"config.data.train_split={data.train_split!r}; must be 'train'"
     )
+  if _eval_source(config) == data.source:
+    hub.validate_no_validation_in_training(data)
   # Characters bound the tokens of each tokenizer that is a file.
   characters = len(_part(config, data.train_split).encode())
   if data.length >= characters:
@@ -310,9 +313,14 @@ def _part(config, split):
 
 def _cut(content, split):
   size = max(int(_HELD_OUT_SHARE * len(content)), 1)
-  ends = {"train": len(content) - 2 * size, "validation": len(content) - size}
-  begin = {"train": 0, "validation": ends["train"], "test": ends["validation"]}
-  return content[begin[split] : ends.get(split)]
+  test = len(content) - size
+  begin, end = {
+    "train": (0, test),
+    "train_without_validation": (0, test - size),
+    "validation": (test - size, test),
+    "test": (test, None),
+  }[split]
+  return content[begin:end]
 
 
 def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
