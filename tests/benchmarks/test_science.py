@@ -45,20 +45,20 @@ def test_a_batched_run_is_the_run_of_train(monkeypatch):
 
 
 def test_the_rate_is_chosen_on_validation_and_the_test_is_reported(monkeypatch):
-  entry = science.measure(tiny(monkeypatch))
+  job = tiny(monkeypatch, until=0.0)
+  job.changes["total_steps"] = 300
+  entry = science.measure(job)
   chosen = np.mean(entry["all"]["validation"]["loss"], axis=1).argmin()
   assert entry["lr"] == TINY.lrs[chosen]
   assert entry["test"]["loss"] == entry["all"]["test"]["loss"][chosen]
   assert entry["test"]["loss"] != entry["all"]["validation"]["loss"][chosen]
-  assert entry["updates"] == 60
+  # Where all have learnt, a run ends after the updates of one call.
+  assert entry["updates"] == 100
 
 
-def test_training_stops_at_the_deadline_and_where_all_have_learnt(monkeypatch):
-  job = tiny(monkeypatch, until=0.0)
-  job.changes["total_steps"] = 300
-  assert len(science.train(job)[1]["loss"]) == 2
-  _, entry = science._run(job._replace(deadline=time.time() - 1))
-  assert entry == {"cut_off": "not begun"}
+def test_nothing_begins_after_the_deadline(monkeypatch):
+  job = tiny(monkeypatch, deadline=time.time() - 1)
+  assert science._run(job)[1] == {"cut_off": "not begun"}
 
 
 def test_every_setting_of_every_study_is_valid():
