@@ -443,8 +443,12 @@ def _run(job):
 
 def _write(folder, study, done, command):
   """Writes OUT/STUDY.json."""
+  order = [(job.changes, job.form) for job in jobs(study, 0.0)]
   rows = [
-    {"setting": job.changes, "form": job.form} | entry for job, entry in done
+    {"setting": job.changes, "form": job.form} | entry
+    for job, entry in sorted(
+      done, key=lambda x: order.index((x[0].changes, x[0].form))
+    )
   ]
   header = {
     "command": command,

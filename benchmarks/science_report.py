@@ -116,41 +116,54 @@ def _line(cells):
 
 
 def draw(study: dict[str, Any]) -> figures.Figure:
-  """A panel for each setting: losses by length, or curves of training."""
+  """Losses by setting or by length, or the curves of training, as they fit."""
   groups = settings(study["rows"])
-  columns = min(len(groups), 2)
-  count = -(-len(groups) // columns)
+  by_setting = study["metric"] == "loss" and not any(
+    "loss_at" in row for row in study["rows"]
+  )
+  panels = {"": study["rows"]} if by_setting else groups
+  columns = min(len(panels), 2)
+  count = -(-len(panels) // columns)
   figure = figures.Figure((5.2 * columns, 3.6 * count), layout="constrained")
   axes = figure.subplots(count, columns, squeeze=False).ravel()
   forms = list(dict.fromkeys(row["form"] for row in study["rows"]))
-  for ax, (label, group) in zip(axes, groups.items(), strict=False):
-    for row in group:
+  for ax, (label, rows) in zip(axes, panels.items(), strict=False):
+    for row in rows:
       if "test" in row:
         index = forms.index(row["form"])
         style = dict(color=f"C{index % 10}", label=row["form"], linewidth=1)
         style["linestyle"] = "--" if index >= 10 else "-"
-        _plot(ax, row, study, style)
+        if by_setting:
+          place = [row in group for group in groups.values()].index(True)
+          _dots(ax, place + 0.8 * (index + 0.5) / len(forms) - 0.4, row, style)
+        else:
+          _lines(ax, row, study, style)
+    if by_setting:
+      names = [name.replace(", ", "\n") for name in groups]
+      ax.set_xticks(range(len(groups)), names, fontsize="small")
+      ax.set(ylabel="test loss")
     ax.set_title(label, fontsize="small")
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
-  for ax in axes[len(groups) :]:
+  for ax in axes[len(panels) :]:
     ax.set_visible(False)
-  handles = {}
-  for ax in figure.axes:
-    lines, labels = ax.get_legend_handles_labels()
-    handles |= dict(zip(labels, lines, strict=True))
-  figure.legend(
-    handles.values(), handles.keys(), loc="outside lower center", ncols=3,
-    frameon=False, fontsize="small",
-  )  # fmt: skip
+  _add_legend(figure)
   return figure
 
 
-def _plot(ax, row, study, style):
+def _dots(ax, place, row, style):
+  """A dot for each seed."""
+  losses = row["test"]["loss"]
+  style = style | {"linestyle": "", "marker": "o", "markersize": 4}
+  ax.plot([place] * len(losses), losses, **style)
+
+
+def _lines(ax, row, study, style):
+  """A line for each seed: of the loss by length, or of training."""
   if "loss_at" in row:
     lengths = [int(x) for x in row["loss_at"]]
     for losses in zip(*row["loss_at"].values(), strict=True):
-      ax.semilogx(lengths, losses, "o", markersize=3, **style)
+      ax.semilogx(lengths, losses, marker="o", markersize=3, **style)
     ax.set_xticks(lengths, lengths)
     ax.minorticks_off()
     ax.set(xlabel="tokens of a row", ylabel="test loss")
@@ -159,6 +172,17 @@ def _plot(ax, row, study, style):
   for curve in row["curve"][metric]:
     ax.plot([every * (i + 1) for i in range(len(curve))], curve, **style)
   ax.set(xlabel="update", ylabel=f"training {metric}")
+
+
+def _add_legend(figure):
+  handles = {}
+  for ax in figure.axes:
+    lines, labels = ax.get_legend_handles_labels()
+    handles |= dict(zip(labels, lines, strict=True))
+  figure.legend(
+    handles.values(), handles.keys(), loc="outside lower center", ncols=2,
+    frameon=False, fontsize="small",
+  )  # fmt: skip
 
 
 def write(
