@@ -55,6 +55,8 @@ def _base():
     mixture=(),
     # The source to evaluate on. None means config.data.source.
     eval_source=config_dict.placeholder(str),
+    # train_without_validation leaves out the end of one text, which the split
+    # `validation` is then.
     train_split="train",
     # The last 5 % of one text, which is embedded or a .txt; about every 20th
     # document of a local file or folder that has no such split of its own.

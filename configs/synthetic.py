@@ -4,8 +4,9 @@
   python -m sigattn.sweep --config=configs/synthetic.py:recall --sweep=attn,seed
   python eval.py --workdir=runs/synthetic:pair_repeat/default    longer inputs
 
-The argument is one of summation, pair_repeat, recall and copy, which
-sigattn/data/synthetic.py describes, and runlocal for two tiny steps.
+The argument is one of summation, pair_repeat, recall, noisy_recall, copy and
+selective_copy, which sigattn/data/synthetic.py describes, and runlocal for two
+tiny steps.
 `python -m sigattn.sweep` knows the sweeps attn, lr and seed.
 """
 
@@ -40,15 +41,17 @@ def _base():
   config.total_steps = 3000
   config.batch_size = 64
   config.data = dict(
-    name="recall",  # summation, pair_repeat, recall or copy
-    # The numbers of summation, the symbols of pair_repeat and of copy, or the
-    # pairs of recall.
+    name="recall",  # one of TASKS
+    # The numbers of summation, the tokens of a string of pair_repeat, copy and
+    # selective_copy, or the pairs of recall and noisy_recall.
     length=16,
-    size=8,  # the numbers that summation adds up, or the queries of recall
+    # The numbers that summation adds up, the queries of recall and
+    # noisy_recall, or the symbols that selective_copy repeats.
+    size=8,
     vocab_size=64,  # symbols, including start and separator; not for summation
     eval_examples=2000,  # held-out examples
     train_split="train",  # without end
-    eval_split="test",
+    eval_split="test",  # validation or test
     num_workers=0,  # processes that make batches; 0 makes them in this one
   )
   config.model = dict(
@@ -99,13 +102,24 @@ def _recall(config):
   config.total_steps = 6000
 
 
+def _noisy_recall(config):
+  _recall(config)
+  config.data.vocab_size = 96
+
+
 def _copy(config):
   config.data.update(length=24, vocab_size=32)
+
+
+def _selective_copy(config):
+  config.data.update(length=48, size=16, vocab_size=18)
 
 
 TASKS = {
   "summation": _summation,
   "pair_repeat": _pair_repeat,
   "recall": _recall,
+  "noisy_recall": _noisy_recall,
   "copy": _copy,
+  "selective_copy": _selective_copy,
 }

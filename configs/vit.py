@@ -47,6 +47,8 @@ def base():
     # The embedded data set (fashion_mnist), a local folder of images or parquet
     # files, or a Hugging Face name: owner/name or owner/name:subset.
     source="fashion_mnist",
+    # train_without_validation leaves out the end of an embedded set, which the
+    # split `validation` is then.
     train_split="train",
     eval_split="test",
     image_size=28,  # pixels per side, after cropping

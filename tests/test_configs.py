@@ -117,7 +117,8 @@ BAD = [
   ("augment.label_smoothing", 1.0),
   ("augment.randaugment_magnitude", 11),
   ("data.source", "fashion_mnits"),
-  ("data.eval_split", "validation"),
+  ("data.eval_split", "valid"),
+  ("data.eval_split", "validation"),  # a part of what is trained on
   ("data.image_size", 0),
   ("data.channels", 2),
   ("data.num_classes", 9),

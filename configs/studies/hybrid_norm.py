@@ -41,3 +41,31 @@ def sweep_length():
 def sweep_lr():
   for lr in (5e-3, 2e-3):
     yield {"optim.lr": lr}
+
+
+def _gap(length):
+  """Pre-norm, and 8,192 tokens an update at every length."""
+  return {
+    "data.length": length,
+    "batch_size": 8192 // length,
+    "model.norm": "pre",
+    "total_steps": 400,
+    "dtype": "bfloat16",
+    "eval.length_factors": (),
+    # The weights of softmax take 1 GiB a layer at 8,192.
+    "model.remat": "all" if length == 8192 else "none",
+  }
+
+
+def sweep_gap():
+  for length in (2048, 512, 128, 8192):
+    yield _gap(length)
+
+
+def sweep_gap_of_512():
+  yield _gap(512)
+
+
+def sweep_gap_positions():
+  for alibi in (False, True):
+    yield _gap(2048) | {"attn.alibi": alibi, "model.positions": "rope"}

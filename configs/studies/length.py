@@ -33,3 +33,26 @@ def sweep_positions():
   yield {"attn.alibi": True, "model.positions": "rope"}
   yield {"attn.alibi": True, "model.positions": "none"}
   yield {"attn.alibi": False, "model.positions": "rope"}
+
+
+def sweep_rope():
+  yield {
+    "attn.alibi": False,
+    "model.positions": "rope",
+    "eval.length_factors": (1, 2, 4, 8, 16),
+    "eval.max_length_of": ("training",),
+  }
+
+
+def sweep_alibi():
+  yield {
+    "attn.alibi": True,
+    "model.positions": "none",
+    "eval.length_factors": (1, 2, 4, 8, 16),
+    "eval.max_length_of": ("training",),
+  }
+
+
+def sweep_window():
+  yield {}
+  yield {"attn.window": 255}  # 256 keys with the token's own

@@ -1,7 +1,9 @@
 r"""Study 9: whether sigmoid attention learns to recall, and what helps.
 
-Later work reports that sigmoid matches softmax's loss, but loses its ability to
-retrieve (2605.20798). The paper 2409.04431 has no such task.
+A loss may hide what a model has lost: 2605.20798 reports two modifications of
+attention's output that come near the baseline's loss and fail downstream. Its
+abstract does not say that sigmoid is one of them. The paper 2409.04431 has no
+task of retrieval.
 
 The task is multi-query associative recall (sigattn/data/synthetic.py): 16 pairs
 of a key and a value, then eight of the keys, for two layers of width 64. The
@@ -14,7 +16,9 @@ it sees.
     --sweep=attn,variant,seed
   python -m sigattn.sweep --config=configs/studies/recall.py --sweep=bias,seed
   python -m sigattn.sweep --config=configs/studies/recall.py \
-    --sweep=attn,pairs,seed
+    --sweep=attn,task,seed
+  python -m sigattn.sweep --config=configs/studies/recall.py \
+    --sweep=attn,size,seed
 
 A run takes about 3 minutes on one CPU core. It took 84 s on an H100 that 16
 runs shared.
@@ -41,13 +45,34 @@ def sweep_variant():
     yield {"optim.lr": lr, "model.positions": "rope"}
 
 
-def sweep_pairs():
-  for pairs in (4, 8, 12, 16):
-    yield {
-      "data.length": pairs,
-      "data.size": pairs // 2,
-      "data.vocab_size": 4 * pairs,
-    }
+def _pairs(count):
+  return {
+    "data.length": count,
+    "data.size": count // 2,
+    "data.vocab_size": 4 * count,
+  }
+
+
+def sweep_size():
+  yield _pairs(4) | {"total_steps": 3000}
+  yield _pairs(32)
+  yield _pairs(64)
+
+
+def sweep_sixteen():
+  yield _pairs(16)
+
+
+def sweep_task():
+  yield _pairs(16)
+  yield _pairs(8)
+  yield _pairs(16) | {"data.name": "noisy_recall", "data.vocab_size": 96}
+  yield {
+    "data.name": "selective_copy",
+    "data.length": 48,
+    "data.size": 16,
+    "data.vocab_size": 18,
+  }
 
 
 def sweep_bias():

@@ -4,7 +4,8 @@
 
 draws the figures and prints a table of the numbers. The functions can be used
 in notebooks. Outputs and Jacobians are those of the operation that the models
-use, sigattn.attention.dot_product_attention.
+use, sigattn.attention.dot_product_attention. docs/theory.md proves what is said
+here of softmax and of normalised sigmoid.
 
 |x| is the Euclidean norm of a vector and the spectral norm of a matrix.
 Shapes: T tokens of width D, N heads of width H; one example without a batch.
@@ -68,19 +69,21 @@ def attend(
   kind: str = "sigmoid",
   logit_bias: float | None = None,
   mask_TT: jax.Array | None = None,
+  normalize: bool = False,
 ) -> jax.Array:
   """An attention layer, (T, D) -> (T, D): the sum of the projected heads.
 
-  kind, logit_bias: as in attention.dot_product_attention; for sigmoid the
-  default bias is -log T.
+  kind, logit_bias, normalize: as in attention.dot_product_attention; for
+  sigmoid the default bias is -log T.
   mask_TT: bool, True where the query (row) sees the key (column).
   """
   q_TNH, k_TNH, v_TNH = (
     jnp.einsum("TD,NDH->TNH", x_TD, weight) for weight in heads[:3]
   )
   out_TNH = attention.dot_product_attention(
-    q_TNH, k_TNH, v_TNH, mask=mask_TT, kind=kind, logit_bias=logit_bias, scale=1
-  )
+    q_TNH, k_TNH, v_TNH, mask=mask_TT, kind=kind, logit_bias=logit_bias,
+    normalize=normalize, scale=1,
+  )  # fmt: skip
   return jnp.einsum("TNH,NHD->TD", out_TNH, heads.out_NHD)
 
 
@@ -138,51 +141,106 @@ def softmax_bound(
 ) -> jax.Array:
   """An upper bound of jacobian_norm for softmax.
 
-  Let P be the weights, m_i = sum_j P_ij x_j the mean token under row i, C_i the
-  covariance of the tokens under row i, and A = W_q W_k^T. The bound of one head
-  is
-
-    |W_v| (|P| + |A| max_i |C_i|
-           + |A| sqrt(sum_i |x_i|^2 sum_j P_ij^2 |x_j - m_i|^2)),
-
-  whose three terms come from the values, the query and the keys. Heads are
-  combined as in sigmoid_bound. In a ball of radius R the bound is at most
+  It is normalized_bound's limit as b falls: there all d_ij are 1, and B_i is
+  the covariance of the tokens under row i. In a ball of radius R it is at most
   |W_v| (sqrt(T) + |A| R^2 (1 + sqrt(T))). 2312.14820 proves that this growth
   with the square root of the length is tight on compact sets.
   """
   logits_NTT = _logits(heads, x_TD)
+  return _bound_of_rows(heads, x_TD, logits_NTT, 1.0, mask_TT)
+
+
+def normalized_bound(
+  heads: Heads,
+  x_TD: jax.Array,
+  logit_bias: float | None = None,
+  mask_TT: jax.Array | None = None,
+) -> jax.Array:
+  """An upper bound of jacobian_norm for normalised sigmoid (docs/theory.md).
+
+  Let u_ij be the logits, P the weights, m_i = sum_j P_ij x_j the mean token
+  under row i, A = W_q W_k^T and d_ij = 1 - sigmoid(u_ij + b). The bound of one
+  head is
+
+    |W_v| (|P| + |A| max_i |B_i|
+           + |A| sqrt(sum_i |x_i|^2 sum_j P_ij^2 d_ij^2 |x_j - m_i|^2)),
+    B_i = sum_j P_ij d_ij (x_j - m_i) x_j^T,
+
+  whose three terms come from the values, the query and the keys. Heads are
+  combined as in sigmoid_bound. The bound is finite for every input, bias and
+  mask. The arguments are those of `attend`.
+  """
+  if logit_bias is None:
+    logit_bias = attention.default_logit_bias("sigmoid", len(x_TD))
+  logits_NTT = _logits(heads, x_TD) + logit_bias
+  # log(sigmoid) is the logit that softmax has to take for the same weights.
+  return _bound_of_rows(
+    heads,
+    x_TD,
+    jax.nn.log_sigmoid(logits_NTT),
+    jax.nn.sigmoid(-logits_NTT),
+    mask_TT,
+  )
+
+
+def _bound_of_rows(heads, x_TD, logits_NTT, slope_NTT, mask_TT):
+  """The bound for softmax of logits, whose derivatives by u are slope_NTT."""
   if mask_TT is not None:
     logits_NTT = jnp.where(mask_TT[None], logits_NTT, -jnp.inf)
   p_NTT = jax.nn.softmax(logits_NTT)
   m_NTD = jnp.einsum("NTS,SD->NTD", p_NTT, x_TD)
   gap_NTSD = x_TD[None, None] - m_NTD[:, :, None]
-  cov_NTDE = jnp.einsum("NTS,NTSD,NTSE->NTDE", p_NTT, gap_NTSD, gap_NTSD)
-  spread_NT = (p_NTT**2 * (gap_NTSD**2).sum(-1)).sum(-1)
+  change_NTS = p_NTT * slope_NTT
+  query_NTDE = jnp.einsum("NTS,NTSD,SE->NTDE", change_NTS, gap_NTSD, x_TD)
+  spread_NT = (change_NTS**2 * (gap_NTSD**2).sum(-1)).sum(-1)
   key_N = jnp.sqrt(((x_TD**2).sum(-1)[None] * spread_NT).sum(-1))
-  query_N = _spectral(cov_NTDE).max(-1)
+  query_N = _spectral(query_NTDE).max(-1)
   a_N, v_N = _norms(heads)
   return _join(heads, v_N * (_spectral(p_NTT) + a_N * (query_N + key_N)))
 
 
 def ball_bound(
-  kind: str, length: int, radius: float, logit_bias: float | None = None
+  kind: str,
+  length: int,
+  radius: float,
+  logit_bias: float | None = None,
+  normalize: bool = False,
 ) -> float:
-  """The maximum of the bound over all inputs with |x_i| <= radius.
+  """An upper bound of jacobian_norm for all inputs with |x_i| <= radius.
 
   It is for `identity` heads, where |W_v| = |A| = 1 and the logits are between
-  -radius^2 and radius^2. kind: "sigmoid" or "softmax". length: the number of
-  tokens. logit_bias: of sigmoid; None for -log(length).
+  -radius^2 and radius^2, without a mask. For sigmoid it is the maximum of
+  sigmoid_bound. For rows with a sum of 1 it is
+
+    sqrt(K) + d R^2 (1 + sqrt(K)),   K = min(length, r),
+
+  where r is the largest ratio of two weights of a row and d the largest d_ij of
+  normalized_bound. With softmax r = exp(2 R^2) and d = 1. With normalised
+  sigmoid both are smaller, and fall as b grows (docs/theory.md).
+
+  kind: "sigmoid" or "softmax". length: the number of tokens. logit_bias: of
+  sigmoid; None for -log(length). normalize: as in `attend`.
   """
   square = radius**2
   if kind == "softmax":
-    return math.sqrt(length) + square * (1 + math.sqrt(length))
+    return _ball_bound_of_rows(length, square, 2 * square, 1.0)
   if logit_bias is None:
     logit_bias = attention.default_logit_bias(kind, length)
+  if normalize:
+    ends = square + logit_bias, -square + logit_bias
+    log_ratio = np.logaddexp(0, -ends[1]) - np.logaddexp(0, -ends[0])
+    slope = math.exp(-np.logaddexp(0, ends[1]))
+    return _ball_bound_of_rows(length, square, log_ratio, slope)
   # sigmoid' is largest at 0, or at the possible logit that is closest to 0.
   nearest = max(abs(logit_bias) - square, 0)
   derivative = 1 / (2 + 2 * math.cosh(nearest))
   weight = 1 / (1 + math.exp(-(square + logit_bias)))
   return length * (weight + 2 * derivative * square)
+
+
+def _ball_bound_of_rows(length, square, log_ratio, slope):
+  root = math.exp(min(math.log(length), log_ratio) / 2)
+  return root + slope * square * (1 + root)
 
 
 def _logits(heads, x_TD):
@@ -206,7 +264,9 @@ def _join(heads, bound_N):
   return _spectral(heads.out_NHD.reshape(-1, width)) * jnp.linalg.norm(bound_N)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(
+  jax.jit, static_argnums=(0, 1, 2), static_argnames="normalize"
+)
 def worst_case(
   kind: str,
   length: int,
@@ -214,6 +274,8 @@ def worst_case(
   radius: float,
   logit_bias: float | None,
   key: jax.Array,
+  *,
+  normalize: bool = False,
 ) -> jax.Array:
   """The largest jacobian_norm that gradient ascent reaches in a ball.
 
@@ -221,12 +283,16 @@ def worst_case(
   The result is the best of 16 starts, each with 200 steps of decreasing length
   along the normalised gradient. It is a lower bound of the true supremum.
 
-  logit_bias: None for the kind's default. key: a JAX random key.
+  logit_bias: None for the kind's default. key: a JAX random key. normalize: as
+  in `attend`.
   """
-  heads = identity(width)
+  attend_x = functools.partial(
+    attend, identity(width), kind=kind, logit_bias=logit_bias,
+    normalize=normalize,
+  )  # fmt: skip
 
   def norm(x_TD):
-    return jacobian_norm(lambda x: attend(heads, x, kind, logit_bias), x_TD)
+    return jacobian_norm(attend_x, x_TD)
 
   def project(x_TD):
     size_T1 = jnp.linalg.norm(x_TD, axis=-1, keepdims=True)
@@ -379,6 +445,33 @@ def fit(
 _BIASES = {"-log n": lambda n: -math.log(n), "0": lambda n: 0.0}
 
 
+class _Case(NamedTuple):
+  """A kind of attention that the figures compare; bias is a function of n."""
+
+  kind: str
+  bias: Callable[[int], float | None]
+  normalize: bool = False
+
+  def attend(self, heads, n, mask_TT=None):
+    return functools.partial(
+      attend, heads, kind=self.kind, logit_bias=self.bias(n), mask_TT=mask_TT,
+      normalize=self.normalize,
+    )  # fmt: skip
+
+  def bound(self, heads, x_TD, mask_TT=None):
+    if self.kind == "softmax":
+      return softmax_bound(heads, x_TD, mask_TT)
+    bound = normalized_bound if self.normalize else sigmoid_bound
+    return bound(heads, x_TD, self.bias(len(x_TD)), mask_TT)
+
+
+_CASES = {
+  f"{name}, b = {b}": _Case("sigmoid", bias, normalize)
+  for name, normalize in (("sigmoid", False), ("normalised", True))
+  for b, bias in _BIASES.items()
+} | {"softmax": _Case("softmax", lambda n: None)}
+
+
 def inputs(key: jax.Array, length: int, width: int) -> dict[str, jax.Array]:
   """Random inputs of several sizes and adversarial inputs, {name: x_TD}."""
   keys = jax.random.split(key, 2)
@@ -399,25 +492,26 @@ def _tightness(axes, rows):
   """Draws exact norms against bounds for all inputs, masks and head counts."""
   length, width = 12, 6
   causal_TT = jnp.tril(jnp.ones((length, length), bool))
-  points = {"sigmoid": [], "softmax": []}
+  kinds = {
+    "sigmoid": _CASES["sigmoid, b = -log n"],
+    "normalised": _CASES["normalised, b = -log n"],
+    "softmax": _CASES["softmax"],
+  }
+  points = {name: [] for name in kinds}
   for seed, num_heads in enumerate((1, 1, 1, 3, 3, 3)):
     key = jax.random.key(seed)
     heads = random_heads(key, num_heads, width, width // num_heads)
     for x_TD in inputs(key, length, width).values():
       for mask_TT in (None, causal_TT):
-        for kind, bound in (
-          ("sigmoid", sigmoid_bound), ("softmax", softmax_bound)
-        ):  # fmt: skip
-          exact = jacobian_norm(
-            functools.partial(attend, heads, kind=kind, mask_TT=mask_TT), x_TD
-          )
-          limit = bound(heads, x_TD, mask_TT=mask_TT)
-          points[kind].append((float(limit), float(exact)))
-  for kind, pairs in points.items():
+        for name, case in kinds.items():
+          exact = jacobian_norm(case.attend(heads, length, mask_TT), x_TD)
+          limit = case.bound(heads, x_TD, mask_TT)
+          points[name].append((float(limit), float(exact)))
+  for name, pairs in points.items():
     limits, exacts = np.array(pairs).T
-    axes.loglog(limits, exacts, "o", markersize=3, alpha=0.6, label=kind)
+    axes.loglog(limits, exacts, "o", markersize=3, alpha=0.6, label=name)
     ratio = exacts / limits
-    rows[f"Jacobian norm / bound, {kind}, {len(pairs)} inputs"] = (
+    rows[f"Jacobian norm / bound, {name}, {len(pairs)} inputs"] = (
       f"{np.median(ratio):.2f} median, {ratio.max():.3f} largest"
     )
   ends = 0.5, 1e4
@@ -432,20 +526,13 @@ def _over_lengths(axes, rows):
   """Draws norms and bounds by length, for random tokens of norm 1."""
   lengths, width = (8, 16, 32, 64, 128), 4
   heads = identity(width)
-  cases = {f"sigmoid, b = {k}": ("sigmoid", f) for k, f in _BIASES.items()}
-  cases["softmax"] = ("softmax", lambda n: None)
-  for index, (label, (kind, bias)) in enumerate(cases.items()):
+  for index, (label, case) in enumerate(_CASES.items()):
     exacts, bounds = [], []
     for n in lengths:
       x_TD = jax.random.normal(jax.random.key(n), (n, width))
       x_TD = x_TD / jnp.linalg.norm(x_TD, axis=1, keepdims=True)
-      attend_x = functools.partial(attend, heads, kind=kind, logit_bias=bias(n))
-      exacts.append(float(jacobian_norm(attend_x, x_TD)))
-      bounds.append(
-        softmax_bound(heads, x_TD)
-        if kind == "softmax"
-        else sigmoid_bound(heads, x_TD, bias(n))
-      )
+      exacts.append(float(jacobian_norm(case.attend(heads, n), x_TD)))
+      bounds.append(case.bound(heads, x_TD))
     axes.loglog(lengths, exacts, "o-", color=f"C{index}", label=label)
     axes.loglog(lengths, bounds, "--", color=f"C{index}", linewidth=0.8)
     rows[f"norm at n = 8 and 128, {label}"] = (
@@ -457,16 +544,13 @@ def _over_lengths(axes, rows):
 def _over_radii(axes, rows):
   """Draws the largest norm that gradient ascent reaches in balls, by radius."""
   length, width, radii = 16, 2, np.array((0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0))
-  cases = {
-    f"sigmoid, b = {k}": ("sigmoid", f(length)) for k, f in _BIASES.items()
-  }
-  cases["softmax"] = ("softmax", None)
-  for index, (label, (kind, bias)) in enumerate(cases.items()):
+  for index, (label, (kind, bias, normalize)) in enumerate(_CASES.items()):
+    b, key = bias(length), jax.random.key(0)
     worst = [
-      float(worst_case(kind, length, width, r, bias, jax.random.key(0)))
+      float(worst_case(kind, length, width, r, b, key, normalize=normalize))
       for r in radii
     ]
-    bounds = [ball_bound(kind, length, r, bias) for r in radii]
+    bounds = [ball_bound(kind, length, r, b, normalize) for r in radii]
     axes.loglog(radii, worst, "o-", color=f"C{index}", label=label)
     axes.loglog(radii, bounds, "--", color=f"C{index}", linewidth=0.8)
     exponents = np.diff(np.log(worst)) / np.diff(np.log(radii))
@@ -476,6 +560,36 @@ def _over_radii(axes, rows):
       f"R^{exponents[-1]:.1f} at the end"
     )
   axes.set(xlabel="R", ylabel="largest |Jacobian|", title=f"ball, n = {length}")
+
+
+def _over_biases(axes, rows):
+  """Draws the worst case in a ball by the bias, between its two limits."""
+  length, width, radius = 16, 2, 2.0
+  biases, key = np.arange(-12.0, 9.0, 2.0), jax.random.key(0)
+  for index, (label, normalize) in enumerate(
+    {"sigmoid": False, "normalised": True}.items()
+  ):
+    color, size = f"C{index}", (length, width, radius)
+    worst = [
+      float(worst_case("sigmoid", *size, b, key, normalize=normalize))
+      for b in biases
+    ]
+    bounds = [
+      ball_bound("sigmoid", length, radius, b, normalize) for b in biases
+    ]
+    axes.semilogy(biases, worst, "o-", color=color, label=label)
+    axes.semilogy(biases, bounds, "--", color=color, linewidth=0.8)
+    rows[f"worst of |x| <= 2, n = {length}, b = -12, 0 and 8, {label}"] = (
+      ", ".join(f"{worst[i]:.2f}" for i in (0, 6, 10))
+    )
+  softmax = float(worst_case("softmax", length, width, radius, None, key))
+  rows[f"worst of |x| <= 2, n = {length}, softmax"] = f"{softmax:.2f}"
+  axes.axhline(softmax, color="C2", linewidth=1, label="softmax")
+  axes.axhline(1, color="black", linewidth=0.8, linestyle=":", label="mean")
+  axes.set(
+    xlabel="b", ylabel="largest |Jacobian|", ylim=(0.03, None),
+    title=f"between mean and softmax, R = {radius:.0f}", xticks=biases[::2],
+  )  # fmt: skip
 
 
 def _limit(axes, rows):
@@ -508,6 +622,7 @@ FIGURES = {
   "bound": _tightness,
   "length": _over_lengths,
   "radius": _over_radii,
+  "bias": _over_biases,
   "limit": _limit,
   "universal": _fits,
 }

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+from ml_collections import ConfigDict
+
 _EMBEDDED = pathlib.Path(__file__).parent / "embedded"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
@@ -160,6 +162,23 @@ def validate_split(source: str, split: str, splits: Collection[str]) -> None:
   """Raises ValueError unless `split` is one of the source's splits."""
   if split not in splits:
     raise ValueError(f"{split=} of {source!r}; choose from {sorted(splits)}")
+
+
+# Of what is one text or embedded. The validation split is the end of "train".
+TRAIN_SPLITS = ("train", "train_without_validation")
+
+
+def validate_no_validation_in_training(data: ConfigDict) -> None:
+  """Raises ValueError for a run that is evaluated on what it trains on.
+
+  data: config.data of a source with TRAIN_SPLITS.
+  """
+  if (data.train_split, data.eval_split) == ("train", "validation"):
+    raise ValueError(
+      f"config.data.train_split={data.train_split!r}; must be "
+      f"{TRAIN_SPLITS[1]!r} with config.data.eval_split={data.eval_split!r}, "
+      "which 'train' ends with"
+    )
 
 
 def table(source: str, builder: Any, split: str) -> Any:

@@ -19,10 +19,20 @@ from PIL import Image, ImageOps
 from sigattn.data import augment, hub, loader, mnist
 from sigattn.validate import added, choice, flag, real, sequence, text, whole
 
-# {name: (file, number of images of each split, number of classes)}
+# {name: (file, number of images of each split, number of classes)}. The
+# validation split is the end of the train split.
 EMBEDDED = {
   # The licence is beside the file.
-  "fashion_mnist": ("fashion_mnist.npz", {"train": 10_000, "test": 2_000}, 10),
+  "fashion_mnist": (
+    "fashion_mnist.npz",
+    {
+      "train": 10_000,
+      "train_without_validation": 9_000,
+      "validation": 1_000,
+      "test": 2_000,
+    },
+    10,
+  ),
 }
 _MODES = {1: "L", 3: "RGB"}  # {number of channels: Pillow's mode}
 
@@ -84,6 +94,7 @@ def source_has_the_splits_and_classes(config: ConfigDict) -> None:
   if num_classes is not None:
     _validate_num_classes(config, num_classes)
   if source in EMBEDDED:
+    hub.validate_no_validation_in_training(config.data)
     split = config.data.train_split
     count = EMBEDDED[source][1][split]
     loader.validate_batch_size(config, count, f"{split!r} of {source}")
@@ -257,8 +268,12 @@ class _InMemory(Source):
 class _Embedded(_InMemory):
   def __init__(self, config, split, transform):
     name = config.data.source
-    with np.load(hub.embedded(name, EMBEDDED[name][0])) as arrays:
-      images, targets = arrays[f"x_{split}"], arrays[f"y_{split}"]
+    file, counts, _ = EMBEDDED[name]
+    part = "test" if split == "test" else "train"
+    begin = counts["train_without_validation"] if split == "validation" else 0
+    rows = slice(begin, begin + counts[split])
+    with np.load(hub.embedded(name, file)) as arrays:
+      images, targets = (arrays[f"{x}_{part}"][rows] for x in "xy")
     super().__init__(config, transform, images, targets)
 
 

@@ -1,13 +1,19 @@
-"""Generates the sequences of four tasks that only attention can solve.
+"""Generates the sequences of six tasks that only attention can solve.
 
-  summation    add up the numbers among x_1..x_m that a mask of k ones selects
-  pair_repeat  tell whether the first two symbols occur side by side again
-  recall       give the value of each queried key, after a list of pairs of a
-               key and a value (multi-query associative recall, 2312.04927)
-  copy         repeat a string after a separator (2402.01032)
+  summation       add up the numbers among x_1..x_m that a mask of k ones
+                  selects
+  pair_repeat     tell whether the first two symbols occur side by side again
+  recall          give the value of each queried key, after a list of pairs of a
+                  key and a value (multi-query associative recall, 2312.04927)
+  noisy_recall    the same, with a distractor for each pair (2403.17844)
+  copy            repeat a string after a separator (2402.01032)
+  selective_copy  repeat the symbols of a string that has blanks between them
+                  (2312.00752)
 
 summation and pair_repeat are from 2409.04431, Appendix G. Every training
-example is new. The held-out examples are a fixed set, drawn with other seeds.
+example is new. The held-out examples are two fixed sets, drawn with other
+seeds: "validation", by which settings are chosen, and "test", of which results
+are reported.
 """
 
 import numpy as np
@@ -20,6 +26,10 @@ from sigattn.validate import choice, whole
 # a finite number to order.
 EPOCH = 2**20
 
+SPLITS = ("train", "validation", "test")
+# The first number of the seed of each split of held-out examples.
+_SEEDS = {"test": 1, "validation": 2}
+
 
 class Source(loader.ExampleSource):
   """A split: new examples in each batch, or the fixed held-out examples."""
@@ -30,8 +40,9 @@ class Source(loader.ExampleSource):
     self._data = config.data.copy_and_resolve_references()
     self._draw = TASKS[self._data.name][0]
     self._held_out = None
-    if split == self._data.eval_split:
-      rng = np.random.default_rng((1, config.seed, self._data.length))
+    if split in _SEEDS:
+      seed = _SEEDS[split], config.seed, self._data.length
+      rng = np.random.default_rng(seed)
       self._held_out = self._draw(rng, self._data.eval_examples, self._data)
 
   def __len__(self) -> int:
@@ -53,9 +64,9 @@ class Source(loader.ExampleSource):
 
 
 def open_source(config: ConfigDict, split: str) -> Source:
-  """Opens the split "train" or "test"; raises ValueError for another one."""
-  if split not in (config.data.train_split, config.data.eval_split):
-    raise ValueError(f"{split=}; choose from ['test', 'train']")
+  """Opens a split; raises ValueError unless it is one of SPLITS."""
+  if split not in SPLITS:
+    raise ValueError(f"{split=}; choose from {sorted(SPLITS)}")
   return Source(config, split)
 
 
@@ -65,7 +76,9 @@ def num_tokens(data: ConfigDict) -> int:
     "summation": 2 * data.length,
     "pair_repeat": data.length + 1,
     "recall": 2 * data.length + data.size,
+    "noisy_recall": 3 * data.length + data.size,
     "copy": 2 * data.length,
+    "selective_copy": data.length + data.size,
   }[data.name]
 
 
@@ -132,16 +145,53 @@ def recall(
   from the upper half. The queries have a random order. The target of a query is
   the value of its key; only queries are scored.
   """
-  pairs, queries, half = data.length, data.size, data.vocab_size // 2
+  shown_BT, query_BQ, answer_BQ = _pairs(rng, count, data, data.vocab_size)
+  return _queried(shown_BT, query_BQ, answer_BQ)
+
+
+def noisy_recall(
+  rng: np.random.Generator, count: int, data: ConfigDict
+) -> loader.Batch:
+  """Draws an example of `recall`, with `length` distractors among the pairs.
+
+  A distractor is one token. It stands between two pairs, before the first or
+  behind the last, at a random place. Distractors are from the last third of the
+  vocabulary, and keys and values from the halves of the rest.
+  """
+  pairs, clean = data.length, data.vocab_size * 2 // 3
+  shown_BT, query_BQ, answer_BQ = _pairs(rng, count, data, clean)
+  noise_BL = rng.integers(clean, data.vocab_size, (count, pairs))
+  # A random half of the 2 `length` items are pairs; each pair has two tokens.
+  is_pair_BI = rng.random((count, 2 * pairs)).argsort(axis=1) < pairs
+  width_BI = 1 + is_pair_BI
+  start_BI = width_BI.cumsum(axis=1) - width_BI
+  rows_B1 = np.arange(count)[:, None]
+  noisy_BT = np.empty((count, 3 * pairs), shown_BT.dtype)
+  first_BL = start_BI[is_pair_BI].reshape(count, pairs)
+  noisy_BT[rows_B1, first_BL] = shown_BT[:, 0::2]
+  noisy_BT[rows_B1, first_BL + 1] = shown_BT[:, 1::2]
+  noisy_BT[rows_B1, start_BI[~is_pair_BI].reshape(count, pairs)] = noise_BL
+  return _queried(noisy_BT, query_BQ, answer_BQ)
+
+
+def _pairs(rng, count, data, vocab_size):
+  """(keys and values in turn, queried keys, their values) of recall."""
+  pairs, queries, half = data.length, data.size, vocab_size // 2
   key_BP = rng.random((count, half)).argsort(axis=1)[:, :pairs]
-  value_BP = half + rng.integers(0, data.vocab_size - half, (count, pairs))
+  value_BP = half + rng.integers(0, vocab_size - half, (count, pairs))
   asked_BQ = rng.random((count, pairs)).argsort(axis=1)[:, :queries]
   shown_BT = np.stack([key_BP, value_BP], axis=-1).reshape(count, 2 * pairs)
   query_BQ = np.take_along_axis(key_BP, asked_BQ, axis=1)
   answer_BQ = np.take_along_axis(value_BP, asked_BQ, axis=1)
+  return shown_BT, query_BQ, answer_BQ
+
+
+def _queried(shown_BT, query_BQ, answer_BQ):
+  """The batch of what is shown, then queries, which alone are scored."""
+  shown = shown_BT.shape[1]
   input_BT = np.concatenate([shown_BT, query_BQ], axis=1).astype(np.int32)
   target_BT, scored_BT = np.zeros_like(input_BT), np.zeros(input_BT.shape, bool)
-  target_BT[:, 2 * pairs :], scored_BT[:, 2 * pairs :] = answer_BQ, True
+  target_BT[:, shown:], scored_BT[:, shown:] = answer_BQ, True
   return {"input": input_BT, "target": target_BT, "scored": scored_BT}
 
 
@@ -163,6 +213,29 @@ def copy(
   return {"input": input_BT, "target": target_BT, "scored": scored_BT.copy()}
 
 
+def selective_copy(
+  rng: np.random.Generator, count: int, data: ConfigDict
+) -> loader.Batch:
+  """Draws `size` symbols >= 2 among blanks, then the separator 0, then them.
+
+  The string has `length` tokens; those that are no symbols are the blank 1. The
+  repetition has the symbols in their order and lacks the last one. From the
+  separator on, each target is the next symbol; only these tokens are scored.
+  """
+  n, size = data.length, data.size
+  symbol_BK = rng.integers(2, data.vocab_size, (count, size), np.int32)
+  string_BT = np.ones((count, n), np.int32)
+  is_symbol_BT = rng.random((count, n)).argsort(axis=1) < size
+  string_BT[is_symbol_BT] = symbol_BK.ravel()
+  separator_B1 = np.zeros((count, 1), np.int32)
+  input_BT = np.concatenate(
+    [string_BT, separator_B1, symbol_BK[:, :-1]], axis=1
+  )
+  target_BT = np.concatenate([np.zeros_like(string_BT), symbol_BK], axis=1)
+  scored_BT = np.broadcast_to(np.arange(n + size) >= n, input_BT.shape)
+  return {"input": input_BT, "target": target_BT, "scored": scored_BT.copy()}
+
+
 # {name: (function that draws examples, function that lists the conditions on
 # config.data with whether they hold)}
 TASKS = {
@@ -181,7 +254,18 @@ TASKS = {
       ("length <= vocab_size / 2", d.length <= d.vocab_size // 2),
     ],
   ),
+  "noisy_recall": (
+    noisy_recall,
+    lambda d: [
+      ("size <= length", d.size <= d.length),
+      ("length <= vocab_size / 3", d.length <= d.vocab_size // 3),
+    ],
+  ),
   "copy": (copy, lambda d: []),
+  "selective_copy": (
+    selective_copy,
+    lambda d: [("size <= length", d.size <= d.length)],
+  ),
 }
 
 
@@ -204,6 +288,6 @@ FIELDS = {
   "data.vocab_size": whole(low=3, high=2**20),
   "data.eval_examples": whole(low=1, high=2**20),
   "data.train_split": choice(("train",)),
-  "data.eval_split": choice(("test",)),
+  "data.eval_split": choice(("validation", "test")),
 }
 RULES = (_sizes_fit_the_task,)

@@ -8,12 +8,14 @@ the last token and predicts all but the first. A batch contains
            from 1 on; 0 is padding. Missing if each row is from one document
 
 There are two kinds of sources. One text, which is embedded or the content of a
-local .txt, is cut at new positions in each epoch; its end is its test split. A
-stream of documents is a local file of JSON or parquet, a local folder (see
-text_files), a data set of the Hugging Face Hub (owner/name or
-owner/name:subset), or a .txt with config.data.lines=True. A local stream that
-is trained on and evaluated, and that has no split but train, has about every
-twentieth document in its test split.
+local .txt, is cut at new positions in each epoch. Its end is its test split,
+and the rest its train split. The end of that is the validation split, for runs
+that train on train_without_validation. A stream of documents is a
+local file of JSON or parquet, a local folder (see text_files), a data set of
+the Hugging Face Hub (owner/name or owner/name:subset), or a .txt with
+config.data.lines=True. A local stream that is trained on and evaluated, and
+that has no split but train, has about every twentieth document in its test
+split.
 """
 
 import copy
@@ -46,8 +48,11 @@ from sigattn.validate import (
 
 # The King James Bible, one verse per line; the licence is beside the file.
 EMBEDDED = {"kjv": "kjv.txt.xz"}
-_SPLITS = ("train", "test")  # of one text, and of a stream that is held out of
-_HELD_OUT_SHARE = 0.05  # the end of one text is its test split
+_SPLITS = ("train", "test")  # of a stream that is held out of
+# The end of one text is its test split, and as much before it, the end of its
+# train split, is its validation split.
+_TEXT_SPLITS = (*hub.TRAIN_SPLITS, "validation", "test")
+_HELD_OUT_SHARE = 0.05
 # The documents of a stream whose checksum this divides are its test split. The
 # text decides, so that a document that occurs twice is not in both splits.
 _HELD_OUT_EVERY = 20
@@ -125,6 +130,8 @@ def _one_text_has_the_rows(config):
     raise ValueError(
       f"config.data.train_split={data.train_split!r}; must be 'train'"
     )
+  if _eval_source(config) == data.source:
+    hub.validate_no_validation_in_training(data)
   # Characters bound the tokens of each tokenizer that is a file.
   characters = len(_part(config, data.train_split).encode())
   if data.length >= characters:
@@ -246,14 +253,14 @@ def _splits(origin):
   source, key = origin.source, origin.key
   if source in EMBEDDED:
     hub.embedded(source, EMBEDDED[source])
-    return _SPLITS
+    return _TEXT_SPLITS
   files = text_files.find(source, key)
   if files is None:
     if not hub.is_hub_name(source):
       raise hub.unknown_source(source, EMBEDDED, "file or ", key)
     return None
   if origin.held_out:
-    return _SPLITS
+    return _TEXT_SPLITS if _is_text(source, origin.lines) else _SPLITS
   # A file is what it is taken for.
   return (origin.split,) if hub.local(source).is_file() else tuple(files)
 
@@ -298,15 +305,22 @@ def _part(config, split):
   Of a text that is trained on alone, the train split is the whole.
   """
   source, content = config.data.source, _whole(config.data.source)
-  hub.validate_split(source, split, _SPLITS)
+  hub.validate_split(source, split, _TEXT_SPLITS)
   if _eval_source(config) != source:
     return content
   return _cut(content, split)
 
 
 def _cut(content, split):
-  cut = len(content) - max(int(_HELD_OUT_SHARE * len(content)), 1)
-  return content[:cut] if split == "train" else content[cut:]
+  size = max(int(_HELD_OUT_SHARE * len(content)), 1)
+  test = len(content) - size
+  begin, end = {
+    "train": (0, test),
+    "train_without_validation": (0, test - size),
+    "validation": (test - size, test),
+    "test": (test, None),
+  }[split]
+  return content[begin:end]
 
 
 def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
@@ -396,7 +410,7 @@ def documents(
   config.data.lines. Raises ValueError if the source has no such split.
   """
   if _is_text(source, lines):
-    hub.validate_split(source, split, _SPLITS)
+    hub.validate_split(source, split, _TEXT_SPLITS)
     return iter([_cut(_whole(source), split)])
   held_out = set(text_files.find(source) or ()) == {"train"}
   origin = _Origin(source, split, column=column, lines=lines, held_out=held_out)

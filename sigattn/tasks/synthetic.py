@@ -18,7 +18,8 @@ SOURCE = sequences
 UNIT = "examples"
 METRICS = ("loss", "accuracy")
 POSITIONS = ("sincos", "rope", "none")
-CAUSAL = ("recall", "copy")  # tasks with causal attention
+# The tasks with causal attention.
+CAUSAL = ("recall", "noisy_recall", "copy", "selective_copy")
 NUMBERS = ("summation",)  # real numbers in and out; other tasks use symbols
 
 

@@ -61,6 +61,17 @@ def test_unknown_split_is_refused_with_the_choices():
     tasks.eval_batches(make(), "valid")
 
 
+def test_validation_split_is_the_end_of_the_training_split():
+  train, rest, validation = (
+    image.open_source(make(), split)
+    for split in ("train", "train_without_validation", "validation")
+  )
+  assert (len(train), len(rest), len(validation)) == (10_000, 9_000, 1_000)
+  ends = np.array([0, 999])
+  equal([validation.evaluate(ends)], [train.evaluate(9_000 + ends)])
+  equal([rest.evaluate(ends)], [train.evaluate(ends)])
+
+
 def test_every_size_and_channel_comes_out_of_every_crop():
   for crop in augment.CROPS:
     values = {"augment.crop": crop, "data.image_size": 20, "data.channels": 3}

@@ -70,11 +70,15 @@ def texts_of(rows):
 
 def test_embedded_text_is_cut_as_told():
   config = lm.get_config("runlocal")
-  train, test = (text._part(config, x) for x in ("train", "test"))
+  train, test, rest, validation = (
+    text._part(config, x)
+    for x in ("train", "test", "train_without_validation", "validation")
+  )
   assert train.startswith("In the beginning God created")
   assert test.endswith("Amen.\n")
   assert len(train) + len(test) == 4_137_850
-  assert len(test) == 206_892
+  assert len(test) == len(validation) == 206_892
+  assert rest + validation == train
 
 
 def test_evaluation_predicts_every_character_but_the_first_once():

@@ -200,7 +200,8 @@ BAD = [
   ("model.norm", "both"),
   ("attn.kind", "sigmiod"),
   ("data.source", "kvj"),
-  ("data.eval_split", "validation"),
+  ("data.eval_split", "valid"),
+  ("data.eval_split", "validation"),  # a part of what is trained on
   ("data.tokenizer", "character"),
   ("data.vocab_size", 63),
   ("data.length", 0),

@@ -41,6 +41,19 @@ def answer(name, tokens, config):
     places = range(2 * n, 2 * n + size)
     assert len({tokens[p] for p in places}) == size
     return {p: value[tokens[p]] for p in places}
+  if name == "noisy_recall":
+    noise = config.vocab_size * 2 // 3
+    shown = [x for x in tokens[: 3 * n] if x < noise]
+    value = dict(zip(shown[0::2], shown[1::2], strict=True))
+    assert len(value) == n
+    places = range(3 * n, 3 * n + size)
+    assert len({tokens[p] for p in places}) == size
+    return {p: value[tokens[p]] for p in places}
+  if name == "selective_copy":
+    symbols = [x for x in tokens[:n] if x != 1]
+    assert len(symbols) == size
+    assert tokens[n:] == [0, *symbols[:-1]]
+    return {n + i: symbols[i] for i in range(size)}
   assert tokens[n] == 0
   assert tokens[n + 1 :] == tokens[: n - 1]
   return {n + i: tokens[i] for i in range(n)}
@@ -86,8 +99,8 @@ def test_training_is_new_and_the_held_out_examples_are_fixed(name):
     batches = tasks.train_batches(config)
     return [next(batches)["input"] for _ in range(2)]
 
-  def held_out(**values):
-    return list(tasks.eval_batches(small(name, **values), "test"))
+  def held_out(split="test"):
+    return list(tasks.eval_batches(small(name), split))
 
   first, again, other = take(), take(), take(1)
   np.testing.assert_array_equal(first, again)
@@ -98,12 +111,31 @@ def test_training_is_new_and_the_held_out_examples_are_fixed(name):
   for a, b in zip(batches, held_out(), strict=True):
     jax.tree.map(np.testing.assert_array_equal, a, b)
   assert (batches[0]["input"] != first[0]).any()
+  assert (batches[0]["input"] != held_out("validation")[0]["input"]).any()
+
+
+def test_distractors_stand_between_pairs_at_places_that_differ():
+  config = small("noisy_recall")
+  batch = data.open_source(config, "train").train(
+    np.arange(400), np.random.default_rng(0)
+  )
+  pairs, noise = config.data.length, config.data.vocab_size * 2 // 3
+  shown_BT = batch["input"][:, : 3 * pairs]
+  is_noise_BT = shown_BT >= noise
+  assert (is_noise_BT.sum(1) == pairs).all()
+  # What stands behind a key is its value, never a distractor.
+  is_key_BT = shown_BT < noise // 2
+  assert not (is_key_BT[:, :-1] & is_noise_BT[:, 1:]).any()
+  share_T = is_noise_BT.mean(0)
+  assert share_T.min() > 0.2
+  assert share_T.max() < 0.6
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_and_is_evaluated_at_other_lengths(name, tmp_path):
   config = small(name)
-  config.eval.length_factors = (1, 2) if name != "recall" else (1,)
+  # A longer text would have more keys than there are symbols.
+  config.eval.length_factors = (1,) if "recall" in name else (1, 2)
   state = train(config, tmp_path)
   assert int(state.step) == 2
   results = evaluate(tmp_path)
@@ -162,6 +194,10 @@ def test_score_of_numbers_is_relative_to_the_variance():
     ("recall", "data.name", "recal"),
     ("recall", "data.length", 33),
     ("recall", "data.size", 17),
+    ("noisy_recall", "data.length", 33),
+    ("noisy_recall", "data.size", 17),
+    ("selective_copy", "data.size", 49),
+    ("recall", "data.eval_split", "tset"),
     ("summation", "data.size", 21),
     ("pair_repeat", "data.length", 5),
     ("copy", "data.vocab_size", 2),

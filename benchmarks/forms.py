@@ -1,0 +1,225 @@
+"""The forms of attention that benchmarks/science.py compares.
+
+A form is a set of changes of config.attn, and for the controls also a function
+that takes the place of sigattn.dot_product_attention. No kernel has the
+controls. Two of them need none, because they follow from what a row is divided
+by, which return_residual returns:
+
+  softmax1      e^z / (1 + sum e^z), the softmax with a key of logit 0 and value
+                0: softmax's output times sigmoid(log-sum-exp)
+  capped rows   A / max(1, sum A): the normalised output times min(sum A, 1)
+
+The others take the logits from sigattn.attention_weights and hold all of them.
+
+A form may also change the layers, which then have parameters of their own:
+
+  forget gate   log f_j + ... + log f_i is added to the logit of query i and key
+                j - 1, f = sigmoid(W x) for each head (2503.02130). It is one
+                number for each query and one for each key, which the kernels
+                take.
+  output gate   the output of a head is multiplied by sigmoid(W x) (2505.06708)
+  alternating   every other layer sees the last 128 keys alone, with RoPE; the
+                others see all, without positions
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sigattn import attention, layers
+
+
+class Form(NamedTuple):
+  """A form of attention.
+
+  changes: of the config, by path. attend: None, or what attends instead of
+  dot_product_attention. layer: None, or the subclass of layers.SelfAttention
+  that the layers become.
+  """
+
+  changes: Mapping[str, Any]
+  attend: Callable[..., jax.Array] | None = None
+  layer: type[layers.SelfAttention] | None = None
+
+
+def softmax1(query, key, value, **options):
+  """Softmax with one added to the denominator."""
+  out, lse_BTN = attention.dot_product_attention(
+    query, key, value, return_residual=True, **options
+  )
+  return out * jax.nn.sigmoid(lse_BTN)[..., None].astype(out.dtype)
+
+
+def capped_rows(query, key, value, **options):
+  """A v / max(1, sum A): rows are divided by their sum where it exceeds 1."""
+  out, sum_BTN = attention.dot_product_attention(
+    query, key, value, return_residual=True, **options
+  )
+  return out * jnp.minimum(sum_BTN, 1)[..., None].astype(out.dtype)
+
+
+def soft_capped(query, key, value, *, implementation=None, **options):
+  """softmax(c tanh(z / c)) v with c = log n, where sigmoid's b is -c."""
+  del implementation
+  logits, _, visible = attention.attention_weights(query, key, **options)
+  cap = jnp.log(options["n"])
+  weights = jax.nn.softmax(cap * jnp.tanh(logits / cap), where=visible)
+  return _apply(weights, value)
+
+
+def softplus(query, key, value, *, implementation=None, **options):
+  """softplus(z) / sum softplus(z) (2501.13428, without its scale by length)."""
+  del implementation
+  logits, _, visible = attention.attention_weights(query, key, **options)
+  weights = jnp.where(visible, jax.nn.softplus(logits), 0)
+  return _apply(weights / weights.sum(-1, keepdims=True), value)
+
+
+def _apply(weights_BNTS, value):
+  out = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, value)
+  return out.astype(value.dtype)
+
+
+def half_of_the_slopes(query, key, value, *, alibi_slopes, **options):
+  """ALiBi in every other head, no positions in the others (2502.18845)."""
+  is_kept = jnp.arange(len(alibi_slopes)) % 2 == 0
+  return attention.dot_product_attention(
+    query, key, value, alibi_slopes=alibi_slopes * is_kept, **options
+  )
+
+
+class _Changed(layers.SelfAttention):
+  """A layer whose attention_fn is another during a call.
+
+  `extend` gives the stacked layers of a built model what they need more.
+  """
+
+  def extend(self, rngs: nnx.Rngs) -> None:
+    depth, width, num_heads, _ = self.query.kernel.shape
+    normal = nnx.initializers.normal(width**-0.5)
+    self.gate_kernel = nnx.Param(
+      normal(rngs.params(), (depth, width, num_heads))
+    )
+    # Gates begin nearly open.
+    self.gate_bias = nnx.Param(jnp.full((depth, num_heads), 3.0))
+
+  def __call__(self, x_BTD, **options):
+    before = self.attention_fn, self.rotate
+    self.change(x_BTD)
+    try:
+      return super().__call__(x_BTD, **options)
+    finally:
+      self.attention_fn, self.rotate = before
+
+  def _gate(self, x_BTD):
+    product_BTN = x_BTD @ self.gate_kernel[...].astype(x_BTD.dtype)
+    return product_BTN.astype(jnp.float32) + self.gate_bias[...]
+
+
+class ForgetGate(_Changed):
+  """Forgets keys with each token that is between them and the query."""
+
+  def change(self, x_BTD):
+    total_BNT = jax.nn.log_sigmoid(self._gate(x_BTD)).cumsum(1).swapaxes(1, 2)
+    vectors = {"key_logit_bias": -total_BNT}
+    if self.kind != "softmax":  # which cancels what all keys have
+      vectors["query_logit_bias"] = total_BNT
+    self.attention_fn = functools.partial(self.attention_fn, **vectors)
+
+
+class OutputGate(_Changed):
+  """Multiplies a head's output by a gate."""
+
+  def change(self, x_BTD):
+    gate_BTN, attend = jax.nn.sigmoid(self._gate(x_BTD)), self.attention_fn
+
+    def gated(*arrays, **options):
+      out_BTNH = attend(*arrays, **options)
+      return out_BTNH * gate_BTN[..., None].astype(out_BTNH.dtype)
+
+    self.attention_fn = gated
+
+
+class Alternating(_Changed):
+  """A window and RoPE in every other layer, all keys and none in the others."""
+
+  WINDOW = 128
+
+  def extend(self, rngs: nnx.Rngs) -> None:
+    del rngs
+    # It has no gradient, and so no update.
+    depth = len(self.query.kernel[...])
+    self.is_global = nnx.Param((jnp.arange(depth) % 2).astype(jnp.float32))
+
+  def change(self, x_BTD):
+    attend, rotate = self.attention_fn, self.rotate
+    is_global = jax.lax.stop_gradient(self.is_global[...]) > 0.5
+    place = jnp.arange(x_BTD.shape[1])
+    is_near_TS = place[:, None] - place < self.WINDOW
+    seen = (is_near_TS | is_global)[None, None]
+
+    def masked(*arrays, mask, **options):
+      del mask  # A language model on one text passes none.
+      return attend(*arrays, mask=seen, **options)
+
+    self.attention_fn = masked
+    self.rotate = lambda x, **where: jnp.where(is_global, x, rotate(x, **where))
+
+
+def extend(model: nnx.Module, form: Form, rngs: nnx.Rngs) -> nnx.Module:
+  """The built model, whose layers of attention are the form's."""
+  if form.layer is not None:
+    attn = model.stack.blocks.attn
+    attn.__class__ = form.layer
+    attn.extend(rngs)
+  return model
+
+
+def _normalized(**changes):
+  return {"attn.kind": "sigmoid", "attn.normalize": True} | {
+    f"attn.{name}": value for name, value in changes.items()
+  }
+
+
+_SOFTMAX = {"attn.kind": "softmax"}
+
+FORMS = {
+  "softmax": Form(_SOFTMAX),
+  "sigmoid": Form({"attn.kind": "sigmoid"}),
+  "normalised, b = -log n": Form(_normalized()),
+  "normalised, b = 0": Form(_normalized(logit_bias=0.0)),
+  "normalised, b = -10": Form(_normalized(logit_bias=-10.0)),
+  "normalised, b = -14": Form(_normalized(logit_bias=-14.0)),
+  "capped rows, b = -log n": Form(_normalized(), capped_rows),
+  "capped rows, b = 0": Form(_normalized(logit_bias=0.0), capped_rows),
+  "softmax1": Form(_SOFTMAX, softmax1),
+  "softmax, logits capped at log n": Form(_SOFTMAX, soft_capped),
+  "softplus, normalised": Form(_SOFTMAX, softplus),
+  "ReLU, normalised": Form({"attn.kind": "relu", "attn.normalize": True}),
+}
+
+# Those that also change the layers or the slopes, for each of three kinds.
+_KINDS = {
+  "softmax": _SOFTMAX,
+  "sigmoid": {"attn.kind": "sigmoid"},
+  "normalised": _normalized(),
+}
+_LAYERS = {
+  "forget gate": ForgetGate,
+  "output gate": OutputGate,
+  "alternating": Alternating,
+}
+LAYER_FORMS = {
+  f"{kind}, {name}": Form(changes, layer=layer)
+  for name, layer in _LAYERS.items()
+  for kind, changes in _KINDS.items()
+}
+SLOPE_FORMS = {kind: Form(changes) for kind, changes in _KINDS.items()} | {
+  f"{kind}, half of the slopes": Form(changes, half_of_the_slopes)
+  for kind, changes in _KINDS.items()
+}
+FORMS |= SLOPE_FORMS | LAYER_FORMS
