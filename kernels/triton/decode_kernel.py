@@ -202,8 +202,11 @@ def _attend(
         p = _visible(
           p, (i + offset)[:, None], j[None, :], 0, 0, LEFT, RIGHT, False
         )
-      if NORMALIZE:  # A key of zeros has a weight too.
-        total += tl.sum(tl.where(j[None, :] < stop, p, 0.0), 1)
+      if NORMALIZE:
+        # A key of zeros has a weight too. The weights are rounded as in the
+        # product, so that the rounding of a row with few keys cancels.
+        rounded = p.to(v.dtype.element_ty).to(tl.float32)
+        total += tl.sum(tl.where(j[None, :] < stop, rounded, 0.0), 1)
     v_tile = tl.load(v + places, mask=mask, other=0.0)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
   return acc, total, peak

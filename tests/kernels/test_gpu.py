@@ -133,6 +133,8 @@ def test_decoding(case, dtype, implementation):
   except NotImplementedError as reason:
     pytest.skip(str(reason))
   expected = cases.exact(case, arrays, options, cotangent)["out"]
+  # Outputs of 1e-263, which some cases have with so few queries, are 0.
+  expected = np.asarray(expected, np.float32)
   bound = 4e-6
   if dtype != "float32":
     plain = compare.plain_16_bit(case, arrays, options, cotangent)["out"]
