@@ -15,6 +15,7 @@ array, reading and writing counted. ratio is the quotient of the two.
   python -m benchmarks.decode --models 1b --cases 1x512 --trace
   python -m benchmarks.decode --models 1b --cases 1x512 --peers dynamic static
   python -m benchmarks.decode --set attn.normalize=True xla_gpu_autotune_level=4
+  python -m benchmarks.decode --set cache=paged
 
 --peers: `generate` of Hugging Face's LlamaForCausalLM of the same size, with
 its dynamic cache, and with its static cache, which it compiles by torch.compile
@@ -29,12 +30,15 @@ import argparse
 import datetime
 import functools
 import json
+import math
 import os
 import pathlib
 import statistics
 import subprocess
 import sys
 import time
+
+import numpy as np
 
 from benchmarks import train_step
 
@@ -65,8 +69,8 @@ def _config(model, changes):
 # Our side, in a process of its own.
 
 
-def bytes_of_step(params, cache, length):
-  """What a step must read: all parameters, and `length` slots of the cache.
+def bytes_of_step(params, cache, tokens):
+  """What a step must read: all parameters, and so many tokens of the cache.
 
   The embedding is read once, for the logits.
   """
@@ -75,8 +79,8 @@ def bytes_of_step(params, cache, length):
   def size(tree):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-  slots = jax.tree.leaves(cache)[0].shape[1]
-  return size(params) + size(cache) * length / slots
+  slots = math.prod(jax.tree.leaves(cache)[0].shape[:2])
+  return size(params) + size(cache) * tokens / slots
 
 
 def _random(shapes):
@@ -113,6 +117,8 @@ def ours(model, cases, changes, tokens, trace):
   """Yields the row of each case."""
   from sigattn.inference import engine
 
+  changes = dict(changes)
+  is_paged = changes.pop("cache", "contiguous") == "paged"
   options = {k: v for k, v in changes.items() if k.startswith("xla_")}
   config = _config(
     model, {k: v for k, v in changes.items() if k not in options}
@@ -123,17 +129,29 @@ def ours(model, cases, changes, tokens, trace):
   vocabulary = config.data.vocab_size
   machine = engine.Engine(graphdef, params, vocabulary, end=-1)
   for case in cases:
-    yield _our_row(machine, case, bandwidth, tokens, options, trace)
+    yield _our_row(machine, case, bandwidth, tokens, options, trace, is_paged)
 
 
-def _our_row(machine, case, bandwidth, tokens, options, trace):
+def _empty(machine, case, tokens, is_paged):
+  from sigattn.inference import pages
+
+  rows, prompt = _sizes(case)
+  if not is_paged:
+    return machine.empty(rows, prompt + tokens)
+  held = pages.Pages.for_prompts([prompt + tokens] * rows, 0, rows)
+  for row in range(rows):
+    held.take(row, np.zeros(0, np.int32), prompt + tokens)
+  return machine.empty_pages(held)
+
+
+def _our_row(machine, case, bandwidth, tokens, options, trace, is_paged):
   import jax
   import jax.numpy as jnp
 
   from sigattn.inference.sampling import Sampling
 
   rows, prompt = _sizes(case)
-  state = machine.empty(rows, prompt + tokens)
+  state = _empty(machine, case, tokens, is_paged)
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.cache
   )
@@ -160,7 +178,8 @@ def _our_row(machine, case, bandwidth, tokens, options, trace):
 
   seconds()
   took = statistics.median(seconds() for _ in range(ROUNDS))
-  needed = bytes_of_step(machine.params, holder[0].cache, prompt + tokens / 2)
+  seen = rows * (prompt + tokens / 2)
+  needed = bytes_of_step(machine.params, holder[0].cache, seen)
   if trace:
     train_step._profile(run, steps=1, units=tokens, unit="a token", most=15)
   return row | {

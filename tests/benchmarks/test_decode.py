@@ -7,12 +7,13 @@ from sigattn.inference import engine
 from tests.tasks import small_lm
 
 
-def test_a_row_of_a_small_model_counts_the_bytes_that_a_step_reads():
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_a_row_of_a_small_model_counts_the_bytes_that_a_step_reads(is_paged):
   config = small_lm.small(depth=2)
   graphdef, shapes = engine.shapes(config)
   params = decode._random(shapes)
   machine = engine.Engine(graphdef, params, small_lm.V, end=-1)
-  row = decode._our_row(machine, "3x20", 1e9, 4, {}, trace=False)
+  row = decode._our_row(machine, "3x20", 1e9, 4, {}, False, is_paged)
   assert (row["rows"], row["prompt"]) == (3, 20)
   assert row["milliseconds_per_token"] > 0
   model = config.model
