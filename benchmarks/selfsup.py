@@ -66,6 +66,8 @@ def train_one(method, kind, seed, args):
     config.total_steps = args.steps
   folder = pathlib.Path(args.root) / name_of(method, kind, seed)
   state = train(config, folder)
+  if int(state.step) < config.total_steps:
+    sys.exit(f"{folder}: was stopped; the same command goes on")
   trained = time.perf_counter()
   devices, split = mesh.make(config), config.data.eval_split
   last = metrics.last_evaluation(metrics.read(folder), split)
