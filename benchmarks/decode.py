@@ -101,20 +101,9 @@ def _random(shapes):
   return jax.tree.unflatten(tree, arrays)
 
 
-def copy_bandwidth(gib=2):
-  """Bytes a second that are read and written where an array is copied."""
-  import jax
-  import jax.numpy as jnp
-
-  from benchmarks import timing
-
-  x = jnp.ones((gib * 2**28,), jnp.float32)
-  copy = jax.jit(lambda x: x + 1)
-  return 2 * x.nbytes / timing.milliseconds(lambda: copy(x)) * 1e3
-
-
 def ours(model, cases, changes, tokens, trace):
   """Yields the row of each case."""
+  from benchmarks import timing
   from sigattn.inference import engine
 
   changes = dict(changes)
@@ -123,7 +112,7 @@ def ours(model, cases, changes, tokens, trace):
   config = _config(
     model, {k: v for k, v in changes.items() if k not in options}
   )
-  bandwidth = copy_bandwidth()
+  bandwidth = timing.copy_rate()
   graphdef, shapes = engine.shapes(config)
   params = _random(shapes)
   vocabulary = config.data.vocab_size

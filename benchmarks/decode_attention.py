@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import attention
-from benchmarks.timing import milliseconds
+from benchmarks.timing import copy_rate, milliseconds
 from sigattn.kernels import device
 from sigattn.kernels.problem import Operands, make_problem
 from sigattn.kernels.triton import decode
@@ -179,13 +179,6 @@ def _jax_nn(cell):
   )
 
 
-def _copy_rate():
-  """Bytes a second that a copy of 1 GiB reads and writes."""
-  x = jnp.zeros((2**29,), "bfloat16")
-  negative = jax.jit(jnp.negative)
-  return 2 * x.nbytes / milliseconds(lambda: negative(x)) * 1e3
-
-
 # torch: the calls are captured as one graph.
 
 
@@ -264,7 +257,7 @@ BASELINES = (
 
 def _measure(cells, save):
   """The whole result. A partial result is saved after each cell."""
-  rate = _copy_rate()
+  rate = copy_rate()
   print(f"{device.current().kind}: a copy at {rate / 1e12:.2f} TB/s")
   result = {
     "copy_gb_per_second": round(rate / 1e9),
@@ -325,7 +318,7 @@ def candidates(tile: decode.Tile, cell: Cell) -> list[decode.Tile]:
 
 
 def _sweep(cells):
-  rate = _copy_rate()
+  rate = copy_rate()
   print(f"{device.current().kind}: a copy at {rate / 1e12:.2f} TB/s")
   for cell in cells:
     problem = _problem(cell)

@@ -4,6 +4,7 @@ import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 
 
 def milliseconds(call, wait=jax.block_until_ready, repeats=5):
@@ -27,3 +28,10 @@ def milliseconds(call, wait=jax.block_until_ready, repeats=5):
   run(1)
   count = max(3, min(int(20 / run(2)), 200))
   return statistics.median(run(count) for _ in range(repeats))
+
+
+def copy_rate(gib=2):
+  """Bytes a second that are read and written where an array is copied."""
+  x = jnp.ones((gib * 2**28,), jnp.float32)
+  copy = jax.jit(lambda x: x + 1)
+  return 2 * x.nbytes / milliseconds(lambda: copy(x)) * 1e3
