@@ -1,0 +1,256 @@
+"""The documents: links, commands, the README's example and its numbers."""
+
+import decimal
+import functools
+import importlib.util
+import inspect
+import json
+import pathlib
+import re
+import shlex
+import tomllib
+import urllib.parse
+
+import jax
+import numpy as np
+import pytest
+
+import sigattn
+from sigattn import cli
+from sigattn.validate import value_at
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS.append(ROOT / "benchmarks" / "NOTES.md")
+NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+
+
+def fences(text, language):
+  """The blocks of code between ``` and ```, of one language or of none."""
+  blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+  return [block for name, block in blocks if name == language]
+
+
+def prose(path):
+  """A document without its code."""
+  text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+  return re.sub(r"`[^`\n]*`", "", text)
+
+
+@functools.cache
+def anchors(path):
+  """The anchors that GitHub makes of a document's headings."""
+  found = {}
+  text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+  for heading in re.findall(r"^#+ +(.+)$", text, re.MULTILINE):
+    words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+    found[slug] = found.get(slug, -1) + 1
+    if found[slug]:
+      found[f"{slug}-{found[slug]}"] = 0
+  return {*found}
+
+
+def dead_links(path):
+  """The relative links of a document that lead nowhere."""
+  links = re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", prose(path))
+  for link in ("".join(pair) for pair in links):
+    where, _, anchor = urllib.parse.unquote(link).partition("#")
+    if urllib.parse.urlparse(link).scheme:
+      continue
+    target = (path.parent / where).resolve() if where else path
+    exists = target.is_relative_to(ROOT) and target.exists()
+    if not exists or (anchor and anchor not in anchors(target)):
+      yield link
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+def test_relative_links_lead_somewhere(path):
+  assert not [*dead_links(path)]
+
+
+def test_a_dead_link_is_found(tmp_path, monkeypatch):
+  monkeypatch.setitem(globals(), "ROOT", tmp_path)
+  path = tmp_path / "a.md"
+  path.write_text(
+    "# A `b`, c\n[1](#a-b-c) [2](#d) [3](a.md#a-b-c) [4](no.md) [5](a.md#d)\n"
+    '[6](https://x.org/y) <img src="no.png"> `[7](no)`\n'
+    "```\n# d\n[8](no)\n```\n"
+  )
+  assert [*dead_links(path)] == ["#d", "no.md", "a.md#d", "no.png"]
+
+
+# A config of a document that stands for the reader's own.
+PLACEHOLDER = "..."
+
+
+def commands(path):
+  """The commands of a document that start Python, as lists of words."""
+  text = path.read_text()
+  lines = re.findall(r"`(python [^`\n]+)`", text)
+  for block in fences(text, ""):
+    lines += block.replace("\\\n", " ").splitlines()
+  for line in lines:
+    for command in line.split("&&"):
+      if re.match(r"\s*(\S+=\S+ |srun )*\S*python ", command):
+        yield shlex.split(command, comments=True)
+
+
+def config_of(word):
+  """The config that --config=configs/FILE.py:ARGUMENT names."""
+  name, _, argument = word.removeprefix("--config=").partition(":")
+  spec = importlib.util.spec_from_file_location("documented", ROOT / name)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(argument) if argument else module.get_config()
+
+
+def check_command(words):
+  """Raises where a script, command, config or field does not exist."""
+  program = next(i for i, x in enumerate(words) if x.endswith("python"))
+  words = words[program + 1 :]
+  if words[0] != "-m":
+    assert (ROOT / words[0]).is_file() or words[0] == "spills.py", words[0]
+  else:
+    name = words[1].split(".")[0]
+    assert importlib.util.find_spec(words[1]) or name == "venv", words[1]
+    if words[1] == "sigattn" and len(words) > 2 and words[2] != "COMMAND":
+      assert words[2] in cli.COMMANDS, words[2]
+  files = [word for word in words if word.startswith("--config=")]
+  if not files or PLACEHOLDER in files[0]:
+    return
+  config = config_of(files[0])
+  for word in words:
+    if word.startswith("--config."):
+      value_at(config, word.removeprefix("--config.").partition("=")[0])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+def test_commands_name_what_exists(path):
+  for words in commands(path):
+    check_command(words)
+
+
+@pytest.mark.parametrize(
+  ("line", "error"),
+  [
+    ("python tran.py", AssertionError),
+    ("python -m sigattn generat", AssertionError),
+    ("python train.py --config=configs/vit.py:imagnet", ValueError),
+    ("python train.py --config=configs/vit.py --config.a.b=1", ValueError),
+  ],
+)
+def test_a_wrong_command_is_found(line, error):
+  with pytest.raises(error):
+    check_command(line.split())
+
+
+@pytest.fixture(
+  scope="module", params=["README.md", "docs/operation.md"], ids=str
+)
+def example(request):
+  """The names that the Python of a document defines."""
+  names = {}
+  for block in fences((ROOT / request.param).read_text(), "python"):
+    exec(compile(block, request.param, "exec"), names)
+  return names
+
+
+def test_the_example_computes_the_formula(example):
+  q, k, v = (np.asarray(example[x], float) for x in ("query", "key", "value"))
+  n, d = q.shape[1], q.shape[-1]
+  logits = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(d) - np.log(n)
+  weights = np.tril(1 / (1 + np.exp(-logits)))
+  out = np.einsum("bnts,bsnh->btnh", weights, v)
+  np.testing.assert_allclose(example["out"], out, rtol=2e-3, atol=2e-4)
+
+
+def test_the_layer_of_the_example_runs(example):
+  x = jax.numpy.ones((2, 16, 512))
+  assert example["layer"](x).shape == x.shape
+
+
+def test_the_readme_is_short():
+  assert len(README.read_text().splitlines()) <= 150
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+  [block] = [x for x in fences(README.read_text(), "") if "pytest" in x]
+  assert block in (ROOT / ".ci" / "run").read_text()
+
+
+def rows_below(heading):
+  """The rows of the README's table whose heading begins like this."""
+  text = README.read_text()
+  return text[text.index(heading) :].split("\n\n")[0].splitlines()[2:]
+
+
+def test_the_readmes_arguments_exist():
+  parameters = inspect.signature(sigattn.dot_product_attention).parameters
+  for row in rows_below("| argument |"):
+    names = re.findall(r"`(\w+)`", row.split("|")[1])
+    assert names
+    assert {*names} <= {*parameters}, row
+
+
+RESULTS = {
+  ("H100", "64"): "kernels_h100_64",
+  ("H100", "128"): "kernels_h100_128",
+  ("H200", "64"): "attention_h200",
+  ("H200", "128"): "attention_h200",
+}
+
+
+def ratios(rows, implementation, direction, width, length):
+  """Without a mask and causal, as the README writes them; "" without any."""
+  found = [
+    row["ratio_to_best_softmax"]
+    for causal in (False, True)
+    for row in rows
+    if row["implementation"] == implementation
+    and (row["pass"], row["causal"]) == (direction, causal)
+    and (row["head_dim"], row["seq_len"]) == (width, length)
+    and not row["padding"]
+  ]
+  hundredth = decimal.Decimal("0.01")
+  return " / ".join(
+    str(decimal.Decimal(str(x)).quantize(hundredth, decimal.ROUND_HALF_UP))
+    for x in found
+  )
+
+
+def test_the_readmes_speeds_are_those_of_the_result_files():
+  lines = rows_below("| card |")
+  assert len(lines) == 12
+  for line in lines:
+    card, width, length, *cells = (x.strip() for x in line.split("|")[1:-1])
+    file = ROOT / "benchmarks" / "results" / f"{RESULTS[card, width]}.json"
+    rows = json.loads(file.read_text())["rows"]
+    place = int(width), int(length.replace(",", ""))
+    wanted = [
+      ratios(rows, f"sigattn mosaic{form}", direction, *place)
+      for form in ("", " normalized")
+      for direction in ("forward", "backward")
+    ]
+    assert cells == wanted, line
+
+
+def test_the_readmes_training_speeds_are_those_of_the_result_file():
+  file = ROOT / "benchmarks" / "results" / "train_step_nvidia_h200.json"
+  measured = [
+    row.get("tokens_per_second") or row.get("images_per_second")
+    for row in json.loads(file.read_text())["rows"]
+    if (row["model"], row["batch"]) in (("1b", 8), ("vit_b16", 256))
+  ]
+  text = README.read_text()
+  wanted = [f"{x:,.0f}" for x in measured if x]
+  assert len(wanted) == 5
+  assert [x for x in wanted if x not in text] == []
+
+
+def test_the_citation_has_the_version():
+  text = (ROOT / "CITATION.cff").read_text()
+  assert f"\nversion: {sigattn.__version__}\n" in text
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  assert f"\nlicense: {project['license']}\n" in text
