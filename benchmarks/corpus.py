@@ -1,6 +1,6 @@
 r"""Builds the corpus of configs/lm_85m.py: real text and code, as tokens.
 
-  pip install datasketch inscriptis
+  pip install datasketch==2.0.0 inscriptis==2.7.6
   python -m benchmarks.corpus --out=corpus
 
 downloads the packages of the tables below from the registries that pip and apt

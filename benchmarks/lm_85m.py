@@ -39,6 +39,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,7 @@ COPIED = 32  # tokens that `copying` repeats
 PREFIX = 8  # the first of them, which only show what is repeated
 # Seconds in which a run that got SIGTERM has saved its state.
 GRACE = 45
+STOPPED = 130  # the exit code of train.py after SIGTERM
 MEASUREMENTS = "measured.json"
 
 
@@ -90,7 +92,11 @@ def next_run(rows, forms, rates):
     run = Run(form, best[form], 0, short=False)
     if not any(map(run.is_of, rows)):
       return run
-  whole = [x for x in rows if not x["short"] and x["seed"] == 0]
+  whole = [
+    x
+    for x in rows
+    if not x["short"] and x["seed"] == 0 and x["validation_loss"] is not None
+  ]
   for row in sorted(whole, key=lambda x: x["validation_loss"])[:2]:
     run = Run(row["form"], row["lr"], 1, short=False)
     if not any(map(run.is_of, rows)):
@@ -166,29 +172,35 @@ def train(run, folder, options, end):
   words += [f"--config.optim.lr={run.lr!r}", f"--config.seed={run.seed}"]
   if run.short:
     words += ["--config.telemetry.every_steps=0"]
+    words += ["--config.ckpt.every_steps=0"]  # SIGTERM and the end save it
     if not options.local:
       words += [f"--config.total_steps={SHORT_STEPS}"]
   words += [f"--{word}" for word in options.overrides]
   code = call(words, end)
-  if code == 130:
+  if code == STOPPED:
     return False
   diverged = code and (folder / "non_finite.json").exists()
   if code and not diverged:
     raise subprocess.CalledProcessError(code, words)
   if not run.short and not diverged:
     words = [sys.executable, "-m", "benchmarks.lm_85m", f"--measure={folder}"]
-    if call([*words, f"--copies={options.copies}"], end):
-      return False
+    words += [f"--copies={options.copies}"]
+    if code := call(words, end):
+      if code == STOPPED:
+        return False
+      raise subprocess.CalledProcessError(code, words)
   record(run, folder, options)
+  if run.short:  # nobody measures it, and all of them would fill a disk
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
   return True
 
 
 def call(words, end):
-  """The exit code of a command; 130 if it got SIGTERM because of the time."""
+  """The exit code of a command; STOPPED where the time was over before."""
   print(" ".join(words), flush=True)
   left = end - time.monotonic() - GRACE
   if left <= 0:
-    return 130
+    return STOPPED
   process = subprocess.Popen(words, cwd=ROOT)
   try:
     return process.wait(left)
@@ -199,7 +211,7 @@ def call(words, end):
   except subprocess.TimeoutExpired:
     process.kill()
     process.wait()
-  return 130
+  return STOPPED
 
 
 def record(run, folder, options):
