@@ -48,8 +48,8 @@ def _base():
   config.total_steps = 1500
   config.batch_size = 8  # rows per update
   config.data = dict(
-    # An embedded text (kjv), a local file or folder (.txt, JSON lines,
-    # parquet), or a Hugging Face name: owner/name or owner/name:subset.
+    # An embedded text (kjv), a local file or folder (.txt, JSON lines, parquet,
+    # tokens), or a Hugging Face name: owner/name or owner/name:subset.
     source="kjv",
     # Pairs of (source, share of the rows) to train on; `source` is then "".
     mixture=(),

@@ -7,15 +7,16 @@ the last token and predicts all but the first. A batch contains
   segment  int32 (B, L + 1), the number of a token's document within its row,
            from 1 on; 0 is padding. Missing if each row is from one document
 
-There are two kinds of sources. One text, which is embedded or the content of a
-local .txt, is cut at new positions in each epoch. Its end is its test split,
+There are three kinds of sources. One text, which is embedded or the content of
+a local .txt, is cut at new positions in each epoch. Its end is its test split,
 and the rest its train split. The end of that is the validation split, for runs
-that train on train_without_validation. A stream of documents is a
-local file of JSON or parquet, a local folder (see text_files), a data set of
-the Hugging Face Hub (owner/name or owner/name:subset), or a .txt with
-config.data.lines=True. A local stream that is trained on and evaluated, and
-that has no split but train, has about every twentieth document in its test
-split.
+that train on train_without_validation. A folder of tokens (see token_files) is
+cut in the same way, and holds its splits and its tokenizer; its documents stand
+behind each other in a row. A stream of documents is a local file of JSON or
+parquet, a local folder (see text_files), a data set of the Hugging Face Hub
+(owner/name or owner/name:subset), or a .txt with config.data.lines=True. A
+local stream that is trained on and evaluated, and that has no split but train,
+has about every twentieth document in its test split.
 """
 
 import copy
@@ -34,7 +35,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from sigattn.data import hub, loader, text_files, tokenizers
+from sigattn.data import hub, loader, text_files, token_files, tokenizers
 from sigattn.validate import (
   Field,
   added,
@@ -126,22 +127,39 @@ def _one_text_has_the_rows(config):
   data = config.data
   if not _is_one_text(config):
     return
-  if data.train_split == data.eval_split != "train":
+  if token_files.is_folder(data.source):
+    unit, count = "tokens", len(_read_tokens(config, data.train_split))
+  elif data.train_split == data.eval_split != "train":
     raise ValueError(
       f"config.data.train_split={data.train_split!r}; must be 'train'"
     )
-  if _eval_source(config) == data.source:
-    hub.validate_no_validation_in_training(data)
-  # Characters bound the tokens of each tokenizer that is a file.
-  characters = len(_part(config, data.train_split).encode())
-  if data.length >= characters:
+  else:
+    if _eval_source(config) == data.source:
+      hub.validate_no_validation_in_training(data)
+    # Characters bound the tokens of each tokenizer that is a file.
+    unit = "characters"
+    count = len(_part(config, data.train_split).encode())
+  if data.length >= count:
     raise ValueError(
-      f"config.data.length={data.length!r}; must be less than {characters}, "
-      f"the characters of {data.train_split!r} of {data.source}"
+      f"config.data.length={data.length!r}; must be less than {count}, "
+      f"the {unit} of {data.train_split!r} of {data.source}"
     )
-  rows = _num_rows(characters, data.length)
+  rows = _num_rows(count, data.length)
   of = f"{data.source} in rows of config.data.length={data.length!r}"
   loader.validate_batch_size(config, rows, of)
+
+
+def _tokens_have_their_tokenizer(config):
+  """Raises ValueError for another tokenizer than that of a folder of tokens."""
+  data = config.data
+  if data.mixture or not token_files.is_folder(data.source):
+    return
+  wanted = hub.local(data.source) / token_files.TOKENIZER
+  if hub.local(data.tokenizer, "tokenizer").resolve() != wanted.resolve():
+    raise ValueError(
+      f"config.data.tokenizer={data.tokenizer!r}; must be {str(wanted)!r}, "
+      f"which made the tokens of config.data.source={data.source!r}"
+    )
 
 
 def _vocabulary_covers_the_tokenizer(config):
@@ -157,6 +175,7 @@ def _vocabulary_covers_the_tokenizer(config):
 RULES = (
   _one_of_source_and_mixture,
   _sources_have_the_splits,
+  _tokens_have_their_tokenizer,
   _vocabulary_covers_the_tokenizer,
   _one_text_has_the_rows,
 )
@@ -224,7 +243,7 @@ def _is_held_out(config, source):
   trained = [name for name, _ in _mixture(config)]
   if source not in trained or source != _eval_source(config):
     return False
-  if source in EMBEDDED:
+  if source in EMBEDDED or token_files.is_folder(source):
     return False
   return set(text_files.find(source) or ()) == {"train"}
 
@@ -236,10 +255,15 @@ def _eval_source(config):
       "config.data.eval_source=None; must be given if config.data.mixture is "
       "not empty"
     )
-  if data.source in EMBEDDED and data.eval_source is not None:
+  if data.eval_source is not None and data.source in EMBEDDED:
     raise ValueError(
       f"config.data.eval_source={data.eval_source!r}; must be None with "
       f"config.data.source={data.source!r}, whose end is evaluated"
+    )
+  if data.eval_source is not None and token_files.is_folder(data.source):
+    raise ValueError(
+      f"config.data.eval_source={data.eval_source!r}; must be None with "
+      f"config.data.source={data.source!r}, a folder of tokens with its splits"
     )
   return data.source if data.eval_source is None else data.eval_source
 
@@ -254,6 +278,13 @@ def _splits(origin):
   if source in EMBEDDED:
     hub.embedded(source, EMBEDDED[source])
     return _TEXT_SPLITS
+  if token_files.is_folder(source):
+    if key != "source":
+      raise ValueError(
+        f"config.data.{key}: {source!r} is a folder of tokens, which can only "
+        "be config.data.source"
+      )
+    return tuple(token_files.splits(source))
   files = text_files.find(source, key)
   if files is None:
     if not hub.is_hub_name(source):
@@ -269,9 +300,11 @@ def _splits(origin):
 
 
 def _is_one_text(config):
-  """Whether the run trains on one text, not on a stream of documents."""
+  """Whether the run trains on one text or on tokens, not on a stream."""
   data = config.data
-  return not data.mixture and _is_text(data.source, data.lines)
+  return not data.mixture and (
+    token_files.is_folder(data.source) or _is_text(data.source, data.lines)
+  )
 
 
 def _is_text(source, lines):
@@ -387,18 +420,30 @@ class _Progress:
 def open_source(config: ConfigDict, split: str) -> "_OneText | Stream":
   """Opens a split of config.data.source or config.data.mixture.
 
-  Returns an ExampleSource for one text, otherwise a Stream. The first document
-  is read. Raises ValueError if a source has no such split, if it has no
-  documents or if it cannot be read.
+  Returns an ExampleSource for one text or tokens, otherwise a Stream. The first
+  document is read. Raises ValueError if a source has no such split, if it has
+  no documents or if it cannot be read.
   """
   if not _is_one_text(config):
     return Stream(config, split)
   other = config.data.eval_source
+  if token_files.is_folder(config.data.source):
+    return _OneText(config, _read_tokens(config, split))
   if split != config.data.eval_split or other in (None, config.data.source):
-    return _OneText(config, _part(config, split))
+    return _OneText(config, _encoded(config, _part(config, split)))
   if _is_text(other, config.data.lines):
-    return _OneText(config, _whole(other))
+    return _OneText(config, _encoded(config, _whole(other)))
   return Stream(config, split)
+
+
+def _read_tokens(config, split):
+  source = config.data.source
+  hub.validate_split(source, split, token_files.splits(source))
+  return token_files.read(source, split, tokenizer(config).size)
+
+
+def _encoded(config, content):
+  return _tokens(content, tokenizer(config))
 
 
 def documents(
@@ -425,7 +470,7 @@ def _num_rows(tokens, length):
 
 
 class _OneText(loader.ExampleSource):
-  """Rows cut from one long text.
+  """Rows cut from the tokens (S,) of one long text.
 
   In training, row i of an epoch begins at a random token of [i L, (i + 1) L).
   In an evaluation, every token but the first is a target exactly once.
@@ -433,9 +478,8 @@ class _OneText(loader.ExampleSource):
 
   in_memory = True
 
-  def __init__(self, config, content):
-    self._length = config.data.length
-    self._tokens = _tokens(content, tokenizer(config))
+  def __init__(self, config, token_S):
+    self._length, self._tokens = config.data.length, token_S
 
   def __len__(self):
     return _num_rows(len(self._tokens), self._length)
@@ -453,7 +497,7 @@ class _OneText(loader.ExampleSource):
   def _rows(self, start_B):
     index_BT = start_B[:, None] + np.arange(self._length + 1)
     real_BT = index_BT < len(self._tokens)
-    token_BT = self._tokens[np.where(real_BT, index_BT, 0)]
+    token_BT = self._tokens[np.where(real_BT, index_BT, 0)].astype(np.int32)
     return {"token": np.where(real_BT, token_BT, -1)}
 
 

@@ -1,0 +1,69 @@
+r"""Language models of 85 million parameters on real text, one for each form.
+
+The shape is that of configs/lm.py:85m, on rows of 2,048 tokens of the corpus
+that `python -m benchmarks.corpus --out=corpus` builds: manuals, prose and code.
+
+  python train.py --config=configs/lm_85m.py:sigmoid
+  python train.py --config=configs/lm_85m.py:softmax,runlocal
+
+`python -m benchmarks.lm_85m` trains and measures all forms of FORMS. A run sees
+100 million tokens, 1,526 updates of 32 rows. All forms have RoPE and no ALiBi,
+so that softmax can use cuDNN, the fastest implementation that it has.
+"""
+
+from configs import common, lm
+from configs.common import sweep_seed  # noqa: F401
+
+FORMS = {
+  "softmax": {"attn.kind": "softmax", "attn.implementation": "cudnn"},
+  "sigmoid": {"attn.kind": "sigmoid"},
+  "normalized": {"attn.kind": "sigmoid", "attn.normalize": True},
+  # A bias with which a weight is e^z, as softmax's: no logit comes near 14.
+  "normalized_low_bias": {
+    "attn.kind": "sigmoid",
+    "attn.normalize": True,
+    "attn.logit_bias": -14.0,
+  },
+}
+
+
+def get_config(arg=None):
+  """arg: comma-separated words: a name of FORMS, and runlocal."""
+  words = common.words("lm_85m.py", arg, ("runlocal", *FORMS))
+  forms = [word for word in words if word != "runlocal"]
+  if len(forms) != 1:
+    raise ValueError(f"configs/lm_85m.py:{arg}: choose one of {[*FORMS]}")
+  config = lm.get_config("85m").unlock()
+  config.total_steps = 1526
+  config.batch_size = 32
+  config.data.update(
+    source="corpus/tokens",
+    mixture=(),
+    eval_source=None,
+    eval_split="validation",
+    tokenizer="corpus/tokens/tokenizer.json",
+    length=2048,
+  )
+  config.attn.alibi = False
+  config.model.positions = "rope"
+  config.update_from_flattened_dict(FORMS[forms[0]])
+  config.optim.lr = 4e-3
+  config.optim.warmup_steps = config.get_ref("total_steps") // 20
+  config.eval.every_steps = config.get_ref("total_steps") // 4
+  config.eval.length_factors = (1, 2, 4)
+  config.ckpt.every_steps = config.get_ref("total_steps") // 3
+  config.log.update(every_steps=20, tensorboard=False)
+  config.telemetry.update(every_steps=200, examples=2)
+  if "runlocal" in words:
+    common.shrink(config)
+    config.attn.implementation = None  # cuDNN needs a GPU
+    config.dtype = "float32"  # which a CPU is faster at
+    config.data.length = 128
+    config.model.update(remat="none", loss_chunks=1)
+    config.telemetry.every_steps = 0
+  return config.lock()
+
+
+def sweep_lr():
+  for lr in (1.5e-3, 4e-3, 1e-2):
+    yield {"optim.lr": lr}
