@@ -559,7 +559,12 @@ def _over_radii(axes, rows):
       f"R^{exponents.max():.1f} at its steepest, "
       f"R^{exponents[-1]:.1f} at the end"
     )
-  axes.set(xlabel="R", ylabel="largest |Jacobian|", title=f"ball, n = {length}")
+  axes.set(
+    xlabel="R", ylabel="largest |Jacobian|",
+    title=f"ball, n = {length}, and bound (dashed)",
+  )  # fmt: skip
+  axes.set_xticks(radii, radii)
+  axes.minorticks_off()
 
 
 def _over_biases(axes, rows):
@@ -588,7 +593,7 @@ def _over_biases(axes, rows):
   axes.axhline(1, color="black", linewidth=0.8, linestyle=":", label="mean")
   axes.set(
     xlabel="b", ylabel="largest |Jacobian|", ylim=(0.03, None),
-    title=f"between mean and softmax, R = {radius:.0f}", xticks=biases[::2],
+    title=f"R = {radius:.0f}, and bound (dashed)", xticks=biases[::2],
   )  # fmt: skip
 
 
