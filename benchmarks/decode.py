@@ -31,16 +31,13 @@ import datetime
 import functools
 import json
 import math
-import os
 import pathlib
 import statistics
-import subprocess
-import sys
 import time
 
 import numpy as np
 
-from benchmarks import train_step
+from benchmarks import processes, train_step
 
 _FOLDER = pathlib.Path(__file__).parent / "results"
 MODELS = ("85m", "1b")
@@ -170,7 +167,9 @@ def _our_row(machine, case, bandwidth, tokens, options, trace, is_paged):
   seen = rows * (prompt + tokens / 2)
   needed = bytes_of_step(machine.params, holder[0].cache, seen)
   if trace:
-    train_step._profile(run, steps=1, units=tokens, unit="a token", most=15)
+    train_step.print_profile(
+      run, steps=1, units=tokens, unit="a token", most=15
+    )
   return row | {
     "rows": rows,
     "prompt": prompt,
@@ -274,32 +273,23 @@ def _side(side, arguments):
 def _measure(side, model, arguments):
   """The rows that one side's process printed before it ended."""
   pairs = [f"{path}={value!r}" for path, value in arguments.set]
-  command = [
-    sys.executable, "-m", "benchmarks.decode", "--side", side, "--models",
-    model, "--cases", *arguments.cases, "--tokens", str(arguments.tokens),
-    *(["--trace"] if arguments.trace else []),
-    *(["--set", *pairs] if pairs else []),
-  ]  # fmt: skip
-  environment = dict(os.environ)
-  environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
-  environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   begin = time.perf_counter()
-  try:
-    done = subprocess.run(
-      command, env=environment, capture_output=True, text=True,
-      timeout=arguments.timeout, check=False,
-    )  # fmt: skip
-    out, said = done.stdout, done.stderr if done.returncode else ""
-  except subprocess.TimeoutExpired as error:
-    out, said = (error.stdout or b"").decode(), f"over {error.timeout} seconds"
+  lines, reason = processes.printed(
+    [
+      "benchmarks.decode", "--side", side, "--models", model,
+      "--cases", *arguments.cases, "--tokens", str(arguments.tokens),
+      *(["--trace"] if arguments.trace else []),
+      *(["--set", *pairs] if pairs else []),
+    ],
+    arguments.timeout,
+  )  # fmt: skip
   rows, others = [], []
-  for line in out.splitlines():
+  for line in lines:
     (rows if line.startswith("{") else others).append(line)
   if others:
     print(*others, sep="\n")
-  reason = ([x for x in said.splitlines() if x.strip()] or [""])[-1]
   print(
-    f"{time.perf_counter() - begin:5.0f} s: {model} {side}", reason[:300],
+    f"{time.perf_counter() - begin:5.0f} s: {model} {side}", reason or "",
     flush=True,
   )  # fmt: skip
   return [json.loads(row) for row in rows]
@@ -396,7 +386,7 @@ def _arguments():
   parser.add_argument("--tokens", type=int, default=64, help="in a round")
   parser.add_argument("--trace", action="store_true")
   parser.add_argument(
-    "--set", nargs="+", default=[], type=train_step._pair,
+    "--set", nargs="+", default=[], type=train_step.setting,
     metavar="PATH=VALUE", help="of our config, or xla_OPTION=VALUE",
   )  # fmt: skip
   parser.add_argument(
@@ -412,7 +402,7 @@ def main():
   if arguments.side:
     _side(arguments.side, arguments)
     return
-  device, _ = train_step._card()
+  device, _ = train_step.card()
   name = f"decode_{device.replace(' ', '_').lower()}.json"
   path, rows = arguments.out or _FOLDER / name, []
   for model in arguments.models:

@@ -31,13 +31,13 @@ import ast
 import datetime
 import functools
 import json
-import os
 import pathlib
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
+
+from benchmarks import processes
 
 _FOLDER = pathlib.Path(__file__).parent / "results"
 PEAK = 989e12  # FLOP/s of an H100 or H200 in bfloat16, without sparsity
@@ -198,7 +198,7 @@ def ours(model, batch, changes, profile=False):
   row |= _rates(config, count, row["seconds"])
   row["device"] = jax.devices()[0].device_kind
   if profile:
-    _profile(run)
+    print_profile(run)
   return row
 
 
@@ -219,7 +219,7 @@ def _rates(config, params, seconds):
   }
 
 
-def _profile(run, steps=2, units=1, unit="a step", most=60):
+def print_profile(run, steps=2, units=1, unit="a step", most=60):
   """Prints where the milliseconds of a step go, by kernel.
 
   units: how many of `unit` a step consists of.
@@ -277,26 +277,16 @@ def _side(model, side, batch, changes, profile):
 
 def _measure(model, side, batch, changes, timeout, profile=False):
   """The row of a side, {"error": reason} if it could not be measured."""
-  command = [
-    sys.executable, "-m", "benchmarks.train_step", "--one", model, side,
-    str(batch), json.dumps(changes), *(["--profile"] if profile else []),
-  ]  # fmt: skip
-  environment = dict(os.environ)
-  environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
-  environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   begin = time.perf_counter()
-  try:
-    done = subprocess.run(
-      command, env=environment, capture_output=True, text=True,
-      timeout=timeout, check=False,
-    )  # fmt: skip
-  except subprocess.TimeoutExpired:
-    return {"error": f"took longer than {timeout} seconds"}
-  lines = done.stdout.strip().splitlines()
-  if done.returncode or not lines:
-    said = [x for x in done.stderr.splitlines() if x.strip()] or [""]
-    reasons = [x for x in said if "RESOURCE_EXHAUSTED" in x or "Error" in x]
-    return {"error": (reasons or said)[-1].strip()[:300]}
+  lines, reason = processes.printed(
+    [
+      "benchmarks.train_step", "--one", model, side, str(batch),
+      json.dumps(changes), *(["--profile"] if profile else []),
+    ],
+    timeout,
+  )  # fmt: skip
+  if reason or not lines:
+    return {"error": reason or "it printed nothing"}
   print(*lines[:-1], sep="\n", end="\n" if lines[1:] else "")
   row = json.loads(lines[-1])
   return row | {"process_seconds": time.perf_counter() - begin}
@@ -370,7 +360,7 @@ def _table(rows):
     )
 
 
-def _card():
+def card():
   """(name, GiB) of the first GPU, from nvidia-smi: no process may hold it."""
   done = subprocess.run(
     [
@@ -403,7 +393,8 @@ def _parts(arguments, batch_1b):
         yield model, side, batch, changes, None
 
 
-def _pair(text):
+def setting(text):
+  """("model.remat", "dots") of model.remat=dots, for --set."""
   path, _, value = text.partition("=")
   try:
     return path, ast.literal_eval(value)
@@ -420,7 +411,7 @@ def _arguments():
   parser.add_argument("--levers", action="store_true")
   parser.add_argument("--profile", action="store_true")
   parser.add_argument(
-    "--set", nargs="+", default=[], type=_pair, metavar="PATH=VALUE",
+    "--set", nargs="+", default=[], type=setting, metavar="PATH=VALUE",
     help="of the config of our sides, or xla_OPTION=VALUE",
   )  # fmt: skip
   parser.add_argument("--batch-1b", type=int, help="8, or 4 on a small card")
@@ -446,7 +437,7 @@ def main():
     return
   if arguments.levers:
     arguments.models = [x for x in arguments.models if x in LEVERS]
-  device, memory = _card()
+  device, memory = card()
   batch_1b = arguments.batch_1b or (8 if memory > 100 else 4)
   name = "train_step_levers" if arguments.levers else "train_step"
   device_name = device.replace(" ", "_").lower()
