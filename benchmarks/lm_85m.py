@@ -350,12 +350,13 @@ def cloze(config, params, folder):
     import lm_eval
 
     from sigattn.inference import lm_eval as ours
+    from sigattn.inference.generate import Generator
   except ImportError:
     print("cloze is left out: lm-eval is not installed", flush=True)
     return None
   task = write_cloze(config, folder / "cloze")
   results = lm_eval.simple_evaluate(
-    ours.HarnessLM(config, params),
+    ours.HarnessLM(Generator(config, params)),
     tasks=["cloze"],
     task_manager=lm_eval.tasks.TaskManager(include_path=str(task)),
     bootstrap_iters=0,

@@ -404,7 +404,8 @@ def test_bad_split_of_an_evaluation_is_one_line(run):
   )  # fmt: skip
   assert done.returncode == 1
   assert done.stderr == (
-    "eval.py: split='nope' of 'fashion_mnist'; choose from ['test', 'train']\n"
+    "eval.py: split='nope' of 'fashion_mnist'; choose from ['test', 'train', "
+    "'train_without_validation', 'validation']\n"
   )
 
 
