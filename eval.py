@@ -141,6 +141,12 @@ def _main(given):
       metrics.log("drawn: " + ", ".join(map(str, paths)))
       return
     if given.eval == "finetune":
+      for name in ("split", "step"):
+        if given[name].value is not None:
+          raise ValueError(
+            f"--{name}={given[name].value}; has no effect with "
+            "--eval=finetune: leave it out"
+          )
       results = finetune(given.workdir)
     elif given.eval == "linear_probe":
       results = linear_probe(given.workdir, given.split, given.step)

@@ -397,6 +397,19 @@ def test_best_is_known_while_its_metrics_are_being_written(
   assert checkpoint.load(tmp_path, "best")[2] == 1
 
 
+@pytest.mark.parametrize("flag", ["--split=test", "--step=3"])
+def test_finetuning_refuses_what_it_would_not_read(flag, tmp_path):
+  done = subprocess.run(
+    [sys.executable, "eval.py", f"--workdir={tmp_path}", "--eval=finetune",
+     flag],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert done.stderr == (
+    f"eval.py: {flag}; has no effect with --eval=finetune: leave it out\n"
+  )
+
+
 def test_bad_split_of_an_evaluation_is_one_line(run):
   done = subprocess.run(
     [sys.executable, "eval.py", f"--workdir={run}", "--split=nope"],
