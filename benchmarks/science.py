@@ -94,6 +94,10 @@ STUDIES = {
   "recall_sizes": Study(
     "studies.recall", ("size",), _MAIN, _SMALL_LRS, 140, until=0.99
   ),
+  # 8 pairs with distractors: in 6,000 updates no form learns 16.
+  "noisy_recall": Study(
+    "studies.recall", ("noisy",), _MAIN, _SMALL_LRS, 60, until=0.99
+  ),
   "length": Study(
     "studies.length",
     ("rope", "window"),
@@ -114,6 +118,10 @@ STUDIES = {
   ),
   "gap_positions": Study(
     "studies.hybrid_norm", ("gap_positions",), _MAIN[:3], _TEXT_LRS, 35
+  ),
+  # Whether a higher rate than those of the studies above would be better.
+  "rates": Study(
+    "studies.hybrid_norm", ("gap_of_512",), _MAIN, (*_TEXT_LRS, 1e-2, 2e-2), 60
   ),
   "default_language": Study("lm", (), _MAIN, _TEXT_LRS, 25),
   "default_vision": Study("vit", (), _MAIN, (1.5e-3, 3e-3, 6e-3), 40),
