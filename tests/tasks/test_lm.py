@@ -227,10 +227,11 @@ def test_bad_value_is_refused_with_its_path_and_value(path, value):
 
 
 @pytest.mark.parametrize("arg", [None, "gpu", "85m", "1b", "7b", "runlocal"])
-def test_sigmoid_differs_from_its_softmax_twin_by_the_kind_alone(arg):
+def test_sigmoid_differs_from_its_softmax_twin_by_attention_alone(arg):
   softmax, sigmoid = lm_config.get_config(arg), lm_sigmoid.get_config(arg)
   assert sigmoid.attn.kind == "sigmoid"
-  sigmoid.attn.kind = "softmax"
+  assert sigmoid.attn.normalize == (arg not in lm_config.SIZES)
+  sigmoid.attn.update(kind="softmax", normalize=False)
   assert sigmoid == softmax
 
 
