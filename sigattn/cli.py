@@ -161,7 +161,7 @@ def start(
   def main(argv):
     given = argv[1:]
     if given and words is None:
-      raise app.UsageError(f"not understood: {given}")
+      raise app.UsageError(f"only flags are allowed, not {given}")
     if words is not None and not given:
       raise app.UsageError(f"name the {words}")
     keep_compiled()

@@ -54,7 +54,9 @@ def deltas(
   ):
     keys = [key for part in parts for key in part]
     if len(keys) > len(set(keys)):
-      raise ValueError(f"--sweep={','.join(names)}: two set one key: {keys}")
+      raise ValueError(
+        f"--sweep={','.join(names)}: two sweeps set the same key: {keys}"
+      )
     merged.append({k: v for part in parts for k, v in part.items()})
   return merged
 
@@ -141,7 +143,7 @@ def run(flag_values: flags.FlagValues) -> None:
   if not flag_values.dry_run:
     report.sweep([(delta, workdir) for delta, _, workdir in runs], root, config)
   if failed:
-    sys.exit(f"failed, and left out of the table: {failed}")
+    sys.exit(f"these runs failed and are not in the table: {failed}")
 
 
 if __name__ == "__main__":

@@ -271,8 +271,8 @@ def _go_to_place_of_others(data, places):
   ]
   if not states or any(state != states[0] for state in states):
     raise ValueError(
-      f"{places}: {len(states)} processes read streams of documents, which "
-      f"{jax.process_count()} cannot go on with; start {len(states)} processes"
+      f"{places}: {len(states)} processes read streams of documents, and "
+      f"{jax.process_count()} cannot resume them; start {len(states)} processes"
     )
   data.set_state(states[0])
   data.start_prefetch()
@@ -313,8 +313,8 @@ def _restored(manager, step, items, workdir):
     if files.is_sealed(folder):
       raise
     raise ValueError(
-      f"{folder} cannot be restored: it is damaged, or of another model; it "
-      f"was saved without checksums, which would tell. {error}"
+      f"{folder} cannot be restored: it is damaged, or of another model. (It "
+      f"was saved without checksums, which could tell the two apart.) {error}"
     ) from error
 
 

@@ -140,8 +140,8 @@ def read(workdir: str | os.PathLike[str]) -> list[Line]:
   if broken:
     number, text = broken[0]
     log(
-      f"{path}: left out {len(broken)} lines that are no metrics, the first of "
-      f"them line {number}: {text[:60]!r}"
+      f"{path}: left out {len(broken)} lines that are not metrics; the first "
+      f"is line {number}: {text[:60]!r}"
     )
   return lines
 

@@ -173,7 +173,7 @@ def _factors(params, groups, key, default):
       path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)
     ]
     raise ValueError(
-      f"config.optim.{key}: {unused[0]!r} is the first match of no "
+      f"config.optim.{key}: {unused[0]!r} is not the first match of any "
       f"parameter; the parameters are {names}"
     )
   return factors
