@@ -2,12 +2,12 @@
 
   python eval.py --workdir=runs/vit_sigmoid/default
 
-or, in a notebook: `from eval import evaluate; evaluate(workdir)`. Of runs that
-learn features of images, also
+or, in a notebook: `from eval import evaluate; evaluate(workdir)`. For runs that
+learn features of images there are also
 
   --eval=linear_probe   a linear classifier on frozen features
   --eval=finetune       supervised training from the run: configs/finetune.py
-  --eval=pictures       features in two dimensions; what a model draws
+  --eval=pictures       features in two dimensions, and what the model draws
 """
 
 import json
@@ -38,13 +38,14 @@ def evaluate(
   split: str | None = None,
   step: int | str | None = None,
 ) -> dict[str, Any]:
-  """Metrics of a run's checkpoint, as a dict; also in workdir/eval.json.
+  """Evaluates a run's checkpoint. Returns a dict of metrics.
 
-  What the task evaluates besides, another length say, is a dict of metrics by
-  name in `variants`. Where the folder is read-only, a message says so.
+  The dict is also written to workdir/eval.json. If the task has further
+  evaluations, for example at other lengths, `variants` has the metrics of each
+  by its name. If the folder is read-only, a message says so.
 
-  split: one of the data's, by default config.data.eval_split. step: a number,
-  "best", or None for the newest. Raises ValueError where there is no such run,
+  split: a split of the data, by default config.data.eval_split. step: a number,
+  "best", or None for the newest. Raises ValueError if there is no such run,
   step or split.
   """
   config, params, step, devices = _load(workdir, step)
@@ -65,11 +66,11 @@ def linear_probe(
   split: str | None = None,
   step: int | str | None = None,
 ) -> dict[str, Any]:
-  """Accuracy of a linear classifier on a run's frozen features.
+  """The accuracy of a linear classifier on a run's frozen features.
 
-  Also in workdir/linear_probe.json. `random_encoder` is the same of the
-  parameters that the run started from. Arguments and errors are those of
-  `evaluate`; see sigattn.training.probe.
+  It is also written to workdir/linear_probe.json. `random_encoder` is the same
+  for the parameters with which the run started. Arguments and errors are those
+  of `evaluate`; see sigattn.training.probe.
   """
   config, params, step, devices = _load(workdir, step)
   split = split or config.data.eval_split
@@ -83,15 +84,15 @@ def linear_probe(
 
 
 def finetune(workdir: str | os.PathLike[str]) -> dict[str, Any]:
-  """Trains workdir/finetune by configs/finetune.py, which resumes it.
+  """Fine-tunes a run by configs/finetune.py, in workdir/finetune.
 
-  Returns its last evaluation.
+  A second call resumes it. Returns the last evaluation.
   """
   config = finetune_config.get_config(workdir)
   folder = os.path.join(workdir, "finetune")
   state = train(config, folder)
   if int(state.step) < config.total_steps:
-    raise ValueError(f"{folder}: was stopped; the same command goes on")
+    raise ValueError(f"{folder}: was stopped; the same command resumes it")
   done = json.loads((pathlib.Path(folder) / "DONE.json").read_bytes())
   return {"split": config.data.eval_split, **done}
 
@@ -101,7 +102,7 @@ def pictures(
   split: str | None = None,
   step: int | str | None = None,
 ) -> list[pathlib.Path]:
-  """Draws what sigattn.analysis.features says into the run's folder.
+  """Draws the pictures of sigattn.analysis.features into the run's folder.
 
   Returns the paths. Arguments and errors are those of `evaluate`.
   """
@@ -138,7 +139,7 @@ def _main(given):
   with cli.refusing("eval.py"):
     if given.eval == "pictures":
       paths = pictures(given.workdir, given.split, given.step)
-      metrics.log("drawn: " + ", ".join(map(str, paths)))
+      metrics.log("pictures: " + ", ".join(map(str, paths)))
       return
     if given.eval == "finetune":
       for name in ("split", "step"):

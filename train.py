@@ -42,9 +42,9 @@ def train(
   on the same `workdir` resumes from its newest checkpoint; with None nothing
   is written. Ctrl-C or SIGTERM ends the run after the current step; its state
   is saved and returned. Raises ValueError for a bad config before any work
-  starts, FloatingPointError when the loss or the gradient is not finite and
-  config.optim.non_finite does not let that be, and OSError when the folder can
-  no longer be written.
+  starts; FloatingPointError if the loss or the gradient is not finite, unless
+  config.optim.non_finite skips such steps; and OSError if the folder can no
+  longer be written.
   """
   setup.validate_config(config)
   with contextlib.ExitStack() as stack:
@@ -60,7 +60,7 @@ def train(
     measure = telemetry.make(
       config, lambda *args: update(*args)[:3], eval_batches, devices
     )
-    # What cannot start fails before here, and leaves nothing behind.
+    # A run that cannot start fails before this line and leaves nothing behind.
     first = None
     if not saved.steps(workdir):
       first, state = next(data), init_from.start(config, state)
@@ -76,7 +76,7 @@ def train(
     log = metrics.StepLog(config, writer, progress, checkpoints.log_state())
     stop = enter(process.stop_signals())
     enter(process.ending_together())
-    enter(jax.transfer_guard("disallow"))  # every copy to a device is meant
+    enter(jax.transfer_guard("disallow"))  # no copy to a device is implicit
     finished = run_dir.done(workdir, total)
     compiled = set()  # shapes of a batch
 
@@ -114,7 +114,7 @@ def train(
       shapes = tuple(x.shape for x in jax.tree.leaves(batch))
       if shapes not in compiled:
         compiled.add(shapes)
-        log.finish()  # compiling is not time at work
+        log.finish()  # The time of a compilation is not counted.
       state, step_metrics = step_fn(state, batch)
       if i == start:
         jax.block_until_ready(step_metrics)
@@ -145,7 +145,7 @@ def _describe(config, state, devices, workdir, start):
 
 def _define_flags():
   flags.DEFINE_string(
-    "workdir", None, "Where the run is kept; by default below runs/."
+    "workdir", None, "The folder of the run; by default one in runs/."
   )
   flags.DEFINE_integer(
     "replay", None, "Run this step of the run again, to find what is NaN.", 1
@@ -170,7 +170,7 @@ def _main(given):
       return
     state = train(config, workdir)
   if int(state.step) < config.total_steps:
-    metrics.log("the same command goes on from here")
+    metrics.log("the run has stopped; the same command resumes it")
     sys.exit(130)
 
 

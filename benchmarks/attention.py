@@ -14,12 +14,14 @@ of which plain JAX keeps several. It writes benchmarks/results/memory_cpu.json.
   python -m benchmarks.attention --lengths 1024 8192 --baselines mosaic cuDNN
   python -m benchmarks.attention \\
     --plot benchmarks/results/kernels_h100_64.json  # draws the .png beside it
+  python -m benchmarks.attention --table attention_h200  # the README's rows
 """
 
 import argparse
 import concurrent.futures
 import contextlib
 import datetime
+import decimal
 import functools
 import json
 import math
@@ -268,6 +270,43 @@ def _means(rows):
     }
 
 
+_PUBLISHED = 1024, 4096, 16384  # tokens of the README's rows
+
+
+def speedups(names):
+  """Yields the rows of the README's table of speed, as Markdown.
+
+  names: of files of a GPU in benchmarks/results/. A cell is the speed-up over
+  the fastest softmax of the same file, without a mask / with a causal mask.
+  """
+  for name in names:
+    result = json.loads((_FOLDER / f"{name}.json").read_text())
+    rows, card = result["rows"], result["device"].split()[1]
+    for place in sorted({(r["head_dim"], r["seq_len"]) for r in rows}):
+      if place[1] in _PUBLISHED:
+        cells = [
+          _speedup(rows, f"sigattn mosaic{form}", direction, *place)
+          for form in ("", " normalized")
+          for direction in ("forward", "backward")
+        ]
+        cells = [card, str(place[0]), f"{place[1]:,}", *cells]
+        yield "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
+
+
+def _speedup(rows, implementation, direction, width, length):
+  found = [
+    decimal.Decimal(str(row["ratio_to_best_softmax"]))
+    for causal in (False, True)
+    for row in rows
+    if row["implementation"] == implementation
+    and (row["pass"], row["causal"]) == (direction, causal)
+    and (row["head_dim"], row["seq_len"]) == (width, length)
+    and not row["padding"]
+  ]
+  hundredth, half_up = decimal.Decimal("0.01"), decimal.ROUND_HALF_UP
+  return " / ".join(str(x.quantize(hundredth, half_up)) for x in found)
+
+
 def plot(path):
   """Draws TFLOP/s against the length, from 512 tokens on.
 
@@ -369,7 +408,14 @@ def main():
   parser.add_argument(
     "--plot", type=pathlib.Path, help="draws this file, and measures nothing"
   )
+  parser.add_argument(
+    "--table", nargs="+", metavar="NAME",
+    help="prints the README's rows from these files, and measures nothing",
+  )  # fmt: skip
   arguments = parser.parse_args()
+  if arguments.table:
+    print(*speedups(arguments.table), sep="\n")
+    return
   chosen = set()
   for part in arguments.baselines:
     names = {

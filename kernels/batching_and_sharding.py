@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sigattn.kernels.problem import Operands, Problem
 
 _NAMES = ("query", "key", "value")
-# The axes of each argument. Those of _FREE may have size 1 and keep it.
+# The axes of each argument. Axes of _FREE may have size 1, and then keep it.
 _INPUTS = ("BTNH", "BSKH", "BSKH")
 PAGED = ("BTNH", "PLKH", "PLKH")  # P pages of L keys
 _OPERANDS = Operands(
@@ -28,8 +28,8 @@ _OPERANDS = Operands(
   key_value_segment_ids="BS", query_logit_bias="BNT", key_logit_bias="BNS",
   query_offset="B",
 )  # fmt: skip
-# Of the cotangent of the output, of numbers that belong to a row, and of the
-# M pages of an example.
+# The axes of the cotangent of the output, of numbers that belong to a row, and
+# of the M pages of an example, by their number.
 _EXTRA = {4: "BTNH", 3: "BTN", 2: "BM"}
 _FREE = ("BNTS", "BN", "BNT", "BNS")
 
@@ -45,13 +45,12 @@ def over_devices(
   *extra: jax.Array,
   inputs: Sequence[str] = _INPUTS,
 ) -> tuple[jax.Array, ...]:
-  """compute(problem, query, ...), of the part that each device of a mesh holds.
+  """compute(problem, query, ...) on the part that each device of a mesh holds.
 
   Args:
     compute: takes the other arguments, and works for any batch and heads.
-    outputs: the axes of each of those arrays, such as "BTNH" or "BN". None of
-      them may be a sum over examples: compute one for each example, and add
-      them outside.
+    outputs: the axes of each result, such as "BTNH" or "BN". No result may be a
+      sum over examples: compute one for each example, and add them outside.
     problem, query, key, value, operands: as in xla.attention.
     extra: (B, T, N, H) or (B, T, N): the cotangent of the output, for example;
       or a table of pages, (B, M).
@@ -72,7 +71,7 @@ def over_devices(
     return tuple(varying(x, arrays) for x in results)
 
   if jax.sharding.get_abstract_mesh().manual_axes:
-    return local(*arrays)  # In a shard_map: split already.
+    return local(*arrays)  # A shard_map has split the arrays already.
   return _partitioned(local, problem, axes, outputs, arrays)(*arrays)
 
 
@@ -105,15 +104,15 @@ def fold(
   batch: int,
   whole: bool,
 ) -> jax.Array:
-  """x with a vmapped axis in its batch, (size batch, ...).
+  """Folds a vmapped axis of x into its batch: (size batch, ...).
 
   Args:
-    name: of the array, or its axes.
-    x: (batch, ...) and a vmapped axis, if it has one.
-    axis: where that is, or None.
-    size: of that axis.
-    batch: the examples of each vmapped one.
-    whole: whether a batch of 1 that all share becomes size batch too.
+    name: the name of the array, or its axes.
+    x: (batch, ...), with or without a vmapped axis.
+    axis: the vmapped axis, or None.
+    size: the size of the vmapped axis.
+    batch: the batch without the vmapped axis.
+    whole: whether a batch of 1 that all share also becomes size batch.
   """
   if axis is not None:
     x = jnp.moveaxis(x, axis, 0)
@@ -127,7 +126,10 @@ def fold(
 
 
 def unfold(x: jax.Array, size: int, batch: int, aval: Any) -> jax.Array:
-  """(size, *aval.shape) of (size batch, ...); a batch of 1 is a sum over it."""
+  """Turns (size batch, ...) into (size, *aval.shape).
+
+  If the batch of aval is 1, the result is a sum over the batch.
+  """
   x = x.reshape(size, batch, *x.shape[1:])
   return x.sum(1, keepdims=True) if x.shape[1:] != aval.shape else x
 
@@ -136,7 +138,7 @@ def unfold(x: jax.Array, size: int, batch: int, aval: Any) -> jax.Array:
 
 
 def varying(x: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
-  """x, marked in a shard_map as different on each device if an array is."""
+  """x, marked in a shard_map as varying over the devices if an array does."""
   names = frozenset().union(*(jax.typeof(a).mat.varying for a in arrays))
   names -= jax.typeof(x).mat.varying
   return jax.lax.pcast(x, tuple(names), to="varying") if names else x
@@ -152,10 +154,10 @@ def cotangent(grad: jax.Array, x: jax.Array) -> jax.Array:
 def operand_cotangent(
   grad: jax.Array | None, operand: jax.Array | None
 ) -> jax.Array | None:
-  """The cotangent of an operand, from one for each example and each head.
+  """The cotangent of an operand; None if there is no operand.
 
-  grad: of the operand's shape, but for axes that are 1 there. None, if there is
-  no operand, or if nothing needs its gradient: then zeros.
+  grad: has the operand's shape, except that axes of size 1 are not summed yet.
+  None means that nothing needs the gradient; the cotangent is then zeros.
   """
   if operand is None:
     return None
@@ -185,8 +187,8 @@ def shards(
     return None
   batch, _, heads, _ = types[0].spec
   of_queries = PartitionSpec(batch, None, heads, None)
-  # A group of query heads is on the device of its key head. A single key head
-  # is on all devices.
+  # A group of query heads is on the same device as its key head. A single key
+  # head is on all devices.
   of_keys = PartitionSpec(
     batch, None, heads if key.shape[2] > 1 else None, None
   )
@@ -214,12 +216,12 @@ def shards(
 def over_shards(
   attend: Callable[..., jax.Array], mesh: Any, in_specs: tuple, out_spec: Any
 ) -> Callable[..., jax.Array]:
-  """attend(query, key, value, operands), of the part that each device holds.
+  """attend(query, key, value, operands) on the part that each device holds.
 
   mesh, in_specs, out_spec: as shards returns them.
   """
 
-  def move(x, spec):  # Operands may be on any device: they are small.
+  def move(x, spec):  # Operands are small, so they may come from any device.
     return jax.reshard(x, NamedSharding(mesh, spec))
 
   # Outside of a jit an abstract mesh has no devices.
@@ -234,12 +236,12 @@ def over_shards(
 
 
 def _partitioned(local, problem, axes, outputs, arrays):
-  """local, on the part of batch and heads that each device holds."""
+  """`local` on the part of batch and heads that each device holds."""
 
   def shardings(mesh, spec, arrays, axes):
     batch, _, heads, _ = (*spec, *[None] * (4 - len(spec)))
     if problem.num_kv_heads % _size(mesh, heads):
-      heads = None  # A group of query heads needs its key head.
+      heads = None  # A group of query heads needs its key head on its device.
     names = {"B": batch, "N": heads, "K": heads}
 
     def one(x, axes):
@@ -266,7 +268,7 @@ def _partitioned(local, problem, axes, outputs, arrays):
 
 
 def _rule(problem, axes, outputs, arrays):
-  """The sharding rule in Shardy's notation: only batch and key heads split.
+  """The sharding rule in Shardy's notation: only batch and key heads are split.
 
   For example: b t (k g) h, b s k h, b s k h -> b t (k g) h.
   """
@@ -289,7 +291,7 @@ def _rule(problem, axes, outputs, arrays):
     for i, (a, x) in enumerate(zip(axes, arrays, strict=True))
   ]
   right = [one("", a) for a in outputs]
-  # The order must be that of their first appearance.
+  # The letters must be in the order of their first appearance.
   order = dict.fromkeys("".join(axes).replace("N", "G"))
   whole = [x.lower() for x in order if x not in "BK" and (x, group) != ("G", 1)]
   return dict(
@@ -300,6 +302,6 @@ def _rule(problem, axes, outputs, arrays):
 
 
 def _size(mesh, names):
-  """How many parts the axes of a mesh make."""
+  """The number of parts into which the axes of a mesh split an array."""
   names = (names,) if isinstance(names, str) else names or ()
   return math.prod(mesh.shape[name] for name in names)

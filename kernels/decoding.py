@@ -1,10 +1,11 @@
-"""What only the decode kernel computes: keys in pages, and softmax.
+"""Attention that only the decode kernel computes: keys in pages, and softmax.
 
-The kernel has no backward pass. Where something is differentiated, a portable
-form computes the result and its derivatives.
+The kernel has no backward pass. If something is differentiated, a portable form
+computes the result and its derivatives.
 
-Pages: a row of the batch names its pages in a table, (B, M): the page that its
-p-th number names holds its keys p L .. p L + L - 1. Rows may share pages.
+A table (B, M) names the pages of each row of the batch: page number
+table[row, p] holds the keys p L .. p L + L - 1 of the row. Rows may share
+pages.
 
 Shapes: P pages of L keys, M pages of a row, S = M L; the others as in problem.
 """
@@ -29,13 +30,14 @@ _logger = logging.getLogger(__name__)
 
 
 def takes(problem: Problem, implementation: str | None) -> bool:
-  """Whether `attention` computes a problem, and not another form.
+  """Whether `attention` is to compute a problem.
 
-  problem: of the gathered keys. implementation: "triton" is `attention`; other
-  names are not, and None is where it is the fastest.
+  problem: of the gathered keys. implementation: "triton" names `attention`, and
+  the other names do not. None chooses `attention` if it is the fastest.
 
   Raises:
-    NotImplementedError: with the reason, if it is named and cannot.
+    NotImplementedError: with the reason, if it is named and cannot compute the
+      problem.
   """
   if implementation not in (None, "triton"):
     return False
@@ -72,18 +74,18 @@ def attention(
   operands: Operands,
   *page_table: jax.Array,
 ) -> jax.Array:
-  """(B, T, N, H) by the decode kernel. `takes(problem)` must be true.
+  """(B, T, N, H), computed by the decode kernel. `takes` must be true.
 
-  On a mesh that splits batch or heads each device computes its part; it has all
-  pages.
+  On a mesh that splits batch or heads, each device computes its part, and has
+  all pages.
 
   Args:
     problem: of the gathered keys; its kind may be softmax, with normalize.
     portable: the same function of the following arrays, with derivatives.
     query: (B, T, N, H).
     key, value: (B, S, K, H), or pages, (P, L, K, H).
-    operands: none of them dense, and no segments.
-    page_table: with pages (B, M) int32.
+    operands: must not contain dense arrays or segment ids.
+    page_table: (B, M) int32 if key and value are pages, else absent.
   """
 
   @jax.custom_jvp
@@ -98,7 +100,7 @@ def attention(
 
 
 def _batched(problem):
-  """The kernel of arrays that may be vmapped."""
+  """The kernel, with a rule for vmap."""
 
   @jax.custom_batching.custom_vmap
   def attend(query, key, value, operands, *page_table):
@@ -121,9 +123,9 @@ def _batched(problem):
 
 
 def _fold(batch, size, batched, query, key, value, operands, *page_table):
-  """The arrays with their vmapped axis, the first, in the batch."""
+  """Folds the vmapped axis of the arrays, their first, into the batch."""
   if page_table and (batched[1] or batched[2]):
-    # Each vmapped one has pages of its own, one set behind the other.
+    # Each vmapped example has its own pages; the sets follow one another.
     count = key.shape[1] if batched[1] else key.shape[0]
     key, value = (
       batching_and_sharding.fold(
@@ -160,10 +162,10 @@ def gather(
   page_table_BM: jax.Array,
   seen_BS: jax.Array,
 ) -> jax.Array:
-  """(B, S, K, H): the keys, or the values, of each row one after another.
+  """(B, S, K, H): the keys, or the values, of each row in order.
 
-  seen_BS: bool; zeros take the place of the others, whose numbers in the table
-  may be any.
+  seen_BS: bool; keys that are not seen are replaced by zeros. If a page has no
+  key that is seen, its number in the table may have any value.
   """
   page, *rest = pages_PLKH.shape[1:]
   of_page_BM = seen_BS.reshape(*page_table_BM.shape, page).any(-1)
@@ -176,7 +178,7 @@ def gather(
 def seen(problem: Problem, operands: Operands) -> jax.Array:
   """bool (B, S): the keys that some query of a row sees.
 
-  operands: with key lengths, and without dense ones.
+  operands: must have key lengths, and no dense arrays.
   """
   j_1S = jnp.arange(problem.key_len)[None]
   seen_BS = j_1S < operands.key_value_seq_lengths[:, None]

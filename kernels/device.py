@@ -7,7 +7,7 @@ import jax
 
 
 class Device(NamedTuple):
-  """What the choice of a kernel depends on."""
+  """The properties of a device that the choice of a kernel depends on."""
 
   kind: str  # the maker's name, such as NVIDIA H200, or cpu
   capability: int | None  # 90 for compute capability 9.0; None: not NVIDIA's
@@ -16,8 +16,8 @@ class Device(NamedTuple):
 def current() -> Device:
   """The device on which JAX puts new arrays.
 
-  Arrays that were committed to another device are not considered, because
-  tracers do not know where they are.
+  This ignores arrays that were committed to another device, because tracers do
+  not know where they are.
   """
   device = jax.config.jax_default_device or jax.local_devices()[0]
   if isinstance(device, str):

@@ -1,9 +1,10 @@
 """Forward and reverse mode, which all implementations share.
 
-The forward pass saves query, key, value and the operands alone: a weight
-depends on its own logit, so the backward pass recomputes it without row
-statistics. With problem.normalize it also saves the output and the sum of each
-row; a policy of jax.checkpoint can keep both by the name "attention".
+The forward pass saves only query, key, value and the operands. A weight depends
+on its own logit alone, so the backward pass recomputes it without row
+statistics. With problem.normalize the forward pass also saves the output and
+the sum of each row; a policy of jax.checkpoint can keep both by the name
+"attention".
 
 jax.custom_vjp refuses forward mode, so there are three primitives:
 
@@ -13,8 +14,9 @@ jax.custom_vjp refuses forward mode, so there are three primitives:
   _Pullback    the backward pass, whose derivative is that of the portable form
 
 jax.checkpoint, jax.linearize and scans differentiate _Attention forwards and
-then transpose. That a primitive of its own is transposed, and not the portable
-form of the tangent, is what makes them reach the fused backward pass.
+then transpose the tangent. They reach the fused backward pass because the
+tangent is a primitive with a transpose of its own. The transpose of the
+portable form would not reach it.
 
 jax.experimental.hijax may change with a release of jax. Only this module uses
 it.
@@ -40,8 +42,8 @@ _GRADIENTS = ("BTNH", "BSKH", "BSKH")
 class Sums:
   """Which sums of dz, the gradient of the logits, the backward pass returns.
 
-  Each is float32, and none is a sum over examples. With problem.normalize the
-  rows of sigmoid sum -p^2 (inverse do v^T - shift) in the place of dz, see
+  Each is float32, and none is a sum over examples. With problem.normalize and
+  sigmoid, `rows` is the sum of -p^2 (inverse do v^T - shift) instead of dz, see
   numerics.row_share.
   """
 
@@ -51,7 +53,7 @@ class Sums:
 
   @property
   def axes(self) -> tuple[str, ...]:
-    """The axes of those that are returned, in their order."""
+    """The axes of the sums that are returned, in their order."""
     all_axes = {"BNT": self.rows, "BNS": self.keys, "BN": self.slopes}
     return tuple(axes for axes, wanted in all_axes.items() if wanted)
 
@@ -64,9 +66,9 @@ class Passes:
     problem.normalize (out, sums): out = p v / s, and s, (B, T, N) float32.
   backward: (trained, problem, query, key, value, operands, rows, cotangents)
     -> (dq, dk, dv, operands). trained: the names of the operands whose
-    gradients are needed. rows: with problem.normalize the results of forward,
-    else (). cotangents: those of all results. The gradients have the shapes
-    and dtypes of the inputs; None for operands that are not needed.
+    gradients are needed. rows: the results of forward with problem.normalize,
+    else (). cotangents: those of all results. The gradients have the shapes and
+    dtypes of the inputs. They are None for operands that are not in `trained`.
   """
 
   forward: Callable[..., tuple[jax.Array, ...]]
@@ -77,14 +79,14 @@ def of_kernels(
   forward: Callable[..., tuple[jax.Array, ...]],
   backward: Callable[..., tuple[jax.Array, ...]],
 ) -> Passes:
-  """Passes of kernels, which JAX can neither batch nor split.
+  """Passes that are made of kernels, which JAX can neither batch nor split.
 
   Args:
     forward: as in Passes.
     backward: (Sums, problem, query, key, value, operands, d_out, *rows) ->
-      (dq, dk, dv) and the sums of dz that are wanted, which the operands that
-      are differentiated need. rows: with problem.normalize the inverse and the
-      shift of each row, (B, T, N) float32 each: dz = phi'(z) (inverse
+      (dq, dk, dv), followed by the sums of dz that Sums names. The gradients of
+      operands are computed from these. rows: with problem.normalize the inverse
+      and the shift of each row, (B, T, N) float32 each: dz = phi'(z) (inverse
       do v^T - shift), dv = (inverse p)^T do.
   """
   return Passes(
@@ -94,7 +96,7 @@ def of_kernels(
 
 @dataclasses.dataclass(frozen=True)
 class _Function:
-  """functools.partial(function, argument) that equals another such one."""
+  """functools.partial(function, argument) that can be compared and hashed."""
 
   function: Callable
   argument: Any
@@ -135,7 +137,7 @@ def _split_backward(
 
 def _wanted(problem, trained):
   """The Sums from which the gradients of the operands are computed."""
-  # The sum of dz over all pairs, from what is exact: see xla.py.
+  # The sum of dz over all pairs uses the sums that are exact: see xla.py.
   of_all = "logit_bias" in trained
   return Sums(
     rows="query_logit_bias" in trained or (of_all and problem.normalize),
@@ -172,19 +174,20 @@ def attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """(B, T, N, H) by `passes`, differentiable any number of times in both modes.
 
-  With problem.normalize a pair of that and the row sums, (B, T, N) float32.
-  Works under jit, vmap, shard_map and on meshes, see batching_and_sharding.
+  With problem.normalize it returns a pair of that and the row sums, (B, T, N)
+  float32. It works under jit, vmap and shard_map and on meshes, see
+  batching_and_sharding.
 
   Args:
     passes: compute the results and the first derivative in reverse mode.
-    portable: the same in plain JAX. Compute tangents, and what is
-      differentiated again.
+    portable: the same in plain JAX. They compute tangents, and whatever is
+      differentiated a second time.
     problem, query, key, value, operands: as in xla.attention.
   """
   arrays = query, key, value, *(x for x in operands if x is not None)
   # In a shard_map some arrays may be the same on all devices and others not.
-  # The primitives take arrays of one sort. The transpose of this step adds up
-  # the gradients of what devices share.
+  # The primitives need all arrays to be of one sort. The transpose of this step
+  # adds up the gradients of arrays that devices share.
   arrays = [varying(x, arrays) for x in arrays]
   avals = tuple(map(jax.typeof, arrays))
   result = _Attention(passes, portable, problem, avals)(*arrays)
@@ -192,7 +195,7 @@ def attention(
 
 
 def _inputs(problem, arrays):
-  """(query, key, value, operands) of the arrays that are there."""
+  """(query, key, value, operands), from the arrays that are present."""
   query, key, value, *rest = arrays
   rest = iter(rest)
   shapes = problem.shapes
@@ -201,7 +204,7 @@ def _inputs(problem, arrays):
 
 
 def _names(problem):
-  """The names of the arrays that are there."""
+  """The names of the arrays that are present."""
   shapes = problem.shapes._asdict().items()
   return ["query", "key", "value", *(k for k, x in shapes if x is not None)]
 
@@ -232,14 +235,16 @@ class _Static:
 
 
 class _Primitive(hijax.HiPrim):
-  """What the three have in common.
+  """What the three primitives have in common.
 
-  Their arguments begin with the arrays that are there: query, key, value and
+  Their arguments begin with the arrays that are present: query, key, value and
   operands. given: which of these have tangents, or need cotangents.
 
-  A subclass has `names`, of its arguments (those of others than the arrays are
-  their axes), `results`, the types of what it returns, `expand`, which computes
-  that, and `plain`, which computes it so that JAX can differentiate it.
+  A subclass has these methods:
+    names    the names of its arguments; after the arrays, their axes instead
+    results  the types of what it returns
+    expand   computes the results
+    plain    computes the results so that JAX can differentiate them
   """
 
   def __init__(self, passes, portable, problem, avals, given=()):
@@ -264,7 +269,9 @@ class _Primitive(hijax.HiPrim):
     if all(dim is None for dim in dims):
       return self(*args), (None,) * len(self.out_aval)
     names = self.names()
-    whole = {}  # whether an operand needs a batch: its tangent has its shape
+    # Whether an operand needs a batch. A tangent has the shape of its operand,
+    # so both need it if one of them does.
+    whole = {}
     for name, dim in zip(names, dims, strict=True):
       whole[name] = whole.get(name, False) or dim is not None
     whole |= dict.fromkeys(self.apart(), True)
@@ -289,7 +296,7 @@ class _Primitive(hijax.HiPrim):
     return tuple(results), (0,) * len(results)
 
   def apart(self):
-    """The names of arrays of which each vmapped one needs a result."""
+    """The names of arrays that need one result for each vmapped example."""
     return ()
 
 
@@ -317,7 +324,7 @@ class _Attention(_Primitive):
     )  # fmt: skip
     return results, tangent(*arguments)
 
-  # In jax.grad, without the detour by the tangent, which would compute the
+  # jax.grad takes this path. The path through the tangent would compute the
   # results once more.
   def vjp_fwd(self, given, *arrays):
     results = _name(self(*arrays))
@@ -334,7 +341,7 @@ class _Attention(_Primitive):
 
 
 class _Tangent(_Primitive):
-  """(arrays, rows with problem.normalize, tangents of those that are given)."""
+  """The derivative. Arguments: arrays, rows if normalised, given tangents."""
 
   def names(self):
     names = _names(self.problem)
@@ -368,7 +375,7 @@ class _Tangent(_Primitive):
 
 
 class _Pullback(_Primitive):
-  """(arrays, rows with problem.normalize, cotangents of the results)."""
+  """The backward pass. Arguments: arrays, rows if normalised, cotangents."""
 
   def names(self):
     results = ("BTNH", "BTN") if self.problem.normalize else ("BTNH",)
@@ -427,7 +434,7 @@ def _chosen(items: Sequence, given: Sequence[bool]) -> tuple:
 
 
 def _with(items, given, chosen):
-  """The items, with `chosen` in the place of those that are given."""
+  """The items; those that are given are replaced by `chosen`, in order."""
   chosen = iter(chosen)
   return [
     next(chosen) if x else y for x, y in zip(given, items, strict=True)

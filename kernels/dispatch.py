@@ -3,7 +3,7 @@
 This package imports neither Flax nor the rest of the project. An implementation
 is a module with two functions:
 
-  unsupported(problem) -> str   the reason why it cannot; empty if it can
+  unsupported(problem) -> str   why it cannot compute the problem; "" if it can
   attention(query, key, value, operands, problem) -> (B, T, N, H), and with
     problem.normalize a pair of that and the row sums, (B, T, N) float32
 """
@@ -24,8 +24,8 @@ __all__ = [
   "IMPLEMENTATIONS", "Operands", "Problem", "attention", "choose", "weights",
 ]  # fmt: skip
 
-# The fastest for long sequences comes first. xla takes every problem, so it is
-# the last.
+# The fastest for long sequences comes first. xla supports every problem, so it
+# comes last.
 IMPLEMENTATIONS = {
   "mosaic": "sigattn.kernels.mosaic",
   "triton": "sigattn.kernels.triton",
@@ -126,7 +126,7 @@ def weights(
   local_window_size: int | tuple[int | None, int | None] | None = None,
   **options: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(logits, weights, visible) of `attention`, each (B, N, T, S), to look at.
+  """(logits, weights, visible), each (B, N, T, S), for inspection.
 
   The specification computes them, in float32 and all at once. The arguments are
   those of `attention`, without the values and the implementation.
@@ -186,5 +186,5 @@ def _fastest_first(problem):
 
 
 def _module(name: str) -> ModuleType:
-  # Imported only when it is used: a laptop need not have Triton.
+  # Import it only when it is used, because a laptop need not have Triton.
   return importlib.import_module(IMPLEMENTATIONS[name])

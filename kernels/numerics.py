@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from sigattn.kernels.problem import Problem
 
-# The least logit bias at which the tanh form is exact enough.
+# The smallest logit bias at which the tanh form is exact enough.
 _TANH_BIAS = {
   "bfloat16": {"plain": -11.0, "decaying": -9.0},
   "float16": {"plain": -9.0, "decaying": math.inf},
@@ -20,30 +20,30 @@ def exact_sigmoid(problem: Problem) -> bool:
 
   With the hardware's tanh, sigmoid(z) = 0.5 + 0.5 tanh(z / 2) costs one slow
   operation; 1 / (1 + exp(-z)) costs two. But near -1 a float32 tanh has steps
-  of 6e-8. Therefore the sum of a row of weights of about e^b loses a part, in
-  the mean (V = 1, measured on an H200):
+  of 6e-8. If the weights are about e^b, their sum over a row loses this share
+  on average (V = 1, measured on an H200):
 
     b     -9.7  -11.1  -13.9  -16     rounding a bfloat16 output
     loss  4e-4  6e-4   5e-3   1.2e-1  1.4e-3
 
-  So tanh is used for b >= -11, which are key lengths up to 60,000 by default.
-  ALiBi lets the weights of a row decay to nothing, each with the same absolute
-  loss: 7e-4 of the sum at b = -9. Its bound is therefore -9, and it holds only
-  if a query sees a key at distance 0. The gradient of a slope magnifies the
-  loss by the distance. Logit vectors let weights decay in the same way, and
-  have the same bound: it is assumed that they leave a row some weights above
-  1e-5, beside which those that are lost do not count. float16 rounds eight
-  times finer than bfloat16. If the bias is an array, its values are not known,
-  and the exact form is used.
+  So tanh is used for b >= -11. By default, these are key lengths up to 60,000.
+  With ALiBi the weights of a row decay to nothing, and each has the same
+  absolute loss: 7e-4 of the sum at b = -9. So ALiBi's bound is -9, and it holds
+  only if a query sees a key at distance 0. The gradient of a slope magnifies
+  the loss by the distance. With logit vectors, weights decay in the same way
+  and have the same bound. This assumes that a row keeps some weights above
+  1e-5, beside which the lost ones do not matter. float16 rounds eight times
+  finer than bfloat16. If the bias is an array, its values are not known, and
+  the exact form is used.
   """
   if problem.logit_bias is None:
     return True
   alibi = problem.shapes.alibi_slopes is not None
   vectors = problem.shapes.query_logit_bias, problem.shapes.key_logit_bias
   has_vectors = any(x is not None for x in vectors)
-  # A normalised row divides by its own sum, however small that is: of far keys
-  # alone, say, where segments hide the near ones. An offset that is an array
-  # may put all keys far away.
+  # A normalised row is divided by its own sum, which may be small: for example,
+  # if segments hide all near keys. An offset that is an array may put all keys
+  # far away.
   moves = problem.shapes.query_offset is not None
   if alibi and (moves or _nearest(problem) > 0):
     return True
@@ -60,11 +60,12 @@ def float16_scales(problem: Problem, headroom: int) -> tuple[float, float]:
   A kernel multiplies weights and gradients of logits by them before it rounds
   to 16 bits, and divides the sums by them. Both are 1 in other dtypes.
 
-  Normal numbers begin at 2^-14 = e^-9.7, and sigmoid's weights are at most 1:
-  weight_scale is 2^14. What dz = phi'(z) (do v^T) reaches depends on do v^T:
-  for the usual weights, of about e^b, dz is lifted to 2^-headroom of it, by
-  2^12 at most. The usual weights of normalised rows are about 1 / S. Squares of
-  relu leave the range from 256 on, and are divided by the normalizer at once.
+  Normal numbers begin at 2^-14 = e^-9.7, and sigmoid's weights are at most 1.
+  So weight_scale is 2^14. The size of dz = phi'(z) (do v^T) depends on do v^T.
+  Typical weights are about e^b. For them dz_scale makes dz about 2^-headroom
+  times do v^T; it is at most 2^12. Typical weights of normalised rows are about
+  1 / S. Squares of relu leave the range from 256 on, so they are divided by the
+  normalizer at once.
   """
   if problem.dtype == "float16" and problem.kind == "sigmoid":
     bias = problem.logit_bias
@@ -78,16 +79,16 @@ def float16_scales(problem: Problem, headroom: int) -> tuple[float, float]:
 
 
 def wide(dtype: DTypeLike) -> jnp.dtype:
-  """The dtype of logits and sums: float32, or float64 of float64.
+  """The dtype of logits and sums: float64 for float64 inputs, else float32.
 
-  Unlike jnp.promote_types it also works where the user forbids promotions.
+  Unlike jnp.promote_types it also works if the user forbids promotions.
   """
   dtype = jnp.dtype(dtype)
   return dtype if dtype == "float64" else jnp.dtype("float32")
 
 
 def _nearest(problem):
-  """The least distance |i + S - T - j| that ALiBi puts on a visible key."""
+  """The smallest distance that ALiBi sees between a query and a visible key."""
   offset = problem.distance_offset
   left, right = (math.inf if x is None else x for x in problem.bounds)
   return max(offset - right, -offset - left, 0)
@@ -116,10 +117,11 @@ def shift(
 def row_share(
   problem: Problem, sums: jax.Array, d_sums: jax.Array
 ) -> jax.Array:
-  """What the sum of dz over a normalised row has besides a sum over the pairs.
+  """The part of a normalised row's sum of dz that is no sum over its pairs.
 
-  For sigmoid the implementations sum -p^2 (do v^T / s - shift) and not dz, see
-  xla.py; what is missing is ds s. Returns (B, N, T) float32; 0 for other kinds.
+  For sigmoid the implementations sum -p^2 (do v^T / s - shift) instead of dz,
+  see xla.py. The part that is missing is ds s. Returns (B, N, T) float32, which
+  is 0 for other kinds.
 
   sums, d_sums: (B, T, N), s and its cotangent.
   """

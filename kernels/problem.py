@@ -20,9 +20,9 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Operands(NamedTuple):
-  """What attention reads besides query, key and value; None where absent.
+  """The arrays of attention besides query, key and value; None if absent.
 
-  The members are arrays, and in Problem.shapes their shapes.
+  In Problem.shapes the members are the shapes of these arrays.
   """
 
   bias: Any = None  # (B or 1, N or 1, T or 1, S or 1), added to the logits
@@ -35,7 +35,7 @@ class Operands(NamedTuple):
   key_value_segment_ids: Any = None  # (B, S) int32
   query_logit_bias: Any = None  # (B or 1, N or 1, T), added to the logits
   key_logit_bias: Any = None  # (B or 1, N or 1, S), added to the logits
-  query_offset: Any = None  # (B,) int32: the first query's place among the keys
+  query_offset: Any = None  # (B,) int32: position of query 0 among the keys
 
 
 # The operands that are added to the logits.
@@ -80,8 +80,8 @@ class Problem:
     """(left, right): query i sees the keys i - left .. i + right by position.
 
     None: no bound on that side. A causal mask is right = 0: the keys j <= i. A
-    known query_offset is a part of the bounds, which may then be negative. If
-    it is an array, operands.query_offset is to be added to i.
+    known query_offset is included in the bounds, which may then be negative. If
+    query_offset is an array, add operands.query_offset to i.
     """
     left, right = self.window or (None, None)
     right = 0 if self.is_causal else right
@@ -93,9 +93,9 @@ class Problem:
 
   @property
   def distance_offset(self) -> int:
-    """ALiBi's distance of query i and key j is |i + distance_offset - j|.
+    """ALiBi's distance between query i and key j is |i + distance_offset - j|.
 
-    If query_offset is an array, operands.query_offset is to be added to i.
+    If query_offset is an array, add operands.query_offset to i.
     """
     if self.query_offset is not None:
       return self.query_offset
@@ -170,7 +170,8 @@ def make_problem(
       not given, or an array, operands.query_offset.
 
   Raises:
-    ValueError: for arguments that make no sense; it names value and choices.
+    ValueError: for arguments that make no sense. It names the value and the
+      choices.
   """
   if kind not in ACTIVATIONS:
     raise ValueError(f"{kind=}; choose from {ACTIVATIONS}")
@@ -229,9 +230,10 @@ def _check_arrays(query, key, value):
 
 
 def _window(window, longest):
-  """(left, right) of a pair or of one number for both.
+  """(left, right), from a pair, or from one number for both sides.
 
-  longest: what sees everything. More would overflow in the kernels' int32.
+  longest: the largest window, which sees every key. Larger numbers would
+  overflow in the kernels' int32.
   """
   pair = window if isinstance(window, (tuple, list)) else (window, window)
   if len(pair) != 2 or not all(x is None or _counts(x) for x in pair):

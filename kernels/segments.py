@@ -1,4 +1,4 @@
-"""Where the segments of a block of rows lie on the other side."""
+"""Finds the keys whose segments occur in a block of queries, and vice versa."""
 
 import functools
 
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 def spans(rows: jax.Array, others: jax.Array, block: int) -> jax.Array:
   """The span of the other side that each block of rows sees, (B, blocks, 3).
 
-  Each span is three int32 numbers: the first position with a segment of the
-  block, one past the last such position, and that number again if every row of
-  the block sees everything in between, else 0.
+  Each span is three int32 numbers: the first position on the other side that
+  has a segment of the block; one past the last such position; and that second
+  number again if every row of the block sees the whole span, else 0.
 
   Args:
     rows: (B, R) segment ids.

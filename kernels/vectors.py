@@ -1,8 +1,8 @@
 """Masks and biases that broadcast over queries or keys, as logit vectors.
 
 The kernels of Triton and Mosaic take one number for each query and one for each
-key, (B or 1, N or 1, T) and (B or 1, N or 1, S), but no array (T, S). A mask of
-keys becomes a vector of 0 and -inf.
+key, (B or 1, N or 1, T) and (B or 1, N or 1, S), but no array over T and S. A
+mask of keys becomes a vector of 0 and -inf.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ _MASKS = ("bias", "mask")
 
 
 def dense(problem: Problem) -> list[str]:
-  """The names of the operands that differ in queries and in keys."""
+  """The names of the operands that vary over both queries and keys."""
   shapes = {name: getattr(problem.shapes, name) for name in _MASKS}
   return [
     name for name, shape in shapes.items() if shape and 1 not in shape[2:]
@@ -24,9 +24,9 @@ def dense(problem: Problem) -> list[str]:
 
 
 def fold(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
-  """The same attention, with bias and mask in the logit vectors.
+  """The same attention, with bias and mask moved into the logit vectors.
 
-  Neither may be dense. Gradients flow through it.
+  Neither may be dense. Gradients flow through this function.
   """
   if operands.bias is None and operands.mask is None:
     return problem, operands

@@ -3,9 +3,9 @@
 `reference` is the definition: it computes all weights at once, in float32, and
 JAX differentiates it. `attention` computes the same numbers in memory that
 grows with S and not with T S. It needs no running maximum, no sum and no
-log-sum-exp, because a weight depends on its own logit alone. The contributions
-of blocks of keys are added, and the backward pass recomputes each block from
-query, key and value:
+log-sum-exp, because a weight depends on its own logit alone. It adds up the
+contributions of blocks of keys, and the backward pass recomputes each block
+from query, key and value:
 
   z = scale q k^T + bias + b + b_i + b_j - slope |i + offset - j|
   p = activation(z) / normalizer       out = p v
@@ -14,15 +14,16 @@ query, key and value:
 
 b is logit_bias, b_i query_logit_bias and b_j key_logit_bias.
 
-With problem.normalize the rows are divided by their sums s, which are sums over
-blocks of keys too and need no maximum. Then, with ds the cotangent of s,
+With problem.normalize the rows are divided by their sums s. These are sums over
+blocks of keys too, and need no maximum. If ds is the cotangent of s, then
 
   s = sum_j p      out = p v / s      dv = (p / s)^T do
   dz = activation'(z) / normalizer * ((do v^T - do . out) / s + ds)
 
-The sum of dz over a row, which b and b_i need, nearly cancels for sigmoid,
-whose activation' is p - p^2: the sum of p (do v^T - do . out) is 0. In 16 bits
-the rounding of `out` would be all that is left of it. So that part is left out:
+The gradients of b and b_i are sums of dz over a row. For sigmoid, whose
+activation' is p - p^2, the terms nearly cancel: the sum of
+p (do v^T - do . out) is 0. In 16 bits only the rounding error of `out` would be
+left of that sum. So it is left out:
 
   sum_j dz = ds s - sum_j p^2 ((do v^T - do . out) / s + ds)
 
@@ -41,7 +42,7 @@ from sigattn.kernels.problem import FLOATS, Operands, Problem
 
 _TILE = 2**24  # weights computed at a time: 64 MiB in float32
 _MIN_BLOCK = 128  # keys; with fewer, overhead dominates
-_BANDS = 8  # query blocks under a causal mask: 7 of 16 parts are not computed
+_BANDS = 8  # query blocks under a causal mask, which skips 7 of 16 parts
 
 
 def unsupported(problem: Problem) -> str:
@@ -89,8 +90,8 @@ def weights(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """(logits, weights, visible) of `reference`, each (B, N, T, S).
 
-  The logits are those before the activation, in float32, also of hidden pairs.
-  The weights are 0 where a pair is not visible.
+  The logits are in float32, before the activation, and include hidden pairs.
+  The weights of hidden pairs are 0.
   """
   with jax.default_matmul_precision("highest"):
     z_BKGTS, p_BKGTS, visible = _all_weights(query, key, operands, problem)
@@ -120,15 +121,15 @@ def attention(
   operands: Operands,
   problem: Problem,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-  """`reference` in blocks of keys. It saves query, key and value alone.
+  """`reference` in blocks of keys. It saves only query, key and value.
 
   With problem.normalize it also saves the output and the row sums.
 
-  Forward and reverse mode work, also of each other.
-  bfloat16 weights are rounded to bfloat16 before their product with the values.
-  With float16 inputs they remain float32, because exp(-16) underflows in
-  float16. Rows that are hidden from everything by a length, segment or mask may
-  contain NaN. Arguments and result are those of `reference`.
+  Forward and reverse mode work, and can be applied to each other. With bfloat16
+  inputs the weights are rounded to bfloat16 before their product with the
+  values. With float16 inputs they remain float32, because exp(-16) underflows
+  in float16. If a length, segment or mask hides a row from everything, the row
+  may contain NaN. Arguments and result are those of `reference`.
   """
   return differentiation.attention(
     PASSES, PASSES, problem, query, key, value, operands
@@ -169,7 +170,7 @@ def _forward(problem, query, key, value, operands):
 
 
 def _as_varying(zeros, *arrays):
-  """The zeros, whose sums in a shard_map differ by device as the arrays do."""
+  """The zeros, marked in a shard_map as varying over devices as arrays do."""
   arrays = jax.tree.leaves(arrays)
   return jax.tree.map(lambda x: batching_and_sharding.varying(x, arrays), zeros)
 
@@ -222,7 +223,7 @@ def _rows(problem, rows, d_out, d_sums):
 
 
 def _backward(trained, problem, query, key, value, operands, rows, cotangents):
-  """The gradients, as differentiation.Passes has them."""
+  """The gradients, in the form of differentiation.Passes."""
   d_out, sums = cotangents[0], None
   if problem.normalize:
     (_, sums), d_sums = rows, cotangents[1]
@@ -276,7 +277,7 @@ def _add_gradients(
     if problem.kind == "sigmoid":
       dz_bias = _only(visible, -p_BKGTS * p_BKGTS * dp_BKGTS)
     p_BKGTS *= rows.inverse
-  # The mask comes after both factors, so that a hidden NaN has no effect.
+  # Mask after both factors are multiplied, so that a hidden NaN has no effect.
   p_BKGTS = _only(visible, p_BKGTS)
   dz_BKGTS = _only(visible, derivative_BKGTS * dp_BKGTS)
 
@@ -311,7 +312,7 @@ def _add_operand_gradients(
     part = dz_BNTS.sum(axes, keepdims=True)
     grads = grads._replace(bias=_add_at(grads.bias, part, starts))
   sums = {
-    # In a normalised row the sum over the keys has a form of its own.
+    # A sum over the keys of a normalised row has a form of its own, see above.
     name: (of_bias_BNTS if 3 in axes else dz_BNTS).sum(axes)
     for name, axes in _SUMMED.items()
   }
@@ -325,10 +326,11 @@ def _add_operand_gradients(
 
 
 def _add_sums(grads, sums, starts):
-  """grads with sums (B, N, ...) added, reduced to axes of 1 where they are so.
+  """Adds sums of shape (B, N, ...) to grads.
 
-  sums: by the name of the operand; those that are absent are left out. starts:
-  where a sum begins in the last axis of its operand.
+  A sum is reduced over each axis in which its gradient has size 1. sums: by the
+  name of the operand; operands without a gradient are skipped. starts: where a
+  sum begins in the last axis of its operand.
   """
   totals = {}
   for name, part in sums.items():
@@ -342,7 +344,7 @@ def _add_sums(grads, sums, starts):
 
 
 def _add_at(total, part, starts):
-  """total with `part` added at the given start of some axes."""
+  """Adds `part` to total. starts: {axis: where the part begins}."""
   if part.shape == total.shape:
     return total + part
   index = [starts.get(axis, 0) for axis in range(total.ndim)]
@@ -428,9 +430,10 @@ def _key_range(problem, start, stop):
 
 
 def _inputs(problem, operands, block, q_BTKGH, k_BSKH, v_BSKH, *do_BTKGH):
-  """The block's rows of each array, and which pairs are visible in it.
+  """The block's rows of each array, and which of its pairs are visible.
 
-  Rows that are hidden from the whole block are set to 0, since 0 NaN is NaN.
+  Rows that are hidden from the whole block are set to 0, because 0 times NaN is
+  NaN.
   """
   queries = [
     lax.slice_in_dim(x, block.query, block.query + block.queries, axis=1)
@@ -456,7 +459,7 @@ def _slice(x, axis, start, size):
 
 
 def _activation(z, problem):
-  """The weights activation(z) / normalizer, and their derivatives by z."""
+  """The weights activation(z) / normalizer, and their derivatives in z."""
   if problem.kind == "sigmoid":
     p = lax.logistic(z)
     derivative = p * (1 - p)
@@ -476,7 +479,7 @@ def _activation(z, problem):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _phi(z, problem):
-  """The weights, with the derivative of the backward pass, also at 0."""
+  """The weights, differentiated as in the backward pass, also at 0."""
   return _activation(z, problem)[0]
 
 
@@ -569,7 +572,7 @@ def _place(operands, i):
 
 
 def _block_of(x_BNTS, problem, block):
-  """The block's part of a bias or mask, (B, K, G, T, S) with ones kept."""
+  """The block's part of a bias or mask, (B, K, G, T, S); axes of 1 stay 1."""
   if x_BNTS.shape[2] > 1:
     x_BNTS = lax.slice_in_dim(
       x_BNTS, block.query, block.query + block.queries, axis=2
@@ -580,7 +583,7 @@ def _block_of(x_BNTS, problem, block):
 
 
 def _by_key_head(x_BNTS, problem):
-  """(B, K, G, T, S) with ones kept."""
+  """Splits N into K and G: (B, K, G, T, S); an axis of 1 stays 1."""
   batch, heads, *rest = x_BNTS.shape
   if heads == 1:
     return x_BNTS.reshape(batch, 1, 1, *rest)

@@ -2,11 +2,11 @@
 
   out = sigattn.dot_product_attention(query, key, value, is_causal=True)
 
-`import sigattn` needs jax and numpy alone. The layers load when they are asked
-for and need flax (the extra `layers`); sigattn.tasks, .training, .inference and
-.analysis need the extra `train`.
+`import sigattn` needs only jax and numpy. The layers are imported when they are
+first used, and need flax (the extra `layers`). sigattn.tasks, .training,
+.inference and .analysis need the extra `train`.
 
-Letters of the shapes, in names (x_BTD) and equations, in the whole project:
+The whole project uses these letters for shapes, in names (x_BTD) and equations:
   B batch   T queries   S keys   N heads   K key-value heads   H head width
   D model width   F MLP width   P patches   V classes or vocabulary
 """
@@ -48,6 +48,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-  # Without flax there are no layers, and help(sigattn) asks for all names.
+  # help(sigattn) reads every name, and without flax there are no layers.
   layers = _LAYERS if importlib.util.find_spec("flax") else ()
   return sorted([*__all__, *layers])

@@ -5,9 +5,9 @@ Sigmoid attention (Ramapuram et al., 2409.04431, Section 2) is
   out = sigmoid(scale q k^T + b) v,   b = -log n.
 
 Each pair of a query and a key gets its own weight; rows are not normalised.
-The bias makes a row's weights add up to about 1 where the logits are small, as
-softmax's do: n sigmoid(-log n) = n / (n + 1). With normalize=True the weights
-of a row are divided by their sum.
+If the logits are small, the bias makes the weights of a row add up to about 1,
+as softmax's do: n sigmoid(-log n) = n / (n + 1). With normalize=True the
+weights of a row are divided by their sum.
 
 Shapes: B batch, T queries, S keys, N heads, K key-value heads (K divides N),
 H head width.
@@ -31,7 +31,7 @@ KINDS = ("sigmoid", "softmax", "relu", "relu2", "silu")
 
 
 def implementations(kind: str) -> tuple[str, ...]:
-  """The names that `implementation` may have, besides None, for a kind."""
+  """The names that `implementation` accepts for a kind, besides None."""
   if kind == "softmax":
     return "xla", "cudnn", "triton"
   return (*dispatch.IMPLEMENTATIONS,)
@@ -75,9 +75,9 @@ def dot_product_attention(
   A row that sees no key is zero, except with softmax. docs/jax_nn.md lists
   where the arguments differ from those of jax.nn.
 
-  What computes a derivative (jax.grad, vjp, jacrev: reverse; jvp, jacfwd,
-  linearize: forward; of one another: second order), "portable" being plain JAX
-  over blocks of keys:
+  The table says what computes a derivative. Reverse mode is jax.grad, vjp and
+  jacrev; forward mode is jvp, jacfwd and linearize; second order is one of them
+  applied to another. "Portable" means plain JAX over blocks of keys.
 
   implementation      reverse         forward       second order
   xla                 its own pass    portable      portable
@@ -90,62 +90,60 @@ def dot_product_attention(
   Args:
     query: (B, T, N, H) or (T, N, H); float16, bfloat16 or float32.
     key, value: (B, S, K, H) or (S, K, H).
-    bias: (B, N, T, S), axes of 1 broadcast; added to the logits. One that
+    bias: (B, N, T, S), axes of 1 broadcast; is added to the logits. A bias that
       broadcasts over queries or over keys costs the kernels no more than
-      query_logit_bias and key_logit_bias do; others take the portable form.
+      query_logit_bias and key_logit_bias do; any other takes the portable form.
     mask: the same shapes, bool; True where the query sees the key.
     kind: one of KINDS.
     logit_bias: b. A float, or an array (), (N,) or (B, N), which has a
-      gradient.
-      None: as in the table. Softmax cancels it, and so refuses it.
+      gradient. None: as in the table. Softmax refuses it, because it cancels b.
     query_logit_bias: b_i, (T,), (N, T) or (B, N, T), where B and N may be 1.
       One number for each query, with a gradient: a threshold that grows with
-      the position, or one half of a forget gate (2503.02130). Softmax cancels
-      it, and so refuses it.
+      the position, or one half of a forget gate (2503.02130). Softmax refuses
+      it, because it cancels b_i.
     key_logit_bias: b_j, (S,), (N, S) or (B, N, S). One number for each key,
       with a gradient; -inf hides a key.
     n: the key length that b and ReLU's divisor are made for. None: S, padding
       included. A model passes its own longest length, so that training and
       evaluation at another length agree.
     normalize: divides the weights of a row by their sum over the keys that it
-      sees. The sum needs no maximum and no rescaling, and b becomes a soft
-      clip: as b falls, sigmoid's rows become softmax's, of logits that are
-      clipped softly at -b. Weights below float32's smallest normal number,
-      of logits below -87, count as 0: a row whose logits are all near that
-      loses precision, and is zero where all of them are below it, or where it
-      sees nothing. Softmax, which is normalised already, refuses it, and silu,
-      whose weights may be negative.
+      sees. The sum needs no maximum and no rescaling. With it b becomes a soft
+      clip: a row of sigmoid is softmax of logits that are clipped softly at -b,
+      and becomes plain softmax as b falls. Weights below float32's smallest
+      normal number (logits below -87) count as 0. A row whose logits are all
+      near -87 loses precision. A row is zero if all its logits are below -87,
+      or if it sees no key. Softmax refuses it, because its rows are normalised
+      already, and silu refuses it, because its weights may be negative.
     alibi_slopes: (N,) or (B, N): subtracts slope * |i - j| from the logit of
-      query i and key j (2108.12409), with i from query_offset on. A negative
-      slope favours far keys.
-      Sigmoid does not cancel a constant of the row, as softmax does, so the
-      full distance matters.
-    scale: multiplies q k^T; None: 1 / sqrt(H). A traced one has a gradient. It
-      multiplies the query in float32, which is then rounded to its dtype again,
-      but with softmax by xla the logits, as in jax.nn.
+      query i and key j (2108.12409), where i counts from query_offset on. A
+      negative slope favours far keys. Unlike softmax, sigmoid does not cancel a
+      constant of the row, so the full distance matters.
+    scale: multiplies q k^T; None: 1 / sqrt(H). A traced scale has a gradient.
+      It multiplies the query in float32, and the product is rounded to the
+      query's dtype. With softmax by xla it multiplies the logits, as in jax.nn.
     is_causal: query i sees the keys j <= i.
     query_offset: an integer or (B,) integers, the position of the first query
       among the keys, for is_causal, local_window_size and alibi_slopes alike:
       the queries are i = query_offset .. query_offset + T - 1, the keys are
-      j = 0 .. S - 1. A decoding step with `filled` tokens in its cache gives
-      query_offset=filled. An array may be traced; another Python number is
-      another program. None: i begins at 0 for is_causal and local_window_size,
-      as in jax.nn, but at S - T for alibi_slopes, so that the last query and
-      the last key have distance 0.
-    query_seq_lengths, key_value_seq_lengths: (B,) integers. What lies beyond a
-      length is not seen and gets no gradient; it may contain NaN.
+      j = 0 .. S - 1. A decoding step with `filled` tokens in its cache passes
+      query_offset=filled. An array may be traced. Each Python number is
+      compiled into a program of its own. None: i begins at 0 for is_causal and
+      local_window_size, as in jax.nn, but at S - T for alibi_slopes, so that
+      the last query and the last key have distance 0.
+    query_seq_lengths, key_value_seq_lengths: (B,) integers. Tokens beyond a
+      length are not seen and get no gradient; they may contain NaN.
     query_segment_ids, key_value_segment_ids: (B, T) and (B, S) integers, of
       sequences packed into one row; a query sees the keys of its own id.
     local_window_size: w or (left, right): query i sees i - left to i + right;
       None: all keys on that side.
     implementation: a name of implementations(kind); None: the fastest one that
       supports the problem. "triton" with softmax is the decode kernel, for at
-      most 16 queries; on a GPU None takes it for so few against 128 keys or
-      more. A row that sees no key is zero there.
-    return_residual: also returns what the rows were divided by, as jax.nn's
-      log-sum-exp does: softmax's is jax.nn's own; with `normalize` it is the
-      sum of a row's weights, from which shards of the keys can be joined:
-      sum_i s_i out_i / sum_i s_i. Without either it is refused.
+      most 16 queries, where a row that sees no key is zero. On a GPU, None
+      takes it for at most 16 queries against 128 keys or more.
+    return_residual: also returns what the rows were divided by. With softmax
+      it is jax.nn's log-sum-exp. With `normalize` it is the sum s of a row's
+      weights, by which results for shards of the keys can be joined:
+      sum_i s_i out_i / sum_i s_i. It is refused without either.
 
   Returns:
     An array with the shape and dtype of query; with return_residual also
@@ -153,7 +151,7 @@ def dot_product_attention(
 
   Raises:
     ValueError: for arguments that make no sense.
-    NotImplementedError: where the named implementation cannot do this.
+    NotImplementedError: if the named implementation cannot compute this.
   """
   validate_kind(kind, implementation, normalize)
   if return_residual and kind != "softmax" and not normalize:
@@ -214,7 +212,7 @@ def dot_product_attention(
 
 
 class Weights(NamedTuple):
-  """All that dot_product_attention computes before the values come in."""
+  """All that dot_product_attention computes before it uses the values."""
 
   logits_BNTS: jax.Array  # float32: scale q k^T + bias + alibi + b, all pairs
   weights_BNTS: jax.Array  # float32: phi of them, 0 where not visible
@@ -235,10 +233,11 @@ def attention_weights(
   query_offset: ArrayLike | None = None,
   **operands: ArrayLike | None,
 ) -> Weights:
-  """The Weights A of which dot_product_attention's output is A v, to look at.
+  """The Weights A, for inspection: dot_product_attention's output is A v.
 
-  All of them are held at once. The arguments are dot_product_attention's, with
-  a batch axis; operands: its arrays, from `bias` to `key_value_segment_ids`.
+  All weights are in memory at once. The arguments are those of
+  dot_product_attention, with a batch axis; operands: its arrays, from `bias` to
+  `key_value_segment_ids`.
   """
   query, key = jnp.asarray(query), jnp.asarray(key)
   _validate_normalize(kind, normalize)
@@ -252,7 +251,7 @@ def attention_weights(
       query,
       key,
       arrays,
-      kind="sigmoid" if is_softmax else kind,  # of the same logits
+      kind="sigmoid" if is_softmax else kind,  # the logits are the same
       normalize=normalize,
       is_causal=is_causal,
       local_window_size=local_window_size,
@@ -262,7 +261,7 @@ def attention_weights(
   if not is_softmax:
     return weights
   weights_BNTS = jax.nn.softmax(weights.logits_BNTS, where=weights.visible_BNTS)
-  # jax.nn's are NaN in a row that sees nothing.
+  # jax.nn's weights are NaN in a row that sees nothing.
   weights_BNTS = jnp.where(weights.visible_BNTS, weights_BNTS, 0)
   return weights._replace(weights_BNTS=weights_BNTS)
 
@@ -278,12 +277,13 @@ def prepare(
   query_offset: ArrayLike | None,
   **operands: ArrayLike | None,
 ) -> tuple[jax.Array, dispatch.Operands, dict[str, Any]]:
-  """dot_product_attention's arguments as the functions of `kernels` take them.
+  """Converts dot_product_attention's arguments for the functions of `kernels`.
 
   Args:
     query: (B, T, N, H).
     key: (B, S, K, H), or anything of that shape.
-    kind, logit_bias, n, scale, query_offset, operands: as there.
+    kind, logit_bias, n, scale, query_offset, operands: as in
+      dot_product_attention.
 
   Returns:
     (query, Operands, {"scale", "query_offset", "logit_bias", "normalizer"}).
@@ -301,7 +301,7 @@ def prepare(
 
 
 def problem_of(*arrays: Any, kind: str, **options: Any) -> Problem:
-  """make_problem, also of softmax, which then is its kind."""
+  """make_problem, extended to softmax; the result then has kind="softmax"."""
   if kind != "softmax":
     return make_problem(*arrays, kind=kind, **options)
   problem = make_problem(*arrays, kind="sigmoid", **options)
@@ -316,7 +316,7 @@ def computed(
   value: jax.Array,
   operands: dispatch.Operands,
 ) -> jax.Array:
-  """dot_product_attention of what `prepare` and problem_of return."""
+  """dot_product_attention, given what `prepare` and `problem_of` return."""
   arrays = query, key, value, operands
   if problem.kind == "softmax":
     return _softmax(problem, problem.scale, implementation, *arrays)[0]
@@ -358,31 +358,31 @@ def flax_attention_fn(
   """dot_product_attention as `attention_fn` of Flax's own attention layers.
 
   It serves flax.nnx.MultiHeadAttention and flax.linen's
-  MultiHeadDotProductAttention. Another kind, or any other option of
-  dot_product_attention, is bound with functools.partial:
+  MultiHeadDotProductAttention. Bind another kind, or any other option of
+  dot_product_attention, with functools.partial:
 
     functools.partial(sigattn.flax_attention_fn, kind="relu", n=1024)
 
   With decode=True Flax's layers pass one query, the whole cache, and a mask
-  that hides what is not filled yet. That mask is causal already, so is_causal
-  must be False there (in nnx an argument of the layer's call, which passes it
-  in any case). Bind n, because the default is the length of the cache. ALiBi
-  and windows need the query's place, which Flax does not pass: bind
-  query_offset.
+  that hides the slots that are not filled yet. That mask is causal already, so
+  is_causal must be False there. (In nnx it is an argument of the layer's call,
+  and the layer always passes it.) Bind n, because its default is the length of
+  the cache. ALiBi and windows need the position of the query, which Flax does
+  not pass: bind query_offset.
 
   Args:
     query: (..., T, N, H), with any number of batch axes.
     key, value: (..., S, K, H).
     bias: (..., N, T, S); axes of 1 broadcast.
-    mask: the same shapes, in any dtype, as Flax's mask functions return; what
-      is not 0 is visible.
-    dropout_rate, deterministic: attention weights are never dropped here, so
-      that a rate > 0 needs deterministic=True.
-    dtype: what query, key and value are cast to first; None: as they are.
+    mask: the same shapes, in any dtype, as Flax's mask functions return it; a
+      key is visible where the mask is not 0.
+    dropout_rate, deterministic: attention weights are never dropped here, so a
+      rate > 0 needs deterministic=True.
+    dtype: query, key and value are cast to it first; None: they are not cast.
     precision: of the products, as jax.default_matmul_precision takes it.
-    module: where Flax asks for the weights (sow_weights=True), they are
-      computed once more, all at once, and sown as Flax does.
-    dropout_rng, broadcast_dropout, force_fp32_for_softmax: without effect; the
+    module: given if Flax asks for the weights (sow_weights=True). They are then
+      computed a second time, all at once, and sown as Flax does.
+    dropout_rng, broadcast_dropout, force_fp32_for_softmax: have no effect; the
       logits and their activation are always float32.
     input_positions, qk_attn_weights_einsum, attn_weights_value_einsum: must be
       None. Rotate query and key before this function.
@@ -392,9 +392,10 @@ def flax_attention_fn(
     An array with the shape of query.
 
   Raises:
-    ValueError: for active dropout, what must be None, and for one query of a
-      masked cache with is_causal, local_window_size or alibi_slopes but no
-      query_offset: jax.nn would put the query at key 0.
+    ValueError: for active dropout; for an argument that must be None and is
+      not; and for one query against a masked cache with is_causal,
+      local_window_size or alibi_slopes but without query_offset, because jax.nn
+      would put the query at key 0.
   """
   del dropout_rng, broadcast_dropout, force_fp32_for_softmax
   if dropout_rate and not deterministic:
@@ -430,7 +431,7 @@ def flax_attention_fn(
 
 
 def _refuse_unknown_place(query, key, mask, options):
-  """For a step of Flax's decoding, whose query is not at key 0."""
+  """Refuses a step of Flax's decoding that needs the position of its query."""
   decodes = mask is not None and query.shape[-3] == 1 < key.shape[-3]
   if not decodes or options.get("query_offset") is not None:
     return
@@ -446,9 +447,9 @@ def _refuse_unknown_place(query, key, mask, options):
 
 
 def _sow_weights(module, lead, query, key, *, implementation=None, **options):
-  from flax import nnx  # It is there, since it calls.
+  from flax import nnx  # It is installed, because it called this function.
 
-  del implementation  # The weights are those of the specification.
+  del implementation  # The specification computes the weights.
   weights_BNTS = attention_weights(query, key, **options).weights_BNTS
   is_nnx = isinstance(module, nnx.Module)
   module.sow(
@@ -459,7 +460,7 @@ def _sow_weights(module, lead, query, key, *, implementation=None, **options):
 
 
 def _fold_batch(x, lead):
-  """(..., N, T, S) as (B, N, T, S), or with fewer axes as it is."""
+  """Turns (..., N, T, S) into (B, N, T, S); fewer axes are left as they are."""
   if x is None:
     return None
   x = jnp.asarray(x)
@@ -493,9 +494,9 @@ def _refuse_biases(kind, logit_bias, query_logit_bias):
 
 
 def _with_scale(scale, query, *, keep=False):
-  """(query, scale): a number, which kernels are compiled for.
+  """(query, scale), where scale is a number that kernels are compiled for.
 
-  A traced scale becomes a factor of the query, or is kept.
+  A traced scale is multiplied into the query, or returned if `keep` is set.
   """
   if not query.shape[3]:
     raise ValueError(f"query.shape={query.shape}; the head width must be > 0")
@@ -511,7 +512,7 @@ def _with_scale(scale, query, *, keep=False):
   dtype = numerics.wide(query.dtype)
   factor = scale.astype(dtype) * math.sqrt(query.shape[3])
   wide = query.astype(dtype)
-  # Hidden queries may be NaN, and the gradient of the factor is a sum over all.
+  # Hidden queries may be NaN, and the factor's gradient sums over all queries.
   finite = jnp.isfinite(wide)
   scaled = jnp.where(finite, jnp.where(finite, wide, 0) * factor, wide)
   return scaled.astype(query.dtype), usual
@@ -533,7 +534,7 @@ def _length(n, key):
   if n is None and symbolic(key.shape[1]):
     return key.shape[1]
   if n is None:
-    return float(key.shape[1] or 1)  # Nothing is divided where there is no key.
+    return float(key.shape[1] or 1)  # Without keys there is nothing to divide.
   if isinstance(n, jax.core.Tracer):
     raise ValueError(f"n={n}; must be a number, not a traced array")
   number = _number("n", n)
@@ -552,7 +553,7 @@ def _operands(
   key_logit_bias=None,
   **integers,
 ):
-  """dispatch.Operands of arrays that may lack axes in front."""
+  """dispatch.Operands, made from arrays that may lack leading axes."""
   heads = _heads(query)
   return dispatch.Operands(
     bias=_unsqueeze(_float(bias), 4),
@@ -568,7 +569,7 @@ def _operands(
 
 
 def _with_offset(operands, offset, batch):
-  """(operands, query_offset): the one holds arrays, the other is an int."""
+  """(operands, query_offset); an offset that is an array joins the operands."""
   if offset is None or _is_int(offset):
     return operands, None if offset is None else int(offset)
   array = jnp.asarray(offset)
@@ -585,7 +586,7 @@ def _with_offset(operands, offset, batch):
 
 
 def _float(x):
-  """Whole numbers as float32; other arrays as they are."""
+  """x as an array; whole numbers become float32."""
   if x is None:
     return None
   x = jnp.asarray(x)
@@ -593,7 +594,7 @@ def _float(x):
 
 
 def _int32(name, x):
-  """Whole numbers as int32, if none of them wraps: 2**32 + 1 would meet 1."""
+  """x as int32. Raises ValueError if a number would wrap, as 2**32 + 1 to 1."""
   if x is None:
     return None
   known = not isinstance(x, jax.Array)
@@ -624,14 +625,14 @@ def _heads(query):
 
 
 def default_logit_bias(kind: str, n: float) -> float:
-  """b where none is given: -log n for sigmoid, 0 for other kinds."""
+  """The default of b: -log n for sigmoid, 0 for other kinds."""
   return -math.log(n) if kind == "sigmoid" else 0.0
 
 
 def validate_kind(
   kind: str, implementation: str | None, normalize: bool
 ) -> None:
-  """Raises ValueError for unknown names, and for what does not go together."""
+  """Raises ValueError for unknown names and for senseless combinations."""
   if kind not in KINDS:
     raise ValueError(f"{kind=}; choose from {KINDS}")
   if implementation not in (None, *implementations(kind)):
@@ -666,7 +667,7 @@ def _pointwise(
 
 
 def _bias_and_divisor(query, operands, kind, logit_bias, n):
-  """b and what the activation is divided by, as `kernels` takes them.
+  """The bias b, and the divisor of the activation, in the form of `kernels`.
 
   Returns (operands, {"logit_bias", "normalizer"}).
   """
@@ -698,7 +699,7 @@ def _softmax(
     raise NotImplementedError(
       f"attention {problem}: triton: {return_residual=} is not implemented"
     )
-  # What jax.nn alone does: a factor of the logits, and meshes in the types.
+  # Only jax.nn takes a traced factor of the logits, and meshes in the types.
   is_plain = not (return_residual or isinstance(scale, jax.core.Tracer))
   is_plain &= not any(jax.typeof(query).sharding.spec)
   if is_plain and decoding.takes(problem, implementation):
@@ -716,7 +717,7 @@ def _by_jax_nn(
   bias, mask = operands.bias, operands.mask
   length, keys = query.shape[1], key.shape[1]
   if problem.is_symbolic and problem.window:
-    query_offset = query_offset or 0  # The windows of jax.nn need sizes.
+    query_offset = query_offset or 0  # jax.nn's windows need known sizes.
   place_BTS = _distance_to_keys(query_offset, operands, length, keys)
   if operands.alibi_slopes is not None:
     apart = place_BTS
@@ -735,14 +736,14 @@ def _by_jax_nn(
       == operands.key_value_segment_ids[:, None]
     )[:, None]
     mask = same if mask is None else mask & same
-  if place_BTS is not None:  # jax.nn has no offset: its masks become an array.
+  if place_BTS is not None:  # jax.nn has no offset, so masks become an array.
     seen = _seen(place_BTS, is_causal, problem.window)
     if seen is not None:
       mask = seen[:, None] if mask is None else mask & seen[:, None]
     is_causal, window = False, None
   else:
     is_causal, window = _window_of_jax_nn(problem, implementation)
-  # jax.nn promotes 16 bits to 32, which a strict user forbids.
+  # jax.nn promotes 16 bits to 32, which strict promotion would refuse.
   with jax.numpy_dtype_promotion("standard"):
     return jax.nn.dot_product_attention(
       query,
@@ -766,8 +767,9 @@ def _window_of_jax_nn(problem, implementation):
     return problem.is_causal, None
   left, right = problem.window
   if implementation == "cudnn" and (problem.is_causal or right == 0):
-    # Without is_causal, jax hands cuDNN a left bound alone, and the future is
-    # seen. With it and lengths, a right bound is refused that hides nothing.
+    # Without is_causal, jax gives cuDNN only the left bound, so that queries
+    # see the future. With is_causal and lengths, cuDNN refuses a right bound
+    # that hides nothing.
     return True, None if left is None else (left, 0)
   far = problem.query_len + problem.key_len
   window = tuple(far if x is None else x for x in (left, right))
@@ -781,7 +783,10 @@ def _sum_of(bias, part):
 
 
 def _distance_to_keys(offset, operands, length, keys):
-  """i - j of queries from the offset on, (B or 1, T, S); None without one."""
+  """i - j for queries that begin at the offset, (B or 1, T, S).
+
+  None if there is no offset.
+  """
   if operands.query_offset is not None:
     offset = operands.query_offset[:, None, None]
   if offset is None:
@@ -791,7 +796,7 @@ def _distance_to_keys(offset, operands, length, keys):
 
 
 def _seen(apart, is_causal, window):
-  """Where a causal mask and a window let i see j; None: everywhere.
+  """True where a causal mask and a window let i see j; None if everywhere.
 
   apart: i - j.
   """
@@ -803,7 +808,7 @@ def _seen(apart, is_causal, window):
 
 
 def _unsqueeze(x, ndim):
-  """x as an array with axes of 1 in front, up to ndim; None stays."""
+  """x with leading axes of 1, so that it has `ndim` axes; None stays None."""
   if x is None:
     return None
   x = jnp.asarray(x)
@@ -811,7 +816,7 @@ def _unsqueeze(x, ndim):
 
 
 def _per_head(name, x, heads):
-  """(), (N,) or (B, N) as (1 or B, N); heads: (B, N)."""
+  """Turns (), (N,) or (B, N) into (1 or B, N); heads: (B, N)."""
   if x is None:
     return None
   x = jnp.asarray(x)

@@ -1,8 +1,8 @@
 """The command line: `python -m sigattn COMMAND --flag=value ...`.
 
-`python -m sigattn` lists the commands, `python -m sigattn COMMAND --help` tells
-the flags of one. train.py and eval.py, which need a checkout, parse theirs by
-the same `start`.
+`python -m sigattn` lists the commands, and `python -m sigattn COMMAND --help`
+lists the flags of one. train.py and eval.py, which need a checkout, parse their
+flags by the same function `start`.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class Command(NamedTuple):
   """A tool: a module with `define_flags()` and `run(flags[, words])`.
 
   shared: names of SHARED, the flags that it has besides its own.
-  words: what the words beside the flags are; None where there must be none.
+  words: what the words beside the flags mean; None if there must be none.
   """
 
   module: str
@@ -93,13 +93,13 @@ SHARED: dict[str, Callable[[], None]] = {
 
 @contextlib.contextmanager
 def refusing(name: str, debug: bool = False) -> Iterator[None]:
-  """Ends the program with 1 and one line for an error that is not a bug.
+  """Ends the program with status 1 and one line, if an error is not a bug.
 
-  That is a ValueError for bad input, an OSError for a file that cannot be read
-  or written, and a FloatingPointError for a loss that is not finite.
+  Such errors are a ValueError for bad input, an OSError for a file that cannot
+  be read or written, and a FloatingPointError for a loss that is not finite.
 
-  name: of the program, which the line begins with. debug: lets the error pass,
-  so that its trace is shown.
+  name: of the program, with which the line begins. debug: raises the error, so
+  that Python shows its trace.
   """
   try:
     yield
@@ -112,17 +112,17 @@ def refusing(name: str, debug: bool = False) -> Iterator[None]:
     sys.exit(f"{name}: {text}")
 
 
-# Bytes; what was not used for the longest time is deleted first.
+# In bytes. The programs that were not used for the longest time are deleted.
 _MOST_COMPILED = 8 * 2**30
 
 
 def keep_compiled() -> None:
-  """Lets later programs of this user find what XLA compiles in this one.
+  """Keeps what XLA compiles, so that later runs of this user find it.
 
   It is kept in the folder that JAX_COMPILATION_CACHE_DIR names, by default
   sigattn/compiled in the user's cache ($XDG_CACHE_HOME or ~/.cache). An empty
-  variable, or JAX_ENABLE_COMPILATION_CACHE=false, turns this off. Where the
-  folder cannot be made, a message says so.
+  variable, or JAX_ENABLE_COMPILATION_CACHE=false, turns this off. If the folder
+  cannot be made, a message says so.
   """
   import jax
 
@@ -131,7 +131,7 @@ def keep_compiled() -> None:
   home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   folder = pathlib.Path(home) / "sigattn" / "compiled"
   try:
-    # Programs are read from it, so nobody else may write there.
+    # Programs in this folder are run, so nobody else may write there.
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
   except OSError as error:
     print(f"what is compiled is not kept: {error}", file=sys.stderr)
@@ -161,7 +161,7 @@ def start(
   def main(argv):
     given = argv[1:]
     if given and words is None:
-      raise app.UsageError(f"not understood: {given}")
+      raise app.UsageError(f"only flags are allowed, not {given}")
     if words is not None and not given:
       raise app.UsageError(f"name the {words}")
     keep_compiled()
@@ -186,21 +186,21 @@ def start(
 
 
 def _one_line(error, argv):
-  """What is wrong with the command line, and the nearest name that is right."""
+  """Says what is wrong with the command line, and which name is nearest."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   if isinstance(error, OSError):
     return f"--config cannot be read: {lines[-1]}"
   said = [line for line in lines if line.startswith("ValueError: ")]
-  if said:  # by a config's function, of its argument
+  if said:  # a config's function said it about its argument
     return said[-1].removeprefix("ValueError: ")
   if isinstance(error, (AttributeError, LookupError)):
     return _unknown_field(argv) or "; ".join(lines)
-  # A trace shows where a config's function is wrong.
+  # If a config's function has a bug, its trace shows where.
   return str(error) if "Traceback" in str(error) else "; ".join(lines)
 
 
 def _unknown_field(argv):
-  """Names the field that is set and that the config does not have."""
+  """Names the field that the command line sets and the config lacks."""
   words = "\n".join(argv[1:])
   file = re.search(r"^--?config[=\n](.*)$", words, re.MULTILINE)
   config = flags.FLAGS["config"].parser.parse(file[1])

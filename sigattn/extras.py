@@ -1,13 +1,13 @@
 """The optional parts of an installation, and what each of them needs.
 
-The operation needs jax and numpy alone. Everything else asks here first, so
-that a missing package is named together with the extra that brings it.
+The operation needs only jax and numpy. All other modules call `require` first,
+so that an error names a missing package and the extra that installs it.
 """
 
 import importlib.util
 
-# The packages of each extra of pyproject.toml that the code imports, by the
-# names that they are imported by.
+# For each extra of pyproject.toml, the packages that the code imports, under
+# their import names.
 PACKAGES = {
   "layers": ("flax",),
   "train": (
@@ -22,7 +22,7 @@ PACKAGES = {
 
 
 def require(extra: str) -> None:
-  """Raises ImportError that names the extra, where a package of it is missing.
+  """Raises ImportError that names the extra if one of its packages is missing.
 
   extra: a key of PACKAGES.
   """

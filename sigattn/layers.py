@@ -1,15 +1,15 @@
 """Transformer blocks: attention, MLP, residual branches, a scanned stack.
 
-Parameters are float32 and start from
+Parameters are float32. Their initial values are
 
-  kernel              argument `kernel_init`, over all inputs and all outputs;
+  kernel              argument `kernel_init`, over all inputs and all outputs:
                       Xavier uniform, as in ViT, or FAN_IN_INIT
   bias                0, of linear layers and of LayerNorm
   norm's scale        1
   LayerScale's scale  its argument `init`, everywhere
-  logit_bias          attention's own: -log n for sigmoid, 0 for others
+  logit_bias          the default of attention: -log n for sigmoid, else 0
 
-Activations have the constructor's `dtype`; norms compute in float32.
+Activations have the constructor's `dtype`. Norms are computed in float32.
 """
 
 import functools
@@ -29,19 +29,20 @@ extras.require("layers")
 from flax import nnx
 
 NORMS = {"layernorm": nnx.LayerNorm, "rmsnorm": nnx.RMSNorm}
-# By default; AXLearn's of rmsnorm.
+# The defaults. That of rmsnorm is AXLearn's.
 EPSILONS = {"layernorm": 1e-6, "rmsnorm": 1e-5}
 NORM_PLACES = ("pre", "post", "hybrid")
 QK_NORMS = ("none", *NORMS)
 
-# A scan copies its parameters' slices and activations at every step. With 128
-# images of 49 tokens at width 96, a scanned training step takes 1.28 times as
-# long as an unrolled one at depth 3 on two CPU cores, 1.13 at 6, 1.05 at 12
-# (2026-11-23). So a small stack is unrolled; its program grows with the depth.
+# A scan copies slices of the parameters, and activations, at every step. With
+# 128 images of 49 tokens at width 96, on two CPU cores, a scanned training step
+# takes 1.28 times as long as an unrolled one at depth 3, 1.13 at 6, and 1.05 at
+# 12 (2026-11-23). So a small stack is unrolled. The program of an unrolled
+# stack grows with the depth.
 MAX_UNROLLED = 6
 
-# What a layer computes by a product of matrices or by attention, and may keep
-# for the backward pass.
+# The results of matrix products and of attention, which a layer may keep for
+# the backward pass.
 ACTIVATIONS = (
   "query", "key", "value", "attention", "out", "gate", "up", "down",
 )  # fmt: skip
@@ -60,7 +61,7 @@ def make_norm(
 ) -> nnx.Module:
   """LayerNorm (1607.06450) or RMSNorm (1910.07467), in float32.
 
-  epsilon: is added to the variance or mean square; None: that of EPSILONS.
+  epsilon: is added to the variance or mean square; None: from EPSILONS.
   """
   _choose("norm_kind", kind, NORMS)
   epsilon = EPSILONS[kind] if epsilon is None else epsilon
@@ -75,9 +76,9 @@ def normalize(norm: nnx.Module, x: jax.Array) -> jax.Array:
 class Cache(NamedTuple):
   """Keys and values of the tokens so far, in the dtype of the activations.
 
-  A row's token at position s is in its slot s. It belongs to one SelfAttention;
-  a Stack's cache is a tuple of them, one for each layer, so that a layer writes
-  its own arrays in place.
+  The token at position s of a row is in slot s of that row. A Cache belongs to
+  one SelfAttention. The cache of a Stack is a tuple with one Cache for each
+  layer, so that each layer writes its own arrays in place.
 
   A paged cache has the same arrays with other axes: P pages of L tokens take
   the place of rows and slots. A table (B, M) says which pages a row has.
@@ -96,27 +97,28 @@ class SelfAttention(nnx.Module):
     width: D. num_heads: N. num_kv_heads: K, a divisor of N; None: N
       (2305.13245).
     max_length: the n of sigmoid's default bias -log n and of ReLU's 1 / n. It
-      is one constant, whatever the length of an input.
+      is constant, whatever the length of an input.
     kind: one of attention.KINDS.
-    logit_bias: b; None: the kind's default. learn_logit_bias: b is trained, one
-      for each head, and starts from that value. Softmax refuses both.
+    logit_bias: b; None: the kind's default. learn_logit_bias: trains one b for
+      each head, which starts from that value. Softmax refuses both.
     normalize: divides a row's weights by their sum, see
       attention.dot_product_attention. Softmax refuses it.
     qk_norm: none, layernorm or rmsnorm, of q and k over the head width.
     norm_epsilon: as in make_norm.
     alibi: adds ALiBi's distance penalty (2108.12409) to the logits.
-    window: a token sees so many tokens before it, and so many behind it unless
-      is_causal, besides itself. None: all.
-    rotate: a function of x_BTNH that is applied to q and to k, RoPE for
-      example; it also gets `positions` where the call has them. None: nothing.
+    window: a token sees itself, `window` tokens before it and, unless
+      is_causal is set, `window` tokens after it. None: all tokens.
+    rotate: a function of x_BTNH that is applied to q and to k, for example
+      RoPE. It also gets `positions` if the call has them. None: no function.
     row_power: p of the row scaling i^-p, where i is the number of keys that the
       row sees: an alternative to sigmoid's bias. 0: no scaling. It needs
       is_causal, and `positions` in the call.
     implementation: as in attention.dot_product_attention.
 
   Raises:
-    ValueError: for an unknown choice, head counts that do not divide, a logit
-      bias with softmax, or row_power without is_causal or with a window.
+    ValueError: for an unknown choice; if num_heads does not divide width, or
+      num_kv_heads does not divide num_heads; for a logit bias with softmax; and
+      for row_power without is_causal or with a window.
   """
 
   def __init__(
@@ -161,7 +163,7 @@ class SelfAttention(nnx.Module):
     self.alibi, self.is_causal, self.window = alibi, is_causal, window
     self.rotate, self.row_power = rotate, row_power
     self.implementation = implementation
-    # Telemetry replaces it, to record what every layer passes to attention.
+    # Telemetry replaces this, to record what every layer passes to attention.
     self.attention_fn = attention.dot_product_attention
     head_width = self.head_width
     linear = functools.partial(
@@ -197,20 +199,21 @@ class SelfAttention(nnx.Module):
     place: jax.Array | None = None,
     page_table: jax.Array | None = None,
   ) -> jax.Array | tuple[jax.Array, Cache]:
-    """(B, T, D) -> (B, T, D), and the filled cache where one is given.
+    """(B, T, D) -> (B, T, D), and the filled cache if one is given.
 
     mask: (B or 1, N or 1, T, T) bool, True where a query sees a key.
-    seq_lengths: (B,), the tokens beyond are padding. segment_ids: (B, T), a
-    token sees the tokens of its own segment. positions: (T,) or (B, T), for
-    `rotate` and row_power; 0 is the first token of a row or segment.
+    seq_lengths: (B,); the tokens beyond a length are padding. segment_ids:
+    (B, T); a token sees the tokens of its own segment. positions: (T,) or
+    (B, T), for `rotate` and row_power; 0 is the first token of a row or a
+    segment.
     cache: a Cache of S slots. Without `place` the tokens fill its first T slots
     and see only each other. `place` is the slot of the first token, an int32
-    scalar or one for each row, (B,): a token then sees the slots up to its own,
-    as far as the window goes, and needs is_causal. What would be beyond slot S
-    is not kept. mask, seq_lengths and segment_ids then have no effect.
-    page_table: int32 (B, M), of a paged cache: slot s of a row is token s % L
-    of the page that its number s // L names. S is M L; what would be beyond
-    goes to the last page that the table names.
+    scalar, or (B,), one for each row. It needs is_causal. A token then sees the
+    slots up to its own, as far as the window reaches; tokens beyond slot S are
+    not kept; and mask, seq_lengths and segment_ids have no effect.
+    page_table: int32 (B, M), for a paged cache: slot s of a row is token s % L
+    of the page with the number page_table[row, s // L]. S is M L; tokens beyond
+    S are written to the last page of the row's table.
     """
     q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
     if self.has_qk_norm:
@@ -247,9 +250,9 @@ class SelfAttention(nnx.Module):
     return y_BTD if cache is None else (y_BTD, cache)
 
   def merge_products(self) -> None:
-    """Makes query, key and value one Product, and the output another.
+    """Merges query, key and value into one Product; the output becomes another.
 
-    The parameters get other names, so this is not for a model that is saved.
+    The parameters get other names, so do not save the model afterwards.
     """
     parts = (self.query, self.key, self.value)
     self.query_key_value = Product(*parts, axis=-2)
@@ -304,7 +307,7 @@ class SelfAttention(nnx.Module):
 
 
 def row_scale(positions: ArrayLike, power: float) -> jax.Array:
-  """(positions + 1)^-power: a causal row sees itself and the rows before it.
+  """(positions + 1)^-power; a causal row sees positions + 1 keys.
 
   positions: (T,) or (B, T). Returns float32, (1 or B, T).
   """
@@ -313,9 +316,9 @@ def row_scale(positions: ArrayLike, power: float) -> jax.Array:
 
 
 def _write(cache, k_BTKH, v_BTKH, place, page_table):
-  """The cache with these in its slots from `place`, () or (B,), on.
+  """Writes keys and values to the slots that begin at `place`, () or (B,).
 
-  All forms write in place, where the cache's old array is not used any more.
+  XLA writes in place if nothing uses the cache's old array afterwards.
   """
 
   def write(slots, new):
@@ -346,16 +349,18 @@ def _write_pages(pages_PLKH, new_BTKH, place, page_table):
 
 
 class Product(nnx.Module):
-  """x W^T + b, of one or more linear layers, side by side, for decoding.
+  """x W^T + b for one or more linear layers side by side, for decoding.
 
-  With few tokens a product takes as long as reading its matrix does. That is
-  fastest in one piece, and with an output's weights in a row: W is (*outputs,
-  *inputs), where nnx.Linear's kernel is (*inputs, *outputs). XLA then makes a
-  product by one token one kernel, where it would write down each weight times
-  its input and add them up in another one.
+  With few tokens a product takes as long as reading its matrix. One large
+  matrix is read faster than several small ones, and a matrix is read fastest if
+  the weights of an output are contiguous. So W has the shape (*outputs,
+  *inputs), while the kernel of nnx.Linear has (*inputs, *outputs). XLA then
+  computes the product with one token in one kernel. With the other layout it
+  would write each weight times its input to memory, and add them up in a second
+  kernel.
 
-  linears: nnx.Linear or nnx.LinearGeneral of the same input. axis: a negative
-  one, of their outputs, along which they are joined.
+  linears: nnx.Linear or nnx.LinearGeneral layers of the same input. axis: a
+  negative axis of their outputs, along which they are joined.
   """
 
   def __init__(self, *linears: nnx.Module, axis: int = -1) -> None:
@@ -409,10 +414,10 @@ def _trainable_bias(kind, logit_bias, max_length, num_heads):
 class Mlp(nnx.Module):
   """gelu: W_down gelu(W_up x). swiglu: W_down (silu(W_gate x) * W_up x).
 
-  gelu is the tanh form of 1606.08415, as in jax.nn and in ViT: with it, a step
-  of configs/vit.py takes 0.8 of the time that it takes with the exact form.
-  gelu_exact is that, x Phi(x) with the normal distribution function Phi.
-  swiglu: 2002.05202. hidden: F.
+  gelu is the tanh form of 1606.08415, as in jax.nn and in ViT. With it, a step
+  of configs/vit.py takes 0.8 of the time that the exact form takes. gelu_exact
+  is the exact form, x Phi(x) with the normal distribution function Phi. swiglu
+  is from 2002.05202. hidden: F.
   """
 
   def __init__(
@@ -445,7 +450,7 @@ class Mlp(nnx.Module):
     return checkpoint_name(self.down(MLPS[self.kind](self, x_BTD)), "down")
 
   def merge_products(self) -> None:
-    """As SelfAttention's, of gate and up."""
+    """Merges gate and up into one Product, as in SelfAttention."""
     self.down = Product(self.down)
     if self.kind == "swiglu":
       self.gate_up = Product(self.gate, self.up)
@@ -467,8 +472,8 @@ def _gelu(mlp, x_BTD, approximate):
   activation = functools.partial(jax.nn.gelu, approximate=approximate)
   up_BTF = checkpoint_name(mlp.up(x_BTD), "up")
   if up_BTF.dtype.itemsize == 2:
-    # A GPU computes the derivative again in less time than it takes to write
-    # and read an array of F numbers a token that the derivative would need.
+    # The derivative would need an array of F numbers a token. A GPU recomputes
+    # it in less time than it takes to write and read that array.
     activation = jax.checkpoint(activation)
   return activation(up_BTF)
 
@@ -481,9 +486,10 @@ MLPS = {
 
 
 class LayerScale(nnx.Module):
-  """scale * x, one trainable factor a channel (2103.17239), from `init`.
+  """scale * x with one trainable factor for each channel (2103.17239).
 
-  The paper's code takes 1e-4 on both branches of every block (2409.04431).
+  init: the initial value. The paper's code uses 1e-4 on both branches of every
+  block (2409.04431).
   """
 
   def __init__(self, width: int, init: float) -> None:
@@ -495,10 +501,10 @@ class LayerScale(nnx.Module):
 
 
 def drop_path(x_BTD: jax.Array, rng: jax.Array, rate: ArrayLike) -> jax.Array:
-  """Stochastic depth (1603.09382): 0 for an example with probability `rate`.
+  """Stochastic depth (1603.09382): sets examples to 0 with probability `rate`.
 
-  The examples kept are divided by 1 - rate, so that the expectation is x.
-  rate: 0 <= rate < 1, an array too.
+  The other examples are divided by 1 - rate, so that the expectation is x.
+  rate: 0 <= rate < 1, a number or an array.
   """
   keep = jax.random.bernoulli(rng, 1 - rate, (x_BTD.shape[0], 1, 1))
   factor = jnp.where(keep, 1 / (1 - rate), 0).astype(x_BTD.dtype)
@@ -512,9 +518,9 @@ class Residual(nnx.Module):
   post:   norm_out(x + f(x))               (1706.03762)
   hybrid: x + norm_out(f(norm_in(x)))      (2409.04431: needed at 1B, n = 4096)
 
-  layer_scale: LayerScale's init, None for no factor. The factor, dropout (of
-  single numbers, at rate `dropout`) and drop_path (of whole examples) act on
-  what is added to x. norm_epsilon: as in make_norm.
+  layer_scale: the `init` of LayerScale; None: no factor. The factor, dropout
+  (of single numbers, at the rate `dropout`) and drop_path (of whole examples)
+  act on what is added to x. norm_epsilon: as in make_norm.
   """
 
   def __init__(
@@ -546,7 +552,7 @@ class Residual(nnx.Module):
     rng: jax.Array | None = None,
     rate: ArrayLike | None = None,
   ) -> jax.Array:
-    """branch: f. rng: None drops nothing. rate: drop_path's; None: none."""
+    """branch: f. rng: None drops nothing. rate: of drop_path; None: 0."""
     y_BTD = x_BTD + self.added(x_BTD, branch, rng, rate)
     return normalize(self.norm_out, y_BTD) if self.norm == "post" else y_BTD
 
@@ -577,10 +583,10 @@ class Block(nnx.Module):
   """Self-attention, then an MLP, each in a Residual.
 
   attn, mlp: a SelfAttention and an Mlp of this width. parallel: whether the MLP
-  reads the block's input, as attention does, instead of its result (GPT-J and
-  2204.06745): x + attn(norm(x)) + mlp(norm(x)). The other arguments are those
-  of Residual. Raises ValueError for parallel branches with another norm than
-  "pre".
+  reads the input of the block, as attention does, instead of the result of
+  attention (GPT-J and 2204.06745): x + attn(norm(x)) + mlp(norm(x)). The other
+  arguments are those of Residual. Raises ValueError for parallel branches if
+  the norm is not "pre".
   """
 
   def __init__(
@@ -621,10 +627,10 @@ class Block(nnx.Module):
     cache: Cache | None = None,
     **attn_args: Any,
   ) -> jax.Array | tuple[jax.Array, Cache]:
-    """(B, T, D) -> (B, T, D), and the filled cache where one is given.
+    """(B, T, D) -> (B, T, D), and the filled cache if one is given.
 
-    rng: for dropout, and for drop_path with `rate` unless that is None; None
-    drops nothing. cache, attn_args: as in SelfAttention.
+    rng: for dropout, and for drop_path if `rate` is not None; None drops
+    nothing. cache, attn_args: as in SelfAttention.
     """
     rngs = (None, None) if rng is None else jax.random.split(rng)
 
@@ -646,16 +652,16 @@ class Block(nnx.Module):
 
 
 def _is_softmax(primitive, *_, **__):
-  """Whether jax.nn computes attention and its row statistics by it."""
+  """Whether jax.nn computes attention and its row statistics by `primitive`."""
   return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def _keep(*names):
   """The policy that keeps named activations for the backward pass.
 
-  The kernels themselves name their output "attention", with the sums of
-  normalised rows. Of softmax by cuDNN the output and the statistics are kept
-  that its primitive returns; softmax in plain JAX is computed again.
+  The kernels themselves name their output, and the sums of normalised rows,
+  "attention". For softmax by cuDNN, the output and the statistics that its
+  primitive returns are kept. Softmax in plain JAX is computed again.
   """
   policies = jax.checkpoint_policies
   policy = policies.save_only_these_names(*names)
@@ -664,7 +670,7 @@ def _keep(*names):
   return policy
 
 
-# What is kept of a layer, besides its input: a policy of jax.checkpoint.
+# Policies of jax.checkpoint: what a layer keeps besides its input.
 REMAT = {
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -677,9 +683,10 @@ REMAT = {
 def remat_policy(remat: str) -> Callable[..., Any] | None:
   """The policy of jax.checkpoint that `remat` names; None for "none".
 
-  remat: none recomputes nothing in the backward pass; all recomputes a layer
-  from its input (1604.06174); dots all but the products of matrices and
-  attention. Names of ACTIVATIONS, joined by "+", recompute all but those.
+  remat: in the backward pass, none recomputes nothing; all recomputes a layer
+  from its input (1604.06174); dots recomputes everything except matrix products
+  and attention. Names of ACTIVATIONS, joined by "+", recompute everything
+  except these.
 
   Raises ValueError for another string.
   """
@@ -700,11 +707,11 @@ class Stack(nnx.Module):
   """`depth` equal blocks, whose parameters are stacked along a leading axis.
 
   They run in a scan, so that the time to compile does not grow with the depth.
-  A stack of up to `max_unrolled` layers is unrolled for speed.
+  A stack of at most `max_unrolled` layers is unrolled for speed.
 
   make_block: a function of an nnx.Rngs that makes one layer.
-  drop_path: rate of the last layer's branches; layer i of L, counted from 0,
-    drops at the rate drop_path * i / (L - 1), a single layer at drop_path.
+  drop_path: the rate of the last layer's branches. Layer i of L, counted from
+    0, has the rate drop_path * i / (L - 1); a single layer has drop_path.
   remat: what the backward pass recomputes, see remat_policy.
   """
 
@@ -721,7 +728,7 @@ class Stack(nnx.Module):
     self.depth, self.drop_path, self.remat = depth, drop_path, remat
     self.is_unrolled = depth <= max_unrolled
     self.is_split = False
-    remat_policy(remat)  # raises for a string that names none
+    remat_policy(remat)  # raises ValueError for a wrong string
 
     def state(key):
       return nnx.state(make_block(nnx.Rngs(key)))
@@ -740,8 +747,9 @@ class Stack(nnx.Module):
   ) -> jax.Array | tuple[jax.Array, tuple[Cache, ...]]:
     """The arguments are those of Block; rng None drops nothing.
 
-    cache: one for each layer. It goes without dropout, and through a loop that
-    is unrolled: a scan would copy all of it at every token.
+    cache: one for each layer. With a cache nothing is dropped, and the loop
+    over the layers is unrolled, because a scan would copy the whole cache at
+    every token.
 
     Raises ValueError for an rng with a cache, or after split_layers.
     """
@@ -770,8 +778,8 @@ class Stack(nnx.Module):
     rngs = None if rng is None else jax.random.split(rng, self.depth)
     xs = (states, rngs, self._rates())
     # Without this, XLA may give all layers the layout that suits the gradient
-    # of a table of positions, with the batch last, and transpose between it and
-    # every product of matrices.
+    # of a table of positions, which has the batch last. It would then transpose
+    # around every matrix product.
     x_BTD = layout.with_layout_constraint(x_BTD, layout.Layout((0, 1, 2)))
     x_BTD, _ = jax.lax.scan(layer, x_BTD, xs, unroll=self.is_unrolled)
     return x_BTD
@@ -787,9 +795,9 @@ class Stack(nnx.Module):
     ]
 
   def split_layers(self) -> None:
-    """Gives each layer arrays of its own, and merges products that it can.
+    """Gives each layer arrays of its own, and merges matrix products.
 
-    For decoding, see SelfAttention.merge_products.
+    This is for decoding; see SelfAttention.merge_products.
     """
     blocks = self.each()
     for block in blocks:

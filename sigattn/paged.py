@@ -1,7 +1,7 @@
 """Attention to a cache of keys and values that lies in pages.
 
-Rows of different lengths need no room for the longest one, and rows that begin
-with the same tokens share the pages of those. The idea is PagedAttention's
+A row takes only the memory that its own length needs, and rows that begin with
+the same tokens share the pages of these tokens. The idea is from PagedAttention
 (vLLM, 2309.06180, Section 4.1).
 """
 
@@ -36,19 +36,19 @@ def paged_attention(
   local_window_size: int | tuple[int | None, int | None] | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
-  """dot_product_attention of a few new tokens to keys that lie in pages.
+  """dot_product_attention from a few new tokens to keys that lie in pages.
 
     k_j = key_pages[page_table[row, j // L], j % L],   v_j in the same way
     out_i = sum_j phi(scale q_i k_j + alibi + b) v_j,  j < lengths[row]
 
-  The queries are the last T of a row's tokens, whose keys and values are in
-  their pages already. Shapes: P pages of L tokens each, M pages of a row at
-  most, S = M L; the others as in dot_product_attention, whose arguments those
-  that are not listed are.
+  The queries are the last T tokens of a row; their keys and values are in the
+  pages already. Shapes: P pages of L tokens each, at most M pages for a row,
+  S = M L; the other letters are those of dot_product_attention. Arguments that
+  are not listed here mean what they mean there.
 
-  On a GPU, up to 16 queries are computed by the Triton decode kernel, which
-  reads the keys where they lie. Everything else gathers the pages of each row,
-  (B, S, K, H), and calls dot_product_attention. Gradients are always those of
+  On a GPU, the Triton decode kernel computes up to 16 queries and reads the
+  keys where they lie. All other calls gather the pages of each row into
+  (B, S, K, H), and call dot_product_attention. Gradients are always computed in
   the gathered form.
 
   Args:
@@ -57,25 +57,26 @@ def paged_attention(
       PAGE_LENGTHS, and K divides N. Rows may share pages.
     page_table_BM: integers from 0 to P - 1, the pages of each row in the order
       of its tokens. A number is read only if its page has a token that some
-      query sees: it may be anything beyond the row's length, and before the
-      window of its first query.
-    lengths_B: integers, the tokens of each row, at most S. Where it is 0 the
-      row of the output is zero, except with softmax.
+      query sees. So numbers beyond the row's length, and before the window of
+      its first query, may have any value.
+    lengths_B: integers, the number of tokens of each row, at most S. If it is
+      0, the row of the output is zero, except with softmax.
     n: the length that b and ReLU's divisor are made for; None: S.
     is_causal: a query sees no token behind its own. True by default, unlike in
       dot_product_attention.
     query_offset: the position of a row's first query, an integer or (B,)
       integers; None: lengths - T.
-    implementation: "triton" asks for the decode kernel, for any T, but with
-      softmax up to 16; the other names of attention.implementations(kind)
-      gather, and are those of dot_product_attention. None: the fastest.
+    implementation: "triton" is the decode kernel, for any T, but with softmax
+      for at most 16. The other names of attention.implementations(kind) gather
+      the pages and mean what they mean in dot_product_attention. None: the
+      fastest.
 
   Returns:
     (B, T, N, H), with the dtype of the query.
 
   Raises:
     ValueError: for arguments that make no sense.
-    NotImplementedError: where the named implementation cannot do this.
+    NotImplementedError: if the named implementation cannot compute this.
   """
   query, keys, values, table, lengths = map(
     jnp.asarray,
@@ -160,7 +161,7 @@ def _validate(query, keys, values, table, lengths):
 
 
 def _validate_lengths(lengths, most):
-  """Of numbers that are known without waiting for a device."""
+  """Checks lengths that are known without waiting for a device."""
   if isinstance(lengths, jax.Array) or not np.size(lengths):
     return
   least, longest = np.min(lengths), np.max(lengths)

@@ -20,12 +20,14 @@ def sincos_1d(length: int, width: int) -> np.ndarray:
 
 
 def sincos_2d(rows: int, columns: int, width: int) -> np.ndarray:
-  """sincos_1d of a patch's row in the first half, of its column in the second.
+  """The table of sines and cosines for a grid of patches, as in MoCo v3.
 
-  As in MoCo v3 (2104.02057); the patches are in raster order.
+  The first half of the width is sincos_1d of a patch's row, the second half of
+  its column (2104.02057). The patches are in raster order.
 
-  rows, columns: of the grid, in patches. width: of the table, a multiple of 4.
-  Returns (rows * columns, width) float32. Raises ValueError for another width.
+  rows, columns: size of the grid, in patches. width: of the table, a multiple
+  of 4. Returns (rows * columns, width) float32. Raises ValueError for another
+  width.
   """
   if width % 4:
     raise ValueError(f"{width=}; must be a multiple of 4")
@@ -72,12 +74,13 @@ def cape(
   max_local_shift: float,
   max_scale: float,
 ) -> jax.Array:
-  """Continuous augmented positions (CAPE, 2106.03143), to be given to sincos.
+  """Continuous augmented positions (CAPE, 2106.03143), an input of `sincos`.
 
   (t - mean + global shift + local shift_t) * scale, where t = 0..length - 1
-  and the mean is over the lengths_B tokens that are not padding. An example's
-  shift is uniform in +-max_shift, a token's in +-max_local_shift, and the
-  scale's logarithm in +-log(max_scale). rng None: no shifts, and scale 1.
+  and the mean is over the lengths_B tokens that are not padding. The global
+  shift of an example is uniform in +-max_shift, the local shift of a token in
+  +-max_local_shift, and the logarithm of the scale in +-log(max_scale). If rng
+  is None, there are no shifts and the scale is 1.
 
   Returns (B, length) float32.
   """
@@ -105,13 +108,13 @@ def rope(
   """Rotary embedding (2104.09864): q_s . k_t then depends on s - t alone.
 
   Feature i is paired with feature i + H / 2, as in GPT-NeoX (not with its
-  neighbour, as in the paper), and the pair is turned by the angle
-  positions[t] base^(-2 i / H). Position 0 is left as it is.
+  neighbour, as in the paper), and the pair is rotated by the angle
+  positions[t] base^(-2 i / H). Position 0 is not rotated.
 
-  positions: (T,) or (B, T), whole numbers or not. share: of the features that
-  are turned, the first ones; H is then their number (2204.06745 turns 1/4).
-  Returns x's shape and dtype; computes in float32. Raises ValueError where the
-  number of features to turn is odd.
+  positions: (T,) or (B, T), whole numbers or not. share: the share of the
+  features that are rotated, which are the first ones; H in the formula is then
+  their number (2204.06745 rotates 1/4). Returns x's shape and dtype; computes
+  in float32. Raises ValueError if the number of features to rotate is odd.
   """
   width = round(share * x_BTNH.shape[-1])
   if width % 2:
@@ -135,12 +138,15 @@ def rope(
 def rope_2d(
   x_BTNH: jax.Array, positions: ArrayLike, base: float = 10000.0
 ) -> jax.Array:
-  """rope by the row in the first half of the head width, by the column in the
-  second: q . k then depends on the offset in rows and in columns alone.
+  """Rotary embedding in two dimensions, for patches.
 
-  positions: (T, 2), row and column. (0, 0) is left as it is, the place for a
-  token that stands nowhere: a class token, with the patches from (1, 1) on.
-  Returns x's shape and dtype. Raises ValueError unless H is a multiple of 4.
+  The first half of the head width is rotated by the row, the second half by the
+  column. q . k then depends only on the offset in rows and in columns.
+
+  positions: (T, 2), row and column. (0, 0) is not rotated. It is the position
+  of a token without a place, such as a class token; the patches then begin at
+  (1, 1). Returns x's shape and dtype. Raises ValueError unless H is a multiple
+  of 4.
   """
   if x_BTNH.shape[-1] % 4:
     raise ValueError(f"x_BTNH.shape={x_BTNH.shape}; H must be a multiple of 4")
@@ -154,8 +160,9 @@ def rope_2d(
 def alibi_slopes(num_heads: int) -> np.ndarray:
   """The slope of each head's linear distance penalty (2108.12409).
 
-  2^(-8 h / N), h = 1..N, where N is a power of two. Otherwise the slopes of
-  the power of two below N, then every other slope of the one above.
+  If N is a power of two, they are 2^(-8 h / N), h = 1..N. Otherwise they are
+  the slopes of the power of two below N, followed by every other slope of the
+  power of two above it.
 
   Returns (N,) float32.
   """

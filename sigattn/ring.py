@@ -1,8 +1,8 @@
 """Attention over a sequence that is split over devices.
 
-Contributions of blocks of keys add up, so the keys can pass from device to
-device, and each device adds what its queries see of them (Ring Attention,
-2310.01889). With J_i the blocks of keys, and p = phi(scale q k^T + b),
+The contributions of blocks of keys add up. So the keys can pass from device to
+device, and each device adds up what its own queries see (Ring Attention,
+2310.01889). If J_i are the blocks of keys and p = phi(scale q k^T + b), then
 
   plain        out = sum_i p_i v_i
   normalised   out = sum_i s_i out_i / sum_i s_i,   s_i = sum over J_i of p_i
@@ -54,11 +54,11 @@ def ring_attention(
   local_window_size: int | tuple[int, int] | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
-  """dot_product_attention of a whole sequence, of which each device has a part.
+  """dot_product_attention over a sequence that is split over devices.
 
-  To be called inside jax.shard_map. The result equals that of one device with
-  the whole sequence of P T tokens, and so do the gradients. The arguments that
-  are not listed are those of attention.dot_product_attention.
+  Call it inside jax.shard_map. The result and the gradients equal those of one
+  device with the whole sequence of P T tokens. Arguments that are not listed
+  here are those of attention.dot_product_attention.
 
     attend = functools.partial(sigattn.ring_attention, axis_name="sequence")
     split = PartitionSpec(None, "sequence")
@@ -75,14 +75,15 @@ def ring_attention(
       The backward pass sends them round again, with their gradients. all_gather
       fetches all keys and values first, and the backward pass adds their
       gradients up once.
-    order: how the tokens lie. contiguous: device i has the tokens i T to
-      (i + 1) T - 1. zigzag: of 2 P chunks it has the chunks i and 2 P - 1 - i,
-      so that a causal mask gives all devices the same work; the function
-      `zigzag` brings an array into this order and back.
-    kind: one of attention.KINDS but softmax.
+    order: which tokens a device has. contiguous: device i has the tokens i T to
+      (i + 1) T - 1. zigzag: the sequence is cut into 2 P chunks, and device i
+      has the chunks i and 2 P - 1 - i, so that all devices have the same work
+      under a causal mask. The function `zigzag` converts an array to this order
+      and back.
+    kind: one of attention.KINDS except softmax.
     query_logit_bias, key_logit_bias: (T,), (N, T) or (B, N, T), of this
       device's tokens.
-    n: as there; None: P T.
+    n: as in dot_product_attention, but None means P T.
     query_seq_lengths, key_value_seq_lengths: (B,), of the whole sequence.
     query_segment_ids, key_value_segment_ids: (B, T), of this device's tokens.
 
@@ -91,8 +92,8 @@ def ring_attention(
 
   Raises:
     ValueError: for arguments that make no sense; for softmax, whose blocks do
-      not add up; for zigzag where it balances nothing: without is_causal, or
-      with a window.
+      not add up; and for zigzag without is_causal or with a window, where it
+      would balance nothing.
   """
   parts = lax.axis_size(axis_name)
   _validate(query, key, kind, exchange, order, is_causal, local_window_size)
@@ -134,19 +135,20 @@ def ring_attention(
 def zigzag(
   x: jax.Array, axis_name: str, *, axis: int = 1, inverse: bool = False
 ) -> jax.Array:
-  """Brings a contiguous part of a sequence into the order zigzag, or back.
+  """Converts a part of a sequence from contiguous order to zigzag, or back.
 
-  To be called inside jax.shard_map. Each device sends two halves of its part.
+  Call it inside jax.shard_map. Each device sends two halves of its part.
 
-  x: its axis number `axis` has T tokens, an even number. inverse: from zigzag
-  to contiguous. Returns x's shape. Raises ValueError for an odd T.
+  x: an array whose axis `axis` has T tokens, an even number. inverse: converts
+  zigzag to contiguous. Returns x's shape. Raises ValueError for an odd T.
   """
   parts, i = lax.axis_size(axis_name), lax.axis_index(axis_name)
   if x.shape[axis] % 2:
     raise ValueError(f"x.shape={x.shape}; axis {axis} must be even")
-  # Device i begins with the contiguous chunks 2 i and 2 i + 1. Chunk g belongs
-  # to device g, in front, or to device 2 P - 1 - g, at the back. What device i
-  # has in front goes to every device once, and so does what it has at the back.
+  # Device i begins with the contiguous chunks 2 i and 2 i + 1. In zigzag order
+  # chunk g is the front half of device g, or the back half of device
+  # 2 P - 1 - g. Taken over all devices, the front halves go to each device
+  # once, and so do the back halves, so that one ppermute moves each of them.
   homes = [
     [(d, min(2 * d + k, 2 * parts - 1 - 2 * d - k)) for d in range(parts)]
     for k in range(2)
@@ -193,7 +195,7 @@ def _validate(query, key, kind, exchange, order, is_causal, window):
 
 
 def _array(x, heads):
-  """A number, (N,) or (B, N) as (N,) or (B, N); None stays."""
+  """Broadcasts a number to (N,); (N,), (B, N) and None stay as they are."""
   if x is None:
     return None
   x = jnp.asarray(x)
@@ -201,7 +203,7 @@ def _array(x, heads):
 
 
 def _with_axes(x):
-  """(T,) or (N, T) as (1, 1, T) or (1, N, T); None stays."""
+  """Turns (T,) or (N, T) into (1, 1, T) or (1, N, T); None stays None."""
   return None if x is None else x.reshape((1,) * (3 - x.ndim) + x.shape)
 
 
@@ -222,15 +224,15 @@ class _Setup(NamedTuple):
 
   @property
   def steps(self) -> int:
-    """How many blocks of other devices come by."""
+    """How many blocks of other devices a device receives."""
     if self.window is None or not self.is_causal:
       return self.parts - 1
-    # A window that ends at its query reaches so many blocks back.
+    # A window that ends at its query reaches this many blocks back.
     return min(self.parts - 1, -(-self.window[0] // self.length))
 
 
 class _Operands(NamedTuple):
-  """What stays with the queries. Lengths are of the whole sequence."""
+  """Arrays that stay with the queries. Lengths are of the whole sequence."""
 
   logit_bias: jax.Array | None  # (N,) or (B, N)
   alibi_slopes: jax.Array | None  # (N,) or (B, N)
@@ -241,7 +243,7 @@ class _Operands(NamedTuple):
 
 
 class _Keys(NamedTuple):
-  """What passes from device to device."""
+  """Arrays that pass from device to device."""
 
   key_BSKH: jax.Array
   value_BSKH: jax.Array
@@ -266,7 +268,7 @@ class _Pair(NamedTuple):
 
   @property
   def offset(self) -> Any:
-    """The position of the first query among the keys; None at the same."""
+    """The position of the first query among the keys; None if they coincide."""
     same = self.query_position is self.key_position
     return None if same else self.query_position - self.key_position
 
@@ -296,9 +298,10 @@ def _pairs(setup: _Setup, step: Any) -> Sequence[_Pair]:
       _Pair(size, size, 0, back, front, False),
       _Pair(size, size, size, back, back, True),
     ]
-  # Queries at the back see all keys in front. Where the keys come from an
-  # earlier device, the queries in front see those too. Otherwise the queries at
-  # the back see the keys at the back. This is the same work on every device.
+  # The back half of the queries sees the whole front half of the keys. If the
+  # keys come from an earlier device, the front half of the queries sees that
+  # half too. Otherwise the back half of the queries sees the back half of the
+  # keys. So every device has the same work.
   earlier = j < i
   start = jnp.where(earlier, 0, size)
   return [
@@ -323,14 +326,17 @@ def _hidden(setup, offset):
 
 
 def _part(x, start, size, axis=1):
-  """x[:, start : start + size] for axis 1; start may be traced."""
+  """x[:, start : start + size], or along another axis; start may be traced."""
   if x is None or x.shape[axis] == size:
     return x
   return lax.dynamic_slice_in_dim(x, start, size, axis=axis)
 
 
 def _add(total, start, x, axis=1):
-  """Adds x to total[:, start : start + size], for axis 1; None stays."""
+  """Adds x to total[:, start : start + size], or along another axis.
+
+  If total is None, it stays None.
+  """
   if total is None:
     return None
   x = x.astype(total.dtype)
@@ -341,7 +347,7 @@ def _add(total, start, x, axis=1):
 
 
 def _block(setup, pair, query, keys, operands):
-  """dot_product_attention of a pair's chunks: (out, sums), (out,) if plain."""
+  """dot_product_attention of a pair's chunks: (out,), or (out, row sums)."""
   length, num_keys = query.shape[1], keys.key_BSKH.shape[1]
   options = dict(setup.options)
   if operands.logit_bias is not None:
@@ -369,7 +375,7 @@ def _block(setup, pair, query, keys, operands):
 
 
 def _rest(lengths, position, size):
-  """The lengths of a chunk, of those of the whole sequence."""
+  """The lengths within a chunk, given those of the whole sequence."""
   return None if lengths is None else jnp.clip(lengths - position, 0, size)
 
 
@@ -395,7 +401,7 @@ def _of_queries(operands, start, size):
 
 
 def _unless(hidden, compute, arrays):
-  """compute() or, where `hidden`, zeros; a pytree of arrays."""
+  """compute(), a pytree of arrays; or zeros of its shapes if `hidden`."""
 
   def marked():
     return jax.tree.map(
@@ -420,7 +426,7 @@ def _unless(hidden, compute, arrays):
 
 
 def _pass_on(setup, tree, by=1):
-  """What the device `by` places before this one has."""
+  """Receives the tree of the device that is `by` places before this one."""
   homes = [(d, (d + by) % setup.parts) for d in range(setup.parts)]
   return jax.tree.map(lambda x: lax.ppermute(x, setup.axis_name, homes), tree)
 
@@ -428,11 +434,12 @@ def _pass_on(setup, tree, by=1):
 def _around(setup, work, total, keys, travelling):
   """Calls work(step, total, keys) -> (total, contribution) for each block.
 
-  The contributions are added up while they travel with their block of keys, and
-  come home. A block is sent on before the work with it begins, and what has
-  been added up so far while the work goes on: neither waits for the other.
+  The contributions travel with their block of keys, are added up on the way,
+  and return to the device that the keys came from. A block is sent on before
+  the work with it begins. The contributions so far are sent while the work goes
+  on, so that neither waits for the other.
 
-  travelling: what the work with the device's own keys contributed.
+  travelling: the contribution of the work with the device's own keys.
   """
   if not setup.steps:
     return total, travelling
@@ -462,7 +469,7 @@ def _ring(setup, query, keys, operands):
 
 
 def _forward(setup, query, keys, operands):
-  """(out, row sums); None if the rows are not normalised."""
+  """(out, row sums); the sums are None if the rows are not normalised."""
   arrays = jax.tree.leaves((query, keys, operands))
   shapes = [query.shape, query.shape[:3]][: 1 + setup.normalize]
   dtype = jnp.promote_types(query.dtype, jnp.float32)
@@ -503,7 +510,7 @@ class _Trained(NamedTuple):
 
 
 def _save(setup, *inputs):
-  # Leaves are pairs of a value and whether it is differentiated.
+  # Each leaf has a value, and whether it is differentiated.
   _, keys, operands = inputs
   biases = keys.logit_bias, *_trainable(operands)
   trained = any(x.perturbed for x in jax.tree.leaves(biases))
@@ -580,14 +587,17 @@ def _trainable(operands):
 
 
 def _differentiable(keys, is_trained):
-  """(key, value, logit bias), the last None where nothing needs its gradient"""
+  """(key, value, logit bias or None if nothing needs its gradient)."""
   return (*keys[:2], keys.logit_bias if is_trained else None)
 
 
 def _gradients(
   setup, pair, is_trained, query, keys, operands, rows, d_out
 ):  # fmt: skip
-  """(dq, d of _differentiable, d of _trainable) of a pair, of its chunks."""
+  """Gradients of the chunks of a pair.
+
+  Returns those of the query, of _differentiable and of _trainable.
+  """
   query, keys, operands = _chunks(pair, query, keys, operands)
   d_out = _part(d_out, pair.query_start, pair.size)
 
@@ -607,7 +617,7 @@ def _gradients(
     of_keys = _Keys(key, value, keys.segment_ids, bias)
     return _block(setup, pair, query, of_keys, changed)
 
-  # Otherwise the gradient of an operand would be summed over devices here.
+  # Without `varying`, JAX would sum an operand's gradient over devices here.
   arrays = jax.tree.leaves((query, keys, operands))
   inputs = jax.tree.map(
     lambda x: batching_and_sharding.varying(x, arrays),
@@ -620,8 +630,8 @@ def _gradients(
   result, pull_back = jax.vjp(block, *inputs)
   if not setup.normalize:
     return pull_back((d_out,))
-  # out = sum_i s_i out_i / s with s = sum_i s_i, so that the cotangents are
-  # s_i / s d_out of out_i, and d_out (out_i - out) / s of s_i.
+  # out = sum_i s_i out_i / s with s = sum_i s_i. So the cotangent of out_i is
+  # s_i / s d_out, and that of s_i is d_out (out_i - out) / s.
   part, sums = result
   out, inverse = (_part(x, pair.query_start, pair.size) for x in rows)
   inverse = numerics.inverse(inverse)
@@ -665,9 +675,9 @@ def _gathered(setup, query, keys, operands):
 
 
 def _in_order(x, order, axis):
-  """(P, ..., T, ...) as (..., P, T, ...), in the order of the whole sequence.
+  """Turns (P, ..., T, ...) into (..., P, T, ...), ordered as the sequence is.
 
-  axis: where P is in the result.
+  axis: the axis of P in the result.
   """
   if order == "zigzag":
     front, back = jnp.split(x, 2, axis=axis + 1)

@@ -1,4 +1,4 @@
-"""The stack of blocks that a config describes, the same for every task.
+"""Builds the stack of blocks that a config describes, the same for every task.
 
 Reads config.model (width, depth, num_heads, mlp_dim, mlp, norm, norm_kind,
 norm_epsilon, layer_scale, dropout, drop_path, remat, max_unrolled) and all of
@@ -29,7 +29,7 @@ from sigattn.validate import (
   whole,
 )
 
-# What is kept is divided by 1 - p, which must not be 0 in float32.
+# Numbers that are kept are divided by 1 - p, which must not be 0 in float32.
 PROBABILITY = real(low=0, high=1 - 1e-6)
 
 
@@ -45,7 +45,7 @@ def _is_remat(value):
 
 FIELDS = {
   "dtype": choice(("float32", "bfloat16", "float16")),
-  # What is beyond these sizes, no model of today comes near to.
+  # No model of today comes near these sizes.
   "model.width": whole(low=1, high=2**17),
   "model.depth": whole(low=1, high=10_000),
   "model.num_heads": whole(low=1, high=2**17),
@@ -77,10 +77,10 @@ FIELDS = {
   "attn.implementation": text(optional=True),
 }
 
-# How the name of an evaluation says whose length sigmoid's n is.
+# What the name of an evaluation says about the n of sigmoid's bias.
 _SUFFIXES = {"training": "", "test": ", n of the test"}
 
-# What `eval_lengths` reads, for the tasks that evaluate other lengths.
+# The fields that `eval_lengths` reads, for tasks that evaluate other lengths.
 LENGTH_FIELDS = {
   "eval.length_factors": sequence(
     whole(low=1, high=2**20),
@@ -105,7 +105,7 @@ def _implementation_of_kind(config):
 
 
 def _implementation_runs_here(config):
-  """Asks the implementation that the config names, of a short sequence."""
+  """Asks the named implementation whether it computes a short sequence."""
   model, attn = config.model, config.attn
   if attn.implementation is None:
     return
@@ -173,7 +173,7 @@ def _no_second_normalization(config):
 
 
 def not_causal(config: ConfigDict) -> None:
-  """The rule of tasks whose attention is not causal: no row scaling."""
+  """Refuses row scaling; a rule of tasks whose attention is not causal."""
   if config.attn.row_power:
     raise ValueError(
       f"config.attn.row_power={config.attn.row_power!r}; must be 0 where "
@@ -182,10 +182,10 @@ def not_causal(config: ConfigDict) -> None:
 
 
 def multiple_for_positions(factors: dict[str, int]) -> validate.Rule:
-  """A rule: config.model.positions needs a width that is a multiple.
+  """A rule: the width must be a multiple that config.model.positions needs.
 
-  factors: {name of positions: factor}. RoPE needs it of the head width, the
-  others of the model width.
+  factors: {name of positions: factor}. For RoPE the head width must be a
+  multiple of the factor, for the others the model width.
   """
 
   def rule(config):
@@ -282,9 +282,9 @@ def make(
 def eval_lengths(config: ConfigDict) -> list[tuple[str, int, str]]:
   """The other lengths that eval.py evaluates: [(name, factor, max_length_of)].
 
-  Each of config.eval.length_factors times config.data.length, with each of
-  config.eval.max_length_of: the model's max_length, sigmoid's n, is the
-  training length or the test's own.
+  They are config.data.length times each of config.eval.length_factors, each
+  with every value of config.eval.max_length_of. This value says whether the
+  model's max_length, sigmoid's n, is the length of training or of the test.
   """
   return [
     (f"{factor} x {config.data.length}{_SUFFIXES[owner]}", factor, owner)

@@ -3,10 +3,10 @@
   python -m sigattn.sweep --config=configs/vit_sigmoid.py --sweep=attn,lr,seed
 
 A sweep is a generator in the config file, beside get_config: sweep_lr yields
-{"optim.lr": 1e-3} and so on. Several sweeps are combined as a product. Each run
-is a separate process of train.py with its own folder. Finished runs are
-skipped, and interrupted runs are resumed. --config.a.b=value applies to every
-run. --dry_run only prints the commands.
+{"optim.lr": 1e-3} and so on. Several sweeps are multiplied: every combination
+is a run. Each run is a process of train.py with its own folder. Finished runs
+are skipped, and interrupted runs are resumed. --config.a.b=value applies to
+every run. --dry_run only prints the commands.
 """
 
 import copy
@@ -35,7 +35,7 @@ def deltas(
 
   Args:
     config_file: for example configs/vit.py:runlocal.
-    names: of its sweeps; "lr" stands for its generator sweep_lr.
+    names: of its sweeps; "lr" is the name of its generator sweep_lr.
 
   Raises:
     ValueError: for an unknown sweep, or two sweeps that set the same key.
@@ -54,7 +54,9 @@ def deltas(
   ):
     keys = [key for part in parts for key in part]
     if len(keys) > len(set(keys)):
-      raise ValueError(f"--sweep={','.join(names)}: two set one key: {keys}")
+      raise ValueError(
+        f"--sweep={','.join(names)}: two sweeps set the same key: {keys}"
+      )
     merged.append({k: v for part in parts for k, v in part.items()})
   return merged
 
@@ -141,7 +143,7 @@ def run(flag_values: flags.FlagValues) -> None:
   if not flag_values.dry_run:
     report.sweep([(delta, workdir) for delta, _, workdir in runs], root, config)
   if failed:
-    sys.exit(f"failed, and left out of the table: {failed}")
+    sys.exit(f"these runs failed and are not in the table: {failed}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a config may hold: tables of fields, and rules between them.
 
-Each module that reads a config has one table beside the code that reads it,
+Each module that reads a config has one table beside the code that reads it:
 
   FIELDS = {
     "model.width": whole(low=1),
@@ -8,13 +8,13 @@ Each module that reads a config has one table beside the code that reads it,
     "model.layer_scale": real(above=0, optional=True),
   }
 
-and, where fields depend on each other, RULES: functions of the config that
-raise ValueError. `fields` applies both, before any work starts. An error
-names the path, the value and what would be right.
+If fields depend on each other, the module also has RULES: functions of the
+config that raise ValueError. `fields` applies both before any work starts. An
+error names the path, the value and what would be right.
 
-Ranges are wide: they end where a value stops to mean anything, because float32
-rounds it to 0 or infinity, because it does not fit the machine's integers, or
-because nobody's memory would hold what it asks for.
+Ranges are wide. They end where a value loses its meaning: float32 rounds it to
+0 or infinity, it does not fit the machine's integers, or no machine has the
+memory that it asks for.
 """
 
 import re
@@ -36,10 +36,10 @@ REQUIRED = object()
 class Field(NamedTuple):
   """What one value of a config may be.
 
-  is_right: a function of the value, True where the value is right.
-  wanted: what an error says would be right, after the value.
-  before: the value by which runs acted before there was the field, see `added`;
-    REQUIRED if there has always been one.
+  is_right: a function that returns True for a right value.
+  wanted: the end of an error, which says what would be right.
+  before: the value by which runs acted before the field existed, see `added`;
+    REQUIRED if it has always existed.
   """
 
   is_right: Callable[[Any], bool]
@@ -52,8 +52,8 @@ def fields(
 ) -> None:
   """Raises ValueError for the first field or rule that the config breaks.
 
-  table: Fields by path, "model.width". rules: called with the config after all
-  fields were found right.
+  table: Fields by their path, such as "model.width". rules: are called with the
+  config after all fields have been found right.
   """
   for path, field in table.items():
     value = value_at(config, path)
@@ -64,7 +64,7 @@ def fields(
 
 
 def complete(config: ConfigDict, table: Mapping[str, Field]) -> None:
-  """Adds the fields to a saved config that were added to the table since."""
+  """Adds fields to a saved config that the table did not have at its time."""
   for path, field in table.items():
     *parents, key = path.split(".")
     if field.before is REQUIRED:
@@ -75,7 +75,7 @@ def complete(config: ConfigDict, table: Mapping[str, Field]) -> None:
 
 
 def value_at(config: ConfigDict, path: str) -> Any:
-  """The value at a path; ValueError where the config has no such field."""
+  """The value at a path. Raises ValueError if the config has no such field."""
   node = config
   for key in path.split("."):
     if not isinstance(node, ConfigDict) or key not in node:
@@ -85,7 +85,7 @@ def value_at(config: ConfigDict, path: str) -> Any:
 
 
 def _shown(value):
-  """The value as text: the beginning and the end, if it is long."""
+  """The value as text; only the beginning and the end of a long one."""
   try:
     text = repr(value)
   except ValueError:  # Python does not print an int of thousands of digits.
@@ -99,7 +99,7 @@ def _shown(value):
 def added(field: Field, before: Any) -> Field:
   """A field that the saved configs of older runs do not have.
 
-  before: what it would have said of them.
+  before: the value that describes how those runs acted.
   """
   return field._replace(before=before)
 
@@ -151,7 +151,7 @@ _MAX_TEXT = 4096
 
 
 def text(*, optional: bool = False) -> Field:
-  """A string that is not empty, and that a file may be called."""
+  """A string that is not empty and could be the name of a file."""
 
   def is_right(value):
     return (
@@ -189,10 +189,10 @@ def zero_or(field: Field) -> Field:
 def sequence(
   of: Field, wanted: str, *, empty: bool = False, longest: int = 1000
 ) -> Field:
-  """A tuple or list of values that are each right by `of`.
+  """A tuple or list whose values are each right by `of`.
 
-  wanted: what an error says each value must be. empty: whether none will do.
-  longest: how many there may be.
+  wanted: what an error says each value must be. empty: whether it may be empty.
+  longest: the largest number of values.
   """
 
   def is_right(values):
@@ -226,12 +226,12 @@ def _is_whole(value):
   return isinstance(value, int) and not isinstance(value, bool)
 
 
-_MAX_REAL = 1e38  # float32, in which everything is computed, ends at 3.4e38.
+_MAX_REAL = 1e38  # Everything is computed in float32, which ends at 3.4e38.
 
 
 def _is_real(value):
   is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  # NaN is not below anything.
+  # This also refuses NaN, because NaN is not below anything.
   return is_number and abs(value) <= _MAX_REAL
 
 
@@ -273,7 +273,7 @@ def _optional(field, optional):
 
 
 def divides(path: str, whole_path: str) -> Rule:
-  """The value at `path` divides the one at `whole_path`; None is right."""
+  """A rule: the value at `path` divides that at `whole_path`, or is None."""
 
   def rule(config):
     value, total = value_at(config, path), value_at(config, whole_path)

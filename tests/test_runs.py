@@ -72,7 +72,7 @@ def test_failed_start_leaves_nothing_and_the_corrected_command_works(tmp_path):
   _, stderr = failed.communicate()
   assert failed.returncode == 1
   assert stderr.count("\n") == 1
-  assert "config.optim.decay_groups: '.*kernle' is the first match" in stderr
+  assert "config.optim.decay_groups: '.*kernle' is not the first" in stderr
   assert not list(tmp_path.iterdir())
   right = command(folder, words[0], f"{words[1]}=(('.*kernel', 1.0),)")
   _, stderr = right.communicate()

@@ -31,7 +31,7 @@ def test_sweeps_multiply():
 def test_error_for_an_unknown_sweep_names_the_known_ones():
   with pytest.raises(ValueError, match=r"'sed'; .*'attn', 'lr', 'seed'"):
     sweep.deltas(CONFIG, ["sed"])
-  with pytest.raises(ValueError, match="two set one key"):
+  with pytest.raises(ValueError, match="two sweeps set the same key"):
     sweep.deltas(CONFIG, ["seed", "seed"])
 
 

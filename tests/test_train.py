@@ -181,7 +181,7 @@ def test_interrupt_saves_and_the_same_call_goes_on(tmp_path):
   run.send_signal(signal.SIGINT)
   output = run.stdout.read()
   assert run.wait(60) == 130
-  assert "the same command goes on" in output
+  assert "the same command resumes it" in output
   assert "Traceback" not in output
   last = checkpoint.load(tmp_path)[2]
   assert 5 <= last < 100000

@@ -15,19 +15,19 @@
   registers       masks, distances and tanh in registers
   reduce          additions to global memory
 
-The forward pass saves query, key and value alone. There are two backward
-passes. For short sequences it is dkv and dq, with seven products of matrices,
-and every run gives the same bits. For long ones it is fused_backward, which
-adds each block's share of dq to float32 sums in global memory: five products,
-but the order of the sum, and so its last bits, differ from run to run. With
+The forward pass saves only query, key and value. There are two backward passes.
+Short sequences take dkv and dq: seven matrix products, and the same bits in
+every run. Long sequences take fused_backward, which adds each block's share of
+dq to float32 sums in global memory. It has five products, but the order of the
+sum, and so its last bits, differ from run to run. With
 XLA_FLAGS=--xla_gpu_deterministic_ops=true all lengths take the first one.
-tiles.FUSED_BACKWARD has the lengths from which the second one is taken. Both
-measured on an H100, n = 8,192 without a mask, in TFLOP/s counting five
+tiles.FUSED_BACKWARD has the lengths from which the second one is taken. On an
+H100, at n = 8,192 without a mask, they ran at these TFLOP/s, counting five
 products: 512 and 607 at head width 128, 398 and 551 at 64
 (benchmarks/NOTES.md).
 
-With problem.normalize the forward pass also gives, and saves, the sum of each
-row. host.py says what the backward pass makes of it.
+With problem.normalize the forward pass also returns, and saves, the sum of each
+row. host.py says how the backward pass uses it.
 """
 
 import jax
@@ -37,16 +37,16 @@ from sigattn.kernels import vectors as logit_vectors
 from sigattn.kernels.mosaic import tiles
 from sigattn.kernels.problem import Operands, Problem
 
-# Pallas changes with each release of jax. These are the versions with which the
-# kernels passed their tests. registers.py lists what is used of jax that is not
-# public.
+# Pallas changes with each release of jax. The kernels passed their tests with
+# these versions. registers.py lists the parts of jax that are used here and are
+# not public.
 TESTED_JAX = ("0.11.2",)
 
 
 def unsupported(problem: Problem) -> str:
-  """The reason why these kernels cannot compute a problem; empty if they can.
+  """Why these kernels cannot compute a problem; "" if they can.
 
-  It imports nothing that an untested version of jax may lack.
+  This imports nothing that an untested version of jax may lack.
   """
   if problem.dtype not in ("bfloat16", "float16"):
     return f"{problem.dtype} is not implemented"
@@ -76,16 +76,16 @@ def attention(
   operands: Operands,
   problem: Problem,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-  """As xla.attention, in 16 bits with float32 sums.
+  """xla.attention, in 16 bits with float32 sums.
 
   The tangents of forward mode are those of xla.attention.
 
-  Sigmoid weights come from the hardware's tanh where that is exact enough, see
-  numerics.exact_sigmoid. float16 weights are multiplied by a power of two, so
-  that they do not underflow. For long sequences the gradient of query is a sum
-  in no fixed order, see above.
+  Sigmoid weights are computed by the hardware's tanh if that is exact enough,
+  see numerics.exact_sigmoid. float16 weights are multiplied by a power of two,
+  so that they do not underflow. For long sequences the gradient of query is a
+  sum in no fixed order, see above.
   """
-  # Imported here, because another jax may lack what this module imports.
+  # Import it here, because another jax may lack what this module imports.
   from sigattn.kernels.mosaic import host
 
   problem, operands = logit_vectors.fold(problem, operands)

@@ -1,4 +1,4 @@
-"""Which blocks a tile sees, and in which order they are streamed past it.
+"""Says which blocks a tile sees, and in which order they are streamed past it.
 
 A tile of rows (queries in forward.py and dq.py, keys in dkv.py and
 fused_backward.py) sees a range of blocks of the other side:
@@ -41,9 +41,10 @@ def visible_blocks(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """(low, full_low, full_high, high): the blocks that rows first..last see.
 
-  A row i sees the others from i - before to i + after (None: no bound), below
-  length. Rows see some of the blocks low..high and all of full_low..full_high.
-  There is at least one block, so that a loop has something to do.
+  Row i sees the rows of the other side from i - before to i + after (None: no
+  bound) that are below `length`. Only blocks in low..high contain something
+  visible, and blocks in full_low..full_high are visible in full to all rows.
+  There is always at least one block, so that a loop has something to do.
   """
   count = pl.cdiv(length, block)
   low, full_low = int32(0), int32(0)
@@ -75,7 +76,7 @@ def blocks_of_tile(
 ) -> list[jax.Array] | tuple[jax.Array, ...]:
   """visible_blocks of a tile of `rows` rows.
 
-  They are read from the plan, a Ref (B, tiles, 4), if there is one.
+  If there is a plan, a Ref (B, tiles, 4), they are read from it.
   """
   if plan_ref is not None:
     return [plan_ref[batch, tile, i] for i in range(4)]
@@ -96,8 +97,8 @@ class Steps:
   high: jax.Array
   upper: jax.Array  # number of blocks at the upper edge
   edges: jax.Array  # number of blocks at both edges
-  skipped: jax.Array  # the first steps, which only other warpgroups need
-  masked: jax.Array  # the steps up to here have a mask
+  skipped: jax.Array  # number of first steps that only other warpgroups need
+  masked: jax.Array  # the steps before this one have a mask
   count: jax.Array  # number of steps
 
   @classmethod
@@ -137,7 +138,7 @@ class Steps:
 
 @dataclasses.dataclass(frozen=True)
 class StepsInOrder:
-  """The order of a tile's blocks for a single loop: one after the other."""
+  """The order of a tile's blocks for a single loop: from low to high."""
 
   low: jax.Array
   full_low: jax.Array
@@ -176,7 +177,7 @@ def plan(
 ) -> jax.Array | None:
   """(B, tiles, 4) int32: visible_blocks of each tile.
 
-  None if positions alone decide: then the kernel computes them.
+  None if positions alone decide. The kernel then computes the blocks itself.
   """
   if not problem.masked_by_data:
     return None
@@ -190,7 +191,7 @@ def plan(
     lengths.reverse()
     ids.reverse()
   first = jnp.arange(pl.cdiv(length, rows), dtype=jnp.int32) * rows
-  place = first  # of the rows, as the other side counts
+  place = first  # the positions of the rows, counted as on the other side
   if operands.query_offset is not None:
     sign = 1 if tile.of_queries else -1
     shifts = sign * operands.query_offset.astype(jnp.int32)
@@ -198,9 +199,9 @@ def plan(
   bounds = visible_blocks(place, place + rows - 1, before, after, block, others)
   shape = problem.batch, len(first)
   low, full_low, full_high, high = (jnp.broadcast_to(x, shape) for x in bounds)
-  if lengths[1] is not None:  # Only zeros follow, and zeros need no mask.
+  if lengths[1] is not None:  # Zeros follow, which add nothing to products.
     high = jnp.minimum(high, pl.cdiv(lengths[1], block)[:, None])
-    if form.end:  # Zeros do need one.
+    if form.end:  # Zeros would add to the sums of rows, so they need a mask.
       full_high = jnp.minimum(full_high, (lengths[1] // block)[:, None])
   if lengths[0] is not None:
     high = jnp.where(first[None] < lengths[0][:, None], high, 0)
@@ -227,7 +228,7 @@ def count_visible(
   block: int,
   length: int,
 ) -> np.ndarray:
-  """(tiles,) the number of blocks that each tile sees, computed in NumPy.
+  """The number of blocks that each tile sees, (tiles,), computed in NumPy.
 
   The arguments are those of visible_blocks, for tiles of `rows` rows.
   """

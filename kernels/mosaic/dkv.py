@@ -38,10 +38,11 @@ def run(
   scales: Mapping[str, float],
   sums: bool = False,
 ) -> list[jax.Array]:
-  """dk and dv, (B, S, K, H) each, those that are in `scales`.
+  """Those of dk and dv that are in `scales`, (B, S, K, H) each.
 
-  With `sums` also float32 sums over the queries, (1, B, N, S and the rest of a
-  tile): of dz, and with ALiBi as a second one of -dz distance.
+  With `sums` also float32 sums of dz over the queries, (1, B, N, S and the rest
+  of a tile). With ALiBi the first axis is 2, and the second entry is the sum of
+  -dz distance.
 
   scales: the factors of "dk" and "dv". inputs: names of pipeline.Gmem and
   arrays. Rows of dv from key_lengths on are 0.

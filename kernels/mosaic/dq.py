@@ -1,7 +1,7 @@
 """The gradient of the queries: dq = scale dz k, with stationary queries.
 
-The two-kernel backward pass is this kernel and dkv.py: seven products of
-matrices in all, and the same bits at every run. query_tiles.py says which
+The two-kernel backward pass is this kernel and dkv.py. It has seven matrix
+products, and gives the same bits in every run. query_tiles.py says which
 warpgroups, shared memory and barriers there are. One step of a compute
 warpgroup, for one block of keys and values:
 
@@ -35,8 +35,9 @@ def run(
 ) -> list[jax.Array]:
   """[scale dz k], (B, T, N, H), where dz = Form.dz_scale phi'(z) (do v^T).
 
-  With inputs["rows"] do v^T becomes what weights.of_normalized says. With
-  `sums` also those of weights.row_gradient, (B, N, T and the rest of a tile).
+  With inputs["rows"], weights.of_normalized is applied to do v^T. With `sums`
+  it also returns the sums over keys of weights.row_gradient, (B, N, T and the
+  rest of a tile).
 
   inputs: names of pipeline.Gmem and arrays. Rows from query_lengths on are 0.
   """
@@ -76,7 +77,7 @@ def _logit_gradient(queries, e, c, sums, masked, s_ref, dp_ref):
   queries.start_scores(s_ref, c)
   plgpu.wgmma(dp_ref, queries.d_out, values.block(c).transpose((1, 0)))
   p, derivative = queries.weigh(read(s_ref, 1), e, masked)
-  dz = derivative()  # It is computed while dp is.
+  dz = derivative()  # The tensor cores compute dp at the same time.
   dp = weights.of_normalized(read(dp_ref, 0), queries.rows, axis=0)
   dz = dz * dp
   values.release(c)

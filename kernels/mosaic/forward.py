@@ -1,7 +1,7 @@
 """The forward pass: out = scale p v, with stationary queries.
 
-If rows are normalised, the weights of each row are also added up, each thread
-its own numbers, and the output is divided by the sums at the end of a tile.
+If rows are normalised, each thread also adds up its own weights of each row,
+and the output is divided by the row sums at the end of a tile.
 
 query_tiles.py says which warpgroups, shared memory and barriers there are. One
 step of a compute warpgroup, for one block of keys and values:
@@ -49,8 +49,9 @@ def run(
 ) -> list[jax.Array]:
   """[scale p v], (B, T, N, H), where p = Form.weight_scale phi(z).
 
-  With `sum_scale` [scale p v / s, sum_scale s], where s is the sum of phi(z) of
-  each row, both in Form.output_unit: (B, N, T and the rest of a tile) float32.
+  With `sum_scale` it returns [scale p v / s, sum_scale s], where s is the sum
+  of a row's weights, (B, N, T and the rest of a tile) float32. Here p and s are
+  in Form.output_unit.
 
   inputs: names of pipeline.Gmem and arrays. Rows from query_lengths on are 0.
   """
@@ -83,15 +84,16 @@ def _step(queries, total, e, sums, masked):
 
 
 def _accumulate_overlapping(queries, total, sums):
-  """Adds p v of all blocks, scores and values started together.
+  """Adds p v of all blocks; scores and values are started together.
 
-  Only the scores are waited for before the weights of step e. In the machine
-  code the other wait comes ahead of the weights too (benchmarks/NOTES.md): what
-  is left is one round of products a step.
+  This code waits only for the scores before it computes the weights of step e.
+  In the machine code the wait for the values also comes ahead of the weights
+  (benchmarks/NOTES.md). What remains is that each step has one round of
+  products.
   """
   steps, values = queries.steps, queries.context.values
   first = int32(0)
-  if queries.context.form.masked:  # The last masked step opens the chain.
+  if queries.context.form.masked:  # The chain begins with the last masked step.
     first = jnp.maximum(steps.masked - 1, 0)
     masked_step = functools.partial(_step, queries, total)
     sums = lax.fori_loop(0, first, lambda e, x: masked_step(e, x, True), sums)
@@ -107,9 +109,9 @@ def _accumulate_overlapping(queries, total, sums):
 
 
 def _overlapping_step(queries, total, e, p_and_sums):
-  """The scores of step e and the values of step e - 1; the weights of step e.
+  """Starts the scores of step e and the values of e - 1; weights of step e.
 
-  p_and_sums: the weights of step e - 1, and the sums of rows up to there.
+  p_and_sums: the weights of step e - 1, and the sums of rows up to that step.
   """
   p, sums = p_and_sums
 

@@ -1,15 +1,16 @@
 """The fused backward pass: dk, dv and dq in one kernel with stationary keys.
 
-Five products of matrices instead of the seven of dq.py and dkv.py. Keys are
+This takes five matrix products, where dq.py and dkv.py take seven. Keys are
 stationary, so each block of queries gets a share of its dq from each tile of
-keys. The shares are added to float32 sums in global memory (reduce.py), in the
-order in which programs come to them. So the last bits differ from run to run.
+keys. Programs add the shares to float32 sums in global memory (reduce.py) as
+they compute them. So the last bits differ from run to run.
 
 key_tiles.py says which warpgroups, shared memory and barriers there are. The
 share of dq of a step is dz k, summed over the keys of all compute warpgroups.
-Each warpgroup computes 64 x 64 numbers of it, from dz of all of them. So dz
-goes through shared memory, in two slots by turns, and the share of step e - 1
-is computed in step e: no warpgroup waits for another one's dz of this step.
+Each warpgroup computes 64 x 64 numbers of it, and needs dz of all warpgroups
+for that. So dz goes through shared memory, in two slots by turns. The share of
+step e - 1 is computed in step e, so that no warpgroup waits for another one's
+dz of the same step.
 
   compute warpgroup, step e                           memory warpgroup
     wait q_full, do_full
@@ -23,9 +24,9 @@ is computed in step e: no warpgroup waits for another one's dz of this step.
     add the share to global memory                    fence: commit_smem
     q_free             <-------------------------     arrive dz_ready
 
-The warpgroups keep half a step apart: one's products run while the other
-computes its weights. The memory warpgroup fences, because a compute warpgroup
-would wait at the fence until what it added to dq has arrived in memory.
+The warpgroups keep half a step apart: the products of one run while the other
+computes its weights. The memory warpgroup fences. A compute warpgroup would
+have to wait at the fence until its additions to dq have arrived in memory.
 """
 
 import functools
@@ -54,12 +55,12 @@ def run(
   scales: Mapping[str, float],
   sums: bool = False,
 ) -> list[jax.Array]:
-  """[dq, row sums, dk, dv], and with `sums` those of dz, as dkv.run.
+  """[dq, row sums, dk, dv], and with `sums` the sums of dz, as in dkv.run.
 
-  dq is dz k in the order of reduce, without a factor and with queries up to a
-  multiple of block_q. The row sums are those of weights.row_gradient, or None.
-  inputs: names of pipeline.Gmem and arrays; of dq_sums and row_sums the values
-  to which is added.
+  dq is dz k in the order of reduce.py, without a factor, and its queries are
+  padded to a multiple of block_q. The row sums are those of
+  weights.row_gradient, or None. inputs: names of pipeline.Gmem and arrays;
+  dq_sums and row_sums hold the values to which the kernel adds.
   """
   variant = key_tiles.Variant(
     "sigattn_fused_backward", StepsInOrder, _accumulate, _publish_dz
@@ -68,8 +69,8 @@ def run(
     variant, form, tile, schedule, inputs, scales, sums
   )
 
-  # XLA sees one call that returns everything, with the sums of dq in the place
-  # of their first value. A mutable array (jax.new_ref) would do the same, but
+  # XLA sees one call that returns everything, and the sums of dq replace their
+  # initial value. A mutable array (jax.new_ref) would do the same. But
   # custom_partitioning refuses its effects, so that no mesh of several devices
   # could run the kernel.
   def body(refs):
@@ -96,9 +97,10 @@ def zeros(query: jax.Array, tile: KeyTile) -> jax.Array:
 def _accumulate(head, totals):
   """Adds dk, dv and dq of all blocks; returns the sums of dz.
 
-  One loop, with and without masks: between two the compiler moves dk and dv to
-  other registers, and runs out of them. Positions are compared in every block,
-  mostly hidden behind the products; ids are loaded only where they are needed.
+  There is one loop for blocks with and without masks. Between two loops the
+  compiler would move dk and dv to other registers, and run out of registers.
+  Positions are compared in every block, mostly while products run. Ids are
+  loaded only for blocks that need them.
   """
   totals = _first_step(head, totals)
   step = functools.partial(_step, head)
@@ -115,7 +117,7 @@ def _logit_gradient(head, e, totals):
 
 
 def _first_step(head, totals):
-  """A step without a share of dq, since there is no step before it."""
+  """The first step. It adds no share of dq, because no step precedes it."""
   context = head.context
   c, dz, totals = _logit_gradient(head, int32(0), totals)
   dz = to_16_bits(dz, context.form.dz_scale, context.dtype)
@@ -143,9 +145,9 @@ def _step(head, e, totals):
 
 
 def _end_step(head, c, dz, share_ref):
-  """The share of dq of the step before, with dk's product of this one running.
+  """Hands dz to the other warpgroups; returns the previous step's share of dq.
 
-  Hands dz to the other warpgroups.
+  The product for dk of this step is still running at the end.
   """
   context = head.context
   dz = to_16_bits(dz, context.form.dz_scale, context.dtype)
@@ -160,7 +162,7 @@ def _end_step(head, c, dz, share_ref):
 def _hand_over(head, c, dz):
   """Writes dz to its slot and starts the product for dk.
 
-  There are two slots: that of the step before is being read.
+  There are two slots. The other one, of the step before, is being read.
   """
   context = head.context
   slot = rem(c, 2) * context.tile.warpgroups + context.warpgroup
@@ -169,7 +171,7 @@ def _hand_over(head, c, dz):
 
 
 def _place_of_share(context):
-  """(row, column) of this warpgroup's share of a block's dq, in shares."""
+  """(row, column) of this warpgroup's share in a block of dq."""
   row, column = int32(0), context.warpgroup
   if context.tile.block_q > _SHARE:
     row, column = column, row

@@ -5,16 +5,16 @@ the choice between the two backward passes.
 
 Normalised rows, out = p v / s with s the sums of the rows of p, need more:
 
-  forward   The kernel returns s too. Keys beyond the end of a sequence would
-            add to s, so they are hidden where others hide nothing
-            (Form.end).
+  forward   The kernel also returns s. Keys beyond the end of a sequence would
+            add to s, so they are hidden (Form.end), unless another mask hides
+            them.
   backward  dz = phi'(z) (inverse do v^T - shift), dv = (inverse p)^T do, where
-            inverse = 1 / s and shift is as in numerics.shift. In bfloat16 do is
-            multiplied by the inverse before the kernels, so that they read one
-            number a row, the shift. In float16 the product could leave the
-            range: a row of weights of e^-16 has a sum of 1e-6. And the sums of
-            relu may be close to 0, so that to round the product costs too much.
-            There the kernels read the inverse too.
+            inverse = 1 / s and shift is as in numerics.shift. In bfloat16 with
+            sigmoid, do is multiplied by the inverse before the kernels, so that
+            they read one number a row, the shift. In float16 the product could
+            leave the range: a row of weights of e^-16 has a sum of 1e-6. With
+            relu the sums may be close to 0, and the rounded product would not
+            be exact enough. In these cases the kernels read the inverse too.
 """
 
 import dataclasses
@@ -41,8 +41,8 @@ from sigattn.kernels.mosaic.weights import Form
 from sigattn.kernels.problem import Operands, Problem
 
 _ALIGNED = 8  # Sequences are padded to a multiple of it for the copy engine.
-# dz of float16 is lifted to 2^-9 of do v^T for the usual weights, so that some
-# of 2^7 may meet a weight of 1 / 2.
+# In float16, dz is scaled to about 2^-9 times do v^T for typical weights. Then
+# a do v^T of 2^7 may meet a weight of 1 / 2.
 _HEADROOM = 9
 
 
@@ -53,7 +53,7 @@ def attention(
   value: jax.Array,
   operands: Operands,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-  """(B, T, N, H), with problem.normalize also (B, T, N): mosaic.attention."""
+  """mosaic.attention: (B, T, N, H), with problem.normalize also (B, T, N)."""
   passes = differentiation.of_kernels(_forward, _backward)
   return differentiation.attention(
     passes, xla.PASSES, problem, query, key, value, operands
@@ -77,9 +77,9 @@ def _forward(problem, query, key, value, operands):
 
 
 def _with_end(problem, operands):
-  """The arguments with lengths of the keys, if some block is not full.
+  """The arguments; lengths of the keys are added if some block is not full.
 
-  A causal mask hides what lies beyond the keys, unless there are more queries.
+  No lengths are needed if a causal mask hides what lies beyond the keys.
   """
   block = tiles.TILES[problem.head_dim].forward.streamed
   if _hides_the_end(problem) or problem.key_len % block == 0:
@@ -182,14 +182,14 @@ def _in_rows(problem, d_out, inverse, shift):
 
 
 def _reads_inverse(problem):
-  """Whether the kernels multiply by the inverse: see the top of the file."""
+  """Whether the kernels multiply by the inverse; see the top of the file."""
   return problem.dtype == "float16" or problem.kind != "sigmoid"
 
 
 def _form_of_normalized(form, problem):
-  """The form with float16 scales of normalised weights, which are at most 1.
+  """The form with float16 scales for normalised weights.
 
-  They are about 1 / S.
+  These are at most 1, and typically about 1 / S.
   """
   if problem.dtype != "float16":
     return form
@@ -200,16 +200,16 @@ def _form_of_normalized(form, problem):
 
 
 def _stack(rows):
-  """[rows as in pipeline.Gmem], or []: there they begin with B and N."""
+  """[rows], with the axes of pipeline.Gmem.rows; [] without rows."""
   if not rows:
     return []
   return [jnp.moveaxis(jnp.stack(rows), (1, 3), (0, 1))]
 
 
 def _of_keys(dz_sums, count, lengths):
-  """Sums of dz, of keys of the sequences only.
+  """Sums of dz, set to 0 for keys beyond the sequences.
 
-  Others have them too: there do v^T is 0, but not the shift.
+  There do v^T is 0, but the shift is not, so that the sums are not 0.
   """
   place = jnp.arange(dz_sums.shape[-1])[None, None]
   if lengths is not None:
@@ -221,8 +221,8 @@ def _takes_fused_backward(form, problem, wanted):
   """Whether the fused backward pass is the faster one, and is allowed.
 
   It adds dq in no fixed order, so it is not allowed if XLA is asked for
-  deterministic operations. With the sums of keys and two numbers a row it does
-  not fit into shared memory at head width 128, unless its blocks are fewer.
+  deterministic operations. At head width 128, with sums of keys and two numbers
+  for each row, it fits into shared memory only with fewer blocks.
   """
   two_numbers = problem.normalize and _reads_inverse(problem)
   of_keys = wanted.keys or wanted.slopes
@@ -287,7 +287,7 @@ def _two_kernel_backward(wanted, form, problem, operands, *arrays):
 
 
 def _scales(form, problem):
-  """The factors of dk (and dq) and of dv that the products leave out."""
+  """The factors of dk (and dq) and of dv, applied after the products."""
   return {
     "dk": problem.scale / (problem.normalizer * form.dz_scale),
     "dv": 1 / (problem.normalizer * form.weight_scale),
@@ -295,7 +295,7 @@ def _scales(form, problem):
 
 
 def _wanted_sums(problem, lengths, row_sums, sums):
-  """The sums of dz by their axes, as differentiation.Sums has them.
+  """The sums of dz by their axes, as in differentiation.Sums.
 
   row_sums: (B, N, T and the rest of a tile), or None. sums: [] or [(1 or 2, B,
   N, S and the rest of a tile)].
@@ -314,7 +314,7 @@ def _wanted_sums(problem, lengths, row_sums, sums):
 
 
 def _aligned(problem, operands, query, key, value, *d_out):
-  """The arguments with zeros after the sequences, which add nothing to sums."""
+  """The arguments, padded with zeros, which add nothing to products."""
   rest = [-x % _ALIGNED for x in (problem.query_len, problem.key_len)]
   if not any(rest):
     return problem, operands, query, key, value, *d_out
@@ -345,7 +345,9 @@ def _aligned(problem, operands, query, key, value, *d_out):
 
 
 def _without_padding(x, lengths):
-  """x with zeros beyond each length: padding may be NaN, and 0 NaN is NaN.
+  """x with zeros beyond each length.
+
+  Padding may be NaN, and 0 times NaN is NaN.
 
   x: (B, L, N, H) or (B, L, N).
   """
@@ -456,7 +458,9 @@ def _schedule(problem, tile):
   rows = tile.stationary
   count = pl.cdiv(length, rows)
   programs, costs = _programs(), None
-  if problem.masked_by_data:  # The hardware balances work that depends on data.
+  # If work depends on data, there is one program for each tile, and the
+  # hardware balances them.
+  if problem.masked_by_data:
     programs = count * problem.batch * heads
   elif before is not None or after is not None:
     costs = 1 + blocks.count_visible(
@@ -474,7 +478,7 @@ def _programs():
 
 
 def _scalars(problem, operands):
-  """(B, N, 2) float32: logit_bias and slope; None where neither is an array."""
+  """(B, N, 2) float32: logit_bias and slope; None if neither is an array."""
   parts = operands.logit_bias, operands.alibi_slopes
   if all(x is None for x in parts):
     return None

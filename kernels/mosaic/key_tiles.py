@@ -1,10 +1,11 @@
 """Kernels with stationary keys: what dkv.py and fused_backward.py share.
 
-A program works off tiles of keys. Each of its compute warpgroups has block_kv
-of the tile's keys and keeps float32 accumulators (block_kv, H) of dk and dv for
-them in registers. Blocks of block_q queries, with their cotangents d_out, are
-streamed past all of them: those of each query head that shares the key head.
-Scores are transposed: rows are keys, columns are queries.
+A program computes tiles of keys, one after another. Each of its compute
+warpgroups has block_kv of the tile's keys, and keeps float32 accumulators
+(block_kv, H) of their dk and dv in registers. Blocks of block_q queries, with
+their cotangents d_out, are streamed past all warpgroups, for each query head
+that shares the key head. Scores are transposed: rows are keys, columns are
+queries.
 
   shared memory, W warpgroups, in 16-bit numbers
     keys, values    2 x W x block_kv x H
@@ -17,8 +18,9 @@ Scores are transposed: rows are keys, columns are queries.
     columns         stages x block_q x 16      of the queries' logit vectors, if
                                                given
     sums of dz      W x (1 or 2) x block_kv x float32, if trained
-  For example, fused at H = 128: 3 x 2 x 64 x 128 numbers stationary, 2 x 3 x 64
-  x 128 streamed and 4 x 64 x 64 of dz, 96 + 96 + 32 KiB of 227 KiB.
+  For example, the fused kernel at H = 128 has 3 x 2 x 64 x 128 stationary
+  numbers, 2 x 3 x 64 x 128 streamed numbers and 4 x 64 x 64 of dz. These are
+  96 + 96 + 32 KiB of 227 KiB.
 
   barriers                      who arrives                     who waits
     kv_full[W]                  copy engine: keys and values    the warpgroup
@@ -28,7 +30,7 @@ Scores are transposed: rows are keys, columns are queries.
     q_free, do_free[stages]     each compute warpgroup          memory
     dz_written                  each compute warpgroup          memory
     dz_ready                    memory                          all compute
-  The last two are of fused_backward.py.
+  Only fused_backward.py has the last two.
 """
 
 import dataclasses
@@ -71,7 +73,7 @@ class Variant:
   steps: type[Steps] | type[StepsInOrder]
   # (head, sums of dz) -> sums of dz: adds dk and dv of all blocks of a head.
   accumulate: Callable[["Head", list], list]
-  # The memory warpgroup calls it in each step. It makes dz visible to products.
+  # Makes dz visible to products. The memory warpgroup calls it in each step.
   publish_dz: Callable[["Context"], None] | None = None
 
 
@@ -104,7 +106,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Smem:
-  """The contents of shared memory, as the top of the file explains them."""
+  """The contents of shared memory; the top of the file explains them."""
 
   keys: Any
   values: Any
@@ -213,21 +215,21 @@ def build(
   Callable[[Mapping[str, Any]], list[jax.Array]],
   dict[str, jax.ShapeDtypeStruct],
 ]:
-  """(a function of the inputs that runs the kernel, what its results are).
+  """(a function of the inputs that runs the kernel, the types of its results).
 
   Args:
     variant: which of the two kernels.
-    form, tile, schedule: the mathematics, and how it is cut up.
+    form, tile, schedule: the mathematics, and how it is divided into tiles.
     inputs: names of Gmem and arrays. Rows from key_lengths on become 0.
-    scales: the factors of "dk" and "dv", of those that are computed.
-    sums: whether dz is summed over the queries, and with ALiBi -dz distance.
+    scales: the factors of those of "dk" and "dv" that are computed.
+    sums: whether dz, and with ALiBi -dz distance, is summed over the queries.
   """
   query, key = inputs["query"], inputs["key"]
   sizes = Sizes.of(query, key)
 
   fused = variant.publish_dz is not None
-  # The fused kernel has no register for them: with two slots it spilled 264
-  # bytes at head width 128, like this 40.
+  # The fused kernel has no registers for the addresses of two slots: with them
+  # it spilled 264 bytes at head width 128, and with hides_slots it spills 40.
   ring = functools.partial(
     Ring, stages=tile.stages, hides_slots=fused and tile.stages == 2
   )
@@ -326,7 +328,7 @@ def _compute_tile(context, i, count):
   lengths = context.gmem.key_lengths
   if dv is not None:
     dv = zero_padding(dv, first, lengths, batch)
-  # Otherwise dk is 0 there, since the values are.
+  # If rows are not normalised, dk is 0 there already, because the values are 0.
   if dk is not None and context.gmem.rows is not None:
     dk = zero_padding(dk, first, lengths, batch)
   _store(keys, {"dk": dk, "dv": dv})
@@ -373,7 +375,7 @@ def _sum_blocks(keys, dk, dv, g):
 
 
 def _store(keys, gradients):
-  """Stores dk and dv, and says that the slots of keys and values are free."""
+  """Stores dk and dv, and signals that the slots of the keys are free."""
   context = keys.context
   smem, scales = context.smem, context.scales
   slots = {"dk": smem.keys, "dv": smem.values}
@@ -405,7 +407,7 @@ def _feed_tile(context, i, count):
   """Brings the keys and values of the i-th tile, and streams its blocks."""
   batch, kv_head, first, steps = context.locate(i)
   publish_dz = context.variant.publish_dz
-  # So many steps before the one that is being filled, dz is published.
+  # dz is published for the step that is this many steps before the filled one.
   behind = context.tile.stages - 1
   fill = functools.partial(_fill, context, batch, kv_head, steps, count)
 
@@ -414,7 +416,7 @@ def _feed_tile(context, i, count):
     if publish_dz is not None:
       pl.when(x >= behind)(functools.partial(publish_dz, context))
 
-  fill(int32(0))  # It is loaded while the previous tile ends.
+  fill(int32(0))  # The first block is loaded while the previous tile ends.
 
   @pl.when(i > 0)
   def _():

@@ -8,8 +8,8 @@ columns are queries.
   dv += p do                tensor cores
   dz = phi'(s) dp           registers, while dv is computed
 
-If rows are normalised, p and dp change as weights.of_normalized says: by one or
-two numbers a query, which lie in shared memory beside do.
+If rows are normalised, one or two numbers for each query change p and dp (see
+weights.of_normalized). They are in shared memory beside do.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ def compute(
 ) -> tuple[jax.Array | None, list]:
   """(dz of step e, sums of dz), with the product for dv still running.
 
-  dz = phi'(z) (do v^T), (keys, queries) float32, in registers; None where dk is
-  not computed. totals: the sums of dz up to here.
+  dz = phi'(z) (do v^T), (keys, queries) float32, in registers; None if dk is
+  not computed. totals: the sums of dz up to this step.
   """
   context = head.context
   smem, c = context.smem, head.position(e)
@@ -103,7 +103,7 @@ def _finish(step, totals, s_ref, dp_ref):
     plgpu.wgmma(head.dv, scaled, step.d_out)
   if dp_ref is None:
     return None, totals
-  dz = derivative()  # It is computed while dp is.
+  dz = derivative()  # The tensor cores compute dp at the same time.
   dp = read(dp_ref, int(head.dv is not None))
   dp = weights.of_normalized(dp, load_rows(), axis=1)
   dz = dz * dp
@@ -123,7 +123,8 @@ def _add_to_rows(step, p, dz, dp):
   keys, gmem = head.keys, context.gmem
   is_normalized = gmem.rows is not None
   x = weights.row_gradient(context.form, p, dz, dp, is_normalized)
-  if is_normalized:  # Otherwise padding adds nothing, since values are 0 there.
+  # Without normalisation padding adds nothing, because its values are 0.
+  if is_normalized:
     x = zero_padding(x, keys.first, gmem.key_lengths, keys.batch)
   start = keys.steps.block(step.e) * context.tile.block_q
   of_warpgroup = gmem.row_sums.at[context.warpgroup]
@@ -145,7 +146,7 @@ def _load_rows(step):
 
 
 def _weigh(step, s):
-  """(weights, their derivative, where the block stands)."""
+  """(weights, their derivative, the Place of the block)."""
   head, context = step.head, step.head.context
   keys, block_q = head.keys, context.tile.block_q
   start = keys.steps.block(step.e) * block_q

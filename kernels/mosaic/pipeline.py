@@ -1,10 +1,9 @@
-"""The parts of all Hopper kernels: launch, shared memory, ring, products.
+"""Parts that all Hopper kernels share: launch, shared memory, ring, products.
 
-A kernel is a persistent grid: one program for each multiprocessor, each of
-which works off many tiles. A program has a few compute warpgroups and, after
-them, one memory warpgroup. The memory warpgroup lets the copy engine (TMA)
-bring blocks into a ring of slots in shared memory, as far ahead as there are
-slots:
+A kernel is a persistent grid: there is one program for each multiprocessor, and
+it computes many tiles. A program has a few compute warpgroups and, after them,
+one memory warpgroup. The memory warpgroup lets the copy engine (TMA) bring
+blocks into a ring of slots in shared memory, as far ahead as there are slots:
 
   memory warpgroup                       compute warpgroups
     wait free[slot]                        wait full[slot]
@@ -29,14 +28,15 @@ from jax import lax
 from sigattn.kernels.mosaic.schedule import Schedule, rem
 from sigattn.kernels.mosaic.tiles import KeyTile, QueryTile
 
-_MEMORY_REGISTERS = 24  # of a thread of the memory warpgroup
+_MEMORY_REGISTERS = 24  # registers of a thread of the memory warpgroup
 
 
 @dataclasses.dataclass(frozen=True)
 class Gmem:
-  """The arrays of a kernel in global memory, as Refs; None where absent.
+  """The arrays of a kernel in global memory, as Refs; None if absent.
 
-  Inputs first, then outputs. B, T, S, N, K and H as in problem.py.
+  Inputs come first, then outputs. The letters B, T, S, N, K and H are those of
+  problem.py.
   """
 
   query: Any  # (B, T, N, H)
@@ -52,11 +52,11 @@ class Gmem:
   # (B, N, 1 or 2, T and the rest of a tile) float32: shift, and perhaps inverse
   rows: Any = None
   offsets: Any = None  # (B,) int32: query_offset
-  parts: Any = None  # logit vectors, see vectors.py: of the stationary side
-  columns: Any = None  # and of the streamed side
+  parts: Any = None  # logit vectors of the stationary side, see vectors.py
+  columns: Any = None  # logit vectors of the streamed side
   table: Any = None  # of the schedule
   out: Any = None  # (B, T, N, H); in dq.py the gradient of the queries
-  sums: Any = None  # (B, N, T and the rest of a tile) float32, of a row
+  sums: Any = None  # (B, N, T and the rest of a tile) float32, sums of rows
   # (warpgroups, B, N, T and the rest of a block) float32: input and output
   row_sums: Any = None
   dq_sums: Any = None  # as reduce.zeros; input and output
@@ -83,8 +83,8 @@ def launch(
     kernel: takes Gmem and a Ref for each element of scratch.
     schedule, tile: how many programs and warpgroups there are.
     inputs: names of Gmem and arrays; those that are None are left out.
-    outputs: names of Gmem and what the results look like.
-    scratch: what lies in shared memory, barriers included.
+    outputs: names of Gmem and the types of the results.
+    scratch: the contents of shared memory, barriers included.
     automatic_barriers: whether Mosaic adds barriers between writes to shared
       memory and reads of it.
   """
@@ -122,8 +122,8 @@ def by_role(
 ) -> None:
   """Runs compute in the compute warpgroups, and feed in the memory warpgroup.
 
-  The registers of a multiprocessor go from the memory warpgroup, which hardly
-  needs any, to the others.
+  The memory warpgroup hardly needs registers, so it gives most of its registers
+  to the compute warpgroups.
   """
 
   @pl.when(warpgroup < tile.warpgroups)
@@ -152,7 +152,7 @@ def smem_blocks(
   It is tiled and swizzled as the tensor cores and the copy engine require.
   """
   bits = jnp.finfo(dtype).bits
-  # Products take as many rows of a block at once as the swizzle is wide.
+  # A product reads as many rows of a block at once as the swizzle is wide.
   swizzle = plgpu.find_swizzle(math.gcd(width, tile.streamed) * bits)
   return plgpu.SMEM(
     (count, rows, width),
@@ -177,8 +177,9 @@ class Ring:
   ):
     """smem: (stages, rows, width). full, free: a barrier for each slot.
 
-    hides_slots: whether no compiler may compute the addresses of the slots
-    before the loop of steps, see at_step. With two slots it does.
+    hides_slots: whether to keep the compiler from computing the addresses of
+    the slots before the loop over steps, see at_step. With two slots it does
+    that.
     """
     self._smem, self._full, self._free = smem, full, free
     self._stages, self._hides_slots = stages, hides_slots
@@ -188,7 +189,7 @@ class Ring:
     return at_step(slot, step) if self._hides_slots else slot
 
   def fill(self, step: jax.Array, source: Any) -> None:
-    """Memory warpgroup: starts to copy a block in, once its slot is free."""
+    """Memory warpgroup: waits for a free slot, and starts to copy a block."""
     slot = self._slot(step)
 
     @pl.when(step >= self._stages)
@@ -198,7 +199,7 @@ class Ring:
     plgpu.copy_gmem_to_smem(source, self._smem.at[slot], self._full.at[slot])
 
   def fill_too(self, step: jax.Array, source: Any, smem: Any) -> None:
-    """Memory warpgroup, after `fill`: the same step's block of another array.
+    """Memory warpgroup, after `fill`: copies the step's block of another array.
 
     smem: (stages, ...). The barriers `full` must expect one more arrival.
     """
@@ -226,14 +227,14 @@ class Ring:
     return smem.at[self._slot(step)]
 
   def release(self, step: jax.Array) -> None:
-    """Compute warpgroup: says that it no longer needs the block."""
+    """Compute warpgroup: signals that it no longer needs the block."""
     plgpu.barrier_arrive(self._free.at[self._slot(step)])
 
 
 def store(value: jax.Array, smem: Any, destination: Any) -> None:
   """Starts to write a tile to global memory through smem.
 
-  The copy is still running at the end.
+  The copy is still running when this returns.
   """
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous copy
   smem[...] = value
@@ -250,17 +251,17 @@ def accumulator(*shape: int) -> Any:
 
 
 def read(accumulator: Any, in_flight: int) -> jax.Array:
-  """An accumulator, once at most `in_flight` later products are running."""
+  """Reads an accumulator, once at most `in_flight` later products run."""
   value = plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
-  # Without it the compiler may move what follows ahead of the wait.
+  # Without the barrier the compiler may move later code ahead of the wait.
   return lax.optimization_barrier(value)
 
 
 def at_step(index: int | jax.Array, step: jax.Array) -> jax.Array:
-  """The index, in a form that no compiler computes before the loop of steps.
+  """The index, in a form that the compiler cannot compute before the loop.
 
-  It would compute the addresses of every slice that the products take, keep
-  them in registers, and spill those.
+  Otherwise the compiler computes the addresses of all slices that the products
+  read before the loop over steps, keeps them in registers, and spills them.
   """
   return index + jnp.minimum(lax.optimization_barrier(step), 0)
 

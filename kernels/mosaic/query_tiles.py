@@ -1,27 +1,28 @@
 """Kernels with stationary queries: what forward.py and dq.py share.
 
-A program works off tiles of queries. Each of its compute warpgroups has block_q
-of the tile's queries and keeps a float32 accumulator (block_q, H) for them in
-registers. Blocks of block_kv keys and values are streamed past all of them.
+A program computes tiles of queries, one after another. Each of its compute
+warpgroups has block_q of the tile's queries, and keeps a float32 accumulator
+(block_q, H) for them in registers. Blocks of block_kv keys and values are
+streamed past all warpgroups.
 
   shared memory, W warpgroups, in 16-bit numbers
-    queries  2 W x block_q x H    this tile's and the next one's; the output of
-                                  a tile leaves through the slot of its queries
+    queries  2 W x block_q x H    those of this tile and of the next; the output
+                                  of a tile leaves through its queries' slot
     d_out      W x block_q x H    dq.py only
     keys     stages x block_kv x H    a ring
     values   stages x block_kv x H    a ring
-    sums       W x block_q x float32  of a row, if they are asked for
+    sums       W x block_q x float32  sums of rows, if they are asked for
     columns  stages x block_kv x 16   of the keys' logit vectors, if given
-  For example, forward at H = 128: 4 x 64 x 128 and 2 x 2 x 128 x 128 numbers,
-  64 + 128 KiB of 227 KiB.
+  For example, the forward pass at H = 128 has 4 x 64 x 128 and
+  2 x 2 x 128 x 128 numbers. These are 64 + 128 KiB of 227 KiB.
 
   barriers                  who arrives                      who waits
     q_full[2 W]             copy engine: queries (and d_out) the warpgroup
     k_full, v_full[stages]  copy engine (k: and columns)     all compute
     k_free, v_free[stages]  each compute warpgroup           memory
 
-A compute warpgroup loads its own queries, those of the next tile while it works
-on this one.
+A compute warpgroup loads its own queries. It loads those of the next tile while
+it computes this one.
 """
 
 import dataclasses
@@ -174,7 +175,7 @@ def run(
     name: of the kernel, for profilers.
     accumulate: adds the contributions of all blocks to an accumulator. Takes
       and returns totals of registers.add_to_rows, one with `sum_scale`.
-    form, tile, schedule: the mathematics, and how it is cut up.
+    form, tile, schedule: the mathematics, and how it is divided into tiles.
     inputs: names of Gmem and arrays. Rows from query_lengths on become 0.
     scale, sum_scale: numbers.
     divides: whether the first result is divided by the sums of its rows.
@@ -213,7 +214,7 @@ def run(
 
 
 def _outputs(tile, query, has_sums):
-  """What the results look like, by their names in Gmem."""
+  """The types of the results, by their names in Gmem."""
   batch, length, heads, _ = query.shape
   outputs = {"out": jax.ShapeDtypeStruct(query.shape, query.dtype)}
   if has_sums:
@@ -330,7 +331,7 @@ def _compute_tile(context, i, count):
 
 
 def _sum_blocks(queries, i, total):
-  """The contributions of all blocks; loads the next tile meanwhile."""
+  """The contributions of all blocks; meanwhile it loads the next queries."""
   context = queries.context
   plgpu.barrier_wait(context.q_full.at[context.slot(i)])
   # The slot of the next tile's queries still holds the last tile's output.
@@ -348,11 +349,10 @@ def loops(
   step: Callable[[jax.Array, list, bool], list],
   sums: list,
 ) -> list:
-  """step(e, sums, masked) of all steps: those with a mask, then the others.
+  """Calls step(e, sums, masked) for all steps, first for those with a mask.
 
-  A step takes and returns the totals of registers.add_to_rows.
-
-  Blocks that only other warpgroups need are waited for and released.
+  A step takes and returns the totals of registers.add_to_rows. If only other
+  warpgroups need a block, this one waits for it and releases it.
   """
   context, steps = queries.context, queries.steps
 

@@ -1,11 +1,12 @@
 """float32 sums in global memory, to which warpgroups add from registers.
 
-The sums of a tile of 64 x 64 lie in memory in the order in which the tensor
-cores leave such a tile in registers (registers.py): j first, then the threads,
-then i and k. So one instruction adds a thread's four numbers of a j, and those
-of a warp lie side by side (512 bytes). In rows they would fall into eight
-sectors of as many rows, at half the speed; through shared memory and the copy
-engine it is no faster (benchmarks/NOTES.md, "How dq is added").
+In memory, the sums of a 64 x 64 tile have the order in which the tensor cores
+leave such a tile in registers (registers.py): j first, then the threads, then i
+and k. So one instruction adds the four numbers that a thread has for a j, and
+those of a warp are contiguous (512 bytes). In row order they would fall into
+eight sectors, one in each of eight rows, at half the speed. Adding through
+shared memory and the copy engine is no faster (benchmarks/NOTES.md, "How dq is
+added").
 
   total = zeros(B, T, N, H)  # in that order: (B, N, T / 64, H / 64, 8, 128, 4)
   add(tile, total_ref.at[b, n, t, h])  # in a kernel
@@ -44,7 +45,7 @@ def in_rows(total: jax.Array) -> jax.Array:
 
 
 def add(tile: jax.Array, total: Any) -> None:
-  """total += tile, in the order in which warpgroups come to it.
+  """total += tile. The order in which warpgroups add is not fixed.
 
   tile: (64, 64) float32, in Layout.WGMMA. total: a Ref (8, 128, 4).
   """

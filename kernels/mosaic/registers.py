@@ -1,13 +1,13 @@
 """Instructions on a tile in registers: masks, distances, tanh, sums of rows.
 
-The layout of a fragment. The tensor cores (wgmma) leave a tile of 64 rows
-spread over a warpgroup, 4 warps of 32 threads:
+The tensor cores (wgmma) leave a tile of 64 rows spread over a warpgroup, which
+has 4 warps of 32 threads. This is the layout of such a fragment:
 
   thread 32 w + 4 r + c, w < 4, r < 8, c < 4, holds the numbers of
     rows     16 w + r + 8 i    for i < 2
     columns  2 c + 8 j + k     for k < 2, j < columns / 8
 
-  a warp's 16 rows, 8 columns of them (one j), thread by thread; w = 0:
+  The threads that hold 8 columns (one j) of the 16 rows of a warp, w = 0:
 
               column 0   1   2   3   4   5   6   7
     row 0  (r = 0)   t0  t0  t1  t1  t2  t2  t3  t3    i = 0
@@ -18,22 +18,22 @@ spread over a warpgroup, 4 warps of 32 threads:
 In Pallas this is Layout.WGMMA. Its registers are an array of pairs (the two k),
 in the order of j and then i; so pair number 2 j + i.
 
-Row minus column is then a number that belongs to the thread, one for each i,
-minus a constant, 8 j + k. A comparison or an addition takes that constant as an
-immediate. Written with an array of column numbers instead, the compiler
-computes the array before the loop over blocks and keeps all of it: up to 64
-numbers a thread, where the products leave no registers.
+So row minus column is a number of the thread, one for each i, minus a constant,
+8 j + k. A comparison or an addition takes that constant as an immediate. If it
+were written with an array of column numbers, the compiler would compute the
+array before the loop over blocks and keep all of it: up to 64 numbers a thread,
+although the products leave no registers for them.
 
-What this needs of jax that is not public, with the reason:
+This file uses parts of jax that are not public:
 
   FragmentedArray(_registers=..., _layout=..., _is_signed=...)
-    builds a tile from registers. There is no public constructor for it.
+    builds a tile from registers. It has no public constructor.
   jaxlib.mlir.dialects.llvm
-    jax.extend.mlir has no llvm dialect; inline assembly needs it.
+    has inline assembly. jax.extend.mlir has no llvm dialect.
 
-tests/kernels/mosaic_interpreter.py also imports jax._src, to let Pallas's
-interpreter multiply a factor that lies in registers. mosaic.TESTED_JAX names
-the versions of jax with which all of this was tried.
+tests/kernels/mosaic_interpreter.py also imports jax._src, so that Pallas's
+interpreter can multiply a factor that is in registers. mosaic.TESTED_JAX names
+the versions of jax with which all of this was tested.
 """
 
 import functools
@@ -54,7 +54,7 @@ from jaxlib.mlir.dialects import llvm
 WARPGROUP = 128  # threads
 _SPLAT = plgpu.Layout.WG_SPLAT(())
 _ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for each row
-_PACE = 4  # pairs whose tanh is computed at a time
+_PACE = 4  # number of pairs whose tanh is computed at a time
 
 
 def hide(
@@ -62,8 +62,8 @@ def hide(
 ) -> jax.Array:
   """x where row + low <= column <= row + high, else `hidden`.
 
-  x: (64, columns) float32, in Layout.WGMMA. low, high: int32 scalars, or None:
-  no bound, but not both.
+  x: (64, columns) float32, in Layout.WGMMA. low, high: int32 scalars; one of
+  them may be None, for no bound.
   """
   sides = (low, arith.CmpIPredicate.sle), (high, arith.CmpIPredicate.sge)
   sides = [
@@ -111,11 +111,11 @@ def hide_from(x: jax.Array, end: jax.Array, hidden: float) -> jax.Array:
 
 
 def add_to_rows(totals: jax.Array, x: jax.Array) -> jax.Array:
-  """totals plus the sums of the rows of x, before `sum_of_threads`.
+  """Adds the rows of x to totals, each thread for itself.
 
-  Each thread adds up its own numbers of a row, one addition for each. So the
-  four threads of a row have different totals until `sum_of_threads` is called,
-  and until then nothing else may be done with them.
+  Each thread adds up its own numbers of a row, with one addition for each. The
+  four threads of a row therefore have different totals until `sum_of_threads`
+  is called. Until then, use the totals for nothing else.
 
   totals: (64,) float32, one number for each row, zeros at first. x: (64,
   columns) float32, in Layout.WGMMA.
@@ -136,7 +136,7 @@ def add_to_rows(totals: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def sum_of_threads(totals: jax.Array) -> jax.Array:
-  """The sums of rows, from what add_to_rows left in the threads of a row."""
+  """The sums of rows, from the totals that add_to_rows left in the threads."""
 
   @plgpu.inline_mgpu(
     arg_types=(_ROW,),
@@ -157,9 +157,9 @@ def sum_of_threads(totals: jax.Array) -> jax.Array:
 def add_columns(x: jax.Array, total: Any) -> None:
   """total += the sums of the columns of x, over its 64 rows.
 
-  The rows of a warp are added in registers: eight threads that hold the same
-  columns exchange halves three times, until each has an eighth of the columns
-  to itself. The four warps add theirs to memory, in no fixed order.
+  The rows of a warp are added in registers: eight threads hold the same
+  columns, and exchange halves three times, until each has the sums of an eighth
+  of the columns. The four warps add their sums to memory in no fixed order.
 
   x: (64, columns) float32, in Layout.WGMMA, columns a multiple of 64. total: a
   Ref (columns,) float32 in global memory.
@@ -192,10 +192,11 @@ def add_columns(x: jax.Array, total: Any) -> None:
 
 
 def _exchange(pairs, r, bit):
-  """Half of the pairs, each added to that of the thread r ^ bit.
+  """Half of the pairs, each added to the same pair of the thread r ^ bit.
 
-  Of every 2 * bit pairs a thread keeps the upper half if r has the bit, and
-  gives the other half away. So pair r of each eight is left in the end.
+  A thread keeps the upper half of every 2 * bit pairs if r has the bit, else
+  the lower half, and gives the other half away. In the end it has pair r of
+  every eight.
   """
   has_bit = arith.cmpi(
     arith.CmpIPredicate.ne, arith.andi(r, _index(bit)), _index(0)
@@ -258,7 +259,8 @@ def plane(
     firsts = _first_on_plane(*numbers)
 
     def one(_, i, column):
-      # One instruction: products would be computed before the loop, and kept.
+      # fma is one instruction. The compiler would compute separate products
+      # before the loop, and keep them in registers.
       return math.fma(slope, mgpu.c(float(-column), f32), firsts[i])
 
     return _map(one, x)
@@ -275,15 +277,16 @@ def tanh(
 ) -> jax.Array:
   """tanh(scale x + bias + slope (row + offset - column)) by the hardware.
 
-  Paced: a few at a time, so that the tensor cores go on. Products of matrices
-  and arithmetic share a multiprocessor's registers: while the tensor cores run,
-  a warp's tanh takes 10.7 cycles for 8, and what stands before it costs two to
-  three more (benchmarks/NOTES.md, "What the registers give"). Left alone, the
-  compiler computes the arguments of a whole tile first, while the
-  special-function unit idles, and reads two registers for each. Here the
-  arguments of the next few elements wait for the first tanh of the last few,
-  since their bias is made to depend on it: both units work at the same time,
-  and the bias stays in the operand cache.
+  It is paced: computed for a few elements at a time, so that the tensor cores
+  are not held up. Matrix products and arithmetic share the registers of a
+  multiprocessor. While the tensor cores run, the tanh of a warp takes 10.7
+  cycles instead of 8, and each instruction before it costs two to three more
+  (benchmarks/NOTES.md, "What the registers give"). Without pacing, the compiler
+  computes the arguments of a whole tile first, while the special-function unit
+  idles, and reads two registers for each argument. Here the bias of the next
+  few elements depends on the first tanh of the last few, so that their
+  arguments wait for it. Then both units work at the same time, and the bias
+  stays in the operand cache.
 
   Args:
     x: (64, columns) float32, in Layout.WGMMA.
@@ -300,7 +303,7 @@ def tanh(
     bias, firsts = numbers[0], None
     if len(numbers) > 1:
       bias, firsts = numbers[1], _first_on_plane(*numbers)
-    # The number that waits: the bias, or with a plane the slope.
+    # The number that depends on a tanh: the bias, or the slope of a plane.
     waiting, first = bias, None
     turned = np.empty_like(x.registers)
     for index, (place, pair) in enumerate(np.ndenumerate(x.registers)):
@@ -316,7 +319,7 @@ def tanh(
 
 
 def _in_registers(compute: Callable, x: jax.Array, *numbers: Any) -> jax.Array:
-  """compute(x, *numbers), in MLIR, with the shape of x.
+  """Applies compute(x, *numbers) in MLIR; the result has the shape of x.
 
   compute takes a FragmentedArray and one MLIR value for each number.
   """
@@ -338,7 +341,7 @@ def _fragment(registers, layout):
 
 
 def _like(totals, sums):
-  """An array like `totals`, of a thread's numbers for i in (0, 1)."""
+  """An array like `totals`, made of a thread's numbers for i in (0, 1)."""
   registers = np.empty(totals.registers.shape, object)
   pairs = zip(np.ndenumerate(totals.registers), sums, strict=True)
   for (place, register), number in pairs:
@@ -347,7 +350,7 @@ def _like(totals, sums):
 
 
 def _map(function, x):
-  """function(number, i, 8 j + k) of each of a thread's numbers."""
+  """Applies function(number, i, 8 j + k) to each number of a thread."""
   registers = np.empty(x.registers.shape, object)
   for index, (place, pair) in enumerate(np.ndenumerate(x.registers)):
     j, i = divmod(index, 2)
@@ -401,9 +404,10 @@ def _row_and_column():
 
 
 def _code_of_copy():
-  """0x3210, for which prmt copies its first operand, as no compiler can tell.
+  """0x3210, for which prmt copies its first operand.
 
-  The number depends on the grid's second index, which is always 0.
+  The compiler cannot know this, because the number depends on the second index
+  of the grid, which is always 0.
   """
   i32 = ir.IntegerType.get_signless(32)
   return _assembly(

@@ -10,17 +10,17 @@ from jax import lax
 
 
 class Schedule:
-  """Which tiles each program computes, and in which order.
+  """Says which tiles each program computes, and in which order.
 
   Heads follow one another, so that a head's blocks are found in the
-  second-level cache. Within a head the heaviest tile comes first.
+  second-level cache. Within a head the tile with the most work comes first.
 
   If tiles differ in work, a table assigns them: each tile goes to the program
   that has the least work so far. The lightest quarter of every head comes at
   the very end and fills the gaps. With 2,048 tiles of a causal mask on 132
-  programs, the busiest program has 1.00 to 1.01 times its share. Dealt out in
-  turns it would have 1.03 times, or 1.54 times if a head has nearly as many
-  tiles as there are programs.
+  programs, the busiest program has 1.00 to 1.01 times its share. If tiles were
+  dealt out in turns, it would have 1.03 times its share, or 1.54 times if a
+  head has nearly as many tiles as there are programs.
   """
 
   def __init__(
@@ -42,7 +42,8 @@ class Schedule:
     """
     self._tiles, self._heads, self._heavy_last = tiles, heads, heavy_last
     self._total, self.programs = tiles * heads, min(programs, tiles * heads)
-    # (programs, 1 + most) int32: how many, and head * tiles + tile of each.
+    # (programs, 1 + most) int32: a program's number of tiles, followed by
+    # head * tiles + tile for each of them.
     self.table = None if costs is None else self._balanced(costs)
 
   def _balanced(self, costs):
@@ -78,9 +79,10 @@ class Schedule:
     program = lax.axis_index("program")
     if table is not None:
       return table[program, 0]
-    # All rounds but the last are full. A division would be simpler, but uniform
-    # registers, which threads share, cannot divide: then each thread would keep
-    # this count, and the addresses that depend on it, in registers of its own.
+    # All rounds except the last are full. A division would be simpler. But
+    # uniform registers, which threads share, cannot divide, so that each thread
+    # would keep this count, and the addresses that depend on it, in registers
+    # of its own.
     rounds = -(-self._total // self.programs)
     last = (rounds - 1) * self.programs + program
     return rounds - (last >= self._total).astype(jnp.int32)
@@ -92,7 +94,8 @@ class Schedule:
     """
     program = lax.axis_index("program")
     if table is not None:
-      # The compiler learns that it is not negative, and divides by shifting.
+      # jnp.maximum tells the compiler that the position is not negative, so
+      # that it can divide by shifting.
       position = jnp.maximum(table[program, i + 1], 0)
       return div(position, self._tiles), rem(position, self._tiles)
     position = i * self.programs + program

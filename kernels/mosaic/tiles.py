@@ -1,8 +1,8 @@
-"""How the Hopper kernels are cut up, by head width.
+"""The tile sizes of the Hopper kernels, by head width.
 
-Two sizes are always block_q and block_kv, numbers of queries and of keys. In
+block_q is always a number of queries, and block_kv a number of keys. In
 forward.py and dq.py a tile of queries is stationary in shared memory and blocks
-of keys are streamed past it; in dkv.py and fused_backward.py it is the other
+of keys are streamed past it. In dkv.py and fused_backward.py it is the other
 way round. Shared code asks a tile for `stationary` and `streamed`.
 """
 
@@ -12,13 +12,13 @@ from typing import ClassVar, NamedTuple
 
 @dataclasses.dataclass(frozen=True)
 class QueryTile:
-  """How a kernel with stationary queries is cut up."""
+  """The sizes of a kernel with stationary queries."""
 
   block_q: int  # queries of one compute warpgroup
   block_kv: int  # keys of one streamed block
   stages: int  # streamed blocks in shared memory
   warpgroups: int  # compute warpgroups; one more feeds them
-  registers: int  # per compute thread; those of all warpgroups: at most 512
+  registers: int  # per compute thread; at most 512 over all warpgroups
   overlap: bool = False  # start a step's second product with the next's first
   paced: bool = False  # compute tanh in small groups, see registers.tanh
 
@@ -37,7 +37,7 @@ class QueryTile:
 
 @dataclasses.dataclass(frozen=True)
 class KeyTile:
-  """How a kernel with stationary keys is cut up."""
+  """The sizes of a kernel with stationary keys."""
 
   block_kv: int  # keys of one compute warpgroup
   block_q: int  # queries of one streamed block
@@ -64,7 +64,7 @@ class Tiles(NamedTuple):
   forward: QueryTile
   dq: QueryTile
   dkv: KeyTile
-  # With logit vectors, which take shared memory; None: as without.
+  # With logit vectors, which take shared memory; None: `dq` itself.
   dq_with_vectors: QueryTile | None = None
 
 
@@ -102,20 +102,20 @@ TILES = {
   ),
 }
 
-# Of the forward pass without masks, ALiBi, lengths and segments, from LONG keys
-# on: most blocks are full, and all are computed alike.
+# The tiles of the forward pass without masks, ALiBi, lengths and segments, from
+# LONG keys on. There most blocks are full, and all are computed alike.
 LONG_TILES = {64: QueryTile(64, 192, 2, 3, 160, paced=True)}
 LONG = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class FusedBackward:
-  """The tile of the fused backward pass, and where it is the faster one."""
+  """The tile of the fused backward pass, and from which lengths it is used."""
 
   tile: KeyTile
   open: float  # minimum key length without a mask
   masked: float  # minimum key length with one
-  stages_with_vectors: int  # They take shared memory: fewer blocks have room.
+  stages_with_vectors: int  # Vectors take shared memory: fewer blocks fit.
 
 
 FUSED_BACKWARD = {

@@ -1,18 +1,19 @@
 """Logit vectors: one number for each query and each key, in the scores.
 
-The tensor cores add them, by a product of 16 columns more:
+The tensor cores add them, by 16 more columns in the product:
 
   s_ij + u_i + w_j = [q_i, u_i, 1] . [k_j, 1, w_j]
 
 A row has its number in three columns, whose bfloat16 parts add up to it in
-float32, and 1 in three others; on the other side it is the other way round. The
-scores of a block cost one product more, of 1 / 8 of their own at head width
-128. In registers the numbers of the columns would cost an addition for each
-pair, and room that the products need.
+float32, and 1 in three other columns. On the other side it is the other way
+round. The scores of a block take one more product, which costs 1 / 8 of their
+own product at head width 128. If the numbers of the columns were added in
+registers, that would cost an addition for each pair, and registers that the
+products need.
 
-The stationary side of a block lies in registers (`stationary`), the streamed
-one in shared memory (`streamed`, through a ring). The numbers are divided by
-the scale of the scores.
+The stationary side of a block is in registers (`stationary`), the streamed side
+in shared memory (`streamed`, through a ring). The numbers are divided by the
+scale of the scores.
 """
 
 from typing import Any
@@ -28,7 +29,7 @@ from sigattn.kernels.mosaic.tiles import KeyTile, QueryTile
 
 WIDTH = 16  # columns of the product
 _PARTS = 3  # bfloat16 numbers that add up to a float32
-# Hides a pair, as -inf does, and has parts that are numbers.
+# Hides a pair, as -inf does, but its bfloat16 parts are finite.
 _LEAST = -1e30
 
 
@@ -48,7 +49,7 @@ def parts(
   rest = jnp.clip(rest, _LEAST, -_LEAST)
   found = []
   for _ in range(_PARTS):
-    # A cast there and back would be dropped by XLA as excess precision.
+    # XLA would drop a cast to bfloat16 and back as excess precision.
     found.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
     rest = rest - found[-1]
   found = jnp.stack(found, 2)
@@ -77,7 +78,7 @@ def stationary(
 ) -> jax.Array | None:
   """(rows, WIDTH) bfloat16 in registers: [the parts, 1, 1, 1, 0, ...].
 
-  ref: a Ref of `parts`, or None: None.
+  ref: a Ref of `parts`. If it is None, so is the result.
   """
   if ref is None:
     return None

@@ -30,7 +30,7 @@ _LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """What the kernels need to know of the mathematics."""
+  """The mathematics, as far as the kernels need to know it."""
 
   kind: str
   exact: bool  # sigmoid by exp2 and a division; else by the hardware's tanh
@@ -41,9 +41,9 @@ class Form:
   right: int | None
   segments: bool
   end: bool  # whether keys beyond a length are hidden (with normalised rows)
-  offset: int  # by which ALiBi's distances are shifted
-  weight_scale: float  # of weights rounded to 16 bits
-  dz_scale: float  # of gradients of logits rounded to 16 bits
+  offset: int  # added to row - column in ALiBi's distances
+  weight_scale: float  # factor of weights before they are rounded to 16 bits
+  dz_scale: float  # the same for gradients of logits
 
   @property
   def tanh(self) -> bool:
@@ -54,8 +54,8 @@ class Form:
   def output_unit(self) -> float:
     """The factor that the forward pass leaves in its weights.
 
-    Two where they are 1 + tanh: to halve them would read more registers than
-    to add 1 (registers.tanh). The output is divided by it once.
+    It is 2 if the weights are 1 + tanh. To halve them would read more registers
+    than to add 1 (registers.tanh). The output is divided by it once.
     """
     return 2.0 if self.tanh else 1.0
 
@@ -68,8 +68,8 @@ class Form:
   def masked(self) -> bool:
     """Whether positions, segments or lengths hide pairs.
 
-    Lengths usually need no mask, because zeros follow, which add nothing to a
-    product. But they would add to the sum of a row.
+    Lengths usually need no mask, because the keys beyond them are zeros, which
+    add nothing to a product. But they would add to the sum of a row.
     """
     bounds = self.left is not None or self.right is not None
     return self.segments or self.end or bounds
@@ -77,16 +77,16 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a block's rows and columns stand, in positions of the keys."""
+  """The positions of a block's rows and columns, counted as keys are."""
 
   rows: jax.Array  # the position of the first row
   columns: jax.Array  # the position of the first column
   of_queries: bool  # whether rows are queries; otherwise they are keys
 
   def bounds(self, left: int | None, right: int | None) -> tuple:
-    """(low, high): row + low <= column <= row + high is what a row sees.
+    """(low, high): a row sees row + low <= column <= row + high.
 
-    Where query - left <= key <= query + right; None: no bound.
+    This means query - left <= key <= query + right. None: no bound.
     """
     if not self.of_queries:
       left, right = right, left  # key - right <= query <= key + left
@@ -114,7 +114,7 @@ class Place:
   def sides(
     self, offset: int, shape: tuple[int, int]
   ) -> tuple[jax.Array, jax.Array]:
-    """(whether the block has both signs, its sign if it has only one)."""
+    """(whether distances of both signs occur, the sign if there is one)."""
     apart = self.apart(offset)
     above, below = apart >= shape[1] - 1, apart <= 1 - shape[0]
     return ~(above | below), jnp.where(above, 1.0, -1.0)
@@ -173,7 +173,7 @@ def load_rows(
 
 
 def offset(ref: Any, batch: jax.Array) -> int | jax.Array:
-  """What is to be added to the positions of queries. ref: (B,), or None."""
+  """The number added to the positions of queries. ref: (B,), or None."""
   return 0 if ref is None else ref[batch]
 
 
@@ -185,9 +185,10 @@ def zeros(rows: int) -> jax.Array:
 def row_gradient(
   form: Form, p: jax.Array, dz: jax.Array, dp: jax.Array, is_normalized: bool
 ) -> jax.Array:
-  """What is summed over the keys for the gradient of a query's logit bias.
+  """The terms whose sum over the keys is the gradient of a query's logit bias.
 
-  dz; of normalised sigmoid -p^2 dp, since dz nearly cancels: see xla.py.
+  They are dz, but -p^2 dp for normalised sigmoid, where dz nearly cancels; see
+  xla.py.
   """
   if is_normalized and form.kind == "sigmoid":
     return -(p * p) * dp
@@ -197,7 +198,7 @@ def row_gradient(
 def of_normalized(dp: jax.Array, rows: list[jax.Array], axis: int) -> jax.Array:
   """inverse dp - shift; dp if the rows are not normalised.
 
-  rows: [shift], [shift, inverse] or []. axis: the one of queries in dp.
+  rows: [shift], [shift, inverse] or []. axis: the axis of queries in dp.
   """
   if not rows:
     return dp
@@ -214,7 +215,7 @@ def to_16_bits(x: jax.Array, factor: float, dtype: jnp.dtype) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Logits:
-  """How a block's scores become logits, in units of the activation."""
+  """Turns the scores of a block into logits, in units of the activation."""
 
   form: Form
   place: Place
@@ -252,18 +253,19 @@ class _Logits:
     return x
 
   def activate(self, z):
-    """Hides logits and applies tanh, if that is the form of the sigmoid.
+    """Hides logits, and then applies tanh if that is the form of the sigmoid.
 
-    Before the activation: hiding the weights themselves lets the compiler move
-    work between the products, which then wait for each other.
+    Logits are hidden and not weights, because hiding weights lets the compiler
+    move work between the products, which then wait for each other.
     """
     z = self.hide(z, self.form.hidden * self.unit)
     return jnp.tanh(z) if self.form.tanh else z
 
   def one_sided(self, x, _=None, sign=1.0):
-    """The logits where a distance is sign (row + apart - column).
+    """tanh of the logits, or the logits, if all distances have one sign.
 
-    Without ALiBi there are no distances.
+    A distance is then sign (row + apart - column). Without ALiBi there are no
+    distances.
     """
     plane = ()
     if self.form.alibi:
@@ -278,15 +280,14 @@ class _Logits:
     return self.activate(x * self.scale + self.bias)
 
   def two_sided(self, x, _=None):
-    """The logits where a distance is an absolute value."""
+    """The same if a distance is an absolute value."""
     far = self.place.distance(x, self.form.offset)
     z = x * self.scale + self.bias - (self.unit * self.slope) * far
     return jnp.tanh(z) if self.paced else self.activate(z)
 
   def compute(self, s):
     """tanh of the logits, or the logits if the form has no tanh."""
-    # If tanh is paced, it is computed straight from the scores. So the mask
-    # comes before.
+    # A paced tanh is computed directly from the scores, so scores are masked.
     x = self.hide(s, -math.inf) if self.paced else s
     form, place = self.form, self.place
     sign = place.side(form)
@@ -323,15 +324,15 @@ def weights(
   Args:
     form: the mathematics.
     s: (rows, columns) float32, in registers as the tensor cores leave it.
-    bias, slope: numbers that the head shares.
-    place: where the block stands.
+    bias, slope: numbers that the whole head shares.
+    place: the positions of the block.
     ids: returns the segment ids of the rows and of the columns.
-    masked: whether a pair may be hidden; a bool, or a traced one, on which the
+    masked: whether a pair may be hidden: a bool, or a traced bool, on which the
       kernel branches.
     end: the first column that is beyond the length of its sequence; None if
       such columns are not hidden.
     paced: whether tanh is computed in small groups (registers.tanh).
-    in_output_unit: weights in Form.output_unit, and no phi'.
+    in_output_unit: returns weights in Form.output_unit, and no phi'.
   """
   unit = {"sigmoid": -_LOG2_E if form.exact else 0.5, "silu": 0.5}.get(
     form.kind, 1.0

@@ -1,12 +1,12 @@
 """Pointwise attention in Triton, for NVIDIA GPUs since Ampere.
 
-This is the host side: which problems are supported, and which kernels compute
-them; launch.py calls them. The forward pass saves query,
-key and value alone, and of normalised rows the output and one number. The
-backward pass has two kernels, one for dq (and the
-gradients of logit_bias and slopes) and one for dk and dv. Neither uses atomics,
-so every run gives the same numbers. A few queries against many keys, as in
-decoding, have a forward kernel of their own, see decode.py.
+This is the host side: it says which problems are supported, and chooses the
+kernels that compute them; launch.py calls them. The forward pass saves only
+query, key and value, and for normalised rows also the output and one number a
+row. The backward pass has two kernels, one for dq (and the gradients of
+logit_bias and slopes) and one for dk and dv. Neither uses atomics, so every run
+gives the same numbers. decode.py has a forward kernel for a few queries against
+many keys, as in decoding.
 """
 
 import functools
@@ -36,7 +36,7 @@ _PRECISIONS = {
 
 
 def unsupported(problem: Problem) -> str:
-  """The reason why these kernels cannot compute a problem, or ""."""
+  """Why these kernels cannot compute a problem; "" if they can."""
   if problem.dtype == "float64":
     return "float64 is not implemented"
   for name in vectors.dense(problem):
@@ -63,7 +63,7 @@ def attention(
   operands: Operands,
   problem: Problem,
 ) -> jax.Array:
-  """As xla.attention, of which the tangents of forward mode are computed.
+  """xla.attention in Triton. The tangents of forward mode are xla.attention's.
 
   Products of float32 are exact in float32, unless jax.default_matmul_precision
   is tensorfloat32 or high (three products of tf32). float16 weights are
@@ -148,8 +148,8 @@ def forward(
 ) -> list[jax.Array]:
   """[out, sums]: (B, T, N, H), and with problem.normalize (B, T, N) float32.
 
-  out = p v, or p v / s with problem.normalize; without it sums holds nothing.
-  precision: of float32 products, a value of Triton's input_precision.
+  out = p v, or p v / s with problem.normalize. Without it `sums` has no
+  meaning. precision: of float32 products, a value of Triton's input_precision.
   """
   arrays = query, key, value, *launch.operands_of(operands, tile.block_q, True)
   shape = query.shape[:3] if problem.normalize else (1,)
@@ -171,9 +171,9 @@ def backward_q(
 ) -> list[jax.Array]:
   """[dq (B, T, N, H), sums of dz (B, N, T), dslopes (B, N, blocks)].
 
-  The last are shares of the gradients, one for each block of queries. Sums that
-  are not wanted hold nothing. rows: with problem.normalize 1 / s and the shift,
-  (B, T, N) float32.
+  dslopes are shares of the gradients, one for each block of queries. Sums that
+  are not wanted have no meaning. rows: with problem.normalize 1 / s and the
+  shift, (B, T, N) float32.
   """
   arrays = query, key, value, d_out, *_rows(rows)
   extra = launch.operands_of(operands, tile.block_q, True)
@@ -212,7 +212,7 @@ def backward_kv(
 
 
 def _sums(problem, length, wanted):
-  """What (B, N, length) float32 looks like, or what nothing does."""
+  """The type of (B, N, length) float32, or of one unused number."""
   shape = (problem.batch, problem.num_heads, length) if wanted else (1,)
   return jax.ShapeDtypeStruct(shape, jnp.float32)
 

@@ -5,9 +5,9 @@ and streams the blocks of the other side past it. A weight depends on its own
 logit alone. So the contributions of blocks are simply added, and the backward
 pass recomputes the weights from q, k and v.
 
-The blocks in which something is visible follow one another. Only blocks at the
-edge of the visible part have a mask. Blocks that are hidden altogether are
-neither loaded nor computed.
+The blocks in which something is visible are contiguous. Only blocks at the edge
+of the visible part have a mask. Blocks that are hidden altogether are neither
+loaded nor computed.
 
 Lengths need no mask of the weights: rows beyond them are loaded as zeros, which
 add nothing to any sum. Padding may therefore contain NaN. Only the row sums of
@@ -34,7 +34,7 @@ UNITS = {
 
 @triton.jit
 def tanh(x):
-  """One instruction, exact to 6e-8 near +-1 and relatively to 5e-4."""
+  """tanh in one instruction: exact to 6e-8 near +-1, and to 5e-4 relatively."""
   return tl.inline_asm_elementwise(
     "tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
   )
@@ -288,10 +288,11 @@ def backward_kv(
 ):  # fmt: skip
   """dv_j = OUT_SCALE sum_i p_ij do_i, dk_j = D_Q_SCALE sum_i dz_ij q_i.
 
-  With SUMS also d_keys_j = SUM_SCALE sum_i dz_ij of each query head, (B, N, S).
-  For a block of keys of one key head, over the queries of all its heads. Tiles
-  are transposed (rows are keys, columns are queries): so a product leaves p and
-  dz in the registers from which the next product takes them.
+  A program has a block of keys of one key head, and sums over the queries of
+  all its query heads. With SUMS it also writes d_keys_j = SUM_SCALE sum_i dz_ij
+  for each query head, (B, N, S). Tiles are transposed (rows are keys, columns
+  are queries), so that a product leaves p and dz in the registers from which
+  the next product reads them.
   """
   batch, kv_head, first = _place(S, K, BLOCK_KV, False)
   q_len = _length(q_lengths, batch, T, Q_LENGTHS)
@@ -397,7 +398,7 @@ def _backward_kv_block(
       j_ids[:, None], LEFT, RIGHT, SEGMENTS,
     )  # fmt: skip
   acc_v = tl.dot(p.to(do_tile.dtype), do_tile, acc_v, input_precision=PRECISION)
-  # The tensor cores compute acc_v meanwhile.
+  # Meanwhile the tensor cores compute acc_v.
   dz = derivative * dp
   if SUMS:
     sum_dz += tl.sum(dz, 1)
@@ -438,11 +439,11 @@ def _unit(activation):
 def _weights(
   x, ACTIVATION: tl.constexpr, P_SCALE: tl.constexpr, D_Z_SCALE: tl.constexpr
 ):
-  """P_SCALE times the weights, D_Z_SCALE times their derivatives.
+  """P_SCALE times the weights, and D_Z_SCALE times their derivatives.
 
-  Up to constants: 2 and 4 for tanh, 2 for the derivative of silu, 1/2 for that
-  of relu2. The sums are divided by them when they are stored, once per row and
-  not per weight.
+  Some constant factors are left in: 2 and 4 for tanh, 2 for the derivative of
+  silu, 1/2 for that of relu2. The sums are divided by them when they are
+  stored, once per row and not per weight.
   """
   if ACTIVATION == "tanh":
     t = tanh(x)
@@ -552,7 +553,7 @@ def _runs(
 
   Row r sees r + offset - BEFORE to r + offset + AFTER of the other side. Every
   row sees all of full .. edge. Blocks in start .. full and edge .. stop need a
-  mask. All but stop are multiples of OTHER_BLOCK.
+  mask. All four except stop are multiples of OTHER_BLOCK.
   """
   last = min(first + rows, limit) - 1
   low, full_low = 0, 0
@@ -603,7 +604,7 @@ def _length(lengths, batch, full: tl.constexpr, GIVEN: tl.constexpr):
 
 @triton.jit
 def _offset(offsets, batch, OFFSETS: tl.constexpr):
-  """What is to be added to the positions of queries beside OFFSET."""
+  """The number that is added to the positions of queries, besides OFFSET."""
   offset = 0
   if OFFSETS:
     offset = tl.load(offsets + batch)
@@ -628,7 +629,10 @@ def _load_bias(
   pointer, batch, head, rows, limit, LENGTH: tl.constexpr,
   ACTIVATION: tl.constexpr, STRIDES: tl.constexpr,
 ):  # fmt: skip
-  """A head's numbers of the rows in units of the activation, as _bias_base."""
+  """A head's numbers for the rows, in units of the activation.
+
+  STRIDES: as in _bias_base.
+  """
   pointer += _bias_base(batch, head, LENGTH, STRIDES)
   return _load_bias_block(pointer, rows, limit, ACTIVATION, STRIDES)
 

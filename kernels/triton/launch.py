@@ -1,4 +1,4 @@
-"""How the Triton kernels are called: constants, operands, and the call."""
+"""Calls the Triton kernels: their constants, their operands, and the call."""
 
 import contextlib
 import os
@@ -39,12 +39,12 @@ def start(
   Args:
     kernel: a function of Triton. Its arguments are the arrays, the outputs and
       the constants.
-    arrays: what it reads.
+    arrays: the arrays that it reads.
     outs: the shapes and dtypes of the outputs.
     tile: has num_warps and num_stages.
     count: the number of programs.
     constants: the arguments that are known at compile time.
-    zeroed: the places in `outs` of those which are zero when it begins.
+    zeroed: the indices of those `outs` that must be zero when it begins.
   """
   with triton_cache_dir():
     import jax_triton
@@ -65,9 +65,10 @@ def start(
 
 @contextlib.contextmanager
 def triton_cache_dir() -> Iterator[None]:
-  """Puts TRITON_CACHE_DIR back, which jax_triton empties where it is imported.
+  """Restores TRITON_CACHE_DIR, which jax_triton empties when it is imported.
 
-  Without a folder, Triton's kernels of others in this process do not compile.
+  Without the folder, Triton kernels of other packages in this process do not
+  compile.
   """
   before = os.environ.get("TRITON_CACHE_DIR")
   yield
@@ -78,7 +79,7 @@ def triton_cache_dir() -> Iterator[None]:
 
 
 def _activation(direction, problem):
-  # Decoding waits for memory, so that the exact forms cost no time.
+  # Decoding waits for memory, so the exact forms cost no time.
   exact = problem.dtype == "float32" or direction == "decode"
   if problem.kind == "silu":
     return "exact_silu" if exact else "silu"
@@ -151,10 +152,11 @@ def common(direction: str, problem: Problem, precision: str) -> dict[str, Any]:
 
 
 def strides(problem: Problem, shape: tuple[int, ...] | None) -> int | None:
-  """How a kernel finds a head's row in (B or 1, N or 1, length).
+  """The strides by which a kernel finds a head's row in an array.
 
-  Twice the distance of examples in rows, plus that of heads, which is 0 or 1.
-  None if there is no array.
+  The array is (B or 1, N or 1, length). The strides are coded as one number:
+  twice the number of rows between two examples, plus the number of rows between
+  two heads, which is 0 or 1. None if there is no array.
   """
   if shape is None:
     return None
@@ -164,8 +166,8 @@ def strides(problem: Problem, shape: tuple[int, ...] | None) -> int | None:
 
 def _scales(activation, problem):
   """The constant factors that the kernels apply to their sums."""
-  # dz of tanh is four times that of sigmoid: hence two bits more than Mosaic
-  # has. Values of do v^T up to 64 may meet a saturated weight.
+  # dz of tanh is four times that of sigmoid, so the headroom has two bits more
+  # than Mosaic's. Values of do v^T up to 64 may meet a saturated weight.
   p_scale, d_z_scale = numerics.float16_scales(problem, headroom=11)
   twice = {"tanh": 2.0}.get(activation, 1.0)
   derivatives = {"tanh": 4.0, "silu": 2.0, "relu2": 0.5}.get(activation, 1.0)
@@ -214,10 +216,10 @@ def logit_operands(operands: Operands) -> tuple[jax.Array, ...]:
 
 
 def given(x: jax.Array | None, dtype: DTypeLike) -> jax.Array:
-  """x as the kernels read it."""
+  """x in the dtype that the kernels read; a placeholder if x is None."""
   return unread() if x is None else x.astype(dtype)
 
 
 def unread() -> jax.Array:
-  """Takes the place of an array that is absent, and that is never read."""
+  """A placeholder for an absent array. It is never read."""
   return jnp.zeros(1, jnp.int32)

@@ -20,7 +20,7 @@ SHORT = 256  # tokens up to which a sequence takes short tiles
 
 
 class Tile(NamedTuple):
-  """How a kernel is cut up; the order is that of the table in tiles.json."""
+  """The sizes of a kernel, in the order of the table in tiles.json."""
 
   block_q: int  # queries
   block_kv: int  # keys
@@ -47,7 +47,7 @@ def tile(problem: Problem, direction: str, capability: int) -> Tile:
     name = "block_q" if direction == "backward_kv" else "block_kv"
     block = getattr(whole, name)
     whole = whole._replace(**{name: min(block, max(block // 2, 32))})
-  # Blocks need not be longer than the sequence, and need fewer warps then.
+  # Blocks need not be longer than the sequence. Short ones need fewer warps.
   block_q = min(whole.block_q, padded(problem.query_len))
   block_kv = min(whole.block_kv, padded(problem.key_len))
   rows, all_rows = block_q, whole.block_q

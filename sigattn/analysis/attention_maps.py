@@ -28,8 +28,8 @@ def maps(
 ) -> dict[str, np.ndarray]:
   """The attention weights of every layer and head.
 
-  Returns {path of the stack: float32 (L, B, N, T, S)}: what the layers multiply
-  their values by, row scaling included.
+  Returns {path of the stack: float32 (L, B, N, T, S)}: the numbers by which the
+  layers multiply their values, including row scaling.
   """
 
   @jax.jit

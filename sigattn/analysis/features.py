@@ -24,12 +24,12 @@ def draw(
   devices: jax.sharding.Mesh,
   folder: str | os.PathLike[str],
 ) -> list[pathlib.Path]:
-  """Writes features.png and, of a task that draws images, drawings.png.
+  """Writes features.png and, for a task that draws images, drawings.png.
 
-  features.png has the features of the split's first 2,000 images by their two
-  principal components, in the colour of their class. drawings.png has a column
-  for each of 12 images. Returns the paths. Raises ValueError for a task without
-  `represent`.
+  features.png shows the first 2,000 images of the split by the first two
+  principal components of their features, in the colour of their class.
+  drawings.png has a column for each of 12 images. Returns the paths. Raises
+  ValueError for a task without `represent`.
   """
   task = tasks.get(config.task)
   batches = _first(tasks.eval_batches(config, split), _MOST_POINTS)
@@ -56,7 +56,7 @@ def draw(
 
 
 def _first(batches, examples):
-  """Batches with so many examples, or a few more."""
+  """The first batches that have at least this many examples together."""
   chosen = []
   for batch in batches:
     chosen.append(batch)
@@ -71,8 +71,8 @@ def principal_components(
 ) -> tuple[np.ndarray, np.ndarray]:
   """The first two principal components (M, 2), and their shares (2,).
 
-  A share is that of the whole variance, which is 0 of features that are all the
-  same.
+  A share is a component's part of the total variance. It is 0 if all features
+  are the same.
   """
   centred_MD = feature_MD - feature_MD.mean(0)
   _, size_K, direction_KD = np.linalg.svd(centred_MD, full_matrices=False)

@@ -1,7 +1,7 @@
 """Draws figures of runs: curves of metrics, telemetry, and attention weights.
 
 Runs are given as groups, {label: [lines of one run, lines of another seed,
-...]}, where the lines are those of sigattn.training.metrics.read.
+...]}. The lines are results of sigattn.training.metrics.read.
 """
 
 import itertools
@@ -35,7 +35,7 @@ _STYLE = {
   "grid.color": "grey",
   "legend.frameon": False,
   "legend.fontsize": "small",
-  "text.parse_math": False,  # a metric may be called anything
+  "text.parse_math": False,  # a metric's name may contain $
   "svg.fonttype": "none",
   "svg.hashsalt": "sigattn",  # the same figure gives the same file
 }
@@ -205,7 +205,7 @@ def _by_place(groups, quantity):
 
 
 def _line_styles(places):
-  """One style per place: shades for layers, dashed grey for other modules."""
+  """One style per place: colours for layers, dashed grey for other modules."""
   layered = [place for place in places if re.search(r"layer\d+$", place)]
   others = [place for place in places if place not in layered]
   shades = np.linspace(0.3, 0.9, len(layered))  # visible on white and on black
@@ -229,8 +229,8 @@ def overlays(
 ) -> figures.Figure:
   """Draws over an image how much attention each patch receives.
 
-  One row per layer and one column per head. The brightest patch of a plot has
-  the number in its title.
+  It has one row per layer and one column per head. The brightest patch of a
+  plot has the value that its title names.
 
   image_HWC: uint8. attention_LNRC: the result of the task's patch_attention,
   layers by heads by rows by columns of patches.
@@ -258,7 +258,7 @@ def matrices(
   """Draws a layer's attention weights: one plot per head, queries by keys.
 
   Each row is a query and each column is a key. The brightest weight of a plot
-  has the number in its title.
+  has the value that its title names.
 
   weights_NTS: of one example; only the first len(tick_labels) tokens are drawn.
   tick_labels: the text of each token. title: of the figure.
@@ -319,7 +319,7 @@ def image_rows(
 ) -> None:
   """Draws rows of images into a PNG file.
 
-  rows: {name: images (B, H, W, C) with pixels from 0 to 1}, all as many.
+  rows: {name: images (B, H, W, C) with pixels from 0 to 1}, with the same B.
   """
   columns = len(next(iter(rows.values())))
   with mpl.rc_context(_STYLE):

@@ -111,7 +111,7 @@ def sweep(
 
 
 def _spread(values):
-  """Mean, standard deviation and range as text; the mean alone of one value."""
+  """Mean, standard deviation and range as text; a single value as it is."""
   mean = f"{statistics.fmean(values):.4f}"
   if len(values) == 1:
     return mean

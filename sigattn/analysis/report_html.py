@@ -4,10 +4,10 @@
 
 The page covers every run in or below the folders. Runs that differ only in the
 seed form one group. The page shows which config values differ, the final
-evaluations, the training curves, and the telemetry where a run has it. It is
-one file that needs no network, readable on a screen and on paper: it contains
-its style sheet, and its figures are SVG in the colour of the text, so that they
-follow a light or dark theme. The figures are also saved as PNG.
+evaluations, the training curves, and the telemetry of runs that have it. It is
+one file, needs no network, and can be read on a screen and on paper. It
+contains its style sheet. Its figures are SVG in the colour of the text, so that
+they follow a light or dark theme. The figures are also saved as PNG.
 
 The confidence interval of a mean is Student's: mean +- t s / sqrt(n), where s
 is the standard deviation of n runs and t is the 97.5 % quantile of the t
@@ -122,9 +122,9 @@ def interval(
   """(mean, standard deviation, low, high) with the 95 % interval of the mean.
 
   The interval is Student's; the module's docstring has the formula. For a
-  single value all but the mean are None.
+  single value everything except the mean is None.
   """
-  import scipy.stats  # takes 0.4 s, and only this function needs it
+  import scipy.stats  # The import takes 0.4 s; only this needs it.
 
   mean, n = statistics.fmean(values), len(values)
   if n == 1:
@@ -148,8 +148,8 @@ def write(
     out: the folder to write to; None means `report` in the first folder.
 
   Raises:
-    ValueError: for a folder that contains no run, and for the name of a page
-      in place of a folder.
+    ValueError: for a folder that contains no run, and if `out` is the name of a
+      page, not of a folder.
   """
   return _write(by_config(find(folders)), folders, out)
 
@@ -195,10 +195,10 @@ def _out(folders, out):
 
 
 def _safe(name):
-  """The name of a metric as the name of a file and of an element.
+  """Turns the name of a metric into the name of a file and of an element.
 
-  A metrics.jsonl from elsewhere may name its metrics anything. A hash keeps
-  apart the names in which something was replaced.
+  A metrics.jsonl from elsewhere may contain any names. If a character is
+  replaced, a hash is added, so that different names stay different.
   """
   safe = re.sub(r"[^A-Za-z0-9_=-]", "_", name)[:80]
   if safe == name:
@@ -358,7 +358,7 @@ def figures(
   captions: Mapping[str, str] | None = None,
   wide: bool = False,
 ) -> str:
-  """The HTML of figures, side by side where the window is wide enough.
+  """The HTML of figures, which stand side by side if the window is wide enough.
 
   by_name: {name: figure}. captions: {name: text that follows the name in the
   caption}. wide: gives each figure the full width.
@@ -400,7 +400,7 @@ def define_flags() -> None:
 def run(flag_values: flags.FlagValues, folders: list[str]) -> None:
   """Writes the page about the runs in the folders and prints its path.
 
-  Where it cannot be written, the final evaluations are printed instead.
+  If it cannot be written, the final evaluations are printed instead.
   """
   groups = by_config(find(folders))
   try:

@@ -1,30 +1,31 @@
 """Measures what attention and the optimizer do during a run.
 
 With config.telemetry.every_steps = k, telemetry is measured just before the
-first update and before every k-th, and is written to the run's metrics as a
-line of the split "telemetry". It is measured by separate compiled programs, so
-the training step compiles and computes exactly the same as without telemetry.
-Each number is named quantity/place, for example entropy/encoder/layer0/head3.
+first update and before every k-th update. It is written to the run's metrics as
+a line of the split "telemetry". Separate compiled programs measure it, so the
+training step compiles and computes exactly the same as without telemetry. Each
+number is named quantity/place, for example entropy/encoder/layer0/head3.
 
 QUANTITIES describes the quantities. Those of attention are measured for each
-layer and head, and those of the residual stream for each layer, both on the
-first config.telemetry.examples held-out examples. Those of the update are
-measured for each top-level module of the model and for each layer of a stack.
+layer and head, and those of the residual stream for each layer. Both are
+measured on the first config.telemetry.examples held-out examples. Those of the
+update are measured for each top-level module of the model and for each layer of
+a stack.
 
-A denotes the weights (T, S) by which the layer multiplies the values V, with
-the factor of config.attn.row_power. A block adds to the residual stream x
-(T, D) twice, x + y: attn_added_norm and mlp_added_norm are |y|, where y
-includes LayerScale and the second norm of the hybrid placement. residual_norm
-is |x| after the block; with post-norm, after its last norm.
+A denotes the weights (T, S) by which the layer multiplies the values V,
+including the factor of config.attn.row_power. A block adds to the residual
+stream x (T, D) twice, x + y. attn_added_norm and mlp_added_norm are |y|, where
+y includes LayerScale and the second norm of the hybrid placement. residual_norm
+is |x| after the block, and with post-norm after its last norm.
 
 Entropy: the rows of softmax are distributions. For the other kinds each row is
-divided by its sum first, so that e^entropy is the effective number of keys that
-the row attends to; a row of zeros has entropy 0.
+first divided by its sum, so that e^entropy is the effective number of keys that
+the row attends to. A row of zeros has entropy 0.
 
-Saturated weights no longer follow their logit z. For sigmoid and softmax they
-are those with A > 0.99 before the factor of row_power, where
-d log A / dz = 1 - A < 0.01; for the ReLU kinds they are those with A = 0, where
-the gradient is 0.
+Saturated weights no longer follow their logit z. For sigmoid and softmax these
+are the weights with A > 0.99 before the factor of row_power, where
+d log A / dz = 1 - A < 0.01. For the ReLU kinds they are the weights with A = 0,
+where the gradient is 0.
 """
 
 import functools
@@ -159,16 +160,16 @@ def collect(
     measure: a function (attn, query, key, value, *, real_BT, positions,
       streams, **options) -> pytree of arrays, where
       attn is the layers.SelfAttention;
-      query, key, value and options are what it passes to
+      query, key, value and options are the arguments that it passes to
         dot_product_attention;
       real_BT is False for queries that are padding;
-      positions are those the layer is called with, or None;
+      positions are those that the layer is called with, or None;
       streams has three arrays (B, T, D): "attn_added" and "mlp_added", which
         the block adds to the residual stream, and "residual", the stream after
         the block.
 
   Returns:
-    {path of the stack: pytree}, with an axis of layers in front of each array.
+    {path of the stack: pytree}. The first axis of each array is the layer.
   """
   task, model = tasks.get(config.task), setup.model(config, params)
   collected = {}
@@ -178,7 +179,7 @@ def collect(
   for path, stack in _stacks(model).items():
     *parents, name = path
     parent = functools.reduce(getattr, parents, model)
-    # A function that runs the stack and calls `measure` takes its place.
+    # Replace the stack by a function that runs it and calls `measure`.
     setattr(
       parent,
       name,
@@ -255,10 +256,11 @@ def statistics(
 ) -> dict[str, jax.Array]:
   """The QUANTITIES of attention, float32 (N,), and of the stream, scalars.
 
-  Only rows that are not padding and see at least one key count, and of them
-  only the visible keys. Norms are computed per example and averaged over the
-  examples. row_sum_max and logit_max are taken over all examples. The other
-  quantities are means over all the rows, or all the pairs, of a head.
+  Only rows that are not padding and see at least one key count, and in these
+  rows only the visible keys. Norms are computed per example and averaged over
+  the examples. row_sum_max and logit_max are the largest values of all
+  examples. The other quantities are means over all rows, or all pairs, of a
+  head.
 
   The arguments are those of `measure` in `collect`.
   """
@@ -344,8 +346,8 @@ def norms(
 
   stacks: the paths of the model's stacks, tuples of keys.
 
-  Returns {place: norm}: an array (L,), one norm per layer, for the blocks of
-  each stack, and a scalar for each top-level module without its stacks.
+  Returns {place: norm}: for the blocks of each stack an array (L,), one norm
+  per layer, and for each top-level module without its stacks a scalar.
   """
   squares = {}
   for path, x in jax.tree_util.tree_leaves_with_path(tree):

@@ -4,8 +4,8 @@
 
 draws the figures and prints a table of the numbers. The functions can be used
 in notebooks. Outputs and Jacobians are those of the operation that the models
-use, sigattn.attention.dot_product_attention. docs/theory.md proves what is said
-here of softmax and of normalised sigmoid.
+use, sigattn.attention.dot_product_attention. docs/theory.md proves the
+statements here about softmax and normalised sigmoid.
 
 |x| is the Euclidean norm of a vector and the spectral norm of a matrix.
 Shapes: T tokens of width D, N heads of width H; one example without a batch.
@@ -92,8 +92,8 @@ def jacobian_norm(
 ) -> jax.Array:
   """The exact spectral norm of the Jacobian of (T, D) -> (T, D) at x_TD.
 
-  It is the local Lipschitz constant, where the norm of the input and output is
-  the Euclidean norm over all tokens together.
+  It is the local Lipschitz constant for the Euclidean norm over all tokens
+  together, of the input and of the output.
   """
   jacobian = jax.jacrev(function)(x_TD).reshape(x_TD.size, x_TD.size)
   return jnp.linalg.norm(jacobian, 2)
@@ -112,9 +112,9 @@ def sigmoid_bound(
   a visible pair. For several heads it is |W_out| times the square root of the
   sum of the squares of the heads' bounds.
 
-  The differential of a row has three parts, by the values, by the query and by
-  the keys; each is bounded by Cauchy-Schwarz over the keys. The bound holds for
-  any mask. With `identity` heads, tokens that are all equal attain it.
+  The differential of a row has three parts, from the values, the query and the
+  keys. Each is bounded by Cauchy-Schwarz over the keys. The bound holds for any
+  mask. With `identity` heads it is attained if all tokens are equal.
 
   The arguments are those of `attend`.
   """
@@ -141,10 +141,10 @@ def softmax_bound(
 ) -> jax.Array:
   """An upper bound of jacobian_norm for softmax.
 
-  It is normalized_bound's limit as b falls: there all d_ij are 1, and B_i is
-  the covariance of the tokens under row i. In a ball of radius R it is at most
-  |W_v| (sqrt(T) + |A| R^2 (1 + sqrt(T))). 2312.14820 proves that this growth
-  with the square root of the length is tight on compact sets.
+  It is the limit of normalized_bound as b falls, where all d_ij are 1 and B_i
+  is the covariance of the tokens under row i. In a ball of radius R it is at
+  most |W_v| (sqrt(T) + |A| R^2 (1 + sqrt(T))). 2312.14820 proves that this
+  growth with the square root of the length is tight on compact sets.
   """
   logits_NTT = _logits(heads, x_TD)
   return _bound_of_rows(heads, x_TD, logits_NTT, 1.0, mask_TT)
@@ -173,7 +173,7 @@ def normalized_bound(
   if logit_bias is None:
     logit_bias = attention.default_logit_bias("sigmoid", len(x_TD))
   logits_NTT = _logits(heads, x_TD) + logit_bias
-  # log(sigmoid) is the logit that softmax has to take for the same weights.
+  # Softmax of log(sigmoid) gives the same weights.
   return _bound_of_rows(
     heads,
     x_TD,
@@ -208,9 +208,9 @@ def ball_bound(
 ) -> float:
   """An upper bound of jacobian_norm for all inputs with |x_i| <= radius.
 
-  It is for `identity` heads, where |W_v| = |A| = 1 and the logits are between
-  -radius^2 and radius^2, without a mask. For sigmoid it is the maximum of
-  sigmoid_bound. For rows with a sum of 1 it is
+  It holds without a mask and for `identity` heads, where |W_v| = |A| = 1 and
+  the logits are between -radius^2 and radius^2. For sigmoid it is the maximum
+  of sigmoid_bound. For rows with a sum of 1 it is
 
     sqrt(K) + d R^2 (1 + sqrt(K)),   K = min(length, r),
 
@@ -313,7 +313,7 @@ def worst_case(
 
   spread, size, noise, one = jax.random.split(key, 4)
   starts = jax.random.normal(spread, (16, length, width))
-  # In half of the starts all tokens but the first are nearly equal.
+  # In half of the starts all tokens except the first are nearly equal.
   alike = jax.random.normal(one, (8, 1, width))
   alike *= jax.random.uniform(size, (8, 1, 1)) / jnp.linalg.norm(
     alike, axis=-1, keepdims=True
@@ -638,7 +638,7 @@ def draw(folder: str | os.PathLike[str]) -> dict[str, str]:
 
   Returns the numbers of the table, {quantity: value as text}.
   """
-  import matplotlib.figure  # takes 0.3 s, and only this function needs it
+  import matplotlib.figure  # The import takes 0.3 s; only this needs it.
 
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Where examples come from, and how they become batches."""
+"""Sources of examples, and the pipeline that makes batches of them."""
 
 from sigattn import extras
 

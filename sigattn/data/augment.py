@@ -115,7 +115,7 @@ def inception_box(
 def shift(
   images_BHWC: np.ndarray, pad: int, rng: np.random.Generator
 ) -> np.ndarray:
-  """Moves each image by up to `pad` pixels along both axes; zeros fill in."""
+  """Moves each image by up to `pad` pixels along both axes; fills with 0."""
   batch, height, width, _ = images_BHWC.shape
   pad_widths = ((0, 0), (pad, pad), (pad, pad), (0, 0))
   padded = np.pad(images_BHWC, pad_widths)

@@ -33,8 +33,8 @@ def embedded(name: str, file: str) -> pathlib.Path:
 def local(name: str, key: str = "source") -> pathlib.Path:
   """Returns the path that `name` would be as a file or folder.
 
-  key: config.data's, for the error. Raises ValueError for what the system
-  accepts as no path.
+  key: the key of config.data, for the error. Raises ValueError if the system
+  does not accept the name as a path.
   """
   try:
     path = pathlib.Path(name).expanduser()
@@ -58,7 +58,7 @@ def builder(source: str, embedded_names: Collection[str]) -> Any:
   with several subsets. embedded_names: the names of the embedded data sets,
   for the error. Raises ValueError if the source cannot be read.
   """
-  import datasets  # This import takes two seconds; embedded sets don't need it.
+  import datasets  # The import takes 2 s; embedded sets do not need it.
 
   path, subset = local(source), ""
   if path.is_dir():
@@ -70,7 +70,7 @@ def builder(source: str, embedded_names: Collection[str]) -> Any:
   try:
     with uncounted() if path.is_dir() else contextlib.nullcontext():
       return datasets.load_dataset_builder(name, subset or None)
-  except Exception as error:  # A strange folder makes it raise anything.
+  except Exception as error:  # An unusual folder may raise any exception.
     raise ValueError(
       f"config.data.source={source!r}: cannot be read: {error}"
     ) from error
@@ -79,10 +79,10 @@ def builder(source: str, embedded_names: Collection[str]) -> Any:
 def file_of(source: str, path: str) -> pathlib.Path:
   """Returns the path of a file that a row of a source names.
 
-  A row of a foreign table may name any file of this machine. Only those are
-  opened that lie in the source's own folder, to which a relative path belongs,
-  or where `datasets` keeps what it has downloaded. Raises ValueError for
-  others.
+  A row of a foreign table may name any file of this machine. A file is opened
+  only if it is in the source's own folder, to which relative paths refer, or
+  where `datasets` keeps what it has downloaded. Raises ValueError for other
+  files.
   """
   import datasets
 
@@ -96,7 +96,7 @@ def file_of(source: str, path: str) -> pathlib.Path:
   if own.is_dir():
     folders.insert(0, own.resolve())
     path = os.path.join(folders[0], path)
-  # Not resolved: the owner of a folder may keep links in it.
+  # The path is not resolved, because its owner may have links in the folder.
   path = pathlib.Path(os.path.normpath(path))
   if not any(path.is_relative_to(os.path.abspath(x)) for x in folders):
     raise ValueError(
@@ -113,7 +113,8 @@ def unknown_source(
 ) -> ValueError:
   """Returns the error for a source that is of no known kind.
 
-  files: "file or " if a source may also be a single file. key: config.data's.
+  files: "file or " if a source may also be a single file. key: the key of
+  config.data.
   """
   return ValueError(
     f"config.data.{key}={source!r}; choose an embedded set "
@@ -126,8 +127,9 @@ def unknown_source(
 def uncounted() -> Iterator[None]:
   """A context in which `datasets` does not tell the Hub what it loads.
 
-  It counts the uses of its readers, of local files too: a request for each
-  file that is opened, which waits for seconds where there is no network.
+  `datasets` counts the uses of its readers, even for local files, by one
+  request for each file that is opened. Without a network each request waits for
+  seconds.
   """
   import datasets
 
@@ -141,9 +143,9 @@ def uncounted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(origin: object) -> Iterator[None]:
-  """A context in which errors of `datasets` are ValueErrors.
+  """A context that turns errors of `datasets` into ValueErrors.
 
-  origin: what is read, as the message begins.
+  origin: the name of what is read, with which the message begins.
   """
   import datasets
 
@@ -164,7 +166,8 @@ def validate_split(source: str, split: str, splits: Collection[str]) -> None:
     raise ValueError(f"{split=} of {source!r}; choose from {sorted(splits)}")
 
 
-# Of what is one text or embedded. The validation split is the end of "train".
+# The training splits of one text or an embedded set. The split "validation" is
+# the end of "train".
 TRAIN_SPLITS = ("train", "train_without_validation")
 
 
@@ -192,8 +195,8 @@ def is_encoded(feature: Any, kind: type) -> bool:
   """Whether a column holds encoded files: images or recordings.
 
   feature: the column's type, as `datasets` describes it. kind: datasets.Image
-  or datasets.Audio. Their storage will do as well, which is what other tools
-  write: a struct of bytes and path, or the bytes alone.
+  or datasets.Audio. Other tools write the storage of these types: a struct of
+  bytes and path, or only the bytes. That is accepted too.
   """
   if isinstance(feature, dict):
     return {"bytes", "path"} <= feature.keys()
@@ -215,10 +218,10 @@ def column(
 ) -> str:
   """Returns the name of the only column of a kind.
 
-  features: {column: type}, as `datasets` describes them. kind: its name, for
-  the error. is_kind: whether a type is of the kind. If several columns are of
-  it, the one with a usual name is meant. Raises ValueError if this leaves no
-  column or several.
+  features: {column: type}, as `datasets` describes them. kind: the name of the
+  kind, for the error. is_kind: whether a type is of the kind. If several
+  columns are, the one with a usual name is chosen. Raises ValueError if no
+  column or several columns remain.
   """
   candidates = [k for k, value in features.items() if is_kind(value)]
   with_usual_name = [name for name in candidates if name in usual_names]

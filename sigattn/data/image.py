@@ -2,9 +2,9 @@
 
 config.data.source is the name of an embedded data set, a local folder of
 images, of parquet files or of the four files of MNIST (sigattn/data/mnist.py),
-or the name of a data set on the Hugging Face Hub. A class is the folder of an
-image, or a column called label: of ClassLabel, of integers from 0 on, or of
-names.
+or the name of a data set on the Hugging Face Hub. The class of an image is its
+folder, or a column called label, which holds ClassLabels, integers from 0 on,
+or names.
 """
 
 import io
@@ -58,7 +58,7 @@ FIELDS = {
 
 
 def one_mean_and_std_per_channel(config: ConfigDict) -> None:
-  """The rule that config.data.mean and std fit config.data.channels."""
+  """A rule: config.data.mean and std must fit config.data.channels."""
   channels = config.data.channels
   for name in ("mean", "std"):
     values = config.data[name]
@@ -79,9 +79,9 @@ def _shift_leaves_a_part(config):
 
 
 def source_has_the_splits_and_classes(config: ConfigDict) -> None:
-  """Compares the config with what is known of the source before it is read.
+  """A rule: the config must fit what is known of the source before reading.
 
-  The columns and classes of a folder are known only after it has been opened;
+  The columns and classes of a folder are known only after it has been opened.
   _Decoded validates them then.
   """
   source = config.data.source
@@ -116,7 +116,7 @@ def _validate_num_classes(config, num_classes):
 
 
 def _splits_and_classes(source):
-  """(names of the splits, number of classes); None for an unknown number."""
+  """(names of the splits, number of classes, or None if it is not known)."""
   if source in EMBEDDED:
     file, *splits_and_classes = EMBEDDED[source]
     hub.embedded(source, file)
@@ -165,10 +165,10 @@ def _is_string(feature):
 
 
 def _validate_depth(source):
-  """Raises ValueError for a folder of images whose classes cannot be told.
+  """Raises ValueError for a folder of images that does not show their classes.
 
-  `datasets` takes the folder of an image for its class only if all images lie
-  equally deep.
+  `datasets` uses the folder of an image as its class only if all images are
+  equally deep in the tree of folders.
   """
   folder = hub.local(source)
   depths = {}
@@ -190,9 +190,9 @@ def open_source(
 ) -> "Source":
   """Opens a split of config.data.source.
 
-  transform: what makes batches of the images that were read, by default with
-  the crops and the augmentation of config.augment. It has train(images_BHWC,
-  rng) and evaluate(images_BHWC). Raises ValueError if the source has no such
+  transform: makes batches of the images that were read. It has the methods
+  train(images_BHWC, rng) and evaluate(images_BHWC). By default it crops and
+  augments as config.augment says. Raises ValueError if the source has no such
   split or cannot be read.
   """
   source = config.data.source
@@ -306,8 +306,8 @@ class _Decoded(Source):
     _validate_num_classes(config, len(names))
     self._labels = _labels(table[label][:], names)
     self._warn_of_missing(names)
-    # The images stay encoded here. Pillow decodes them in grain's workers, and
-    # our errors then name the row.
+    # The images stay encoded here. Pillow decodes them in grain's workers, so
+    # that our errors name the row.
     self._table = table.select_columns([self._image_column])
     if isinstance(features[self._image_column], datasets.Image):
       self._table = self._table.cast_column(
@@ -330,8 +330,8 @@ class _Decoded(Source):
   def _read(self, indices_1):
     """Image (1, H, W, C) and target (1,) of one index, and the index read.
 
-    Images of different sizes cannot be one array, so this reads one at a time.
-    The next image that can be read takes the place of a corrupt one.
+    Images of different sizes do not fit into one array, so this reads one at a
+    time. If an image is corrupt, the next readable one replaces it.
     """
     [row], count = indices_1.tolist(), len(self)
     others = ((row + i) % count for i in range(count))
@@ -343,7 +343,7 @@ class _Decoded(Source):
       self._example(index)
     except loader.CorruptExampleError as error:
       return str(error)
-    return f"{self._origin}, row {index}: could be read the second time"
+    return f"{self._origin}, row {index}: was readable at the second attempt"
 
   def _example(self, row):
     image = hub.encoded(self._table[row][self._image_column])
@@ -368,8 +368,8 @@ class _Decoded(Source):
 def _class_names(config, feature, column):
   """The name of each class.
 
-  feature: the type of the column of labels. Of a column of strings, the classes
-  are those that occur in the splits of the config, in alphabetical order.
+  feature: the type of the column of labels. If it holds strings, the classes
+  are the strings in the splits of the config, in alphabetical order.
   """
   import datasets
 
@@ -385,7 +385,7 @@ def _class_names(config, feature, column):
 
 
 def _labels(values, names):
-  """The classes as numbers (rows,), -1 for what is none."""
+  """The classes as numbers (rows,); -1 for a name that is no class."""
   number = {name: i for i, name in enumerate(names)}
   return np.array(
     [number.get(x, -1) if isinstance(x, str) else x for x in values], object
@@ -398,16 +398,16 @@ def decode(
   """Decodes an image to uint8 (H, W, channels).
 
   encoded: {"bytes": content of a file, "path": str}; the file at the path is
-  read if the bytes are None. channels: 1 or 3. max_pixels: a file of a few
-  kilobytes may say that it holds more, and would need gigabytes. Raises
-  ValueError for an image with more pixels, with more than 8 bits per channel,
-  or with several frames.
+  read if the bytes are None. channels: 1 or 3. max_pixels: the largest image. A
+  file of a few kilobytes may claim to have more pixels, and would need
+  gigabytes. Raises ValueError for an image with more pixels, with more than 8
+  bits per channel, or with several frames.
   """
   content = encoded["bytes"]
   file = encoded["path"] if content is None else io.BytesIO(content)
   if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
-    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own bound
-  with Image.open(file) as image:  # reads the header alone
+    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit
+  with Image.open(file) as image:  # reads only the header
     width, height = image.size
     if width * height > max_pixels:
       raise ValueError(

@@ -34,8 +34,8 @@ from ml_collections import ConfigDict
 
 from sigattn.validate import whole
 
-# How many batches of a source that decodes are made at the same time if there
-# are no worker processes. Threads help: Pillow decodes and resizes without
+# How many batches are made at the same time if a source decodes and there are
+# no worker processes. Threads help because Pillow decodes and resizes without
 # holding Python's global lock.
 _THREADS = 4
 
@@ -44,7 +44,7 @@ _ENDLESS = 2**40  # more epochs and more examples than any run needs
 Batch = dict[str, np.ndarray]
 
 FIELDS = {
-  # JAX would make one key of two seeds that differ by 2^32.
+  # JAX would make the same key of two seeds that differ by 2^32.
   "seed": whole(low=0, high=2**32 - 1),
   "batch_size": whole(low=1, high=2**20),
   "data.num_workers": whole(low=0, high=1024),
@@ -55,8 +55,8 @@ RULES = ()
 def validate_batch_size(config: ConfigDict, count: int, of: str) -> None:
   """Raises ValueError if a training batch has more examples than the split.
 
-  Each batch would hold examples twice. count: the split's number of examples.
-  of: what they are examples of, for the error.
+  A batch would then contain examples twice. count: the split's number of
+  examples. of: the name of the split, for the error.
   """
   if config.batch_size > count:
     raise ValueError(
@@ -82,10 +82,10 @@ class ExampleSource:
     takes its examples from one bucket, and all batches of a bucket have one
     shape. None if all examples have one shape.
   max_corrupt: how many examples may be corrupt. If it is not 0, a batch also
-    has int64 `corrupt` (B,), the index of the corrupt example whose place
-    another one has taken, or -1; it does not leave the pipeline.
-  unreadable: {index: why} of corrupt examples known before they are read, which
-    are in no bucket.
+    has int64 `corrupt` (B,): the index of the corrupt example that another one
+    has replaced, or -1. `corrupt` does not leave the pipeline.
+  unreadable: {index: why} of examples that are known to be corrupt before they
+    are read. They are in no bucket.
   """
 
   in_memory: bool
@@ -96,10 +96,10 @@ class ExampleSource:
   def first_readable(
     self, indices: Iterable[int], read: Callable[[int], Any]
   ) -> tuple[int, Any]:
-    """Returns the first index that can be read, and what `read` returns of it.
+    """Returns the first index that can be read, and read(index).
 
-    Which one that is depends on the files alone, so a resumed run and any
-    number of workers read the same. Raises CorruptExampleError after more than
+    It depends on the files alone, so that a resumed run and any number of
+    workers read the same examples. Raises CorruptExampleError after more than
     max_corrupt corrupt examples in a row.
     """
     error = None
@@ -113,7 +113,7 @@ class ExampleSource:
   def marks(self, indices_B: np.ndarray, read_B: np.ndarray) -> Batch:
     """Returns {"corrupt": (B,)}, or nothing if no example may be corrupt.
 
-    indices_B: the examples that a batch asked for. read_B: those that it has.
+    indices_B: the examples that a batch asked for. read_B: those that it got.
     """
     if not self.max_corrupt:
       return {}
@@ -127,7 +127,7 @@ class ExampleSource:
     """Yields batches without end, each a dict of NumPy arrays made by `train`.
 
     A batch holds this process's share of the examples. Order and augmentation
-    depend on config.seed alone, and each epoch has another order.
+    depend only on config.seed, and the order changes with each epoch.
     grain.checkpoint saves and restores the iterator's state exactly. Raises
     ValueError if a batch has more examples than the split.
     """
@@ -163,11 +163,11 @@ class ExampleSource:
 def _evaluate(source, indices_B):
   """A batch with weights. An index i >= len(source) stands for padding.
 
-  The example with index i % len(source) takes the place of the padding.
+  The example with the index i % len(source) is used as padding.
   """
   is_real = indices_B < len(source)
   batch = source.evaluate(indices_B % len(source))
-  if "corrupt" in batch:  # Another example, which is counted in its own place.
+  if "corrupt" in batch:  # The replacement is counted in its own place.
     is_real &= batch["corrupt"] < 0
   return batch | {"weight": is_real.astype(np.float32)}
 
@@ -184,16 +184,17 @@ def _chunk_size(config, source):
 
 
 def _batches(config, source, chunks, num_workers):
-  """Batches of chunks, of which each process has its own rows.
+  """Makes batches of chunks; each process has its own rows of them.
 
-  Each worker makes whole batches, so that the number of workers changes the
-  speed and nothing else.
+  Each worker makes whole batches, so that the number of workers changes only
+  the speed.
   """
   # With buckets, the processes divide each batch before they read it.
   share = chunks
   if source.buckets is None and source.in_memory:
-    # Every process makes whole batches, which is cheap, and keeps its rows. The
-    # random numbers of an example then do not depend on how many there are.
+    # Every process makes whole batches, which is cheap, and keeps its own rows.
+    # So the random numbers of an example do not depend on the number of
+    # processes.
     share = chunks.map(functools.partial(_own_rows, *_process()))
   elif source.buckets is None:
     batches = chunks.batch(batch_size(config), batch_fn=_concatenate)
@@ -203,7 +204,7 @@ def _batches(config, source, chunks, num_workers):
   if num_workers:
     _validate_main_guard(num_workers)
   if num_workers and not flags.FLAGS.is_parsed():
-    # grain reads absl's flags, which a notebook has not parsed.
+    # grain reads absl's flags, and a notebook has not parsed them.
     flags.FLAGS.mark_as_parsed()
   dataset = share.to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
@@ -220,9 +221,9 @@ def _batches(config, source, chunks, num_workers):
 def _validate_main_guard(num_workers):
   """Raises ValueError in a script that worker processes would run again.
 
-  A worker begins by importing the script that was started, as __mp_main__. If
-  this call does not stand below `if __name__ == "__main__"` there, each worker
-  would start workers of its own.
+  A worker first imports the script that was started, as __mp_main__. If this
+  call is not below `if __name__ == "__main__"` there, each worker would start
+  workers of its own.
   """
   main = sys.modules["__main__"]
   file, spec = getattr(main, "__file__", None), main.__spec__
@@ -250,9 +251,10 @@ def _validate_main_guard(num_workers):
 
 
 class _NamingDeadWorkers(grain.IterDataset):
-  """The same dataset; a worker process that was killed is an OSError.
+  """The same dataset, but a killed worker process raises an OSError.
 
-  The system kills one where memory runs out. It is no bug, which a trace shows.
+  The system kills a worker if memory runs out. That is no bug, so the user
+  should see one line and not a trace.
   """
 
   def __init__(self, parent, num_workers):
@@ -279,8 +281,8 @@ class _NamingDeadWorkersIterator(grain.DatasetIterator):
         raise
       raise ChildProcessError(
         f"a worker process (config.data.num_workers={self._num_workers}) was "
-        f"ended from outside, with exit code {ended[1]}; where memory runs "
-        "out, the system does that, and fewer workers need less"
+        f"killed, with exit code {ended[1]}. The system does that if memory "
+        "runs out; fewer workers need less memory"
       ) from error
 
   def get_state(self):
@@ -294,9 +296,9 @@ class _CountCorrupt:
   """Counts and names the corrupt examples, and ends a run with too many.
 
   It is the last step of the pipeline and runs in the main process, so it counts
-  what all worker processes skip. In a run of several processes, each of them
-  counts what is in its own part of the batches, and compares it with the share
-  of the whole split. A run that is resumed counts from 0.
+  the examples that all worker processes skip. In a run of several processes,
+  each process counts the examples in its own part of the batches, and compares
+  their number with the share of the whole split. A resumed run counts from 0.
   """
 
   def __init__(self, source):
@@ -325,7 +327,7 @@ class _CountCorrupt:
 
 
 def _process():
-  """(index, count) of this process; a worker process would not know it."""
+  """(index, count) of this process. A worker process would not know them."""
   return jax.process_index(), jax.process_count()
 
 
@@ -340,7 +342,7 @@ def _start_worker(*_):
   """Makes a worker end when the main process ends, and not before."""
   # Ctrl-C reaches the workers too, but the main process may still need a batch.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  # A main process that is killed cannot stop its workers: they watch it.
+  # A killed main process cannot stop its workers, so they watch it.
   threading.Thread(target=_await_parent, daemon=True).start()
 
 
@@ -359,9 +361,9 @@ def _concatenate(chunks):
 class _Shuffled:
   """Chunks of indices, int64 (chunk,), with a new permutation in each epoch.
 
-  grain's own shuffle is not used: it costs 24 microseconds per index, more than
-  all other work on a small image, and its order of seed s in epoch e is that of
-  seed s + 1 in epoch e - 1.
+  grain's own shuffle is not used for two reasons. It costs 24 microseconds per
+  index, more than all other work on a small image. And its order of seed s in
+  epoch e is the order of seed s + 1 in epoch e - 1.
   """
 
   def __init__(self, length, chunk, seed):
@@ -402,7 +404,7 @@ class _InOrder:
 
 
 class _Buckets:
-  """What both orders of a source with buckets share: the batch sizes.
+  """The batch sizes of a source with buckets, which both orders share.
 
   A batch of the longest bucket has config.batch_size examples. A batch of a
   shorter bucket has floor(longest seconds / its seconds) times as many, so that
@@ -435,8 +437,8 @@ class _ShuffledBuckets(_Buckets):
   """Whole batches of indices; the batches of all buckets are shuffled together.
 
   By the end of epoch e, bucket b has yielded floor((e + 1) len_b / size_b)
-  batches. Each example therefore comes once per epoch, except that examples
-  which do not fill a batch move on to the next epoch.
+  batches. So each example comes once per epoch, except that examples which do
+  not fill a batch move to the next epoch.
   """
 
   def __init__(self, source, config):
@@ -481,7 +483,7 @@ class _ShuffledBuckets(_Buckets):
 def _bucket_order(counts, seed, epoch):
   """The bucket of each batch of an epoch; bucket b has counts[b] batches."""
   order = np.repeat(np.arange(len(counts)), counts)
-  # The 1 gives other random numbers than those that shuffle the examples.
+  # The 1 makes these random numbers differ from those that shuffle examples.
   return np.random.default_rng((seed, epoch, 1)).permutation(order)
 
 

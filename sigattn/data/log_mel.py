@@ -8,13 +8,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 WINDOW_MS, HOP_MS = 25, 10
-# A floor makes the logarithm of digital silence finite. It lies below the
+# The floor makes the logarithm of digital silence finite. It is below the
 # quietest part of a recording of 16 bits.
 _FLOOR = 1e-6
 
 
 def frames(samples: int | jax.Array, sample_rate: int) -> int | jax.Array:
-  """Returns how many whole windows fit into `samples` samples.
+  """Returns the number of whole windows that fit into `samples` samples.
 
   A window of 25 ms starts every 10 ms. samples: an int, or an array of ints.
   sample_rate: in Hz.
@@ -33,10 +33,10 @@ def log_mel(audio_BS: jax.Array, sample_rate: int, mel_bins: int) -> jax.Array:
 
   A window of 25 ms starts every 10 ms, and none reaches beyond the end. The FFT
   has at least twice the window's samples, so that each of 80 bins holds a
-  frequency even at 8 kHz. The energies are those of
-  librosa.feature.melspectrogram(center=False) for the audio with
-  (n_fft - window) / 2 zeros on both sides: librosa puts the window in the
-  middle of the FFT, so that its first one begins that much later.
+  frequency even at 8 kHz. The energies equal those of
+  librosa.feature.melspectrogram(center=False) if the audio is padded with
+  (n_fft - window) / 2 zeros on both sides, because librosa puts the window in
+  the middle of the FFT.
 
   audio_BS: in [-1, 1]. sample_rate: in Hz. Returns (B, frames, mel_bins)
   float32.
@@ -76,9 +76,9 @@ def whisper(audio_BS: jax.Array, mel_bins: int) -> jax.Array:
   """The features of Whisper (2212.04356) for recordings of up to 30 seconds.
 
   x = log10(max(mel filters . |FFT(Hann window of the audio)|^2, 1e-10)) becomes
-  max(x, the recording's largest x - 8) / 4 + 1. The windows of 25 ms lie around
-  the multiples of 10 ms; the audio is mirrored before its beginning and
-  followed by zeros, as Whisper pads it.
+  max(x, the recording's largest x - 8) / 4 + 1. The windows of 25 ms are
+  centred at the multiples of 10 ms. As in Whisper, the audio is mirrored before
+  its beginning and followed by zeros.
 
   audio_BS: in [-1, 1], at 16 kHz; zeros where it is padding. mel_bins: 80, or
   128 as in Whisper's third large model. Returns (B, samples // 160, mel_bins)
@@ -86,7 +86,7 @@ def whisper(audio_BS: jax.Array, mel_bins: int) -> jax.Array:
   """
   window, hop = _window_and_hop(WHISPER_RATE)
   num_frames = whisper_frames(audio_BS.shape[1])
-  # Two frames more: they reach into the audio too, and may hold its largest x.
+  # Two more frames reach into the audio, and may hold its largest x.
   after = 2 * hop + window
   audio_BS = jnp.pad(audio_BS.astype(jnp.float32), ((0, 0), (0, after)))
   audio_BS = jnp.pad(audio_BS, ((0, 0), (window // 2, 0)), mode="reflect")
@@ -132,7 +132,7 @@ def _hertz(mel):
 
 
 def valid(lengths_B: jax.Array, length: int) -> jax.Array:
-  """Returns bool (B, length): True for what is not padding."""
+  """Returns bool (B, length): False for padding."""
   return jnp.arange(length)[None] < lengths_B[:, None]
 
 

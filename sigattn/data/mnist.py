@@ -1,6 +1,6 @@
 """Reads the four files of MNIST, Fashion-MNIST and other sets of that form.
 
-A folder has train-images-idx3-ubyte, train-labels-idx1-ubyte,
+The folder must have train-images-idx3-ubyte, train-labels-idx1-ubyte,
 t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, each plain or as .gz. The
 Debian package dataset-fashion-mnist installs such a folder,
 /usr/share/datasets/fashion-mnist.
@@ -15,7 +15,7 @@ import numpy as np
 from sigattn.data import hub
 
 SPLITS = {"train": "train", "test": "t10k"}
-_MOST_BYTES = 2**32  # of one file, unpacked
+_MOST_BYTES = 2**32  # the largest size of one unpacked file
 
 
 def is_source(source: str) -> bool:
@@ -43,7 +43,8 @@ def read(
   if not len(images) == len(targets) > 0:
     raise ValueError(
       f"config.data.source={source!r}; {split!r} has {len(images)} images and "
-      f"{len(targets)} classes: must be as many, and at least one"
+      f"{len(targets)} classes: must have one class for each image, and at "
+      "least one image"
     )
   return images, targets
 
@@ -63,8 +64,8 @@ def _idx(source, name, ndim, max_pixels):
       size = math.prod(shape)
       if size > _MOST_BYTES or math.prod(shape[1:]) > max_pixels:
         raise ValueError(
-          f"says that it has the shape {shape}; config.data.max_pixels="
-          f"{max_pixels}, and {_MOST_BYTES} bytes at most"
+          f"says that it has the shape {shape}; must have at most config.data."
+          f"max_pixels={max_pixels} in an image, and {_MOST_BYTES} bytes"
         )
       content = file.read(size + 1)
   except (OSError, EOFError, ValueError, zlib.error) as error:

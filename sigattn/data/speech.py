@@ -33,15 +33,15 @@ from sigattn.validate import Field, added, real, sequence, text, whole
 # file.
 EMBEDDED = {"spoken_prompts": "spoken_prompts.parquet"}
 _SPLITS = ("train", "test")
-# One of this many transcripts is in the test split, of the embedded set and of
-# a folder of recordings that has train alone. The transcript decides, so that
+# One of this many transcripts is in the test split of the embedded set, and of
+# a folder of recordings that has only train. The transcript decides, so that
 # none is in both splits.
 _HELD_OUT_EVERY = 10
-# Samples per second. At a rate of 1 in its header, a short recording would be
+# Samples per second. With a rate of 1 in its header, a short recording would be
 # resampled to gigabytes.
 RATES = (1000, 768_000)
-# Samples are in [-1, 1], but some files hold them as large as integers. Beyond,
-# the energies overflow float32.
+# Samples are in [-1, 1], but in some files they are as large as integers.
+# Beyond this limit the energies overflow float32.
 _LOUDEST = 1e9
 BLANK = 0  # CTC's blank; character i of the alphabet has index i + 1
 
@@ -83,9 +83,9 @@ def _speeds_are_hundredths(config):
 
 
 def _source_has_the_splits(config):
-  """Compares the config with what is known of the source before it is read.
+  """A rule: the config must fit what is known of the source before reading.
 
-  The columns of a folder are known only after it has been opened;
+  The columns of a folder are known only after it has been opened.
   _TableRecordings validates them then.
   """
   source, splits = config.data.source, _splits(config)
@@ -122,7 +122,7 @@ def _splits(config):
 
 
 def _found(source):
-  """speech_files.find, with a test split held out where there is only train."""
+  """speech_files.find; if there is only train, a test split is held out."""
   found = speech_files.find(source)
   if found is None or set(found) != {"train"}:
     return found
@@ -160,7 +160,7 @@ def open_source(config: ConfigDict, split: str) -> "Source":
 
 
 def transcript(text: str, alphabet: str) -> str:
-  """Returns the text in the characters of the alphabet, as a model learns it.
+  """Returns the text in the characters of the alphabet, which a model learns.
 
   The text becomes lower case if the alphabet has no upper case. Accents,
   punctuation and all other characters outside the alphabet are dropped. One
@@ -198,14 +198,14 @@ def read(
 
   file: a path, or a file object opened in binary mode, in a format that
   libsndfile reads: WAV, FLAC, Opus, MP3, ... Channels are averaged. Raises
-  ValueError for a rate that is not of RATES, and for samples that are not
-  finite or larger than any recording's.
+  ValueError for a rate outside of RATES, and for samples that are not finite or
+  larger than _LOUDEST.
   """
   with soundfile.SoundFile(file) as recording:
     _validate_rate(recording.samplerate)
     audio_SC = recording.read(dtype="float32", always_2d=True)
   audio_S = audio_SC.mean(axis=1)
-  # NaN is not below anything.
+  # This also finds NaN, because NaN is not below anything.
   if wrong := np.flatnonzero(~(np.abs(audio_S) <= _LOUDEST)).tolist():
     raise ValueError(
       f"sample {wrong[0]} is {audio_S[wrong[0]]}; must be finite and at most "
@@ -234,7 +234,7 @@ def resample(audio_S: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 class _Recordings:
   """Encoded recordings by index, with their transcripts and lengths.
 
-  unreadable: {index: why} of those whose length is unknown, NaN.
+  unreadable: {index: why} of recordings whose length is unknown (NaN).
   """
 
   def __init__(self, recordings, texts, seconds, unreadable=()):
@@ -332,7 +332,7 @@ def _text_column(source, columns):
 
 
 def _duration(example, row, audio, origin, source, skips):
-  """The length, and why it cannot be read; raises if nothing is skipped."""
+  """The length, or why it cannot be read; raises if nothing is skipped."""
   encoded = hub.encoded(example[audio])
   try:
     header = soundfile.info(_open(encoded, source))
@@ -377,7 +377,7 @@ class Source(loader.ExampleSource):
     ]
     self.unreadable = rows.unreadable
     self.max_corrupt = int(data.max_corrupt_share * len(self._texts))
-    # NaN, the length of what is unreadable, is longer than all of them.
+    # The length of an unreadable recording is NaN, which sorts behind all.
     num_too_long = int((self._bucket == len(self._max_seconds)).sum())
     if num_too_long := num_too_long - len(self.unreadable):
       logging.warning(
@@ -397,7 +397,7 @@ class Source(loader.ExampleSource):
 
     {"audio": float32 (B, S) in [-1, 1], "samples": int32 (B,),
      "target": int32 (B, U), "characters": int32 (B,)}
-    samples and characters count what is not padding in audio and target.
+    samples and characters are the lengths of audio and target without padding.
     """
     speeds = rng.choice(self._speeds, len(indices_B))
     return self._batch(indices_B, speeds, min(*self._speeds, 1.0))
@@ -434,7 +434,7 @@ class Source(loader.ExampleSource):
       ) from error
 
   def _not_longer(self, i, speed, samples):
-    """_at_speed of a recording that has as many seconds as its header says."""
+    """_at_speed; raises if the recording is longer than its header says."""
     audio_S = self._at_speed(i, speed)
     if len(audio_S) > samples:
       raise loader.CorruptExampleError(
@@ -451,10 +451,10 @@ class Source(loader.ExampleSource):
       self._not_longer(index, 1.0, math.ceil(seconds * self._rate) + 1)
     except loader.CorruptExampleError as error:
       return str(error)
-    return f"{self._origin}, row {index}: could be read the second time"
+    return f"{self._origin}, row {index}: was readable at the second attempt"
 
   def _batch(self, indices_B, speeds_B, slowest):
-    """The next in the bucket takes the place of a corrupt recording."""
+    """A batch. The next recording of the bucket replaces a corrupt one."""
     bucket = self._bucket[indices_B[0]]
     # A recording may be one sample longer than the seconds in its header.
     samples = math.ceil(self._max_seconds[bucket] * self._rate / slowest) + 1

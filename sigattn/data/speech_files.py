@@ -2,14 +2,14 @@
 
   metadata.csv, metadata.jsonl   beside the recordings, as in `datasets`: a
       column file_name and one of TEXT_COLUMNS. The topmost folder of a
-      recording names its split, as in test/a.wav; others are in train
+      recording names its split, as in test/a.wav; all others are in train
   *.trans.txt                    LibriSpeech (Panayotov et al., 2015): a line
       "ID TRANSCRIPT" for each ID.flac beside it; the splits are the folders
       directly below, dev-clean for example
   *.tsv and clips/               Common Voice (1912.06670): columns path and
       sentence; each table is a split, train, dev and test for example
 
-Other folders are left to `datasets`: those of parquet files, for example.
+`datasets` reads other folders, for example those of parquet files.
 """
 
 import csv
@@ -22,7 +22,7 @@ from sigattn.data import hub
 
 TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence")
 _METADATA = ("metadata.csv", "metadata.jsonl")
-# The folders that `datasets` takes for splits.
+# The names of folders that `datasets` treats as splits.
 _SPLIT = re.compile(
   r"(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?)([-._ \d].*)?"
 )
@@ -32,9 +32,9 @@ Recordings = Mapping[str, Sequence[tuple[str, str]]]
 
 
 def find(source: str) -> Recordings | None:
-  """Returns the recordings of a folder, None for what is left to `datasets`.
+  """Returns the recordings of a folder; None for folders that `datasets` reads.
 
-  No recording is opened, and a name may be of a file that is not there. Raises
+  No recording is opened, so a name may be that of a missing file. Raises
   ValueError for a table that cannot be read or that lacks a column.
   """
   folder = hub.local(source)
@@ -79,7 +79,7 @@ def _common_voice(folder):
   for table in _tables(folder, "*.tsv"):
     for row in _csv(table, delimiter="\t", quoting=csv.QUOTE_NONE):
       if not {"path", "sentence"} <= row.keys():
-        break  # one of its other tables, of durations for example
+        break  # another kind of table, for example of durations
       yield (
         table.stem,
         str(pathlib.Path("clips") / row["path"]),
@@ -88,7 +88,7 @@ def _common_voice(folder):
 
 
 def _tables(folder, pattern):
-  """The files of the pattern, without what systems hide beside them.
+  """The files of the pattern, without hidden files of operating systems.
 
   macOS puts ._x beside x, and __MACOSX into its archives.
   """

@@ -12,8 +12,7 @@
 
 summation and pair_repeat are from 2409.04431, Appendix G. Every training
 example is new. The held-out examples are two fixed sets, drawn with other
-seeds: "validation", by which settings are chosen, and "test", of which results
-are reported.
+seeds: settings are chosen by "validation", and results are reported on "test".
 """
 
 import numpy as np
@@ -22,8 +21,8 @@ from ml_collections import ConfigDict
 from sigattn.data import loader
 from sigattn.validate import choice, whole
 
-# Training examples per epoch. They are drawn when they are needed; grain needs
-# a finite number to order.
+# Training examples per epoch. They are drawn when they are needed, but grain
+# needs a finite number to order them.
 EPOCH = 2**20
 
 SPLITS = ("train", "validation", "test")
@@ -154,8 +153,8 @@ def noisy_recall(
 ) -> loader.Batch:
   """Draws an example of `recall`, with `length` distractors among the pairs.
 
-  A distractor is one token. It stands between two pairs, before the first or
-  behind the last, at a random place. Distractors are from the last third of the
+  A distractor is one token at a random place between two pairs, before the
+  first or after the last. Distractors are from the last third of the
   vocabulary, and keys and values from the halves of the rest.
   """
   pairs, clean = data.length, data.vocab_size * 2 // 3
@@ -187,7 +186,7 @@ def _pairs(rng, count, data, vocab_size):
 
 
 def _queried(shown_BT, query_BQ, answer_BQ):
-  """The batch of what is shown, then queries, which alone are scored."""
+  """A batch of shown tokens, followed by queries; only queries are scored."""
   shown = shown_BT.shape[1]
   input_BT = np.concatenate([shown_BT, query_BQ], axis=1).astype(np.int32)
   target_BT, scored_BT = np.zeros_like(input_BT), np.zeros(input_BT.shape, bool)
@@ -218,8 +217,8 @@ def selective_copy(
 ) -> loader.Batch:
   """Draws `size` symbols >= 2 among blanks, then the separator 0, then them.
 
-  The string has `length` tokens; those that are no symbols are the blank 1. The
-  repetition has the symbols in their order and lacks the last one. From the
+  The string has `length` tokens; those that are not symbols are the blank 1.
+  The repetition has the symbols in their order and lacks the last one. From the
   separator on, each target is the next symbol; only these tokens are scored.
   """
   n, size = data.length, data.size

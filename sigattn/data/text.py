@@ -7,16 +7,21 @@ the last token and predicts all but the first. A batch contains
   segment  int32 (B, L + 1), the number of a token's document within its row,
            from 1 on; 0 is padding. Missing if each row is from one document
 
-There are three kinds of sources. One text, which is embedded or the content of
-a local .txt, is cut at new positions in each epoch. Its end is its test split,
-and the rest its train split. The end of that is the validation split, for runs
-that train on train_without_validation. A folder of tokens (see token_files) is
-cut in the same way, and holds its splits and its tokenizer; its documents stand
-behind each other in a row. A stream of documents is a local file of JSON or
-parquet, a local folder (see text_files), a data set of the Hugging Face Hub
-(owner/name or owner/name:subset), or a .txt with config.data.lines=True. A
-local stream that is trained on and evaluated, and that has no split but train,
-has about every twentieth document in its test split.
+There are three kinds of sources.
+
+One text is embedded, or the content of a local .txt. It is cut at new positions
+in each epoch. Its end is its test split, and the rest is its train split. The
+end of the train split is the validation split, for runs that train on
+train_without_validation.
+
+A folder of tokens (see token_files) is cut in the same way. It holds its splits
+and its tokenizer. Several documents may follow one another in a row.
+
+A stream of documents is a local file of JSON or parquet, a local folder (see
+text_files), a data set of the Hugging Face Hub (owner/name or
+owner/name:subset), or a .txt with config.data.lines=True. If a local stream is
+both trained on and evaluated, and has only the split train, about every
+twentieth document is in its test split.
 """
 
 import copy
@@ -49,21 +54,22 @@ from sigattn.validate import (
 
 # The King James Bible, one verse per line; the licence is beside the file.
 EMBEDDED = {"kjv": "kjv.txt.xz"}
-_SPLITS = ("train", "test")  # of a stream that is held out of
-# The end of one text is its test split, and as much before it, the end of its
-# train split, is its validation split.
+_SPLITS = ("train", "test")  # of a stream from which documents are held out
+# The end of one text is its test split. A part of the same length before it,
+# the end of the train split, is its validation split.
 _TEXT_SPLITS = (*hub.TRAIN_SPLITS, "validation", "test")
 _HELD_OUT_SHARE = 0.05
-# The documents of a stream whose checksum this divides are its test split. The
+# The test split of a stream has the documents whose checksum this divides. The
 # text decides, so that a document that occurs twice is not in both splits.
 _HELD_OUT_EVERY = 20
 # One text is held in memory with its tokens, 4 bytes each.
 _LONGEST_TEXT = 2**30
-# What one call of the tokenizer gets: the tokenizers library encodes texts in
-# parallel threads, and all pieces of them are in memory at once.
+# The documents and characters that one call of the tokenizer gets. The library
+# encodes texts in parallel threads, and all of their pieces are in memory.
 _ENCODED_AT_ONCE = 64
 _CHARACTERS_AT_ONCE = 2**20
-# A shuffle window ends here, however few documents it has: it is in memory.
+# A shuffle window is in memory, so it ends at this size, however few documents
+# it has.
 _WINDOW_CHARACTERS = 2**26
 _SECONDS_BETWEEN_MESSAGES = 5
 
@@ -109,9 +115,9 @@ def _one_of_source_and_mixture(config):
 
 
 def _sources_have_the_splits(config):
-  """Compares the config with what is known of the sources before reading.
+  """A rule: the config must fit what is known of the sources before reading.
 
-  What the Hub has is known only when the splits are opened.
+  The splits of the Hub are known only when they are opened.
   """
   for origin in _origins(config):
     known = _splits(origin)
@@ -136,7 +142,7 @@ def _one_text_has_the_rows(config):
   else:
     if _eval_source(config) == data.source:
       hub.validate_no_validation_in_training(data)
-    # Characters bound the tokens of each tokenizer that is a file.
+    # A tokenizer makes at most as many tokens as there are bytes.
     unit = "characters"
     count = len(_part(config, data.train_split).encode())
   if data.length >= count:
@@ -150,7 +156,7 @@ def _one_text_has_the_rows(config):
 
 
 def _tokens_have_their_tokenizer(config):
-  """Raises ValueError for another tokenizer than that of a folder of tokens."""
+  """A rule: a folder of tokens must be read with its own tokenizer."""
   data = config.data
   if data.mixture or not token_files.is_folder(data.source):
     return
@@ -185,7 +191,7 @@ class _Origin(NamedTuple):
   """A split of a source, and the keys of config.data that name them.
 
   column, lines: config.data.text_column and lines.
-  held_out: whether the splits are made of a source that has train alone.
+  held_out: whether the source has only train, from which a test split is made.
   """
 
   source: str
@@ -197,7 +203,7 @@ class _Origin(NamedTuple):
   held_out: bool = False
 
   def __str__(self):
-    if self.split_key == "split":  # not of a config
+    if self.split_key == "split":  # no config names it
       return f"source={self.source!r}, split={self.split!r}"
     return (
       f"config.data.{self.key}={self.source!r}, config.data.{self.split_key}="
@@ -206,7 +212,7 @@ class _Origin(NamedTuple):
 
 
 def _origins(config):
-  """What a run reads: the _Origin of each source."""
+  """The _Origin of each source that a run reads."""
   data = config.data
   for name, _ in data.mixture:
     if name in EMBEDDED:
@@ -239,7 +245,7 @@ def _origin(config, source, split_key, split=None):
 
 
 def _is_held_out(config, source):
-  """Whether the source must give both splits, but has only one."""
+  """Whether the source must provide both splits, but has only one."""
   trained = [name for name, _ in _mixture(config)]
   if source not in trained or source != _eval_source(config):
     return False
@@ -273,7 +279,7 @@ def _mixture(config):
 
 
 def _splits(origin):
-  """The names of the splits; None where they are known only on the Hub."""
+  """The names of the splits; None if only the Hub knows them."""
   source, key = origin.source, origin.key
   if source in EMBEDDED:
     hub.embedded(source, EMBEDDED[source])
@@ -292,7 +298,7 @@ def _splits(origin):
     return None
   if origin.held_out:
     return _TEXT_SPLITS if _is_text(source, origin.lines) else _SPLITS
-  # A file is what it is taken for.
+  # A single file is the split that the config says.
   return (origin.split,) if hub.local(source).is_file() else tuple(files)
 
 
@@ -333,9 +339,9 @@ def _whole(source):
 
 
 def _part(config, split):
-  """The part of the config's one text that a split is.
+  """The part of the config's one text that belongs to a split.
 
-  Of a text that is trained on alone, the train split is the whole.
+  If the text is only trained on, its train split is the whole text.
   """
   source, content = config.data.source, _whole(config.data.source)
   hub.validate_split(source, split, _TEXT_SPLITS)
@@ -383,7 +389,8 @@ def _tokenizer(name, vocab_size):
 def _characters(origins):
   """The tokenizer of all characters that the sources have.
 
-  It reads the whole of each: the alphabet must be the same in every run.
+  It reads all sources to the end, because the alphabet must be the same in
+  every run.
   """
   alphabet = set()
   for origin in origins:
@@ -406,7 +413,7 @@ def _characters(origins):
 
 
 class _Progress:
-  """Says in the log how far something is that takes longer than 5 seconds."""
+  """Logs the progress of work that takes longer than 5 seconds."""
 
   def __init__(self, what):
     self._what, self._said = what, time.monotonic()
@@ -451,8 +458,8 @@ def documents(
 ) -> Iterable[str]:
   """Returns an iterable of the texts of a source.
 
-  source: as config.data.source. column, lines: as config.data.text_column and
-  config.data.lines. Raises ValueError if the source has no such split.
+  source: as in config.data.source. column, lines: as in config.data.text_column
+  and config.data.lines. Raises ValueError if the source has no such split.
   """
   if _is_text(source, lines):
     hub.validate_split(source, split, _TEXT_SPLITS)
@@ -473,7 +480,7 @@ class _OneText(loader.ExampleSource):
   """Rows cut from the tokens (S,) of one long text.
 
   In training, row i of an epoch begins at a random token of [i L, (i + 1) L).
-  In an evaluation, every token but the first is a target exactly once.
+  In an evaluation, every token except the first is a target exactly once.
   """
 
   in_memory = True
@@ -504,8 +511,8 @@ class _OneText(loader.ExampleSource):
 def _tokens(content, tokenizer):
   """The tokens of one text, int32 (S,).
 
-  It is encoded in pieces that end with a line, which a tokenizer can encode in
-  parallel: of one string, it would need many times the memory.
+  The text is encoded in pieces that end with a line. A tokenizer encodes pieces
+  in parallel, and would need many times the memory for one string.
   """
   pieces, size = [[]], 0
   for line in content.splitlines(keepends=True):
@@ -525,7 +532,7 @@ class Stream:
     """Opens the split and reads a document of each source."""
     self._config, self._split = config, split
     self._tokenizer = tokenizer(config)
-    self._corrupt = {}  # {source: what is known of its documents}
+    self._corrupt = {}  # {source: its _Corrupt}
     origins = self._train_origins()
     if not origins or split == config.data.eval_split:
       origins.append(self._eval_origin())
@@ -554,7 +561,7 @@ class Stream:
     """Yields batches without end; each process reads its own documents.
 
     config.data.shuffle_window documents of a source are shuffled at a time. The
-    sources of a mixture alternate by their shares of the rows.
+    sources of a mixture alternate, by their shares of the rows.
     """
     mixture = _mixture(self._config)
     rows = [self._rows(x, train=True) for x in self._train_origins()]
@@ -624,7 +631,7 @@ class _EvalBatches:
 class _Pieces(grain.experimental.FlatMapTransform):
   """Cuts texts into pieces of up to L + 1 tokens that overlap by one token.
 
-  Every token of a document is thus a target exactly once; the first one is
+  So every token of a document is a target exactly once. The first one is
   predicted from `end`.
   """
 
@@ -644,12 +651,12 @@ class _Pieces(grain.experimental.FlatMapTransform):
 
 
 class _Corrupt:
-  """Names the documents of a stream that are no text; ends a run with too many.
+  """Names documents that are not text, and ends a run with too many of them.
 
-  How many documents a stream has is not known. The share is therefore that of
-  the documents read so far, and at first of the first `at_least`. In a run of
-  several processes, each of them counts what it reads itself. A run that is
-  resumed counts from 0.
+  The number of documents of a stream is not known. So the share refers to the
+  documents read so far, and at first to the first `at_least`. In a run of
+  several processes, each process counts the documents that it reads. A resumed
+  run counts from 0.
   """
 
   def __init__(self, max_share=0.0, at_least=0):
@@ -660,7 +667,7 @@ class _Corrupt:
     """row: the number of the document within an epoch, from 0."""
     self._read = max(self._read, row + 1)
     if row in self._why:
-      return  # of another epoch
+      return  # it was counted in an earlier epoch
     if not self._max_share:
       raise ValueError(why)
     self._why[row] = why
@@ -678,8 +685,8 @@ class _Corrupt:
 class _Groups(grain.IterDataset):
   """A dataset of lists of texts, each of which is encoded by one call.
 
-  window: documents that are shuffled together; None: they come once, in order.
-  corrupt: as in _DocumentIterator.
+  window: the number of documents that are shuffled together; None: all come
+  once, in order. corrupt: as in _DocumentIterator.
   """
 
   def __init__(self, origin, window, seed, corrupt=None):
@@ -696,9 +703,9 @@ class _Groups(grain.IterDataset):
 class _GroupIterator(grain.DatasetIterator):
   """Iterates over _Groups.
 
-  A window ends with the epoch, however few documents it has, and when it holds
-  too much text. The state is that of the documents where the window begins: a
-  resumed run reads it again.
+  A window ends when the epoch ends, however few documents it has, or when it
+  holds too much text. The state is that of the documents at the beginning of
+  the window, so a resumed run reads the window again.
   """
 
   def __init__(self, origin, documents, window, seed):
@@ -754,7 +761,7 @@ class _GroupIterator(grain.DatasetIterator):
 
 
 def _grouped(texts):
-  """Lists of consecutive texts, each as many as one call should encode."""
+  """Groups consecutive texts into lists that one call should encode."""
   groups, size = [], _CHARACTERS_AT_ONCE
   for document in texts:
     if size >= _CHARACTERS_AT_ONCE or len(groups[-1]) == _ENCODED_AT_ONCE:
@@ -779,12 +786,12 @@ class _Documents(grain.IterDataset):
 class _DocumentIterator(grain.DatasetIterator):
   """Iterates over the texts of a split.
 
-  in_training: whether to read this process's share of the documents instead of
-  all, and to start again at the end, which a None marks. corrupt: counts those
-  that are no text, and are skipped; None: nothing counts them.
+  in_training: whether to read only this process's share of the documents, and
+  to start again at the end, which a None marks. corrupt: counts the documents
+  that are not text, which are skipped; None: nothing counts them.
 
-  Its state holds that of the `datasets` stream of one part of the source: the
-  files of one kind.
+  The state includes that of the `datasets` stream of one part of the source,
+  which is the files of one kind.
   """
 
   def __init__(self, origin, in_training, corrupt=None):
@@ -805,11 +812,11 @@ class _DocumentIterator(grain.DatasetIterator):
     self._begin(epoch=0)
 
   def _begin(self, epoch, part=0, place=None, row=0, any_document=False):
-    """row: documents of this epoch so far. any_document: if one was a text."""
+    """row: documents so far in this epoch. any_document: if one was text."""
     self._epoch, self._part, self._row = epoch, part, row
     self._any = any_document
     kind, self._stream, start = self._parts[part]
-    # Where nothing was read yet, the stream's own state is the one before.
+    # Before anything is read, the stream would return its previous state.
     self._place = start if place is None else place
     with hub.reading(self._origin):
       self._stream.load_state_dict(copy.deepcopy(self._place))
@@ -818,7 +825,8 @@ class _DocumentIterator(grain.DatasetIterator):
   def __next__(self):
     while (example := self._next()) is not None:
       document = self._text(example)
-      # Of an empty text, a model would learn that nothing follows a beginning.
+      # From empty texts a model would learn that a beginning is followed by
+      # nothing.
       if document and document.strip() and _is_in(self._origin, document):
         self._any = True
         return document
@@ -879,7 +887,7 @@ class _DocumentIterator(grain.DatasetIterator):
 
 
 def _is_in(origin, document):
-  """Whether the document is of the split, if the splits are made here."""
+  """Whether the document belongs to the split, if splits are made here."""
   if not origin.held_out:
     return True
   is_held_out = zlib.crc32(document.encode()) % _HELD_OUT_EVERY == 0
@@ -897,7 +905,7 @@ def _no_documents(origin):
 
 
 def _read_first(origin, corrupt):
-  """Raises ValueError if no document can be read; no process has a share."""
+  """Raises ValueError if no document of the whole source can be read."""
   next(_DocumentIterator(origin, in_training=False, corrupt=corrupt))
 
 

@@ -5,9 +5,9 @@
   .parquet        a document per row
   .txt            one document, or with config.data.lines one per line
 
-each of them compressed or not (.gz, .bz2, .xz). A folder may hold files of all
+Each of them may be compressed (.gz, .bz2, .xz). A folder may hold files of all
 kinds. The names of its files and folders say which split a file belongs to, as
-in `datasets`: train, validation and test, or train alone if no name says it.
+in `datasets`: train, validation or test. If no name says it, all are in train.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ Files = Mapping[str, Mapping[str, Sequence[str]]]
 
 
 def suffix(path: pathlib.Path) -> str | None:
-  """The one of SUFFIXES that a file's name ends in, None for other names."""
+  """The suffix of a file's name that is in SUFFIXES; None for other names."""
   suffixes = [x for x in path.suffixes if x not in _COMPRESSED]
   return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
@@ -38,9 +38,9 @@ def suffix(path: pathlib.Path) -> str | None:
 def find(source: str, key: str = "source") -> Files | None:
   """Returns the files of a local source; None for a name of the Hub.
 
-  key: config.data's, for the errors. A file of another kind in a folder is
-  named in the log. Raises ValueError for a file of another kind, and for a
-  folder without texts.
+  key: the key of config.data, for the errors. The log names files of other
+  kinds in a folder. Raises ValueError for a single file of another kind, and
+  for a folder without texts.
   """
   path = hub.local(source, key)
   if path.is_file():
@@ -88,7 +88,7 @@ def _in_folder(path, source, key):
 
 @functools.lru_cache(maxsize=64)
 def _warn(message):
-  """Each epoch opens the files anew; the log names them once."""
+  """Warns only once, although each epoch opens the files again."""
   logging.warning("%s", message)
 
 
@@ -102,10 +102,10 @@ def open_files(
   import datasets
 
   text = datasets.Features({column: datasets.Value("string")})
-  encoding = {"encoding": "utf-8-sig"}  # without the mark that Windows writes
+  encoding = {"encoding": "utf-8-sig"}  # drops the mark that Windows writes
   builders = {
     ".json": ("json", {}),
-    # Parsed by `parse`: the lines of other people's files differ in columns and
+    # `examples` parses these lines. In many files they differ in columns and
     # types, which the builder `json` refuses.
     ".jsonl": ("text", {"sample_by": "line", **encoding}),
     ".parquet": ("parquet", {}),
@@ -142,10 +142,10 @@ def open_files(
 
 
 def examples(kind: str, rows: Iterator[dict[str, Any]]) -> Iterator[Any]:
-  """The documents of an opened file, dicts of columns.
+  """The documents of an opened file, usually dicts of columns.
 
-  kind: the suffix. A line of a .jsonl may be anything else: what it holds, or
-  the line itself where it is not JSON.
+  kind: the suffix. A line of a .jsonl may hold another JSON value, which is
+  then yielded. A line that is not JSON is yielded as a string.
   """
   if kind != ".jsonl":
     yield from rows

@@ -1,9 +1,9 @@
-"""Reads texts that are tokens already, from a folder with their tokenizer.
+"""Reads texts that are already tokens, from a folder with their tokenizer.
 
-  tokenizer.json   the tokenizer that made them
+  tokenizer.json   the tokenizer that made the tokens
   SPLIT.npy.xz     the tokens of a split: a NumPy array, uint16 or uint32 (S,),
-                   in a file of xz. All documents of the split stand behind
-                   each other, and each begins with the tokenizer's `end`.
+                   compressed by xz. The documents of the split follow one
+                   another, and each begins with the tokenizer's `end`.
 
 `python -m benchmarks.corpus` makes such a folder.
 """
@@ -35,8 +35,8 @@ def splits(source: str) -> list[str]:
 def read(source: str, split: str, size: int) -> np.ndarray:
   """Returns the tokens (S,) of a split.
 
-  size: that of the tokenizer. Raises ValueError for a file that is damaged, or
-  is no array of 2 or more tokens below `size`.
+  size: the size of the tokenizer. Raises ValueError for a file that is damaged,
+  or that is no array of 2 or more tokens below `size`.
   """
   path = hub.local(source) / f"{split}{_SUFFIX}"
   try:

@@ -54,7 +54,7 @@ class Characters:
         f"characters {sorted(unknown)} are unknown; the tokenizer knows "
         f"{self._alphabet!r}"
       )
-    # By arrays, because a text of a gigabyte is as well encoded here.
+    # Arrays are used, because a text may have a gigabyte.
     codes = np.array([ord(x) for x in self._alphabet], np.uint32)
     order = np.argsort(codes)
     encoded = []
@@ -87,7 +87,7 @@ class Bytes:
 
 
 class File:
-  """A Tokenizer from a file of the tokenizers library, with its end of text."""
+  """A Tokenizer from a file of the tokenizers library."""
 
   _ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 
@@ -96,7 +96,8 @@ class File:
 
     vocab_size: config.data.vocab_size. Raises ValueError if the file is no
     tokenizer, has no end-of-text token, or has an id that is not below
-    vocab_size: arrays are as large as the largest id, however few there are.
+    vocab_size. (Arrays are as large as the largest id, however few ids there
+    are.)
     """
     import tokenizers
 
@@ -104,7 +105,7 @@ class File:
       self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises bare Exceptions.
       raise ValueError(f"{path}: is no tokenizer: {error}") from error
-    # A text that spells a special token out is a text, and not the token.
+    # A text that spells out a special token is encoded as text.
     self._tokenizer.encode_special_tokens = True
     vocabulary = self._tokenizer.get_vocab()
     ends = [vocabulary[name] for name in self._ENDS if name in vocabulary]

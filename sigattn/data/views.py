@@ -1,11 +1,11 @@
 """Random views of images for self-supervised training, drawn on the devices.
 
 The source reads each image once, as a square canvas. `draw` makes a view of it
-inside of the training step, from the step's random numbers: they follow from
-the seed and the number of the step, so a resumed run draws the same views, and
-a mesh draws those of one device. Colours change by dm_pix.
+inside of the training step. The random numbers follow from the seed and the
+number of the step, so that a resumed run draws the same views, and a mesh draws
+the same views as one device. dm_pix changes the colours.
 
-This module is the SOURCE of such tasks, as sigattn.data.image is of others.
+This module is the SOURCE of such tasks; sigattn.data.image is that of others.
 """
 
 import functools
@@ -31,7 +31,7 @@ _TWO_SHARES = sequence(items(_SHARE, _SHARE), "")._replace(
   wanted="must be 2 numbers from 0 to 1, one for each view",
 )
 
-# What every recipe reads: crops and flips.
+# The fields that every recipe reads: crops and flips.
 FIELDS: dict[str, Field] = {
   "data.canvas_size": whole(low=1, high=2**14),
   "augment.min_area": real(above=0, high=1),
@@ -41,7 +41,7 @@ FIELDS: dict[str, Field] = {
   for path, field in image.FIELDS.items()
   if not path.startswith("augment.")
 }
-# What the recipes with two views read besides.
+# The fields that recipes with two views read in addition.
 COLOUR_FIELDS: dict[str, Field] = {
   "augment.jitter_share": _SHARE,
   "augment.brightness": _FACTOR,
@@ -74,7 +74,7 @@ RULES = (
 class _Canvas:
   """Whole images: squares of canvas_size to train, of image_size to evaluate.
 
-  Of an image that is not square, the centre is cut out.
+  If an image is not square, its centre is cut out.
   """
 
   def __init__(self, config):
@@ -82,7 +82,7 @@ class _Canvas:
     self._size = config.data.image_size
 
   def train(self, images_BHWC, rng):
-    del rng  # the devices draw
+    del rng  # the devices draw the views
     return augment.centre(images_BHWC, self._canvas, self._canvas)
 
   def evaluate(self, images_BHWC):
@@ -103,11 +103,11 @@ def draw(
   """Returns a random view of each image, float32 (B, size, size, C) in [0, 1].
 
   A view is a part of the image (`crop_box`), resized to config.data.image_size
-  and mirrored in half of the cases; the recipes with two views then change its
+  and mirrored in half of the cases. Recipes with two views then change its
   colours (`_colours`).
 
-  images_BHWC: uint8. view: 0 or 1, which of the two; blur and solarisation have
-  a share for each.
+  images_BHWC: uint8. view: the number of the view, 0 or 1; blur and
+  solarisation have a share for each.
   """
   size, options = config.data.image_size, config.augment
   change = [
@@ -132,8 +132,8 @@ def crop_box(rng: jax.Array, min_area: float) -> jax.Array:
   """A random part of an image: (top, left, height, width) as shares of it.
 
   The area is uniform in [min_area, 1] and the aspect ratio log-uniform in
-  [3/4, 4/3] (1409.4842, Section 6). The first of ten draws that fits is taken,
-  or the whole image if none does.
+  [3/4, 4/3] (1409.4842, Section 6). The result is the first of ten draws that
+  fits, or the whole image if none fits.
   """
   area_rng, aspect_rng, place_rng = jax.random.split(rng, 3)
   area_10 = jax.random.uniform(area_rng, (10,), minval=min_area, maxval=1)
@@ -201,7 +201,7 @@ def _jitter(options, colour, rng, x):
   x = dm_pix.adjust_brightness(x, options.brightness * brightness)
   x = dm_pix.adjust_contrast(x, 1 + options.contrast * contrast)
   if colour:
-    # These go by way of HSV, which needs colours from 0 to 1.
+    # These two convert to HSV, which needs colours from 0 to 1.
     x = x.clip(0, 1)
     x = dm_pix.adjust_saturation(x, 1 + options.saturation * saturation)
     x = dm_pix.adjust_hue(x.clip(0, 1), options.hue * hue)

@@ -1,17 +1,17 @@
-"""Models of transformers and timm: continued from, and saved in their form.
+"""Loads models of transformers and timm, and saves ours in transformers' form.
 
-`config.init_from` names the folder of a run of ours, or one with a config.json
-and safetensors, as `save_pretrained` of transformers and `save_for_hf` of timm
-write it. A run then
-starts from its parameters instead of random ones; config.attn.kind, and with it
-the attention, may be another. In a notebook:
+`config.init_from` names the folder of one of our runs, or a folder with a
+config.json and safetensors, as `save_pretrained` of transformers and
+`save_for_hf` of timm write it. A run then starts from these parameters and not
+from random ones. It may have another config.attn.kind, and so another kind of
+attention. In a notebook:
 
   config = lm_sigmoid.get_config()
   config.update_from_flattened_dict(pretrained.values(folder))
   config.init_from = folder
 
-Supported are Llama, GPT-NeoX and ViT of transformers, and the plain vit_* of
-timm: families.py has what their tensors mean.
+Llama, GPT-NeoX and ViT of transformers and the plain vit_* of timm are
+supported. families.py says what their tensors mean.
 """
 
 import json
@@ -54,9 +54,9 @@ def _init_from_has_the_shape(config):
 
 
 def is_run(folder: str) -> bool:
-  """Whether config.init_from names the folder of a run of ours.
+  """Whether config.init_from names the folder of one of our runs.
 
-  sigattn.training.transfer then says what is taken over.
+  sigattn.training.transfer says which parameters are then taken.
   """
   try:
     return (pathlib.Path(folder) / "checkpoints").is_dir()
@@ -69,7 +69,7 @@ RULES = (_init_from_has_the_shape,)
 
 
 def _ours(config, paths):
-  """The values of the config, with what None stands for."""
+  """The values of the config, with each None replaced by its meaning."""
   given = {path: value_at(config, path) for path in paths}
   if given.get("attn.num_kv_heads", 0) is None:
     given["attn.num_kv_heads"] = config.model.num_heads
@@ -130,10 +130,10 @@ def _read(folder):
 
 
 def values(folder: str | os.PathLike[str]) -> dict[str, Any]:
-  """The values of our config, by path, that make the model in a folder.
+  """The values of our config, by path, that describe the model in a folder.
 
-  For ConfigDict.update_from_flattened_dict. Raises ValueError for a folder
-  without a model, and for a model that ours cannot be.
+  Pass them to ConfigDict.update_from_flattened_dict. Raises ValueError for a
+  folder without a model, and for a model that our config cannot describe.
   """
   _, found = _read(folder)
   return {path: x for path, x in found.items() if x is not None}
@@ -150,17 +150,16 @@ def _tensors_of(family, values):
       yield entry.theirs.format(i), paths, entry, (i,)
 
 
-# Ours that their models do not have, and that keep their initial values.
+# Our parameters that their models lack. They keep their initial values.
 _MAY_BE_NEW = ("attn/logit_bias",)
 
 
 def start(config: ConfigDict, params: Mapping[str, Any]) -> dict[str, Any]:
   """The parameters of config.init_from, a nested dict of NumPy arrays.
 
-  params: the initial parameters. A trained logit bias keeps its initial value,
-  and so does the head where the model has other classes; the log says so.
-  Raises ValueError for a tensor that is missing, has another shape or is not
-  known.
+  params: the initial parameters. A trained logit bias keeps its initial value.
+  So does the head if the model has other classes. The log says so. Raises
+  ValueError for a tensor that is missing, has another shape or is not known.
   """
   family, found = _read(config.init_from)
   tensors, flat = _Tensors(config.init_from), flatten(params)
@@ -195,7 +194,7 @@ def start(config: ConfigDict, params: Mapping[str, Any]) -> dict[str, Any]:
   return nested(loaded)
 
 
-# Tables of constants, which old versions of transformers saved too.
+# Tables of constants, which old versions of transformers also saved.
 _BUFFERS = (
   "rotary_emb.inv_freq", "attention.bias", "attention.masked_bias",
 )  # fmt: skip
@@ -208,8 +207,8 @@ def save(
 ) -> None:
   """Writes a model as transformers' config.json and model.safetensors.
 
-  The folder is made. Raises ValueError, before anything is written, for a model
-  that none of transformers' Llama, GPT-NeoX and ViT can be.
+  It creates the folder. Before anything is written, it raises ValueError for a
+  model that is no Llama, GPT-NeoX or ViT of transformers.
   """
   import safetensors.numpy
 
@@ -229,7 +228,7 @@ def save(
   )
 
 
-# What a config must have to be one of theirs.
+# The values that a config must have to be one of their models.
 _REQUIRED = {
   "llama": {
     "model.positions": ("rope",), "model.rope_share": (1.0,),
@@ -255,7 +254,7 @@ _REQUIRED_OF_ALL = {
 
 
 def _fitting(config):
-  """(name, Family, values) of the family that the config's model is of."""
+  """(name, Family, values) of the family of the config's model."""
   reasons = []
   for name, required in _REQUIRED.items():
     family = FAMILIES[name]
@@ -308,7 +307,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """What `flatten` was given."""
+  """The inverse of `flatten`."""
   tree = {}
   for path, value in flat.items():
     *parents, key = path.split("/")

@@ -1,8 +1,8 @@
-"""How models of transformers and timm name, shape and set what ours have.
+"""The settings and tensors of models of transformers and timm, and ours.
 
-A Family knows the settings and the tensors of one kind of model. In PyTorch a
-linear layer's weight is (out, in) and the heads of attention are one axis with
-their features; here a kernel is (in, out), and (in, N, H) for heads.
+A Family knows the settings and the tensors of one kind of model. In PyTorch the
+weight of a linear layer is (out, in), and the heads of attention share one axis
+with their features. Here a kernel is (in, out), and (in, N, H) for heads.
 """
 
 import dataclasses
@@ -13,11 +13,12 @@ import numpy as np
 
 
 class Entry(NamedTuple):
-  """A tensor of theirs and the parameters of ours that it holds.
+  """A tensor of theirs, and the parameters of ours that it holds.
 
   theirs: its name, with {} for the number of a layer.
-  ours: paths, below stack/blocks or encoder/blocks for those of a layer.
-  load: their tensor -> a tuple with each of ours. save: the opposite.
+  ours: paths of our parameters; those of a layer are relative to stack/blocks
+    or encoder/blocks.
+  load: their tensor -> a tuple with each of ours. save: the inverse.
   """
 
   theirs: str
@@ -30,11 +31,11 @@ class Entry(NamedTuple):
 class Family:
   """A kind of model.
 
-  task: that of ours.
+  task: the name of our task.
   values: (their config, shapes of their tensors by name) -> the values of our
     config, by path. Raises ValueError for a setting that ours do not have.
   entries: our values -> the entries.
-  describe: our values and config.model.max_length -> their config; None where
+  describe: our values and config.model.max_length -> their config; None if
     nothing is saved in this form.
   """
 
@@ -88,7 +89,7 @@ def _from_heads(theirs, ours, heads, bias):
 def _fused(theirs, heads, axis):
   """Query, key and value in one tensor, (3, N, H, in) or (N, 3, H, in).
 
-  axis: of the three.
+  axis: the axis of size 3.
   """
   shape = [heads, -1]
   shape.insert(axis, 3)
@@ -128,7 +129,7 @@ def _table(theirs, ours):
 
 
 def _patches(theirs, size, channels):
-  """A convolution (D, C, size, size); ours reads the pixels in raster order."""
+  """A convolution (D, C, size, size). Ours reads pixels in raster order."""
   matrix = Entry(
     f"{theirs}.weight",
     ("embed/kernel",),
@@ -145,7 +146,7 @@ _ACTIVATIONS = {  # {ours: theirs}
   "gelu_exact": ("gelu",),
   "gelu": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
 }
-# What the models of all families have.
+# Settings that the models of all families have.
 _PLAIN = {
   "model.norm": "pre",
   "model.layer_scale": None,
@@ -155,7 +156,7 @@ _PLAIN = {
 
 
 def _setting(config, key, right, default=None):
-  """Raises ValueError where a setting is one that ours do not have."""
+  """The value of a setting. Raises ValueError if our models do not have it."""
   value = config.get(key, default)
   if value not in right:
     raise ValueError(f"{key}={value!r}; must be one of {list(right)}")
@@ -169,7 +170,7 @@ def _mlp(config, right):
 
 
 def _rope(config):
-  """RoPE's settings: of transformers 5 in one dict, of 4 each by itself."""
+  """RoPE's settings. transformers 5 has one dict, and 4 has single fields."""
   rope = config.get("rope_parameters") or {}
   scaling = config.get("rope_scaling") or {}
   kind = (
@@ -191,7 +192,7 @@ def _sizes(config):
 
 
 def _is_tied(config, shapes, head):
-  """Whether the embedding is the head too; raises if a head is missing."""
+  """Whether the embedding is also the head; raises if a head is missing."""
   if head in shapes:
     return False
   if not config.get("tie_word_embeddings", False):
@@ -256,7 +257,7 @@ def _llama_entries(values):
 
 
 def _described(values, model_type, architecture):
-  """What the configs of transformers have in common."""
+  """The fields that the configs of transformers have in common."""
   return {
     "architectures": [architecture],
     "dtype": "float32",
@@ -401,7 +402,7 @@ def _vit_described(values, max_length):
   }
 
 
-_TIMM_HEAD_WIDTH = 64  # of every vit_* of timm that does not say another
+_TIMM_HEAD_WIDTH = 64  # of every vit_* of timm that names no other
 
 
 def _timm_values(config, shapes):

@@ -9,7 +9,7 @@ A task is a module of this folder with
                                   checkpoint may be chosen
   FIELDS, RULES                   its part of the config, see sigattn.validate
   build(config, rngs)             returns the model, an nnx.Module whose state
-                                  consists of nnx.Param only
+                                  consists only of nnx.Param
   loss(config, model, batch, rng) returns the scalar loss and a dict of scalar
                                   metrics, one of which is "loss"
   evaluate(config, model, batch)  returns a dict of sums over the batch; one is
@@ -18,16 +18,17 @@ A task is a module of this folder with
 
 A task may also have
 
-  score(config, outputs)          returns the sums, if computing them needs
-                                  strings or Python: evaluate then returns any
-                                  arrays, and score gets them as NumPy arrays
+  score(config, outputs)          returns the sums, if it takes strings or
+                                  Python to compute them: evaluate then returns
+                                  any arrays, and score gets them as NumPy
+                                  arrays
   results(config, sums)           returns the metrics, given the sums over all
                                   batches as NumPy arrays; by default each sum
                                   is divided by "weight"
   evaluation_variants(config)     returns {name: config}, the further
                                   evaluations that eval.py runs
   real_tokens(config, batch)      returns bool (B, T), False for padding tokens
-                                  that the attention layers are not told of
+                                  that the attention layers do not know of
   tick_labels(config, batch)      returns a string for each token of a batch of
                                   one example; plots of attention show them
   patch_attention(config, weights_LNTS)
@@ -45,8 +46,9 @@ A task may also have
   drawings(config, model, batch)  returns rows of images (B, H, W, C) in [0, 1]
                                   for eval.py --eval=pictures; DRAWINGS has the
                                   name of each row
-  ENCODER                         names of the parameters from which a run of
-                                  another task, which has the same, may start
+  ENCODER                         names of the encoder's parameters; a run may
+                                  start from the encoder of another task that
+                                  has the same names
 
 To add a task, add its module here and its name to TASKS, and write a config
 that begins with configs.common.base(). tests/tasks/test_adding_a_task.py has a
@@ -80,8 +82,8 @@ _PARTS = (
 def get(name: str) -> types.ModuleType:
   """Returns the module of a task.
 
-  Importing it only now spares the other tasks its dependencies. Raises
-  ValueError for a module that lacks what a task has.
+  It is imported only now, so that other tasks do not need its dependencies.
+  Raises ValueError for a module that lacks a part of a task.
   """
   module = importlib.import_module(f"sigattn.tasks.{name}")
   if missing := [x for x in _PARTS if not hasattr(module, x)]:

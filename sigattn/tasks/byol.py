@@ -1,7 +1,7 @@
 """BYOL (2006.07733): one view's features predict another's, without negatives.
 
-The other's come from the target network, an exponential average of the one
-that is trained. The training step keeps it as the average of the parameters,
+A target network computes the features of the other view. Its parameters are an
+exponential average of the trained ones, which the training step keeps as
 State.ema.
 """
 
@@ -80,10 +80,11 @@ def loss(
   rng: jax.Array,
   target: Byol,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """|q - z'|^2 = 2 - 2 cos(q, z'), of both orders of the two views, summed.
+  """The sum of |q - z'|^2 = 2 - 2 cos(q, z') over both orders of two views.
 
-  q predicts the projection z' by the target, which has no gradient, of the
-  other view. Batch statistics are those of one view of the global batch.
+  z' is the target's projection of one view, and has no gradient. q is its
+  prediction from the other view. Batch statistics are those of one view of the
+  global batch.
 
   batch: "image" (B, H, W, C) uint8.
   """

@@ -1,9 +1,9 @@
-"""The cross-entropy of logits that a product makes, without holding them all.
+"""The cross-entropy of logits x embed^T, without holding all logits at once.
 
 The float32 logits of 32,768 tokens and as many symbols take 4 GiB, and so does
-their gradient. Here they are made for some tokens at a time, and the gradients
-of both factors are computed beside the loss: once the logits of a token are
-there, its gradient is known up to the factor that comes from above. Liger
+their gradient. Here they are computed for some tokens at a time. The gradients
+of both factors are computed together with the loss, because the logits of a
+token determine its gradient, up to the cotangent of the loss. Liger
 (2410.10989) does the same for PyTorch.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 
 class Scored(NamedTuple):
-  """What `linear_cross_entropy` returns.
+  """The result of `linear_cross_entropy`.
 
   total: the sum of weight_BT * nats_BT, float32; only this is differentiable.
   nats_BT: -log softmax(logits)[target], float32.
@@ -42,11 +42,11 @@ def linear_cross_entropy(
     dlogits = w (p - onehot(target))    dx = dlogits embed
     dembed = dlogits^T x                dw = nats
 
-  With a cap c, p is softmax(capped) of capped = cap(logits, c), and dlogits has
-  the factor 1 - (capped / c)^2.
+  With a cap c, p is softmax(capped) for capped = cap(logits, c), and dlogits
+  has the factor 1 - (capped / c)^2.
 
-  Products are of x's dtype: the embedding and dlogits are rounded to it. Sums
-  are float32, also that of dembed over the chunks.
+  Products are computed in x's dtype, to which the embedding and dlogits are
+  rounded. Sums are float32, including the sum of dembed over the chunks.
 
   Args:
     x_BTD: in float32, bfloat16 or float16. embed_VD: in any of them.
@@ -64,7 +64,8 @@ def linear_cross_entropy(
     raise ValueError(f"{chunks=}; must divide the {length} tokens of a row")
   weight_BT = weight_BT.astype(jnp.float32)
   scored = _scored(chunks, logit_cap, x_BTD, embed_VD, target_BT, weight_BT)
-  # Autodiff would take the gradient of these two for zero without a word.
+  # stop_gradient makes explicit that only the total has a gradient. Autodiff
+  # would take the other gradients for zero without an error.
   return scored._replace(nats_BT=jax.lax.stop_gradient(scored.nats_BT))
 
 
@@ -146,7 +147,7 @@ def _at(logits_BTV, target_BT):
 
 
 def _over_chunks(function, carry, parts, chunks):
-  """function(carry, parts) -> (carry, outs), once for each chunk along T.
+  """Calls function(carry, parts) -> (carry, outs) for each chunk along T.
 
   A chunk has every chunks-th token of each row, so that each device of a mesh
   that splits the batch or the rows has its own part of every chunk.

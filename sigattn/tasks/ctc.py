@@ -72,9 +72,10 @@ COUNTS = ("character_errors", "characters", "word_errors", "words")
 def errors(reference: str, hypothesis: str) -> dict[str, int]:
   """Returns the counts named by COUNTS.
 
-  They are the edits that turn the hypothesis into the reference, in characters
-  and in words, and the characters and words of the reference. An error rate is
-  a sum of errors, over any number of utterances, divided by the sum of counts.
+  They are the numbers of edits that turn the hypothesis into the reference, in
+  characters and in words, and the numbers of characters and words of the
+  reference. An error rate over any number of utterances is the sum of errors
+  divided by the sum of characters or words.
   """
   counts = []
   for process in (jiwer.process_characters, jiwer.process_words):

@@ -1,27 +1,34 @@
 """The loss of connectionist temporal classification (CTC, Graves et al. 2006).
 
-Between, before and after the characters of a target stands the blank: a chain
-of S = 2 U + 1 states. At each frame a path stays in its state, moves to the
-next, or skips a blank between two different characters. With the emission
-e_t(s) = log p_t(the character of s), and -inf where there is no such state,
+A blank stands before, between and after the characters of a target, which
+makes a chain of S = 2 U + 1 states. At each frame a path stays in its state,
+moves to the next, or skips a blank between two different characters. With the
+emission e_t(s) = log p_t(the character of s), and with -inf for states that do
+not exist,
 
   a_t(s) = log(exp a_{t-1}(s) + exp a_{t-1}(s - 1) + [skip] exp a_{t-1}(s - 2))
            + e_t(s)
 
-is the log-probability of all paths that are in s after frame t. The loss is
-that of the last two states, negated. Let b_t(s) be the same of the reversed
-chain and reversed time; then softmax(a_t + b_t - e_t) is how probable each s is
-at frame t given the target, and the gradient is the softmax of the logits minus
-that, for each character. No second pass has to go back through the first. The
-largest of a_t is subtracted as it grows, and summed up for the loss alone, so
-that float32 does not round differences of states.
+is the log-probability of all paths that are in s after frame t. The loss is the
+negated log-probability of the last two states. Let b_t(s) be the same for the
+reversed chain in reversed time. Then softmax(a_t + b_t - e_t) is the
+probability of each s at frame t given the target, and the gradient is the
+softmax of the logits minus this probability, summed for each character. So no
+second pass has to go back through the first. The largest of a_t is subtracted
+at each frame and added up separately for the loss, so that float32 does not
+round the differences of states.
 
-On a GPU a frame at a time would be a thousand tiny kernels, whose start takes
-all the time. There the frames are cut into blocks, and three loops do a block's
-frames of all blocks at once: n_t(s, d), the log-probability of all paths from
-the state s - d before a block to s, obeys the recursion above in s and d; from
-those of whole blocks follow the states before each block, one after another;
-and from these all a_t. The numbers are the same up to rounding.
+On a GPU, one frame at a time would be a thousand tiny kernels, and starting
+them would take all the time. So the frames are cut into blocks, and three loops
+run over the frames of a block, for all blocks at once:
+
+  1. n_t(s, d) is the log-probability of all paths from the state s - d before
+     a block to s. It obeys the recursion above in s and d.
+  2. From n of whole blocks follow the states before each block, one block after
+     another.
+  3. From these follow all a_t.
+
+The numbers are the same up to rounding.
 """
 
 import functools
@@ -30,8 +37,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Frames of a block: of T = 600 there are 16 + 38 + 16 steps instead of 600, and
-# n has 2 BLOCK + 1 numbers for each state. On a CPU blocks are more work.
+# Frames of a block. With T = 600 there are 16 + 38 + 16 steps instead of 600,
+# and n has 2 BLOCK + 1 numbers for each state. On a CPU blocks are more work.
 BLOCK = 16
 _NEVER = -jnp.inf
 
@@ -50,9 +57,9 @@ def ctc_loss(
 
   Args:
     logits_BTV: of the blank, which is 0, and of the characters.
-    tokens_B: how many tokens of T are valid. targets_BU: int, from 1 to V - 1;
-      what is beyond the characters_B of an utterance does not count.
-    block: tokens of a block; None: BLOCK, and 1, no blocks, on a CPU.
+    tokens_B: the number of valid tokens, at most T. targets_BU: int, from 1 to
+      V - 1; entries beyond the characters_B of an utterance do not count.
+    block: tokens of a block; None: BLOCK, but 1 (no blocks) on a CPU.
 
   Raises:
     ValueError: if block is below 1.
@@ -89,14 +96,15 @@ def _with_gradient(
   def both(block, logits_BTV, tokens_B, targets_BU, characters_B):
     log_probs_BTV = jax.nn.log_softmax(logits_BTV)
     chain = _chain(log_probs_BTV, tokens_B, targets_BU, characters_B)
-    # An axis in front, not along B: a mesh that shares the batch is to keep it.
+    # The chains are stacked along a new leading axis, not along B, so that a
+    # mesh that splits the batch can keep it split.
     pairs = zip(chain, _reversed(chain, characters_B), strict=True)
     chains = _Chain(*map(jnp.stack, pairs))
     states, last_BS, total_B = _all(*_blocks(chains, block))
     a_BTS, b_BTS = states[:, :, : logits_BTV.shape[1]]
     loss_B = _negated(last_BS[0], characters_B) - total_B[0]
     both_BTS = a_BTS + jnp.flip(b_BTS, (1, 2))
-    # It is -inf where the emission is, which cannot be subtracted.
+    # Where the emission is -inf, so is the sum, and it cannot be subtracted.
     both_BTS = jnp.where(both_BTS > _NEVER, both_BTS - chain.e_BTS, _NEVER)
     counts_BT1 = (chain.valid_BT & is_possible_B[:, None])[..., None]
     share_BTS = jnp.where(counts_BT1, jax.nn.softmax(both_BTS), 0)
@@ -152,9 +160,9 @@ def _states(targets_BU):
 class _Chain(NamedTuple):
   """The chain of states of each example.
 
-  start_BS: log-probabilities before the first frame: of one state, 0.
-  e_BTS: emissions. skip_BS: whether a path may skip the state before.
-  valid_BT: whether the frame counts; else states stay as they are.
+  start_BS: log-probabilities before the first frame: 0 for one state, else
+    -inf. e_BTS: emissions. skip_BS: whether a path may skip the state before.
+  valid_BT: whether the frame counts; if not, states stay as they are.
   """
 
   start_BS: jax.Array
@@ -183,7 +191,7 @@ def _reversed(chain, characters_B):
   return _Chain(
     _one_state(last_B, chain.e_BTS),
     jnp.flip(chain.e_BTS, (1, 2)),
-    # Who skips from s - 2 to s skips from s to s - 2 in reverse.
+    # A skip from s - 2 to s is a skip from s to s - 2 in reverse.
     jnp.pad(skip_BS, ((0, 0), (2, 0)))[:, :-2],
     jnp.flip(chain.valid_BT, 1),
   )
@@ -195,25 +203,25 @@ def _one_state(place_B, e_BTS):
 
 
 def _negated(last_BS, characters_B):
-  """The loss: -log of the sum over the last character and the last blank."""
+  """-log of the summed probabilities of the last character and last blank."""
   end_B2 = 2 * characters_B[:, None] - jnp.arange(2)[None]
   # Without a character there is no state before the blank.
   ends_B2 = jnp.take_along_axis(last_BS, jnp.maximum(end_B2, 0), axis=1)
   return -jax.nn.logsumexp(jnp.where(end_B2 < 0, _NEVER, ends_B2), axis=1)
 
 
-# The recursion. Arrays may have axes in front of those that are named.
+# The recursion. Arrays may have leading axes before those that are named.
 
 
 def _log_add(*terms):
-  """log sum exp of the terms; -inf where all are, without NaN."""
+  """log sum exp of the terms; -inf, not NaN, where all terms are -inf."""
   most = functools.reduce(jnp.maximum, terms)
   most = jnp.where(most == _NEVER, 0, most)
   return jnp.log(sum(jnp.exp(x - most) for x in terms)) + most
 
 
 def _step(a, e, skip, valid, axes=(-1,)):
-  """The states after one more frame. axes: those along which a path moves."""
+  """The states after one more frame. axes: the axes along which paths move."""
 
   def moved(by):
     x = a
@@ -248,8 +256,8 @@ def _blocks(chain, block):
 def _before(start, e, skip, valid):
   """(states before each block (J, ..., S), after all (..., S), total (...)).
 
-  The states that are returned are those after them minus their largest; total
-  is the sum of what is subtracted.
+  The largest state is subtracted from the states after each block; total is the
+  sum of what was subtracted.
   """
   if len(e) == 1:  # Blocks of one frame.
 
@@ -260,7 +268,7 @@ def _before(start, e, skip, valid):
   else:
     n = _transitions(e, skip, valid)
     from_S, distance_D = jnp.arange(n.shape[-2]), jnp.arange(n.shape[-1])
-    # Of the states with as many in front of them that never are.
+    # Indices into the states, padded in front with states of probability 0.
     source_SD = from_S[:, None] - distance_D[None] + n.shape[-1] - 1
 
     def after(a, n):
@@ -297,11 +305,11 @@ def _transitions(e, skip, valid):
 def _all(start, e, skip, valid):
   """(states after each frame (..., T, S), after all (..., S), total (...)).
 
-  Each frame's are right up to what is added to all of them; the last two are
-  as in _before. T is that of whole blocks.
+  The states of a frame are right up to a constant that is added to all of them.
+  The last two results are those of _before. T is that of whole blocks.
   """
   before, last, total = _before(start, e, skip, valid)
-  if len(e) == 1:  # What is before a frame is after the one before.
+  if len(e) == 1:  # The states after a frame are those before the next one.
     states = jnp.concatenate([before[1:], last[None]])
     return jnp.moveaxis(states, 0, -2), last, total
 

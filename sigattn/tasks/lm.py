@@ -25,7 +25,7 @@ class LanguageModel(nnx.Module):
 
   norm: the kind of the norm before the logits, or None for no norm.
   norm_epsilon: as in layers.make_norm.
-  tied: whether input and output share the embedding (1608.05859); otherwise the
+  tied: whether input and output share the embedding (1608.05859); if not, the
     logits have a table of their own, `head`.
   logit_cap: c of c tanh(logits / c), as in Gemma 2 (2408.00118); None: no cap.
   add_sincos: whether sines of the positions are added to the embedding. Their
@@ -92,7 +92,8 @@ class LanguageModel(nnx.Module):
     """Scores the logits of a call against the targets, chunk by chunk.
 
     target_BT: the tokens after token_BT. weight_BT, chunks: as in
-    cross_entropy.linear_cross_entropy. The others are those of the call.
+    cross_entropy.linear_cross_entropy. The other arguments are those of
+    __call__.
     """
     x_BTD = self._normalized(self._hidden(token_BT, rng, segment_ids))
     return linear_cross_entropy(
@@ -100,12 +101,12 @@ class LanguageModel(nnx.Module):
     )
 
   def prepare_to_generate(self) -> None:
-    """Changes the parameters to the form that a token takes least time with.
+    """Changes the parameters to the form with which decoding is fastest.
 
-    Each layer gets arrays of its own, products of one input are merged, and
-    matrices have the dtype of the activations, to which each call would cast
-    them. The results stay the same; the model can no longer be trained or
-    saved.
+    Each layer gets arrays of its own, products of the same input are merged,
+    and matrices are cast to the dtype of the activations, so that calls need
+    not cast them. The results stay the same. The model can no longer be trained
+    or saved.
     """
     self.stack.split_layers()
 
@@ -128,15 +129,15 @@ class LanguageModel(nnx.Module):
   ) -> tuple[jax.Array, tuple[layers.Cache, ...]]:
     """Adds T tokens to each row: (the logits (B, V) of the next, the cache).
 
-    A row's tokens see those before them. Behind its last token a row may have
-    padding: what is written for it is not seen, as long as the row's next token
-    overwrites it.
+    The tokens of a row see those before them. A row may have padding after its
+    last token. What is written to the cache for padding is not seen, as long as
+    the row's next token overwrites it.
 
     token_BT: integers; those of padding do not matter. cache: is written in
-    place where it is donated. place: the number of tokens in the cache, an
-    int32 scalar or one for each row, (B,); None: the cache is empty. last_B:
-    the index of the token after which the logits are wanted; None: T - 1.
-    page_table: of a paged cache, see layers.SelfAttention.
+    place if it is donated. place: the number of tokens in the cache, an int32
+    scalar, or (B,), one for each row; None: the cache is empty. last_B: the
+    index of the token after which the logits are wanted; None: T - 1.
+    page_table: for a paged cache, see layers.SelfAttention.
     """
     length = token_BT.shape[1]
     positions_BT = jnp.broadcast_to(jnp.arange(length), token_BT.shape)
@@ -186,7 +187,7 @@ class LanguageModel(nnx.Module):
     return layers.normalize(self.norm, x_BTD) if self.has_norm else x_BTD
 
   def _table(self):
-    """The table (V, D) of which the logits are products."""
+    """The table (V, D) by which activations are multiplied for the logits."""
     return self.embed if self.tied else self.head
 
   def _logits(self, x_BTD):
@@ -256,7 +257,7 @@ RULES = (
   _rope_turns_pairs,
   _parallel_branches_have_norms_before_them,
   divides("model.loss_chunks", "data.length"),
-  # Other lengths would be padded.
+  # Rows of other lengths would have to be padded.
   divides("mesh.sequence", "data.length"),
 )
 
@@ -308,7 +309,7 @@ def real_tokens(config: ConfigDict, batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def tick_labels(config: ConfigDict, batch: loader.Batch) -> list[str]:
-  """Returns the text of each input token, of a batch of one row.
+  """Returns the text of each input token of a batch of one row.
 
   Padding tokens are left out.
   """
@@ -413,9 +414,9 @@ def evaluation_variants(config: ConfigDict) -> dict[str, ConfigDict]:
   """Returns {name: config}, the evaluations of eval.py at other lengths.
 
   The lengths are config.eval.length_factors times the training length, each
-  with every max_length of config.eval.max_length_of; the loss is also given by
-  position. All variants cut the same text into rows of another length, except
-  that the documents of a stream do not become longer.
+  with every max_length of config.eval.max_length_of. The loss is also given by
+  position. All variants cut the same text into rows of another length, but the
+  documents of a stream do not become longer.
   """
   variants = {}
   for name, factor, max_length_of in stack.eval_lengths(config):

@@ -1,4 +1,4 @@
-"""MAE (2111.06377): the pixels of masked patches from those that are left."""
+"""MAE (2111.06377): predicts masked patches from those that are left."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def _a_patch_is_masked_and_one_is_left(config):
 
 
 def _patches_may_be_left_out(config):
-  """What goes by the places of neighbours needs all tokens."""
+  """Refuses options that depend on neighbours: they would need all tokens."""
   wrong = {
     "model.positions": (config.model.positions, "rope", "sincos2d"),
     "attn.alibi": (config.attn.alibi, True, False),
@@ -77,8 +77,9 @@ reference = selfsup.reference
 class MaskedAutoencoder(vit.Backbone):
   """A backbone that sees some of the patches, and a decoder that draws all.
 
-  The n of sigmoid's bias -log n is the number of tokens that attention gets: of
-  the encoder in training those that are left, in evaluation all of them.
+  The n of sigmoid's bias -log n is the number of tokens that attention gets. In
+  the encoder these are the tokens that are left in training, and all tokens in
+  evaluation.
 
   Initialisation: mask_token normal, standard deviation 0.02.
   """
@@ -108,11 +109,13 @@ class MaskedAutoencoder(vit.Backbone):
     kept: int,
     rng: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
-    """Returns the pixels of all patches (B, P, patch_size^2 C), float32, and
-    the features of the patches that are left, (B, D).
+    """Draws all patches from those that are left.
 
-    order_BP: a permutation of the patches of each image, of which the encoder
-    gets the first `kept`.
+    Returns their pixels (B, P, patch_size^2 C), float32, and the features of
+    the patches that are left, (B, D).
+
+    order_BP: a permutation of the patches of each image; the encoder gets the
+    first `kept` of them.
     """
     x_BTD = self.tokens(images_BHWC)
     class_BTD, x_BPD = jnp.split(x_BTD, [self.class_tokens], axis=1)
@@ -147,7 +150,7 @@ def _take(x_BPD, index_BK):
 
 
 def _decoder_config(config):
-  """The config whose stack is the decoder: heads and widths are its own."""
+  """The config of the decoder's stack, which has its own heads and widths."""
   decoder = config.copy_and_resolve_references().unlock()
   model = config.model
   decoder.model.update(
@@ -174,7 +177,7 @@ def _kept(config, patches):
 def mask(
   config: ConfigDict, model: MaskedAutoencoder, rng: jax.Array, batch: int
 ) -> tuple[jax.Array, int]:
-  """A random order of each image's patches (B, P), and how many are left."""
+  """A random order of each image's patches (B, P), and the number left."""
   patches = model.grid[0] * model.grid[1]
   noise_BP = jax.random.uniform(rng, (batch, patches))
   return noise_BP.argsort(axis=1), _kept(config, patches)
@@ -217,14 +220,15 @@ DRAWINGS = ("image", "left", "drawn")
 def drawings(
   config: ConfigDict, model: MaskedAutoencoder, batch: dict[str, jax.Array]
 ) -> list[jax.Array]:
-  """Rows of images in [0, 1]: as they are, what is left, and what is drawn.
+  """Rows of images in [0, 1]: the images, what is left of them, the drawings.
 
-  What is drawn are the masked patches, with the mean and the deviation of the
-  true ones, which the model does not learn; the others are as they are.
+  In a drawing the model draws the masked patches, and the others are the true
+  ones. Drawn patches get the mean and the deviation of the true ones, because
+  the model does not learn these.
   """
   images_BHWC = vit.normalize(config.data, batch["image"])
   batch_size = len(images_BHWC)
-  # The same masks for every model of this size.
+  # The masks are the same for every model of this size.
   order_BP, kept = mask(config, model, jax.random.key(0), batch_size)
   drawn_BPX, _ = model.reconstruct(images_BHWC, order_BP, kept)
   true_BPX = model.patches(images_BHWC)

@@ -1,8 +1,8 @@
 """What the self-supervised tasks share: simclr, byol and mae.
 
-Each is a vit.Backbone with a head of its own. While they train, their features
-are evaluated by their nearest neighbours, which needs no training, and the
-deviation of the features says whether they collapse.
+Each is a vit.Backbone with a head of its own. During training, their features
+are evaluated by nearest neighbours, which need no training. The deviation of
+the features shows whether they collapse.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ from sigattn.tasks import vit
 from sigattn.validate import real, whole
 
 METRICS = ("knn_accuracy", "feature_std")
-COLLAPSED = 0.05  # of feature_std, see there
+COLLAPSED = 0.05  # Features whose feature_std is below this have collapsed.
 
 FIELDS = vit.BACKBONE_FIELDS | {
   "eval.knn_examples": whole(low=1, high=2**20),
@@ -50,8 +50,9 @@ class Projector(nnx.Module):
   """down(relu(norm(up(x)))), the head of SimCLR and BYOL.
 
   norm is batch normalisation (1502.03167) by the batch's own statistics, with a
-  trained scale and bias. Under jit they are those of the global batch, on any
-  mesh. There are no running averages: nothing is projected outside of training.
+  trained scale and bias. Under jit the statistics are those of the global
+  batch, on any mesh. There are no running averages, because nothing is
+  projected outside of training.
   """
 
   def __init__(self, width: int, hidden: int, out: int, *, rngs: nnx.Rngs):
@@ -87,9 +88,9 @@ def two_views(
 def feature_std(features_BD: jax.Array) -> jax.Array:
   """sqrt(D) times the deviation over the batch of f / |f|, mean over D.
 
-  It is 1 for features that point in all directions alike, and 0 for features
-  that have collapsed to one (2011.10566, Section 4.1). What all features have
-  in common makes it smaller.
+  It is 1 if the features point equally in all directions, and 0 if they have
+  collapsed to a single one (2011.10566, Section 4.1). A part that all features
+  have in common makes it smaller.
   """
   unit_BD = unit(features_BD)
   return jnp.sqrt(unit_BD.shape[-1]) * unit_BD.std(0).mean()
@@ -107,8 +108,8 @@ def unit(x_BD: jax.Array) -> jax.Array:
 def reference(config: ConfigDict) -> Iterable[loader.Batch]:
   """The training images among which evaluation looks for neighbours.
 
-  config.eval.knn_examples of them, or all if there are fewer. Raises ValueError
-  if they are fewer than config.eval.knn_neighbours.
+  Their number is config.eval.knn_examples, or less if the split has fewer.
+  Raises ValueError if there are fewer than config.eval.knn_neighbours.
   """
   split = views.open_source(config, config.data.train_split)
   some = _Spread(split, config.eval.knn_examples)
@@ -123,7 +124,7 @@ def reference(config: ConfigDict) -> Iterable[loader.Batch]:
 class _Spread(loader.ExampleSource):
   """Some of a split's examples, evenly spread over it.
 
-  Files may be sorted by class: the first ones would be of a few classes.
+  Files may be sorted by class, so that the first ones would be of few classes.
   """
 
   def __init__(self, split, count):
@@ -184,7 +185,7 @@ def nearest(
 def results(config: ConfigDict, sums: dict[str, Any]) -> dict[str, float]:
   """The accuracy of the nearest neighbours, and feature_std of the whole split.
 
-  Features that have collapsed are said in the log.
+  The log warns if the features have collapsed.
   """
   weight = sums["weight"]
   mean_D = sums["feature"] / weight

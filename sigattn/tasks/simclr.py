@@ -28,7 +28,7 @@ reference = selfsup.reference
 
 
 class Simclr(vit.Backbone):
-  """A backbone whose features a projector maps to where they are compared."""
+  """A backbone with a projector, whose output is compared between views."""
 
   def __init__(self, config: ConfigDict, rngs: nnx.Rngs):
     super().__init__(**vit.backbone(config, rngs))
@@ -51,7 +51,7 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """`nt_xent` of the projections of two views of each image.
 
-  The negatives are all views of the global batch, on whatever devices they are.
+  The negatives are all views of the global batch, on all devices.
 
   batch: "image" (B, H, W, C) uint8.
   """
@@ -65,17 +65,18 @@ def loss(
 
 
 def nt_xent(projection_BF: jax.Array, temperature: float) -> jax.Array:
-  """The mean over i of -log softmax_j(z_i z_j / temperature) at the other view.
+  """The NT-Xent loss of pairs of views (2002.05709, Equation 1).
 
-  z are projections of norm 1, and j runs over all views but i (2002.05709,
-  Equation 1). Rows i and i + B / 2 of projection_BF are views of one image.
+  It is the mean over i of -log softmax_j(z_i z_j / temperature) at j = the
+  other view of i's image. z are projections of norm 1, and j runs over all
+  views except i. Rows i and i + B / 2 of projection_BF are views of one image.
 
-  It is optax.losses.ntxent for pairs. That one multiplies before it sums, for
-  which the CPU's compiler keeps B x B x F numbers.
+  optax.losses.ntxent computes the same. It multiplies before it sums, for which
+  the CPU's compiler keeps B x B x F numbers.
   """
   unit_BF = selfsup.unit(projection_BF)
   count = len(unit_BF)
-  # TF32 is too coarse for what is divided by a small temperature.
+  # TF32 is too coarse for numbers that are divided by a small temperature.
   similar_BB = jnp.dot(unit_BF, unit_BF.T, precision="highest") / temperature
   similar_BB = jnp.where(jnp.eye(count, dtype=bool), -jnp.inf, similar_BB)
   other_B = jnp.roll(jnp.arange(count), count // 2)

@@ -37,8 +37,8 @@ class AcousticModel(nnx.Module):
   characters: the size of the alphabet, V - 1; the first class is CTC's blank.
 
   Padding does not change the outputs of an utterance. It is set to 0 before
-  each convolution, like what lies beyond the ends of an utterance, and no token
-  attends to it.
+  each convolution, like the frames beyond the ends of an utterance, and no
+  token attends to it.
 
   Initialisation beyond that of sigattn.layers:
     conv/i/kernel  LeCun normal
@@ -84,7 +84,7 @@ class AcousticModel(nnx.Module):
   def __call__(
     self, x_BTM: jax.Array, frames_B: jax.Array, rng: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array]:
-    """Returns float32 logits (B, T', V), and how many tokens are valid, (B,).
+    """Returns float32 logits (B, T', V), and the number of valid tokens, (B,).
 
     x_BTM, frames_B: as log_mel_of returns them. rng: for CAPE's shifts, dropout
     and drop path; None turns them off.
@@ -199,8 +199,8 @@ def log_mel_of(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns log-mel energies (B, T, M) and the valid frames (B,).
 
-  They are normalised for each recording, or scaled as Whisper does it, by
-  config.model.features. A recording that is shorter than a window counts as one
+  config.model.features says whether they are normalised for each recording, or
+  scaled as in Whisper. A recording that is shorter than a window counts as one
   frame. batch: "audio" and "samples", as in `loss`.
   """
   bins = config.model.mel_bins
@@ -220,7 +220,7 @@ def _frames(config, samples):
 
 
 def tick_labels(config: ConfigDict, batch: loader.Batch) -> list[str]:
-  """Returns the second at which each token begins, of a batch of one."""
+  """Returns the second at which each token of a batch of one begins."""
   stride = math.prod(stride for _, stride in config.model.convolutions)
   frames = _frames(config, int(batch["samples"][0]))
   starts = range(0, frames, stride)

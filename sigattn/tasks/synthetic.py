@@ -147,7 +147,7 @@ def _loss_and_correct(config, model, batch, rng=None):
 
 
 def tick_labels(config: ConfigDict, batch: loader.Batch) -> list[str]:
-  """Returns the symbol or number of each token, of a batch of one."""
+  """Returns the symbol or number of each token of a batch of one."""
   template = "{:.2f}" if config.data.name in NUMBERS else "{}"
   return [template.format(x) for x in batch["input"][0]]
 

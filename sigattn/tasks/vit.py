@@ -20,7 +20,7 @@ UNIT = "images"
 METRICS = ("loss", "accuracy", "accuracy_top5")  # top5 needs > 10 classes
 POOLS = ("mean", "class")
 POSITIONS = ("learned", "sincos1d", "sincos2d", "rope", "none")
-# The parameters of a Backbone, by which other tasks may start: see
+# The parameters of a Backbone, from which runs of other tasks may start: see
 # sigattn.training.init_from.
 ENCODER = ("class_token", "embed", "encoder", "norm", "position")
 
@@ -28,15 +28,15 @@ ENCODER = ("class_token", "embed", "encoder", "norm", "position")
 class Backbone(nnx.Module):
   """Patches -> linear embedding + positions -> encoder -> norm -> pool.
 
-  What supervised and self-supervised models have in common: the parameters of
-  ENCODER.
+  Supervised and self-supervised models have it in common. Its parameters are
+  those of ENCODER.
 
   encoder: a module, encoder(x_BTD, rng) -> (B, T, D); T counts all tokens.
   grid: the numbers of rows and columns of patches.
   pool: "mean" averages all tokens; "class" reads only the class token, which is
     the first token.
-  position_table: what is added to the tokens, "learned", "sincos1d", "sincos2d"
-    or "none". Only a learned table has a row for the class token.
+  position_table: the table that is added to the tokens, "learned", "sincos1d",
+    "sincos2d" or "none". Only a learned table has a row for the class token.
   norm: the kind of the last norm, or None for no norm.
 
   Initialisation beyond that of sigattn.layers:
@@ -94,7 +94,7 @@ class Backbone(nnx.Module):
     return self._add_positions(self._add_class_token(x_BPD))
 
   def encode(self, x_BTD: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-    """The encoder and the last norm of tokens, float32 (B, T, D)."""
+    """Applies the encoder and the last norm to tokens, float32 (B, T, D)."""
     x_BTD = self.encoder(x_BTD, rng)
     if self.has_norm:
       x_BTD = layers.normalize(self.norm, x_BTD)
@@ -145,9 +145,9 @@ class Backbone(nnx.Module):
 
 
 class VisionTransformer(Backbone):
-  """A Backbone with a linear head: its features -> logits.
+  """A Backbone with a linear head, which maps features to logits.
 
-  The head is 0 at first, so that the first loss is log(num_classes). The other
+  The head is initially 0, so that the first loss is log(num_classes). The other
   arguments are those of Backbone.
   """
 
@@ -168,7 +168,7 @@ class VisionTransformer(Backbone):
   def __call__(
     self, images_BHWC: jax.Array, rng: jax.Array | None = None
   ) -> jax.Array:
-    """Returns float32 logits (B, num_classes); the arguments of `features`."""
+    """Returns float32 logits (B, num_classes); arguments as in `features`."""
     return self.head(self.features(images_BHWC, rng))
 
 
@@ -179,7 +179,8 @@ def _fixed_table(name, grid, width):
 
 
 _MAX_TOKENS = 2**20
-# Of Beta(alpha, alpha): below, nothing is mixed; above, all is halved.
+# The alpha of Beta(alpha, alpha). Below this range nothing would be mixed, and
+# above it everything would be halved.
 _ALPHA = zero_or(real(low=1e-3, high=1e3))
 
 BACKBONE_FIELDS = stack.FIELDS | {
@@ -393,7 +394,8 @@ def mix(
     return images_BHWC, targets_BV
   coin = jax.random.bernoulli(coin_rng)
   mask_HW = jnp.where(coin, masks[0], masks[-1])
-  # Neighbours are mostly on the same device; in a reversed batch they are not.
+  # Images are mixed with their neighbours, which are mostly on the same device.
+  # Partners in a reversed batch would not be.
   return (
     _interpolate(mask_HW[None, :, :, None], images_BHWC),
     _interpolate(mask_HW.mean()[None, None], targets_BV),

@@ -43,7 +43,7 @@ class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
   """
 
   async def finalize(self) -> None:
-    # Orbax would now write the time into the file of metadata.
+    # Without this, Orbax would now write the time into the metadata file.
     metadata, self._checkpoint_metadata_store = (
       self._checkpoint_metadata_store,
       None,
@@ -79,18 +79,19 @@ def _manager(workdir, keep=None):
   options = ocp.CheckpointManagerOptions(
     preservation_policy=keep,
     best_fn=lambda metrics: 0.0,  # makes Orbax save the metrics
-    # Orbax reads no metrics, which may be damaged, and no metadata.
+    # Orbax then reads no metadata and no metrics, which may be damaged.
     lightweight_initialize=True,
     temporary_path_class=_Sealed,
-    save_interval_steps=int(keep is not None),  # else it warns that it reads
-    cleanup_tmp_directories=keep is not None,  # what a killed run left
+    # With 1, Orbax warns in read-only mode that it does not save.
+    save_interval_steps=int(keep is not None),
+    cleanup_tmp_directories=keep is not None,  # that a killed run left
     read_only=keep is None,
     create=keep is not None,
   )
   folder = pathlib.Path(workdir).resolve() / "checkpoints"
   if keep is not None:
     return ocp.CheckpointManager(folder, options=options)
-  # Orbax warns of what was asked for: that it only reads.
+  # Orbax warns that it only reads, which is what was asked for.
   verbosity = absl_logging.get_verbosity()
   absl_logging.set_verbosity(absl_logging.ERROR)
   try:
@@ -102,8 +103,8 @@ def _manager(workdir, keep=None):
 class Checkpoints:
   """Saves a run's training state in workdir/checkpoints and restores it.
 
-  A context manager: on exit it waits until everything is on disk. If `workdir`
-  is None, nothing is saved or restored.
+  It is a context manager, which waits on exit until everything is on disk. If
+  `workdir` is None, nothing is saved or restored.
   """
 
   def __init__(
@@ -139,7 +140,7 @@ class Checkpoints:
       metrics.log(f"the last checkpoint was not written: {error}")
 
   def wait(self) -> None:
-    """Waits until everything is on disk. Raises OSError where it cannot be."""
+    """Waits until everything is on disk. Raises OSError if a write fails."""
     if self._manager is not None:
       with self._naming_the_folder():
         self._manager.wait_until_finished()
@@ -147,7 +148,7 @@ class Checkpoints:
   def raise_if_failed(self) -> None:
     """Raises OSError if the last write has failed.
 
-    It does not wait for a write that goes on.
+    It does not wait for a write that is still running.
     """
     if self._manager is not None and not self._manager.is_saving_in_progress():
       self.wait()
@@ -198,7 +199,7 @@ class Checkpoints:
     if state.ema is not None:
       items["ema"] = ocp.args.StandardSave(state.ema)
     with self._naming_the_folder():
-      # Orbax would make a folder anew that was deleted during the run.
+      # Orbax would create the folder again if it was deleted during the run.
       os.stat(pathlib.Path(self._workdir) / "config.json")
       # Orbax warns at every save if the metrics are None.
       self._manager.save(
@@ -221,10 +222,10 @@ class Checkpoints:
       raise OSError(code, os.strerror(code), str(folder)) from error
 
   def restore(self, state: State, data: Iterator[loader.Batch]) -> State:
-    """Returns the newest saved state and sets the iterator `data` to its place.
+    """Returns the newest saved state, and moves the iterator `data` to it.
 
     Without a checkpoint it returns `state` and leaves `data` alone. Raises
-    ValueError for a checkpoint of another version's format.
+    ValueError for a checkpoint in the format of another version.
     """
     if self._newest is None:
       return state
@@ -259,10 +260,10 @@ def _restore(manager, workdir, step, state, data):
 
 
 def _go_to_place_of_others(data, places):
-  """Sets the iterator to the place where another number of processes was.
+  """Moves the iterator to the place that another number of processes saved.
 
-  An order of examples has one place, which all processes save. Streams of
-  documents have one place for each process.
+  If examples have an order, there is one place, which all processes save.
+  Streams of documents have one place for each process.
   """
   states = [
     json.loads(path.read_bytes())
@@ -270,8 +271,8 @@ def _go_to_place_of_others(data, places):
   ]
   if not states or any(state != states[0] for state in states):
     raise ValueError(
-      f"{places}: {len(states)} processes read streams of documents, which "
-      f"{jax.process_count()} cannot go on with; start {len(states)} processes"
+      f"{places}: {len(states)} processes read streams of documents, and "
+      f"{jax.process_count()} cannot resume them; start {len(states)} processes"
     )
   data.set_state(states[0])
   data.start_prefetch()
@@ -283,9 +284,9 @@ def restore_before(
   state: State,
   data: Iterator[loader.Batch],
 ) -> State:
-  """As Checkpoints.restore, but of the newest whole checkpoint before a step.
+  """Restores the newest whole checkpoint before a step; writes nothing.
 
-  Writes nothing. step: the number of an update.
+  It acts like Checkpoints.restore. step: the number of an update.
   """
   for before in reversed(saved.steps(workdir)):
     if before < step and not saved.damage(workdir, before):
@@ -299,7 +300,7 @@ def _train_item(state):
 
 
 def _validate_format(step, workdir):
-  # Orbax would read the metrics too, which may be damaged.
+  # Orbax would also read the metrics, which may be damaged.
   metadata = saved.metadata(saved.folder(workdir, step))
   run_dir.validate_format(metadata.get("format", 1), workdir)
 
@@ -312,16 +313,16 @@ def _restored(manager, step, items, workdir):
     if files.is_sealed(folder):
       raise
     raise ValueError(
-      f"{folder} cannot be restored: it is damaged, or of another model; it "
-      f"was saved without checksums, which would tell. {error}"
+      f"{folder} cannot be restored: it is damaged, or of another model. (It "
+      f"was saved without checksums, which could tell the two apart.) {error}"
     ) from error
 
 
 def _newest_after_moving_damaged_ones(workdir):
-  """The newest whole step, None if there is none; newer ones are moved.
+  """The newest whole step, or None; newer checkpoints are moved aside.
 
-  Where they lay, training will write those steps again. The first process does
-  this, and tells the others.
+  They are moved because training will write those steps again. The first
+  process does this and tells the others.
   """
   step, error = None, None
   if not jax.process_index():
@@ -368,7 +369,7 @@ def _best(workdir, config):
   return best
 
 
-# Errors of the disk that Orbax reports in other errors, some as text alone.
+# Errors of the disk. Orbax reports them inside of other errors, some as text.
 _DISK_ERRORS = (
   errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
   errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE,
@@ -376,7 +377,7 @@ _DISK_ERRORS = (
 
 
 def _disk_error(error):
-  """The errno of a disk's error behind an exception; None if it is another."""
+  """The errno of the disk error that caused an exception; None if none did."""
   while error is not None:
     if isinstance(error, OSError) and error.errno is not None:
       return error.errno
@@ -399,8 +400,8 @@ def load(
 
   Args:
     workdir: the folder of the run.
-    step: the number of a saved step, "best", or None for the newest that is not
-      damaged.
+    step: the number of a saved step, "best", or None for the newest step that
+      is not damaged.
     devices: the mesh over which the parameters will be split, see
       mesh.parameters; None for this process's first device.
 

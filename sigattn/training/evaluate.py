@@ -20,10 +20,10 @@ def evaluator(
 ) -> Callable[[Any, Iterable[loader.Batch]], dict[str, float]]:
   """Returns a function (params, batches) -> metrics.
 
-  It adds up what the task's `evaluate` returns for each batch and passes the
-  sums to the task's `results`; a task without `results` gets each sum divided
-  by the sum of the weights. A task with `reference` also gets the features of
-  its examples.
+  It adds up what the task's `evaluate` returns for each batch, and passes the
+  sums to the task's `results`. If the task has no `results`, each sum is
+  divided by the sum of the weights. If the task has `reference`, `evaluate`
+  also gets the features of these examples.
 
   Args:
     config: of the run, or of one of its evaluation variants.
@@ -34,7 +34,7 @@ def evaluator(
   score = getattr(task, "score", None)
   results = getattr(task, "results", _means)
 
-  # Replicated, because each process reads all of the sums.
+  # The sums are replicated, because each process reads all of them.
   @functools.partial(jax.jit, out_shardings=mesh.replicated(devices))
   def sums(params, batch, *bank):
     return task.evaluate(config, nnx.merge(static, params), batch, *bank)
@@ -62,8 +62,9 @@ def represent(
 ) -> Callable[[Any, Iterable[loader.Batch]], dict[str, jax.Array]]:
   """Returns a function (params, batches) -> the features of all examples.
 
-  {"feature": (M, D), "target": (M,), "weight": (M,)}, on every device; the
-  weight is 0 for padding. Raises ValueError for a task without `represent`.
+  The features are {"feature": (M, D), "target": (M,), "weight": (M,)}, on every
+  device; the weight is 0 for padding. Raises ValueError for a task without
+  `represent`.
   """
   task = tasks.get(config.task)
   if not hasattr(task, "represent"):

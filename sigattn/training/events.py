@@ -1,8 +1,8 @@
-"""Writes TensorBoard's event files, in the thread that has the numbers.
+"""Writes TensorBoard's event files from the calling thread.
 
-tensorboardX's own writer leaves events in a queue: those are lost when the
-process is killed, and a full disk ends the thread that empties the queue, so
-that the process waits for ever.
+tensorboardX's own writer leaves events in a queue. They are lost when the
+process is killed. If the disk is full, the thread that empties the queue ends,
+and the process waits for ever.
 """
 
 import os
@@ -22,7 +22,7 @@ class EventFile:
   """A new event file in a run's folder.
 
   A run has one for each start. TensorBoard reads them in the order of their
-  names and drops what an earlier one has of the steps that this one repeats.
+  names, and drops from earlier files the steps that this one repeats.
   """
 
   def __init__(self, folder: str | os.PathLike[str], start: int) -> None:
@@ -49,8 +49,8 @@ class EventFile:
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes the scalars {"train/loss": 1.5, ...} of a step as one event.
 
-    Afterwards the system has them: a kill does not lose them. Raises OSError
-    where they cannot be written.
+    Afterwards the operating system has the event, so that a kill does not lose
+    it. Raises OSError if it cannot be written.
     """
     values = [
       summary_pb2.Summary.Value(tag=name, simple_value=value)

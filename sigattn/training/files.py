@@ -1,11 +1,11 @@
-"""Files of a run: atomic writes, and checksums that tell damage.
+"""Files of a run: atomic writes, and checksums that reveal damage.
 
-A folder is sealed by checksums.json, which has the SHA-256 of every file in it
-and is written last:
+A folder is sealed by checksums.json, which has the SHA-256 of every file in the
+folder and is written last:
 
   {"name": "40", "files": {"params/manifest.ocdbt": "5f3a...", ...}}
 
-The name is that of the folder, so that a copy under another name is noticed.
+The name is that of the folder, so that a copy under another name is detected.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Lets an OSError name the file, as that of a failed write does not."""
+  """Adds the file's name to an OSError; that of a failed write has none."""
   try:
     yield
   except OSError as error:
@@ -49,7 +49,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def append(file: io.FileIO, data: bytes) -> None:
   """Writes all of the data to a file without a buffer, or raises OSError.
 
-  Of what a full disk has no place for, the system first writes a part.
+  If the disk is full, the system first writes a part of the data.
   """
   rest = memoryview(data)
   while rest:
@@ -63,8 +63,8 @@ def seal(
 
   Args:
     folder: its files must not change afterwards.
-    name: that the folder has in the end.
-    without: names of files that are still to change.
+    name: the name that the folder will have in the end.
+    without: names of files that will still change.
   """
   folder = pathlib.Path(folder)
   files = {

@@ -10,13 +10,13 @@ from sigattn.training.step import State
 
 
 def start(config: ConfigDict, state: State) -> State:
-  """The state from which a new run starts: that of config.init_from.
+  """The state from which a new run starts, given config.init_from.
 
-  That is a folder with a model of transformers or timm, or of a run of ours,
-  whose newest checkpoint is taken; if that run has averaged its parameters to
-  evaluate them, it is the average.
+  config.init_from is a folder with a model of transformers or timm, or the
+  folder of one of our runs. Of a run the newest checkpoint is taken; if that
+  run evaluated an average of its parameters, the average is taken.
 
-  state: the initial one. Raises ValueError as pretrained.start and
+  state: the initial state. Raises ValueError as pretrained.start and
   checkpoint.load do.
   """
   if config.init_from is None:

@@ -1,9 +1,9 @@
-"""The mesh of devices, and which part of each array a device holds.
+"""The mesh of devices, and the part of each array that a device holds.
 
 config.mesh names the sizes of four axes:
 
   data      splits the batch; every device has all parameters
-  fsdp      splits the batch too, and the parameters, their gradients and the
+  fsdp      also splits the batch, and the parameters, their gradients and the
             optimizer's state; a layer's parameters are fetched when it runs
             (1910.02054)
   tensor    splits heads and MLP channels (1909.08053)
@@ -37,8 +37,8 @@ BATCH = ("data", "fsdp")  # the axes that split a batch
 
 # How parameters are split: the first pattern that matches the whole path of a
 # parameter names the axes of the mesh for its last axes. A parameter that no
-# pattern matches is replicated. These are most of a model's bytes; what is
-# small, norms and biases, is cheaper to replicate.
+# pattern matches is replicated. The patterns cover most of a model's bytes.
+# Small parameters, such as norms and biases, are cheaper to replicate.
 PARAMETERS = (
   (r".*attn/(query|key|value)/kernel", ("fsdp", "tensor", None)),  # D, N, H
   (r".*attn/(query|key|value)/bias", ("tensor", None)),
@@ -65,8 +65,8 @@ def sizes(config: ConfigDict, devices: int) -> dict[str, int]:
   """The size of each axis, {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}.
 
   The axis of config.mesh that is None takes the devices that the others leave.
-  devices: how many there are. Raises ValueError where the sizes do not make
-  that number.
+  devices: the number of devices. Raises ValueError if the sizes do not multiply
+  to that number.
   """
   given = {name: config.mesh[name] for name in AXES}
   named = " x ".join(f"config.mesh.{k}={v}" for k, v in given.items())
@@ -88,8 +88,8 @@ def make(
 ) -> Mesh:
   """The mesh of devices with the sizes of config.mesh.
 
-  config: None for a mesh that only splits batches. devices: None for all that
-  there are. Raises ValueError where config.mesh does not fit the devices.
+  config: None for a mesh that only splits batches. devices: None for all
+  devices. Raises ValueError if config.mesh does not fit the devices.
   """
   count = jax.device_count() if devices is None else len(devices)
   given = {"data": count} if config is None else sizes(config, count)
@@ -97,7 +97,7 @@ def make(
 
 
 def for_evaluation(config: ConfigDict) -> Mesh:
-  """The mesh of config.mesh or, on another number of devices, one that fits.
+  """The mesh of config.mesh, or another one if that does not fit the devices.
 
   The other one splits batches and parameters over as many devices as divide
   config.batch_size, and heads and channels over the rest.
@@ -107,7 +107,7 @@ def for_evaluation(config: ConfigDict) -> Mesh:
     try:
       return _mesh(sizes(config, count))
     except ValueError:
-      pass  # It says how the run was trained, which may have been elsewhere.
+      pass  # The run may have been trained on another number of devices.
   fsdp = math.gcd(config.batch_size, count)
   return _mesh({"fsdp": fsdp, "tensor": count // fsdp})
 
@@ -160,7 +160,7 @@ def _blocks_of_keys_add_up(config):
 
 
 def _heads_divide(config):
-  """Also where config.attn.num_kv_heads=1, which all devices have."""
+  """A single key head is right with any mesh, because all devices have it."""
   heads = config.model.num_heads
   kv_heads, tensor = config.attn.num_kv_heads or heads, config.mesh.tensor
   if heads % tensor or (kv_heads > 1 and kv_heads % tensor):
@@ -180,7 +180,7 @@ RULES = (
 
 
 def validate_parameters(config: ConfigDict, params: Any) -> None:
-  """Raises ValueError where an axis of the mesh does not divide a parameter.
+  """Raises ValueError if an axis of the mesh does not divide a parameter.
 
   params: the parameters, or their shapes. The message names the axis of
   config.mesh and the parameter.
@@ -216,7 +216,7 @@ def put(tree: Any, mesh: Mesh) -> Any:
   tree: a pytree of NumPy arrays, whose leading axis is the process's share of
   the batch.
   """
-  # This copy is meant. Of several processes, JAX would not know that.
+  # This copy is intended, but with several processes JAX does not know that.
   with jax.transfer_guard("allow"):
     return jax.tree.map(
       lambda x: jax.make_array_from_process_local_data(batch(mesh), x), tree
@@ -226,8 +226,8 @@ def put(tree: Any, mesh: Mesh) -> Any:
 def largest(value: float, mesh: Mesh) -> Any:
   """The largest of the values that the processes give, on every device.
 
-  All processes must call it. It does not wait for them: of several processes,
-  the result is an array that the devices compute when they come to it.
+  All processes must call it. It does not wait for them: with several processes
+  the result is an array that the devices compute later.
   """
   if jax.process_count() == 1:
     return value
@@ -266,8 +266,8 @@ def parameters(params: Any, mesh: Mesh) -> Any:
   """The sharding of each parameter by its path, a tree like `params`.
 
   params: a nested dict of arrays or shapes. An axis that the mesh does not
-  divide is not split: validate_parameters refuses that for training, but a run
-  may be evaluated on any number of devices.
+  divide is not split. (For training validate_parameters refuses this, but a run
+  may be evaluated on any number of devices.)
   """
 
   def sharding(path, x):
@@ -280,8 +280,8 @@ def parameters(params: Any, mesh: Mesh) -> Any:
 def optimizer(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
   """The sharding of each array of the optimizer's state.
 
-  What belongs to a parameter lies where the parameter does; the rest, counts of
-  steps, is replicated.
+  An array that belongs to a parameter is split like it. All others, the counts
+  of steps, are replicated.
   """
   return optax.tree.map_params(
     tx,
@@ -297,12 +297,12 @@ def optimizer(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
 
 @functools.cache
 def attention_fn(mesh: Mesh, exchange: str = "ring") -> Callable[..., Any]:
-  """dot_product_attention, of arrays that are split over a mesh.
+  """dot_product_attention for arrays that are split over a mesh.
 
-  Batches lie on the axes of BATCH, heads on tensor. Where the axis sequence is
-  larger than 1, every device has a part of the tokens, and ring_attention
-  computes; a causal mask then takes the order zigzag. Rows whose length that
-  axis does not divide are padded.
+  Batches are split over the axes of BATCH, and heads over tensor. If the axis
+  sequence is larger than 1, every device has a part of the tokens, and
+  ring_attention computes the result, in the order zigzag under a causal mask.
+  Rows are padded if that axis does not divide their length.
 
   exchange: one of ring.EXCHANGES.
   """
@@ -329,7 +329,8 @@ def attention_fn(mesh: Mesh, exchange: str = "ring") -> Callable[..., Any]:
   return attend
 
 
-# The axes of what an attention layer passes besides query, key and value.
+# The axes of the arrays that an attention layer passes besides query, key and
+# value.
 _OPERANDS = {
   "logit_bias": ("tensor",),
   "alibi_slopes": ("tensor",),
@@ -344,7 +345,7 @@ _OPERANDS = {
 
 def _over_sequence(mesh, exchange, query, key, value, options):
   length = query.shape[1]
-  # A window is the same work for every device already.
+  # With a window all devices have the same work already.
   balanced = options.get("is_causal") and not options.get("local_window_size")
   multiple = mesh.shape["sequence"] * (2 if balanced else 1)
   padding = -length % multiple
@@ -390,7 +391,7 @@ def _over_sequence(mesh, exchange, query, key, value, options):
   return out[:, :length]
 
 
-# What a device holds.
+# The memory of a device.
 
 
 def bytes_a_device(tree: Any) -> int:
@@ -408,8 +409,8 @@ def table(params: Any) -> rich.table.Table:
   """A table of how each parameter is split, and what a device holds of it.
 
   "1 fsdp, 2 tensor" means that these axes of the mesh split the axes 1 and 2 of
-  the shape; "no rule", that PARAMETERS has no pattern for the parameter. A
-  single device splits nothing, and has no such column.
+  the shape. "no rule" means that PARAMETERS has no pattern for the parameter.
+  For a single device, which splits nothing, this column is left out.
 
   params: arrays, or shapes with a sharding.
   """
@@ -448,7 +449,7 @@ def _split_over(name, x):
 
 
 def describe(state: Sequence[Any], mesh: Mesh) -> str:
-  """The sizes of the mesh and what a device holds of a training state.
+  """The sizes of the mesh, and the memory that a training state takes.
 
   state: has `params`, `opt_state` and `ema`.
   """

@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 
 from sigattn.training import events, files
 
-# What is printed holds paths and names, in which rich would take [...] for
-# markup and :cat: for a picture.
+# Printed text contains paths and names, in which rich would treat [...] as
+# markup and :cat: as a picture.
 console = rich.console.Console(markup=False, emoji=False)
 
 # Metrics that are written to the files but are not shown in the progress bar.
@@ -36,8 +36,8 @@ Line = dict[str, int | float | str]
 class Writer:
   """Writes metrics to workdir/metrics.jsonl and to TensorBoard event files.
 
-  A context manager. If `workdir` is None, nothing is written, nor by another
-  process than the first.
+  It is a context manager. Nothing is written if `workdir` is None, or if this
+  is not the first process.
   """
 
   def __init__(
@@ -57,8 +57,8 @@ class Writer:
     if workdir is None or jax.process_index():
       return  # all processes have the same metrics
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
-    # A killed run may have written lines after its last checkpoint. It repeats
-    # those steps, and no step may be in the file twice.
+    # A killed run may have written lines after its last checkpoint. It will
+    # repeat those steps, and no step may be in the file twice.
     kept = [line for line in read(workdir) if line["step"] <= start]
     # A run that was killed between its last checkpoint and its end repeats the
     # last evaluation.
@@ -70,9 +70,9 @@ class Writer:
       self._board = events.EventFile(workdir, start)
 
   def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-    """Writes one line. Raises OSError, with the path, where it cannot.
+    """Writes one line. Raises OSError, with the path, if it cannot.
 
-    A line that a killed run has already written is not written again.
+    If a killed run has already written the line, it is not written again.
 
     split: "train", "telemetry", or the name of the evaluated split.
     """
@@ -87,9 +87,10 @@ class Writer:
       self._board.write(step, {f"{split}/{k}": v for k, v in metrics.items()})
 
   def write_non_finite(self, record: Mapping[str, Any]) -> str:
-    """Adds a step to non_finite.json; returns the file's path, "" if None.
+    """Adds a step to non_finite.json; returns the file's path.
 
-    record: what is known of it, with its "step".
+    It returns "" if nothing is written. record: the facts about the step, with
+    its number "step".
     """
     if self._file is None:
       return ""
@@ -120,8 +121,8 @@ def _as_text(line):
 def read(workdir: str | os.PathLike[str]) -> list[Line]:
   """Reads the lines of workdir/metrics.jsonl; none if there is no such file.
 
-  A line that no run has written is left out: that of a killed run may be
-  incomplete, and a damaged one may hold anything. A message says how many.
+  Lines that are not valid are left out: a killed run may leave an incomplete
+  line, and a damaged line may contain anything. A message tells their number.
   """
   path = pathlib.Path(workdir) / "metrics.jsonl"
   lines, broken = [], []
@@ -139,8 +140,8 @@ def read(workdir: str | os.PathLike[str]) -> list[Line]:
   if broken:
     number, text = broken[0]
     log(
-      f"{path}: left out {len(broken)} lines that are no metrics, the first of "
-      f"them line {number}: {text[:60]!r}"
+      f"{path}: left out {len(broken)} lines that are not metrics; the first "
+      f"is line {number}: {text[:60]!r}"
     )
   return lines
 
@@ -172,12 +173,12 @@ class Mean:
   def __init__(
     self, count: int = 0, sums: Mapping[str, float] | None = None
   ) -> None:
-    """count, sums: what `state` of another one returned."""
+    """count, sums: the results of `state` of another Mean."""
     self._sums = dict(sums or {})
     self._count = count
 
   def state(self) -> dict[str, Any]:
-    """What a checkpoint keeps: the arguments of a Mean that goes on."""
+    """The state for a checkpoint: the arguments of a Mean that continues."""
     return {"count": self._count, "sums": self._sums}
 
   def add(self, metrics: Mapping[str, float]) -> None:
@@ -187,7 +188,7 @@ class Mean:
       self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
   def take(self) -> dict[str, float]:
-    """Returns the means and starts again from nothing."""
+    """Returns the means and resets them."""
     means = {name: value / self._count for name, value in self._sums.items()}
     self.__init__()
     return means
@@ -196,18 +197,19 @@ class Mean:
 class Progress:
   """Shows step, loss, accuracy, rate and remaining time.
 
-  A context manager. On a terminal it draws a progress bar; where the output is
-  not a terminal, each call of `line` prints one line instead.
+  It is a context manager. On a terminal it draws a progress bar. If the output
+  is not a terminal, each call of `line` prints one line instead.
 
-  start, total: the first and last step. unit: what the task counts, "images".
+  start, total: the first and last step. unit: the task's unit, such as
+  "images".
   """
 
   def __init__(self, start: int, total: int, unit: str) -> None:
     self._unit = unit
     self._total = total
     self._step = start
-    # The time of training steps alone, without evaluations, checkpoints and
-    # compiling; the examples and steps done in that time.
+    # The time of training steps, without evaluations, checkpoints and
+    # compilation, and the examples and steps of that time.
     self._seconds, self._examples, self._steps = 0.0, 0, 0
     self._last_step_time = None
     fixed = rich.table.Column(no_wrap=True)
@@ -233,13 +235,13 @@ class Progress:
     self._bar.stop()
 
   def pause(self) -> None:
-    """Stops the clock until the next step, which itself is not counted."""
+    """Stops the clock until the next step ends; that step is not counted."""
     self._last_step_time = None
 
   def step(
     self, step: int, metrics: Mapping[str, float], examples: int
   ) -> None:
-    """Moves the bar to a finished step with its metrics and its examples."""
+    """Moves the bar to a finished step, and shows its metrics."""
     now = time.perf_counter()
     if self._last_step_time is not None:
       self._seconds += now - self._last_step_time
@@ -271,8 +273,7 @@ class Progress:
   ) -> None:
     """Prints one line of the log.
 
-    On a terminal, where the bar shows the same, only a `permanent` line is
-    printed.
+    On a terminal the bar shows the same, so only `permanent` lines are printed.
     """
     if permanent or not console.is_terminal:
       text = self._text(metrics)
@@ -292,10 +293,10 @@ class StepLog:
     progress: Progress,
     state: Mapping[str, Any] | None = None,
   ) -> None:
-    """state: what `state` returned when the run was saved; None for a new run.
+    """state: the result of `state` when the run was saved; None for a new run.
 
-    A line is a mean over the steps since the line before, and a checkpoint may
-    lie between them.
+    A line is a mean over the steps since the previous line, and a checkpoint
+    may be saved between two lines.
     """
     self._config, self._writer, self._progress = config, writer, progress
     self._pending = None
@@ -305,7 +306,7 @@ class StepLog:
     self._in_a_row = state["in_a_row"]
 
   def state(self) -> dict[str, Any]:
-    """What a checkpoint keeps, as JSON does; to be called after `finish`."""
+    """The state for a checkpoint, in JSON's types. Call it after `finish`."""
     return {
       "mean": self._mean.state(),
       "skipped": self._skipped,
@@ -321,8 +322,8 @@ class StepLog:
       examples: the number of examples in its batch.
 
     Raises:
-      FloatingPointError: if the loss or the gradient of the step before is not
-        finite, and the config does not let it be skipped.
+      FloatingPointError: if the loss or the gradient of the previous step is
+        not finite, and the config does not allow to skip it.
     """
     self._fetch()
     self._pending = step, metrics, examples
@@ -351,9 +352,9 @@ class StepLog:
       self._progress.line("train", means)
 
   def _skip_or_raise(self, step, values, norms):
-    """Saves and says what is known of a step that is not finite.
+    """Saves and prints what is known about a step that is not finite.
 
-    Raises FloatingPointError if the run is to end.
+    Raises FloatingPointError if the run must end.
     """
     self._skipped += 1
     self._in_a_row += 1
@@ -399,7 +400,7 @@ class StepLog:
 
 
 def _numbers(values):
-  """For JSON, which has no number that is not finite."""
+  """The values for JSON; numbers that are not finite become strings."""
   return {
     name: float(x) if math.isfinite(x) else str(float(x))
     for name, x in values.items()
@@ -419,7 +420,7 @@ def log(message: str | rich.table.Table) -> None:
 
 @contextlib.contextmanager
 def saying_what_is_not_written() -> Iterator[None]:
-  """Prints an OSError instead of raising it, where results are printed too."""
+  """Prints an OSError instead of raising it; the results are printed anyway."""
   try:
     yield
   except OSError as error:
@@ -427,10 +428,10 @@ def saying_what_is_not_written() -> Iterator[None]:
 
 
 def _is_news(record):
-  """False for what Orbax need not say.
+  """False for messages of Orbax that are of no use.
 
-  An error in one of its threads is raised in ours later, and that a folder is
-  only read from is what we asked for.
+  An error in one of its threads is raised in our thread later. That a folder is
+  only read is what we asked for.
   """
   read_only = str(record.msg).startswith("Given directory is read only")
   return "orbax" not in record.pathname or not (record.exc_info or read_only)

@@ -28,8 +28,9 @@ OPTIMIZERS = {
   "sgd": lambda c: optax.trace(decay=c.b1, accumulator_dtype=c.mu_dtype),
 }
 
-# The second moment stays in float32: a step changes it by at most 1 - b2 of
-# itself, which bfloat16 rounds away at b2 = 0.999 and nearly so at 0.99.
+# The second moment stays in float32. A step changes it by at most 1 - b2 of
+# itself. bfloat16 rounds such a change away at b2 = 0.999, and most of it at
+# 0.99.
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -59,7 +60,7 @@ _GROUPS = sequence(
   "(regular expression, factor from 0 to 1e6) pairs",
   empty=True,
 )
-# float32 rounds what is nearer to 1 to 1 itself, by which Adam then divides 0.
+# float32 rounds numbers nearer to 1 to 1 itself. Adam would then compute 0 / 0.
 _MEMORY = real(low=0, high=1 - 1e-6)
 
 FIELDS = {
@@ -122,7 +123,7 @@ def schedule(config: ConfigDict) -> optax.Schedule:
   decay = SCHEDULES[optim.schedule](optim, max(config.total_steps - warmup, 1))
   if not warmup:
     return decay
-  # Starts from lr / warmup, because a first update at 0 would be wasted.
+  # The rise starts at lr / warmup, because an update at 0 would be wasted.
   rise = optax.linear_schedule(optim.lr / warmup, optim.lr, warmup)
   return optax.join_schedules([rise, decay], [warmup])
 
@@ -145,7 +146,7 @@ def decay_factors(params: Any, groups: Groups) -> Any:
 def lr_factors(params: Any, groups: Groups) -> Any:
   """The factor on the learning rate for each parameter, a tree like `params`.
 
-  As decay_factors, but the factor is 1 if no pattern matches.
+  It acts like decay_factors, except that the factor is 1 if no pattern matches.
   """
   return _factors(params, groups, "lr_groups", default=1.0)
 
@@ -172,7 +173,7 @@ def _factors(params, groups, key, default):
       path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)
     ]
     raise ValueError(
-      f"config.optim.{key}: {unused[0]!r} is the first match of no "
+      f"config.optim.{key}: {unused[0]!r} is not the first match of any "
       f"parameter; the parameters are {names}"
     )
   return factors
@@ -202,10 +203,11 @@ def _scaled(factors):
 def make(config: ConfigDict, params: Any) -> optax.GradientTransformation:
   """The optimizer: clips, preconditions, decays, scales by -learning rate.
 
-  The steps, in this order: clipping by the global norm (config.optim.clip_norm,
-  0 for none), the update of config.optim.name, the factors of lr_groups, the
-  weight decay, the learning rate. The factors come before the decay, so they do
-  not change it: in muP the decay does not depend on the width.
+  The steps are, in this order: clipping by the global norm
+  (config.optim.clip_norm, 0 for none), the update of config.optim.name, the
+  factors of lr_groups, the weight decay, and the learning rate. The factors
+  come before the decay, so they do not change it. In muP the decay does not
+  depend on the width.
 
   Raises ValueError for a pattern in lr_groups or decay_groups that matches no
   parameter.
@@ -225,11 +227,11 @@ def make(config: ConfigDict, params: Any) -> optax.GradientTransformation:
 
 
 def lowered(params: Any, dtype: str) -> Any:
-  """The parameters, of which kernels and the embedding are rounded to `dtype`.
+  """The parameters, with kernels and the embedding rounded to `dtype`.
 
-  Gradients with respect to them then have that dtype. Products of matrices
-  round their factors to it anyway, and return it. Biases, the scales of norms
-  and what else is added or multiplied in float32 stay as they are.
+  Gradients with respect to them then have that dtype. Matrix products round
+  their factors to it anyway, and return it. Biases, the scales of norms and
+  other parameters that are used in float32 stay as they are.
   """
 
   def cast(path, x):
@@ -242,8 +244,8 @@ def lowered(params: Any, dtype: str) -> Any:
 def average(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
   """Updates the exponential average: ema + (1 - d) (params - ema).
 
-  d = min(decay, (1 + step) / (10 + step)). The smaller d of the first steps
-  makes the average forget the initial parameters, in short runs too.
+  d = min(decay, (1 + step) / (10 + step)). Because d is smaller in the first
+  steps, the average forgets the initial parameters even in short runs.
   """
   step = step.astype("float32")
   rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from sigattn import tasks
 from sigattn.training import evaluate, setup
 
-L2 = 1e-4  # times half the squared norm of the weights
+L2 = 1e-4  # the factor on half the squared norm of the weights
 MOST_STEPS = 300  # of L-BFGS
 
 
@@ -39,7 +39,7 @@ def linear_probe(
 def random_encoder(
   config: ConfigDict, split: str, devices: jax.sharding.Mesh
 ) -> dict[str, float]:
-  """`linear_probe` of the parameters with which the run started untrained."""
+  """`linear_probe` of the run's initial, untrained parameters."""
   _, params = setup.init(config, devices)
   return linear_probe(config, params, split, devices)
 
@@ -48,8 +48,8 @@ def random_encoder(
 def _fit_and_score(train, test, num_classes):
   """Minimises the mean cross-entropy by L-BFGS.
 
-  train, test: what evaluate.represent returns. Features are first standardised
-  by those of `train`.
+  train, test: results of evaluate.represent. All features are first
+  standardised by the mean and variance of those of `train`.
   """
   weight_M, feature_MD = train["weight"], train["feature"]
   mean_D = jnp.average(feature_MD, axis=0, weights=weight_M)
@@ -60,7 +60,7 @@ def _fit_and_score(train, test, num_classes):
   def logits(model, data):
     x_MD = data["feature"] - mean_D[None]
     x_MD /= jnp.sqrt(variance_D + 1e-6)[None]
-    # The product must be as exact as the line search expects.
+    # The line search needs an exact product.
     return jnp.dot(x_MD, model["kernel"], precision="highest") + model["bias"]
 
   def loss(model):

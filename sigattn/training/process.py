@@ -1,4 +1,4 @@
-"""The training process: the run that it joins, its signals and its memory."""
+"""The training process: it joins a run, and handles signals and memory."""
 
 import contextlib
 import ctypes
@@ -16,8 +16,9 @@ from jax.experimental import multihost_utils
 
 from sigattn.training import metrics
 
-# So long after the end of one process the others end: they cannot tell it from
-# one that is slow, but heartbeats come from a thread that does nothing else.
+# When one process has ended, the others end after this time. They cannot tell
+# an ended process from a slow one by its steps. But its heartbeats come from a
+# thread of their own, and stop when it ends.
 _HEARTBEAT_SECONDS = 30
 
 
@@ -41,14 +42,14 @@ def join(
   the others within a minute; the same commands resume the run.
 
   Args:
-    coordinator: host:port of the process 0, where the others find each other;
-      "auto" where JAX knows the cluster (Slurm, Open MPI, Kubernetes, TPU and
-      others, see jax.distributed.initialize); None for a process that is alone.
-    count: how many processes there are; None with "auto".
-    index: which of them this is, from 0; None with "auto".
+    coordinator: host:port of process 0, through which the processes find each
+      other; "auto" if JAX knows the cluster (Slurm, Open MPI, Kubernetes, TPU
+      and others, see jax.distributed.initialize); None for a single process.
+    count: the number of processes; None with "auto".
+    index: the number of this process, from 0; None with "auto".
 
   Raises:
-    ValueError: for arguments that do not go together, or where JAX knows no
+    ValueError: for arguments that do not go together, or if JAX knows no
       cluster.
   """
   given = dict(coordinator=coordinator, processes=count, process=index)
@@ -68,12 +69,12 @@ def join(
       count,
       index,
       heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-      # An end in disorder is not waited for: a process may be gone.
+      # After a failure the end is not awaited longer: a process may be gone.
       shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
     )
   except (ValueError, RuntimeError) as error:
     raise ValueError(f"{named}: {error}") from error
-  metrics.console.quiet = jax.process_index() > 0  # the first one tells
+  metrics.console.quiet = jax.process_index() > 0  # only the first one prints
   metrics.log(
     f"process {jax.process_index()} of {jax.process_count()}, with "
     f"{jax.local_device_count()} of {jax.device_count()} devices"
@@ -82,12 +83,12 @@ def join(
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-  """Ends this process at once where another one of its run has ended.
+  """Ends this process at once if another process of its run has ended.
 
   JAX then raises an error in the middle of a step. It is written to stderr in
-  one line, and nothing is waited for: the others of the run no longer answer.
-  Where JAX waits in vain instead, its own heartbeats end this process. Without
-  effect on a process that is alone.
+  one line. The process waits for nothing, because the other processes no longer
+  answer. If JAX waits instead of raising an error, its own heartbeats end this
+  process. This has no effect on a single process.
   """
   try:
     yield
@@ -106,7 +107,7 @@ def ending_together() -> Iterator[None]:
 
 
 class _Stop:
-  """Whether to stop: at the step after a signal.
+  """Says whether to stop, from the step after a signal on.
 
   Several processes stop at the same step, whichever of them gets the signal.
   """
@@ -118,12 +119,12 @@ class _Stop:
     self._event.set()
 
   def at(self, step: int) -> bool:
-    """Whether to stop before the step; to be called once before each."""
+    """Whether to stop before the step. Call it once before each step."""
     if jax.process_count() == 1:
       return self._event.is_set()
     if self._event.is_set():
       self._event.clear()
-      os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells all processes
+      os.kill(os.getpid(), signal.SIGTERM)  # JAX tells all processes of it
     return multihost_utils.reached_preemption_sync_point(step)
 
 
@@ -131,8 +132,8 @@ class _Stop:
 def stop_signals() -> Iterator[_Stop]:
   """Yields an object whose `at(step)` is True after Ctrl-C or SIGTERM.
 
-  A second signal has its usual effect and ends the process at once. Outside the
-  main thread, which alone receives signals, it is never True.
+  A second signal has its usual effect and ends the process at once. Only the
+  main thread receives signals, so in other threads `at` is never True.
   """
   stop = _Stop()
   if threading.current_thread() is not threading.main_thread():
@@ -145,7 +146,7 @@ def stop_signals() -> Iterator[_Stop]:
     stop.set()
     signal.signal(number, old[number])
 
-  # Of several processes, JAX itself receives SIGTERM.
+  # With several processes, JAX itself receives SIGTERM.
   is_alone = jax.process_count() == 1
   for number in (signal.SIGINT, *[signal.SIGTERM] * is_alone):
     old[number] = signal.signal(number, handle)
@@ -159,18 +160,18 @@ def stop_signals() -> Iterator[_Stop]:
 def keep_freed_memory() -> None:
   """Lets a training step on a CPU reuse the memory that the last step freed.
 
-  Call it before JAX starts its threads. It has no effect on other devices, nor
-  where the C library is not glibc.
+  Call it before JAX starts its threads. It has no effect on other devices, or
+  if the C library is not glibc.
 
   By default glibc returns large buffers to the kernel, which has to clear every
-  page again for the next step: 55 instead of 40 ms per step of three layers and
-  64 images on two cores (2026-11-23). In every thread but the first, glibc
-  does so with buffers above 64 MiB whatever its settings are: 100 instead of
-  64 ms of one core for the gradient of four layers of the acoustic model
-  (2026-11-25). Therefore steps have to run in the first thread.
+  page again for the next step. A step of three layers and 64 images then took
+  55 instead of 40 ms on two cores (2026-11-23). In every thread except the
+  first, glibc always does so with buffers above 64 MiB, whatever its settings
+  are: the gradient of four layers of the acoustic model took 100 instead of
+  64 ms on one core (2026-11-25). So steps have to run in the first thread.
   """
-  # Without asynchronous dispatch a step runs, and allocates, in the thread that
-  # calls it.
+  # Without asynchronous dispatch, a step runs and allocates in the calling
+  # thread.
   jax.config.update("jax_cpu_enable_async_dispatch", False)
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only in glibc
   if jax.default_backend() == "cpu" and mallopt is not None:
@@ -182,7 +183,7 @@ def use_most_of_the_gpu() -> None:
   """Lets JAX take 92 % of a GPU's memory, instead of 75 %.
 
   The rest is left to CUDA's own libraries. Call it before JAX looks for a GPU.
-  It has no effect where XLA_PYTHON_CLIENT_MEM_FRACTION is set.
+  It has no effect if XLA_PYTHON_CLIENT_MEM_FRACTION is set.
   """
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
@@ -193,8 +194,8 @@ _LOADED = time.perf_counter()
 def age() -> float:
   """Seconds since this process was started.
 
-  Where the system does not tell (it is not Linux), since this module was
-  loaded.
+  If the system does not tell the start (it is not Linux), they count from the
+  import of this module.
   """
   try:
     fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2]

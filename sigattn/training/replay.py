@@ -14,8 +14,8 @@ from sigattn.training import step as training_step
 def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
   """Runs a step of a run again, from the newest checkpoint before it.
 
-  The steps in between are run as they were, and the step itself under
-  jax_debug_nans, which runs it operation by operation once a result is NaN.
+  The steps in between run as they did. The step itself runs under
+  jax_debug_nans: if a result is NaN, JAX runs it again operation by operation.
   Nothing is written.
 
   Args:
@@ -24,12 +24,13 @@ def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
 
   Returns:
     The metrics of the step, and the norms of its gradient and of the parameters
-    before it by top-level module: "gradient/head", "parameters/head" and so on.
+    before it, by top-level module: "gradient/head", "parameters/head" and so
+    on.
 
   Raises:
-    ValueError: if there is no such run, or the step is none of its steps.
-    FloatingPointError: for the first operation whose result is NaN, with the
-      line of the code that it is in.
+    ValueError: if there is no such run, or if the run has no such step.
+    FloatingPointError: for the first operation whose result is NaN; it names
+      the line of the code.
   """
   config = setup.complete(run_dir.read_config(workdir), workdir)
   if not 1 <= step <= config.total_steps:
@@ -44,13 +45,13 @@ def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
     for _ in range(int(state.step), step - 1):
       state, _ = step_fn(state, mesh.put(next(data), devices))
     batch = mesh.put(next(data), devices)
-  # Does not donate the state: a step with a NaN needs it twice.
+  # The state is not donated, because a step with a NaN runs twice.
   again = jax.jit(lambda *args: update(*args)[2:])
   try:
     with jax.debug_nans(True):
       values = jax.device_get(again(state, batch)[1])
   except FloatingPointError as error:
-    # JAX adds to its message what would turn debug_nans off.
+    # The first line is enough: JAX adds advice about turning debug_nans off.
     [first, *_] = str(error).splitlines()
     raise FloatingPointError(
       f"step {step}: {first.rstrip('.')}{_place(error)}"
@@ -62,7 +63,7 @@ def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
 
 
 def _place(error):
-  """Where in this library's code an error arose."""
+  """The place in this library's code where an error arose, as text."""
   frames = [
     frame
     for frame in traceback.extract_tb(error.__traceback__)

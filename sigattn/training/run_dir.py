@@ -1,4 +1,4 @@
-"""The folder of a run: its name, its config, and whether the run is finished.
+"""The folder of a run: its name, its config, and whether the run is complete.
 
 config.json    the whole config that the run was started with, and FORMAT
 metrics.jsonl  a line of metrics for every config.log.every_steps steps and for
@@ -7,7 +7,7 @@ checkpoints/   written by Orbax
 non_finite.json
                the steps whose loss or gradient was not finite, if there are any
 DONE.json      the last evaluation, written when the run is complete
-lock           locked by the process that trains; lock.json says which it is
+lock           locked by the process that trains; lock.json names that process
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from ml_collections import ConfigDict
 
 from sigattn.training import files, metrics, saved, setup
 
-# Increased whenever config keys or parameter paths change, so that a run of an
-# older version is refused with a clear message instead of a missing key.
+# FORMAT increases whenever config keys or parameter paths change. A run of an
+# older version is then refused with a clear message, not with a missing key.
 FORMAT = 3
 
 # Config keys, or their prefixes, that may change when a run is resumed.
@@ -69,10 +69,10 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 class RunDir:
-  """The folder of a run that trains; one process at a time may have it.
+  """The folder of a run that trains; one process at a time may use it.
 
-  A context manager. It refuses a folder that cannot be the run's when it is
-  entered, and writes nothing until `begin`, so that a start which fails leaves
+  It is a context manager. On entry it refuses a folder that cannot belong to
+  the run. It writes nothing until `begin`, so that a failed start leaves
   nothing behind. If `workdir` is None, it does nothing.
   """
 
@@ -83,7 +83,7 @@ class RunDir:
     self._lock = None
 
   def __enter__(self) -> Self:
-    """Validates the path, the run that the folder holds, and that it is free.
+    """Validates the path and the run in the folder, and that it is not locked.
 
     Raises ValueError for a path that validate_path refuses, a folder with a run
     of another config, and a folder in which another process trains.
@@ -103,8 +103,7 @@ class RunDir:
   def begin(self) -> None:
     """Creates the folder and writes config.json.
 
-    Raises ValueError as __enter__ does, or for the reason why the folder cannot
-    be written.
+    Raises ValueError as __enter__ does, and if the folder cannot be written.
     """
     if self._workdir is None:
       return
@@ -113,7 +112,7 @@ class RunDir:
       folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise _not_writable(folder, error) from error
-    if self._lock is None:  # another process may have begun since
+    if self._lock is None:  # another process may have started since __enter__
       self._take()
       validate_resumable(folder, self._config)
     if jax.process_index():
@@ -124,10 +123,10 @@ class RunDir:
       raise _not_writable(folder, error) from error
 
   def _take(self):
-    """Locks the folder; the other processes of a run leave that to the first.
+    """Locks the folder. In a run of several processes only the first does so.
 
-    The system unlocks it when the process ends, however it ends. The file of
-    the lock stays, because whoever waits for it has it open.
+    The system unlocks the folder when the process ends, however it ends. The
+    file stays, because processes that wait for the lock have it open.
     """
     if self._lock is not None or jax.process_index():
       return
@@ -155,7 +154,7 @@ class RunDir:
     self._release()
 
 
-# The workers of a process that was killed may hold its lock for a moment more.
+# The workers of a killed process may hold its lock for a moment longer.
 _SECONDS_FOR_A_LOCK = 2
 
 
@@ -166,7 +165,7 @@ def _not_writable(folder, error):
 
 
 def _locked(folder):
-  """The message of a folder that another process has locked."""
+  """The error message for a folder that another process has locked."""
   try:
     owner = json.loads((folder / "lock.json").read_text())
     who = "process {pid} on {host}, since {start}".format(**owner)
@@ -181,7 +180,7 @@ def _locked(folder):
 def validate_path(workdir: str | os.PathLike[str]) -> None:
   """Raises ValueError for a path that Orbax would save to but not restore from.
 
-  Orbax takes the whole path of a checkpoint for a pattern of file names.
+  Orbax treats the whole path of a checkpoint as a pattern of file names.
   """
   if not os.fspath(workdir):
     raise ValueError("workdir=''; must be a folder, or None to write nothing")
@@ -225,9 +224,9 @@ def _compare(workdir, old, new):
 def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
   """Reads the config of a run, locked.
 
-  Where config.json is lost or damaged, the copy in the newest checkpoint that
-  has a whole one takes its place. Raises ValueError if there is no run in
-  `workdir`, or one of another format.
+  If config.json is lost or damaged, it reads the newest undamaged copy in a
+  checkpoint instead. Raises ValueError if there is no run in `workdir`, or one
+  of another format.
   """
   path = pathlib.Path(workdir) / "config.json"
   try:
@@ -247,7 +246,7 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
 
 
 def contents(config: ConfigDict) -> dict[str, Any]:
-  """What config.json holds."""
+  """The contents of config.json."""
   return {"format": FORMAT, "config": config.to_dict()}
 
 
@@ -283,15 +282,15 @@ def write_done(
 ) -> None:
   """Marks the run as complete.
 
-  results: the last evaluation and its "step". Does nothing for a `workdir` of
-  None, nor in another process than the first.
+  results: the last evaluation and its "step". Does nothing if `workdir` is
+  None, or if this is not the first process.
   """
   if workdir is not None and not jax.process_index():
     files.write_json(pathlib.Path(workdir) / "DONE.json", results)
 
 
 def name(overrides: Mapping[str, object]) -> str:
-  """What tells a run with these config overrides from others, as one text.
+  """A text that tells a run with these config overrides from others.
 
   {"optim.lr": 1e-3, "seed": 0} becomes "optim.lr=0.001,seed=0", and {} becomes
   "default".
@@ -324,9 +323,9 @@ def default(
 ) -> str:
   """The default folder of a run: runs/<config>/<key=value,...>.
 
-  The same command therefore resumes its own run, and other overrides get
-  another folder. config_file: for example configs/vit.py:imagenet. overrides:
-  for example {"optim.lr": 1e-3}.
+  So the same command resumes its own run, and other overrides get another
+  folder. config_file: for example configs/vit.py:imagenet. overrides: for
+  example {"optim.lr": 1e-3}.
   """
   file, _, arg = str(config_file).partition(":")
   config = pathlib.Path(file).stem + (f":{arg}" if arg else "")

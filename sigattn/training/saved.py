@@ -1,4 +1,4 @@
-"""What lies in a run's folder `checkpoints`, read without Orbax.
+"""Reads a run's folder `checkpoints` without Orbax.
 
 Orbax expects that every file is whole. This module tells which ones are.
 """
@@ -17,9 +17,9 @@ _LOG = "log/metadata"
 
 
 def steps(workdir: str | os.PathLike[str] | None) -> list[int]:
-  """The steps of which the run has a checkpoint, whole or not, in order.
+  """The steps for which the run has a checkpoint, whole or not, in order.
 
-  None for a `workdir` of None.
+  The list is empty if `workdir` is None.
   """
   if workdir is None:
     return []
@@ -34,9 +34,9 @@ def folder(workdir: str | os.PathLike[str], step: int) -> pathlib.Path:
 
 
 def metadata(path: pathlib.Path) -> dict[str, Any]:
-  """What `Checkpoints.save` put into the metadata of the folder `path`.
+  """The custom metadata that `Checkpoints.save` wrote into the folder `path`.
 
-  Raises ValueError where it is unreadable.
+  Raises ValueError if they are unreadable.
   """
   try:
     content = json.loads((path / "_CHECKPOINT_METADATA").read_bytes())
@@ -48,7 +48,8 @@ def metadata(path: pathlib.Path) -> dict[str, Any]:
 def damage(workdir: str | os.PathLike[str], step: int) -> str:
   """Why the checkpoint cannot be used, as text; empty if it can.
 
-  What training does not need may be damaged: metrics, and the config's copy.
+  Files that training does not need may be damaged: metrics, and the copy of the
+  config.
   """
   path = folder(workdir, step)
   if not files.is_sealed(path):
@@ -63,9 +64,9 @@ def damage(workdir: str | os.PathLike[str], step: int) -> str:
 def newest_whole(
   workdir: str | os.PathLike[str],
 ) -> tuple[int | None, dict[int, str]]:
-  """(the newest whole step, {newer step: its damage}); (None, {}) of none.
+  """(the newest whole step, {newer step: its damage}).
 
-  Raises ValueError if all are damaged.
+  (None, {}) if there is no checkpoint. Raises ValueError if all are damaged.
   """
   damaged = {}
   for step in reversed(steps(workdir)):
@@ -93,7 +94,7 @@ def move_aside(workdir: str | os.PathLike[str], step: int) -> pathlib.Path:
 
 
 def results(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
-  """The evaluation in a checkpoint, empty where there is none or damage."""
+  """The evaluation in a checkpoint; empty if there is none or it is damaged."""
   path = folder(workdir, step)
   try:
     if files.is_sealed(path) and (
@@ -112,7 +113,7 @@ def log_state(
 ) -> dict[str, Any] | None:
   """The state of the StepLog in a whole checkpoint.
 
-  None where an older version has saved none.
+  None if an older version, which saves none, wrote the checkpoint.
   """
   try:
     return json.loads((folder(workdir, step) / _LOG).read_bytes())
@@ -123,9 +124,9 @@ def log_state(
 def config(
   workdir: str | os.PathLike[str],
 ) -> tuple[dict[str, Any] | None, pathlib.Path | None]:
-  """(what config.json held, the path of this copy); (None, None) if none is.
+  """(the contents of config.json, the path of the copy that was read).
 
-  It is the copy in the newest checkpoint that has a whole one.
+  It reads the newest copy that is not damaged; (None, None) if there is none.
   """
   for step in reversed(steps(workdir)):
     path = folder(workdir, step) / _CONFIG
@@ -136,7 +137,7 @@ def config(
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
-  """What a config.json holds. Raises OSError or ValueError if it is damaged."""
+  """The contents of a config.json. Raises OSError or ValueError for damage."""
   contents = json.loads(path.read_bytes())
   if not isinstance(contents, dict):
     raise ValueError("not a JSON object")

@@ -19,7 +19,7 @@ from sigattn.data import loader
 from sigattn.training import mesh, optim, saved, transfer
 from sigattn.validate import added, choice, flag, text, whole
 
-MAX_STEPS = 10**9  # The devices count steps in int32.
+MAX_STEPS = 10**9  # Devices count steps in int32.
 
 FIELDS = {
   "task": choice(tasks.TASKS),
@@ -48,7 +48,7 @@ def _best_metric_of_the_task(config):
 
 
 def _groups_and_mesh_match_parameters(config):
-  """Builds the optimizer, of parameters that are not allocated."""
+  """Builds the optimizer for the shapes of the parameters."""
   params = shapes(config)
   optim.make(config, params)
   mesh.validate_parameters(config, params)
@@ -71,19 +71,19 @@ def _run_of_init_from_fits(config):
 
 
 RULES = (_best_metric_of_the_task,)
-# They need all others.
+# These rules need all other rules to hold.
 LAST_RULES = (_groups_and_mesh_match_parameters, _run_of_init_from_fits)
 
 
 def tables(task: str) -> tuple[dict[str, validate.Field], list[validate.Rule]]:
-  """All fields and rules that the config of a task is validated with.
+  """All fields and rules by which the config of a task is validated.
 
   task: one of tasks.TASKS.
   """
   module = tasks.get(task)
   fields, rules = dict(FIELDS), list(RULES)
-  # The data source's rules come last, because they may have to look up what a
-  # data set offers, which takes a while.
+  # The rules of the data source come last, because they may have to look up
+  # what a data set offers, which takes time.
   for part in (optim, mesh, loader, module, pretrained, module.SOURCE):
     rules += part.RULES
   rules += LAST_RULES
@@ -97,7 +97,7 @@ def validate_config(config: ConfigDict) -> None:
   """Raises ValueError if any value of the config is wrong.
 
   The message names the path of the value, the value, and what would be right.
-  To be called before any work starts and before anything is written.
+  Call it before any work starts and before anything is written.
   """
   validate.fields(config, {"task": FIELDS["task"]})
   validate.fields(config, *tables(config.task))
@@ -107,8 +107,8 @@ def complete(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
   """A run's saved config with every field that this version reads, locked.
 
   A field that is younger than the run gets the value by which the run acted.
-  Raises ValueError for another one that is missing, and for a wrong value.
-  workdir: the folder of the run, for the error.
+  Raises ValueError if another field is missing, and for a wrong value. workdir:
+  the folder of the run, which the error names.
   """
   config = config.copy_and_resolve_references().unlock()
   try:
@@ -128,8 +128,8 @@ def init(
 ) -> tuple[nnx.GraphDef, Any]:
   """The model's static part and its initial parameters, a nested dict.
 
-  The initialisation is compiled, so that each device makes its own part of a
-  large model. Its random numbers follow from config.seed.
+  The initialisation is compiled, so that each device computes its own part of a
+  large model. config.seed determines the random numbers.
 
   devices: the mesh over which parameters and attention are split; None for a
   single device.

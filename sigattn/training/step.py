@@ -1,6 +1,6 @@
-"""One update: computes loss and gradient, applies the optimizer.
+"""One update: it computes loss and gradient, and applies the optimizer.
 
-The step is the same program on one device and on many; only the shardings of
+The step is the same program on one device and on many. Only the shardings of
 its arguments differ.
 """
 
@@ -24,13 +24,13 @@ class State(NamedTuple):
   step: jax.Array  # int32 scalar, the number of updates done
   params: Any  # nested dict of float32 arrays
   opt_state: Any
-  # The exponential average of the parameters, like them; None where neither
-  # config.optim.ema_decay nor the task's target_momentum asks for one.
+  # The exponential average of the parameters, with the same structure; None if
+  # neither config.optim.ema_decay nor the task's target_momentum asks for it.
   ema: Any
 
 
-# Scalars by name, and "norms": those of the gradient and of the parameters by
-# top-level module.
+# Scalars by name, and "norms": the norms of the gradient and of the parameters,
+# by top-level module.
 Metrics = dict[str, Any]
 # (state, batch) -> (gradients, updates, new state, metrics), where the updates
 # are what the optimizer adds to the parameters.
@@ -94,18 +94,19 @@ def _update(config, static, tx, shardings):
   def gradients(params, batch, rng, *targets):
     low = optim.lowered(params, config.optim.grad_dtype)
     values, grads = low_gradients(low, batch, rng, *targets)
-    # XLA converts where it reads: what lies in memory stays as it is.
+    # XLA converts when it reads; the gradients in memory keep their dtype.
     return values, optax.tree.cast(grads, jnp.float32)
 
   def update(state, batch):
-    # The number 0 is left to the initialisation.
+    # The initialisation has used the number 0.
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step + 1)
     targets = [state.ema] if hasattr(task, "target_momentum") else []
     (_, metrics), grads = _accumulate(
       lambda *args: gradients(*args, *targets),
       state.params, batch, rng, config.optim.accumulate,
     )  # fmt: skip
-    # Without this, each device might add up all gradients and keep its part.
+    # Without this, each device might add up all gradients and then keep only
+    # its part.
     grads = jax.lax.with_sharding_constraint(grads, shardings.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -115,7 +116,7 @@ def _update(config, static, tx, shardings):
     metrics = metrics | {
       "lr": schedule(state.step),
       "grad_norm": optax.tree.norm(grads),
-      # Read only where the step is not finite.
+      # These are read only if the step is not finite.
       "norms": {
         "gradient": _norms_by_module(grads),
         "parameters": _norms_by_module(state.params),
@@ -149,7 +150,7 @@ def _norms_by_module(tree):
 def _if(finite, new, old):
   """The new state if `finite`, else the old one with the new counts of steps.
 
-  The counts go on, so that the learning rate stays that of the step's number.
+  The counts go on, so that the learning rate still follows the step's number.
   """
 
   def choose(new, old):

@@ -1,9 +1,9 @@
-"""What a run takes over from another run of ours, which config.init_from names.
+"""Takes parameters from another run of ours, which config.init_from names.
 
-A run of the same task gives all parameters, except a head for other classes. A
-run of another task gives the encoder, if both tasks have an ENCODER; the rest
-keeps its initial values. A learned table of positions is resized where the
-numbers of patches differ.
+From a run of the same task all parameters are taken, except a head for other
+classes. From a run of another task the encoder is taken, if both tasks have the
+same ENCODER; the other parameters keep their initial values. A learned table of
+positions is resized if the numbers of patches differ.
 """
 
 import math
@@ -18,14 +18,14 @@ from sigattn import tasks
 from sigattn.pretrained import flatten, nested
 from sigattn.validate import value_at
 
-# What changes the model and shows in no shape.
+# Fields that change the model, but not the shape of any parameter.
 _SAME = ("model.mlp", "model.norm", "model.positions")
 
 
 def names(
   config: ConfigDict, params: Any, their_config: ConfigDict, theirs: Any
 ) -> set[str]:
-  """The paths of the parameters that are taken over, "embed/kernel" and so on.
+  """The paths of the parameters that are taken, "embed/kernel" and so on.
 
   params, theirs: the parameters of both configs, or their shapes. Raises
   ValueError for a run whose parameters do not fit.
@@ -80,7 +80,7 @@ def _fits(path, shape, their_shape, encoder):
 def take(
   config: ConfigDict, params: Any, their_config: ConfigDict, theirs: Any
 ) -> dict[str, Any]:
-  """`params`, of which `names` are replaced by theirs, as NumPy arrays.
+  """`params`, with those in `names` replaced by theirs, as NumPy arrays.
 
   The log says which parameters keep their initial values.
   """
@@ -96,14 +96,14 @@ def take(
 
 
 def _resized(theirs_TD, ours_TD):
-  """A table of positions for another square of patches, by cubic interpolation.
+  """Resizes a table of positions to another square of patches (cubic).
 
-  With a class token the first row is its own, and stays. It is left out where
-  our model has no such token.
+  If there is a class token, the first row belongs to it and stays as it is. It
+  is left out if our model has no class token.
   """
   count, width = ours_TD.shape
   side, their_side = math.isqrt(count), math.isqrt(len(theirs_TD))
-  # One more than a square is a square and a class token.
+  # If the count is one more than a square, there is a class token.
   first, their_first = count - side**2, len(theirs_TD) - their_side**2
   logging.warning(
     "the positions of %d x %d patches are resized to %d x %d",

@@ -43,7 +43,7 @@ def test_damaged_files_are_refused_by_name(folder):
     "is no idx file": whole[:7],
     "does not hold its 9408 bytes": whole[:-1],
     "9408 bytes": whole + b"\x00",
-    "bytes at most": bytes(header[:4]) + huge + bytes(header[8:]),
+    "and 4294967296 bytes": bytes(header[:4]) + huge + bytes(header[8:]),
     "max_pixels": bytes(header[:8]) + huge + huge,
   }
   for message, content in damaged.items():

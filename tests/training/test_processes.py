@@ -107,7 +107,7 @@ def test_sigterm_to_one_stops_all_at_the_same_step(tmp_path, request):
   os.kill(runs[1].pid, signal.SIGTERM)
   (first, output, _), (second, *_) = finished(runs)
   assert (first, second) == (130, 130)
-  assert "the same command goes on from here" in output
+  assert "the same command resumes it" in output
 
 
 def test_four_processes_equal_one(tmp_path, alone, request):
