@@ -36,15 +36,14 @@ def settings(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def _label(setting):
   """What a setting of STUDIES is, in words."""
-  length, parts = setting.get("data.length"), []
+  length, size = setting.get("data.length"), setting.get("data.size")
   if "data.vocab_size" in setting:
     return {
       "recall": f"{length} pairs",
       "noisy_recall": f"{length} pairs, {length} distractors",
-      "selective_copy": f"{setting.get('data.size')} of {length} symbols to copy",
+      "selective_copy": f"{size} of {length} symbols to copy",
     }[setting.get("data.name", "recall")]
-  if length:
-    parts.append(f"rows of {length:,} tokens")
+  parts = [f"rows of {length:,} tokens"] if length else []
   positions = [
     name
     for name, is_there in (
@@ -139,7 +138,10 @@ def draw(study: dict[str, Any]) -> figures.Figure:
   columns = min(len(panels), 2)
   count = -(-len(panels) // columns)
   figure = figures.Figure((5.2 * columns, 3.6 * count), layout="constrained")
-  axes = figure.subplots(count, columns, squeeze=False).ravel()
+  by_length = study["metric"] == "loss" and not by_setting
+  axes = figure.subplots(
+    count, columns, squeeze=False, sharey=by_length
+  ).ravel()
   forms = list(dict.fromkeys(row["form"] for row in study["rows"]))
   for ax, (label, rows) in zip(axes, panels.items(), strict=False):
     for row in rows:
