@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from sigattn import layers, positions, stack
+from sigattn import layers, positions, stack, token_step
 from sigattn.data import loader, text
 from sigattn.tasks.cross_entropy import Scored, cap, linear_cross_entropy
 from sigattn.validate import added, choice, divides, flag, real, whole
@@ -163,7 +163,22 @@ class LanguageModel(nnx.Module):
     page_table: jax.Array | None = None,
   ) -> tuple[jax.Array, tuple[layers.Cache, ...]]:
     """`extend` by one token for each row."""
-    return self.extend(token_B[:, None], cache, place_B, page_table=page_table)
+    token_B1, where = token_B[:, None], (cache, place_B, page_table)
+    x_BD = self._embed(token_B1, place_B[:, None])[:, 0]
+    if self.has_norm and not isinstance(self.norm, nnx.RMSNorm):
+      reason = "another norm than rmsnorm"
+    else:
+      reason = token_step.unsupported(self.stack, x_BD, *where)
+    if reason:
+      return self.extend(token_B1, cache, place_B, page_table=page_table)
+    stream, cache = token_step.step(self.stack, x_BD, *where, place_B[:, None])
+    logits = token_step.product.product(
+      stream,
+      self._table()[...].astype(self.dtype),
+      token_step.rms(self.norm) if self.has_norm else None,
+      dtype=jnp.float32,
+    )
+    return cap(logits.out_BF, self.logit_cap), cache
 
   def _embed(self, token_BT, positions_BT):
     x_BTD = self.embed[...].at[token_BT].get(mode="clip")
