@@ -14,6 +14,8 @@ It needs an NVIDIA GPU, and the form of layers that `unsupported` asks for.
 Stack computes all others.
 """
 
+import logging
+
 import jax
 import jax.numpy as jnp
 
@@ -27,26 +29,35 @@ from sigattn.kernels import decoding, triton
 from sigattn.kernels.triton import decode, product
 from sigattn.kernels.triton.product import Norm, Stream
 
+_logger = logging.getLogger(__name__)
+
 
 def unsupported(
   stack: layers.Stack,
+  last_norm: nnx.Module | None,
   x_BD: jax.Array,
   cache: tuple[layers.Cache, ...],
   place_B: jax.Array,
   page_table: jax.Array | None = None,
 ) -> str:
-  """The reason why `step` cannot take these arguments, or ""."""
+  """The reason why `step` cannot take these arguments, or "".
+
+  last_norm: of the stream behind the last layer; None: none.
+  """
   if not stack.is_split:
     return "the layers have no arrays of their own"
   block = stack.blocks[0]
-  reason = _unsupported_block(block)
-  if reason:
-    return reason
   attn = block.attn
-  problem, _ = _problem(attn, x_BD.dtype, cache[0], place_B, page_table)
-  if not decoding.takes(problem, attn.implementation):
-    return "attention takes another form"
-  return ""
+  reason = _unsupported_block(block)
+  if not reason and not isinstance(last_norm, (nnx.RMSNorm, type(None))):
+    reason = "another norm than rmsnorm"
+  if not reason:
+    problem, _ = _problem(attn, x_BD.dtype, cache[0], place_B, page_table)
+    if not decoding.takes(problem, attn.implementation):
+      reason = "attention takes another form"
+  how = f"Stack; not token_step: {reason}" if reason else "token_step"
+  _logger.info("a step of %d rows by %s", len(x_BD), how)
+  return reason
 
 
 def _unsupported_block(block):
@@ -99,37 +110,39 @@ def step(
 def _block(block, stream, cache, *where):
   attn, mlp = block.attn, block.mlp
   before, behind = block.attn_residual, block.mlp_residual
-  heads, _, x_BD = times(attn.query_key_value, stream, rms(before.norm_in))
+  heads, _, x_BD = _times(attn.query_key_value, stream, _norm(before.norm_in))
   out_BNH, cache = _attend(attn, heads, cache, *where)
   stream = _added(x_BD, attn.out, out_BNH, before)
   up = mlp.gate_up if mlp.kind == "swiglu" else mlp.up
-  up_BF, _, x_BD = times(up, stream, rms(behind.norm_in), mlp.kind)
+  up_BF, _, x_BD = _times(up, stream, _norm(behind.norm_in), mlp.kind)
   return _added(x_BD, mlp.down, up_BF, behind), cache
 
 
 def _added(x_BD, linear, y, residual):
   """The stream to which a branch's last product is added."""
-  y_BD, squares, _ = times(linear, Stream(y))
+  y_BD, squares, _ = _times(linear, Stream(y))
   if residual.norm == "pre":
     return Stream(x_BD, y_BD)
-  return Stream(x_BD, y_BD, squares, rms(residual.norm_out))
+  return Stream(x_BD, y_BD, squares, _norm(residual.norm_out))
 
 
-def times(
-  linear: layers.Product,
-  stream: Stream,
-  norm: Norm | None = None,
-  activation: str = "none",
-) -> product.Result:
-  """product.product of a layer's matrix, whose axes are those of x and y."""
+def logits(
+  stream: Stream, table_VD: jax.Array, last_norm: nnx.RMSNorm | None
+) -> jax.Array:
+  """float32 (B, V), products of the normalised stream with a table."""
+  norm = None if last_norm is None else _norm(last_norm)
+  return product.product(stream, table_VD, norm, dtype=jnp.float32).out_BF
+
+
+def _times(linear, stream, norm=None, activation="none"):
+  """product.product of a layers.Product, whose matrix has more axes."""
   kernel = linear.kernel[...].astype(linear.dtype)
   return product.product(
     stream, kernel.reshape(-1, stream.x_BD.shape[1]), norm, activation
   )
 
 
-def rms(module: nnx.RMSNorm) -> Norm:
-  """The Norm of a layer's module."""
+def _norm(module):
   return Norm(module.scale[...], module.epsilon)
 
 
@@ -151,7 +164,7 @@ def _attend(attn, heads_BF, cache, place_B, page_table, positions_B1):
 def _new(attn, positions_B1):
   new = decode.New()
   if attn.has_qk_norm:
-    q_norm, k_norm = rms(attn.query_norm), rms(attn.key_norm)
+    q_norm, k_norm = _norm(attn.query_norm), _norm(attn.key_norm)
     new = decode.New(q_norm.scale_D, k_norm.scale_D, q_norm.epsilon)
   if attn.rotate is not None:
     share, base = (attn.rotate.keywords[x] for x in ("share", "base"))

@@ -164,21 +164,14 @@ class LanguageModel(nnx.Module):
   ) -> tuple[jax.Array, tuple[layers.Cache, ...]]:
     """`extend` by one token for each row."""
     token_B1, where = token_B[:, None], (cache, place_B, page_table)
-    x_BD = self._embed(token_B1, place_B[:, None])[:, 0]
-    if self.has_norm and not isinstance(self.norm, nnx.RMSNorm):
-      reason = "another norm than rmsnorm"
-    else:
-      reason = token_step.unsupported(self.stack, x_BD, *where)
-    if reason:
+    positions_B1, norm = place_B[:, None], self.norm if self.has_norm else None
+    x_BD = self._embed(token_B1, positions_B1)[:, 0]
+    if token_step.unsupported(self.stack, norm, x_BD, *where):
       return self.extend(token_B1, cache, place_B, page_table=page_table)
-    stream, cache = token_step.step(self.stack, x_BD, *where, place_B[:, None])
-    logits = token_step.product.product(
-      stream,
-      self._table()[...].astype(self.dtype),
-      token_step.rms(self.norm) if self.has_norm else None,
-      dtype=jnp.float32,
-    )
-    return cap(logits.out_BF, self.logit_cap), cache
+    stream, cache = token_step.step(self.stack, x_BD, *where, positions_B1)
+    table_VD = self._table()[...].astype(self.dtype)
+    logits_BV = token_step.logits(stream, table_VD, norm)
+    return cap(logits_BV, self.logit_cap), cache
 
   def _embed(self, token_BT, positions_BT):
     x_BTD = self.embed[...].at[token_BT].get(mode="clip")
