@@ -123,7 +123,7 @@ def _added(x_BD, linear, y, residual):
   y_BD, squares, _ = _times(linear, Stream(y))
   if residual.norm == "pre":
     return Stream(x_BD, y_BD)
-  return Stream(x_BD, y_BD, squares, _norm(residual.norm_out))
+  return Stream(x_BD, y_BD, _norm(residual.norm_out), squares)
 
 
 def logits(

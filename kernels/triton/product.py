@@ -1,6 +1,6 @@
-"""A matrix times a few rows: the residual stream, its norm, an activation.
+"""Products of the residual stream and a matrix, of a few rows.
 
-product_kernel.py holds the kernel.
+product_kernel.py holds the kernels.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,6 @@ from jax.typing import DTypeLike
 
 from sigattn.kernels.triton import launch
 
-MOST_ROWS = 32  # Each program of the kernel reads all rows.
 ACTIVATIONS = ("none", "swiglu", "gelu", "gelu_exact")
 
 
@@ -23,25 +22,16 @@ class Norm(NamedTuple):
 
 
 class Stream(NamedTuple):
-  """The residual stream x + norm(y), which the next product adds up.
+  """The residual stream s = x + norm(y), which the next product adds up.
 
-  squares: (programs, B), whose sum is that of y^2, where the kernel needs it.
-  norm: None for none. All but x are None where there is nothing to add.
+  All but x are None where nothing is added. norm: None for none. squares: of
+  one row, shares of the sum of y^2.
   """
 
   x_BD: jax.Array
   y_BD: jax.Array | None = None
-  squares: jax.Array | None = None
   norm: Norm | None = None
-
-
-class Tile(NamedTuple):
-  """How the work of the kernel is cut up."""
-
-  block_out: int  # outputs of a program, with swiglu pairs of them
-  block_in: int  # inputs of a step
-  num_warps: int
-  num_stages: int  # steps whose weights are loaded ahead
+  squares: jax.Array | None = None
 
 
 class Result(NamedTuple):
@@ -52,13 +42,19 @@ class Result(NamedTuple):
   x_BD: jax.Array
 
 
-def tile(rows: int, outputs: int, inputs: int, is_gated: bool) -> Tile:
-  """The tile of a product."""
-  if rows == 1:
-    block_in = min(1024, _power_of_two(inputs))
-    return Tile(4 if is_gated else 8, block_in, 4, 3)
-  block_in = min(128, max(_power_of_two(inputs), 16))
-  return Tile(16 if is_gated or outputs <= 4096 else 32, block_in, 4, 4)
+class Tile(NamedTuple):
+  """How the work of a kernel is cut up."""
+
+  block_out: int  # outputs of a program, with swiglu pairs of them
+  block_in: int  # inputs of a step
+  num_warps: int
+  num_stages: int  # steps whose weights are loaded ahead
+
+
+def tile(inputs: int, is_gated: bool) -> Tile:
+  """The tile of a product of one row."""
+  block_in = min(1024, _power_of_two(inputs))
+  return Tile(4 if is_gated else 8, block_in, 4, 3)
 
 
 def product(
@@ -68,9 +64,10 @@ def product(
   activation: str = "none",
   dtype: DTypeLike | None = None,
 ) -> Result:
-  """out = phi(W norm(s)) of the residual stream s = x + norm(y).
+  """out = phi(W norm(s)) of the residual stream s.
 
-  By the kernel for up to MOST_ROWS rows, and otherwise by XLA.
+  One kernel computes it of one row. Otherwise one computes the norms, and XLA
+  the product.
 
   Args:
     stream: of B rows.
@@ -80,32 +77,12 @@ def product(
     dtype: of out; None: that of the stream.
   """
   rows, inputs = stream.x_BD.shape
-  arrays = stream, weight_FD, norm, activation, dtype or stream.x_BD.dtype
-  # Before the norm, a number may be too large for float16.
-  if rows > MOST_ROWS or stream.x_BD.dtype == jnp.float16:
-    return by_xla(*arrays)
-  is_gated = activation == "swiglu"
-  outputs = len(weight_FD) // (1 + is_gated)
-  return by_kernel(*arrays, tile(rows, outputs, inputs, is_gated))
-
-
-def by_xla(
-  stream: Stream,
-  weight_FD: jax.Array,
-  norm: Norm | None,
-  activation: str,
-  dtype: DTypeLike,
-) -> Result:
-  """As product; without the squares, which it does not need."""
-  x_BD = stream.x_BD
-  if stream.y_BD is not None:
-    x_BD = x_BD + _normalized(stream.y_BD, stream.norm)
-  z_BF = jnp.einsum(
-    "BD,FD->BF",
-    _normalized(x_BD, norm),
-    weight_FD,
-    preferred_element_type=dtype,
-  )
+  dtype = dtype or stream.x_BD.dtype
+  if rows == 1:
+    cut = tile(inputs, activation == "swiglu")
+    return of_one_row(stream, weight_FD, norm, activation, dtype, cut)
+  h_BD, x_BD = residual(stream, norm)
+  z_BF = jnp.einsum("BD,FD->BF", h_BD, weight_FD, preferred_element_type=dtype)
   if activation == "swiglu":
     gate_BF, up_BF = jnp.split(z_BF, 2, axis=1)
     z_BF = jax.nn.silu(gate_BF) * up_BF
@@ -114,16 +91,7 @@ def by_xla(
   return Result(z_BF, None, x_BD)
 
 
-def _normalized(x_BD, norm):
-  if norm is None:
-    return x_BD
-  wide_BD = x_BD.astype(jnp.float32)
-  mean_B1 = (wide_BD**2).mean(1, keepdims=True)
-  wide_BD *= jax.lax.rsqrt(mean_B1 + norm.epsilon) * norm.scale_D[None]
-  return wide_BD.astype(x_BD.dtype)
-
-
-def by_kernel(
+def of_one_row(
   stream: Stream,
   weight_FD: jax.Array,
   norm: Norm | None,
@@ -131,51 +99,85 @@ def by_kernel(
   dtype: DTypeLike,
   tile: Tile,
 ) -> Result:
-  """As product."""
+  """As product, by its kernel, of one row."""
   from sigattn.kernels.triton import product_kernel
 
-  rows, inputs = stream.x_BD.shape
+  x_1D = stream.x_BD
   outputs = len(weight_FD) // (2 if activation == "swiglu" else 1)
   programs = -(-outputs // tile.block_out)
-  adds, y_norm = stream.y_BD is not None, stream.norm
-  parts = 1 if y_norm is None else len(stream.squares)
-  x = stream.x_BD
-  shapes = [
-    ((rows, outputs), dtype),
-    ((programs, rows), "float32"),
-    (x.shape if adds else (1,), x.dtype),
-  ]
-  out, squares, new = launch.start(
+  parts = 1 if stream.norm is None else len(stream.squares)
+  x, y, *scales = _arrays(stream, norm)
+  squares = launch.given(stream.squares, "float32")
+  out, squares, new_1D = launch.start(
     product_kernel.product,
-    (
-      x,
-      launch.given(stream.y_BD, x.dtype),
-      launch.given(stream.squares, jnp.float32),
-      launch.given(y_norm and y_norm.scale_D, jnp.float32),
-      launch.given(norm and norm.scale_D, jnp.float32),
-      weight_FD,
-    ),
-    [jax.ShapeDtypeStruct(*shape) for shape in shapes],
+    (x, y, squares, *scales, weight_FD),
+    [
+      jax.ShapeDtypeStruct((1, outputs), dtype),
+      jax.ShapeDtypeStruct((programs,), "float32"),
+      _summed(stream),
+    ],
     tile,
     programs,
-    dict(
-      ROWS=rows,
-      INPUTS=inputs,
+    _constants(stream, norm)
+    | dict(
       OUTPUTS=outputs,
-      BLOCK_ROWS=max(_power_of_two(rows), 16),
       BLOCK_OUT=tile.block_out,
       BLOCK_IN=tile.block_in,
       STAGES=tile.num_stages,
       PARTS=parts,
       BLOCK_PARTS=_power_of_two(parts),
-      ADDS=adds,
-      X_EPSILON=norm and norm.epsilon,
-      Y_EPSILON=y_norm and y_norm.epsilon,
       ACTIVATION=activation,
-      PRECISION=launch.precision(),
     ),
   )
-  return Result(out, squares, new if adds else x)
+  return Result(out, squares, x_1D if stream.y_BD is None else new_1D)
+
+
+def residual(stream: Stream, norm: Norm | None) -> tuple[jax.Array, jax.Array]:
+  """(norm(s), s), (B, D) each."""
+  from sigattn.kernels.triton import product_kernel
+
+  x_BD = stream.x_BD
+  if stream.y_BD is None and norm is None:
+    return x_BD, x_BD
+  rows, inputs = x_BD.shape
+  block = _power_of_two(inputs)
+  # 16 numbers a thread.
+  cut = Tile(inputs, block, min(max(block // 512, 1), 16), 1)
+  h_BD, new_BD = launch.start(
+    product_kernel.residual,
+    _arrays(stream, norm),
+    [jax.ShapeDtypeStruct(x_BD.shape, x_BD.dtype), _summed(stream)],
+    cut,
+    rows,
+    _constants(stream, norm) | dict(BLOCK_IN=block),
+  )
+  return h_BD, x_BD if stream.y_BD is None else new_BD
+
+
+def _arrays(stream, norm):
+  """(x, y, the scales of y's norm and of s's)."""
+  scales = (None if x is None else x.scale_D for x in (stream.norm, norm))
+  return (
+    stream.x_BD,
+    launch.given(stream.y_BD, stream.x_BD.dtype),
+    *(launch.given(x, "float32") for x in scales),
+  )
+
+
+def _summed(stream):
+  """What s looks like, where it is not x."""
+  x_BD = stream.x_BD
+  shape = (1,) if stream.y_BD is None else x_BD.shape
+  return jax.ShapeDtypeStruct(shape, x_BD.dtype)
+
+
+def _constants(stream, norm):
+  return dict(
+    INPUTS=stream.x_BD.shape[1],
+    ADDS=stream.y_BD is not None,
+    X_EPSILON=norm and norm.epsilon,
+    Y_EPSILON=stream.norm and stream.norm.epsilon,
+  )
 
 
 def _power_of_two(number):
