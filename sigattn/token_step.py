@@ -100,22 +100,27 @@ def step(
   As stack(x_BD[:, None], cache=cache, place=place_B, positions=positions_B1,
   page_table=page_table)[:, 0].
   """
+  where = place_B, page_table, positions_B1
+  problem, _ = _problem(
+    stack.blocks[0].attn, x_BD.dtype, cache[0], place_B, page_table
+  )
+  arrived = triton.counters(problem, page_table is not None)
   stream, filled = Stream(x_BD), []
   for block, one in zip(stack.blocks, cache, strict=True):
-    stream, one = _block(block, stream, one, place_B, page_table, positions_B1)
+    stream, one, arrived = _block(block, stream, one, arrived, *where)
     filled.append(one)
   return stream, tuple(filled)
 
 
-def _block(block, stream, cache, *where):
+def _block(block, stream, cache, arrived, *where):
   attn, mlp = block.attn, block.mlp
   before, behind = block.attn_residual, block.mlp_residual
   heads, _, x_BD = _times(attn.query_key_value, stream, _norm(before.norm_in))
-  out_BNH, cache = _attend(attn, heads, cache, *where)
-  stream = _added(x_BD, attn.out, out_BNH, before)
+  out_BF, cache, arrived = _attend(attn, heads, cache, arrived, *where)
+  stream = _added(x_BD, attn.out, out_BF, before)
   up = mlp.gate_up if mlp.kind == "swiglu" else mlp.up
   up_BF, _, x_BD = _times(up, stream, _norm(behind.norm_in), mlp.kind)
-  return _added(x_BD, mlp.down, up_BF, behind), cache
+  return _added(x_BD, mlp.down, up_BF, behind), cache, arrived
 
 
 def _added(x_BD, linear, y, residual):
@@ -146,26 +151,27 @@ def _norm(module):
   return Norm(module.scale[...], module.epsilon)
 
 
-def _attend(attn, heads_BF, cache, place_B, page_table, positions_B1):
-  """(out (B, N H), cache); heads_BF: query, key and value as products."""
+def _attend(attn, heads_BF, cache, arrived, place_B, page_table, positions_B1):
+  """(out (B, N H), cache, arrived); heads_BF: query, key, value as products."""
   heads = attn.num_heads + 2 * attn.num_kv_heads
   problem, operands = _problem(attn, heads_BF.dtype, cache, place_B, page_table)
-  out_B1NH, *cache = triton.extended(
+  out_B1NH, key, value, arrived = triton.extended(
     problem,
-    _new(attn, positions_B1),
+    _new(attn, arrived, positions_B1),
     heads_BF.reshape(len(heads_BF), 1, heads, attn.head_width),
     *cache,
     operands,
     page_table,
   )
-  return out_B1NH.reshape(len(heads_BF), -1), layers.Cache(*cache)
+  cache = layers.Cache(key, value)
+  return out_B1NH.reshape(len(heads_BF), -1), cache, arrived
 
 
-def _new(attn, positions_B1):
-  new = decode.New()
+def _new(attn, arrived, positions_B1):
+  new = decode.New(arrived)
   if attn.has_qk_norm:
     q_norm, k_norm = _norm(attn.query_norm), _norm(attn.key_norm)
-    new = decode.New(q_norm.scale_D, k_norm.scale_D, q_norm.epsilon)
+    new = decode.New(arrived, q_norm.scale_D, k_norm.scale_D, q_norm.epsilon)
   if attn.rotate is not None:
     share, base = (attn.rotate.keywords[x] for x in ("share", "base"))
     width = round(share * attn.head_width)

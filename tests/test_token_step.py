@@ -10,7 +10,7 @@ import pytest
 
 from sigattn.inference import pages
 from sigattn.kernels import device, triton
-from sigattn.kernels.triton import launch, product
+from sigattn.kernels.triton import decode, launch, product
 from tests.tasks.small_lm import ALIBI, compiled, make, small, tokens
 
 if jax.default_backend() == "cpu":
@@ -92,7 +92,11 @@ def normalized(x_BD, scale_D):
     (LLAMA | {"attn.kind": "softmax", "model.mlp": "gelu"}, 3, False),
   ],
 )
-def test_it_computes_what_the_stack_does(values, rows, is_paged, started):
+def test_it_computes_what_the_stack_does(
+  values, rows, is_paged, started, monkeypatch
+):
+  small_tile = decode.Tile(16, 16, 3, 4, 2, last_adds=True)
+  monkeypatch.setattr(decode, "tile", lambda *_, **__: small_tile)
   length_B = np.array([69, 4, 126], np.int32)[:rows]
   table_BM = None
   if is_paged:
@@ -103,9 +107,9 @@ def test_it_computes_what_the_stack_does(values, rows, is_paged, started):
 
   def run(implementation):
     config = small(depth=2, **values, **{"attn.implementation": implementation})
-    return compiled(decode, make(config), tokens(rows), length_B)
+    return compiled(step, make(config), tokens(rows), length_B)
 
-  def decode(model, token_B, length_B):
+  def step(model, token_B, length_B):
     model.prepare_to_generate()
     empty = model.empty_cache(*((8, 64) if is_paged else (rows, 128)))
     cache = jax.tree.map(

@@ -89,6 +89,11 @@ def decoded(
   return (out, sums) if problem.normalize else (out,)
 
 
+def counters(problem: Problem, paged: bool) -> jax.Array:
+  """The `arrived` of decode.New for `extended`; each call leaves them zero."""
+  return decode.counters(problem, decode.tile(problem, paged=paged))
+
+
 def extended(
   problem: Problem,
   new: decode.New,
@@ -97,16 +102,16 @@ def extended(
   value: jax.Array,
   operands: Operands,
   pages: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(out, key, value): attention of one new token a row, and the filled cache.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Attention of one new token a row: (out, key, value, arrived).
 
   problem: of the whole cache, and of one query. The others: see decode.forward.
   """
   tile = decode.tile(problem, paged=pages is not None)
-  out, _, key, value = decode.forward(
+  out, _, *changed = decode.forward(
     problem, launch.precision(), tile, qkv, key, value, operands, pages, new
   )
-  return out, key, value
+  return out, *changed
 
 
 @functools.cache

@@ -37,8 +37,11 @@ class New(NamedTuple):
   Those which are None are left out: RMSNorm over the heads, with its scales,
   (H,), and epsilon, and then RoPE, with the cosines and sines of the angles of
   each row, (B, half of the features that are turned).
+
+  arrived: `counters`, so that they are not set to zero by every call.
   """
 
+  arrived: jax.Array
   q_scale: jax.Array | None = None
   k_scale: jax.Array | None = None
   epsilon: float | None = None
@@ -74,6 +77,11 @@ def tile(problem: Problem, paged: bool = False) -> Tile:
   return Tile(rows, block_kv, splits, warps, stages, True)
 
 
+def counters(problem: Problem, tile: Tile) -> jax.Array:
+  """Zeros in which the kernel's programs count themselves."""
+  return jnp.zeros(problem.batch * cells(problem, tile.rows), jnp.int32)
+
+
 def cells(problem: Problem, rows: int) -> int:
   """The programs of an example that see all of their keys."""
   group = problem.num_heads // problem.num_kv_heads
@@ -93,8 +101,8 @@ def forward(
 ) -> tuple[jax.Array, ...]:
   """(out, sums): (B, T, N, H), and with problem.normalize (B, T, N) float32.
 
-  With `new` also (key, value), the arrays with the new token in their slot
-  `operands.query_offset`, of rows that have such a slot.
+  With `new` also (key, value, arrived), the former with the new token in their
+  slot `operands.query_offset`, of rows that have such a slot.
 
   Args:
     problem: with pages, key_len is their number in a row times their length.
@@ -115,7 +123,8 @@ def forward(
   shares = (splits,) if splits > 1 else ()
   rows = problem.batch, problem.query_len, problem.num_heads
   heads, softmax = (*rows, problem.head_dim), problem.kind == "softmax"
-  before = New() if new is None else new
+  before = New(launch.unread()) if new is None else new
+  counts = splits > 1 and tile.last_adds
   shapes = [
     ((1,) if apart else heads, query.dtype),
     (rows if problem.normalize and not apart else (1,), "float32"),
@@ -131,6 +140,7 @@ def forward(
       query,
       key,
       value,
+      before.arrived,
       launch.given(pages, jnp.int32),
       *(
         launch.given(x, jnp.float32)
@@ -142,13 +152,13 @@ def forward(
     tile,
     problem.batch * cells(problem, tile.rows) * splits,
     constants(problem, precision, tile, page, new),
-    zeroed=(5,) if splits > 1 and tile.last_adds else (),
-    aliases={1: 6, 2: 7} if extends else {},
+    zeroed=(5,) if counts and not extends else (),
+    aliases={1: 6, 2: 7, 3: 5} if extends else {},
   )
-  out, sums, shares, share_sums, share_peaks, _, *cache = results
-  cache = cache if extends else ()
+  out, sums, shares, share_sums, share_peaks, arrived, key, value = results
+  changed = (key, value, arrived) if extends else ()
   if not apart:
-    return out, sums, *cache
+    return out, sums, *changed
   if softmax:  # The peaks are exponents of 2.
     factor = jnp.exp2(share_peaks - share_peaks.max(0, keepdims=True))
     shares, share_sums = shares * factor[..., None], share_sums * factor
@@ -156,7 +166,7 @@ def forward(
   if problem.normalize:
     sums = share_sums.sum(0)
     out *= numerics.inverse(sums)[..., None]
-  return out.astype(query.dtype), sums, *cache
+  return out.astype(query.dtype), sums, *changed
 
 
 def constants(
@@ -170,7 +180,7 @@ def constants(
 
   page: the keys of a page, or None. new: as in forward.
   """
-  before = New() if new is None else new
+  epsilon, cos = (None, None) if new is None else (new.epsilon, new.cos)
   width = tiles.padded(problem.head_dim)
   group = problem.num_heads // problem.num_kv_heads
   rows = min(_power_of_two(problem.query_len * group), tile.rows)
@@ -187,8 +197,8 @@ def constants(
     CHUNK=min(chunk, _power_of_two(tile.splits)),
     LAST_ADDS=tile.last_adds,
     NEW=new is not None,
-    QK_EPSILON=before.epsilon,
-    TURNED=0 if before.cos is None else 2 * before.cos.shape[1],
+    QK_EPSILON=epsilon,
+    TURNED=0 if cos is None else 2 * cos.shape[1],
   )
 
 

@@ -12,7 +12,8 @@ the size of the cache.
 With one program for each head nothing is left to be added. Otherwise each
 writes its share in float32. With LAST_ADDS the program that arrives last adds
 them up, in the order of the keys, so that every run gives the same bits;
-without it the caller does.
+without it the caller does. Programs count themselves in `arrived`, which is
+zero before and after; with NEW it is `zeros`.
 
 Softmax needs a second number: the largest logit of a row, the peak, by which
 its weights exp(z - peak) are held in range. It grows from step to step and
@@ -54,7 +55,7 @@ LOWEST = tl.constexpr(-1e30)
 
 @triton.jit
 def decode(
-  q, k, v, pages, q_scale, k_scale, cos, sin, logit_bias, slopes, q_bias,
+  q, k, v, zeros, pages, q_scale, k_scale, cos, sin, logit_bias, slopes, q_bias,
   k_bias, q_lengths, k_lengths, offsets,
   out, sums, shares, share_sums, share_peaks, arrived, k_out, v_out,
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
@@ -128,6 +129,7 @@ def decode(
           K, H, BLOCK_H, ROWS, ALL_ROWS, ADDED_ROWS, CHUNK, NORMALIZE,
           ACTIVATION,
         )  # fmt: skip
+        tl.store(arrived + batch * CELLS + cell, 0)
 
 
 # What a program works on.

@@ -30,7 +30,7 @@ FLOATS = (
 )  # fmt: skip
 INTEGERS = (
   "q_lengths", "k_lengths", "offsets", "q_ids", "k_ids", "spans", "pages",
-  "arrived",
+  "arrived", "zeros",
 )  # fmt: skip
 
 
