@@ -504,17 +504,20 @@ def _swiglu(mlp, x_BTD):
 
 
 def _gelu(mlp, x_BTD, approximate):
-  def up(x_BTD):
-    return checkpoint_name(mlp.up(x_BTD), "up")
-
-  if jnp.dtype(mlp.up.dtype).itemsize > 2:
-    return jax.nn.gelu(up(x_BTD), approximate)
-  # Only the product is kept for the backward pass. The bias and the derivative
-  # would need two more arrays of F numbers a token. A GPU recomputes them in
-  # less time than it takes to write and read those arrays.
-  activation = _gelu_tanh if approximate else _gelu_erf
-  keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  return jax.checkpoint(lambda x: activation(up(x)), policy=keep)(x_BTD)
+  up = mlp.up
+  if isinstance(up, Product) or jnp.dtype(up.dtype).itemsize > 2:
+    up_BTF = checkpoint_name(up(x_BTD), "up")
+    return jax.nn.gelu(up_BTF, approximate=approximate)
+  # Only the product is kept for the backward pass. The sum with the bias and
+  # the derivative would be two more arrays of F numbers a token. A GPU
+  # recomputes them in less time than it takes to write and read those arrays.
+  product_BTF = x_BTD.astype(up.dtype) @ up.kernel[...].astype(up.dtype)
+  product_BTF = checkpoint_name(product_BTF, "up")
+  gelu = _gelu_tanh if approximate else _gelu_erf
+  if up.bias is None:
+    return jax.checkpoint(gelu)(product_BTF)
+  bias_11F = up.bias[...].astype(up.dtype)[None, None]
+  return jax.checkpoint(lambda x, bias: gelu(x + bias))(product_BTF, bias_11F)
 
 
 def _gelu_erf(x):
