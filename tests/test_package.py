@@ -28,7 +28,7 @@ class Environment:
 
   def __init__(self, folder):
     self.python = folder / "env" / "bin" / "python"
-    venv.create(folder / "env", with_pip=True)
+    venv.create(folder / "env")
     self._stubs, self._folder = folder / "stubs", folder
     for name in ("kernels", "configs"):
       (self._stubs / name).mkdir(parents=True)
@@ -37,7 +37,11 @@ class Environment:
   def install(self, what):
     """With the versions of requirements.txt."""
     lock = ROOT / "requirements.txt"
-    run(self.python, "-m", "pip", "install", "--quiet", "-c", lock, what)
+    # Most modules are never imported: to compile all is half of the time.
+    run(
+      sys.executable, "-m", "pip", "--python", self.python, "install",
+      "--quiet", "--no-compile", "-c", lock, what,
+    )  # fmt: skip
 
   def run(self, code):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

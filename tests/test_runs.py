@@ -384,7 +384,7 @@ def test_best_is_known_while_its_metrics_are_being_written(
   seal = files.seal
 
   def slow(*args, **keywords):
-    time.sleep(1)
+    time.sleep(0.2)
     seal(*args, **keywords)
 
   monkeypatch.setattr(files, "seal", slow)

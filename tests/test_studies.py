@@ -38,7 +38,12 @@ def deltas(file):
 def test_every_run_is_a_valid_config(file):
   changes = deltas(file)
   assert len(changes) > 3
-  for delta in changes:
+  # Of runs that only the seed tells apart, the last one.
+  settings = {
+    str({k: v for k, v in delta.items() if k != "seed"}): delta
+    for delta in changes
+  }
+  for delta in settings.values():
     config = load(file).get_config()
     config.update_from_flattened_dict(delta)
     setup.validate_config(config)

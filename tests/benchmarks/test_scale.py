@@ -32,10 +32,11 @@ def test_rows_of_two_devices(tmp_path):
     "attention._FOLDER.parent.mkdir(); scale._SECONDS = 0; "
     "scale.main([*sys.argv[2:], '--out', 'tiny', '--meshes', 'fsdp'])"
   )
-  flag = "--xla_force_host_platform_device_count=2"
+  flags = os.environ.get("XLA_FLAGS", "")
+  flags += " --xla_force_host_platform_device_count=2"
   subprocess.run(
     [sys.executable, "-c", program, str(tmp_path), *TINY],
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
     check=True,
     timeout=240,
   )
