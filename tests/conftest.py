@@ -1,7 +1,8 @@
-"""On the CPU, compiled quickly and once, with no broadcasting of ranks.
+"""Settings of JAX for all tests: on the CPU, with fast and cached compilation.
 
-JAX_PLATFORMS=cuda runs the tests of the kernels on a GPU. The settings are
-environment variables where the programs that tests start shall have them too.
+Arrays of different ranks are not broadcast. JAX_PLATFORMS=cuda runs the tests
+of the kernels on a GPU. Settings that programs started by tests shall inherit
+are environment variables.
 """
 
 import os
@@ -10,9 +11,10 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-  # Most of the suite's time is compiling what runs once or twice.
+  # Compiling takes most of the suite's time, and most programs run only once or
+  # twice.
   os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-# Workers and programs of one session compile the same step once.
+# All workers and programs of a session share the cache of compiled programs.
 _CACHE = None
 if "PYTEST_XDIST_WORKER" not in os.environ:
   _CACHE = tempfile.mkdtemp(prefix="sigattn_tests_")
