@@ -250,7 +250,7 @@ class SelfAttention(nnx.Module):
     return y_BTD if cache is None else (y_BTD, cache)
 
   def merge_products(self) -> None:
-    """Merges query, key and value into one Product; the output becomes another.
+    """Merges query, key and value into a Product; the output becomes another.
 
     The parameters get other names, so do not save the model afterwards.
     """
