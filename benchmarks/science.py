@@ -54,6 +54,7 @@ _LONG = 512  # runs whose rows have this many tokens or more are not batched
 class Study(NamedTuple):
   """The runs that a study trains.
 
+  title: of its section of docs/science.md.
   config: the module of configs that has get_config and the sweeps.
   sweeps: their product are the settings, see sigattn.sweep.
   forms: names of forms.FORMS. lrs: the learning rates of each form.
@@ -63,6 +64,7 @@ class Study(NamedTuple):
   measures_far: whether far_share is measured.
   """
 
+  title: str
   config: str
   sweeps: tuple[str, ...]
   forms: tuple[str, ...]
@@ -83,18 +85,45 @@ _SMALL_LRS = (5e-4, 1e-3, 2e-3)
 _TEXT_LRS = (2.5e-3, 5e-3)
 
 STUDIES = {
-  # 8 and 16 pairs, 16 with distractors, and selective copying.
   "recall": Study(
-    "studies.recall", ("task",), _MAIN, _SMALL_LRS, 100, until=0.99
+    "Recall and selective copying",
+    "studies.recall",
+    ("task",),
+    _MAIN,
+    _SMALL_LRS,
+    100,
+    until=0.99,
   ),
   "controls": Study(
-    "studies.recall", ("sixteen",), _CONTROLS, _SMALL_LRS, 40, until=0.99
+    "Recall of 16 pairs: the controls",
+    "studies.recall",
+    ("sixteen",),
+    _CONTROLS,
+    _SMALL_LRS,
+    40,
+    until=0.99,
   ),
-  # 4, 32 and 64 pairs.
   "recall_sizes": Study(
-    "studies.recall", ("size",), _MAIN, _SMALL_LRS, 140, until=0.99
+    "Recall of 4, 32 and 64 pairs",
+    "studies.recall",
+    ("size",),
+    _MAIN,
+    _SMALL_LRS,
+    140,
+    until=0.99,
+  ),
+  # In 6,000 updates no form learns 16 pairs among as many distractors.
+  "noisy_recall": Study(
+    "Recall among fewer distractors",
+    "studies.recall",
+    ("noisy",),
+    _MAIN,
+    _SMALL_LRS,
+    60,
+    until=0.99,
   ),
   "length": Study(
+    "Texts longer than those of training",
     "studies.length",
     ("rope", "window"),
     (*_MAIN, "normalised, b = -10", "normalised, b = -14"),
@@ -103,26 +132,60 @@ STUDIES = {
     measures_far=True,
   ),
   "gap": Study(
+    "The gap at long n, with ALiBi",
     "studies.hybrid_norm",
     ("gap",),
     (*_MAIN, "capped rows, b = 0"),
     _TEXT_LRS,
     130,
   ),
-  "text_controls": Study(
-    "studies.hybrid_norm", ("gap_of_512",), _CONTROLS, _TEXT_LRS, 25
-  ),
   "gap_positions": Study(
-    "studies.hybrid_norm", ("gap_positions",), _MAIN[:3], _TEXT_LRS, 35
+    "The gap with RoPE, without and with ALiBi",
+    "studies.hybrid_norm",
+    ("gap_positions",),
+    _MAIN[:3],
+    _TEXT_LRS,
+    35,
   ),
-  "default_language": Study("lm", (), _MAIN, _TEXT_LRS, 25),
-  "default_vision": Study("vit", (), _MAIN, (1.5e-3, 3e-3, 6e-3), 40),
+  "text_controls": Study(
+    "Text: the controls",
+    "studies.hybrid_norm",
+    ("gap_of_512",),
+    _CONTROLS,
+    _TEXT_LRS,
+    25,
+  ),
+  # Whether a higher rate than those of the studies above would be better.
+  "rates": Study(
+    "Text: higher learning rates",
+    "studies.hybrid_norm",
+    ("gap_of_512",),
+    _MAIN,
+    (*_TEXT_LRS, 1e-2, 2e-2),
+    60,
+  ),
+  "default_language": Study(
+    "The default language model", "lm", (), _MAIN, _TEXT_LRS, 25
+  ),
+  "default_vision": Study(
+    "The default vision model", "vit", (), _MAIN, (1.5e-3, 3e-3, 6e-3), 40
+  ),
   # Compared with the rows of `length` without a window.
   "layers": Study(
-    "studies.length", ("rope",), (*forms.LAYER_FORMS,), (5e-3,), 45
+    "Forget gates, output gates and windows in every other layer",
+    "studies.length",
+    ("rope",),
+    (*forms.LAYER_FORMS,),
+    (5e-3,),
+    45,
   ),
   "slopes": Study(
-    "studies.length", ("alibi",), (*forms.SLOPE_FORMS,), (5e-3,), 30
+    "ALiBi with half of its slopes zero",
+    "studies.length",
+    ("alibi",),
+    (*forms.SLOPE_FORMS,),
+    (5e-3,),
+    30,
   ),
 }
 
@@ -162,7 +225,7 @@ def _config(study):
 
 def jobs(study: str, deadline: float) -> list[Job]:
   """The jobs of a study: for each setting in order, one for each form."""
-  config, sweeps, names, *_ = STUDIES[study]
+  _, config, sweeps, names, *_ = STUDIES[study]
   module = importlib.import_module(f"configs.{config}")
   settings = itertools.product(
     *(list(getattr(module, f"sweep_{name}")()) for name in sweeps)

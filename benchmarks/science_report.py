@@ -27,26 +27,36 @@ _LEARNT = 0.9  # the tables list the update that reaches this accuracy
 
 
 def settings(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-  """{label of a setting: its rows}, in order.
-
-  A label lists the fields in which the settings differ.
-  """
-  names = list(dict.fromkeys(name for row in rows for name in row["setting"]))
-  # Lists, as JSON has them, cannot be members of a set.
-  varied = [
-    name
-    for name in names
-    if len({str(row["setting"].get(name)) for row in rows}) > 1
-  ]
+  """{label of a setting: its rows}, from short rows to long ones."""
   groups = {}
-  for row in rows:
-    parts = (
-      f"{name.split('.')[-1]} {row['setting'][name]}"
-      for name in varied
-      if name in row["setting"]
-    )
-    groups.setdefault(", ".join(parts) or "as the config is", []).append(row)
+  for row in sorted(rows, key=lambda row: row["setting"].get("data.length", 0)):
+    groups.setdefault(_label(row["setting"]), []).append(row)
   return groups
+
+
+def _label(setting):
+  """What a setting of STUDIES is, in words."""
+  length, size = setting.get("data.length"), setting.get("data.size")
+  if "data.vocab_size" in setting:
+    return {
+      "recall": f"{length} pairs",
+      "noisy_recall": f"{length} pairs, {length} distractors",
+      "selective_copy": f"{size} of {length} symbols to copy",
+    }[setting.get("data.name", "recall")]
+  parts = [f"rows of {length:,} tokens"] if length else []
+  positions = [
+    name
+    for name, is_there in (
+      ("RoPE", setting.get("model.positions") == "rope"),
+      ("ALiBi", setting.get("attn.alibi")),
+    )
+    if is_there
+  ]
+  if positions:
+    parts.append(" and ".join(positions))
+  if "attn.window" in setting:
+    parts.append(f"a window of {setting['attn.window'] + 1} tokens")
+  return ", ".join(parts) or "the default config"
 
 
 def _step(curve, every):
@@ -93,7 +103,7 @@ def tables(name: str, study: dict[str, Any]) -> str:
   seeds = ", ".join(str(x) for x in study["seeds"])
   rates = ", ".join(f"{x:g}" for x in study["lrs"])
   lines = [
-    f"### {name}",
+    f"### {science.STUDIES[name].title}",
     "",
     f"{', '.join(devices) or 'No run was finished'}, {study['date']}, commit "
     f"{study['commit']}, jax {study['jax']}; seeds {seeds}; learning rates "
@@ -128,7 +138,10 @@ def draw(study: dict[str, Any]) -> figures.Figure:
   columns = min(len(panels), 2)
   count = -(-len(panels) // columns)
   figure = figures.Figure((5.2 * columns, 3.6 * count), layout="constrained")
-  axes = figure.subplots(count, columns, squeeze=False).ravel()
+  by_length = study["metric"] == "loss" and not by_setting
+  axes = figure.subplots(
+    count, columns, squeeze=False, sharey=by_length
+  ).ravel()
   forms = list(dict.fromkeys(row["form"] for row in study["rows"]))
   for ax, (label, rows) in zip(axes, panels.items(), strict=False):
     for row in rows:

@@ -71,14 +71,19 @@ def resources(problem, direction, tile, capability):
   return _compiled(kernel, problem, constexprs, tile, capability)
 
 
-def decode_resources(problem, tile, capability, page):
+def decode_resources(problem, tile, capability, page, is_new=False):
   """The Resources of the decode kernel.
 
-  page: the number of keys of a page, or None.
+  page: the number of keys of a page, or None. is_new: whether the kernel also
+  normalises, rotates and writes the new key.
   """
   from sigattn.kernels.triton import decode_kernel
 
-  constexprs = decode.constants(problem, "ieee", tile, page)
+  new = None
+  if is_new:
+    angles = jax.ShapeDtypeStruct((problem.batch, problem.head_dim // 2), "f4")
+    new = decode.New(None, epsilon=1e-5, cos=angles)
+  constexprs = decode.constants(problem, "ieee", tile, page, new)
   return _compiled(decode_kernel.decode, problem, constexprs, tile, capability)
 
 
@@ -204,6 +209,10 @@ def _needs(problem, direction, capability):
     ):  # fmt: skip
       chosen = decode.tile(x, paged=page is not None)
       yield name, chosen, decode_resources(x, chosen, capability, page)
+    if problem.query_len == 1:
+      chosen = decode.tile(problem)
+      needs = decode_resources(problem, chosen, capability, None, is_new=True)
+      yield "new token", chosen, needs
     return
   chosen = tiles.tile(problem, direction, capability)
   yield direction, chosen, resources(problem, direction, chosen, capability)

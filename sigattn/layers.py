@@ -272,7 +272,7 @@ class SelfAttention(nnx.Module):
 
   def _attend(self, q_BTNH, k_BSKH, v_BSKH, **options):
     return self.attention_fn(
-      q_BTNH, k_BSKH, v_BSKH, **self._options(), **options
+      q_BTNH, k_BSKH, v_BSKH, **self.options(), **options
     )
 
   def _attend_pages(self, q_BTNH, cache, place, page_table):
@@ -285,10 +285,11 @@ class SelfAttention(nnx.Module):
       page_table,
       jnp.minimum(place_B + length, slots),
       query_offset=place_B,
-      **self._options(),
+      **self.options(),
     )
 
-  def _options(self):
+  def options(self) -> dict[str, Any]:
+    """What every call of dot_product_attention gets."""
     bias, window = self.logit_bias, self.window
     if window is not None:
       window = window, 0 if self.is_causal else window

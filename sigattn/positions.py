@@ -125,14 +125,19 @@ def rope(
   if width < x_BTNH.shape[-1]:
     turned = rope(x_BTNH[..., :width], positions, base)
     return jnp.concatenate([turned, x_BTNH[..., width:]], axis=-1)
-  half = width // 2
-  frequencies = jnp.asarray(base ** (-np.arange(half) / half), jnp.float32)
-  positions = jnp.atleast_2d(jnp.asarray(positions, jnp.float32))
-  angles = jnp.einsum("BT,H->BTH", positions, frequencies)[:, :, None, :]
+  angles = rope_angles(positions, width, base)[:, :, None, :]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return turned.astype(x_BTNH.dtype)
+
+
+def rope_angles(positions: ArrayLike, width: int, base: float) -> jax.Array:
+  """The angles by which rope turns `width` features, (B or 1, T, width / 2)."""
+  half = width // 2
+  frequencies = jnp.asarray(base ** (-np.arange(half) / half), jnp.float32)
+  positions = jnp.atleast_2d(jnp.asarray(positions, jnp.float32))
+  return jnp.einsum("BT,H->BTH", positions, frequencies)
 
 
 def rope_2d(

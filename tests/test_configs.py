@@ -181,7 +181,7 @@ def test_normalized_rows_refuse_a_second_division():
 
 def test_a_window_refuses_row_power():
   config = lm_sigmoid.get_config()
-  config.attn.update(window=8, row_power=1.0)
+  config.attn.update(window=8, row_power=1.0, normalize=False)
   with pytest.raises(ValueError, match=r"config\.attn\.row_power=1\.0.*window"):
     setup.validate_config(config)
 

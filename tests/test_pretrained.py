@@ -38,7 +38,7 @@ def make(name, **values):
     config.data.update(mean=(0.5,) * 3, std=(0.5,) * 3)
   config.update_from_flattened_dict(pretrained.values(folder))
   config.init_from = str(folder)
-  config.attn.kind = "softmax"
+  config.attn.update(kind="softmax", normalize=False)
   config.update_from_flattened_dict(values)
   return config
 

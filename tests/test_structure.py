@@ -25,6 +25,7 @@ ARROWS = {
   "stack": {"attention", "layers", "validate", "extras"},
   "data": {"validate", "extras"},
   "tasks": {
+    "token_step",
     "stack",
     "layers",
     "attention",
@@ -37,6 +38,9 @@ ARROWS = {
 ARROWS["pretrained"] = {"layers", "validate", "extras"}
 ARROWS["ring"] = {"attention", "kernels"}
 ARROWS["paged"] = {"attention", "kernels"}
+ARROWS["token_step"] = {
+  "attention", "extras", "kernels", "layers", "positions",
+}  # fmt: skip
 # Only training knows the mesh and the attention on a mesh.
 ARROWS["training"] = {
   "pretrained", "tasks", "data", "validate", "extras", "attention", "ring",

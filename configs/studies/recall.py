@@ -75,6 +75,10 @@ def sweep_task():
   }
 
 
+def sweep_noisy():
+  yield _pairs(8) | {"data.name": "noisy_recall", "data.vocab_size": 48}
+
+
 def sweep_bias():
   for bias in (0.0, -1.0, -2.0):
     yield {"attn.logit_bias": bias}

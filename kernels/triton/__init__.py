@@ -27,12 +27,6 @@ from sigattn.kernels.triton import decode, launch, tiles
 from sigattn.kernels.triton.tiles import Tile
 
 _PACKAGES = {"triton": "triton", "jax_triton": "jax-triton"}
-_PRECISIONS = {
-  # jax.default_matmul_precision: Triton's. Exact by default.
-  None: "ieee", "default": "ieee", "highest": "ieee", "float32": "ieee",
-  "high": "tf32x3", "tensorfloat32": "tf32", "TF32_TF32_F32": "tf32",
-  "TF32_TF32_F32_X3": "tf32x3",
-}  # fmt: skip
 
 
 def unsupported(problem: Problem) -> str:
@@ -70,7 +64,7 @@ def attention(
   multiplied by a power of two, so that they do not underflow.
   """
   problem, operands = vectors.fold(problem, operands)
-  precision = _precision()
+  precision = launch.precision()
   return differentiation.attention(
     _passes(precision), xla.PASSES, problem, query, key, value, operands
   )
@@ -91,12 +85,33 @@ def decoded(
   """
   tile = decode.tile(problem, paged=bool(page_table))
   arrays = query, key, value, operands, *page_table
-  out, sums = decode.forward(problem, _precision(), tile, *arrays)
+  out, sums = decode.forward(problem, launch.precision(), tile, *arrays)
   return (out, sums) if problem.normalize else (out,)
 
 
-def _precision():
-  return _PRECISIONS.get(jax.config.jax_default_matmul_precision, "ieee")
+def counters(problem: Problem, paged: bool) -> jax.Array:
+  """The `arrived` of decode.New for `extended`; each call leaves them zero."""
+  return decode.counters(problem, decode.tile(problem, paged=paged))
+
+
+def extended(
+  problem: Problem,
+  new: decode.New,
+  qkv: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  operands: Operands,
+  pages: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Attention of one new token a row: (out, key, value, arrived).
+
+  problem: of the whole cache, and of one query. The others: see decode.forward.
+  """
+  tile = decode.tile(problem, paged=pages is not None)
+  out, _, *changed = decode.forward(
+    problem, launch.precision(), tile, qkv, key, value, operands, pages, new
+  )
+  return out, *changed
 
 
 @functools.cache

@@ -31,6 +31,24 @@ class Tile(NamedTuple):
   last_adds: bool  # the last of those programs adds up, and not XLA
 
 
+class New(NamedTuple):
+  """What attention does to a new token's query and key first.
+
+  Those which are None are left out: RMSNorm over the heads, with its scales,
+  (H,), and epsilon, and then RoPE, with the cosines and sines of the angles of
+  each row, (B, half of the features that are turned).
+
+  arrived: `counters`, so that they are not set to zero by every call.
+  """
+
+  arrived: jax.Array
+  q_scale: jax.Array | None = None
+  k_scale: jax.Array | None = None
+  epsilon: float | None = None
+  cos: jax.Array | None = None
+  sin: jax.Array | None = None
+
+
 def fits(problem: Problem) -> bool:
   """Whether the decode kernel computes the forward pass of a problem."""
   return (
@@ -59,6 +77,11 @@ def tile(problem: Problem, paged: bool = False) -> Tile:
   return Tile(rows, block_kv, splits, warps, stages, True)
 
 
+def counters(problem: Problem, tile: Tile) -> jax.Array:
+  """Zeros in which the kernel's programs count themselves."""
+  return jnp.zeros(problem.batch * cells(problem, tile.rows), jnp.int32)
+
+
 def cells(problem: Problem, rows: int) -> int:
   """The programs of an example that see all of their keys."""
   group = problem.num_heads // problem.num_kv_heads
@@ -74,8 +97,12 @@ def forward(
   value: jax.Array,
   operands: Operands,
   pages: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+  new: New | None = None,
+) -> tuple[jax.Array, ...]:
   """(out, sums): (B, T, N, H), and with problem.normalize (B, T, N) float32.
+
+  With `new` also (key, value, arrived), the former with the new token in their
+  slot `operands.query_offset`, of rows that have such a slot.
 
   Args:
     problem: with pages, key_len is their number in a row times their length.
@@ -85,20 +112,27 @@ def forward(
     key, value: (B, S, K, H), or (pages, length, K, H).
     operands: without dense ones and segments.
     pages: None, or (B, pages of a row) int32.
+    new: of one new token a row; query is then (B, 1, N + 2 K, H), with the
+      token's key and value behind the query.
   """
   from sigattn.kernels.triton import decode_kernel
 
+  extends = new is not None
   page = None if pages is None else key.shape[1]
   splits, apart = tile.splits, tile.splits > 1 and not tile.last_adds
   shares = (splits,) if splits > 1 else ()
-  rows, softmax = query.shape[:3], problem.kind == "softmax"
+  rows = problem.batch, problem.query_len, problem.num_heads
+  heads, softmax = (*rows, problem.head_dim), problem.kind == "softmax"
+  before = New(launch.unread()) if new is None else new
+  counts = splits > 1 and tile.last_adds
   shapes = [
-    ((1,) if apart else query.shape, query.dtype),
+    ((1,) if apart else heads, query.dtype),
     (rows if problem.normalize and not apart else (1,), "float32"),
-    ((*shares, *query.shape) if shares else (1,), "float32"),
+    ((*shares, *heads) if shares else (1,), "float32"),
     ((*shares, *rows) if shares and problem.normalize else (1,), "float32"),
     ((*shares, *rows) if shares and softmax else (1,), "float32"),
     ((problem.batch * cells(problem, tile.rows),), "int32"),
+    *((x.shape if extends else (1,), x.dtype) for x in (key, value)),
   ]
   results = launch.start(
     decode_kernel.decode,
@@ -106,18 +140,25 @@ def forward(
       query,
       key,
       value,
+      before.arrived,
       launch.given(pages, jnp.int32),
+      *(
+        launch.given(x, jnp.float32)
+        for x in (before.q_scale, before.k_scale, before.cos, before.sin)
+      ),
       *launch.logit_operands(operands),
     ),
     [jax.ShapeDtypeStruct(*x) for x in shapes],
     tile,
     problem.batch * cells(problem, tile.rows) * splits,
-    constants(problem, precision, tile, page),
-    zeroed=(5,) if splits > 1 and tile.last_adds else (),
+    constants(problem, precision, tile, page, new),
+    zeroed=(5,) if counts and not extends else (),
+    aliases={1: 6, 2: 7, 3: 5} if extends else {},
   )
-  out, sums, shares, share_sums, share_peaks, _ = results
+  out, sums, shares, share_sums, share_peaks, arrived, key, value = results
+  changed = (key, value, arrived) if extends else ()
   if not apart:
-    return out, sums
+    return out, sums, *changed
   if softmax:  # The peaks are exponents of 2.
     factor = jnp.exp2(share_peaks - share_peaks.max(0, keepdims=True))
     shares, share_sums = shares * factor[..., None], share_sums * factor
@@ -125,16 +166,21 @@ def forward(
   if problem.normalize:
     sums = share_sums.sum(0)
     out *= numerics.inverse(sums)[..., None]
-  return out.astype(query.dtype), sums
+  return out.astype(query.dtype), sums, *changed
 
 
 def constants(
-  problem: Problem, precision: str, tile: Tile, page: int | None
+  problem: Problem,
+  precision: str,
+  tile: Tile,
+  page: int | None,
+  new: New | None = None,
 ) -> dict[str, Any]:
   """The compile-time arguments of the kernel, except warps and stages.
 
-  page: the keys of a page, or None.
+  page: the keys of a page, or None. new: as in forward.
   """
+  epsilon, cos = (None, None) if new is None else (new.epsilon, new.cos)
   width = tiles.padded(problem.head_dim)
   group = problem.num_heads // problem.num_kv_heads
   rows = min(_power_of_two(problem.query_len * group), tile.rows)
@@ -150,6 +196,9 @@ def constants(
     ADDED_ROWS=rows,
     CHUNK=min(chunk, _power_of_two(tile.splits)),
     LAST_ADDS=tile.last_adds,
+    NEW=new is not None,
+    QK_EPSILON=epsilon,
+    TURNED=0 if cos is None else 2 * cos.shape[1],
   )
 
 

@@ -12,7 +12,8 @@ the size of the cache.
 With one program for each head nothing is left to be added. Otherwise each
 writes its share in float32. With LAST_ADDS the program that arrives last adds
 them up, in the order of the keys, so that every run gives the same bits;
-without it the caller does.
+without it the caller does. Programs count themselves in `arrived`, which is
+zero before and after; with NEW it is `zeros`.
 
 Softmax needs a second number: the largest logit of a row, the peak, by which
 its weights exp(z - peak) are held in range. It grows from step to step and
@@ -23,8 +24,16 @@ Keys may lie in pages: the keys p PAGE .. (p + 1) PAGE of an example are the
 page that its p-th number in `pages` names. Nothing else changes, and the bits
 of the result are the same.
 
-Arrays: q, out (B, T, N, H); k, v (B, S, K, H), or with PAGE (pages, PAGE, K,
-H); pages (B, S / PAGE).
+With NEW each row has one token, which is new: q holds its query heads, and
+behind them the key and the value that the cache does not have yet. The program
+whose share ends with the new token writes them into the cache, k_out and v_out
+(which are k and v), before it reads its keys; no other program reads that slot.
+Query and key are normalised first, by RMSNorm over the head with QK_EPSILON,
+and turned by RoPE with TURNED.
+
+Arrays: q, out (B, T, N, H), with NEW q (B, 1, N + 2 K, H); k, v (B, S, K, H),
+or with PAGE (pages, PAGE, K, H); pages (B, S / PAGE); q_scale, k_scale (H,);
+cos, sin (B, TURNED / 2).
 """
 
 import triton
@@ -46,9 +55,9 @@ LOWEST = tl.constexpr(-1e30)
 
 @triton.jit
 def decode(
-  q, k, v, pages, logit_bias, slopes, q_bias, k_bias, q_lengths, k_lengths,
-  offsets,
-  out, sums, shares, share_sums, share_peaks, arrived,
+  q, k, v, zeros, pages, q_scale, k_scale, cos, sin, logit_bias, slopes, q_bias,
+  k_bias, q_lengths, k_lengths, offsets,
+  out, sums, shares, share_sums, share_peaks, arrived, k_out, v_out,
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
   H: tl.constexpr, BLOCK_H: tl.constexpr, PAGE: tl.constexpr,
   ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLITS: tl.constexpr,
@@ -60,7 +69,8 @@ def decode(
   BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
   Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr,
   Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
-  NORMALIZE: tl.constexpr,
+  NORMALIZE: tl.constexpr, NEW: tl.constexpr, QK_EPSILON: tl.constexpr,
+  TURNED: tl.constexpr,
 ):  # fmt: skip
   """out_i = OUT_SCALE sum_j p_ij v_j, of ROWS rows and a share of their keys.
 
@@ -79,11 +89,19 @@ def decode(
     share = min(split, used)
     start = low + blocks * share // used * BLOCK_KV
     stop = min(low + blocks * min(share + 1, used) // used * BLOCK_KV, high)
+    if NEW:
+      k, v = k_out, v_out
+      if (start <= offset) & (offset < stop):
+        _write(
+          q, k, v, pages, k_scale, cos, sin, batch, kv_head, offset, S, N, K, H,
+          BLOCK_H, PAGE, QK_EPSILON, TURNED,
+        )  # fmt: skip
     acc, total, peak = _attend(
-      q, k, v, pages, logit_bias, slopes, q_bias, k_bias, batch, kv_head, head,
-      i, q_len, offset, start, stop, T, S, N, K, H, BLOCK_H, PAGE, ROWS,
-      BLOCK_KV, ACTIVATION, SCALE, BIAS, P_SCALE, PRECISION, LEFT, RIGHT,
-      OFFSET, BIAS_STRIDE, SLOPE_STRIDE, Q_BIAS, K_BIAS, NORMALIZE,
+      q, k, v, pages, q_scale, cos, sin, logit_bias, slopes, q_bias, k_bias,
+      batch, kv_head, head, i, q_len, offset, start, stop, T, S, N, K, H,
+      BLOCK_H, PAGE, ROWS, BLOCK_KV, ACTIVATION, SCALE, BIAS, P_SCALE,
+      PRECISION, LEFT, RIGHT, OFFSET, BIAS_STRIDE, SLOPE_STRIDE, Q_BIAS, K_BIAS,
+      NORMALIZE, NEW, QK_EPSILON, TURNED,
     )  # fmt: skip
     row = (tl.cast(batch, tl.int64) * T + i) * N + head
     acc = tl.where(i[:, None] < q_len, acc, 0.0) * OUT_SCALE
@@ -111,6 +129,7 @@ def decode(
           K, H, BLOCK_H, ROWS, ALL_ROWS, ADDED_ROWS, CHUNK, NORMALIZE,
           ACTIVATION,
         )  # fmt: skip
+        tl.store(arrived + batch * CELLS + cell, 0)
 
 
 # What a program works on.
@@ -142,9 +161,78 @@ def _seen(q_len, k_len, offset, LEFT: tl.constexpr, RIGHT: tl.constexpr):
 
 
 @triton.jit
+def _write(
+  q, k, v, pages, k_scale, cos, sin, batch, kv_head, slot,
+  S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+  BLOCK_H: tl.constexpr, PAGE: tl.constexpr, QK_EPSILON: tl.constexpr,
+  TURNED: tl.constexpr,
+):  # fmt: skip
+  """Writes the new key and value of a head into their slot."""
+  columns = tl.arange(0, BLOCK_H)[None, :]
+  row = tl.cast(batch, tl.int64) * (N + 2 * K) + N + kv_head
+  row += tl.zeros((1,), tl.int64)
+  key = _heads(
+    q, k_scale, cos, sin, batch, row, row >= 0, H, BLOCK_H, QK_EPSILON, TURNED
+  )
+  value = _heads(
+    q, k_scale, cos, sin, batch, row + K, row >= 0, H, BLOCK_H, None, 0
+  )
+  key_row = _key_rows(pages, batch, slot, slot + 1, S, PAGE)
+  place = (key_row * K + kv_head) * H + columns
+  tl.store(k + place, key, mask=columns < H)
+  tl.store(v + place, value, mask=columns < H)
+  # All threads of the program read the slot next.
+  tl.debug_barrier()
+
+
+@triton.jit
+def _heads(
+  q, scale, cos, sin, batch, row, is_row,
+  H: tl.constexpr, BLOCK_H: tl.constexpr, EPSILON: tl.constexpr,
+  TURNED: tl.constexpr,
+):  # fmt: skip
+  """Rows of q, (rows, BLOCK_H): normalised, and turned by RoPE.
+
+  EPSILON: of RMSNorm over the head, None for no norm. TURNED: the number of
+  features that RoPE turns, the first ones; see positions.rope.
+  """
+  HALF: tl.constexpr = TURNED // 2
+  columns = tl.arange(0, BLOCK_H)[None, :]
+  mask = is_row[:, None] & (columns < H)
+  places = q + row[:, None] * H
+  x = tl.load(places + columns, mask=mask, other=0.0)
+  factor = 1.0
+  if EPSILON is not None:
+    wide = x.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(wide * wide, 1) / H + EPSILON)[:, None]
+    x = _scaled(x, factor, scale, columns, H)
+  if TURNED:
+    is_first, is_turned = columns < HALF, columns < TURNED
+    other_columns = tl.where(is_first, columns + HALF, columns - HALF)
+    other_mask = mask & is_turned
+    other = tl.load(places + other_columns, mask=other_mask, other=0.0)
+    if EPSILON is not None:
+      other = _scaled(other, factor, scale, other_columns, TURNED)
+    angle = batch * HALF + tl.where(is_first, columns, columns - HALF)
+    c = tl.load(cos + angle, mask=is_turned, other=1.0)
+    s = tl.load(sin + angle, mask=is_turned, other=0.0)
+    s = tl.where(is_first, -s, s)
+    x = (x.to(tl.float32) * c + other.to(tl.float32) * s).to(x.dtype)
+  return x
+
+
+@triton.jit
+def _scaled(x, factor, scale, columns, H: tl.constexpr):
+  """x factor scale, of the columns below H."""
+  is_column = (columns >= 0) & (columns < H)
+  scales = tl.load(scale + columns, mask=is_column, other=0.0)
+  return (x.to(tl.float32) * factor * scales).to(x.dtype)
+
+
+@triton.jit
 def _attend(
-  q, k, v, pages, logit_bias, slopes, q_bias, k_bias, batch, kv_head, head,
-  i, q_len, offset, start, stop,
+  q, k, v, pages, q_scale, cos, sin, logit_bias, slopes, q_bias, k_bias, batch,
+  kv_head, head, i, q_len, offset, start, stop,
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
   H: tl.constexpr, BLOCK_H: tl.constexpr, PAGE: tl.constexpr,
   ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -152,15 +240,16 @@ def _attend(
   PRECISION: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
   OFFSET: tl.constexpr, BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
   Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
+  NEW: tl.constexpr, QK_EPSILON: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
   """(sum_j p_ij v_j, sum_j p_ij, peak) of the keys start .. stop - 1."""
   columns = tl.arange(0, BLOCK_H)[None, :]
-  row = (tl.cast(batch, tl.int64) * T + i) * N + head
+  HEADS: tl.constexpr = N + 2 * K if NEW else N
+  row = (tl.cast(batch, tl.int64) * T + i) * HEADS + head
   is_row = i < q_len
-  q_tile = tl.load(
-    q + row[:, None] * H + columns,
-    mask=is_row[:, None] & (columns < H), other=0.0,
-  )  # fmt: skip
+  q_tile = _heads(
+    q, q_scale, cos, sin, batch, row, is_row, H, BLOCK_H, QK_EPSILON, TURNED
+  )
   bias, slope = _of_rows(
     logit_bias, slopes, q_bias, batch, head, i, is_row, T, N, ROWS, ACTIVATION,
     BIAS, BIAS_STRIDE, SLOPE_STRIDE, Q_BIAS,

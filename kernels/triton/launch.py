@@ -14,14 +14,23 @@ from sigattn.kernels.problem import Operands, Problem
 from sigattn.kernels.triton import tiles
 from sigattn.kernels.triton.tiles import Tile
 
+_PRECISIONS = {
+  # jax.default_matmul_precision: Triton's. Exact by default.
+  None: "ieee", "default": "ieee", "highest": "ieee", "float32": "ieee",
+  "high": "tf32x3", "tensorfloat32": "tf32", "TF32_TF32_F32": "tf32",
+  "TF32_TF32_F32_X3": "tf32x3",
+}  # fmt: skip
+
 # The kernels' pointers whose dtype is not that of query, key and value.
 FLOATS = (
   "logit_bias", "slopes", "q_bias", "k_bias", "d_rows", "d_keys", "d_slope",
   "sums", "inverse", "shift", "shares", "share_sums", "share_peaks",
+  "q_scale", "k_scale", "cos", "sin", "x_scale", "y_scale", "y_squares",
+  "squares",
 )  # fmt: skip
 INTEGERS = (
   "q_lengths", "k_lengths", "offsets", "q_ids", "k_ids", "spans", "pages",
-  "arrived",
+  "arrived", "zeros",
 )  # fmt: skip
 
 
@@ -33,6 +42,7 @@ def start(
   count: int,
   constants: dict[str, Any],
   zeroed: Sequence[int] = (),
+  aliases: dict[int, int] | None = None,
 ) -> list[jax.Array]:
   """The outputs of a kernel.
 
@@ -45,6 +55,7 @@ def start(
     count: the number of programs.
     constants: the arguments that are known at compile time.
     zeroed: the indices of those `outs` that must be zero when it begins.
+    aliases: {index in `arrays`: index in `outs`} of what is changed in place.
   """
   with triton_cache_dir():
     import jax_triton
@@ -58,9 +69,15 @@ def start(
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
     zeroed_outputs=zeroed,
+    input_output_aliases=aliases,
     compute_capability=device.current().capability,
     **constants,
   )
+
+
+def precision() -> str:
+  """Of products of float32, a value of Triton's input_precision."""
+  return _PRECISIONS.get(jax.config.jax_default_matmul_precision, "ieee")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from sigattn import layers, positions, stack
+from sigattn import layers, positions, stack, token_step
 from sigattn.data import loader, text
 from sigattn.tasks.cross_entropy import Scored, cap, linear_cross_entropy
 from sigattn.validate import added, choice, divides, flag, real, whole
@@ -164,7 +164,15 @@ class LanguageModel(nnx.Module):
     page_table: jax.Array | None = None,
   ) -> tuple[jax.Array, tuple[layers.Cache, ...]]:
     """`extend` by one token for each row."""
-    return self.extend(token_B[:, None], cache, place_B, page_table=page_table)
+    token_B1, where = token_B[:, None], (cache, place_B, page_table)
+    positions_B1, norm = place_B[:, None], self.norm if self.has_norm else None
+    x_BD = self._embed(token_B1, positions_B1)[:, 0]
+    if token_step.unsupported(self.stack, norm, x_BD, *where):
+      return self.extend(token_B1, cache, place_B, page_table=page_table)
+    stream, cache = token_step.step(self.stack, x_BD, *where, positions_B1)
+    table_VD = self._table()[...].astype(self.dtype)
+    logits_BV = token_step.logits(stream, table_VD, norm)
+    return cap(logits_BV, self.logit_cap), cache
 
   def _embed(self, token_BT, positions_BT):
     x_BTD = self.embed[...].at[token_BT].get(mode="clip")

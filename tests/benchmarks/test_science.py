@@ -12,7 +12,12 @@ from sigattn import attention
 from train import train
 
 TINY = science.Study(
-  "studies.recall", ("sixteen",), ("normalised, b = -log n",), (5e-4, 1e-3), 1
+  "A trial",
+  "studies.recall",
+  ("sixteen",),
+  ("normalised, b = -log n",),
+  (5e-4, 1e-3),
+  1,
 )
 
 

@@ -14,7 +14,7 @@ HEADER = {
 
 
 def row(form, **values):
-  setting = {"data.length": 16, "eval.length_factors": [1, 2]}
+  setting = {"data.length": 16, "data.vocab_size": 64}
   return {"setting": setting | values.pop("setting", {}), "form": form} | values
 
 
@@ -47,13 +47,14 @@ def test_document_has_the_studies_that_there_are_and_no_others(tmp_path):
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
-    assert text.count("### recall") == 1
+    assert text.count("### Recall and selective copying") == 1
   assert "| softmax | 0.002 | 100.0, 50.0 | 100, none |" in text
-  assert "**length 8**" in text
+  assert "**8 pairs**" in text
   assert "| sigmoid |  | cut off: not begun |  |" in text
   assert "| softplus |  | failed: MemoryError: all of it |  |" in text
   assert "a GPU, 2026-01-02, commit abc1234" in text
-  assert all(f"### {x}\n" not in text for x in science.STUDIES if x != "recall")
+  titles = [study.title for study in science.STUDIES.values()]
+  assert sum(f"### {title}\n" in text for title in titles) == 1
   assert (tmp_path / "recall.png").stat().st_size > 1000
   (tmp_path / "recall.json").unlink()
   assert science_report.write(tmp_path, document) == []
@@ -63,6 +64,7 @@ def test_document_has_the_studies_that_there_are_and_no_others(tmp_path):
 def test_losses_at_other_lengths_are_means_over_seeds(tmp_path):
   own = trained("softmax", [0.5, 0.5], [[3.0], [2.0]])
   own |= {
+    "setting": {"model.positions": "rope", "attn.window": 255},
     "loss_at": {"256": [1.0, 1.5], "512": [2.0, 2.5]},
     "far_share": {"512": [[0.1, 0.3], [0.5, 0.7]]},
   }
@@ -70,10 +72,17 @@ def test_losses_at_other_lengths_are_means_over_seeds(tmp_path):
   text = science_report.tables("length", study)
   assert "| mean at 256 | mean at 512 | far keys' share at 512 |" in text
   assert "| softmax | 0.002 | 0.100, 0.200 | 1.250 | 2.250 | 40 % |" in text
-  assert "**as the config is**" in text
+  assert "**RoPE, a window of 256 tokens**" in text
   [panel] = science_report.draw(study).axes
   assert len(panel.lines) == 2  # a line for each seed
   assert panel.lines[0].get_xdata().tolist() == [256, 512]
+
+
+@pytest.mark.parametrize("name", science.STUDIES)
+def test_settings_of_a_study_have_different_labels(name):
+  found = {str(job.changes): job.changes for job in science.jobs(name, 0.0)}
+  rows = [{"setting": changes} for changes in found.values()]
+  assert len(science_report.settings(rows)) == len(rows)
 
 
 def test_document_without_its_comments_is_refused(tmp_path):

@@ -569,10 +569,10 @@ def started(monkeypatch):
   """
   calls = []
 
-  def start(kernel, arrays, outs, tile, count, constants, zeroed=()):
+  def start(kernel, arrays, outs, tile, count, constants, *places, **named):
     calls.append((kernel.__name__, constants))
     return triton_interpreter.start(
-      kernel, arrays, outs, tile, count, constants, zeroed
+      kernel, arrays, outs, tile, count, constants, *places, **named
     )
 
   def refuse(*_):

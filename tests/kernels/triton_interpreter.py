@@ -41,7 +41,9 @@ def tanh(x):
   return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
 
 
-def start(kernel, arrays, outs, tile, count, constants, zeroed=()):
+def start(
+  kernel, arrays, outs, tile, count, constants, zeroed=(), aliases=None
+):
   """Replaces launch.start."""
   del tile
 
@@ -51,6 +53,8 @@ def start(kernel, arrays, outs, tile, count, constants, zeroed=()):
     ]
     for index in zeroed:
       results[index][...] = 0
+    for source, index in (aliases or {}).items():
+      results[index][...] = arrays[source]
     inputs = [_Array(np.array(x)) for x in arrays]
     with _ONE_AT_A_TIME:
       kernel[(count,)](*inputs, *map(_Array, results), **constants)

@@ -12,7 +12,9 @@ V = 64
 ALIBI = {"model.positions": "none"}
 SINES = {
   "model.positions": "sincos", "attn.alibi": False, "attn.row_power": 0.5,
+  "attn.normalize": False,
 }  # fmt: skip
+SOFTMAX = {"attn.kind": "softmax", "attn.normalize": False}
 
 
 def small(depth=1, **values):

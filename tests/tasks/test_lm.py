@@ -20,6 +20,7 @@ from sigattn.training import setup
 from tests.tasks.small_lm import (
   ALIBI,
   SINES,
+  SOFTMAX,
   V,
   compiled,
   logits,
@@ -67,7 +68,7 @@ def test_parameters_are_named_for_their_groups_and_start_as_published():
   assert out.std() == pytest.approx(64**-0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("values", [{}, ALIBI, SINES, {"attn.kind": "softmax"}])
+@pytest.mark.parametrize("values", [{}, ALIBI, SINES, SOFTMAX])
 def test_a_token_changes_nothing_before_it(values):
   model = make(small(**values))
   token_BT = tokens(2, 12)
@@ -78,7 +79,7 @@ def test_a_token_changes_nothing_before_it(values):
   assert (a[:, 7:] != b[:, 7:]).any((0, 2)).all()
 
 
-@pytest.mark.parametrize("values", [{}, ALIBI, SINES, {"attn.kind": "softmax"}])
+@pytest.mark.parametrize("values", [{}, ALIBI, SINES, SOFTMAX])
 def test_packed_documents_are_as_if_alone(values):
   model = make(small(**values))
   first, second = tokens(1, 5), tokens(1, 8, seed=1)
@@ -227,10 +228,11 @@ def test_bad_value_is_refused_with_its_path_and_value(path, value):
 
 
 @pytest.mark.parametrize("arg", [None, "gpu", "85m", "1b", "7b", "runlocal"])
-def test_sigmoid_differs_from_its_softmax_twin_by_the_kind_alone(arg):
+def test_sigmoid_differs_from_its_softmax_twin_by_attention_alone(arg):
   softmax, sigmoid = lm_config.get_config(arg), lm_sigmoid.get_config(arg)
   assert sigmoid.attn.kind == "sigmoid"
-  sigmoid.attn.kind = "softmax"
+  assert sigmoid.attn.normalize == (arg not in lm_config.SIZES)
+  sigmoid.attn.update(kind="softmax", normalize=False)
   assert sigmoid == softmax
 
 

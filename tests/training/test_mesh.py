@@ -103,7 +103,7 @@ def test_batch_that_the_devices_cannot_share_is_refused(monkeypatch):
       r"config\.mesh\.fsdp=8; must divide 12, axis 1 of the parameter embed",
     ),
     (
-      {"mesh.sequence": 2, "attn.kind": "softmax"},
+      {"mesh.sequence": 2, "attn.kind": "softmax", "attn.normalize": False},
       r"config\.mesh\.sequence=2; must be 1 with config\.attn\.kind='softmax'",
     ),
     (

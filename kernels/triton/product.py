@@ -1,0 +1,185 @@
+"""Products of the residual stream and a matrix, of a few rows.
+
+product_kernel.py holds the kernels.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from sigattn.kernels.triton import launch
+
+ACTIVATIONS = ("none", "swiglu", "gelu", "gelu_exact")
+
+
+class Norm(NamedTuple):
+  """RMSNorm: x / sqrt(mean(x^2) + epsilon) * scale."""
+
+  scale_D: jax.Array
+  epsilon: float
+
+
+class Stream(NamedTuple):
+  """The residual stream s = x + norm(y), which the next product adds up.
+
+  All but x are None where nothing is added. norm: None for none. squares: of
+  one row, shares of the sum of y^2.
+  """
+
+  x_BD: jax.Array
+  y_BD: jax.Array | None = None
+  norm: Norm | None = None
+  squares: jax.Array | None = None
+
+
+class Result(NamedTuple):
+  """out (B, F), the shares of its squares that Stream names, and s (B, D)."""
+
+  out_BF: jax.Array
+  squares: jax.Array | None
+  x_BD: jax.Array
+
+
+class Tile(NamedTuple):
+  """How the work of a kernel is cut up."""
+
+  block_out: int  # outputs of a program, with swiglu pairs of them
+  block_in: int  # inputs of a step
+  num_warps: int
+  num_stages: int  # steps whose weights are loaded ahead
+
+
+def tile(inputs: int, is_gated: bool) -> Tile:
+  """The tile of a product of one row."""
+  block_in = min(1024, _power_of_two(inputs))
+  return Tile(4 if is_gated else 8, block_in, 4, 3)
+
+
+def product(
+  stream: Stream,
+  weight_FD: jax.Array,
+  norm: Norm | None = None,
+  activation: str = "none",
+  dtype: DTypeLike | None = None,
+) -> Result:
+  """out = phi(W norm(s)) of the residual stream s.
+
+  One kernel computes it of one row. Otherwise one computes the norms, and XLA
+  the product.
+
+  Args:
+    stream: of B rows.
+    weight_FD: W; with swiglu (2 F, D), the gate's rows before those of up.
+    norm: of s; None: none.
+    activation: phi, one of ACTIVATIONS, see layers.Mlp.
+    dtype: of out; None: that of the stream.
+  """
+  rows, inputs = stream.x_BD.shape
+  dtype = dtype or stream.x_BD.dtype
+  if rows == 1:
+    cut = tile(inputs, activation == "swiglu")
+    return of_one_row(stream, weight_FD, norm, activation, dtype, cut)
+  h_BD, x_BD = residual(stream, norm)
+  z_BF = jnp.einsum("BD,FD->BF", h_BD, weight_FD, preferred_element_type=dtype)
+  if activation == "swiglu":
+    gate_BF, up_BF = jnp.split(z_BF, 2, axis=1)
+    z_BF = jax.nn.silu(gate_BF) * up_BF
+  elif activation != "none":
+    z_BF = jax.nn.gelu(z_BF, approximate=activation == "gelu")
+  return Result(z_BF, None, x_BD)
+
+
+def of_one_row(
+  stream: Stream,
+  weight_FD: jax.Array,
+  norm: Norm | None,
+  activation: str,
+  dtype: DTypeLike,
+  tile: Tile,
+) -> Result:
+  """As product, by its kernel, of one row."""
+  from sigattn.kernels.triton import product_kernel
+
+  x_1D = stream.x_BD
+  outputs = len(weight_FD) // (2 if activation == "swiglu" else 1)
+  programs = -(-outputs // tile.block_out)
+  parts = 1 if stream.norm is None else len(stream.squares)
+  x, y, *scales = _arrays(stream, norm)
+  squares = launch.given(stream.squares, "float32")
+  out, squares, new_1D = launch.start(
+    product_kernel.product,
+    (x, y, squares, *scales, weight_FD),
+    [
+      jax.ShapeDtypeStruct((1, outputs), dtype),
+      jax.ShapeDtypeStruct((programs,), "float32"),
+      _summed(stream),
+    ],
+    tile,
+    programs,
+    _constants(stream, norm)
+    | dict(
+      OUTPUTS=outputs,
+      BLOCK_OUT=tile.block_out,
+      BLOCK_IN=tile.block_in,
+      STAGES=tile.num_stages,
+      PARTS=parts,
+      BLOCK_PARTS=_power_of_two(parts),
+      ACTIVATION=activation,
+    ),
+  )
+  return Result(out, squares, x_1D if stream.y_BD is None else new_1D)
+
+
+def residual(stream: Stream, norm: Norm | None) -> tuple[jax.Array, jax.Array]:
+  """(norm(s), s), (B, D) each."""
+  from sigattn.kernels.triton import product_kernel
+
+  x_BD = stream.x_BD
+  if stream.y_BD is None and norm is None:
+    return x_BD, x_BD
+  rows, inputs = x_BD.shape
+  block = _power_of_two(inputs)
+  # 16 numbers a thread.
+  cut = Tile(inputs, block, min(max(block // 512, 1), 16), 1)
+  h_BD, new_BD = launch.start(
+    product_kernel.residual,
+    _arrays(stream, norm),
+    [jax.ShapeDtypeStruct(x_BD.shape, x_BD.dtype), _summed(stream)],
+    cut,
+    rows,
+    _constants(stream, norm) | dict(BLOCK_IN=block),
+  )
+  return h_BD, x_BD if stream.y_BD is None else new_BD
+
+
+def _arrays(stream, norm):
+  """(x, y, the scales of y's norm and of s's)."""
+  scales = (None if x is None else x.scale_D for x in (stream.norm, norm))
+  return (
+    stream.x_BD,
+    launch.given(stream.y_BD, stream.x_BD.dtype),
+    *(launch.given(x, "float32") for x in scales),
+  )
+
+
+def _summed(stream):
+  """What s looks like, where it is not x."""
+  x_BD = stream.x_BD
+  shape = (1,) if stream.y_BD is None else x_BD.shape
+  return jax.ShapeDtypeStruct(shape, x_BD.dtype)
+
+
+def _constants(stream, norm):
+  return dict(
+    INPUTS=stream.x_BD.shape[1],
+    ADDS=stream.y_BD is not None,
+    X_EPSILON=norm and norm.epsilon,
+    Y_EPSILON=stream.norm and stream.norm.epsilon,
+  )
+
+
+def _power_of_two(number):
+  """The least one that is not below a number."""
+  return 1 << (number - 1).bit_length()

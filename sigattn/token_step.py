@@ -1,0 +1,205 @@
+"""One token of each row through a stack of layers, in five kernels a layer.
+
+With few rows a token's time is that of reading all weights, and of starting
+kernels. So this is the same computation as Stack's with a cache, cut into as
+few kernels as possible:
+
+  query, key, value   a product, of the normalised residual stream
+  attention           norms of query and key, writing both to the cache
+  out                 a product
+  gate, up            a product, of the stream to which `out` is added; and silu
+  down                a product, which the next layer adds to the stream
+
+It needs an NVIDIA GPU, and the form of layers that `unsupported` asks for.
+Stack computes all others.
+"""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+
+from sigattn import attention, extras, layers, positions
+
+extras.require("layers")
+
+from flax import nnx
+
+from sigattn.kernels import decoding, triton
+from sigattn.kernels.triton import decode, product
+from sigattn.kernels.triton.product import Norm, Stream
+
+_logger = logging.getLogger(__name__)
+
+
+def unsupported(
+  stack: layers.Stack,
+  last_norm: nnx.Module | None,
+  x_BD: jax.Array,
+  cache: tuple[layers.Cache, ...],
+  place_B: jax.Array,
+  page_table: jax.Array | None = None,
+) -> str:
+  """The reason why `step` cannot take these arguments, or "".
+
+  last_norm: of the stream behind the last layer; None: none.
+  """
+  if not stack.is_split:
+    return "the layers have no arrays of their own"
+  block = stack.blocks[0]
+  attn = block.attn
+  reason = _unsupported_block(block)
+  if not reason and not isinstance(last_norm, (nnx.RMSNorm, type(None))):
+    reason = "another norm than rmsnorm"
+  if not reason:
+    problem, _ = _problem(attn, x_BD.dtype, cache[0], place_B, page_table)
+    if not decoding.takes(problem, attn.implementation):
+      reason = "attention takes another form"
+  how = f"Stack; not token_step: {reason}" if reason else "token_step"
+  _logger.info("a step of %d rows by %s", len(x_BD), how)
+  return reason
+
+
+def _unsupported_block(block):
+  attn, mlp = block.attn, block.mlp
+  residuals = block.attn_residual, block.mlp_residual
+  if block.parallel:
+    return "parallel branches"
+  if not all(x.norm in ("pre", "hybrid") for x in residuals):
+    return "norms behind the sum"
+  norms = [x.norm_in for x in residuals]
+  norms += [attn.query_norm, attn.key_norm] if attn.has_qk_norm else []
+  if not all(isinstance(x, nnx.RMSNorm) for x in norms):
+    return "another norm than rmsnorm"
+  if any(x.has_layer_scale for x in residuals):
+    return "a factor on the branches"
+  if any(x.bias is not None for x in (attn.out, mlp.down)):
+    return "linear layers with a bias"
+  if attn.row_power:
+    return "row_power"
+  if (
+    attn.rotate is not None
+    and getattr(attn.rotate, "func", None) is not positions.rope
+  ):
+    return "another rotation than RoPE"
+  if attn.attention_fn is not attention.dot_product_attention:
+    return "another function of attention"
+  return ""
+
+
+def step(
+  stack: layers.Stack,
+  x_BD: jax.Array,
+  cache: tuple[layers.Cache, ...],
+  place_B: jax.Array,
+  page_table: jax.Array | None = None,
+  positions_B1: jax.Array | None = None,
+) -> tuple[Stream, tuple[layers.Cache, ...]]:
+  """(the residual stream behind the last layer, the filled cache).
+
+  As stack(x_BD[:, None], cache=cache, place=place_B, positions=positions_B1,
+  page_table=page_table)[:, 0].
+  """
+  where = place_B, page_table, positions_B1
+  problem, _ = _problem(
+    stack.blocks[0].attn, x_BD.dtype, cache[0], place_B, page_table
+  )
+  arrived = triton.counters(problem, page_table is not None)
+  stream, filled = Stream(x_BD), []
+  for block, one in zip(stack.blocks, cache, strict=True):
+    stream, one, arrived = _block(block, stream, one, arrived, *where)
+    filled.append(one)
+  return stream, tuple(filled)
+
+
+def _block(block, stream, cache, arrived, *where):
+  attn, mlp = block.attn, block.mlp
+  before, behind = block.attn_residual, block.mlp_residual
+  heads, _, x_BD = _times(attn.query_key_value, stream, _norm(before.norm_in))
+  out_BF, cache, arrived = _attend(attn, heads, cache, arrived, *where)
+  stream = _added(x_BD, attn.out, out_BF, before)
+  up = mlp.gate_up if mlp.kind == "swiglu" else mlp.up
+  up_BF, _, x_BD = _times(up, stream, _norm(behind.norm_in), mlp.kind)
+  return _added(x_BD, mlp.down, up_BF, behind), cache, arrived
+
+
+def _added(x_BD, linear, y, residual):
+  """The stream to which a branch's last product is added."""
+  y_BD, squares, _ = _times(linear, Stream(y))
+  if residual.norm == "pre":
+    return Stream(x_BD, y_BD)
+  return Stream(x_BD, y_BD, _norm(residual.norm_out), squares)
+
+
+def logits(
+  stream: Stream, table_VD: jax.Array, last_norm: nnx.RMSNorm | None
+) -> jax.Array:
+  """float32 (B, V), products of the normalised stream with a table."""
+  norm = None if last_norm is None else _norm(last_norm)
+  return product.product(stream, table_VD, norm, dtype=jnp.float32).out_BF
+
+
+def _times(linear, stream, norm=None, activation="none"):
+  """product.product of a layers.Product, whose matrix has more axes."""
+  kernel = linear.kernel[...].astype(linear.dtype)
+  return product.product(
+    stream, kernel.reshape(-1, stream.x_BD.shape[1]), norm, activation
+  )
+
+
+def _norm(module):
+  return Norm(module.scale[...], module.epsilon)
+
+
+def _attend(attn, heads_BF, cache, arrived, place_B, page_table, positions_B1):
+  """(out (B, N H), cache, arrived); heads_BF: query, key, value as products."""
+  heads = attn.num_heads + 2 * attn.num_kv_heads
+  problem, operands = _problem(attn, heads_BF.dtype, cache, place_B, page_table)
+  out_B1NH, key, value, arrived = triton.extended(
+    problem,
+    _new(attn, arrived, positions_B1),
+    heads_BF.reshape(len(heads_BF), 1, heads, attn.head_width),
+    *cache,
+    operands,
+    page_table,
+  )
+  cache = layers.Cache(key, value)
+  return out_B1NH.reshape(len(heads_BF), -1), cache, arrived
+
+
+def _new(attn, arrived, positions_B1):
+  new = decode.New(arrived)
+  if attn.has_qk_norm:
+    q_norm, k_norm = _norm(attn.query_norm), _norm(attn.key_norm)
+    new = decode.New(arrived, q_norm.scale_D, k_norm.scale_D, q_norm.epsilon)
+  if attn.rotate is not None:
+    share, base = (attn.rotate.keywords[x] for x in ("share", "base"))
+    width = round(share * attn.head_width)
+    angles_BH = positions.rope_angles(positions_B1, width, base)[:, 0]
+    new = new._replace(cos=jnp.cos(angles_BH), sin=jnp.sin(angles_BH))
+  return new
+
+
+def _problem(attn, dtype, cache, place_B, page_table):
+  """The Problem and Operands of one query a row, as attn has them."""
+  batch, slots = place_B.shape[0], cache.key_BSKH.shape[1]
+  lengths = {}
+  if page_table is not None:
+    slots *= page_table.shape[1]
+    lengths["key_value_seq_lengths"] = jnp.minimum(place_B + 1, slots)
+  query, key = (
+    jax.ShapeDtypeStruct((batch, length, heads, attn.head_width), dtype)
+    for length, heads in ((1, attn.num_heads), (slots, attn.num_kv_heads))
+  )
+  options = attn.options()
+  del options["implementation"]
+  masks = {x: options.pop(x) for x in ("normalize", "is_causal")}
+  window = options.pop("local_window_size")
+  query, operands, numbers = attention.prepare(
+    query, key, scale=None, query_offset=place_B, **options, **lengths
+  )
+  problem = attention.problem_of(
+    query, key, key, operands, kind=attn.kind, window=window, **masks,
+    **numbers,
+  )  # fmt: skip
+  return problem, operands

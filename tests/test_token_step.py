@@ -1,0 +1,131 @@
+"""A token's step in few kernels against that of Stack.
+
+Triton's interpreter runs the kernels where there is no GPU.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sigattn.inference import pages
+from sigattn.kernels import device, triton
+from sigattn.kernels.triton import decode, launch, product
+from tests.tasks.small_lm import ALIBI, compiled, make, small, tokens
+
+if jax.default_backend() == "cpu":
+  # Triton has wheels for Linux alone.
+  triton_interpreter = pytest.importorskip("tests.kernels.triton_interpreter")
+
+
+@pytest.fixture
+def started(monkeypatch):
+  """The names of the kernels that run."""
+  names, run = [], launch.start
+  if jax.default_backend() == "cpu":
+    run = triton_interpreter.start
+    card = device.Device("NVIDIA A100", 80)
+    monkeypatch.setattr(device, "current", lambda: card)
+    monkeypatch.setattr(triton, "_PACKAGES", {})  # It needs no jax-triton.
+
+  def start(kernel, *args, **options):
+    names.append(kernel.__name__)
+    return run(kernel, *args, **options)
+
+  monkeypatch.setattr(launch, "start", start)
+  with jax.default_matmul_precision("highest"):
+    yield names
+
+
+LLAMA = {
+  "model.norm": "pre", "model.rope_share": 0.5, "model.tied": False,
+  "model.logit_cap": 5.0, "attn.alibi": False, "attn.qk_norm": "none",
+  "attn.num_kv_heads": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("activation", product.ACTIVATIONS)
+def test_a_product_of_the_normalised_stream(
+  activation, rows, started, monkeypatch
+):
+  """Of several blocks, the last of which are not full."""
+  small = product.Tile(16, 32, num_warps=4, num_stages=2)
+  monkeypatch.setattr(product, "tile", lambda *_: small)
+  draw = np.random.default_rng(0).normal
+  x_BD, y_BD = draw(size=(2, rows, 48)).astype("float32")
+  scale_D, scale_of_y_D = draw(size=(2, 48)).astype("float32")
+  weight_FD = draw(size=(84, 48), scale=0.2).astype("float32")
+  stream, s_BD = product.Stream(x_BD), x_BD
+  if activation in ("gelu", "gelu_exact"):
+    stream, s_BD = product.Stream(x_BD, y_BD), x_BD + y_BD
+  elif activation == "swiglu":
+    squares = np.array([0.25, 0.75], "float32") * (y_BD[:1] ** 2).sum()
+    of_y = product.Norm(scale_of_y_D, 0.1)
+    stream = product.Stream(x_BD, y_BD, of_y, squares)
+    s_BD = x_BD + normalized(y_BD, scale_of_y_D)
+  z_BF = normalized(s_BD, scale_D) @ weight_FD.T
+  if activation == "swiglu":
+    z_BF = jax.nn.silu(z_BF[:, :42]) * z_BF[:, 42:]
+  elif activation != "none":
+    z_BF = jax.nn.gelu(z_BF, approximate=activation == "gelu")
+  found = product.product(
+    stream, weight_FD, product.Norm(scale_D, 0.1), activation
+  )
+  assert started == ["product" if rows == 1 else "residual"]
+  np.testing.assert_allclose(found.out_BF, z_BF, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(found.x_BD, s_BD, rtol=1e-5, atol=1e-5)
+  if rows == 1:
+    np.testing.assert_allclose(found.squares.sum(), (z_BF**2).sum(), rtol=1e-5)
+
+
+def normalized(x_BD, scale_D):
+  return x_BD / np.sqrt((x_BD**2).mean(1, keepdims=True) + 0.1) * scale_D
+
+
+@pytest.mark.parametrize(
+  ("values", "rows", "is_paged"),
+  [
+    ({}, 3, True),
+    (ALIBI | {"attn.window": 5, "attn.normalize": True}, 3, False),
+    (LLAMA, 1, False),
+    (LLAMA | {"attn.kind": "softmax", "model.mlp": "gelu"}, 3, False),
+  ],
+)
+def test_it_computes_what_the_stack_does(
+  values, rows, is_paged, started, monkeypatch
+):
+  small_tile = decode.Tile(16, 16, 3, 4, 2, last_adds=True)
+  monkeypatch.setattr(decode, "tile", lambda *_, **__: small_tile)
+  length_B = np.array([69, 4, 126], np.int32)[:rows]
+  table_BM = None
+  if is_paged:
+    held = pages.Pages(8, rows, 2)
+    for row in range(rows):
+      held.take(row, np.zeros(0, np.int32), 128)
+    table_BM = jnp.asarray(held.table_BM)
+
+  def run(implementation):
+    config = small(depth=2, **values, **{"attn.implementation": implementation})
+    return compiled(step, make(config), tokens(rows), length_B)
+
+  def step(model, token_B, length_B):
+    model.prepare_to_generate()
+    empty = model.empty_cache(*((8, 64) if is_paged else (rows, 128)))
+    cache = jax.tree.map(
+      lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), empty
+    )
+    return model.decode(token_B, cache, length_B, table_BM)
+
+  expected = run("xla")
+  assert not started
+  actual = run(None)
+  layer = ["product", "decode", "product", "product", "product"]
+  if rows > 1:
+    layer = ["residual", "decode", "residual"]
+  assert started == [*2 * layer, layer[0]]
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5),
+    actual,
+    expected,
+  )
