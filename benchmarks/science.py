@@ -54,7 +54,7 @@ _LONG = 512  # runs whose rows have this many tokens or more are not batched
 class Study(NamedTuple):
   """The runs that a study trains.
 
-  title: of its section of docs/science.md.
+  title: the heading of its section in docs/science.md.
   config: the module of configs that has get_config and the sweeps.
   sweeps: their product are the settings, see sigattn.sweep.
   forms: names of forms.FORMS. lrs: the learning rates of each form.
@@ -155,7 +155,7 @@ STUDIES = {
     _TEXT_LRS,
     25,
   ),
-  # Whether a higher rate than those of the studies above would be better.
+  # Tests whether a higher rate than those of the studies above is better.
   "rates": Study(
     "Text: higher learning rates",
     "studies.hybrid_norm",

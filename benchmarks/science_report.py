@@ -35,7 +35,7 @@ def settings(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _label(setting):
-  """What a setting of STUDIES is, in words."""
+  """Describes a setting of STUDIES in words."""
   length, size = setting.get("data.length"), setting.get("data.size")
   if "data.vocab_size" in setting:
     return {

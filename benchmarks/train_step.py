@@ -57,7 +57,7 @@ SIDES = {  # {model: {side: changes of its config; None for other libraries}}
   },
   "vit": {
     "timm": None,
-    # By XLA: cuDNN declines 197 tokens.
+    # XLA computes it, because cuDNN refuses 197 tokens.
     "softmax": {"attn.kind": "softmax"},
     "sigmoid": SIGMOID,
   },

@@ -289,7 +289,7 @@ class SelfAttention(nnx.Module):
     )
 
   def options(self) -> dict[str, Any]:
-    """What every call of dot_product_attention gets."""
+    """The options of every call of dot_product_attention."""
     bias, window = self.logit_bias, self.window
     if window is not None:
       window = window, 0 if self.is_causal else window
