@@ -11,10 +11,9 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-  # Compiling takes most of the suite's time, and most programs run only once or
-  # twice.
+  # Most of the suite's time is compiling what runs once or twice.
   os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-# All workers and programs of a session share the cache of compiled programs.
+# Workers and programs of one session compile the same step once.
 _CACHE = None
 if "PYTEST_XDIST_WORKER" not in os.environ:
   _CACHE = tempfile.mkdtemp(prefix="sigattn_tests_")

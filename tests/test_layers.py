@@ -112,7 +112,7 @@ def numpy_residual(p, x, f, place):
 
 @pytest.mark.parametrize("kind", ["gelu", "gelu_exact"])
 def test_an_mlp_in_bfloat16_keeps_one_hidden_array(kind):
-  """Its gradient is that of gelu, recomputed from the output of W_up."""
+  """Its gradient is that of gelu, computed again from what W_up gave."""
   mlp = layers.Mlp(8, 40, kind, dtype="bfloat16", rngs=nnx.Rngs(0))
   x_BTD = jax.random.normal(jax.random.key(0), (2, 3, 8), "bfloat16")
   _, pull_back = jax.vjp(lambda x: mlp(x), x_BTD)

@@ -48,7 +48,7 @@ H100 = device.Device("NVIDIA H100", 90)
   ],
 )
 def test_interpreted_output_and_gradients(width, form, names):
-  """It runs in its own process, because a missing arrival at a barrier hangs.
+  """In a process of its own, because a missing arrival at a barrier hangs.
 
   It simulates eight devices: each warpgroup blocks a thread of XLA, and XLA has
   no more threads than devices or cores.

@@ -52,7 +52,7 @@ def set_blocks(monkeypatch, size):
 
 @pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
 def test_interpreted_output_and_gradients(case, interpreter, monkeypatch):
-  # With larger blocks there are fewer, and the interpreter is faster.
+  # Larger blocks are fewer, which makes the interpreter faster.
   set_blocks(monkeypatch, 16 if case in cases.BLOCKS else 64)
   arrays, options, cotangent = cases.draw(case)
   actual = compare.run_or_skip(arrays, options, cotangent)
