@@ -1,10 +1,10 @@
 """Measures attention: python -m benchmarks.attention
 
-On a GPU it measures our kernels and every installed baseline in bfloat16. First
-the memory of a forward and backward pass; then the time of forward, backward
-and both, for 16,384 tokens with N H = 2,048, for ViT-B's 196 tokens, and for
-batches that contain padding. It prints one table and writes
-benchmarks/results/kernels_<device>.json.
+On a GPU it measures our kernels and every installed baseline in bfloat16. It
+measures the memory of a forward and backward pass, and then the time of the
+forward pass, the backward pass and both, for 16,384 tokens with N H = 2,048,
+for ViT-B's 196 tokens, and for batches that contain padding. It prints one
+table and writes benchmarks/results/kernels_<device>.json.
 
 On a CPU it measures, for each length, the peak memory of one forward and
 backward pass of sigmoid attention (B=1, N=4, H=64, float32) beyond what the
@@ -49,7 +49,7 @@ _FOLDER = pathlib.Path(__file__).parent / "results"
 
 
 def memory(length):
-  """{seq_len, peak_mib, weights_mib} of a length, in a process of its own."""
+  """{seq_len, peak_mib, weights_mib} of a length, measured in a new process."""
   # multiprocessing.Pool would restart a worker that cannot start, forever.
   spawn = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
@@ -73,7 +73,7 @@ def _measure(length):
 
     return jax.grad(loss, (0, 1, 2))(x, x, x)
 
-  # A first call, so that what JAX itself needs is not counted.
+  # After a first call, the memory that JAX itself needs is not counted.
   jax.block_until_ready(gradients(jnp.ones((1, 8, HEADS, WIDTH))))
   before = _peak_mib()
   x = jax.random.normal(jax.random.key(0), (1, length, HEADS, WIDTH))
@@ -82,13 +82,13 @@ def _measure(length):
 
 
 def _peak_mib():
-  # getrusage would not do: a process inherits the peak of its parent.
+  # getrusage does not work here: a process inherits the peak of its parent.
   status = pathlib.Path("/proc/self/status").read_text()
   return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
 
 
 def commit():
-  """What git calls the code that is measured; None outside of a checkout."""
+  """Git's description of the measured commit; None outside of a checkout."""
   done = subprocess.run(
     ["git", "describe", "--always", "--dirty"],
     cwd=_FOLDER.parent, capture_output=True, text=True, check=False,
@@ -106,13 +106,13 @@ def cells(lengths, widths):
   ]
   if 64 in widths:
     table.append(Cell(64, 196, 256, 12, False))
-  if 128 in widths:  # Last: TritonSigmoid tunes for minutes here.
+  if 128 in widths:  # Last, because TritonSigmoid tunes for minutes here.
     table += [Cell(128, 2048, 8, 16, False, part) for part in (0.25, 0.5)]
   return table
 
 
 def _matmul_tflops():
-  """The rate of a product of 8192 x 8192 bfloat16 matrices."""
+  """The TFLOP/s of a product of 8192 x 8192 bfloat16 matrices."""
   x = jax.random.normal(jax.random.key(0), (8192, 8192), "bfloat16")
   product = jax.jit(jnp.matmul)
   return 2 * 8192**3 / milliseconds(lambda: product(x, x)) / 1e9
@@ -145,10 +145,10 @@ def _memory_on_gpu(widths, field):
 
 
 def prepare(table, field):
-  """{(cell, baseline): calls}, compiled in parallel where that is possible.
+  """{(cell, baseline): calls}, compiled in parallel if that is possible.
 
   Compilation takes most of the time that a table needs. It must not run while
-  something is timed.
+  a call is timed.
   """
   pairs = [
     (cell, baseline)
@@ -171,9 +171,9 @@ def prepare(table, field):
 
 
 def speed(cell, field, prepared):
-  """Yields a row for each baseline of `field` and pass.
+  """Yields a row for each baseline of `field` and each pass.
 
-  They take turns, so that a card that throttles slows all of them down alike.
+  They are timed in turn, so that a card that throttles slows all of them alike.
   """
   calls = {}
   for baseline in _able(field, cell):
@@ -377,8 +377,8 @@ def _cpu(lengths):
 def write(name, device, measurements):
   """Writes benchmarks/results/<name>.json and returns its path.
 
-  device: what was measured. measurements: a dict, written after the device, the
-  date, the commit and the version of jax.
+  device: the name of the device. measurements: a dict, written after the
+  device, the date, the commit and the version of jax.
   """
   result = {
     "device": device,
@@ -399,18 +399,18 @@ def main():
   parser.add_argument("--lengths", type=int, nargs="+")
   parser.add_argument("--widths", type=int, nargs="+", default=(64, 128))
   parser.add_argument(
-    "--out", help="name of the file in benchmarks/results/; the device's"
+    "--out", help="name of the file in benchmarks/results/; default: the device"
   )
   parser.add_argument(
     "--baselines", nargs="+", default=[""], metavar="NAME",
-    help="parts of their names; all that are installed",
+    help="parts of names of baselines; default: all that are installed",
   )  # fmt: skip
   parser.add_argument(
-    "--plot", type=pathlib.Path, help="draws this file, and measures nothing"
+    "--plot", type=pathlib.Path, help="only draw the picture of this file"
   )
   parser.add_argument(
     "--table", nargs="+", metavar="NAME",
-    help="prints the README's rows from these files, and measures nothing",
+    help="only print the README's rows of these files",
   )  # fmt: skip
   arguments = parser.parse_args()
   if arguments.table:

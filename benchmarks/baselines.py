@@ -1,7 +1,7 @@
 """Implementations of attention that the benchmark compares.
 
-Those of other authors are optional: what is not installed is left out. A
-Baseline builds one callable per pass for a problem size (a Cell): a function
+Those of other authors are optional: if one is not installed, it is skipped. For
+a problem size (a Cell) a Baseline builds one callable per pass: a function
 without arguments that starts the work on the GPU.
 """
 
@@ -38,16 +38,16 @@ class Cell:
 
   @property
   def lengths(self):
-    """(B,) evenly spaced lengths with that share of padding, or None."""
+    """Evenly spaced lengths (B,) with this share of padding, or None."""
     if not self.padding:
       return None
     spread = jnp.linspace(0.0, 2 * self.padding, self.batch)
     return jnp.round(self.length * (1 - spread)).astype(jnp.int32)
 
   def flops(self, direction):
-    """4 B n^2 N H for a forward pass, half of it if causal.
+    """4 B n^2 N H for a forward pass, and half of that if it is causal.
 
-    A backward pass counts 2.5 times, and both together 3.5 times.
+    A backward pass counts 2.5 times as much, and both together 3.5 times.
     """
     times = {"forward": 1.0, "backward": 2.5, "both": 3.5}[direction]
     square = self.batch * self.length**2 * self.heads * self.width
@@ -56,23 +56,23 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-  """One implementation: how to call its passes, and which sizes it can do."""
+  """One implementation: how to call its passes, and which sizes it supports."""
 
   name: str
   softmax: bool
   package: str  # the package that it needs
   calls: Callable  # Cell -> {pass: call}
-  wait: Callable  # waits for what a call returned
+  wait: Callable  # waits for the result of a call
   can: Callable = lambda cell: not cell.padding
   cudnn: bool = False
   normalize: bool = False  # rows divided by their sums
 
   @property
   def compiled(self):
-    """Whether it can be compiled in many threads at a time.
+    """Whether it can be compiled in several threads at the same time.
 
-    XLA can, and it takes long. cuDNN cannot: it captures a graph, which breaks
-    if another thread launches anything.
+    XLA can, and its compilation takes long. cuDNN cannot: it captures a graph,
+    which breaks if another thread launches a kernel.
     """
     return self.package in ("jax", "flash_attn3_jax") and not self.cudnn
 
@@ -87,7 +87,10 @@ def _inputs(cell):
 
 
 def _jax_calls(attend, cell, *extra):
-  """The calls of attend(query, key, value, *extra), differentiated by all."""
+  """The calls of attend(query, key, value, *extra).
+
+  Backward passes differentiate by all arguments.
+  """
   *inputs, d_out = _inputs(cell)
   inputs += extra
   forward = jax.jit(attend)
@@ -114,7 +117,8 @@ def _ours(
 ):
   """Sigmoid attention.
 
-  logit_bias: None: -log n. vectors: a trained number for each query and key.
+  logit_bias: None means -log n. vectors: whether each query and key has a
+  trained number.
   """
   lengths = cell.lengths
   if logit_bias is None:
@@ -163,7 +167,7 @@ def _flash_3(cell):
 
 
 def _torch_calls(attend, cell):
-  """The calls of attend(query, key, value), (B, n, N, H) each."""
+  """The calls of attend(query, key, value), whose arrays are (B, n, N, H)."""
   import torch
 
   torch.manual_seed(0)
@@ -242,7 +246,7 @@ _ready = jax.block_until_ready
 
 
 def _sigattn(implementation, form="", can=_any, **options):
-  """Ours, under its name and that of the form; options: of _ours."""
+  """The Baseline of our attention. options: those of _ours."""
   return Baseline(
     f"sigattn {implementation}{form}",
     False,
@@ -315,8 +319,9 @@ BASELINES = (
 def memory(baseline, cell):
   """{saved_mib, peak_mib} of a forward and backward pass, without its inputs.
 
-  saved_mib: what the forward pass saves besides query, key and value.
-  peak_mib: output, gradients and temporary memory at its peak.
+  saved_mib: the memory that the forward pass saves besides query, key and
+    value.
+  peak_mib: the peak of output, gradients and temporary memory.
   """
   measure = _torch_memory if baseline.wait is _torch_wait else _jax_memory
   saved, peak = measure(baseline.calls(cell))

@@ -1,25 +1,26 @@
 """The forms of attention that benchmarks/science.py compares.
 
-A form is a set of changes of config.attn, and for the controls also a function
-that takes the place of sigattn.dot_product_attention. No kernel has the
-controls. Two of them need none, because they follow from what a row is divided
-by, which return_residual returns:
+A form is a set of changes of config.attn. The controls also have a function
+that replaces sigattn.dot_product_attention, because no kernel computes them.
+Two controls are computed from the output of a kernel and from the divisor of
+each row, which return_residual returns:
 
   softmax1      e^z / (1 + sum e^z), the softmax with a key of logit 0 and value
                 0: softmax's output times sigmoid(log-sum-exp)
   capped rows   A / max(1, sum A): the normalised output times min(sum A, 1)
 
-The others take the logits from sigattn.attention_weights and hold all of them.
+The others take the logits from sigattn.attention_weights, and store all of them
+in memory.
 
-A form may also change the layers, which then have parameters of their own:
+A form may also change the layers, which then have additional parameters:
 
   forget gate   log f_j + ... + log f_i is added to the logit of query i and key
-                j - 1, f = sigmoid(W x) for each head (2503.02130). It is one
-                number for each query and one for each key, which the kernels
-                take.
+                j - 1, where f = sigmoid(W x) for each head (2503.02130). The
+                sum is a number for each query plus a number for each key. The
+                kernels accept both.
   output gate   the output of a head is multiplied by sigmoid(W x) (2505.06708)
-  alternating   every other layer sees the last 128 keys alone, with RoPE; the
-                others see all, without positions
+  alternating   every other layer sees only the last 128 keys, with RoPE; the
+                other layers see all keys, without positions
 """
 
 import functools
@@ -36,9 +37,9 @@ from sigattn import attention, layers
 class Form(NamedTuple):
   """A form of attention.
 
-  changes: of the config, by path. attend: None, or what attends instead of
-  dot_product_attention. layer: None, or the subclass of layers.SelfAttention
-  that the layers become.
+  changes: {path in the config: its new value}. attend: the function that
+  replaces dot_product_attention, or None. layer: the subclass of
+  layers.SelfAttention that replaces the class of the layers, or None.
   """
 
   changes: Mapping[str, Any]
@@ -93,9 +94,10 @@ def half_of_the_slopes(query, key, value, *, alibi_slopes, **options):
 
 
 class _Changed(layers.SelfAttention):
-  """A layer whose attention_fn is another during a call.
+  """A layer whose attention_fn is replaced during a call.
 
-  `extend` gives the stacked layers of a built model what they need more.
+  `extend` adds the parameters that the form needs to the stacked layers of a
+  built model.
   """
 
   def extend(self, rngs: nnx.Rngs) -> None:
@@ -104,7 +106,7 @@ class _Changed(layers.SelfAttention):
     self.gate_kernel = nnx.Param(
       normal(rngs.params(), (depth, width, num_heads))
     )
-    # Gates begin nearly open.
+    # Gates are nearly open at the start.
     self.gate_bias = nnx.Param(jnp.full((depth, num_heads), 3.0))
 
   def __call__(self, x_BTD, **options):
@@ -121,12 +123,12 @@ class _Changed(layers.SelfAttention):
 
 
 class ForgetGate(_Changed):
-  """Forgets keys with each token that is between them and the query."""
+  """Lowers the logit of a key with each token between it and the query."""
 
   def change(self, x_BTD):
     total_BNT = jax.nn.log_sigmoid(self._gate(x_BTD)).cumsum(1).swapaxes(1, 2)
     vectors = {"key_logit_bias": -total_BNT}
-    if self.kind != "softmax":  # which cancels what all keys have
+    if self.kind != "softmax":  # softmax cancels a term that all keys share
       vectors["query_logit_bias"] = total_BNT
     self.attention_fn = functools.partial(self.attention_fn, **vectors)
 
@@ -145,13 +147,13 @@ class OutputGate(_Changed):
 
 
 class Alternating(_Changed):
-  """A window and RoPE in every other layer, all keys and none in the others."""
+  """Alternates layers with a window and RoPE, and layers with neither."""
 
   WINDOW = 128
 
   def extend(self, rngs: nnx.Rngs) -> None:
     del rngs
-    # It has no gradient, and so no update.
+    # It is never updated, because it has no gradient.
     depth = len(self.query.kernel[...])
     self.is_global = nnx.Param((jnp.arange(depth) % 2).astype(jnp.float32))
 
@@ -171,7 +173,7 @@ class Alternating(_Changed):
 
 
 def extend(model: nnx.Module, form: Form, rngs: nnx.Rngs) -> nnx.Module:
-  """The built model, whose layers of attention are the form's."""
+  """Replaces the attention layers of a built model by those of the form."""
   if form.layer is not None:
     attn = model.stack.blocks.attn
     attn.__class__ = form.layer
@@ -202,7 +204,7 @@ FORMS = {
   "ReLU, normalised": Form({"attn.kind": "relu", "attn.normalize": True}),
 }
 
-# Those that also change the layers or the slopes, for each of three kinds.
+# Forms that also change the layers or the slopes, for each of three kinds.
 _KINDS = {
   "softmax": _SOFTMAX,
   "sigmoid": {"attn.kind": "sigmoid"},

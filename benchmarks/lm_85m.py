@@ -1,38 +1,39 @@
 r"""Trains and measures models of 85M parameters: python -m benchmarks.lm_85m
 
   python -m benchmarks.corpus --out=corpus            once; no GPU
-  python -m benchmarks.lm_85m --seconds=540           again and again
+  python -m benchmarks.lm_85m --seconds=540           until all are finished
   python -m benchmarks.lm_85m --seconds=540 --archive=runs.tar.xz
 
-The runs are those of configs/lm_85m.py, one after the other:
+It trains the models of configs/lm_85m.py, one after the other:
 
   1. for each form and each of three learning rates, 160 updates (10.5 million
-     tokens, the schedule to its end);
-  2. for each form 1,526 updates (100 million tokens) with the rate whose
-     validation loss was the smallest, seed 0;
+     tokens, with a complete schedule);
+  2. for each form, 1,526 updates (100 million tokens) with seed 0 and the rate
+     that had the smallest validation loss;
   3. the same with seed 1 for the two forms with the smallest loss.
 
-It starts with what benchmarks/results/lm_85m.json does not hold yet. After
---seconds it sends the run SIGTERM, which saves its state in --runs; the same
-command goes on from there while that folder exists. A run of 2. and 3. is
+It skips the runs that benchmarks/results/lm_85m.json contains. After --seconds
+it sends SIGTERM to the current run, which saves its state in --runs. If that
+folder still exists, the same command resumes the run. A run of 2. and 3. is
 measured as soon as it ends, because its checkpoint has 1.3 GB and may not
-outlive the machine. --archive packs what is small of all runs: config, metrics
-and measurements.
+outlive the machine. --archive packs the small files of all runs: config,
+metrics and measurements.
 
 A row holds form, seed, tokens, lr, validation_loss, test_loss,
-tokens_per_second, seconds_per_step, commit and device, and what is measured on
-the test documents:
+tokens_per_second, seconds_per_step, commit and device, and these measurements
+on the test documents:
 
   lengths     the loss at 1, 2 and 4 times the training length, also by position
               (eval.py)
   copying     {distance: accuracy}, see `copying`
   cloze       accuracy and log-probability of lm-eval on texts of the test
-              split, see `write_cloze`; null where lm-eval is not installed,
-              and the log says so
+              split, see `write_cloze`; null if lm-eval is not installed, in
+              which case the log says so
 
-Seconds of one H200, at an assumed 350,000 tokens/s and 40 s for starting and
-compiling: a short run 70, a whole run 325 and its measurement 90; so 1. takes
-840, 2. 1,660 and 3. 830, together 56 minutes.
+Expected seconds on one H200, for 350,000 tokens/s and 40 s for starting and
+compiling: 70 for a short run, 325 for a whole run, and 90 for its measurement.
+Step 1 thus takes 840, step 2 takes 1,660 and step 3 takes 830 seconds, 56
+minutes in total.
 """
 
 import argparse
@@ -50,8 +51,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "lm_85m.json"
 SHORT_STEPS = 160
 COPIED = 32  # tokens that `copying` repeats
-PREFIX = 8  # the first of them, which only show what is repeated
-# Seconds in which a run that got SIGTERM has saved its state.
+PREFIX = 8  # the first of them, not scored: they only show what is repeated
+# Seconds that a run has after SIGTERM to save its state.
 GRACE = 45
 STOPPED = 130  # the exit code of train.py after SIGTERM
 MEASUREMENTS = "measured.json"
@@ -59,7 +60,7 @@ MEASUREMENTS = "measured.json"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One training run. short: whether it only helps to choose the rate."""
+  """One training run. short: whether it only serves to choose the rate."""
 
   form: str
   lr: float
@@ -78,9 +79,9 @@ class Run:
 
 
 def next_run(rows, forms, rates):
-  """The first Run that has no row yet; None when all are done.
+  """The first Run that has no row yet, or None if all have one.
 
-  rows: those of the file of results. forms: names. rates: learning rates.
+  rows: the rows of the results file. forms: names. rates: learning rates.
   """
   for form in forms:
     for lr in rates:
@@ -151,11 +152,11 @@ def parse(words):
   add("--runs", type=pathlib.Path, default=pathlib.Path("runs/lm_85m"))
   add("--results", type=pathlib.Path, default=RESULTS)
   add("--archive", type=pathlib.Path, help="a .tar.xz to write")
-  add("--commit", help="by default git's")
+  add("--commit", help="the commit that rows name; default: git's")
   add("--copies", type=int, default=64, help="rows for each distance")
   add("--measure", type=pathlib.Path, help="only measure this run")
   add("--local", action="store_true", help="tiny runs, for a test on a CPU")
-  add("overrides", nargs="*", help="of every run: config.data.source=a/b")
+  add("overrides", nargs="*", help="for every run: config.data.source=a/b")
   return parser.parse_args(words)
 
 
@@ -164,7 +165,7 @@ def read_rows(path):
 
 
 def train(run, folder, options, end):
-  """Trains, measures and records a run; False if the time was over before."""
+  """Trains, measures and records a run. Returns False if time ran out."""
   words = [sys.executable, "train.py", f"--workdir={folder}"]
   words += [
     f"--config=configs/lm_85m.py:{run.form}" + ",runlocal" * options.local
@@ -190,13 +191,13 @@ def train(run, folder, options, end):
         return False
       raise subprocess.CalledProcessError(code, words)
   record(run, folder, options)
-  if run.short:  # nobody measures it, and all of them would fill a disk
+  if run.short:  # it is never measured, and all of them would fill a disk
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
   return True
 
 
 def call(words, end):
-  """The exit code of a command; STOPPED where the time was over before."""
+  """The exit code of a command, or STOPPED if time ran out."""
   print(" ".join(words), flush=True)
   left = end - time.monotonic() - GRACE
   if left <= 0:
@@ -215,7 +216,7 @@ def call(words, end):
 
 
 def record(run, folder, options):
-  """Adds a run's row to the file of results."""
+  """Adds a run's row to the results file."""
   from sigattn.training import files, metrics, run_dir
 
   config = run_dir.read_config(folder)
@@ -250,7 +251,7 @@ def commit():
 
 
 def device():
-  """The kind of the first device, asked in a process that then frees it."""
+  """The kind of the first device. Another process finds it and frees it."""
   words = "import jax; print(jax.devices()[0].device_kind)"
   return subprocess.check_output(
     [sys.executable, "-c", words], text=True
@@ -258,7 +259,7 @@ def device():
 
 
 def pack(runs, archive):
-  """Packs what is small of all runs into a .tar.xz."""
+  """Packs the small files of all runs into a .tar.xz."""
   with tarfile.open(archive, "w:xz") as file:
     for path in sorted(runs.rglob("*")):
       is_small = path.is_file() and path.suffix in (".json", ".jsonl")
@@ -270,7 +271,7 @@ def pack(runs, archive):
 
 
 def measure(folder, copies):
-  """Measures a finished run on the test split; writes measured.json."""
+  """Measures a finished run on the test split, and writes measured.json."""
   from eval import evaluate
   from sigattn.training import checkpoint, files
 
@@ -293,13 +294,14 @@ def test_tokens(config):
 
 
 def copying(config, params, copies):
-  """The accuracy of copying by the distance of the copy: {distance: {...}}.
+  """The accuracy of copying, by the distance of the copy.
 
-  A row is a part of a held-out document's text, of which the last COPIED tokens
-  are those that stand `distance` tokens before them. "copied" is the accuracy
-  at the copy, "first" that at the original, each without the first PREFIX
-  tokens. Distances are powers of 2 times COPIED; the largest, nearly the length
-  of training, is filled up to it. Rows beyond are twice as long.
+  A row is a part of the held-out text. Its last COPIED tokens are replaced by a
+  copy of those that stand `distance` tokens before them. Rows have the training
+  length, or twice that for a longer distance; see `distances`.
+
+  Returns {distance: {"copied", "first"}}: the accuracy at the copy and at the
+  original, both without the first PREFIX tokens.
   """
   import jax
   import numpy as np
@@ -334,7 +336,7 @@ def copying(config, params, copies):
 
 
 def distances(length):
-  """COPIED, twice as much and so on, to just below the length and beyond."""
+  """Powers of 2 times COPIED, the largest that fits, and a longer one."""
   powers = []
   distance = COPIED
   while distance <= length - COPIED:
@@ -352,7 +354,7 @@ def cloze(config, params, folder):
     from sigattn.inference import lm_eval as ours
     from sigattn.inference.generate import Generator
   except ImportError:
-    print("cloze is left out: lm-eval is not installed", flush=True)
+    print("cloze is not measured: lm-eval is not installed", flush=True)
     return None
   task = write_cloze(config, folder / "cloze")
   results = lm_eval.simple_evaluate(
@@ -385,12 +387,13 @@ metric_list:
 
 
 def write_cloze(config, folder, most=1000):
-  """Writes a task of the last words of sentences; returns its folder.
+  """Writes a task of predicting the last word of a text; returns its folder.
 
-  As in LAMBADA (1606.06031), a model is given a part of a text but for its last
-  word, which stands in it already. The texts are sentences of the test split
-  with at most 800 characters before them; the word has at least five letters.
-  Nobody has chosen those that people can guess.
+  As in LAMBADA (1606.06031), a model predicts the last word of a sentence from
+  the text before it, and the word also occurs in that text. The sentences are
+  from the test split, with at most 800 characters of text; the word has at
+  least five letters. LAMBADA's texts were selected so that people can guess the
+  word; these were not.
   """
   import re
 
@@ -409,11 +412,11 @@ def write_cloze(config, folder, most=1000):
       if len(words) < 60 or found[1] not in words:
         continue
       rows.append({"context": context, "word": found[1]})
-      break  # one of each document
+      break  # one for each document
   if not rows:
     raise ValueError(
-      f"config.data.source={config.data.source!r}: the test split holds no text"
-      " whose last word stands in it before"
+      f"config.data.source={config.data.source!r}: the test split has no "
+      "sentence whose last word also occurs in the text before it"
     )
   folder.mkdir(exist_ok=True, parents=True)
   lines = "".join(json.dumps(row) + "\n" for row in rows[:most])

@@ -1,17 +1,20 @@
 """Measures the loaders: python -m benchmarks.loading
 
-Examples a second of each task's training loader, without a GPU:
+It measures the examples per second of each task's training loader. It needs no
+GPU. The tasks are:
 
   image   JPEGs of 500 x 375 pixels, cropped to 224, flipped, with RandAugment,
           as in configs/vit.py:imagenet
-  text    documents that our byte-level BPE cuts into tokens and packs into rows
-          of 4,096, as in configs/lm.py:85m; always by one process
+  text    documents that our byte-level BPE splits into tokens; the loader packs
+          them into rows of 4,096, as in configs/lm.py:85m, always in one
+          process
   speech  recordings of 15 seconds at 16 kHz in FLAC, as in
           configs/speech.py:librispeech
 
-Beside it stands what a GPU takes of it, the fastest of our rows of a file of
-benchmarks/train_step.py. The files are made of the embedded data sets, and lie
-in a temporary folder. It writes benchmarks/results/loading.json.
+Beside each rate it prints the rate at which a GPU trains: that of the fastest
+of our rows in a file that benchmarks/train_step.py wrote. The files are made
+from the embedded data sets in a temporary folder. It writes
+benchmarks/results/loading.json.
 
   python -m benchmarks.loading --workers 0 16 \\
     --step benchmarks/results/train_step_nvidia_h200.json
@@ -30,7 +33,7 @@ import time
 import numpy as np
 
 _FOLDER = pathlib.Path(__file__).parent / "results"
-# {task: (unit, models of train_step that take it, their rate)}
+# {task: (unit, models of train_step that train on it, name of their rate)}
 TASKS = {
   "image": ("images", ("vit_b16",), "images_per_second"),
   "text": ("tokens", ("85m", "1b"), "tokens_per_second"),
@@ -76,7 +79,7 @@ def _text(folder, count):
   whole = "\n".join(verses)
   rng = np.random.default_rng(0)
   with (folder / "train.jsonl").open("w") as file:
-    for _ in range(40 * count):  # of web pages' length
+    for _ in range(40 * count):  # each as long as a web page
       start = rng.integers(len(whole) - 20_000)
       length = int(rng.exponential(3000)) + 100
       file.write(json.dumps({"text": whole[start : start + length]}) + "\n")
@@ -131,7 +134,7 @@ CONFIGS = {"image": _image, "text": _text, "speech": _speech}
 
 
 def _rate(config, seconds):
-  """Examples, or tokens of text, a second; after the first batches."""
+  """Examples or tokens of text per second, after the first batches."""
   from sigattn import tasks
 
   with contextlib.closing(tasks.train_batches(config)) as batches:
@@ -148,7 +151,7 @@ def _rate(config, seconds):
 
 
 def _taken(path, models, name):
-  """The fastest of our rates in a file of train_step, or None."""
+  """The highest of our rates in a file of train_step, or None."""
   if path is None:
     return None
   rows = json.loads(path.read_text())["rows"]
@@ -168,8 +171,8 @@ def _arguments():
   parser.add_argument(
     "--workers", nargs="+", type=int, default=[0, os.cpu_count()]
   )
-  parser.add_argument("--files", type=int, default=512, help="of each task")
-  parser.add_argument("--seconds", type=float, default=15, help="of each row")
+  parser.add_argument("--files", type=int, default=512, help="for each task")
+  parser.add_argument("--seconds", type=float, default=15, help="for each row")
   parser.add_argument(
     "--step", type=pathlib.Path, help="a results file of train_step"
   )

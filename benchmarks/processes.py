@@ -1,4 +1,4 @@
-"""One side of a comparison in a process of its own, which frees its memory."""
+"""Runs one side of a comparison in its own process, which frees its memory."""
 
 import os
 import subprocess
@@ -11,8 +11,8 @@ def printed(
 ) -> tuple[list[str], str | None]:
   """Runs `python -m` with these arguments, and lets JAX take 94 % of the GPU.
 
-  Returns (lines, reason): what it printed, even if it was stopped after
-  `timeout` seconds, and why it failed, or None.
+  Returns (lines, reason). lines: what it printed, even if it was stopped after
+  `timeout` seconds. reason: why it failed, or None.
   """
   environment = dict(os.environ)
   environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
@@ -31,7 +31,7 @@ def printed(
 
 
 def _reason(said):
-  """The last line of stderr that names an error, else the last one."""
+  """The last line of stderr that names an error, or else the last line."""
   lines = [x.strip() for x in said.splitlines() if x.strip()]
   errors = [x for x in lines if "RESOURCE_EXHAUSTED" in x or "Error" in x]
-  return (errors or lines or ["it failed and said nothing"])[-1][:300]
+  return (errors or lines or ["it failed without a message"])[-1][:300]

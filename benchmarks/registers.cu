@@ -1,15 +1,17 @@
-// What arithmetic costs while the tensor cores run, on a Hopper multiprocessor.
+// Measures what arithmetic costs on a Hopper multiprocessor while the tensor
+// cores run.
 //
 //   nvcc -std=c++17 -gencode arch=compute_90a,code=sm_90a -o /tmp/registers \
 //     benchmarks/registers.cu && /tmp/registers
 //
-// prints JSON; registers_h100.json adds the date and the commit.
+// This prints JSON. registers_h100.json adds the date and the commit.
 //
-// Two warpgroups run products of matrices without end, of factors in shared
-// memory (64 x 192 x 64, as scores are) or with the left one in registers
-// (64 x 64 x 192, as values are); two more compute on 32 numbers a thread.
-// Cycles of a number: elapsed ones, over the numbers that the two computing warps
-// of a quarter of the multiprocessor go through, a lane each.
+// Two warpgroups run products of matrices one after another. Both factors are in
+// shared memory (64 x 192 x 64, like the products of scores), or the left one is
+// in registers (64 x 64 x 192, like the products of values). Two other warpgroups
+// compute on 32 numbers in each thread. The cycles of a number are the elapsed
+// cycles, divided by the numbers that one lane of the two computing warps of a
+// quarter of the multiprocessor computes.
 
 #include <cstdio>
 
@@ -147,7 +149,7 @@ void measure(const char *name) {
   auto kernel = run<OPS, VALUES>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 163840);
   auto go = [&](int products, int numbers) {
-    for (int i = 0; i < 2; i++)  // The first is a warm-up.
+    for (int i = 0; i < 2; i++)  // The first run is a warm-up.
       kernel<<<132, 512, 163840>>>(out, cycles, products, numbers, 0.5f, 0.125f,
                                    0x3210);
     cudaMemcpy(found, cycles, 32, cudaMemcpyDeviceToHost);
@@ -158,7 +160,7 @@ void measure(const char *name) {
   double product = of_product();
   go(0, kRounds);
   double number = of_number();
-  go(kRounds, kMuch * kRounds);  // Numbers are computed to the end.
+  go(kRounds, kMuch * kRounds);  // Arithmetic runs until the products end.
   double product_beside = of_product();
   go(kMuch * kRounds, kRounds);
   double number_beside = of_number();

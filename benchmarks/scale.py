@@ -1,17 +1,18 @@
 """Measures how training scales with devices: python -m benchmarks.scale
 
-Two parts, on all devices of this machine and on one of them:
+It has two parts, each measured on all devices of this machine and on one:
 
-  train  the 1B language model in rows of 4,096 tokens, whose batch is split by
-         data or fsdp, or whose heads and channels by tensor. Every device has
-         the same number of rows, `--rows`, also of the tensor split.
+  train  the 1B language model in rows of 4,096 tokens. The mesh axis data or
+         fsdp splits the batch; the axis tensor splits heads and channels. The
+         batch has --rows rows for each device, also with tensor.
   ring   forward and backward pass of causal sigmoid attention over one
-         sequence, which is split over the devices, by each exchange
+         sequence, which is split over the devices, with each exchange
 
-It prints a row for each and writes benchmarks/results/scale_<device>.json after
-every row. `scaling` is tokens per second, divided by the devices and by the
-tokens per second of one device; `error` of a ring is the root mean square of
-its difference from one device's output and gradients, relative to theirs.
+It prints each row, and then writes benchmarks/results/scale_<device>.json.
+`scaling` is tokens per second, divided by the number of devices and by the
+tokens per second of one device. `error` of a ring compares its output and
+gradients with those of one device: it is the relative root mean square of the
+difference.
 
   python -m benchmarks.scale --parts train --meshes data fsdp
   python -m benchmarks.scale --parts ring --lengths 65536
@@ -40,8 +41,8 @@ from sigattn.training import mesh as meshes
 from sigattn.training import process, step
 
 SPLITS = ("data", "fsdp", "tensor")
-# (exchange, order) of each ring. Without the balanced order the last device
-# has twice the mean work.
+# (exchange, order) of each ring. In the contiguous order the last device has
+# twice the mean work.
 RINGS = (
   ("ring", "zigzag"),
   ("ring", "contiguous"),
@@ -51,9 +52,9 @@ _SECONDS = 3  # of a measurement
 
 
 def seconds(call):
-  """Median time of a call, whose result is waited for.
+  """Median time of a call, until its result is ready.
 
-  call: a function without arguments. The first call, which may compile, and a
+  call: a function without arguments. The first call, which may compile, and the
   second are not counted.
   """
 
@@ -105,7 +106,7 @@ def train(arguments, split, devices):
 
 
 def _peak_gib(devices):
-  """The largest use of memory so far by any of the devices; None on a CPU."""
+  """The peak memory of the device that used most; None on a CPU."""
   stats = [device.memory_stats() for device in devices]
   if None in stats:
     return None
@@ -116,7 +117,10 @@ def _peak_gib(devices):
 
 
 def inputs(arguments, length, sharding):
-  """query, key, value and the cotangent of the output, made where they lie."""
+  """query, key, value and the cotangent of the output, made where they lie.
+
+  Each device makes its own part.
+  """
   dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   shape = 1, length, arguments.heads, arguments.width
 
@@ -135,7 +139,7 @@ def gradients(attend, query, key, value, d_out):
 
 
 def one_device(arguments, length):
-  """(seconds, (out, dq, dk, dv)) of one device with the whole sequence."""
+  """(seconds, (out, dq, dk, dv)) of one device that has the whole sequence."""
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   arrays = inputs(arguments, length, sharding)
   attend = functools.partial(
@@ -152,8 +156,8 @@ def one_device(arguments, length):
 def ring(arguments, length, exchange, order):
   """(seconds, (out, dq, dk, dv)) of a ring over all devices.
 
-  The sequence lies in the ring's order. The result is brought into the order of
-  the tokens, outside of the time.
+  The inputs are in the ring's order. The results are brought back into the
+  order of the tokens, which the time does not include.
   """
   devices = jax.devices()
   mesh = Mesh(np.array(devices), ("sequence",))
@@ -194,7 +198,7 @@ def error(actual, expected):
 
 
 def ring_rows(arguments):
-  """Yields a row for one device and each ring, of each length."""
+  """Yields, for each length, a row for one device and one for each ring."""
   count = jax.device_count()
   normalised = " normalised" if arguments.normalize else ""
   name = (
@@ -203,7 +207,8 @@ def ring_rows(arguments):
   )
   for length in arguments.lengths:
     alone, expected = one_device(arguments, length)
-    # 2 n^2 N H multiplications and additions forward, 3.5 times with backward.
+    # A forward pass has 2 n^2 N H operations. With the backward pass it is 3.5
+    # times as many.
     flops = 3.5 * 2 * length**2 * arguments.heads * arguments.width
 
     def row(duration, devices, alone=alone, flops=flops, length=length):
@@ -259,7 +264,7 @@ def main(argv=None):
   parser.add_argument("--width", type=int, default=128, help="of a head")
   parser.add_argument("--normalize", action="store_true", help="of ring")
   parser.add_argument(
-    "--out", help="name of the file in benchmarks/results/; the device's"
+    "--out", help="name of the file in benchmarks/results/; default: the device"
   )
   arguments = parser.parse_args(argv)
   kind = jax.devices()[0].device_kind

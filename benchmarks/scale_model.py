@@ -9,7 +9,7 @@ exchanged while the GPUs compute costs nothing as long as it takes less time.
 """
 
 # Rates of one H100, rounded. benchmarks/NOTES.md has measurements of the first
-# two; the others are what the links carry of 450 and 50 GB/s.
+# two. The other two are what we assume that links of 450 and 50 GB/s carry.
 PRODUCTS = 600e12  # operations a second in products of bfloat16 matrices
 ATTENTION = 500e12  # the same in attention, forward and backward
 NVLINK = 400e9  # bytes a second that a GPU sends inside a host
@@ -20,7 +20,7 @@ PARAMETERS, LAYERS, WIDTH, HEAD_WIDTH = 1.3e9, 24, 2048, 64
 SHORT, LONG = 262144, 1048576  # tokens of a row
 GPUS = (8, 64, 512, 4096)
 
-# The forward pass runs twice, because the layers recompute it (remat).
+# The forward pass runs twice, because the backward pass recomputes it (remat).
 _PRODUCT_PASSES = 2 + 2 + 4  # operations for each parameter and token
 _FORWARD, _BACKWARD = 2, 2.5  # attention's passes, in forward passes
 
@@ -37,7 +37,7 @@ def ring_bytes(ring: int, length: int, is_backward: bool) -> float:
   """Bytes that each GPU sends in one layer.
 
   Forward: keys and values of a block in bfloat16, ring - 1 times. Backward: the
-  same, and their gradients in float32 along with them, ring times.
+  same, and also their gradients in float32, ring times.
   """
   block = length / ring * WIDTH
   keys = (ring - 1) * 2 * 2 * block
@@ -45,19 +45,19 @@ def ring_bytes(ring: int, length: int, is_backward: bool) -> float:
 
 
 def bandwidth(ring: int) -> float:
-  """Bytes a second of the slowest link of a ring, on which all others wait."""
+  """Bytes per second of the slowest link of a ring. All others wait for it."""
   return NVLINK if ring <= HOST else NETWORK
 
 
 def row(gpus: int, ring: int, length: int) -> dict[str, float]:
   """The parts of a step, in seconds, of `gpus` GPUs in rings of `ring`.
 
-  length: of each ring's row, in tokens.
+  length: the tokens of each ring's row.
 
-  attention: with the exchange of keys and values where that takes longer.
-  exposed: what of the exchange takes longer. gradients: their sum over all
-  GPUs, in float32, after the backward pass: every host sends twice their bytes,
-  over all of its links.
+  attention: the time of attention, or of the exchange of keys and values where
+  that takes longer. exposed: the time by which the exchange takes longer.
+  gradients: the sum of the gradients over all GPUs, in float32, after the
+  backward pass. Every host sends twice their bytes over all of its links.
   """
   forward = attention_seconds(ring, length)
   attention = exposed = 0.0
@@ -92,16 +92,16 @@ def rows() -> list[dict[str, float]]:
 
 
 def hidden_from(bytes_a_second: float, group: int = 1) -> float:
-  """Tokens a GPU from which the exchange takes less time than a forward pass.
+  """The tokens per GPU above which a forward pass hides the exchange.
 
-  A step of the ring sends 4 T D / group bytes and computes 2 T^2 D operations,
-  where `group` query heads share a key head.
+  With T tokens per GPU a step of the ring sends 4 T D / group bytes and
+  computes 2 T^2 D operations. `group` query heads share a key head.
   """
   return 2 * ATTENTION / bytes_a_second / group
 
 
 def markdown() -> str:
-  """The table as docs/scaling.md has it."""
+  """The table of step times of docs/scaling.md."""
   lines = [
     "| GPUs | GPUs in a ring | n | products | attention | exposed exchange "
     "| gradients | step | busy |",
@@ -122,8 +122,9 @@ def markdown() -> str:
 def row_bytes() -> list[tuple[str, int, int, int]]:
   """(what, bytes of softmax, plain sigmoid, normalised sigmoid).
 
-  Of one layer on each of 8 GPUs with a row of SHORT tokens, beyond q, k, v and
-  the sum of the outputs; bfloat16, and float32 for numbers of a row.
+  The bytes are of one layer on each of 8 GPUs, for a row of SHORT tokens,
+  without q, k, v and the sum of the outputs. Arrays are bfloat16; the numbers
+  per row are float32.
   """
   tokens = SHORT // HOST
   out, number = tokens * WIDTH * 2, tokens * (WIDTH // HEAD_WIDTH) * 4
@@ -137,7 +138,7 @@ def row_bytes() -> list[tuple[str, int, int, int]]:
 
 
 def bytes_markdown() -> str:
-  """The table of bytes as docs/scaling.md has it."""
+  """The table of bytes of docs/scaling.md."""
   lines = [
     "| | softmax | sigmoid | normalised sigmoid |",
     "| --- | --- | --- | --- |",

@@ -1,22 +1,22 @@
-"""Trains the runs of the studies on one device, those of a setting at once.
+"""Trains the runs of the studies on one device, all runs of a setting at once.
 
   python -m benchmarks.science --studies=recall,controls --out=runs/science
 
 A study is a config of configs/studies, some settings of it, and the forms of
 attention to compare (benchmarks/forms.py). The runs of a setting and a form
-differ in seed and learning rate alone, so that one program trains them all,
-by jax.vmap over the parameters. They use the project's models, data, losses and
-optimizer, and train as train.py does. Rows of 512 tokens or more fill a GPU by
-themselves: their runs are computed one after the other, within the program.
+differ only in seed and learning rate, so one program trains them all, with
+jax.vmap over the parameters. They use the project's models, data, losses and
+optimizer, and train as train.py does. One run with rows of 512 tokens or more
+fills a GPU: the program computes such runs one after the other.
 
-How things are chosen: the learning rate of a form is the one with the lowest
-mean loss of the seeds on the split "validation", which is not trained on. What
-is reported is of the split "test", which nothing is chosen by.
+The learning rate of a form is the one with the lowest loss on the split
+"validation", as a mean over the seeds. No run is trained on this split. The
+reported numbers are those of the split "test", which influences no choice.
 
 --workers processes share the device and take the settings from one queue, in
-the order of the studies. After --seconds no more is begun, and what is running
-stops: what was cut off is listed. Each study writes OUT/STUDY.json with the
-device, date, commit and command.
+the order of the studies. After --seconds no setting is started, and those that
+are running stop; the results list them as cut off. Each study writes
+OUT/STUDY.json with the device, date, commit and command.
 """
 
 import collections
@@ -48,19 +48,19 @@ from sigattn.training import files, optim, setup
 
 EVERY = 50  # updates between two entries of a curve
 _CHUNK = 2 * EVERY  # updates of one call
-_LONG = 512  # tokens of a row, from which on runs are not batched
+_LONG = 512  # runs whose rows have this many tokens or more are not batched
 
 
 class Study(NamedTuple):
-  """What is trained.
+  """The runs that a study trains.
 
-  title: of its section of docs/science.md.
+  title: the heading of its section in docs/science.md.
   config: the module of configs that has get_config and the sweeps.
-  sweeps: whose product are the settings, see sigattn.sweep.
+  sweeps: their product are the settings, see sigattn.sweep.
   forms: names of forms.FORMS. lrs: the learning rates of each form.
-  seconds: of one H100, expected for the whole study.
-  until: the training accuracy that ends a run early, where all seeds of a
-    learning rate have it over 100 updates; None: no run ends early.
+  seconds: the expected time of the whole study on one H100.
+  until: a training accuracy. A run ends early if all seeds of a learning rate
+    have it over 100 updates. None: no run ends early.
   measures_far: whether far_share is measured.
   """
 
@@ -155,7 +155,7 @@ STUDIES = {
     _TEXT_LRS,
     25,
   ),
-  # Whether a higher rate than those of the studies above would be better.
+  # Tests whether a higher rate than those of the studies above is better.
   "rates": Study(
     "Text: higher learning rates",
     "studies.hybrid_norm",
@@ -170,7 +170,7 @@ STUDIES = {
   "default_vision": Study(
     "The default vision model", "vit", (), _MAIN, (1.5e-3, 3e-3, 6e-3), 40
   ),
-  # Beside the rows of `length` without a window.
+  # Compared with the rows of `length` without a window.
   "layers": Study(
     "Forget gates, output gates and windows in every other layer",
     "studies.length",
@@ -191,9 +191,10 @@ STUDIES = {
 
 
 class Job(NamedTuple):
-  """A setting and a form, of which one program trains all runs.
+  """A setting and a form. One program trains all of its runs.
 
-  changes: of the study's config, by path. deadline: of time.time().
+  changes: {path in the study's config: its new value}. deadline: a value of
+  time.time().
   """
 
   study: str
@@ -217,13 +218,13 @@ class Job(NamedTuple):
 
 
 def _config(study):
-  """A study's config as its file has it."""
+  """The config of a study, unchanged."""
   module = importlib.import_module(f"configs.{STUDIES[study].config}")
   return module.get_config()
 
 
 def jobs(study: str, deadline: float) -> list[Job]:
-  """The jobs of a study, the settings in order and the forms within them."""
+  """The jobs of a study: for each setting in order, one for each form."""
   _, config, sweeps, names, *_ = STUDIES[study]
   module = importlib.import_module(f"configs.{config}")
   settings = itertools.product(
@@ -240,12 +241,12 @@ def jobs(study: str, deadline: float) -> list[Job]:
 
 
 def _built(config, form, rngs):
-  """The model of the config, with the layers of the form."""
+  """Builds the model of the config with the layers of the form."""
   return forms.extend(tasks.get(config.task).build(config, rngs), form, rngs)
 
 
 def _model(config, form, params):
-  """The callable model, whose layers attend by the form's function."""
+  """The callable model. Its layers use the form's attention function."""
   built = nnx.eval_shape(lambda: _built(config, form, nnx.Rngs(0)))
   model = nnx.merge(nnx.graphdef(built), params)
   if form.attend is not None:
@@ -256,7 +257,7 @@ def _model(config, form, params):
 
 
 def _each(config, function):
-  """The function for arrays with an axis of runs in front."""
+  """Maps a function of one run over arrays whose first axis is the runs."""
   if config.data.get("length", 0) < _LONG:
     return jax.vmap(function)
   return lambda *args: jax.lax.map(lambda x: function(*x), args)
@@ -282,8 +283,8 @@ def _initial(config, form, tx, seed_R):
 def _updates(config, form, tx):
   """A jitted (state, batches, steps, seeds, factors) -> (state, metrics).
 
-  batches has the axes of updates and of runs in front. factors: by which each
-  run's learning rate differs from config.optim.lr. metrics has the same axes.
+  The first two axes of batches and of metrics are updates and runs. factors:
+  each run's learning rate, divided by config.optim.lr.
   """
   task = tasks.get(config.task)
 
@@ -297,7 +298,8 @@ def _updates(config, form, tx):
       params, batch, rng
     )
     updates, opt_state = tx.update(grads, opt_state, params)
-    # The learning rate is the last factor of an update, weight decay included.
+    # An update, including the weight decay, is proportional to the learning
+    # rate.
     updates = jax.tree.map(lambda x: factor * x, updates)
     names = ("loss", "accuracy")
     metrics = {name: metrics[name] for name in names if name in metrics}
@@ -337,10 +339,10 @@ def train(
 ) -> tuple[Any, dict[str, np.ndarray]]:
   """Trains all runs of a job.
 
-  Returns (the parameters, with axes of seeds and learning rates in front,
-  {"loss", "accuracy"}: curves (updates / EVERY, seeds, learning rates)). A
-  curve is shorter than config.total_steps where the study's `until` ended it.
-  Raises TimeoutError at the job's deadline.
+  Returns (params, {"loss", "accuracy"}). The first two axes of params are seeds
+  and learning rates. Loss and accuracy are curves (updates / EVERY, seeds,
+  learning rates). A curve is shorter than config.total_steps if the study's
+  `until` ended it. Raises TimeoutError at the job's deadline.
   """
   study, config = STUDIES[job.study], job.config()
   lrs, form = study.lrs, forms.FORMS[job.form]
@@ -391,7 +393,7 @@ def _have_learnt(curves, until):
 
 
 def evaluate(config, form, params, split: str) -> dict[str, np.ndarray]:
-  """{"loss", "accuracy"} on a split, for parameters with an axis of runs."""
+  """{"loss", "accuracy"} on a split, one number for each run of params."""
   task = tasks.get(config.task)
 
   @jax.jit
@@ -413,10 +415,12 @@ def evaluate(config, form, params, split: str) -> dict[str, np.ndarray]:
 
 
 def far_share(config, params, near: int) -> np.ndarray:
-  """The share of a row's weights that keys further than `near` tokens hold.
+  """The share of attention weight on keys more than `near` tokens away.
 
-  Of the rows that see such keys, in the first held-out row of `config`; the
-  mean over rows and heads, (runs, layers). params has an axis of runs in front.
+  It is the mean over the heads and over the queries that see such keys, in the
+  first held-out row of `config`. The first axis of params is the runs.
+
+  Returns an array (runs, layers).
   """
   batch = next(iter(tasks.eval_batches(config, config.data.eval_split)))
 
@@ -435,7 +439,7 @@ def far_share(config, params, near: int) -> np.ndarray:
 
 
 def measure(job: Job) -> dict[str, Any]:
-  """Trains and evaluates a job; its entry in the JSON file."""
+  """Trains and evaluates a job, and returns its entry for the JSON file."""
   study, config, form = STUDIES[job.study], job.config(), forms.FORMS[job.form]
   params, curve = train(job)
   shape = curve["loss"].shape[1:]
@@ -466,7 +470,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def _at_other_lengths(config, form, params, measures_far):
-  """Losses on longer rows, and the far keys' share, of each seed."""
+  """Losses on longer rows and the far keys' share, for each seed."""
   losses, shares = {}, {}
   variants = tasks.get(config.task).evaluation_variants(config)
   for variant in variants.values():
@@ -479,7 +483,7 @@ def _at_other_lengths(config, form, params, measures_far):
 
 
 def _round(x):
-  """Nested lists with five digits."""
+  """Nested lists of numbers, rounded to five digits."""
   if np.ndim(x):
     return [_round(y) for y in x]
   return float(f"{float(x):.5g}")
@@ -489,7 +493,7 @@ def _round(x):
 
 
 def _run(job):
-  """(job, its entry); never raises, so that the others go on."""
+  """(job, its entry). It never raises, so that the other jobs continue."""
   if time.time() > job.deadline:
     return job, {"cut_off": "not begun"}
   begin = time.time()
@@ -527,7 +531,7 @@ def _write(folder, study, done, command):
 
 
 def main(argv) -> None:
-  """Runs the studies that the flags name."""
+  """Runs the studies that --studies names."""
   del argv
   given = flags.FLAGS
   folder = pathlib.Path(given.out)

@@ -2,10 +2,10 @@
 
   python -m benchmarks.science_report
 
-It reads benchmarks/results/science/STUDY.json, which `benchmarks.science`
-wrote, draws STUDY.png beside each, and puts the tables between two comments of
-docs/science.md, in place of what was there. A study without a file is not
-listed, and a run that was cut off is listed as such.
+It reads the files benchmarks/results/science/STUDY.json, which
+`benchmarks.science` wrote, and draws STUDY.png beside each. The tables replace
+the text between two comments of docs/science.md. A study without a file is not
+listed. A run that was cut off is listed as such.
 """
 
 import json
@@ -23,11 +23,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "science"
 DOCUMENT = ROOT / "docs" / "science.md"
 BEGIN = "<!-- begin of what benchmarks.science_report writes -->"
 END = "<!-- end of what benchmarks.science_report writes -->"
-_LEARNT = 0.9  # the accuracy whose step is told
+_LEARNT = 0.9  # the tables list the update that reaches this accuracy
 
 
 def settings(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-  """{what distinguishes a setting: its rows}, from short rows to long ones."""
+  """{label of a setting: its rows}, from short rows to long ones."""
   groups = {}
   for row in sorted(rows, key=lambda row: row["setting"].get("data.length", 0)):
     groups.setdefault(_label(row["setting"]), []).append(row)
@@ -35,7 +35,7 @@ def settings(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _label(setting):
-  """What a setting of STUDIES is, in words."""
+  """Describes a setting of STUDIES in words."""
   length, size = setting.get("data.length"), setting.get("data.size")
   if "data.vocab_size" in setting:
     return {
@@ -60,13 +60,13 @@ def _label(setting):
 
 
 def _step(curve, every):
-  """The update by which a curve of accuracies reaches _LEARNT, as text."""
+  """The update at which a curve of accuracies reaches _LEARNT, as text."""
   steps = [i for i, value in enumerate(curve) if value >= _LEARNT]
   return str(every * (steps[0] + 1)) if steps else "none"
 
 
 def _cells(row, study):
-  """The cells of a row that follow the form and the learning rate."""
+  """The cells of a row after the form and the learning rate."""
   if "test" not in row:
     if "cut_off" in row:
       return [f"cut off: {row['cut_off']}"]
@@ -97,7 +97,7 @@ def _columns(rows, study):
 
 
 def tables(name: str, study: dict[str, Any]) -> str:
-  """The Markdown of one study: its origin, its picture and its tables."""
+  """The Markdown of one study: device, command, picture and tables."""
   rows = study["rows"]
   devices = sorted({row["device"] for row in rows if "device" in row})
   seeds = ", ".join(str(x) for x in study["seeds"])
@@ -129,7 +129,7 @@ def _line(cells):
 
 
 def draw(study: dict[str, Any]) -> figures.Figure:
-  """Losses by setting or by length, or the curves of training, as they fit."""
+  """Draws losses by setting, losses by length, or curves of training."""
   groups = settings(study["rows"])
   by_setting = study["metric"] == "loss" and not any(
     "loss_at" in row for row in study["rows"]
@@ -175,7 +175,7 @@ def _dots(ax, place, row, style):
 
 
 def _lines(ax, row, study, style):
-  """A line for each seed: of the loss by length, or of training."""
+  """A line for each seed: the loss by length, or the curve of training."""
   if "loss_at" in row:
     lengths = [int(x) for x in row["loss_at"]]
     for losses in zip(*row["loss_at"].values(), strict=True):
@@ -204,10 +204,10 @@ def _add_legend(figure):
 def write(
   results: pathlib.Path = RESULTS, document: pathlib.Path = DOCUMENT
 ) -> list[str]:
-  """Draws the pictures and rewrites the document's part.
+  """Draws the pictures and replaces the tables of the document.
 
-  Returns the names of the studies that there are. Raises ValueError for a
-  document without the two comments.
+  Returns the names of the studies that have a file. Raises ValueError if the
+  document lacks the two comments.
   """
   text = document.read_text()
   if text.count(BEGIN) != 1 or text.count(END) != 1:

@@ -4,14 +4,14 @@
   python -m benchmarks.selfsup --table
 
 Each of the methods is trained with softmax, sigmoid and normalised sigmoid
-attention and three seeds, by the recipe `:gpu` of its config. A linear probe of
-each run, and of the encoder that it started from, is then measured on the test
-images. The runs share one GPU: `--processes` of them train side by side. A run
-that is finished is not repeated, and one that was stopped goes on.
+attention and three seeds, with the recipe `:gpu` of its config. A linear probe
+then measures each run, and the random encoder that it started from, on the test
+images. The runs share one GPU: `--processes` of them train at the same time. A
+finished run is not repeated, and a stopped run is resumed.
 
 It writes --out after every run, and prints a table at the end. With --table it
-trains nothing: it draws the picture beside --out and writes the table of
-docs/selfsup.md. On a CPU, with the embedded images:
+does not train: it draws the picture beside --out and writes the table into
+docs/selfsup.md. This runs on a CPU, with the embedded images:
 
   python -m benchmarks.selfsup --recipe= --processes=1 --out=selfsup_cpu.json
 """
@@ -49,7 +49,7 @@ def name_of(method, kind, seed):
 
 
 def train_one(method, kind, seed, args):
-  """Trains and probes one run; writes result.json into its folder."""
+  """Trains and probes one run, and writes result.json into its folder."""
   import jax
 
   from sigattn.training import mesh, metrics, probe
@@ -67,7 +67,7 @@ def train_one(method, kind, seed, args):
   folder = pathlib.Path(args.root) / name_of(method, kind, seed)
   state = train(config, folder)
   if int(state.step) < config.total_steps:
-    sys.exit(f"{folder}: was stopped; the same command goes on")
+    sys.exit(f"{folder}: the run has stopped; the same command resumes it")
   trained = time.perf_counter()
   devices, split = mesh.make(config), config.data.eval_split
   last = metrics.last_evaluation(metrics.read(folder), split)
@@ -102,7 +102,7 @@ def _is_done(folder, args):
 
 
 def _start(name, args):
-  """Trains one run in a process of its own; returns whether it succeeded."""
+  """Trains one run in its own process, and returns whether it succeeded."""
   folder = pathlib.Path(args.root) / name
   if _is_done(folder, args):
     return True
@@ -121,7 +121,7 @@ def _start(name, args):
 
 
 def train_all(args):
-  """Trains what is not finished; returns the names of the runs that failed."""
+  """Trains the unfinished runs, and returns the names of those that failed."""
   pathlib.Path(args.root).mkdir(parents=True, exist_ok=True)
   names = [
     name_of(method, kind, seed)
@@ -142,7 +142,7 @@ def train_all(args):
 
 
 def write_results(args):
-  """Collects the result.json of all runs into --out; returns the runs."""
+  """Collects the result.json of all runs in --out, and returns the runs."""
   paths = sorted(pathlib.Path(args.root).glob("*/result.json"))
   runs = [json.loads(path.read_text()) for path in paths]
   contents = {
@@ -172,7 +172,7 @@ def _cell(values):
 
 
 def table(runs):
-  """A Markdown table: linear-probe accuracy in percent, mean and deviation."""
+  """The Markdown table of linear-probe accuracy, mean and deviation, in %."""
   lines = [
     "| method | attention | linear probe | random encoder | gain | seeds |",
     "| --- | --- | --- | --- | --- | --- |",
@@ -192,7 +192,7 @@ def table(runs):
 
 
 def draw(runs, path):
-  """A dot for each run, and a grey one for the encoder that it started from."""
+  """Draws a dot for each run, and a grey dot for its initial encoder."""
   figure = figures.Figure((7, 3.4), layout="constrained")
   axes = figure.subplots()
   ticks = []
@@ -232,11 +232,13 @@ def main():
   )
   parser.add_argument("--recipe", default="gpu", help="argument of the configs")
   parser.add_argument("--source", default="", help="another data.source")
-  parser.add_argument("--steps", type=int, default=0, help="another number")
+  parser.add_argument("--steps", type=int, default=0, help="total_steps")
   parser.add_argument("--seeds", type=int, default=SEEDS)
   parser.add_argument("--processes", type=int, default=9)
   parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-  parser.add_argument("--table", action="store_true", help="publish --out")
+  parser.add_argument(
+    "--table", action="store_true", help="only write the table of --out"
+  )
   parser.add_argument("--one", default="", help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.one:

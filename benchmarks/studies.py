@@ -2,11 +2,11 @@
 
   python -m benchmarks.studies runs/attention_norm --ran="H100, 2026-11-25"
 
-Each folder has the name of a study and contains its runs. For each study, this
-writes the last evaluation of every run, with the device and date that --ran
-names, to benchmarks/results/studies/STUDY.json, and a figure to STUDY.png. Runs
-that did not reach their last step are listed with the step that they reached,
-and are not drawn.
+Each folder has the name of a study and contains its runs. For each study it
+writes benchmarks/results/studies/STUDY.json, which holds the last evaluation of
+every run and the device and date that --ran names, and a figure, STUDY.png.
+Runs that did not reach their last step are not drawn. The JSON file lists them
+with the step that they reached.
 """
 
 import itertools
@@ -25,7 +25,7 @@ OUT = pathlib.Path(__file__).parent / "results" / "studies"
 
 
 def main(argv: Sequence[str]) -> None:
-  """Writes the JSON and PNG files of the studies whose folders argv names."""
+  """Writes the JSON and PNG files of the studies whose folders argv lists."""
   for folder in argv[1:]:
     study = pathlib.Path(folder).name
     if study not in FIGURES:
@@ -89,7 +89,10 @@ def _kind(config):
 
 
 def _series(run, split, value):
-  """(steps, values) of a run's lines of one split; `value` reads a line."""
+  """(steps, values) of a run's lines of one split.
+
+  value: a function of a line.
+  """
   lines = [line for line in run.lines if line["split"] == split]
   return [x["step"] for x in lines], [value(x) for x in lines]
 
@@ -99,7 +102,7 @@ def _loss(line):
 
 
 def _attention_v(line):
-  """Mean over layers and heads of |A V| / sqrt(n); an example has n = 512."""
+  """Mean over layers and heads of |A V| / sqrt(n), for examples of n = 512."""
   values = [
     x for name, x in line.items() if name.startswith("attention_v_norm")
   ]
@@ -131,10 +134,11 @@ def attention_norm(runs: Sequence[report_html.Run]) -> figures.Figure:
 def _dots(runs, ticks, tick, value, ylabel, label=_kind):
   """A figure with a dot for each run.
 
-  ticks: {value of tick(config): its label on the axis}; values that no run has
-  are left out. tick: a function of a run's config, the position on the axis.
-  value: a function of an evaluation, the height of the dot. label: a function
-  of a config, the key of COLORS.
+  ticks: {value of tick(config): its label on the axis}. Values that no run has
+    are not drawn.
+  tick: a function of a run's config. It decides the position on the axis.
+  value: a function of an evaluation. It returns the height of the dot.
+  label: a function of a config. It returns a key of COLORS.
   """
   figure, axes = _figure(7, 3.4)
   order = list(COLORS).index
@@ -259,8 +263,9 @@ def sensitivity(
 ) -> dict[str, dict[str, list[float]]]:
   """The sensitivity to the learning rate, {model: {width: [one per seed]}}.
 
-  It is the mean over the learning rates of min(final loss, initial loss), minus
-  the lowest of these values; see configs/studies/learning_rate.py.
+  Take min(final loss, initial loss) for each learning rate. The sensitivity is
+  the mean of these values minus the lowest; see
+  configs/studies/learning_rate.py.
   """
   sensitivities = {}
   for (label, width, _), group in _by_width(runs).items():
@@ -273,7 +278,7 @@ def sensitivity(
 
 
 def _by_width(runs):
-  """{(model, width, seed): its runs, sorted by learning rate}."""
+  """{(model, width, seed): the runs, sorted by learning rate}."""
   groups, keys = {}, ("model.width", "optim.lr")
   for run in sorted(runs, key=lambda run: [run.config[x] for x in keys]):
     config = run.config
@@ -390,7 +395,7 @@ def recall(runs: Sequence[report_html.Run]) -> figures.Figure:
 
 
 def _legend(place, axes, loc="outside right upper"):
-  """Adds one legend for all the axes, in which each label occurs once.
+  """Adds one legend for all the axes. Each label occurs once in it.
 
   place: the figure or the axes to which the legend is added.
   """

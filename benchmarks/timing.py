@@ -8,19 +8,19 @@ import jax.numpy as jnp
 
 
 def milliseconds(call, wait=jax.block_until_ready, repeats=5):
-  """Median time of a call, with calls batched to hide launch overhead.
+  """Median time of a call. Calls are batched, which hides the launch overhead.
 
   Args:
     call: a function without arguments that starts work on the GPU.
-    wait: waits for what a call returned.
+    wait: a function that waits for the result of a call.
     repeats: the number of batches.
   """
 
   def run(count):
     begin = time.perf_counter()
     for _ in range(count):
-      # A GPU works in order, so the last result suffices. Others are dropped:
-      # they would fill its memory.
+      # A GPU works in order, so it suffices to wait for the last result. The
+      # others are not kept: they would fill its memory.
       last = call()
     wait(last)
     return (time.perf_counter() - begin) / count * 1e3
@@ -31,7 +31,7 @@ def milliseconds(call, wait=jax.block_until_ready, repeats=5):
 
 
 def copy_rate(gib=2):
-  """Bytes a second that are read and written where an array is copied."""
+  """Bytes per second that copying an array reads and writes."""
   x = jnp.ones((gib * 2**28,), jnp.float32)
   copy = jax.jit(lambda x: x + 1)
   return 2 * x.nbytes / milliseconds(lambda: copy(x)) * 1e3

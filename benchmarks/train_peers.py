@@ -7,10 +7,10 @@ PACKAGES = {"huggingface": "transformers", "timm": "timm"}
 
 
 def huggingface(config, batch, timed):
-  """A step of LlamaForCausalLM of the sizes of config.model.
+  """Measures a step of LlamaForCausalLM with the sizes of config.model.
 
-  Its embedding is shared with the output, as ours is. timed: a function of the
-  step and of a function that waits, which returns seconds.
+  The output layer shares the embedding, as ours does. timed: a function that
+  takes the step and a function that waits, and returns seconds.
   """
   import torch
   import transformers
@@ -36,7 +36,7 @@ def huggingface(config, batch, timed):
 
 
 def timm(config, batch, timed):
-  """A step of timm's ViT of config's name, drop path included."""
+  """Measures a step of timm's ViT-B/16, with the drop path of config."""
   import timm as library
   import torch
 
@@ -58,7 +58,7 @@ def timm(config, batch, timed):
 
 
 def _step(network, loss_of, timed):
-  """The row of a compiled step of AdamW, fused."""
+  """The row of a compiled training step with the fused AdamW."""
   import torch
 
   torch.set_float32_matmul_precision("high")

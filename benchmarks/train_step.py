@@ -1,6 +1,7 @@
 """Measures training steps: python -m benchmarks.train_step
 
-On one GPU, in bfloat16, beside steps of others, each in a process of its own:
+It compares our training steps with those of other libraries on one GPU, in
+bfloat16. Each side runs in its own process:
 
   1b, 85m  configs/lm.py, n = 4,096, with softmax by cuDNN, sigmoid and
            normalised sigmoid, with RoPE; sigmoid with ALiBi, as published; and
@@ -8,16 +9,17 @@ On one GPU, in bfloat16, beside steps of others, each in a process of its own:
   vit_b16  configs/vit.py:imagenet without mixup and cutmix, batch 128 and 256,
            with softmax by XLA and sigmoid; and timm's vit_base_patch16_224.
 
-The others run under torch.compile, with parameters and AdamW's moments in
-bfloat16 (ours are float32), the fused AdamW, and scaled_dot_product_attention.
-What is not installed is left out. A step is what train.py runs: loss, gradient,
-clipping, AdamW, norms for the metrics; the others have no clipping.
+The other libraries run under torch.compile, with parameters and AdamW's moments
+in bfloat16 (ours are float32), the fused AdamW, and
+scaled_dot_product_attention. A library that is not installed is skipped. Our
+step is the one of train.py: loss, gradient, clipping, AdamW and the norms for
+the metrics. The other libraries do not clip.
 
 It prints a table and writes benchmarks/results/train_step_<device>.json after
-each side; what the file holds of other models stays. On a card with less than
-100 GiB the batch of `1b` is 4 for all, else 8. share_of_peak counts 6 N a
-token, and of attention 6 L n d, or 12 L n d where it is not causal, against 989
-TFLOP/s.
+each side. The rows of other models stay in the file. All sides of `1b` have
+batch 4 on a card with less than 100 GiB, and otherwise 8. share_of_peak is the
+share of 989 TFLOP/s. It counts 6 N operations per token, and for attention 6 L
+n d, or 12 L n d if it is not causal.
 
   python -m benchmarks.train_step --models 1b --sides huggingface sigmoid
   python -m benchmarks.train_step --levers --models 1b  # what settings give
@@ -41,11 +43,11 @@ from benchmarks import processes
 
 _FOLDER = pathlib.Path(__file__).parent / "results"
 PEAK = 989e12  # FLOP/s of an H100 or H200 in bfloat16, without sparsity
-# Rounds of steps; the median round counts.
+# The time of a step is the median over ROUNDS of the mean over STEPS.
 ROUNDS, STEPS, WARM_UP = 3, 4, 3
 ROPE = {"model.positions": "rope", "attn.alibi": False}
 SIGMOID = {"attn.kind": "sigmoid"}
-SIDES = {  # {model: {side: changes of its config, None for a rival}}
+SIDES = {  # {model: {side: changes of its config; None for other libraries}}
   "lm": {
     "huggingface": None,
     "softmax": ROPE | {"attn.kind": "softmax", "attn.implementation": "cudnn"},
@@ -55,15 +57,16 @@ SIDES = {  # {model: {side: changes of its config, None for a rival}}
   },
   "vit": {
     "timm": None,
-    # By XLA: cuDNN declines 197 tokens.
+    # XLA computes it, because cuDNN refuses 197 tokens.
     "softmax": {"attn.kind": "softmax"},
     "sigmoid": SIGMOID,
   },
 }
 MODELS = {"1b": "lm", "85m": "lm", "vit_b16": "vit"}
 BATCHES = {"85m": (8,), "vit_b16": (128, 256)}
-# Changes of sigmoid's config, from what it was to what it is, then one by one.
-# Names that begin with xla_ are options of the compiler; batch is a factor.
+# Changes of sigmoid's config. The first ones lead from an earlier config to the
+# current one; those with dots change the current one. Names that begin with
+# xla_ are options of the compiler; batch is a factor.
 _LM = {"model.remat": "dots", "model.loss_chunks": 8, "model.max_unrolled": 24}
 _VIT = {"model.remat": "none", "model.max_unrolled": 12}
 _COMPILER = {
@@ -111,12 +114,15 @@ _DEFAULTS = {"1b": SIDES["lm"]["sigmoid"] | _LM, "vit_b16": SIGMOID | _VIT}
 
 
 def _flops(params, layers, length, width, causal):
-  """Of a training step, for each token."""
+  """The operations of a training step for each token."""
   return 6 * params + (6 if causal else 12) * layers * length * width
 
 
 def _timed(step, wait):
-  """Median seconds of a step. wait: waits for what `step` returned."""
+  """Median seconds of a step.
+
+  wait: a function that waits for the result of `step`.
+  """
   for _ in range(WARM_UP):
     last = step()
   wait(last)
@@ -162,7 +168,7 @@ def _batch(config):
 
 
 def ours(model, batch, changes, profile=False):
-  """The row of a step of ours. changes: of the config and the compiler."""
+  """The row of our step. changes: those of the config and of the compiler."""
   import jax
 
   from sigattn.training import mesh, step
@@ -221,9 +227,9 @@ def _rates(config, params, seconds):
 
 
 def print_profile(run, steps=2, units=1, unit="a step", most=60):
-  """Prints where the milliseconds of a step go, by kernel.
+  """Prints the milliseconds of a step by kernel.
 
-  units: how many of `unit` a step consists of.
+  units: the number of units in a step. unit: their name.
   """
   import jax
 
@@ -256,11 +262,11 @@ def print_profile(run, steps=2, units=1, unit="a step", most=60):
     )
 
 
-# The parent: starts a process for each side, collects the rows.
+# The parent process: it starts a process for each side and collects the rows.
 
 
 def _side(model, side, batch, changes, profile):
-  """Measures one side and prints its row as the last line, as JSON."""
+  """Measures one side. The last line that it prints is its row, as JSON."""
   from benchmarks import train_peers
 
   if side == "huggingface":
@@ -277,7 +283,7 @@ def _side(model, side, batch, changes, profile):
 
 
 def _measure(model, side, batch, changes, timeout, profile=False):
-  """The row of a side, {"error": reason} if it could not be measured."""
+  """The row of a side, or {"error": reason} if it could not be measured."""
   begin = time.perf_counter()
   lines, reason = processes.printed(
     [
@@ -318,7 +324,7 @@ def _row(model, side, batch, changes, found):
 
 
 def _compare(rows):
-  """Adds `peer` and its ratio to each of our rows, and the one to softmax."""
+  """Adds `peer` and the ratios to it and to softmax to each of our rows."""
   for row in rows:
     rate = row.get("tokens_per_second") or row.get("images_per_second")
     row["peer"] = row["ratio_to_peer"] = row["ratio_to_softmax"] = None
@@ -362,7 +368,10 @@ def _table(rows):
 
 
 def card():
-  """(name, GiB) of the first GPU, from nvidia-smi: no process may hold it."""
+  """(name, GiB) of the first GPU.
+
+  It asks nvidia-smi, because JAX would occupy the GPU.
+  """
   done = subprocess.run(
     [
       "nvidia-smi", "--query-gpu=name,memory.total",
@@ -375,7 +384,7 @@ def card():
 
 
 def _parts(arguments, batch_1b):
-  """(model, side, batch, changes, lever) of all that is to be measured."""
+  """Yields (model, side, batch, changes, lever) for each measurement."""
   extra = dict(arguments.set)
   for model in arguments.models:
     sides = SIDES[MODELS[model]]
@@ -395,7 +404,7 @@ def _parts(arguments, batch_1b):
 
 
 def setting(text):
-  """("model.remat", "dots") of model.remat=dots, for --set."""
+  """Parses "model.remat=dots", for --set, as ("model.remat", "dots")."""
   path, _, value = text.partition("=")
   try:
     return path, ast.literal_eval(value)
@@ -413,20 +422,24 @@ def _arguments():
   parser.add_argument("--profile", action="store_true")
   parser.add_argument(
     "--set", nargs="+", default=[], type=setting, metavar="PATH=VALUE",
-    help="of the config of our sides, or xla_OPTION=VALUE",
+    help="changes the config of our sides, or the compiler: xla_OPTION=VALUE",
   )  # fmt: skip
-  parser.add_argument("--batch-1b", type=int, help="8, or 4 on a small card")
   parser.add_argument(
-    "--timeout", type=float, default=150, help="seconds of one side"
+    "--batch-1b", type=int, help="by default 8, or 4 on a small card"
   )
   parser.add_argument(
-    "--budget", type=float, default=530, help="seconds to start new sides in"
+    "--timeout", type=float, default=150, help="most seconds of one side"
   )
-  parser.add_argument("--out", type=pathlib.Path, help="instead of results/")
+  parser.add_argument(
+    "--budget", type=float, default=530, help="seconds until no side starts"
+  )
+  parser.add_argument(
+    "--out", type=pathlib.Path, help="the file to write, instead of the default"
+  )
   parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   if arguments.out and arguments.out.is_dir():
-    parser.error(f"--out {arguments.out}: must be a file, and is a folder")
+    parser.error(f"--out {arguments.out}: is a folder; must be a file")
   return arguments
 
 
@@ -468,7 +481,7 @@ def main():
 
 
 def _rows_of_others(path, device, models):
-  """The file's rows of models that are not measured now."""
+  """The rows in the file of models that are not measured now."""
   if not path.is_file():
     return []
   result = json.loads(path.read_text())

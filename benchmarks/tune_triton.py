@@ -1,14 +1,14 @@
 """Tunes the tiles of the Triton kernels, or checks their table.
 
   python -m benchmarks.tune_triton          times tiles on this machine's card
-  python -m benchmarks.tune_triton --check  compiles the table's for every card
+  python -m benchmarks.tune_triton --check  compiles all tiles of the table
 
-The first tries many tiles for each pass, head width and number of bits. It
-writes the fastest tile that does not spill to kernels/triton/tiles.json. With
---lengths up to 256 it writes tiles of short sequences; without such tiles,
-short sequences take the others. Nothing is tuned when a program runs: a card
-that is not in the table takes the tiles of the next older one. The second needs
-no GPU.
+The first command tries many tiles for each pass, head width and number of bits.
+It writes the fastest tile that does not spill to kernels/triton/tiles.json.
+With --lengths up to 256 it writes tiles for short sequences. If a card has
+none, short sequences take the other tiles. Nothing is tuned while a program
+runs: a card that is not in the table takes the tiles of the next older card.
+The second command needs no GPU.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from sigattn.kernels.triton.tiles import (
   Tile,
 )
 
-# The largest part of a multiprocessor's shared memory for one program.
+# {compute capability: KiB of shared memory that one program can use}
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 
 
@@ -50,7 +50,7 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 
 
 class Resources(NamedTuple):
-  """What a kernel needs of a multiprocessor."""
+  """The resources of a multiprocessor that a kernel needs."""
 
   registers: int  # of a thread, at most 255
   spilled: int  # bytes of a thread
@@ -72,10 +72,10 @@ def resources(problem, direction, tile, capability):
 
 
 def decode_resources(problem, tile, capability, page, is_new=False):
-  """Those of the decode kernel.
+  """The Resources of the decode kernel.
 
-  page: the keys of a page, or None. is_new: whether it normalises, turns and
-  writes the key, too.
+  page: the number of keys of a page, or None. is_new: whether the kernel also
+  normalises, rotates and writes the new key.
   """
   from sigattn.kernels.triton import decode_kernel
 
@@ -179,13 +179,13 @@ EXAMPLES = {
 
 
 def check(cards, dtypes, widths, passes, examples):
-  """Prints the Resources of each tile; False if one does not fit."""
+  """Prints the Resources of each tile. Returns False if one does not fit."""
   good = True
   for capability, dtype, width, direction, name in itertools.product(
     cards, dtypes, widths, passes, examples
   ):
     problem = EXAMPLES[name](width, dtype)
-    # Nothing waits for the gradient of a few queries.
+    # The gradient of a few queries need not be fast.
     may_spill = direction != "forward" and decode.fits(problem)
     for what, chosen, needs in _needs(problem, direction, capability):
       good &= (fits := needs.fit(capability, may_spill))
@@ -200,7 +200,7 @@ def check(cards, dtypes, widths, passes, examples):
 
 
 def _needs(problem, direction, capability):
-  """(name, tile, Resources) of each kernel that a pass may take."""
+  """Yields (name, tile, Resources) of each kernel that a pass may use."""
   if direction == "forward" and decode.fits(problem):
     softmax = dataclasses.replace(problem, kind="softmax", normalize=True)
     for name, page, x in (
@@ -239,14 +239,14 @@ def candidates(direction, width, dtype):
     rows = others = (16, 32, 64)
   for row, other in itertools.product(rows, others):
     if dtype == "float32" and max(row, other) * width > 2**12:
-      continue  # Its products are unrolled, and compilation takes minutes.
+      continue  # Its products are unrolled, which takes minutes to compile.
     for warps, stages in itertools.product((4, 8), (2, 3, 4)):
       q, k = (other, row) if direction == "backward_kv" else (row, other)
       yield Tile(q, k, warps, stages)
 
 
 def measure(jobs, processes):
-  """(job, milliseconds or an error message) of each job.
+  """Yields (job, milliseconds or an error message) for each job.
 
   Jobs are compiled in parallel and timed one at a time.
   """
@@ -282,7 +282,7 @@ def _measure(job):
       keys = jax.random.split(jax.random.key(0), count)
       arrays = [jax.random.normal(key, shape, job.dtype) for key in keys]
       return job, milliseconds(functools.partial(compiled, *arrays))
-  except Exception as error:  # Too large for the card or for the compiler.
+  except Exception as error:  # The tile is too large for card or compiler.
     return job, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
 
 
@@ -290,8 +290,8 @@ def fastest(times):
   """{(bits, pass, width): tile}, the fastest tiles that fit the card.
 
   Args:
-    times: {job: milliseconds}. Jobs of the same pass, width and number of bits
-      are compared by the sum of their times.
+    times: {job: milliseconds}. Tiles of the same pass, width and number of bits
+      are compared by the sum of the times of their jobs.
   """
   groups = {}
   for job, time in times.items():
@@ -320,7 +320,7 @@ def fastest(times):
 
 
 def write(chosen, short=False, path=TABLE):
-  """Writes the tiles to the table, for this machine's card."""
+  """Writes the tiles into the table's entry for this machine's card."""
   this_card = device.current()
   table = json.loads(TABLE.read_text())
   near = max(x for x in map(int, table) if x <= this_card.capability)

@@ -20,8 +20,8 @@ def get_config(arg=None):
   selfsup.two_views(config)
   config.total_steps = 1200
   config.batch_size = 128
-  # How much the target keeps of itself in a step; it rises to 1 by a cosine.
-  # Short runs need a smaller one than the paper's 0.996.
+  # The share of the target that a step keeps. It rises to 1 along a cosine.
+  # Short runs need a smaller share than the paper's 0.996.
   config.model.target_momentum = 0.98
   if "gpu" in words:
     selfsup.gpu(config)

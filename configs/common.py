@@ -1,4 +1,4 @@
-"""What all configs share, and the one change that makes attention sigmoid.
+"""The fields that all configs share, and the change to sigmoid attention.
 
 A config file offers the sweeps below if it imports them.
 """
@@ -32,8 +32,8 @@ def base():
     normalize=False,
     qk_norm="none",  # none, layernorm or rmsnorm, over the head width
     alibi=False,  # linear distance penalty, with the slopes of 2108.12409
-    # A token sees so many tokens before it, and behind it unless the task is
-    # causal, besides itself. None: all.
+    # How many tokens before it a token sees, besides itself. If the task is not
+    # causal, it sees as many after it. None: all.
     window=config_dict.placeholder(int),
     num_kv_heads=config_dict.placeholder(int),  # None: as many as num_heads
     # Divides the output of each token by the number of tokens that it sees,
@@ -44,10 +44,10 @@ def base():
     implementation=config_dict.placeholder(str),
   )
 
-  # How many devices split what: their product is the number of devices. One of
-  # data and fsdp may be None, and takes the devices that the others leave.
+  # How many devices split each of these. The product is the number of devices.
+  # One of data and fsdp may be None; it then takes the devices that remain.
   config.mesh = config_dict.create(
-    data=config_dict.placeholder(int),  # the batch; all hold all parameters
+    data=config_dict.placeholder(int),  # the batch; each has all parameters
     fsdp=1,  # the batch, the parameters and the optimizer's state
     tensor=1,  # heads and MLP channels
     sequence=1,  # the tokens of a row; not with softmax
@@ -63,23 +63,24 @@ def base():
     b2=0.999,
     eps=1e-8,
     mu_dtype="float32",  # of the first moment, or bfloat16 to save memory
-    # Of the gradient of matrices in memory, or bfloat16. With activations in
-    # bfloat16 their products make no other; it is summed up in float32.
+    # Of the stored gradients of matrices, or bfloat16 if `dtype` is bfloat16.
+    # The matrix products then give bfloat16 anyway. Sums of gradients are in
+    # float32.
     grad_dtype="float32",
     weight_decay=0.0,  # multiplied by the learning rate, as in optax.adamw
     # Pairs of a regular expression for parameter paths and a factor on
     # weight_decay. The first match counts; without a match the factor is 0.
     decay_groups=((r".*kernel", 1.0),),
-    # Likewise, with a factor on the learning rate that leaves the weight decay
-    # unchanged; without a match the factor is 1.
+    # Likewise, with a factor on the learning rate. It does not change the
+    # weight decay. Without a match the factor is 1.
     lr_groups=(),
     clip_norm=1.0,  # largest norm of the whole gradient; 0 turns clipping off
     # Micro-batches per update; k of them need 1/k of the activations' memory.
     accumulate=1,
-    # What happens at a step whose loss or gradient is not finite: raise ends
-    # the run, skip leaves the update out.
+    # What happens at a step whose loss or gradient is not finite: "raise" ends
+    # the run, "skip" omits the update.
     non_finite="raise",
-    max_skipped=10,  # ends the run when so many steps in a row are left out
+    max_skipped=10,  # the run ends after this many omitted updates in a row
     # Evaluate an exponential moving average of the parameters, for example with
     # 0.9999; 0 evaluates the parameters themselves.
     ema_decay=0.0,
@@ -102,12 +103,12 @@ def base():
     tensorboard=True,
   )
 
-  # Statistics of attention and norms of the update, which
-  # sigattn/analysis/telemetry.py measures.
+  # sigattn/analysis/telemetry.py measures statistics of attention and the norms
+  # of updates.
   config.telemetry = config_dict.create(
     every_steps=0,  # updates between two measurements; 0 turns them off
     # Held-out examples whose attention is measured. Each needs the memory of
-    # several times heads * length^2 floats.
+    # several arrays of heads * length^2 floats.
     examples=8,
   )
   return config

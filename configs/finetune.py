@@ -3,9 +3,9 @@
   python train.py --config=configs/finetune.py:runs/mae_sigmoid/default
   python eval.py --workdir=runs/mae_sigmoid/default --eval=finetune
 
-Data, model and attention are those of the run, which may be of vit.py, or of
-simclr.py, byol.py or mae.py. The same without pretraining is
---config.init_from=None.
+Data, model and attention are those of the run, which was trained by vit.py,
+simclr.py, byol.py or mae.py. --config.init_from=None trains the same model from
+random parameters.
 """
 
 import os

@@ -55,25 +55,25 @@ def _base():
     mixture=(),
     # The source to evaluate on. None means config.data.source.
     eval_source=config_dict.placeholder(str),
-    # train_without_validation leaves out the end of one text, which the split
-    # `validation` is then.
+    # train_without_validation omits the end of one text, which is then the
+    # split `validation`.
     train_split="train",
-    # The last 5 % of one text, which is embedded or a .txt; about every 20th
-    # document of a local file or folder that has no such split of its own.
+    # `test` is the last 5 % of an embedded text or of a .txt. A local file or
+    # folder without such a split gives about every 20th document to it.
     eval_split="test",
     text_column="text",
     lines=False,  # whether each line of a .txt is a document of its own
-    # characters (all that the texts have), bytes, or the path of a
-    # tokenizer.json.
+    # characters (each character of the texts is a token), bytes, or the path of
+    # a tokenizer.json.
     tokenizer="characters",
     vocab_size=64,  # at least the size of the tokenizer
     length=256,  # tokens per row that are predicted
-    # Documents of a stream that are shuffled together: fewer at the end of an
-    # epoch, or where they have more than 67 million characters.
+    # Documents of a stream that are shuffled together. There are fewer at the
+    # end of an epoch, and if they have more than 67 million characters.
     shuffle_window=10_000,
     # The share of a stream's documents that may be no text. Each is skipped,
-    # with its number in the log; 0 ends the run at the first. The share is that
-    # of the documents read so far, and at first of shuffle_window documents.
+    # with its number in the log; 0 ends the run at the first. It is a share of
+    # the documents read so far, but of at least shuffle_window documents.
     max_corrupt_share=0.0,
     packing_window=128,  # rows that a stream's documents fill at the same time
     num_workers=0,  # processes that cut an embedded text; must be 0 for streams
@@ -84,8 +84,9 @@ def _base():
     num_heads=4,
     mlp_dim=344,  # 8/3 of the width, as in the published models
     # sincos (added), rope or none; ALiBi is attn.alibi. With ALiBi alone,
-    # sigmoid is behind softmax, and RoPE makes up for it. With RoPE alone, a
-    # model fails on texts longer than its training rows (benchmarks/NOTES.md).
+    # sigmoid has a larger loss than softmax; RoPE closes the gap. With RoPE
+    # alone, a model fails on texts longer than its training rows
+    # (benchmarks/NOTES.md).
     positions="rope",
     rope_base=10_000.0,  # of RoPE's wavelengths
     rope_share=1.0,  # of a head's features that RoPE turns
@@ -112,8 +113,8 @@ def _base():
     # activations, such as attention+gate+up.
     remat="none",
     max_unrolled=6,  # deeper stacks run in a loop, which compiles sooner
-    # Parts of a row whose logits are computed one after another. The float32
-    # logits of a part are all that is held of them.
+    # The logits of a row are computed in this many parts, one after another.
+    # Memory holds the float32 logits of one part only.
     loss_chunks=1,
   )
   # The n of sigmoid's bias -log n is the length of the training rows. It does
@@ -188,24 +189,25 @@ def _published(config, size):
     num_heads=num_heads,
     mlp_dim=mlp_dim,
     positions="none",
-    # With eight rows a step of :1b then needs 64 GiB of a card.
+    # A step of :1b with eight rows then needs 64 GiB of GPU memory.
     remat="dots",
-    # Unrolled, :1b trains a tenth faster and compiles for 23 seconds.
+    # An unrolled :1b trains a tenth faster; it compiles in 23 seconds.
     max_unrolled=6 if size == "7b" else depth,
     loss_chunks=8,
   )
   if size == "7b":
-    # Every device has a part of the parameters, and 2 rows at a time if there
-    # are 8: by count this takes 48 of the 80 GB of each.
+    # Every device holds a part of the parameters. With 8 devices each computes
+    # 2 rows at a time, which by calculation takes 48 of its 80 GB.
     config.mesh.update(data=1, fsdp=None)
     config.optim.accumulate = 64
   config.optim.update(lr=0.01, b2=0.95, end_lr=0.1)
-  # The published recipe decays the norms' scales too. Its warm-up begins at 0,
-  # where an update changes nothing; ours begins one step of it further.
+  # The published recipe decays the norms' scales too. Its warm-up begins at a
+  # learning rate of 0, at which an update changes nothing; ours begins at the
+  # next rate.
   config.optim.decay_groups = ((r".*kernel|embed|head|.*scale", 1.0),)
   config.optim.warmup_steps = 5000
   # The published weight decay is independent of the learning rate: 1e-4 times a
-  # schedule with peak 1. Ours is multiplied by lr, so divide by it.
+  # schedule with peak 1. Ours is multiplied by lr, hence the division.
   config.optim.weight_decay = 1e-4 / config.optim.get_ref("lr")
   # As in muP, the learning rate of a matrix is proportional to 1 / width; the
   # narrowest model has width 768.

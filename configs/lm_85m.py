@@ -6,9 +6,9 @@ that `python -m benchmarks.corpus --out=corpus` builds: manuals, prose and code.
   python train.py --config=configs/lm_85m.py:sigmoid
   python train.py --config=configs/lm_85m.py:softmax,runlocal
 
-`python -m benchmarks.lm_85m` trains and measures all forms of FORMS. A run sees
-100 million tokens, 1,526 updates of 32 rows. All forms have RoPE and no ALiBi,
-so that softmax can use cuDNN, the fastest implementation that it has.
+`python -m benchmarks.lm_85m` trains and measures all forms of FORMS. A run has
+1,526 updates of 32 rows, 100 million tokens. All forms have RoPE and no ALiBi,
+so that softmax can use cuDNN, its fastest implementation.
 """
 
 from configs import common, lm
@@ -18,7 +18,8 @@ FORMS = {
   "softmax": {"attn.kind": "softmax", "attn.implementation": "cudnn"},
   "sigmoid": {"attn.kind": "sigmoid"},
   "normalized": {"attn.kind": "sigmoid", "attn.normalize": True},
-  # A bias with which a weight is e^z, as softmax's: no logit comes near 14.
+  # No logit comes near 14. With this bias a weight is therefore e^z times a
+  # constant, as in softmax.
   "normalized_low_bias": {
     "attn.kind": "sigmoid",
     "attn.normalize": True,
@@ -57,7 +58,7 @@ def get_config(arg=None):
   if "runlocal" in words:
     common.shrink(config)
     config.attn.implementation = None  # cuDNN needs a GPU
-    config.dtype = "float32"  # which a CPU is faster at
+    config.dtype = "float32"  # faster on a CPU
     config.data.length = 128
     config.model.update(remat="none", loss_chunks=1)
     config.telemetry.every_steps = 0

@@ -5,8 +5,8 @@
   python train.py --config=configs/lm_sigmoid.py:85m
   python -m sigattn.sweep --config=configs/lm_sigmoid.py --sweep=attn,seed
 
-The rows of attention are divided by their sums. Without it the default model is
-0.015 nats a character worse, and 0.27 at n = 8,192 (docs/science.md). The
+The rows of attention are divided by their sums. Without this the default model
+is 0.015 nats a character worse, and 0.27 at n = 8,192 (docs/science.md). The
 published sizes :85m, :1b and :7b have plain sigmoid attention, as published.
 Arguments, sizes and the other sweeps are those of lm.py.
 """

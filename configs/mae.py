@@ -21,7 +21,7 @@ def get_config(arg=None):
   config.batch_size = 128
   config.model.update(
     patch_size=4,
-    mask_share=0.75,  # of the patches, which the encoder does not get
+    mask_share=0.75,  # of the patches; the encoder does not get them
     decoder_width=64,
     decoder_depth=1,
     decoder_heads=4,

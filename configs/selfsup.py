@@ -1,12 +1,12 @@
-"""What simclr.py, byol.py and mae.py share; no config by itself.
+"""The fields that simclr.py, byol.py and mae.py share; not a config itself.
 
 Each takes one argument:
 
   (none)    the embedded Fashion-MNIST, a small model for a CPU
   gpu       all 60,000 images of Fashion-MNIST, for one GPU. They are read from
-            where the Debian package dataset-fashion-mnist installs them;
-            --config.data.source names another folder.
-  imagenet  the size that 2409.04431 trains, at 224 pixels
+            the folder into which the Debian package dataset-fashion-mnist
+            installs them; --config.data.source names another folder.
+  imagenet  the model size of 2409.04431, at 224 pixels
   runlocal  two tiny steps
 """
 
@@ -21,7 +21,8 @@ def base(task):
   """The fields that the three tasks share, with the embedded data."""
   config = vit.base()
   config.task = task
-  # Pixels per side of what is read of an image; views are cut out of it.
+  # Pixels per side of the square that is read from an image. Views are cut out
+  # of it.
   config.data.canvas_size = 28
   config.augment = dict(
     min_area=0.2,  # the smallest share of the canvas that a view keeps
@@ -29,9 +30,9 @@ def base(task):
   )
   # Nearest neighbours (1805.01978) evaluate the features during training.
   config.eval.update(
-    knn_examples=10_000,  # training images among which they are looked for
+    knn_examples=10_000,  # training images that are searched for neighbours
     knn_neighbours=20,
-    knn_temperature=0.07,  # of their votes
+    knn_temperature=0.07,  # of the neighbours' votes
   )
   config.ckpt.best_metric = "knn_accuracy"
   config.model.position_std = 0.5
@@ -40,17 +41,18 @@ def base(task):
 
 
 def two_views(config):
-  """Adds what SimCLR and BYOL read: changes of colour, and projections."""
+  """Adds the fields of SimCLR and BYOL: changes of colour and projections."""
   config.augment.update(
-    # The share of views whose brightness, contrast, saturation and hue change,
-    # each by at most so much. Grey images have neither saturation nor hue.
+    # The share of views whose brightness, contrast, saturation and hue change.
+    # The next four numbers are the largest changes. Grey images have neither
+    # saturation nor hue.
     jitter_share=0.8,
     brightness=0.4,
     contrast=0.4,
     saturation=0.4,
     hue=0.1,
     grey_share=0.2,  # of colour images
-    # A share for each of the two views.
+    # The probability of a blur for each of the two views.
     blur_shares=(0.5, 0.5),
     blur_size=0.1,  # the kernel's side, as a share of the image's
     solarize_shares=(0.0, 0.0),
@@ -61,29 +63,29 @@ def two_views(config):
 def imagenet(config, size, epochs):
   """ImageNet-1k at 224 pixels, for 2409.04431's three self-supervised rows.
 
-  From 2409.04431: the size of the encoder and the number of epochs, which are
-  read off its figure of training losses. Its other settings could not be
-  verified, and none of what follows is taken from it.
+  The size of the encoder and the number of epochs are from 2409.04431: we read
+  them from its figure of training losses. We could not verify its other
+  settings, and nothing that follows is taken from it.
 
-  From the published code of MoCo v3 (2104.02057), for SimCLR and BYOL with a
-  ViT: AdamW with the usual b2, batches of 4096, the learning rate 1.5e-4 for
-  each 256 images, weight decay 0.1, a warm-up of 40 epochs, and projections of
-  4096 and 256 numbers. That of MAE (2111.06377) has the same but for its weight
-  decay, b2 and decoder: see mae.py. Views and the target's momentum are those
-  of each method's own paper.
+  SimCLR and BYOL follow the published code of MoCo v3 (2104.02057) for a ViT:
+  AdamW with the usual b2, batches of 4096, the learning rate 1.5e-4 for each
+  256 images, weight decay 0.1, a warm-up of 40 epochs, and projections of 4096
+  and 256 numbers. MAE follows its own published code (2111.06377), which
+  differs in weight decay, b2 and decoder: see mae.py. Views and the target's
+  momentum are those of each method's own paper.
 
-  Ours: gradients are clipped to the norm 1, a class token, one hidden layer in
-  each projector, and views that are cut out of the middle 256 x 256 pixels of
-  an image whose short side has 256, where the papers cut them out of the whole
-  image. Nobody has trained these configs here.
+  Four choices are ours: gradients are clipped to the norm 1; the encoder has a
+  class token; each projector has one hidden layer; and views are cut out of the
+  middle 256 x 256 pixels of an image whose short side has 256 pixels, whereas
+  the papers cut them out of the whole image. We have not trained these configs.
   """
   batch = 4096
   vit.imagenet(config, size)
   config.data.canvas_size = 256
   config.batch_size = batch
   config.total_steps = epochs * EPOCH // batch
-  # To keep what float32 norms make, for every layer of a loop, takes longer
-  # than to compute it again, and three times the memory.
+  # In a loop over the layers, storing the float32 outputs of the norms takes
+  # longer than computing them again, and three times the memory.
   config.model.update(position_std=0.02, remat="dots")
   config.optim.update(lr=1.5e-4 * batch / 256, weight_decay=0.1, b2=0.999)
   config.optim.warmup_steps = 40 * EPOCH // batch

@@ -54,7 +54,7 @@ def _base():
     train_split="train",  # join several splits by +
     eval_split="test",
     sample_rate=8000,  # Hz; recordings at other rates are resampled
-    # All other characters are dropped from the transcripts.
+    # All other characters are removed from the transcripts.
     alphabet=" 'abcdefghijklmnopqrstuvwxyz",
     # The longest utterance of each bucket, in seconds. A batch holds utterances
     # of one bucket. batch_size is the batch size of the last bucket; that of a
@@ -70,8 +70,8 @@ def _base():
     # changes its pitch.
     speeds=(0.9, 1.0, 1.1),
     # SpecAugment masks freq_masks bands of up to freq_width mel bins, and
-    # time_masks bands of up to time_width frames of 10 ms, but at most
-    # time_share of the utterance each.
+    # time_masks bands of up to time_width frames of 10 ms. A band of time is at
+    # most the share time_share of the utterance.
     freq_masks=2,
     freq_width=20,
     time_masks=2,
@@ -83,12 +83,12 @@ def _base():
     depth=4,
     num_heads=4,
     mlp_dim=576,
-    # log_mel (normalised for each recording), or whisper: that of Whisper's
-    # extractor for recordings of up to 30 seconds, at 16 kHz.
+    # log_mel (normalised for each recording), or whisper: the features of
+    # Whisper's extractor, for recordings of up to 30 seconds at 16 kHz.
     features="log_mel",
     mel_bins=80,
-    # (kernel, stride) of each convolution. The first counts frames, the others
-    # count outputs of the one before.
+    # (kernel, stride) of each convolution, in frames for the first, and in
+    # outputs of the previous one for the others.
     convolutions=((7, 3),),
     positions="none",  # sincos, cape, rope or none; ALiBi is attn.alibi
     # CAPE's augmentation: the shifts are in tokens, the scale is a factor.
@@ -138,8 +138,8 @@ def _gpu(config):
   config.total_steps = 4000
   config.batch_size = 16
   config.dtype = "bfloat16"
-  # Each bucket is compiled twice, for training and for evaluation, so there are
-  # few of them.
+  # There are few buckets, because each is compiled twice: for training and for
+  # evaluation.
   config.data.bucket_seconds = (5.0, 15.0)
   config.augment.update(
     speeds=(0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2),

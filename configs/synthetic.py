@@ -42,15 +42,16 @@ def _base():
   config.batch_size = 64
   config.data = dict(
     name="recall",  # one of TASKS
-    # The numbers of summation, the tokens of a string of pair_repeat, copy and
-    # selective_copy, or the pairs of recall and noisy_recall.
+    # How many numbers summation has, how many tokens a string of pair_repeat,
+    # copy and selective_copy has, or how many pairs recall and noisy_recall
+    # have.
     length=16,
-    # The numbers that summation adds up, the queries of recall and
-    # noisy_recall, or the symbols that selective_copy repeats.
+    # How many numbers summation adds up, how many queries recall and
+    # noisy_recall have, or how many symbols selective_copy repeats.
     size=8,
     vocab_size=64,  # symbols, including start and separator; not for summation
     eval_examples=2000,  # held-out examples
-    train_split="train",  # without end
+    train_split="train",  # has no end
     eval_split="test",  # validation or test
     num_workers=0,  # processes that make batches; 0 makes them in this one
   )
@@ -85,7 +86,7 @@ def _base():
 
 
 def _summation(config):
-  # The task needs two layers: each one of the mask must first fetch its number.
+  # The task needs two layers: each 1 of the mask must first fetch its number.
   config.data.update(length=20, size=5)
 
 

@@ -47,14 +47,14 @@ def base():
     # The embedded data set (fashion_mnist), a local folder of images or parquet
     # files, or a Hugging Face name: owner/name or owner/name:subset.
     source="fashion_mnist",
-    # train_without_validation leaves out the end of an embedded set, which the
-    # split `validation` is then.
+    # train_without_validation omits the end of an embedded set, which is then
+    # the split `validation`.
     train_split="train",
     eval_split="test",
     image_size=28,  # pixels per side, after cropping
     channels=1,  # 1 for grey images, 3 for colour
     num_classes=10,
-    # Mean and standard deviation of the training images for each channel, with
+    # Mean and standard deviation of each channel over the training images, with
     # pixels in [0, 1].
     mean=(0.2860,),
     std=(0.3530,),
@@ -162,8 +162,8 @@ def _imagenet(size):
   """ImageNet-1k from the Hub, with the recipe of DeiT (2012.12877), Table 9.
 
   Training takes 300 epochs of 1,281,167 images, as for ViT-B/16 in 2409.04431.
-  We could not verify that paper's other hyper-parameters. Options
-  in its spirit are --config.model.layer_scale=1e-4 and
+  We could not verify that paper's other hyper-parameters. Two options that it
+  studies are --config.model.layer_scale=1e-4 and
   --config.attn.qk_norm=layernorm.
   """
   config = _base()
@@ -180,7 +180,7 @@ def _imagenet(size):
     label_smoothing=0.1,
   )
   config.model.drop_path = 0.1
-  # A loop would copy all that the layers keep.
+  # A loop would copy everything that the layers store for the backward pass.
   config.model.max_unrolled = config.model.depth
   config.optim.update(lr=1e-3, weight_decay=0.05)
   config.optim.warmup_steps = 5 * 1_281_167 // 1024  # 5 epochs

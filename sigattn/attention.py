@@ -71,7 +71,7 @@ def dot_product_attention(
   relu2     max(z, 0)^2 / n  0              2309.08586
   silu      z sigmoid(z) / n 0              2402.17152 (HSTU)
 
-  The arguments of jax.nn.dot_product_attention mean what they mean there.
+  The arguments of jax.nn.dot_product_attention have the same meaning here.
   A row that sees no key is zero, except with softmax. docs/jax_nn.md lists
   where the arguments differ from those of jax.nn.
 

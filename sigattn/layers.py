@@ -251,7 +251,7 @@ class SelfAttention(nnx.Module):
     return y_BTD if cache is None else (y_BTD, cache)
 
   def merge_products(self) -> None:
-    """Merges query, key and value into one Product; the output becomes another.
+    """Merges query, key and value into a Product; the output becomes another.
 
     The parameters get other names, so do not save the model afterwards.
     """
@@ -324,7 +324,7 @@ class SelfAttention(nnx.Module):
     )
 
   def options(self) -> dict[str, Any]:
-    """What every call of dot_product_attention gets."""
+    """The options of every call of dot_product_attention."""
     bias, window = self.logit_bias, self.window
     if window is not None:
       window = window, 0 if self.is_causal else window

@@ -44,7 +44,7 @@ def paged_attention(
   The queries are the last T tokens of a row; their keys and values are in the
   pages already. Shapes: P pages of L tokens each, at most M pages for a row,
   S = M L; the other letters are those of dot_product_attention. Arguments that
-  are not listed here mean what they mean there.
+  are not listed here are those of that function.
 
   On a GPU, the Triton decode kernel computes up to 16 queries and reads the
   keys where they lie. All other calls gather the pages of each row into
@@ -68,8 +68,7 @@ def paged_attention(
       integers; None: lengths - T.
     implementation: "triton" is the decode kernel, for any T, but with softmax
       for at most 16. The other names of attention.implementations(kind) gather
-      the pages and mean what they mean in dot_product_attention. None: the
-      fastest.
+      the pages, and then act as in dot_product_attention. None: the fastest.
 
   Returns:
     (B, T, N, H), with the dtype of the query.

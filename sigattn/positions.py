@@ -133,7 +133,10 @@ def rope(
 
 
 def rope_angles(positions: ArrayLike, width: int, base: float) -> jax.Array:
-  """The angles by which rope turns `width` features, (B or 1, T, width / 2)."""
+  """The angles by which rope rotates `width` features.
+
+  Returns (B or 1, T, width / 2).
+  """
   half = width // 2
   frequencies = jnp.asarray(base ** (-np.arange(half) / half), jnp.float32)
   positions = jnp.atleast_2d(jnp.asarray(positions, jnp.float32))

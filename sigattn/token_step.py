@@ -1,17 +1,17 @@
 """One token of each row through a stack of layers, in five kernels a layer.
 
-With few rows a token's time is that of reading all weights, and of starting
-kernels. So this is the same computation as Stack's with a cache, cut into as
-few kernels as possible:
+With few rows, a token takes the time of reading all weights and of starting the
+kernels. So this module computes the same as Stack with a cache, in as few
+kernels as possible:
 
-  query, key, value   a product, of the normalised residual stream
-  attention           norms of query and key, writing both to the cache
-  out                 a product
-  gate, up            a product, of the stream to which `out` is added; and silu
-  down                a product, which the next layer adds to the stream
+  query, key, value   the product with the normalised residual stream
+  attention           norms of query and key, and writing the cache
+  out                 the product
+  gate, up            adding `out` to the stream, the product, and silu
+  down                the product, which the next layer adds to the stream
 
-It needs an NVIDIA GPU, and the form of layers that `unsupported` asks for.
-Stack computes all others.
+It needs an NVIDIA GPU, and layers that `unsupported` accepts. Stack computes
+all other layers.
 """
 
 import logging
@@ -40,9 +40,9 @@ def unsupported(
   place_B: jax.Array,
   page_table: jax.Array | None = None,
 ) -> str:
-  """The reason why `step` cannot take these arguments, or "".
+  """The reason why `step` cannot take these arguments; "" if it can.
 
-  last_norm: of the stream behind the last layer; None: none.
+  last_norm: the norm after the last layer; None for no norm.
   """
   if not stack.is_split:
     return "the layers have no arrays of their own"
@@ -95,10 +95,10 @@ def step(
   page_table: jax.Array | None = None,
   positions_B1: jax.Array | None = None,
 ) -> tuple[Stream, tuple[layers.Cache, ...]]:
-  """(the residual stream behind the last layer, the filled cache).
+  """(the residual stream after the last layer, the filled cache).
 
-  As stack(x_BD[:, None], cache=cache, place=place_B, positions=positions_B1,
-  page_table=page_table)[:, 0].
+  The stream equals stack(x_BD[:, None], cache=cache, place=place_B,
+  positions=positions_B1, page_table=page_table)[:, 0].
   """
   where = place_B, page_table, positions_B1
   problem, _ = _problem(
@@ -124,7 +124,7 @@ def _block(block, stream, cache, arrived, *where):
 
 
 def _added(x_BD, linear, y, residual):
-  """The stream to which a branch's last product is added."""
+  """The stream after a branch: its last product is added to it."""
   y_BD, squares, _ = _times(linear, Stream(y))
   if residual.norm == "pre":
     return Stream(x_BD, y_BD)
@@ -134,13 +134,13 @@ def _added(x_BD, linear, y, residual):
 def logits(
   stream: Stream, table_VD: jax.Array, last_norm: nnx.RMSNorm | None
 ) -> jax.Array:
-  """float32 (B, V), products of the normalised stream with a table."""
+  """float32 (B, V), the products of the normalised stream with a table."""
   norm = None if last_norm is None else _norm(last_norm)
   return product.product(stream, table_VD, norm, dtype=jnp.float32).out_BF
 
 
 def _times(linear, stream, norm=None, activation="none"):
-  """product.product of a layers.Product, whose matrix has more axes."""
+  """product.product with the matrix of a layers.Product, as (F, D)."""
   kernel = linear.kernel[...].astype(linear.dtype)
   return product.product(
     stream, kernel.reshape(-1, stream.x_BD.shape[1]), norm, activation
@@ -152,7 +152,10 @@ def _norm(module):
 
 
 def _attend(attn, heads_BF, cache, arrived, place_B, page_table, positions_B1):
-  """(out (B, N H), cache, arrived); heads_BF: query, key, value as products."""
+  """(out (B, N H), cache, arrived).
+
+  heads_BF: the products that give query, key and value.
+  """
   heads = attn.num_heads + 2 * attn.num_kv_heads
   problem, operands = _problem(attn, heads_BF.dtype, cache, place_B, page_table)
   out_B1NH, key, value, arrived = triton.extended(
@@ -181,7 +184,7 @@ def _new(attn, arrived, positions_B1):
 
 
 def _problem(attn, dtype, cache, place_B, page_table):
-  """The Problem and Operands of one query a row, as attn has them."""
+  """The Problem and Operands of `attn` for one query in each row."""
   batch, slots = place_B.shape[0], cache.key_BSKH.shape[1]
   lengths = {}
   if page_table is not None:

@@ -38,7 +38,7 @@ class Field(NamedTuple):
 
   is_right: a function that returns True for a right value.
   wanted: the end of an error, which says what would be right.
-  before: the value by which runs acted before the field existed, see `added`;
+  before: the value that runs used before the field existed, see `added`;
     REQUIRED if it has always existed.
   """
 
@@ -99,7 +99,7 @@ def _shown(value):
 def added(field: Field, before: Any) -> Field:
   """A field that the saved configs of older runs do not have.
 
-  before: the value that describes how those runs acted.
+  before: the value that those runs used.
   """
   return field._replace(before=before)
 

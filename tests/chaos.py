@@ -1,16 +1,16 @@
-"""Kills training again and again, and looks for what is lost.
+"""Kills training repeatedly, and checks that nothing is lost.
 
   python -m tests.chaos --kills=100 --out=benchmarks/results/chaos.json
 
-SIGKILL ends train.py at random moments, half of them while a checkpoint is
-written, in vision, streamed text and speech; where worker processes read the
-data, it ends one of those now and then. The same command then goes on from the
-newest checkpoint. Each of these checkpoints and the end of each run must have
-the bits of a run that nobody disturbed, and metrics.jsonl and the event files
-its numbers. The program ends with 1 if anything differs.
+SIGKILL ends train.py at random moments, in vision, streamed text and speech.
+Half of the kills come while a checkpoint is written. If worker processes read
+the data, some kills end one of them instead. The same command then resumes from
+the newest checkpoint. Each of these checkpoints and the end of each run must
+have the same bits as in an undisturbed run, and metrics.jsonl and the event
+files must have the same numbers. The program exits with 1 if anything differs.
 
-A kill counts as inside of a write only if the folder of an unfinished
-checkpoint, which this start of train.py made, is there after its death.
+A kill counts as inside of a write only if it leaves the folder of an unfinished
+checkpoint that this start of train.py made.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 
-if __name__ == "__main__":  # before JAX reads it; train.py has it from here
+if __name__ == "__main__":  # before JAX reads it; train.py inherits it
   _cache = tempfile.TemporaryDirectory(prefix="sigattn_chaos_")
   os.environ |= {
     "JAX_PLATFORMS": "cpu",
@@ -48,7 +48,7 @@ from train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Lines of metrics are means over 5 steps, and checkpoints come between them.
+# Lines of metrics are means over 5 steps; checkpoints fall between the lines.
 EVERY = {
   "log.every_steps": 5,
   "ckpt.every_steps": 7,
@@ -104,7 +104,7 @@ def speech(folder):
     {
       **write_folder(folder, rows),
       "data.bucket_seconds": (0.6, 1.0),
-      "eval.every_steps": 0,  # each evaluation starts workers
+      "eval.every_steps": 0,  # each evaluation would start workers
       "data.num_workers": 2,
     },
   )
@@ -114,7 +114,7 @@ TASKS = {"vision": vision, "text": text, "speech": speech}
 
 
 class Run:
-  """A task with its data, and the run that nobody disturbs."""
+  """A task with its data and its undisturbed run."""
 
   def __init__(self, task, folder, total_steps):
     self.folder = folder
@@ -131,7 +131,7 @@ class Run:
     self._params = {}
 
   def start(self, workdir):
-    """train.py, which is not waited for."""
+    """Starts train.py, and does not wait for its end."""
     words = [f"--config.{name}={value}" for name, value in self.values.items()]
     with (self.folder / "stderr").open("w") as file:
       return subprocess.Popen(
@@ -144,7 +144,7 @@ class Run:
     return (self.folder / "stderr").read_text()
 
   def newest_is_right(self, workdir):
-    """Whether the newest checkpoint is whole, and that of the whole run."""
+    """Whether the newest checkpoint is complete and equals the whole run's."""
     if not saved.steps(workdir):
       return True
     _, params, step = checkpoint.load(workdir)
@@ -153,13 +153,14 @@ class Run:
     return equal(params, self._params[step])
 
   def finish(self, workdir):
-    """Completes the run; (whether its end is right, metrics, events lost).
+    """Completes the run.
 
-    What is there twice counts as lost too.
+    Returns (whether its end is right, lost lines of metrics, lost events).
+    Lines and events that occur twice also count as lost.
     """
     same = equal(train(self._config, workdir), self.end)
     lines = [numbers(metrics.read(x)) for x in (workdir, self.whole)]
-    # TensorBoard has every number of metrics.jsonl, the times too.
+    # TensorBoard has every number of metrics.jsonl, including the times.
     scalars = collections.Counter(
       (line["step"], f"{line['split']}/{name}", np.float32(value))
       for line in metrics.read(workdir)
@@ -179,7 +180,7 @@ def equal(tree, other):
 
 
 def numbers(lines):
-  """How often there is each line, without the times in it."""
+  """How often each line occurs, without its times."""
   return collections.Counter(
     tuple(
       (name, x)
@@ -195,7 +196,7 @@ def difference(counts, expected):
 
 
 def unfinished(workdir):
-  """The folders of checkpoints that are being written, or were."""
+  """The folders of checkpoints that are not finished."""
   found = set()
   try:
     with os.scandir(pathlib.Path(workdir) / "checkpoints") as entries:
@@ -228,7 +229,7 @@ def is_alive(pid):
 
 
 def wait_until(condition, process, seconds=120):
-  """Waits until it holds; False if the process ends before."""
+  """Waits until the condition holds; False if the process ends first."""
   deadline = time.monotonic() + seconds
   while not condition():
     if process.poll() is not None:
@@ -241,17 +242,17 @@ def wait_until(condition, process, seconds=120):
 
 
 class Killer:
-  """Kills starts of train.py and counts what became of it."""
+  """Starts and kills train.py, and counts the kills."""
 
   def __init__(self, seed, writes, seconds):
-    """At most so many writes or seconds of training come before a kill."""
+    """writes, seconds: how long training runs at most before a kill."""
     self._rng = random.Random(seed)
     self._writes, self._seconds = writes, seconds
     self._seconds_to_first_line = 5.0
     self.counts = collections.Counter()
 
   def kill(self, run, workdir):
-    """Starts train.py once and kills it; False if it was complete before."""
+    """Starts train.py and kills it. Returns False if the run finished first."""
     rng, before = self._rng, unfinished(workdir)
     begin, size = time.monotonic(), _size(workdir)
     process = run.start(workdir)
@@ -263,7 +264,7 @@ class Killer:
     def is_training():
       return _size(workdir) > size
 
-    # A few kills are to come while it starts.
+    # Some kills shall come while it starts.
     if 2 * self.counts["inside_write"] <= self.counts["kills"]:
       how, alive = "write", wait_until(is_training, process)
       for _ in range(
@@ -291,23 +292,23 @@ class Killer:
       if code not in (0, -signal.SIGKILL):
         raise RuntimeError(f"train.py ended with {code}: {run.stderr()}")
     if code == 0:
-      return False  # it was too late
+      return False  # the kill came too late
     self.counts["kills"] += 1
     self.counts["inside_write"] += is_writing()
     deadline = time.monotonic() + 30
-    while any(map(is_alive, victims)):  # they watch their parent
+    while any(map(is_alive, victims)):  # they end when their parent has ended
       if time.monotonic() > deadline:
         raise RuntimeError("a worker process outlived train.py")
       time.sleep(0.01)
     return True
 
   def _kill_worker(self, run, process, victim):
-    """Kills a worker; train.py must then end by itself, with one line."""
+    """Kills a worker. train.py must then end by itself, with one line."""
     os.kill(victim, signal.SIGKILL)
     code = process.wait(120)
     if code:
       self.counts["of_workers"] += 1
-      # Python's tracker of shared memory then says what it has cleaned up.
+      # Python's tracker of shared memory then logs what it has cleaned up.
       said = run.stderr()
       if code != 1 or "a worker process" not in said or "Traceback" in said:
         raise RuntimeError(f"train.py ended with {code}: {run.stderr()}")
@@ -322,7 +323,7 @@ def _size(workdir):
 
 
 def chaos(kills, folder, total_steps, writes, seconds, seed=0, per_run=10):
-  """Kills so many times; returns what is to be recorded."""
+  """Kills as often as asked, and returns the results to record."""
   killer = Killer(seed, writes, seconds)
   counts = killer.counts
   counts.update(metrics_lost=0, events_lost=0, bit_identical=0, of_workers=0)

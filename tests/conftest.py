@@ -1,7 +1,8 @@
-"""On the CPU, compiled quickly and once, with no broadcasting of ranks.
+"""Settings of JAX for all tests: on the CPU, with fast and cached compilation.
 
-JAX_PLATFORMS=cuda runs the tests of the kernels on a GPU. The settings are
-environment variables where the programs that tests start shall have them too.
+Arrays of different ranks are not broadcast. JAX_PLATFORMS=cuda runs the tests
+of the kernels on a GPU. Settings that programs started by tests shall inherit
+are environment variables.
 """
 
 import gc

@@ -1,7 +1,8 @@
-"""Ring attention on simulated devices equals one device, gradients too.
+"""Ring attention on simulated devices equals one device, with its gradients.
 
-test_ring.py runs this in a process of its own, because the other tests have one
-device. It prints what is wrong. Arguments: names of CASES; none for all.
+test_ring.py runs this in its own process, because the other tests have one
+device. It prints the errors that it finds. Arguments: names of CASES; without
+names it runs all.
 """
 
 import functools
@@ -91,14 +92,14 @@ def inputs(kv_heads=HEADS, segments=False, lengths=False, alibi=False,
     ids = np.sort(rng.integers(0, 3, (BATCH, LENGTH)), axis=1)
     fixed["query_segment_ids"] = fixed["key_value_segment_ids"] = ids
   if lengths:
-    # The last keys of one example lie on another device than its length.
+    # The last keys of one example are on another device than its length.
     fixed["query_seq_lengths"] = np.array([13, 32], np.int32)
     fixed["key_value_seq_lengths"] = np.array([13, 32], np.int32)
   return trained, fixed
 
 
 def both(attend, trained, fixed):
-  """(out, gradients), of a loss that tells all numbers apart."""
+  """(out, gradients) of a loss that depends differently on every number."""
   weights = np.random.default_rng(1).standard_normal(trained["query"].shape)
 
   def loss(trained):
@@ -184,6 +185,6 @@ def check(name):
 if __name__ == "__main__":
   for name in sys.argv[1:] or CASES:
     check(name)
-  # The loop over blocks of keys that long sequences take.
+  # Long sequences use the loop over blocks of keys.
   xla._TILE, xla._MIN_BLOCK = 2**6, 2
   check("window both ways")

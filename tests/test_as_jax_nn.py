@@ -1,6 +1,7 @@
-"""Drawn calls of kind="softmax" beside jax.nn: results, gradients and errors.
+"""Compares random calls of kind="softmax" with jax.nn.
 
-docs/jax_nn.md lists where the two differ, and why. LISTED has the same cases.
+Results, gradients and errors must be the same. docs/jax_nn.md lists where the
+two differ, and why. LISTED has the same cases.
 """
 
 import jax
@@ -10,12 +11,12 @@ import pytest
 
 from sigattn.attention import dot_product_attention
 
-# (B, T, S, N, K, H). Few, because each needs its own programs.
+# (B, T, S, N, K, H). There are few, because each needs its own programs.
 SHAPES = [(2, 3, 5, 4, 2, 4), (1, 4, 4, 2, 2, 4)]
 EMPTY = [(0, 3, 3, 2, 2, 4), (2, 0, 3, 2, 1, 4), (2, 3, 0, 2, 2, 4)]
 DRAWS, BATCHES = 60, 6
 
-# What one of the two refuses: (arguments, whether ours takes it).
+# Arguments that one of the two refuses: (arguments, whether ours accepts them).
 LISTED = [
   (dict(local_window_size=(None, 1)), True),
   (dict(local_window_size=np.int64(1)), True),
@@ -46,7 +47,7 @@ def draw_arrays(rng, shape, dtype):
 
 
 def draw_broadcast(rng, full):
-  """A shape that broadcasts to `full`, sometimes without axes in front."""
+  """A shape that broadcasts to `full`, sometimes without its first axes."""
   kept = [(1, 1, 1, 1), (1, 0, 0, 1), (0, 1, 1, 1)][rng.integers(3)]
   shape = tuple(n if keep else 1 for n, keep in zip(full, kept, strict=True))
   return shape[1:] if shape[0] == 1 and rng.random() < 0.5 else shape
@@ -87,7 +88,7 @@ def draw_options(rng, shape):
 
 
 def spoil(rng, arguments, shape):
-  """Arguments that neither takes."""
+  """Arguments that both refuse."""
   b, t, s, n, k, h = shape
   value, query = arguments["value"], arguments["query"]
   wrong = [
@@ -123,7 +124,7 @@ def draw_call(rng):
   if rng.random() < 0.95:
     shape = SHAPES[rng.integers(2)]
   dtype = "float32"
-  if shape == SHAPES[0]:  # Another dtype is other programs.
+  if shape == SHAPES[0]:  # Each dtype needs its own programs.
     dtype = rng.choice(["float32", "bfloat16", "float16"])
   call = draw_arrays(rng, shape, dtype) | draw_options(rng, shape)
   if rng.random() < 0.25:
@@ -134,7 +135,7 @@ def draw_call(rng):
 
 
 def run(attend, call):
-  """The results and gradients, or the error."""
+  """The results and gradients, or the error that is raised."""
   call = dict(call)
   traced = call.pop("traced", False)
   given = {
@@ -147,7 +148,7 @@ def run(attend, call):
   rest = {name: x for name, x in call.items() if name not in given}
   try:
     out, pull_back = jax.vjp(lambda given: attend(**given, **rest), given)
-  except Exception as error:  # Whatever jax.nn raises.
+  except Exception as error:  # jax.nn raises many kinds of errors.
     return error
   out = jax.tree.leaves(out)
   cotangents = [jnp.cos(x) for x in out]

@@ -1,4 +1,4 @@
-"""The public operation: what it promises beyond the numbers of its kernels."""
+"""The public operation: its arguments, shapes, derivatives and errors."""
 
 import functools
 import inspect
@@ -61,7 +61,7 @@ def test_softmax_is_jax_nn_and_sigmoid_sees_the_same_pairs(options):
   found = dot_product_attention(query, key, value, kind="softmax", **options)
   np.testing.assert_array_equal(found, wanted)
 
-  def sees(attend):  # which keys move which rows of the output
+  def sees(attend):  # which keys influence which rows of the output
     jacobian = jax.jacrev(lambda v: attend(query, key, v, **options))(value)
     return abs(jacobian).sum((2, 3, 6, 7)) > 0
 
@@ -88,10 +88,10 @@ def test_the_output_has_the_dtype_of_the_query(kind, dtype):
 
 
 def test_sigmoid_from_any_softmax_with_a_log_sum_exp():
-  """softmax(logsigmoid(u)) v exp(lse), by jax.nn's softmax: an oracle."""
+  """It equals softmax(logsigmoid(u)) v exp(lse), by jax.nn's softmax."""
   query, key, value = draw()
   eye = jnp.broadcast_to(jnp.eye(9)[None, :, None], (2, 9, 4, 9))
-  # Logits go in as a bias, since this oracle changes them.
+  # The oracle changes the logits, so it takes them as a bias.
   u = jnp.einsum("BTNH,BSNH->BNTS", query, key) / np.sqrt(8) - np.log(9)
   zeros = jnp.zeros((2, 6, 4, 9))
   weights, lse = jax.nn.dot_product_attention(
@@ -156,7 +156,7 @@ def test_a_masked_key_is_an_absent_key_at_the_same_n(kind):
 def test_causality_by_gradient(kind):
   case = cases.Case("causal", batch=1, queries=7, heads=2, width=4)
   query, key, value = draw(case)
-  # Far from the flat side of ReLU, where nothing moves.
+  # The bias keeps ReLU away from its flat side, where gradients are 0.
   bias = 10.0 if kind in ("relu", "relu2") else None
 
   def attend(x):
@@ -219,7 +219,7 @@ def test_alibi_of_a_decoded_token_is_its_row_of_the_whole(kind):
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_offset_makes_a_row_of_the_whole_of_a_decoded_token(kind, traced):
-  """Among slots that are not filled yet, with every mask of positions."""
+  """The cache has slots that are not filled yet. All masks of positions act."""
   case = cases.Case("decode", batch=2, queries=9, keys=9, heads=4)
   query, key, value = draw(case)
   options = dict(
@@ -274,7 +274,7 @@ def test_a_key_vector_of_minus_infinity_is_a_mask_of_keys(kind):
 
 
 def test_logit_vectors_make_a_forget_gate():
-  """2503.02130: the logit of a pair loses the log of what is forgotten."""
+  """2503.02130: sums of log forget gates are subtracted from the logits."""
   query, key, value = draw(cases.Case("gated", queries=9, heads=4))
   rng = np.random.default_rng(0)
   gate = np.log(rng.uniform(0.5, 1, (2, 4, 9)).astype(np.float32))
@@ -390,7 +390,7 @@ def test_active_dropout_is_refused_in_flax():
   ids=str,
 )
 def test_what_nnx_layers_may_pass(options, layer):
-  """Two batch axes, and a mask of zeros and ones, as Flax makes them."""
+  """Flax passes two batch axes, and a mask of zeros and ones."""
   module = nnx.MultiHeadAttention(
     4, 16, decode=False, attention_fn=sigattn.flax_attention_fn,
     rngs=nnx.Rngs(0), **options,
@@ -487,7 +487,7 @@ def test_a_window_may_be_open_on_a_side(window, kind):
 def test_cudnn_is_told_of_the_future_that_a_window_hides(
   window, causal, monkeypatch
 ):
-  """jax passes the left bound alone, unless the mask is causal."""
+  """Without a causal mask, jax passes only the left bound to cuDNN."""
   if window[1] and not causal:
     pytest.skip("jax refuses it by name")
   query, key, value = draw(cases.Case("square", queries=9))
@@ -618,7 +618,7 @@ def test_export_with_an_open_batch_and_lengths(options, kind):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_16_bits_where_promotion_is_forbidden(kind, dtype):
-  """With float32 arrays beside them, as models keep their parameters."""
+  """Other operands are float32, as the parameters of models are."""
   arrays = draw(dtype=dtype)
   options = dict(
     kind=kind, is_causal=True, local_window_size=(4, 0),
@@ -700,7 +700,7 @@ def test_nested_vmap(kind):
 
 @pytest.mark.parametrize("library", ["nnx", "linen"])
 def test_decoding_in_flax_is_right_or_refused(library):
-  """Its cache comes whole, with a mask of what is filled."""
+  """Flax passes the whole cache, with a mask of the filled part."""
   attend = functools.partial(sigattn.flax_attention_fn, n=5)
   x = jax.random.normal(jax.random.key(1), (2, 5, 16))
   if library == "nnx":
@@ -841,7 +841,7 @@ def test_a_low_bias_makes_normalized_sigmoid_softmax(causal):
 
 @pytest.mark.parametrize("logit", [-80.0, -120.0])
 def test_a_row_whose_weights_underflow_is_zero_with_finite_gradients(logit):
-  """At -80 - 14 the weights are below float32's smallest number."""
+  """With logits of -80 - 14, weights are below float32's smallest number."""
   query, key, value = (jnp.ones((1, 3, 1, 4)) for _ in range(3))
 
   def loss(query, key, value):

@@ -1,4 +1,4 @@
-"""Drawn calls of the operation, by the portable form, against float64."""
+"""Compares random calls of the portable implementation with float64."""
 
 import hypothesis
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def subsets(axes):
 
 @st.composite
 def calls(draw):
-  """A Case of any sizes and options."""
+  """Draws a Case of any sizes and options."""
   kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
   kind = draw(st.sampled_from(["sigmoid", "relu", "relu2"]))
   per_head = draw(maybe(st.sampled_from([("N",), ("B", "N")])))

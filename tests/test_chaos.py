@@ -1,4 +1,7 @@
-"""Five kills of tests/chaos.py; benchmarks/results/chaos.json has a hundred."""
+"""Runs five kills of tests/chaos.py.
+
+benchmarks/results/chaos.json records a hundred.
+"""
 
 from tests import chaos
 

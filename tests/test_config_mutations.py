@@ -1,7 +1,7 @@
-"""Every field of every config, given values that are wrong or at an edge.
+"""Sets every field of every config to values that are wrong or at an edge.
 
-Each is refused by its path before any work starts, or the step is traced with
-it; some train a step.
+Validation refuses the value and names its path before any work starts, or the
+step can be traced with it. Some of the values train a step.
 """
 
 import ast
@@ -37,7 +37,7 @@ CONFIGS = {
   "speech": speech_sigmoid.get_config("runlocal"),
   "synthetic": synthetic_sigmoid.get_config("recall,runlocal"),
 }
-# Speech's default buckets are long: a shorter one compiles sooner.
+# Speech's default buckets are long. A shorter one compiles faster.
 with CONFIGS["speech"].unlocked():
   CONFIGS["speech"].data.bucket_seconds = (1.25,)
   CONFIGS["speech"].model.depth = 1
@@ -45,7 +45,8 @@ FIELDS = [
   (name, path) for name, config in CONFIGS.items() for path in leaves(config)
 ]
 TRAINED = [*CONFIGS]
-# Of these, the fields that no other has are validated, and no step is traced.
+# Of these configs, only the fields that no other config has are tested. They
+# are validated, and no step is traced.
 CONFIGS |= {
   "simclr": simclr_sigmoid.get_config("runlocal"),
   "byol": byol_sigmoid.get_config("runlocal"),
@@ -56,7 +57,7 @@ for name in ("simclr", "byol", "mae"):
   FIELDS += [(name, x) for x in leaves(CONFIGS[name]) if x not in known]
 TABLES = {name: setup.tables(name)[0] for name in CONFIGS}
 
-# The step does not read these parts; validation does.
+# Validation reads these parts; the step does not.
 UNREAD = ("eval.", "ckpt.", "log.", "telemetry.", "data.num_workers")
 
 NAN, INFINITY = math.nan, math.inf
@@ -76,7 +77,7 @@ WRONG = [
 
 
 def at_the_edges(name, path):
-  """Values around those that the config holds, and that its error names."""
+  """Values near the one in the config and near those that its error names."""
   config, wanted = CONFIGS[name], TABLES[name][path].wanted
   now = get(config, path)
   if wanted.startswith("choose from"):
@@ -102,7 +103,7 @@ def get(config, path):
 
 
 def mutated(config, path, value):
-  """The config with a value that ml_collections itself might refuse."""
+  """The config with a new value, even if ml_collections would refuse it."""
   config = copy.deepcopy(config).unlock()
   *parents, key = path.split(".")
   with config.ignore_type():
@@ -112,7 +113,7 @@ def mutated(config, path, value):
 
 
 def refused(config, path):
-  """Whether validation refuses the config, as it should: by the path."""
+  """Whether validation refuses the config. The error must name the path."""
   try:
     setup.validate_config(config)
   except ValueError as error:
@@ -124,7 +125,7 @@ def refused(config, path):
 
 
 def read_parts(config):
-  """What the step reads of a config, as text."""
+  """The fields of a config that the step reads, as text."""
   parts = {
     path: get(config, path)
     for path in leaves(config)
@@ -135,7 +136,7 @@ def read_parts(config):
 
 @functools.lru_cache(maxsize=8)
 def _one_example(parts):
-  del parts  # the cache's key, with the config beside it
+  del parts  # only the key of the cache; the config is an attribute
   return {
     key: (x.shape, x.dtype)
     for key, x in next(tasks.train_batches(_one_example.config)).items()
@@ -143,7 +144,7 @@ def _one_example(parts):
 
 
 def batch_shapes(config):
-  """The shapes of a batch, of which only one example is read."""
+  """The shapes of a batch. Only one example is read."""
   one = config.copy_and_resolve_references().unlock()
   one.batch_size = one.optim.accumulate = 1
   _one_example.config = one
@@ -164,14 +165,15 @@ def trace(config):
   jax.eval_shape(first, batch_shapes(config))
 
 
-# How many mutations were tried, and what became of them.
+# How many mutations were tried, and with which result.
 COUNTS = dict.fromkeys(("tried", "refused", "unread", "traced"), 0)
 traced = set()
 
 
 @pytest.mark.parametrize(("name", "path"), FIELDS)
 def test_a_mutation_is_refused_by_its_path_or_traces(name, path):
-  # To trace takes half a second: a field that tasks share is traced in one.
+  # Tracing takes half a second, so a field that tasks share is traced in one of
+  # them only.
   owners = [other for other in TRAINED if path in TABLES[other]] or [None]
   budget = int(owners[sum(map(ord, path)) % len(owners)] == name)
 
@@ -186,7 +188,7 @@ def test_a_mutation_is_refused_by_its_path_or_traces(name, path):
     nonlocal budget
     try:
       config = mutated(CONFIGS[name], path, value)
-    except OverflowError:  # ml_collections makes a float of an int.
+    except OverflowError:  # ml_collections converts an int to a float.
       return
     COUNTS["tried"] += 1
     if refused(config, path):
@@ -203,7 +205,7 @@ def test_a_mutation_is_refused_by_its_path_or_traces(name, path):
 
 
 def is_modest(path, value):
-  """Whether a machine without much memory can train with it."""
+  """Whether a machine with little memory can train with the value."""
   sizes = path.startswith(("model.", "data.", "batch_size", "augment.pad"))
   values = np.atleast_1d(np.asarray(value if sizes else 0, object))
   return not any(
@@ -212,9 +214,9 @@ def is_modest(path, value):
 
 
 def drawn_together(name, rng):
-  """The config with five values at the edges of five fields, and what they are.
+  """The config with edge values in five fields, and {path: value}.
 
-  Compiling a step is nearly all of the time, so they share one.
+  Compiling a step takes nearly all of the time, so five values share a step.
   """
   config, chosen = CONFIGS[name], {}
   paths = [path for path in leaves(config) if not path.startswith(UNREAD)]
@@ -228,7 +230,7 @@ def drawn_together(name, rng):
       continue
     try:
       setup.validate_config(new)
-    except ValueError:  # the test above looks at what it says
+    except ValueError:  # the test above checks the message
       continue
     config, chosen[path] = new, value
   return config, chosen

@@ -1,4 +1,4 @@
-"""Every config builds, passes its check, and is refused where it is wrong."""
+"""Every config builds and passes validation; wrong values are refused."""
 
 import copy
 
@@ -27,7 +27,7 @@ def test_config_passes_its_check(module, arg):
   assert config.is_locked
   if config.data.source == "fashion_mnist":
     setup.validate_config(config)
-  else:  # All but the data: there is no Hub in a test.
+  else:  # Everything except the data: a test cannot reach the Hub.
     local = copy.deepcopy(config)
     local.data.source = "fashion_mnist"
     local.data.update(channels=1, num_classes=10, mean=(0.3,), std=(0.4,))
@@ -118,7 +118,7 @@ BAD = [
   ("augment.randaugment_magnitude", 11),
   ("data.source", "fashion_mnits"),
   ("data.eval_split", "valid"),
-  ("data.eval_split", "validation"),  # a part of what is trained on
+  ("data.eval_split", "validation"),  # a part of the training data
   ("data.image_size", 0),
   ("data.channels", 2),
   ("data.num_classes", 9),
@@ -167,7 +167,7 @@ def test_bad_value_is_refused_with_its_path_and_value(path, value):
   config.update_from_flattened_dict({path: value})
   with pytest.raises(ValueError, match=rf"config\.{path}") as error:
     setup.validate_config(config)
-  # Of groups without a parameter, the pattern alone is named.
+  # If a group matches no parameter, the error names only its pattern.
   pattern = "no_such_parameter"
   assert repr(value) in str(error.value) or repr(pattern) in str(error.value)
 

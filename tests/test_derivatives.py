@@ -1,6 +1,6 @@
-"""Forward mode, reverse mode and each of the other, in the portable form.
+"""Forward mode, reverse mode and their compositions, in the portable form.
 
-tests/kernels/test_triton.py has what holds for the kernels.
+tests/kernels/test_triton.py tests the derivatives of the kernels.
 """
 
 import jax
@@ -23,7 +23,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_modes_to_second_order(kind, options):
-  """Of every operand that has a gradient, beside differences."""
+  """Derivatives by every operand equal finite differences."""
   if options.get("normalize") and kind in ("softmax", "silu"):
     pytest.skip("these are refused")
   case = cases.Case("small", batch=2, queries=3, keys=4, heads=2, width=3)
@@ -42,7 +42,7 @@ def test_both_modes_to_second_order(kind, options):
   for name, shape in shapes.items():
     arrays[name] = rng.uniform(0.5, 1, shape).astype(np.float32)
   if kind in ("relu", "relu2"):
-    arrays["logit_bias"] += 8  # far from where the derivative jumps
+    arrays["logit_bias"] += 8  # far from the jump of the derivative
 
   def attend(arrays):
     return dot_product_attention(**arrays, **options)
@@ -115,7 +115,7 @@ def test_every_order_of_the_modes_is_one_hessian(normalize):
 
 
 def test_a_logit_of_zero_has_one_derivative():
-  """relu has a corner there: both modes take the left side."""
+  """relu has a corner there. Both modes use the derivative of the left side."""
   query = key = jnp.zeros((1, 3, 1, 4))
   value = jnp.ones((1, 3, 1, 4))
 
@@ -133,7 +133,7 @@ def test_a_logit_of_zero_has_one_derivative():
    ("alibi_slopes", (2,))],
 )  # fmt: skip
 def test_each_vmapped_example_has_a_gradient_of_what_all_share(name, shape):
-  """vmap folds its axis into the batch, over which gradients are sums."""
+  """vmap adds its axis to the batch, but gradients are not summed over it."""
   case = cases.Case("vmapped", batch=6, queries=5, heads=2, width=4)
   query = jnp.asarray(cases.draw(case)[0][0]).reshape(3, 2, 5, 2, 4)
   rng = np.random.default_rng(0)

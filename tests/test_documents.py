@@ -27,7 +27,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
 
 def fences(text, language):
-  """The blocks of code between ``` and ```, of one language or of none."""
+  """The fenced blocks of code in one language, or in none."""
   blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
   return [block for name, block in blocks if name == language]
 
@@ -40,7 +40,7 @@ def prose(path):
 
 @functools.cache
 def anchors(path):
-  """The anchors that GitHub makes of a document's headings."""
+  """The anchors that GitHub makes from a document's headings."""
   found = {}
   text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
   for heading in re.findall(r"^#+ +(.+)$", text, re.MULTILINE):
@@ -81,7 +81,7 @@ def test_a_dead_link_is_found(tmp_path, monkeypatch):
   assert [*dead_links(path)] == ["#d", "no.md", "a.md#d", "no.png"]
 
 
-# A config of a document that stands for the reader's own.
+# The name that documents use for a config of the reader.
 PLACEHOLDER = "..."
 
 
@@ -107,7 +107,7 @@ def config_of(word):
 
 
 def check_command(words):
-  """Raises where a script, command, config or field does not exist."""
+  """Raises an error if a script, command, config or field does not exist."""
   program = next(i for i, x in enumerate(words) if x.endswith("python"))
   words = words[program + 1 :]
   if words[0] != "-m":
@@ -150,7 +150,7 @@ def test_a_wrong_command_is_found(line, error):
   scope="module", params=["README.md", "docs/operation.md"], ids=str
 )
 def example(request):
-  """The names that the Python of a document defines."""
+  """Runs the Python of a document, and returns the names that it defines."""
   names = {}
   for block in fences((ROOT / request.param).read_text(), "python"):
     exec(compile(block, request.param, "exec"), names)
@@ -181,7 +181,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def rows_below(heading):
-  """The rows of the README's table whose heading begins like this."""
+  """The rows of the README's table whose heading begins with this text."""
   text = README.read_text()
   return text[text.index(heading) :].split("\n\n")[0].splitlines()[2:]
 

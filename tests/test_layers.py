@@ -14,11 +14,11 @@ from sigattn import attention, layers, positions
 from sigattn.kernels import device
 
 B, T, D, N, H, F = 2, 5, 8, 2, 4, 12
-LONGEST = 7  # not T: the constant n is the constructor's
+LONGEST = 7  # differs from T: n is the constant of the constructor
 
 
 def fill(make):
-  """The module with random parameters, none of them 0 or 1; fast to make."""
+  """Makes a module with random parameters that are neither 0 nor 1, quickly."""
   graphdef, shapes = nnx.split(nnx.eval_shape(make))
   rng = np.random.default_rng(0)
   draw = functools.partial(rng.normal, 0.1, 0.3)
@@ -207,7 +207,7 @@ def test_rotate_comes_after_the_norm_on_queries_and_keys_alone():
   rotate = functools.partial(positions.rope, positions=np.arange(T))
   plain = make_attention(qk_norm="layernorm")
   layer = make_attention(qk_norm="layernorm", rotate=rotate)
-  # A norm's scale over half of the features: does not commute with rotation.
+  # This scale differs between features, so it does not commute with rotation.
   scale = jnp.arange(1.0, H + 1)
   for module in (plain, layer):
     module.query_norm.scale[...] = module.key_norm.scale[...] = scale
@@ -333,7 +333,7 @@ def test_initial_kernels_are_xavier_uniform_and_biases_zero():
     limit = math.sqrt(6 / fans)
     assert 0.99 * limit < abs(kernel).max() <= limit
     assert kernel.std() == pytest.approx(limit / math.sqrt(3), rel=0.03)
-    assert (kernel[0] != kernel[1]).all()  # every layer has its own
+    assert (kernel[0] != kernel[1]).all()  # each layer has its own parameters
   assert not found["mlp"]["up"]["bias"].any()
   assert (found["mlp_residual"]["norm_in"]["scale"] == 1).all()
   assert (found["mlp_residual"]["layer_scale"]["scale"] == 1e-4).all()
@@ -445,7 +445,7 @@ def test_kept_attention_is_not_computed_again(
   lowered = (
     jax.jit(gradient).trace(state, x_BTD).lower(lowering_platforms=("cuda",))
   )
-  # Short sequences have two kernels in the backward pass.
+  # For short sequences the backward pass has two kernels.
   assert lowered.as_text().count("custom_call @mosaic_gpu") == 3 + again
 
 
@@ -471,7 +471,7 @@ def test_kept_softmax_of_cudnn_is_not_computed_again(remat, again, monkeypatch):
 
 
 class Probe(nnx.Module):
-  """Writes the rate, the rng and the order that a stack gives its layers."""
+  """Records the rate, the rng and the order that a stack gives its layers."""
 
   def __init__(self, rngs):
     self.unused = nnx.Param(jnp.zeros(()))
@@ -510,7 +510,7 @@ def test_block_drops_numbers_of_what_it_adds():
   x = jnp.zeros((64, T, D))
   found = np.asarray(block(x, jax.random.key(0)))
   assert set(found.ravel().tolist()) == {0.0, 2.0, 4.0}
-  # Each branch draws its own: both, one or none of two.
+  # Each branch draws its own mask, so 2, 1 or 0 of the two branches remain.
   assert (found == 2).mean() == pytest.approx(0.5, abs=0.05)
   assert (block(x) == 2).all()
 

@@ -1,6 +1,6 @@
-"""The notebooks: they run, and their executed copies are of the same text.
+"""The notebooks run, and their executed copies have the same text.
 
-After a change, in their folder:
+After a change, run in their folder:
   jupytext --set-kernel=python3 --execute --to=ipynb *.py
 """
 
@@ -24,7 +24,7 @@ def test_script_runs(script, monkeypatch):
   matplotlib.use("agg")
   monkeypatch.chdir(FOLDER)
   monkeypatch.setattr(sys, "path", list(sys.path))
-  # One of them sets it, and other tests read what a run prints.
+  # A notebook sets the logging, and other tests read what a run prints.
   monkeypatch.setattr(metrics.console, "quiet", False)
   runpy.run_path(str(script))
 

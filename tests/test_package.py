@@ -1,6 +1,7 @@
-"""The library as a user installs it, beside other packages called the same.
+"""Installs the library as a user does, beside packages with the same names.
 
-A fresh clone, its source distribution, the wheel of that, a fresh environment.
+It makes a fresh clone, a source distribution of it, a wheel of that, and a
+fresh environment.
 """
 
 import os
@@ -24,7 +25,7 @@ def run(*words, **options):
 
 
 class Environment:
-  """A fresh environment; stubs called kernels and configs come first."""
+  """A fresh environment. Its path begins with stubs of kernels and configs."""
 
   def __init__(self, folder):
     self.python = folder / "env" / "bin" / "python"
@@ -35,7 +36,7 @@ class Environment:
       (self._stubs / name / "__init__.py").write_text(f"whose = 'other {name}'")
 
   def install(self, what):
-    """With the versions of requirements.txt."""
+    """Installs a package, with the versions of requirements.txt."""
     lock = ROOT / "requirements.txt"
     # Most modules are never imported: to compile all is half of the time.
     run(
@@ -49,7 +50,7 @@ class Environment:
     return run(self.python, "-c", code, cwd=self._folder, env=environment)
 
   def add_packages_of_the_tests(self):
-    """All that this process may import, behind the environment's own."""
+    """Adds the packages of this process after those of the environment."""
     [site] = self._folder.glob("env/lib/python*/site-packages")
     (site / "tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
@@ -135,7 +136,7 @@ def test_wheel_works_alone_and_beside_packages_of_the_same_names(tmp_path):
 
 
 def test_a_checkout_does_not_hide_the_other_package_called_kernels(tmp_path):
-  """Nor does python -m, which puts the checkout first on the path."""
+  """python -m does not hide it either, though it puts the checkout first."""
   (tmp_path / "kernels").mkdir()
   (tmp_path / "kernels" / "__init__.py").write_text("whose = 'other'")
   code = "import sigattn.kernels.xla, kernels; print(kernels.whose)"

@@ -1,4 +1,4 @@
-"""paged_attention in its portable form, beside the contiguous operation."""
+"""Compares the portable paged_attention with the contiguous operation."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from tests.kernels.cases import PAGE, draw_paged
 
 
 def contiguous(arrays, whole, **options):
-  """The same attention, of keys and values that lie one after another."""
+  """The same attention, with contiguous keys and values."""
   query, *_, lengths = arrays
   options = (
     dict(is_causal=True, query_offset=lengths - query.shape[1]) | options
@@ -44,7 +44,7 @@ def test_softmax_of_pages():
 
 
 def test_rows_share_the_pages_of_a_common_beginning():
-  """The gradient of such a page is the sum of those of the rows."""
+  """The gradient of a shared page is the sum of the rows' gradients."""
   arrays, whole = draw_paged([40, 64, 37], shared=2)
   query, keys, values, table, lengths = arrays
   assert (table[:, :2] == table[:1, :2]).all()
@@ -68,7 +68,7 @@ def test_rows_share_the_pages_of_a_common_beginning():
 
 
 def test_pages_behind_the_window_are_free():
-  """They may be given to another row, and hold anything."""
+  """They may belong to another row, and may hold any numbers."""
   arrays, _ = draw_paged([64, 50])
   query, keys, values, table, lengths = arrays
   window = dict(local_window_size=(12, 0))

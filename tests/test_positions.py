@@ -1,4 +1,4 @@
-"""Tables against their formulas, rotations against their property."""
+"""Tables equal their formulas, and rotations have their defining property."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def test_rope_multiplies_complex_numbers_of_the_two_halves():
 
 
 def scores(rotate, q_position, k_position):
-  """q . k of the same two vectors, at the given positions."""
+  """The products q . k of two fixed vectors at the given positions."""
   q_BTNH, k_BTNH = heads(1)
   q_BTNH = rotate(q_BTNH, np.array([q_position]))
   k_BTNH = rotate(k_BTNH, np.array([k_position]))

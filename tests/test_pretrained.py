@@ -1,4 +1,4 @@
-"""Models of transformers and timm, against what these libraries compute.
+"""Compares models of transformers and timm with the libraries' own outputs.
 
 tests/references/make.py made the models and the outputs.
 """
@@ -44,7 +44,7 @@ def make(name, **values):
 
 
 def initial(config):
-  """Parameters of the right shapes; what they are is overwritten."""
+  """Parameters of the right shapes. Their values will be overwritten."""
   shapes = jax.eval_shape(lambda: setup.init(config)[1])
   return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
 
@@ -78,7 +78,7 @@ def test_saved_models_are_theirs_bit_for_bit(name, tmp_path):
   assert ours.keys() == theirs.keys()
   for key, tensor in theirs.items():
     np.testing.assert_array_equal(ours[key], tensor, err_msg=key)
-  # And the config says the same to those who load it.
+  # The saved config has the same values when it is loaded.
   assert pretrained.values(tmp_path / "saved") == pretrained.values(
     REFERENCES / name
   )
@@ -140,7 +140,7 @@ def test_a_softmax_model_goes_on_with_sigmoid_and_is_saved(tmp_path):
     np.testing.assert_allclose(tree["embed"], start["embed"], atol=1e-5)
   bias_LN = state.params["stack"]["blocks"]["attn"]["logit_bias"]
   np.testing.assert_allclose(bias_LN, -np.log(16), atol=1e-4)
-  config.total_steps = 2  # and now from the checkpoint
+  config.total_steps = 2  # this run starts from the checkpoint
   assert int(train(config, tmp_path / "run").step) == 2
   with pytest.raises(ValueError, match=r"llama: config\.attn\.kind='sigmoid'"):
     pretrained.save(config, state.params, tmp_path / "out")
@@ -216,7 +216,7 @@ def test_a_model_that_ours_cannot_be_is_refused(change, message, tmp_path):
 
 
 def test_a_missing_head_is_not_taken_for_a_tied_one(tmp_path):
-  """lerobot issue 1529: lm_head is not saved where it is the embedding."""
+  """lerobot issue 1529: lm_head is not saved if it is the embedding."""
   for tied in (True, False):
     folder = altered(tmp_path / str(tied), tie_word_embeddings=tied)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")

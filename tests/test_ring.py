@@ -1,4 +1,4 @@
-"""Ring attention: what it refuses, and that it equals one device."""
+"""Ring attention equals one device, and refuses wrong arguments."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import pytest
 import sigattn
 from benchmarks import scale
 
-# Together they have every option; --all-meshes runs the others too.
+# Together these cases have every option; --all-meshes runs the others too.
 SOME = [
   "zigzag grouped segments bias",
   "zigzag biases",
@@ -40,7 +40,7 @@ def test_a_ring_of_simulated_devices_equals_one_device(request):
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("form", scale.RINGS)
 def test_a_ring_of_gpus_equals_one_gpu(form, normalize):
-  """By the fused kernels, whose outputs of blocks are rounded to bfloat16."""
+  """The fused kernels round the output of each block to bfloat16."""
   arguments = types.SimpleNamespace(heads=4, width=128, normalize=normalize)
   length = 2048 * jax.device_count()
   _, expected = scale.one_device(arguments, length)

@@ -1,4 +1,4 @@
-"""What a run leaves, survives and says when something goes wrong with files."""
+"""Runs with damaged or missing files, full disks, kills and NaN losses."""
 
 import errno
 import functools
@@ -39,7 +39,7 @@ def small(**values):
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
-  """Evaluates one batch instead of all: the loop is the same."""
+  """Evaluates one batch instead of all batches. The loop is the same."""
   whole = tasks.eval_batches
 
   def one(config, split):
@@ -53,7 +53,7 @@ def equal(a, b):
 
 
 def command(workdir, *words):
-  """train.py at two small steps, which is not waited for."""
+  """Starts train.py for two small steps, and does not wait for its end."""
   return subprocess.Popen(
     [
       sys.executable, "train.py", *RUNLOCAL, f"--workdir={workdir}", *words,
@@ -94,7 +94,7 @@ def test_source_that_cannot_be_read_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_the_batch_drawn_at_the_start_is_the_first_of_the_run(tmp_path):
-  """A run with a folder trains on what one without a folder trains on."""
+  """Runs with and without a folder train on the same batches."""
   equal(train(small(), tmp_path).params, train(small()).params)
 
 
@@ -131,7 +131,7 @@ def test_folder_of_an_odd_name_can_be_restored_and_is_printed_whole(
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-  """A run with the checkpoints 1, 2 and 3, which tests copy."""
+  """A run with the checkpoints 1, 2 and 3. Tests copy it."""
   folder = tmp_path_factory.mktemp("saved") / "run"
   with pytest.MonkeyPatch.context() as patch:
     whole = tasks.eval_batches
@@ -170,7 +170,7 @@ def needed(run, step):
 
 
 def test_any_flipped_bit_of_a_checkpoint_is_noticed_and_named(run):
-  """Two thousand flips, of which each is undone."""
+  """It flips one bit two thousand times, and undoes each flip."""
   rng = np.random.default_rng(0)
   files = needed(run, 3)
   assert len(files) > 20
@@ -184,7 +184,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed_and_named(run):
         name = path.relative_to(run / "checkpoints" / "3").as_posix()
         assert damaged == {3: f"{name} is not what was saved"}
         assert step == 2
-      elif step == 3:  # the flip was in a line of what training does not need
+      elif step == 3:  # the flip was in a line that training does not need
         [line] = [
           old
           for old, new in zip(
@@ -205,7 +205,7 @@ def truncate(path):
 
 
 def array(run, step):
-  """The largest file of the parameters' arrays."""
+  """The largest file of the arrays of parameters."""
   files = (run / "checkpoints" / str(step) / "params").rglob("d/*")
   return max(files, key=lambda path: path.stat().st_size)
 
@@ -252,7 +252,7 @@ def test_newest_whole_checkpoint_takes_the_place_of_a_damaged_one(
   ]
   assert "the run goes on from step 2" in line
   assert (run / "damaged" / "3").is_dir()
-  # Step 3 was done again as it was, and is whole.
+  # Step 3 was repeated with the same result, and its checkpoint is complete.
   equal(state.params, checkpoint.load(saved)[1])
   equal(state.params, checkpoint.load(run, 3)[1])
 
@@ -296,7 +296,7 @@ def test_lost_config_does_not_let_another_config_in(harm, run, capsys):
   assert "its copy in" in capsys.readouterr().out
   train(small(total_steps=4, **KEPT), run)
   assert run_dir.read_config(run).total_steps == 4
-  # Without any copy the folder is refused.
+  # If no copy of the config is left, the folder is refused.
   harm(run / "config.json")
   for path in run.glob("checkpoints/*/config/metadata"):
     harm(path)
@@ -374,7 +374,7 @@ def test_saved_config_that_lacks_what_is_needed_is_refused_by_name(
 def test_best_is_known_while_its_metrics_are_being_written(
   tmp_path, monkeypatch
 ):
-  """The metrics of a step are on disk a while after `save` has returned."""
+  """The metrics of a step are written after `save` has returned."""
   accuracies = iter([0.5, 0.1, 0.3, 0.2])
   monkeypatch.setattr(
     evaluation,
@@ -391,7 +391,7 @@ def test_best_is_known_while_its_metrics_are_being_written(
   values = {"eval.every_steps": 1, "ckpt.every_steps": 0}
   train(small(total_steps=3, **values), tmp_path)
   assert checkpoints.steps(tmp_path) == [1, 3]  # 2 was not the best
-  # What was the best is known after a restart too.
+  # After a restart the best step is still known.
   train(small(total_steps=4, **values), tmp_path)
   assert checkpoints.steps(tmp_path) == [1, 4]
   assert checkpoint.load(tmp_path, "best")[2] == 1
@@ -426,7 +426,7 @@ def test_bad_split_of_an_evaluation_is_one_line(run):
 
 
 def mounted(folder, size):
-  """Mounts a file system of this size, or skips the test with the reason."""
+  """Mounts a file system of this size, or skips the test and says why."""
   folder.mkdir()
   words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
   done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -436,7 +436,7 @@ def mounted(folder, size):
 
 @pytest.fixture
 def disk(tmp_path):
-  """A folder in which a test mounts a file system."""
+  """A folder on which a test mounts a file system."""
   if sys.platform != "linux" or shutil.which("mount") is None:
     pytest.skip("cannot mount a small file system: no mount command")
   yield tmp_path / "disk"
@@ -450,7 +450,10 @@ STEPS = [f"--config.{word}" for word in (*STEPS, "eval.every_steps=0")]
 
 
 def check_one_line_and_resume(workdir, first, said, again=lambda: None):
-  """A run ends with one line; after `again` the same command completes it."""
+  """Checks that a run ends with one line of error.
+
+  After a call of `again` the same command completes the run.
+  """
   _, stderr = first.communicate(timeout=240)
   assert first.returncode == 1
   assert stderr == f"train.py: {workdir / said}\n"
@@ -477,7 +480,7 @@ def test_full_disk_ends_a_run_with_one_line_and_it_goes_on_later(disk):
 
 
 def test_checkpoint_that_cannot_be_written_ends_a_run_with_one_line(tmp_path):
-  """The limit of a file's size stands for a disk that cannot be mounted."""
+  """A limit on file sizes replaces a full disk, which needs a mount."""
   words = [word.replace("=12", "=2") for word in STEPS]
   assert command(tmp_path, *words).wait(120) == 0
   words = shlex.join(
@@ -514,7 +517,7 @@ def test_metrics_that_cannot_be_written_end_a_run_that_goes_on_later(
   def full(file, data):
     count[0] += name in str(file.name)
     if count[0] == 5:
-      append(file, data[:10])  # what a full disk has a place for
+      append(file, data[:10])  # the part that still fits on a full disk
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     append(file, data)
 
@@ -591,7 +594,7 @@ def test_results_are_printed_where_they_cannot_be_written(
 
 
 def poison(monkeypatch, config, steps):
-  """Makes the images of these steps NaN, whenever they are drawn."""
+  """Makes the images of these steps NaN, each time that they are drawn."""
   data = tasks.train_batches(config)
   drawn = {i: next(data)["image"].tobytes() for i in range(1, max(steps) + 1)}
   bad = {drawn[step] for step in steps}
@@ -669,7 +672,7 @@ def test_run_ends_and_the_step_is_replayed(
     r"step 4: invalid value \(nan\) encountered in \w+ in .*\.py:\d+, .*",
     str(caught.value),
   )
-  # A step before is exactly what it was.
+  # The step before has the same numbers as in the run.
   values = replay.replay(tmp_path, 3)
   [line] = [x for x in metrics.read(tmp_path) if x["step"] == 3]
   assert {k: values[k] for k in ("loss", "grad_norm", "lr")} == {

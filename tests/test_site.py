@@ -1,4 +1,4 @@
-"""The site: it builds without a warning, and all that it links is there."""
+"""The site builds without a warning, and all of its links have a target."""
 
 import html.parser
 import os
@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Page(html.parser.HTMLParser):
-  """The links of a page, what it loads, and its anchors."""
+  """The links of a page, the files that it loads, and its anchors."""
 
   def __init__(self, path):
     super().__init__()
@@ -54,7 +54,7 @@ def pages(tmp_path_factory):
 
 
 def test_links_and_pictures_of_the_site_lead_somewhere(pages):
-  """MkDocs looks at neither <img> nor links to files."""
+  """MkDocs itself checks neither <img> nor links to files."""
   dead = []
   for path, page in pages.items():
     for link in page.links + page.loaded:

@@ -1,4 +1,4 @@
-"""Nothing that is read can run code: what the sources may not call."""
+"""The sources call nothing that could run code from files that they read."""
 
 import ast
 import pathlib
@@ -13,19 +13,19 @@ SOURCES = [
   ROOT / "eval.py",
 ]
 
-# What makes objects or runs code of the bytes that it is given.
+# Modules that make objects from bytes, or run them as code.
 MODULES = {
   "cloudpickle", "code", "codeop", "dill", "joblib", "marshal", "pickle",
   "runpy", "shelve", "torch", "yaml",
 }  # fmt: skip
 BUILTINS = {"__import__", "compile", "eval", "exec"}
-# Of other libraries: pickled data, remote code, and a shell.
+# Options of other libraries that allow pickled data, remote code or a shell.
 ARGUMENTS = {"allow_pickle", "shell", "trust_remote_code"}
 ATTRIBUTES = {("os", "popen"), ("os", "system"), ("subprocess", "getoutput")}
 
 
 def dangers(tree):
-  """(line, what) of everything in a module that the lists above name."""
+  """Yields (line, name) for each use of a name from the lists above."""
   for node in ast.walk(tree):
     line = getattr(node, "lineno", 0)
     if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""The rooms of the house: who may import whom, and what public names owe."""
+"""The structure of the library: allowed imports, and documented functions."""
 
 import ast
 import graphlib
@@ -13,8 +13,8 @@ from sigattn import extras
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Each room, and the rooms that it may import besides itself. A file of sigattn/
-# that lies in no folder is a room of its own.
+# {room: the rooms that it may import besides itself}. A room is a folder of
+# sigattn/, or a file that is directly in sigattn/.
 ARROWS = {
   "kernels": set(),
   "attention": {"kernels"},
@@ -41,7 +41,7 @@ ARROWS["paged"] = {"attention", "kernels"}
 ARROWS["token_step"] = {
   "attention", "extras", "kernels", "layers", "positions",
 }  # fmt: skip
-# Only training knows the mesh, and so what attention does on it.
+# Only training knows the mesh and the attention on a mesh.
 ARROWS["training"] = {
   "pretrained", "tasks", "data", "validate", "extras", "attention", "ring",
 }  # fmt: skip
@@ -76,7 +76,7 @@ SOURCES = sources()
 
 
 def imports(path):
-  """The full names of what a file imports, inside of functions too."""
+  """The full names of all imports of a file, including those in functions."""
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
@@ -125,10 +125,10 @@ def test_the_kernels_know_nothing_of_flax_or_configs():
 
 
 def public_functions():
-  """(module, name, node) of each that a user or another module may call."""
+  """Yields (module, name, node) for each public function and method."""
   for module, path in SOURCES.items():
     if module == "sigattn.__init__" or path.match("kernels/triton/*kernel*.py"):
-      continue  # Triton takes types for constants.
+      continue  # Triton would read types as constants.
     for node in ast.parse(path.read_text()).body:
       if isinstance(node, ast.FunctionDef):
         yield module, node.name, node
@@ -144,7 +144,7 @@ def is_public(name):
 
 
 def test_public_functions_have_types():
-  """ruff's ANN rules pass over a function that has none at all."""
+  """ruff's ANN rules ignore a function that has no types at all."""
   bare = []
   for module, name, node in public_functions():
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
@@ -166,14 +166,14 @@ def described(docstring):
 
 
 def arguments(node):
-  """The names of the arguments of a function, or of a class's __init__."""
+  """The names of the arguments of a function or of a class's __init__."""
   if isinstance(node, ast.ClassDef):
     [node] = [x for x in node.body if getattr(x, "name", "") == "__init__"]
   return {x.arg for x in ast.walk(node.args) if isinstance(x, ast.arg)}
 
 
 def test_the_arguments_that_docstrings_explain_exist():
-  """The reference shows them; "key, value: ..." explains two."""
+  """The reference shows them. "key, value: ..." explains two arguments."""
   wrong, right = [], 0
   for module, path in SOURCES.items():
     for node in ast.walk(ast.parse(path.read_text())):
@@ -187,7 +187,7 @@ def test_the_arguments_that_docstrings_explain_exist():
   assert wrong == []
 
 
-# The import names of distributions that are called otherwise.
+# {import name: name of the distribution}, where the two differ.
 DISTRIBUTIONS = {
   "PIL": "pillow",
   "absl": "absl-py",
@@ -200,7 +200,7 @@ DISTRIBUTIONS = {
 
 
 def requirements(extra):
-  """The distributions that an extra of pyproject.toml brings."""
+  """The distributions that an extra of pyproject.toml installs."""
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
   names = set()
   for line in project["optional-dependencies"][extra]:
@@ -218,7 +218,7 @@ def test_the_extra_that_an_error_names_brings_the_packages(extra):
   assert wanted <= requirements(extra)
 
 
-# What imports more than its room's extra: the task and its data.
+# Modules that need another extra than the rest of their room.
 SPEECH = {"sigattn.data.speech", "sigattn.tasks.ctc"}
 EVAL = {"sigattn.inference.lm_eval"}
 SELFSUP = {"sigattn.data.views"}
@@ -227,7 +227,7 @@ BASE = {"jax", "jaxlib", "numpy"}
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_what_is_imported_is_brought_by_the_extra(module):
-  """Else an installation lacks it, and no error says what to install."""
+  """Otherwise an installation lacks it, and no error says what to install."""
   packages = set(BASE)
   if room(module) == "kernels":
     packages |= {"triton", "jax_triton"}  # triton.unsupported names them

@@ -1,4 +1,4 @@
-"""The studies: every run has a valid config, and a small run takes a step."""
+"""The studies: every run has a valid config, and a small run does a step."""
 
 import importlib
 import pathlib
@@ -14,7 +14,7 @@ from train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs" / "studies").glob("[!_]*.py"))
-SMALL = {  # changes with which a step takes seconds
+SMALL = {  # changes that make a step take seconds
   "lm": {"data.length": 16},
   "vit": {},
   "synthetic": {"data.eval_examples": 8},
@@ -26,7 +26,7 @@ def load(file):
 
 
 def deltas(file):
-  """The overrides of all the runs that the commands in the docstring start."""
+  """The overrides of all runs that the commands in the docstring start."""
   path = file.relative_to(ROOT)
   command = rf"sigattn\.sweep --config={path}[\s\\]+--sweep=(\S+)"
   sweeps = re.findall(command, load(file).__doc__)
@@ -65,7 +65,7 @@ def test_a_small_run_takes_a_step(file, monkeypatch):
 
 
 def run_of(loss, seed=0, step=10, **config):
-  """A run of ten steps with an initial loss of 4, which reached `step`."""
+  """A run that reached `step` of ten steps. Its initial loss is 4."""
   base = {
     "seed": seed,
     "total_steps": 10,

@@ -1,6 +1,6 @@
-"""A token's step in few kernels against that of Stack.
+"""A token's step in few kernels equals that of Stack.
 
-Triton's interpreter runs the kernels where there is no GPU.
+Without a GPU, Triton's interpreter runs the kernels.
 """
 
 import jax
@@ -14,7 +14,7 @@ from sigattn.kernels.triton import decode, launch, product
 from tests.tasks.small_lm import ALIBI, compiled, make, small, tokens
 
 if jax.default_backend() == "cpu":
-  # Triton has wheels for Linux alone.
+  # Triton has wheels only for Linux.
   triton_interpreter = pytest.importorskip("tests.kernels.triton_interpreter")
 
 
@@ -49,7 +49,7 @@ LLAMA = {
 def test_a_product_of_the_normalised_stream(
   activation, rows, started, monkeypatch
 ):
-  """Of several blocks, the last of which are not full."""
+  """The product has several blocks, and the last ones are not full."""
   small = product.Tile(16, 32, num_warps=4, num_stages=2)
   monkeypatch.setattr(product, "tile", lambda *_: small)
   draw = np.random.default_rng(0).normal

@@ -1,4 +1,4 @@
-"""The loop, from the command line to the restored model, at two small steps."""
+"""The training loop in two small steps, from the command line to the model."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from tests.training.events import events
 from train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
-TIMES = ("per_second", "data_seconds")  # which no two runs share
+TIMES = ("per_second", "data_seconds")  # they differ between any two runs
 
 
 def small(kind="sigmoid", **values):
@@ -42,7 +42,7 @@ def small(kind="sigmoid", **values):
 
 @pytest.fixture
 def few_images(monkeypatch):
-  """Evaluates one batch instead of all: the loop is the same."""
+  """Evaluates one batch instead of all batches. The loop is the same."""
   whole = tasks.eval_batches
 
   def one(config, split):
@@ -109,7 +109,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     [
       {k: v for k, v in line.items() if k not in TIMES}
       for line in metrics.read(tmp_path / name)
-      # The shorter run evaluated its end; the longer had no reason to.
+      # Only the shorter run evaluated step 3, because it ended there.
       if not (line["split"] == "test" and line["step"] == 3)
     ]
     for name in ("once", "twice")
@@ -244,7 +244,7 @@ def test_what_a_run_leaves(tmp_path):
 
 
 def test_rate_does_not_count_what_compiles(monkeypatch, few_images):
-  """A clock on which a step takes 1 second, and to compile takes 1000."""
+  """On this clock a step takes 1 second and compiling takes 1000 seconds."""
   clock, lines, sizes = [0], [], set()
   time = types.SimpleNamespace(perf_counter=lambda: clock[0])
   monkeypatch.setattr(metrics, "time", time)
@@ -272,7 +272,7 @@ def test_rate_does_not_count_what_compiles(monkeypatch, few_images):
   monkeypatch.setattr(tasks, "train_batches", lambda _: (x for x in batches))
   train(config)
   rates = [x["per_second"] for _, split, x in lines if split == "train"]
-  # The first step of each size compiles.
+  # The first step of each batch size compiles.
   whole = len(batch["target"])
   assert rates == [pytest.approx((whole + whole + whole // 2) / 3)]
 
@@ -303,11 +303,11 @@ def test_best_checkpoint_is_kept_beside_the_newest(
   assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["4", "6"]
   assert checkpoint.load(tmp_path, "best")[2] == 4
   assert checkpoint.load(tmp_path)[2] == 6
-  assert "metrics" not in caplog.text  # Orbax misses none
+  assert "metrics" not in caplog.text  # Orbax warns if it finds no metrics
 
 
 def test_accumulated_gradient_equals_the_whole_batchs():
-  # Mixup would mix other pairs in each part.
+  # Mixup would mix different pairs in each part.
   config = small(batch_size=12, **{"augment.mixup": 0.0})
   batch = next(tasks.train_batches(config))
   found = []
@@ -372,8 +372,9 @@ def test_command_line_refuses_without_a_trace_of_a_run(words, said, tmp_path):
   assert len(done.stderr.splitlines()) == 1
 
 
-# A step's buffer of 125 MiB is where that of the step before was, unless
-# something small has settled there since: now and then, in any process.
+# A step's buffer of 125 MiB is at the address of the previous one, unless a
+# small object has been allocated there since. That happens now and then in any
+# process, so the program prints the median.
 FAULTS = """
 import resource, statistics, jax
 from sigattn.training import process

@@ -1,8 +1,8 @@
 r"""Study 2: LayerScale, QK norm and the bias in a vision transformer.
 
 Claims of the paper (2409.04431, Figures 7 to 9; ViT-B/16 on ImageNet-1k,
-n = 196): in vision, sigmoid needs LayerScale, which starts at 1e-4, and then
-needs no bias. It is robust with and without QK norm.
+n = 196): in vision, sigmoid needs LayerScale, which starts at 1e-4. With
+LayerScale it needs no bias, and it trains well with and without QK norm.
 
 This study trains four layers of width 96 on Fashion-MNIST with n = 49, and
 compares with softmax.

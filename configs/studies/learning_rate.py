@@ -14,10 +14,10 @@ RoPE, n = 128 and 1,000 steps.
     --sweep=attn,qk_norm,width,lr
 
 The first line of a run's metrics holds its initial loss. A run that diverges
-stops, and counts with its initial loss.
+stops; its final loss is taken to be the initial one.
 
 A run took 17 to 108 s on an H100 that 15 runs shared. RESULTS.md has the
-results: without QK norm the loss depends on the rate, with it far less.
+results: the loss depends on the rate without QK norm, and much less with it.
 """
 
 from configs import lm

@@ -1,16 +1,16 @@
 r"""Study 9: whether sigmoid attention learns to recall, and what helps.
 
-A loss may hide what a model has lost: 2605.20798 reports two modifications of
-attention's output that come near the baseline's loss and fail downstream. Its
-abstract does not say that sigmoid is one of them. The paper 2409.04431 has no
-task of retrieval.
+A model may have a good loss and still have lost an ability: 2605.20798 reports
+two modifications of attention's output that nearly reach the baseline's loss
+and fail on downstream tasks. Its abstract does not say that sigmoid is one of
+them. The paper 2409.04431 has no retrieval task.
 
 The task is multi-query associative recall (sigattn/data/synthetic.py): 16 pairs
-of a key and a value, then eight of the keys, for two layers of width 64. The
-study trains both kinds with QK norm, hybrid norm, other positions and other
-learning rates, and with fewer pairs. It trains sigmoid with other biases than
-the default -log 40 = -3.7, and with each row divided by the number of keys that
-it sees.
+of a key and a value, then eight of the keys. The model has two layers of width
+64. The study trains both kinds with QK norm, hybrid norm, other positions and
+other learning rates, and with fewer pairs. It also trains sigmoid with other
+biases than the default -log 40 = -3.7, and with each row divided by the number
+of keys that it sees.
 
   python -m sigattn.sweep --config=configs/studies/recall.py \
     --sweep=attn,variant,seed

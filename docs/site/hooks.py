@@ -1,8 +1,8 @@
-"""Gives the site's pages the places that they have in the repository.
+"""Gives the site's pages the same paths as in the repository.
 
-MkDocs takes its pages from one folder below the repository's root, but
-README.md and RESULTS.md lie above it, and the pictures elsewhere. With the
-repository's own paths, every relative link serves GitHub and the site alike.
+MkDocs reads its pages from one folder below the repository's root, but
+README.md and RESULTS.md are above it, and the pictures are elsewhere. With the
+repository's own paths, every relative link works on GitHub and on the site.
 """
 
 import pathlib
@@ -19,7 +19,7 @@ FILES = (
   "benchmarks/NOTES.md", "CITATION.cff",
 )  # fmt: skip
 
-# Folders that documents link to get a page that lists their files.
+# Documents link to these folders. The site has a page that lists their files.
 FOLDERS = {
   "benchmarks/results": ("Result files", ("*.json", "*.png", "*/*.png")),
   "notebooks": ("Notebooks", ("*.ipynb", "*.py")),
@@ -33,7 +33,7 @@ def _found(folder: pathlib.Path, patterns: tuple[str, ...]) -> list[str]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-  """Replaces what MkDocs found below docs/ by the files named above."""
+  """Replaces the files that MkDocs found below docs/ by those named above."""
   kept = [file for file in files if file.src_uri.startswith("assets/")]
   paths = _found(ROOT, FILES)
   for folder, (title, patterns) in FOLDERS.items():
@@ -49,7 +49,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(text: str, *, page: Page, **_: object) -> str:
-  """Leads a link to a folder to the page that lists its files."""
+  """Changes links to a folder into links to the page that lists its files."""
   here = posixpath.dirname(page.file.src_uri)
 
   def to_index(match: re.Match[str]) -> str:

@@ -1,8 +1,8 @@
-"""How the reference reads the sources: their docstrings, and sigattn.kernels.
+"""Converts docstrings to Markdown for the reference, and adds sigattn.kernels.
 
-In a docstring an indented formula, or a table in columns, stands as it should
-be read in an editor. Markdown would join its lines. Papers stand by their
-number at arXiv, and documents by their path.
+Docstrings contain indented formulas and tables in columns, which Markdown would
+join into one line. They name papers by their number at arXiv, and documents by
+their path, which become links.
 """
 
 import itertools
@@ -20,7 +20,7 @@ _ITEM = re.compile(r"[-*] |\d+\. ")
 
 
 def _linked(line: str) -> str:
-  """A line of text with links to its papers and documents."""
+  """The line, with links to the papers and documents that it names."""
   line = re.sub(
     r"(?<![\d./])(\d{4}\.\d{5})(?!\d)", r"[\1](https://arxiv.org/abs/\1)", line
   )
@@ -32,7 +32,7 @@ def _is_code(line: str) -> bool:
 
 
 def _fields(lines: list[str]) -> list[str]:
-  """A paragraph that gives each name a meaning, as a list."""
+  """Makes a list of a paragraph in which each line explains a name."""
   out = [""]
   for line in lines:
     name, _, meaning = line.partition(": ")
@@ -42,7 +42,7 @@ def _fields(lines: list[str]) -> list[str]:
 
 
 def _paragraph(lines: list[str]) -> list[str]:
-  """A paragraph, with its indented lines and its columns between fences."""
+  """A paragraph, with fences around indented lines and columns."""
   names = [line for line in lines if not line.startswith(" ")]
   if len(names) > 1 and all(map(_FIELD.match, names)):
     return _fields(lines)
@@ -59,7 +59,7 @@ def _paragraph(lines: list[str]) -> list[str]:
 
 
 def as_markdown(docstring: str) -> str:
-  """A docstring with fences around what Markdown would join, and links."""
+  """A docstring as Markdown, with links, and with fences around formulas."""
   out, paragraph, in_section = [], [], False
   for line in [*docstring.splitlines(), ""]:
     if line and not line.startswith(" "):
@@ -92,5 +92,5 @@ class Sources(griffe.Extension):
       if found.docstring:
         found.docstring.value = as_markdown(found.docstring.value)
     if pkg.name == "sigattn":
-      # Griffe passes over a folder that has no __init__.py.
+      # Griffe skips a folder that has no __init__.py.
       pkg.set_member("kernels", loader.load("kernels"))

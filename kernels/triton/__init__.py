@@ -90,7 +90,7 @@ def decoded(
 
 
 def counters(problem: Problem, paged: bool) -> jax.Array:
-  """The `arrived` of decode.New for `extended`; each call leaves them zero."""
+  """`arrived` of decode.New, for `extended`. Each call leaves it at zero."""
   return decode.counters(problem, decode.tile(problem, paged=paged))
 
 
@@ -103,9 +103,10 @@ def extended(
   operands: Operands,
   pages: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Attention of one new token a row: (out, key, value, arrived).
+  """Attention for one new token in each row: (out, key, value, arrived).
 
-  problem: of the whole cache, and of one query. The others: see decode.forward.
+  problem: one query and the whole cache. The other arguments are those of
+  decode.forward.
   """
   tile = decode.tile(problem, paged=pages is not None)
   out, _, *changed = decode.forward(

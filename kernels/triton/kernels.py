@@ -28,7 +28,7 @@ import triton.language as tl
 UNITS = {
   "tanh": 0.5, "exp": -1.4426950408889634, "relu": 1.0, "relu2": 1.0,
   "silu": 0.5, "exact_silu": -1.4426950408889634,
-  "softmax": 1.4426950408889634,  # of decode_kernel.py alone
+  "softmax": 1.4426950408889634,  # only in decode_kernel.py
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from sigattn.kernels.triton import tiles
 from sigattn.kernels.triton.tiles import Tile
 
 _PRECISIONS = {
-  # jax.default_matmul_precision: Triton's. Exact by default.
+  # {jax.default_matmul_precision: Triton's}. The default is exact.
   None: "ieee", "default": "ieee", "highest": "ieee", "float32": "ieee",
   "high": "tf32x3", "tensorfloat32": "tf32", "TF32_TF32_F32": "tf32",
   "TF32_TF32_F32_X3": "tf32x3",
@@ -55,7 +55,8 @@ def start(
     count: the number of programs.
     constants: the arguments that are known at compile time.
     zeroed: the indices of those `outs` that must be zero when it begins.
-    aliases: {index in `arrays`: index in `outs`} of what is changed in place.
+    aliases: {index in `arrays`: index in `outs`} of arrays that the kernel
+      changes in place.
   """
   with triton_cache_dir():
     import jax_triton
@@ -76,7 +77,7 @@ def start(
 
 
 def precision() -> str:
-  """Of products of float32, a value of Triton's input_precision."""
+  """The precision of float32 products, a value of Triton's input_precision."""
   return _PRECISIONS.get(jax.config.jax_default_matmul_precision, "ieee")
 
 

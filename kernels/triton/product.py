@@ -1,6 +1,6 @@
-"""Products of the residual stream and a matrix, of a few rows.
+"""Products of a matrix with the residual stream of a few rows.
 
-product_kernel.py holds the kernels.
+The kernels are in product_kernel.py.
 """
 
 from typing import NamedTuple
@@ -22,10 +22,10 @@ class Norm(NamedTuple):
 
 
 class Stream(NamedTuple):
-  """The residual stream s = x + norm(y), which the next product adds up.
+  """The residual stream s = x + norm(y). The next product computes this sum.
 
-  All but x are None where nothing is added. norm: None for none. squares: of
-  one row, shares of the sum of y^2.
+  If nothing is added, all members except x are None. norm: None for no norm.
+  squares: for a single row, parts whose sum is the sum of y^2.
   """
 
   x_BD: jax.Array
@@ -35,7 +35,7 @@ class Stream(NamedTuple):
 
 
 class Result(NamedTuple):
-  """out (B, F), the shares of its squares that Stream names, and s (B, D)."""
+  """out (B, F), `squares` of out as in Stream, and s (B, D)."""
 
   out_BF: jax.Array
   squares: jax.Array | None
@@ -43,9 +43,9 @@ class Result(NamedTuple):
 
 
 class Tile(NamedTuple):
-  """How the work of a kernel is cut up."""
+  """The sizes of a kernel."""
 
-  block_out: int  # outputs of a program, with swiglu pairs of them
+  block_out: int  # outputs of a program; with swiglu, pairs of them
   block_in: int  # inputs of a step
   num_warps: int
   num_stages: int  # steps whose weights are loaded ahead
@@ -66,15 +66,15 @@ def product(
 ) -> Result:
   """out = phi(W norm(s)) of the residual stream s.
 
-  One kernel computes it of one row. Otherwise one computes the norms, and XLA
-  the product.
+  For one row, one kernel computes all of it. For more rows, a kernel computes
+  the norms, and XLA the product.
 
   Args:
-    stream: of B rows.
-    weight_FD: W; with swiglu (2 F, D), the gate's rows before those of up.
-    norm: of s; None: none.
+    stream: s, of B rows.
+    weight_FD: W. With swiglu it is (2 F, D): the rows of gate, then of up.
+    norm: of s; None for no norm.
     activation: phi, one of ACTIVATIONS, see layers.Mlp.
-    dtype: of out; None: that of the stream.
+    dtype: of out; None for that of the stream.
   """
   rows, inputs = stream.x_BD.shape
   dtype = dtype or stream.x_BD.dtype
@@ -99,7 +99,7 @@ def of_one_row(
   dtype: DTypeLike,
   tile: Tile,
 ) -> Result:
-  """As product, by its kernel, of one row."""
+  """`product` for one row, by the kernel."""
   from sigattn.kernels.triton import product_kernel
 
   x_1D = stream.x_BD
@@ -141,7 +141,7 @@ def residual(stream: Stream, norm: Norm | None) -> tuple[jax.Array, jax.Array]:
     return x_BD, x_BD
   rows, inputs = x_BD.shape
   block = _power_of_two(inputs)
-  # 16 numbers a thread.
+  # Each thread has 16 numbers.
   cut = Tile(inputs, block, min(max(block // 512, 1), 16), 1)
   h_BD, new_BD = launch.start(
     product_kernel.residual,
@@ -155,7 +155,7 @@ def residual(stream: Stream, norm: Norm | None) -> tuple[jax.Array, jax.Array]:
 
 
 def _arrays(stream, norm):
-  """(x, y, the scales of y's norm and of s's)."""
+  """(x, y, the scale of y's norm, the scale of s's norm)."""
   scales = (None if x is None else x.scale_D for x in (stream.norm, norm))
   return (
     stream.x_BD,
@@ -165,7 +165,7 @@ def _arrays(stream, norm):
 
 
 def _summed(stream):
-  """What s looks like, where it is not x."""
+  """The type of s; one unused number if s is x."""
   x_BD = stream.x_BD
   shape = (1,) if stream.y_BD is None else x_BD.shape
   return jax.ShapeDtypeStruct(shape, x_BD.dtype)
@@ -181,5 +181,5 @@ def _constants(stream, norm):
 
 
 def _power_of_two(number):
-  """The least one that is not below a number."""
+  """The least power of two that is not below the number."""
   return 1 << (number - 1).bit_length()

@@ -1,21 +1,21 @@
-"""Triton kernels of the residual stream, and of a matrix times one row of it.
+"""Triton kernels for the residual stream, and for a matrix times one row of it.
 
-Where a few rows are decoded, everything small that stands between two products
-costs as much time as a kernel of its own takes to start. Before a product these
-are the sums of the residual stream, to which the last product is added, and the
-norms; behind it the MLP's activation phi:
+If only a few rows are decoded, each small operation between two products takes
+as long as it takes to start a kernel. Before a product these operations are the
+sum that adds the last product to the residual stream, and the norms. After it
+there is the MLP's activation phi:
 
   s = x + norm(y)
   h = norm(s)
   out = phi(W h)
 
-`residual` computes s and h of any number of rows. `product` computes all three
-of one row: it is a matter of reading W, which leaves time to compute s and h in
-every program. norm is RMSNorm (1910.07467), norm(s) = r(s) s * scale, where
-r(s) is a number. It changes places with the product, W norm(s) = r(s) W (s *
-scale), so that the squares of s are added up while W is read. Those of y were
-added up by the `product` that computed it: its programs left their shares in
-`squares`, and so no program waits for another one.
+`residual` computes s and h for any number of rows. `product` computes all three
+for one row. Its time is that of reading W, so each program has time to compute
+s and h itself. norm is RMSNorm (1910.07467), norm(s) = r(s) s * scale, where
+r(s) is a number. Since W norm(s) = r(s) W (s * scale), the squares of s can be
+added up while W is read. The squares of y were added up by the `product` that
+computed y: each of its programs wrote a part to `squares`. So no program waits
+for another one.
 
 y and both norms can be absent. An epsilon of None means that there is no norm.
 """
@@ -31,7 +31,7 @@ def residual(
   INPUTS: tl.constexpr, BLOCK_IN: tl.constexpr, ADDS: tl.constexpr,
   X_EPSILON: tl.constexpr, Y_EPSILON: tl.constexpr,
 ):  # fmt: skip
-  """s and h of a row; all arrays are (B, INPUTS), but scales (INPUTS,)."""
+  """s and h of a row. Scales are (INPUTS,), all other arrays (B, INPUTS)."""
   i = tl.arange(0, BLOCK_IN)
   mask = i < INPUTS
   row = tl.cast(tl.program_id(0), tl.int64) * INPUTS
@@ -58,14 +58,14 @@ def product(
   BLOCK_PARTS: tl.constexpr, ADDS: tl.constexpr, X_EPSILON: tl.constexpr,
   Y_EPSILON: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-  """BLOCK_OUT numbers of out; the first program writes s, too.
+  """BLOCK_OUT numbers of out. The first program also writes s.
 
-  Arrays: x, y, stream (INPUTS,); weight (OUTPUTS, INPUTS), with swiglu the
-  gate's rows and then those of up, (2 OUTPUTS, INPUTS); out (OUTPUTS,);
+  Arrays: x, y, stream (INPUTS,); weight (OUTPUTS, INPUTS), with swiglu
+  (2 OUTPUTS, INPUTS), the rows of gate and then those of up; out (OUTPUTS,);
   y_squares (PARTS,); squares (programs,).
   """
   o = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-  # A row would leave most of a tensor core's tile empty.
+  # The tensor cores are not used: one row would leave most of their tile empty.
   acc = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
   acc_up = acc
   total = tl.zeros((BLOCK_IN,), tl.float32)
@@ -76,7 +76,7 @@ def product(
     factor = _factor(tl.sum(shares, 0), INPUTS, Y_EPSILON)
   for first in tl.range(0, INPUTS, BLOCK_IN, num_stages=STAGES):
     i = first + tl.arange(0, BLOCK_IN)
-    # A matrix may have more numbers than an int32 counts.
+    # A matrix may have more numbers than an int32 can count.
     places = o.to(tl.int64)[:, None] * INPUTS + i[None, :]
     mask = (o[:, None] < OUTPUTS) & (i[None, :] < INPUTS)
     w = tl.load(weight + places, mask=mask, other=0.0)
@@ -109,7 +109,7 @@ def _stream(
   x, y, y_scale, factor, i, INPUTS: tl.constexpr, ADDS: tl.constexpr,
   Y_EPSILON: tl.constexpr,
 ):  # fmt: skip
-  """s = x + norm(y) of the inputs i, rounded as the residual stream is."""
+  """s = x + norm(y) of the inputs i, rounded like the residual stream."""
   s = tl.load(x + i, mask=i < INPUTS, other=0.0)
   if ADDS:
     added = tl.load(y + i, mask=i < INPUTS, other=0.0)
@@ -122,7 +122,7 @@ def _stream(
 
 @triton.jit
 def _factor(squares, INPUTS: tl.constexpr, EPSILON: tl.constexpr):
-  """r of RMSNorm, given the sum of the squares."""
+  """The factor r of RMSNorm, given the sum of the squares."""
   return tl.rsqrt(squares / INPUTS + EPSILON)
 
 

@@ -13,8 +13,8 @@ def start(config: ConfigDict, state: State) -> State:
   """The state from which a new run starts, given config.init_from.
 
   config.init_from is a folder with a model of transformers or timm, or the
-  folder of one of our runs. Of a run the newest checkpoint is taken; if that
-  run evaluated an average of its parameters, the average is taken.
+  folder of one of our runs. From a run it takes the newest checkpoint. If that
+  run evaluated an average of its parameters, it takes the average.
 
   state: the initial state. Raises ValueError as pretrained.start and
   checkpoint.load do.

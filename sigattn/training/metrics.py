@@ -122,7 +122,7 @@ def read(workdir: str | os.PathLike[str]) -> list[Line]:
   """Reads the lines of workdir/metrics.jsonl; none if there is no such file.
 
   Lines that are not valid are left out: a killed run may leave an incomplete
-  line, and a damaged line may contain anything. A message tells their number.
+  line, and a damaged line may contain anything. A message says how many.
   """
   path = pathlib.Path(workdir) / "metrics.jsonl"
   lines, broken = [], []

@@ -124,7 +124,7 @@ class _Stop:
       return self._event.is_set()
     if self._event.is_set():
       self._event.clear()
-      os.kill(os.getpid(), signal.SIGTERM)  # JAX tells all processes of it
+      os.kill(os.getpid(), signal.SIGTERM)  # JAX informs all processes
     return multihost_utils.reached_preemption_sync_point(step)
 
 

@@ -1,6 +1,6 @@
 """Reads a run's folder `checkpoints` without Orbax.
 
-Orbax expects that every file is whole. This module tells which ones are.
+Orbax expects that every file is whole. This module finds out which ones are.
 """
 
 import contextlib

@@ -106,7 +106,7 @@ def validate_config(config: ConfigDict) -> None:
 def complete(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
   """A run's saved config with every field that this version reads, locked.
 
-  A field that is younger than the run gets the value by which the run acted.
+  A field that is newer than the run gets the value that the run used.
   Raises ValueError if another field is missing, and for a wrong value. workdir:
   the folder of the run, which the error names.
   """

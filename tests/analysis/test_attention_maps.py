@@ -1,4 +1,4 @@
-"""Maps of attention: the example that is drawn, its labels, and the files."""
+"""Pictures of attention maps: the chosen example, its labels, and the files."""
 
 import jax
 import numpy as np

@@ -132,7 +132,7 @@ def test_single_group_in_an_explicit_output_folder(tmp_path):
   assert path == tmp_path / "x" / "y" / "index.html"
   [row] = Tables(path.read_text()).tables[0][1:]
   assert row[0] == "1"
-  # A key that only one of the configs has counts as differing.
+  # A key that only one of the configs has is listed as different.
   assert report_html.differing(report_html.find([tmp_path])) == ["total_steps"]
 
 

@@ -1,4 +1,4 @@
-"""Telemetry: its numbers equal NumPy's, and it does not change training."""
+"""Telemetry has the same numbers as NumPy, and does not change training."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ KINDS = ("sigmoid", "softmax", "relu", "relu2")
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_WIDTH, N = 3, 6, 4, 2, 8, 9
 WIDTH = HEADS * HEAD_WIDTH
 
-# Rows end in padding, which is marked by lengths or by segment 0.
+# Rows end in padding. Lengths or segment 0 mark it.
 SEQ_LENGTHS = np.array([6, 4, 1], np.int32)
 SEGMENTS = np.array([[1] * 6, [1, 1, 2, 2, 0, 0], [1, 0, 0, 0, 0, 0]], np.int32)
 REAL = np.arange(LENGTH)[None] < SEQ_LENGTHS[:, None]

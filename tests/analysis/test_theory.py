@@ -1,4 +1,4 @@
-"""The bounds and the universal model, on random and adversarial inputs."""
+"""Tests the bounds and the universal model on random and adversarial inputs."""
 
 import functools
 import math
@@ -67,7 +67,7 @@ def test_jacobian_norm_is_the_steepest_finite_difference(options):
   attend = jax.jit(functools.partial(theory.attend, heads, **options))
   norm = float(theory.jacobian_norm(attend, x_TD))
   step = jax.random.normal(jax.random.key(2), (T, D))
-  # Power iteration: finite differences forward, the transpose backward.
+  # Power iteration. Forward it uses finite differences, backward the transpose.
   _, pullback = jax.vjp(attend, x_TD)
   for _ in range(30):
     step = step / jnp.linalg.norm(step)
@@ -150,7 +150,7 @@ def test_normalised_ball_bound_lies_between_the_mean_and_softmax():
     softmax = theory.ball_bound("softmax", n, radius)
     assert bounds[0] == pytest.approx(softmax, rel=1e-6)
     assert bounds[-1] == pytest.approx(1, rel=1e-6)
-  # It does not grow with n beyond the largest ratio of two weights.
+  # If n exceeds the largest ratio of two weights, the bound does not grow.
   large = [
     theory.ball_bound("sigmoid", n, 1.0, -5.0, True) for n in (10, 10**6)
   ]
@@ -158,7 +158,7 @@ def test_normalised_ball_bound_lies_between_the_mean_and_softmax():
 
 
 def test_rows_in_two_groups_come_near_the_ball_bound():
-  """Its growth with sqrt(min(n, r)) is real: section 3 of docs/theory.md."""
+  """It does grow with sqrt(min(n, r)); see section 3 of docs/theory.md."""
   radius, eye = 1.2, jnp.eye(2)[None]
   heads = theory.Heads(-eye, eye, eye, eye)
   for b, n, few in ((-20.0, 20, 1), (0.0, 20, 4)):
@@ -223,7 +223,7 @@ def test_weights_and_jacobian_go_to_softmax_as_the_bias_falls(is_causal):
     gap = jnp.linalg.norm(jacobian(**options) - exact, 2)
     root = math.sqrt(T)
     assert gap <= small * (root + 3 * radius**2 * (1 + root))
-    # And no faster than e^b: the first order of the gap is this.
+    # The first order of the gap is proportional to e^b.
     mean_T1 = (p_TT * jnp.exp(logits_TT)).sum(-1, keepdims=True)
     first_TT = p_TT * (mean_T1 - jnp.exp(logits_TT)) * math.exp(b)
     np.testing.assert_allclose(gap_TT, first_TT, atol=small**2 + 1e-6)

@@ -46,7 +46,7 @@ def test_a_row_for_each_baseline_and_pass_that_can(field):
     for baseline in field
     for direction in baselines.PASSES
   ]
-  for row in full[3:]:  # the only softmax
+  for row in full[3:]:  # these rows are the only softmax baseline
     assert row["ratio_to_best_softmax"] == 1
   assert {row["implementation"] for row in padded} == {"sigattn xla"}
   assert {row["ratio_to_best_softmax"] for row in padded} == {None}

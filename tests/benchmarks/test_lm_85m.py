@@ -77,12 +77,12 @@ def test_a_run_is_trained_measured_and_recorded(corpus, tmp_path):
   ])  # fmt: skip
   run = Run("normalized", 4e-3, 0, short=False)
   folder = options.runs / run.name
-  assert not lm_85m.train(run, folder, options, time.monotonic())  # no time
+  assert not lm_85m.train(run, folder, options, time.monotonic())  # too late
   assert lm_85m.train(run, folder, options, time.monotonic() + 600)
   [found] = json.loads(options.results.read_text())["rows"]
   assert run.is_of(found)
   assert found["tokens"] == 2 * 8 * 128
-  assert abs(found["validation_loss"] - found["test_loss"]) < 1e-4  # one text
+  assert abs(found["validation_loss"] - found["test_loss"]) < 1e-4  # same text
   assert [*found["lengths"]] == ["1 x 128", "2 x 128", "4 x 128"]
   assert [*found["copying"]] == ["32", "64", "95", "192"]
   assert 0 <= found["cloze"]["acc"] <= 1

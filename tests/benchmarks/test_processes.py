@@ -1,4 +1,4 @@
-"""What the parent of a comparison learns of its processes."""
+"""What the parent process of a comparison learns about its child processes."""
 
 from benchmarks import processes
 

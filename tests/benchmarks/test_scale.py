@@ -1,4 +1,4 @@
-"""The benchmark of scaling, with sizes that a CPU can compute."""
+"""Runs the benchmark of scaling with sizes that a CPU can compute."""
 
 import json
 import os

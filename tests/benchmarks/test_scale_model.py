@@ -1,4 +1,4 @@
-"""The step time by count, and the tables of docs/scaling.md."""
+"""The calculated step time, and the tables of docs/scaling.md."""
 
 import pathlib
 
@@ -16,7 +16,7 @@ def test_the_document_has_the_tables():
 
 
 def test_counts_of_a_small_ring():
-  # 4 GPUs, 1,000 tokens each, of width 2,048.
+  # 4 GPUs with 1,000 tokens of width 2,048 each.
   block = 1000 * 2048
   assert scale_model.ring_bytes(4, 4000, False) == 3 * 2 * block * 2
   assert scale_model.ring_bytes(4, 4000, True) == (

@@ -1,4 +1,4 @@
-"""The driver of the studies: batched runs are runs of train.py."""
+"""The driver of the studies: batched runs equal runs of train.py."""
 
 import time
 
@@ -46,7 +46,7 @@ def test_a_batched_run_is_the_run_of_train(monkeypatch):
   ):
     if "key" not in str(path) or "bias" not in str(path):
       np.testing.assert_allclose(own[1, 1], one, atol=2e-5, err_msg=str(path))
-      assert abs(own[1, 0] - own[1, 1]).max() > 1e-5  # another rate
+      assert abs(own[1, 0] - own[1, 1]).max() > 1e-5  # the rates differ
 
 
 def test_the_rate_is_chosen_on_validation_and_the_test_is_reported(monkeypatch):
@@ -57,7 +57,7 @@ def test_the_rate_is_chosen_on_validation_and_the_test_is_reported(monkeypatch):
   assert entry["lr"] == TINY.lrs[chosen]
   assert entry["test"]["loss"] == entry["all"]["test"]["loss"][chosen]
   assert entry["test"]["loss"] != entry["all"]["validation"]["loss"][chosen]
-  # Where all have learnt, a run ends after the updates of one call.
+  # If all seeds have learnt, a run ends after the updates of one call.
   assert entry["updates"] == 100
 
 

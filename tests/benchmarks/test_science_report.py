@@ -1,4 +1,4 @@
-"""The tables of docs/science.md, from files such as benchmarks.science's."""
+"""The tables of docs/science.md, made from files like benchmarks.science's."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_document_has_the_studies_that_there_are_and_no_others(tmp_path):
   document.write_text(
     f"before\n{science_report.BEGIN}\nold\n{science_report.END}\nafter\n"
   )
-  for _ in range(2):  # the second time in place of the first
+  for _ in range(2):  # the second call replaces the tables of the first
     assert science_report.write(tmp_path, document) == ["recall"]
     text = document.read_text()
     assert text.startswith("before\n")

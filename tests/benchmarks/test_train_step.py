@@ -1,4 +1,4 @@
-"""The benchmark of training steps: its settings exist, and its counts."""
+"""The benchmark of training steps: its settings and its counts are right."""
 
 import pytest
 

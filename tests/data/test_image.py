@@ -1,4 +1,4 @@
-"""The sources of images, and the errors for wrong configs and files."""
+"""Sources of images, and errors for wrong configs and files."""
 
 import contextlib
 import io
@@ -219,7 +219,7 @@ def test_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
   expect_refusal(
     config, r"row 0, .*13000 x 13000 pixels.*data\.max_pixels=100000000"
   )
-  config.data.max_pixels = 400_000_000  # more than Pillow itself allows
+  config.data.max_pixels = 400_000_000  # more than Pillow allows by itself
   expect_refusal(config, r"row 0, .*truncated")
   Image.MAX_IMAGE_PIXELS = 89_478_485
 
@@ -279,9 +279,9 @@ def test_number_of_classes_is_compared(folder):
 
 
 def test_classes_that_the_card_tells_are_compared_unread(tmp_path):
-  """The card of a data set on the Hub tells its classes before it is read.
+  """The card of a data set on the Hub lists its classes.
 
-  Here the card lies in a local folder.
+  They are compared before any data is read. This card is in a local folder.
   """
   columns = {"image": [encoded(b"not read")], "label": [0]}
   path = write_parquet(tmp_path / "parquet", columns)
@@ -381,7 +381,7 @@ def test_a_class_that_a_split_lacks_is_named(folder, monkeypatch):
 
 
 def test_hidden_files_are_no_images_and_no_class(folder):
-  """torchvision issues 109 and 2831."""
+  """See torchvision issues 109 and 2831."""
   save(folder / "train" / ".ipynb_checkpoints" / "x.png", picture(9, 9, 3))
   (folder / "train" / "dog" / "._1.png").write_bytes(b"\x00")
   (folder / "train" / ".DS_Store").write_bytes(b"\x00")
@@ -432,7 +432,7 @@ def test_the_imagenet_recipe_trains_and_resumes_on_a_folder(folder, tmp_path):
 
 @pytest.fixture
 def skipped(monkeypatch):
-  """What the log says of skipped examples."""
+  """The lines of the log about skipped examples."""
   lines = []
   monkeypatch.setattr(
     loader.logging, "warning", lambda line, *args: lines.append(line % args)

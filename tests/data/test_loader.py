@@ -125,7 +125,7 @@ def test_resumes_bit_for_bit_where_it_was_saved(
       restore = grain.checkpoint.CheckpointRestore(again)
       manager.restore(3, args=ocp.args.Composite(data=restore))
       equal([next(again) for _ in range(4)], rest)
-  # Worker processes change the speed and nothing else.
+  # Worker processes change only the speed.
   config.data.num_workers = 0
   equal(take(config, 7)[3:], rest)
   assert (rest[0]["image"] != rest[1]["image"]).any()
@@ -170,7 +170,7 @@ if __name__ == "__main__":
 
 
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
-  """Its workers would run it again, and crash without a word of why."""
+  """Its workers would run it again, and crash without an explanation."""
   script = tmp_path / "script.py"
   call = "next(tasks.train_batches(config))"
   script.write_text(

@@ -42,7 +42,10 @@ def test_log_mel_is_librosas(rate):
 
 @pytest.mark.parametrize("padding", [0, 1000])
 def test_whispers_features(padding):
-  """The expected ones are transformers'; see tests/references/make.py."""
+  """The expected features are those of transformers.
+
+  tests/references/make.py made them.
+  """
   expected_TM = np.load(ROOT / "references" / "whisper.npz")["features"]
   audio_S = np.pad(chirp(16000), (0, padding))
   features_BTM = log_mel.whisper(np.stack([0.01 * audio_S, audio_S]), 80)
@@ -84,7 +87,7 @@ def test_spec_augment_hides_bands_of_the_widths_it_is_told():
   assert not hidden_BT[frames_B == 8, 8:].any()
   assert set(bins_B) == set(range(5))
   changes_BT = np.diff(hidden_BT.astype(int), prepend=0, append=0)
-  assert (abs(changes_BT).sum(1) == 2 * (count_B > 0)).all()  # one band
+  assert (abs(changes_BT).sum(1) == 2 * (count_B > 0)).all()  # only one band
   assert hidden_BT[frames_B == 20].any(0).all()  # at any position
   augment.update(freq_masks=0, time_masks=0)
   same = log_mel.spec_augment(augment, KEY, x_BTM, frames_B)

@@ -1,4 +1,4 @@
-"""The four files of MNIST's form: what is read, and what is refused."""
+"""Data sets in the four files of MNIST: what is read and what is refused."""
 
 import gzip
 

@@ -121,8 +121,8 @@ def test_folder_with_metadata(kind, tmp_path):
       "file_name,transcription\n"
       'train/a.flac,"train, two"\ntest/./a.flac,"test, two"\n'
     )
-  # datasets issue 5046 and torchvision issue 2831: a path that begins with ./,
-  # and what systems leave behind.
+  # See datasets issue 5046 for a path that begins with ./, and torchvision
+  # issue 2831 for hidden files that operating systems create.
   for table in list(tmp_path.rglob("metadata.*")):
     table.write_text(table.read_text().replace("a.flac", "./a.flac"))
     (table.parent / f"._{table.name}").write_bytes(b"\x00\xff")
@@ -245,7 +245,7 @@ def test_batch_is_of_one_bucket_and_holds_what_it_says():
         for s, t in zip(source._seconds, source._texts, strict=True)
         if t == text
       ]
-      # The length is that of a recording of this text, at one of the speeds.
+      # A recording of this text has this length at one of the speeds.
       assert (
         min(abs(samples - 8000 * s / v) for s in seconds for v in (0.5, 1.0))
         < 10
@@ -268,7 +268,7 @@ def test_each_example_comes_once_an_epoch():
     for start in range(0, len(flat) - len(bucket) + 1, len(bucket)):
       part = flat[start : start + len(bucket)]
       assert sorted(part) == sorted(bucket)
-  # The buckets are mixed, in another order in each epoch.
+  # The order mixes the buckets, and differs between epochs.
   first, second = (loader._bucket_order((9, 5), 0, e) for e in (0, 1))
   assert sorted(first) == sorted(second) == [0] * 9 + [1] * 5
   assert (first != second).any()
@@ -380,8 +380,8 @@ def test_corrupt_recordings_are_skipped_up_to_the_share(
   )
   cut = recording(1.1)
   rows = [(recording(seconds), "ab") for seconds in (1, 1.05, 1.15, 1.2)]
-  rows.append((b"no recording", "a"))  # found as its length is read
-  rows.append((cut[:100] + bytes(len(cut) - 100), "b"))  # found later
+  rows.append((b"no recording", "a"))  # fails when its length is read
+  rows.append((cut[:100] + bytes(len(cut) - 100), "b"))  # fails later
   values = write_folder(tmp_path / "data", rows)
   values |= {"data.max_corrupt_share": 0.4, "data.num_workers": workers}
   config = small(**values)

@@ -1,4 +1,4 @@
-"""Texts: sources, tokenizers, packing, mixtures, exact resume."""
+"""Texts: sources, tokenizers, packing, mixtures, and exact resumption."""
 
 import gzip
 import json
@@ -56,7 +56,7 @@ def rows_of(batches):
 
 
 def texts_of(rows):
-  """The pieces of documents in the rows: (begins with `end`, text)."""
+  """The pieces of documents in the rows: (whether `end` is first, text)."""
   pieces = []
   for row in rows:
     for segment in range(1, row["segment"].max() + 1):
@@ -101,7 +101,7 @@ def test_training_rows_are_text_and_each_epoch_cuts_anew():
     rows = next(data)["token"]
     decoded = [text.tokenizer(config).decode(row) for row in rows]
     starts.append({whole.index(x) for x in decoded})
-  end = len(whole) - 400_001  # the last position where a row may begin
+  end = len(whole) - 400_001  # the last position at which a row can begin
   assert not starts[0] & starts[1] - {end}
   for epoch in starts:
     assert {x // 400_000 for x in epoch - {end}} >= set(range(9))
@@ -193,7 +193,7 @@ def test_every_token_of_a_document_is_a_target_once(tmp_path):
   for row in rows_of(tasks.eval_batches(config, "test")):
     same = row["segment"][1:] == row["segment"][:-1]
     count += (same & (row["token"][1:] >= 0)).sum()
-  assert count == sum(len(x) + 1 for x in texts)  # with the end of each
+  assert count == sum(len(x) + 1 for x in texts)  # 1 for the end of each
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -264,11 +264,11 @@ def test_documents_that_are_no_text_are_skipped_up_to_the_share(
 
   share = {"data.max_corrupt_share": 0.2}
   np.testing.assert_equal(take(path, **share), take(good))
-  # Each is named once, though there are several epochs.
+  # The log names each once, although there are several epochs.
   assert len(skipped) == 2
   assert re.search("skipped .1 of at most 1.: .*document 4: ", skipped[0])
   assert re.search("skipped .2 of at most 2.: .*document 10: ", skipped[1])
-  # Of a source that is also trained on, only a part would be evaluated.
+  # With another training source, the whole of this one is evaluated.
   sources = {"data.source": "x/y", "data.eval_source": path, **share, **values}
   config = make(**sources)
   setup.validate_config(config)
@@ -350,13 +350,13 @@ def test_sources_that_cannot_be_read_are_named(tmp_path):
 
 
 def fetched(config, batches):
-  """Some training batches, and the number of documents that were read."""
+  """The first training batches of a config."""
   data = tasks.train_batches(config)
   return [next(data) for _ in range(batches)]
 
 
 def test_a_shuffle_window_ends_with_the_epoch(tmp_path, monkeypatch):
-  """One large document was read again and again to fill a window."""
+  """Otherwise one large document would be read repeatedly to fill a window."""
   [path] = [write(tmp_path / "a.jsonl", ["x" * 300_000])]
   other = write(tmp_path / "b.jsonl", ["x"])
   config = make(**{"data.source": path, "data.eval_source": other})
@@ -367,7 +367,7 @@ def test_a_shuffle_window_ends_with_the_epoch(tmp_path, monkeypatch):
     datasets, "load_dataset", lambda *a, **k: opened.append(a) or load(*a, **k)
   )
   next(tasks.train_batches(config))
-  # Looked at once, then epochs as far as the prefetching of rows goes.
+  # It is opened once for a look, and once for each epoch that is prefetched.
   assert len(opened) < 6
 
 
@@ -379,7 +379,7 @@ def test_a_shuffle_window_ends_when_it_holds_much_text(tmp_path, monkeypatch):
   pieces = []
   while len(pieces) < len(texts):
     group = next(groups)
-    assert sum(map(len, group)) < 100 + 60  # the last may go beyond the bound
+    assert sum(map(len, group)) < 100 + 60  # the last one may exceed the bound
     pieces += group
   assert sorted(pieces) == sorted(texts)
   assert pieces != texts
@@ -416,7 +416,7 @@ def test_a_txt_is_one_text_with_its_newlines_and_an_end_held_out(tmp_path):
   assert 0.04 < len(held_out) / len(whole) < 0.05
   rows = next(tasks.train_batches(config))["token"]
   assert all(decode(row) in whole[: -len(held_out)] for row in rows)
-  config.data.lines = True  # and now each line is a document
+  config.data.lines = True  # now each line is a document
   config.data.length = 64
   pieces = [
     x for split in ("train", "test") for x in texts_in_characters(config, split)
@@ -482,7 +482,7 @@ def test_a_folder_of_all_kinds_is_read_whole(tmp_path, monkeypatch):
   monkeypatch.setattr(
     text_files.logging, "warning", lambda line, *args: said.append(line % args)
   )
-  folder = tmp_path / "my [best] texts"  # a pattern to those who take it so
+  folder = tmp_path / "my [best] texts"  # glob would read it as a pattern
   folder.mkdir()
   (folder / "a.txt").write_text("first\nsecond")
   (folder / "b.txt.gz").write_bytes(gzip.compress(b"third"))
@@ -525,7 +525,7 @@ def test_a_folder_of_all_kinds_is_read_whole(tmp_path, monkeypatch):
 def _texts_if_any(config, split):
   try:
     return [x for _, x in texts_of(rows_of(tasks.eval_batches(config, split)))]
-  except ValueError:  # none of so few is held out
+  except ValueError:  # with so few documents, none is held out
     return []
 
 
@@ -541,7 +541,7 @@ def test_the_hub_is_not_told_of_local_files(tmp_path, monkeypatch):
 
 
 def test_empty_texts_are_no_documents(tmp_path):
-  """gpt-2-output-dataset issue 51; blank lines of a .txt are empty too."""
+  """See gpt-2-output-dataset issue 51. Blank lines of a .txt are also empty."""
   path = tmp_path / "a.txt"
   path.write_text("one\n\n  \ntwo\n")
   config = make(**{"data.source": "kjv/x", "data.eval_source": str(path)})
@@ -564,13 +564,13 @@ def test_files_with_other_columns_are_read(tmp_path):
 
 
 def test_a_resumed_epoch_is_followed_by_whole_ones(tmp_path):
-  """litgpt issue 1712 and torchtitan pull request 3008."""
+  """See litgpt issue 1712 and torchtitan pull request 3008."""
   texts = documents(24)
   for i in range(2):
     write(tmp_path / f"{i}.jsonl", texts[12 * i : 12 * (i + 1)])
   origin = text._Origin(str(tmp_path), "train")
   documents_ = text._DocumentIterator(origin, in_training=True)
-  for _ in range(24 + 1 + 20):  # into the second epoch, of the second file
+  for _ in range(24 + 1 + 20):  # into the second file in the second epoch
     next(documents_)
   state = json.loads(json.dumps(documents_.get_state()))
   again = text._DocumentIterator(origin, in_training=True)

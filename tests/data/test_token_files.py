@@ -1,4 +1,4 @@
-"""A folder of tokens: how runs read it, and what is refused."""
+"""A folder of tokens: how runs read it, and which files are refused."""
 
 import lzma
 
@@ -12,7 +12,7 @@ from sigattn.data import text, train_tokenizer
 from train import train
 
 TEXT = "In the beginning there was a tokenizer, and it made tokens of text.\n"
-SIZE = 300  # the text makes 297 of them
+SIZE = 300  # requested tokens; the text gives only 297
 
 
 def write(path, token_S):

@@ -1,4 +1,4 @@
-"""Random views: ranges, repetition, grey images, and none where none is set."""
+"""Random views: ranges, repetition, grey images, and unchanged images."""
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +40,12 @@ def test_views_are_colours_that_differ_and_repeat(channels):
   assert 0 <= first.min() < first.max() <= 1
   np.testing.assert_array_equal(first, again)
   assert all(abs(first - other).max(axis=(1, 2, 3)) > 0.01)
-  # grey_share is 1: what was colourful is grey.
+  # grey_share is 1, so colour images become grey.
   np.testing.assert_allclose(first, first[..., :1].repeat(channels, -1))
 
 
 def test_nothing_is_changed_where_nothing_is_set():
-  """An area of 1 fits the image only where the aspect ratio is 1."""
+  """A box with the area 1 fits the image only if its aspect ratio is 1."""
   config = mae.get_config("runlocal")
   config.augment.update(min_area=1.0, flip=False)
   x = images(1)
@@ -68,14 +68,14 @@ def test_boxes_have_the_areas_and_ratios_of_the_paper_and_lie_inside():
 
 
 def test_a_view_shows_the_part_that_its_box_names():
-  """Of a ramp, the view's edges are the box's."""
+  """A view of a ramp has the values at the edges of the box."""
   ramp = np.linspace(0, 255, 64).round().astype(np.uint8)
   x = np.broadcast_to(ramp[None, :, None], (64, 64, 1))[None]
   config = mae.get_config("runlocal")
   config.data.update(canvas_size=64, image_size=28)
   config.augment.flip = False
   view = np.asarray(draw(config, x))[0, :, :, 0]
-  # The keys that `draw` gives to its first image and its first change.
+  # `draw` gives this key to the first change of the first image.
   [key] = jax.random.split(jax.random.split(KEY, 1)[0], 1)
   box = jax.jit(views.crop_box, static_argnums=1)(key, config.augment.min_area)
   _, left, _, width = np.asarray(box)

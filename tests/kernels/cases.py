@@ -1,4 +1,4 @@
-"""The named attention problems that tests and benchmarks share."""
+"""Named attention problems that tests and benchmarks share."""
 
 import dataclasses
 import math
@@ -130,8 +130,8 @@ CASES = [
   ),
 ]  # fmt: skip
 
-# These have so many blocks that some are full, some lie at an edge, and some
-# are skipped. They have no dense operands, which the kernels do not support.
+# These have enough blocks that some are full, some lie at an edge, and some are
+# skipped. They have no dense operands, which the kernels do not support.
 BLOCKS = [
   dataclasses.replace(CASES[-1], name="all_but_dense", mask=None, bias=None),
   Case("blocks_causal", batch=1, queries=70, heads=2, causal=True),
@@ -139,7 +139,7 @@ BLOCKS = [
     "blocks_causal_alibi", batch=1, queries=200, heads=1, causal=True,
     alibi=True,
   ),
-  # Keys before, around and behind a block of queries. There are two heads,
+  # Keys lie before, around and after a block of queries. There are two heads,
   # because the gradient of one slope may be a thousandth of its terms.
   Case("blocks_alibi", batch=1, queries=200, heads=2, alibi=True),
   Case(  # Visible keys lie on both sides of distance 0.
@@ -154,7 +154,7 @@ BLOCKS = [
     "blocks_causal_window", batch=1, queries=90, heads=1, causal=True,
     window=(50, 3),
   ),
-  Case(  # Narrower than a tile: no block is full.
+  Case(  # The window is narrower than a tile, so no block is full.
     "blocks_narrow_window", batch=1, queries=150, heads=1, causal=True,
     window=(9, 0),
   ),
@@ -180,7 +180,7 @@ BLOCKS = [
     "blocks_normalized_cross", batch=1, queries=70, keys=150, heads=2,
     kv_heads=1, normalize=True, logit_bias=-8.0,
   ),
-  # Each head has its own keys: with shared ones the sum of a slope's gradient
+  # Each head has its own keys. With shared keys the sum of a slope's gradient
   # was a three hundredth of its terms.
   Case(
     "blocks_offsets", batch=3, queries=70, keys=150, heads=2, causal=True,
@@ -200,7 +200,7 @@ BLOCKS = [
     offset="array",
   ),
   Case("blocks_silu", batch=1, queries=90, heads=2, kind="silu", causal=True),
-  Case(  # Two heads: a slope's gradient of one alone may be small.
+  Case(  # There are two heads, because one slope's gradient may be small.
     "blocks_normalized_window", batch=1, queries=150, heads=2, normalize=True,
     causal=True, window=(50, 3), alibi=True,
   ),
@@ -269,7 +269,7 @@ def draw(case, dtype="float32", seed=0):
     options["logit_bias"] = normal(*axes) - np.float32(math.log(s))
   if case.alibi:
     options["alibi_slopes"] = 2.0 ** -np.arange(1, n + 1, dtype=np.float32)
-  if case.lengths:  # the first example sees nothing at all
+  if case.lengths:  # the first example has no keys
     options["query_seq_lengths"] = np.linspace(1, t, b, dtype=np.int32)
     options["key_value_seq_lengths"] = np.linspace(0, s - 2, b, dtype=np.int32)
   if case.segments:
@@ -288,7 +288,7 @@ def draw(case, dtype="float32", seed=0):
   if case.offset is not None:
     options["query_offset"] = case.offset
   if case.offset == "array":
-    # Before the keys, among them, and behind them.
+    # Queries lie before the keys, among them, and after them.
     options["query_offset"] = np.linspace(-t // 2, s, b, dtype=np.int32)
   arrays = [np.asarray(x).astype(_dtype(dtype)) for x in (*arrays, cotangent)]
   return arrays[:3], options, arrays[3]
@@ -301,7 +301,7 @@ def _dtype(name):
 
 
 def visible(case, options):
-  """bool (B, N, T, S), computed straight from the definition."""
+  """bool (B, N, T, S), computed directly from the definition."""
   b, t, s, n, *_ = case.shape
   seen = np.ones((b, n, t, s), bool)
   i, j = np.arange(t)[:, None], np.arange(s)[None]
@@ -323,7 +323,7 @@ def visible(case, options):
 
 
 def _offsets(options, default):
-  """query_offset of each example, (B or 1, 1, 1, 1)."""
+  """The query_offset of each example, (B or 1, 1, 1, 1)."""
   offset = options.get("query_offset", default)
   return np.reshape(offset, (-1, 1, 1, 1))
 
@@ -336,7 +336,7 @@ def distance(case, options):
 
 
 def vectors(options):
-  """What the logit vectors add to the logits, (B or 1, N or 1, T, S or 1)."""
+  """The sum of the logit vectors, (B or 1, N or 1, T, S or 1)."""
   total = np.zeros((1, 1, 1, 1))
   if "query_logit_bias" in options:
     total = total + options["query_logit_bias"][..., None].astype(np.float64)
@@ -346,10 +346,10 @@ def vectors(options):
 
 
 def exact(case, arrays, options, cotangent):
-  """Output and gradients in NumPy float64: a dict of arrays.
+  """Output and gradients in NumPy float64, as a dict of arrays.
 
-  Its keys are out, query, key, value, and those of logit_bias, alibi_slopes,
-  bias and the logit vectors that the case has as arrays.
+  Its keys are out, query, key and value. If the case has arrays for logit_bias,
+  alibi_slopes, bias and the logit vectors, these are also keys.
   """
   q, k, v, do = (np.asarray(x, np.float64) for x in (*arrays, cotangent))
   b, t, s, n, kv, h = case.shape
@@ -367,7 +367,7 @@ def exact(case, arrays, options, cotangent):
     offset = -math.log(s) if case.kind == "sigmoid" else 0.0
   z = z + np.asarray(offset, np.float64).reshape(*np.shape(offset), 1, 1)
   if case.kind == "sigmoid":
-    p = np.exp(-np.logaddexp(0, -z))  # which does not overflow
+    p = np.exp(-np.logaddexp(0, -z))  # does not overflow
     derivative = p / (1 + np.exp(z))
   elif case.kind == "relu":
     p, derivative = np.maximum(z, 0) / s, (z > 0) / s
@@ -381,7 +381,7 @@ def exact(case, arrays, options, cotangent):
   dp = np.einsum("btnh,bsnh->bnts", do, v)
   if case.normalize:
     sums = p.sum(-1, keepdims=True)
-    sums = np.where(sums > 0, sums, np.inf)  # such rows are 0
+    sums = np.where(sums > 0, sums, np.inf)  # rows without weight are 0
     p, derivative = p / sums, derivative / sums
     dp = dp - (p * dp).sum(-1, keepdims=True)
   dz = derivative * dp
@@ -406,7 +406,7 @@ def exact(case, arrays, options, cotangent):
 
 
 def _reduce(x, shape):
-  """x summed over the axes that are missing in `shape`, or 1 there."""
+  """Sums x over the axes that are missing or 1 in `shape`."""
   x = x.sum(tuple(range(x.ndim - len(shape))))
   axes = tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] > 1)
   return x.sum(axes, keepdims=True)
@@ -418,8 +418,8 @@ PAGE = 16  # tokens of a page
 def draw_paged(lengths, queries=3, heads=4, kv_heads=2, width=8, shared=0):
   """(query, key pages, value pages, table, lengths), and contiguous k and v.
 
-  The rows begin with `shared` common pages. What is not used is poison: NaN in
-  pages, and numbers in the table that name none.
+  The rows begin with `shared` common pages. Unused pages hold NaN, and unused
+  entries of the table hold numbers of no page.
   """
   rng = np.random.default_rng(0)
   used = [-(-x // PAGE) for x in lengths]

@@ -24,7 +24,7 @@ def run(arrays, options, cotangent):
   static = {k: v for k, v in options.items() if k not in given}
   arrays |= {k: given.pop(k) for k in WITH_GRADIENT if k in given}
 
-  @jax.jit  # Much faster than to compile each operation of its own.
+  @jax.jit  # Much faster than compiling each operation separately.
   def f(arrays, given, cotangent):
     def attend(arrays):
       return attention.dot_product_attention(**arrays, **given, **static)
@@ -36,7 +36,7 @@ def run(arrays, options, cotangent):
 
 
 def run_or_skip(arrays, options, cotangent):
-  """run, or skips the test with the reason of the implementation."""
+  """Calls run, or skips the test if the implementation refuses the problem."""
   try:
     return run(arrays, options, cotangent)
   except NotImplementedError as reason:
@@ -72,10 +72,10 @@ def assert_float32(case, bound):
 
 
 def assert_tangents(case, bound, dtype="float32"):
-  """The derivatives along each operand, beside the gradients in float64.
+  """Compares derivatives along each operand with gradients in float64.
 
   Both give the sum of cotangent * (derivative along a tangent). The error is
-  relative to what the terms of that sum come to without their signs.
+  relative to the sum of the absolute values of its terms.
   """
   arrays, options, cotangent = cases.draw(case, dtype)
   expected = cases.exact(case, arrays, options, cotangent)
@@ -106,7 +106,7 @@ def assert_tangents(case, bound, dtype="float32"):
 
 
 def plain_16_bit(case, arrays, options, cotangent):
-  """What a user would write in jnp, with weights in 16 bits."""
+  """Attention as a user would write it in jnp, with weights in 16 bits."""
   seen = jnp.asarray(cases.visible(case, options))
   b, t, s, n, kv, h = case.shape
   scale = h**-0.5 if case.scale is None else case.scale
@@ -151,7 +151,7 @@ def assert_16_bit(case, dtype):
   plain = plain_16_bit(case, arrays, options, cotangent)
   unit = float(jnp.finfo(dtype).eps)
   for name, value in expected.items():
-    # The operands' gradients are float32; a 16-bit error is allowed.
+    # Gradients of operands are float32, but may have the error of 16 bits.
     allowed = error(plain[name], value) if name in plain else unit
     assert error(actual[name], value) <= 2 * allowed + 0.2 * unit, name
 

@@ -1,11 +1,11 @@
 """Decoding on the mesh that train.py makes, with batch and heads split.
 
-A process of its own with four simulated devices, for test_triton.py: the other
-tests have one. Two checks, of contiguous keys and of pages:
+test_triton.py runs this in its own process with four simulated devices, because
+the other tests have one. It checks contiguous keys and pages in two ways:
 
   shard_map  Triton's interpreter runs the decode kernel on each device's part.
-  automatic  With plain JAX in the place of the kernel, XLA's partitioning
-             splits it, and moves nothing between devices.
+  automatic  Plain JAX replaces the kernel. XLA's partitioning splits it, and
+             moves nothing between devices.
 """
 
 import os
@@ -51,7 +51,7 @@ def in_pages(implementation, query, key, value, bias, lengths, table):
 def plain_decode(
   problem, precision, tile, query, key, value, operands, pages=None
 ):
-  """In the place of decode.forward, for what one device holds."""
+  """Replaces decode.forward, for the part of one device."""
   del precision, tile
   if pages is not None:
     seen_BS = decoding.seen(problem, operands)

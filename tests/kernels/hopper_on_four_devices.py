@@ -1,15 +1,14 @@
 """Gradients by the Hopper kernels on the mesh that train.py makes.
 
-A process of its own with four simulated devices, for test_mosaic.py: the other
-tests have one. It fails where dq, which is added in global memory, is anything
-that custom_partitioning refuses. Two checks:
+test_mosaic.py runs this in its own process with four simulated devices, because
+the other tests have one. The kernels add dq in global memory;
+custom_partitioning must accept this. There are two checks:
 
-  compile   The real kernels at n = 1,024 go through XLA's partitioning, also
-            with normalised rows. A CPU cannot run them, and that must be the
-            first complaint.
-  run       With plain JAX in the place of the kernels, adding to the same Ref,
-            the gradients equal those of the portable implementation, whether
-            the batch or the sequence is split.
+  compile   XLA's partitioning accepts the real kernels at n = 1,024, also with
+            normalised rows. The first error must be that a CPU cannot run them.
+  run       Plain JAX replaces the kernels, and adds to the same Ref. The
+            gradients equal those of the portable implementation, whether the
+            batch or the sequence is split.
 """
 
 import math
@@ -58,7 +57,7 @@ def check_compile(mesh, normalize):
 
 
 def launch_plain_jax(name, *_, automatic_barriers=True):
-  """In the place of pipeline.launch: plain sigmoid attention in float32."""
+  """Replaces pipeline.launch: plain sigmoid attention in float32."""
   del name, automatic_barriers
 
   def forward(query, key, value):
@@ -74,7 +73,7 @@ def launch_plain_jax(name, *_, automatic_barriers=True):
       return [forward(query, key, value).astype("bfloat16")]
     _, pull_back = jax.vjp(forward, query, key, value)
     dq, dk, dv = pull_back(inputs["d_out"].astype("float32"))
-    # The sums lack the factor of the logits; in_rows only permutes.
+    # The sums do not have the scale of the logits. in_rows only permutes.
     dq = dq * query.shape[-1] ** 0.5
     dq_sums = inputs["dq_sums"]
     zeros = jnp.zeros(dq_sums.shape, "float32")

@@ -1,14 +1,14 @@
-"""Runs cases of the Hopper kernels in Pallas's interpreter: slow, but exact.
+"""Runs cases of the Hopper kernels in Pallas's interpreter.
 
   python -m tests.kernels.mosaic_interpreter 64 two_kernels all_but_dense ...
   python -m tests.kernels.mosaic_interpreter 64 fused all_but_dense ...
 
-The second argument chooses the backward pass, and "CASE.float16" another dtype
-than bfloat16. The program prints the error of each output and gradient, and
-exits with 1 if one is more than twice that of plain code in 16 bits. A missing
-arrival at a barrier hangs, so set a time limit. The interpreter needs a thread
-for each warpgroup. A small machine has no more than three, so that two
-warpgroups compute here.
+The second argument chooses the backward pass. The dtype is bfloat16; a case
+that is called "CASE.float16" is run in float16. The program prints the error of
+each output and gradient. It exits with 1 if an error is more than twice that of
+plain code in 16 bits. A kernel with a missing arrival at a barrier hangs, so
+set a time limit. The interpreter needs a thread for each warpgroup. A small
+machine has no more than three threads, so here two warpgroups compute.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def _let_products_read_registers():
 
 
 def _add(tile, total):
-  """reduce.add in plain JAX; the interpreter has no inline instructions."""
+  """reduce.add in plain JAX, because the interpreter has no inline assembly."""
   rows_and_columns = tile.reshape(4, 2, 8, 8, 4, 2)  # w i r j c k
   total[...] += rows_and_columns.transpose(3, 0, 2, 4, 1, 5).reshape(8, 128, 4)
 
@@ -101,7 +101,7 @@ def _hide_from(x, end, hidden):
 
 
 def _add_to_rows(totals, x):
-  """registers.add_to_rows in plain JAX, where a row has only one total."""
+  """registers.add_to_rows in plain JAX. Here a row has only one total."""
   return totals + x.sum(1)
 
 
@@ -116,7 +116,7 @@ def _distance(x, offset):
 
 
 def _pretend(backward):
-  """Simulates an H100 with three multiprocessors, or one where dq is added."""
+  """Simulates an H100 with three multiprocessors, or one if dq is added."""
   dispatch.IMPLEMENTATIONS = {"mosaic": "sigattn.kernels.mosaic"}
   device.current = lambda: device.Device("NVIDIA H100", 90)
   host._programs = lambda: 3 if backward == "two_kernels" else 1

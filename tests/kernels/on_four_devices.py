@@ -1,7 +1,7 @@
-"""Attention on meshes, with plain JAX in the place of Triton's kernels.
+"""Attention on meshes, with plain JAX instead of Triton's kernels.
 
-test_triton.py runs this in a process of its own with four simulated devices,
-because the other tests have one. It prints what is wrong.
+test_triton.py runs this in its own process with four simulated devices, because
+the other tests have one. It prints the errors that it finds.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def forward(precision, problem, query, key, value, operands):
 def backward(
   precision, wanted, problem, query, key, value, operands, d_out, *rows
 ):
-  """As the kernels: the operands' gradients not yet summed over examples."""
+  """Like the kernels, it does not sum operands' gradients over examples."""
   del precision
   heads = problem.batch, problem.num_heads
   operands = operands._replace(
@@ -88,7 +88,7 @@ def with_gradients(f, *arrays):
 
 
 def along(f, *arrays):
-  """The derivative along all arrays but the last one."""
+  """The derivative along all arrays except the last one."""
   primals = arrays[:-1]
   return jax.jvp(lambda *x: f(*x, arrays[-1]), primals, primals)
 
@@ -139,7 +139,7 @@ def check_meshes(kv_heads, normalize):
     jax.jit(lambda *x: along(manual, *x))(*arrays), tangents,
   )  # fmt: skip
 
-  # Explicit: the mesh is in the types of query, key and value.
+  # In an explicit mesh, the types of query, key and value name its axes.
   mesh = make_mesh(jax.sharding.AxisType.Explicit)
   typed = jax.device_put(arrays[:3], NamedSharding(mesh, split))
   for name in "triton", "xla":

@@ -1,6 +1,7 @@
 """The kernels on a GPU.
 
-JAX_PLATFORMS=cuda python -m pytest -n 8 tests/kernels/test_gpu.py
+Run them with
+  JAX_PLATFORMS=cuda python -m pytest -n 8 tests/kernels/test_gpu.py
 """
 
 import dataclasses
@@ -25,12 +26,12 @@ if jax.default_backend() != "gpu":
   pytest.skip("needs a GPU", allow_module_level=True)
 
 CASES = cases.CASES + cases.BLOCKS + cases.ARBITRARY
-# The head widths of the cases of many blocks.
+# The head widths of cases with many blocks.
 WIDTHS = {
   "mosaic": (32, 64, 96, 128, 192, 256),
   "triton": (32, 64, 96, 128, 256),
 }
-# More tiles than multiprocessors, so that a program computes several.
+# There are more tiles than multiprocessors, so a program computes several.
 ROUNDS = [
   cases.Case("rounds", batch=4, queries=520, heads=24, kv_heads=12, width=64),
   cases.Case(
@@ -46,7 +47,7 @@ def implementation(request, monkeypatch):
 
 
 def larger(case, times, implementation):
-  """The case with `times` as many tokens, and a width of WIDTHS."""
+  """The case with `times` as many tokens and a width from WIDTHS."""
   widths = WIDTHS[implementation]
   return dataclasses.replace(
     case,
@@ -133,7 +134,7 @@ def test_decoding(case, dtype, implementation):
   except NotImplementedError as reason:
     pytest.skip(str(reason))
   expected = cases.exact(case, arrays, options, cotangent)["out"]
-  # Outputs of 1e-263, which some cases have with so few queries, are 0.
+  # With so few queries, some cases have outputs of 1e-263. They become 0.
   expected = np.asarray(expected, np.float32)
   bound = 4e-6
   if dtype != "float32":
@@ -148,7 +149,7 @@ def test_decoding(case, dtype, implementation):
 def test_decoding_gives_the_same_bits_at_every_run(
   last_adds, normalize, implementation, monkeypatch
 ):
-  """Programs that add up before all shares are there would not."""
+  """A program that added up before all shares were there would change them."""
   if implementation != "triton":
     pytest.skip("only Triton has a decode kernel")
   tile = decode.tile
@@ -180,7 +181,7 @@ def test_decoding_gives_the_same_bits_at_every_run(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("length", paged.PAGE_LENGTHS)
 def test_pages_change_no_bit(length, dtype, normalize, implementation):
-  """Nor do NaN in pages that no row uses, and numbers that name none."""
+  """NaN in unused pages and unused numbers of the table change none either."""
   if implementation != "triton":
     pytest.skip("only Triton has a decode kernel")
   rng = np.random.default_rng(length)
@@ -191,7 +192,7 @@ def test_pages_change_no_bit(length, dtype, normalize, implementation):
   for row, count in enumerate(used):
     start = used[:row].sum()
     table[row, :count] = pages[start : start + count]
-  table[1, : used[1]] = table[0, : used[1]]  # a shared beginning
+  table[1, : used[1]] = table[0, : used[1]]  # two rows share their beginning
   query = jnp.asarray(rng.standard_normal((5, 3, 8, 64)), dtype)
   keys, values = (
     rng.standard_normal((len(pages), length, 2, 64), np.float32)
@@ -257,7 +258,7 @@ def test_the_same_bits_at_every_run(index, implementation, monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("bias", [-8.0, -11.0, -11.1, -14.0, -16.0])
 def test_small_weights_keep_their_sum(bias, dtype):
-  """With V = 16, the mean loss of a row's sum is below rounding."""
+  """With V = 16, outputs show the row sums: their mean error is below 1e-3."""
   case = cases.Case(
     "sum", batch=1, queries=256, keys=4096, heads=2, width=128, logit_bias=bias
   )
@@ -274,7 +275,7 @@ def test_small_weights_keep_their_sum(bias, dtype):
 @pytest.mark.parametrize("axis", ["batch", "heads"])
 @pytest.mark.parametrize("manual", [False, True])
 def test_each_gpu_of_a_mesh_computes_its_part(axis, manual):
-  """In jit and in shard_map, without communication between the GPUs."""
+  """In jit and in shard_map there is no communication between the GPUs."""
   count = 2
   rng = np.random.default_rng(0)
   query, key, value, d_out = (
@@ -326,7 +327,7 @@ def test_each_gpu_of_a_mesh_computes_its_part(axis, manual):
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_long_sequences_on_the_mesh_of_the_training_program(width, is_causal):
-  """Gradients equal those of one device where dq is added in global memory."""
+  """If dq is added in global memory, gradients still equal one device's."""
   rng = np.random.default_rng(0)
   arrays = [
     jnp.asarray(

@@ -1,4 +1,4 @@
-"""The Hopper kernels without a GPU: what they compute, lower to and decline."""
+"""The Hopper kernels without a GPU: results, lowering and refused problems."""
 
 import dataclasses
 import os
@@ -52,8 +52,8 @@ INTERPRETED = {
 def test_interpreted_output_and_gradients(width, form):
   """In a process of its own, because a missing arrival at a barrier hangs.
 
-  It simulates eight devices. Each warpgroup blocks a thread of XLA's, and XLA
-  has no more threads than devices or cores.
+  It simulates eight devices: each warpgroup blocks a thread of XLA, and XLA has
+  no more threads than devices or cores.
   """
   subprocess.run(
     [
@@ -119,7 +119,7 @@ def test_tiles_of_normalized_rows_are_lowered_for_cuda(
 def test_tiles_of_logit_vectors_are_lowered_for_cuda(
   width, length, dtype, normalize, monkeypatch
 ):
-  """With all that is trained beside them, and with offsets."""
+  """The problems also have all other trained operands, and offsets."""
   compare.use_only(monkeypatch, "mosaic", H100)
 
   def loss(query, key, value, offset, *trained):
@@ -147,7 +147,7 @@ def test_tiles_of_logit_vectors_are_lowered_for_cuda(
 
 
 def _assert_lowered(problem, has_slopes):
-  """Shapes and layouts are valid, and shared memory suffices.
+  """Checks that shapes and layouts are valid, and that shared memory suffices.
 
   Problems with trained slopes of ALiBi need the most shared memory.
   """
@@ -170,8 +170,8 @@ def _assert_lowered(problem, has_slopes):
 
   traced = jax.jit(both).trace(x, x, x, slopes, x, *rows)
   lowered = traced.lower(lowering_platforms=("cuda",))
-  # One kernel for the output, one for dk and dv, or two in wide heads, and one
-  # for dq unless the kernel of the keys adds it.
+  # There is one kernel for the output, and one for dk and dv, or two for wide
+  # heads. Another computes dq, unless the kernel of the keys adds it.
   count = 2 + (width > tiles.WIDEST_DK_AND_DV)
   form = host._form(problem)
   wanted = Sums(slopes=has_slopes)
@@ -192,7 +192,7 @@ def _assert_lowered(problem, has_slopes):
   ids=str,
 )
 def test_what_users_call_is_lowered(options, around, monkeypatch):
-  """The public operation with its derivative, vmap and partitioning."""
+  """Lowers the public operation with its derivative, vmap and partitioning."""
   compare.use_only(monkeypatch, "mosaic", H100)
 
   def attend(query, key, value):
@@ -219,16 +219,16 @@ def test_what_users_call_is_lowered(options, around, monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["grouped", "normalized_vectors", "offsets"])
 def test_tangents_equal_float64(name, dtype, monkeypatch):
-  """They are those of the portable form, so that no kernel runs here."""
+  """The portable form computes tangents, so no kernel runs here."""
   compare.use_only(monkeypatch, "mosaic", H100)
   (case,) = [c for c in cases.CASES if c.name == name]
   case = dataclasses.replace(case, width=64)
-  # Half a unit for the output, and as much for weights of 16 bits.
+  # The bound is half a unit for the output and as much for weights in 16 bits.
   compare.assert_tangents(case, float(jnp.finfo(dtype).eps), dtype)
 
 
 def test_gradients_on_the_mesh_of_the_training_program():
-  """On four simulated devices, between which XLA splits the batch."""
+  """XLA splits the batch between four simulated devices."""
   subprocess.run(
     [sys.executable, "-m", "tests.kernels.hopper_on_four_devices"],
     timeout=250,
@@ -263,7 +263,7 @@ def test_what_it_declines(capability, change, reason, monkeypatch):
 
 
 def test_it_declines_a_jax_that_it_was_not_tested_with(monkeypatch):
-  """The reason names both versions, see mosaic.TESTED_JAX."""
+  """The reason names both versions. See mosaic.TESTED_JAX."""
   compare.use_only(monkeypatch, "mosaic", H100)
   monkeypatch.setattr(jax, "__version__", "0.12.0")
   problem = tune_triton.example(64, "bfloat16")

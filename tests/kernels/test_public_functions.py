@@ -1,4 +1,4 @@
-"""Public functions of kernels/ have types and docstrings; all are short."""
+"""Functions of kernels/ are short; public ones have types and docstrings."""
 
 import ast
 import pathlib
@@ -8,14 +8,14 @@ import pytest
 import sigattn.kernels.dispatch as dispatch
 
 _ROOT = pathlib.Path(dispatch.__file__).parent
-# Triton's functions have types of its own (tl.constexpr).
+# Functions in Triton's language have their own types (tl.constexpr).
 _FILES = sorted(
   path for path in _ROOT.rglob("*.py") if not path.match("triton/*kernel*.py")
 )
 
 
 def _public(node):
-  """The public functions and classes in a module, and in its classes."""
+  """The public functions and classes of a module and of its classes."""
   for child in node.body:
     kinds = ast.FunctionDef, ast.ClassDef
     if not isinstance(child, kinds) or child.name.startswith("_"):
@@ -48,7 +48,7 @@ _NESTING = ast.FunctionDef, ast.If, ast.For, ast.While, ast.With, ast.Try
 
 
 def _depth(node):
-  """How deep the blocks in a function are nested."""
+  """How deeply the blocks of a function are nested."""
   return max(
     (
       _depth(child) + isinstance(child, _NESTING)

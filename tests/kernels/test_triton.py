@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU: Triton's interpreter on NumPy arrays.
 
-A process of its own checks that they compile for each card, because in one
-process a kernel is either interpreted or compiled.
+Another process checks that they compile for each card, because in one process a
+kernel is either interpreted or compiled.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from tests.kernels import cases, compare
 
 if jax.default_backend() != "cpu":
   pytest.skip("the kernels are not interpreted here", allow_module_level=True)
-# Triton has wheels for Linux alone.
+# Triton has wheels only for Linux.
 triton_interpreter = pytest.importorskip("tests.kernels.triton_interpreter")
 
 
 @pytest.fixture
 def interpreter(monkeypatch):
-  """Lets Triton's kernels run on the CPU, which pretends to be an H100."""
+  """Lets Triton's kernels run on the CPU, which is taken for an H100."""
   from sigattn.kernels.triton import kernels
 
   monkeypatch.setattr(kernels, "tanh", triton_interpreter.tanh)
@@ -77,7 +77,7 @@ def test_interpreted_output_and_gradients(case, interpreter, monkeypatch):
 @pytest.mark.parametrize("bias", [-16.0, 2.0])
 @pytest.mark.parametrize("width", [8, 80])
 def test_interpreted_float16(bias, width, interpreter):
-  """Both forms of the sigmoid, and a width that is no power of two."""
+  """It tests both forms of the sigmoid, and a width that is no power of two."""
   case = cases.Case(
     "half", batch=1, queries=40, heads=1, width=width, logit_bias=bias
   )
@@ -86,7 +86,10 @@ def test_interpreted_float16(bias, width, interpreter):
 
 @pytest.fixture
 def decoding(monkeypatch):
-  """Lets the decode kernel take every problem; give it splits and last_adds."""
+  """Lets the decode kernel take every problem.
+
+  It is a function of splits and last_adds.
+  """
 
   def use(splits, last_adds=True):
     small = decode.Tile(16, 16, splits, 4, 2, last_adds)
@@ -113,7 +116,7 @@ DECODED = (
 )  # fmt: skip
 
 
-# The shares of several programs are added by the last of them, or by XLA.
+# The last of several programs adds up their shares of a row, or XLA does.
 @pytest.mark.parametrize(
   ("splits", "last_adds"), [(1, True), (3, True), (3, False)]
 )
@@ -139,7 +142,7 @@ def test_interpreted_decoding_in_float16(interpreter, decoding):
 def test_decoding_loads_no_keys_that_are_not_seen(
   normalize, interpreter, decoding
 ):
-  """NaN there would survive a product with weights of zero."""
+  """NaN in such keys would survive a product with weights of zero."""
   decoding(3)
   rng = np.random.default_rng(0)
   query = rng.standard_normal((2, 1, 2, 8), np.float32)
@@ -166,7 +169,7 @@ PAGED = (
 def test_interpreted_pages_change_no_bit(
   options, interpreter, decoding, started
 ):
-  """Nor are pages and numbers read that a row does not use."""
+  """Pages and numbers that a row does not use are not read."""
   decoding(3)
   arrays, whole = cases.draw_paged([40, 64, 37, 0], shared=2)
   query, *_, lengths = arrays
@@ -216,7 +219,7 @@ def test_paged_attention_differentiated_and_vmapped(interpreter, decoding):
 
 
 def test_many_queries_gather_their_pages(interpreter, started):
-  """The kernel computes them where it is named."""
+  """The decode kernel computes them only if `implementation` names it."""
   arrays, _ = cases.draw_paged([40, 64], queries=17)
   wanted = sigattn.paged_attention(*arrays)
   assert {name for name, _ in started} == {"forward"}
@@ -239,7 +242,7 @@ SOFTMAX = {
 )
 @pytest.mark.parametrize("name", SOFTMAX)
 def test_interpreted_softmax(name, splits, last_adds, interpreter, decoding):
-  """A few queries by the decode kernel, as jax.nn has them."""
+  """The decode kernel computes a few queries as jax.nn does."""
   decoding(splits, last_adds)
   rng = np.random.default_rng(0)
   query = 3 * rng.standard_normal((2, 3, 2, 8), np.float32)
@@ -305,7 +308,7 @@ def test_softmax_differentiated_vmapped_and_in_pages(
   ],
 )
 def test_the_softmax_that_the_kernel_refuses(change, reason, interpreter):
-  """Where it is not named, jax.nn computes it."""
+  """If `implementation` does not name the kernel, jax.nn computes it."""
   query = np.ones((1, change.pop("queries", 2), 2, 8), np.float32)
   key = np.ones((1, 150, 2, 8), np.float32)
   options = dict(kind="softmax") | change
@@ -317,7 +320,7 @@ def test_the_softmax_that_the_kernel_refuses(change, reason, interpreter):
 
 
 def test_one_query_takes_the_decode_kernel(interpreter, started):
-  """So in loops, under vmap, and with gradients; 17 queries do not."""
+  """It also does in loops, under vmap and with gradients. 17 queries do not."""
   rng = np.random.default_rng(0)
   query = rng.standard_normal((2, 17, 2, 8), np.float32)
   key, value = rng.standard_normal((2, 2, 200, 1, 8), np.float32)
@@ -373,8 +376,8 @@ def test_interpreted_empty_blocks_are_skipped(mask, interpreter, monkeypatch):
   clean = compare.run(arrays, options, cotangent)
   first, last = [x.copy() for x in arrays], [x.copy() for x in arrays]
   first[0][:, :16] = last[1][:, 48:] = last[2][:, 48:] = np.nan
-  # Queries 0 to 31 see no key from 48 on, and so no key from 32 on (under a
-  # causal mask: from 16 on) is seen by the queries before 16.
+  # Queries 0 to 31 do not see keys from 48 on. Queries 0 to 15 do not see keys
+  # from 32 on, or from 16 on under a causal mask.
   actual = compare.run(last, options, cotangent)
   for name in ("out", "query"):
     np.testing.assert_array_equal(actual[name][:, :32], clean[name][:, :32])
@@ -448,7 +451,7 @@ def test_it_names_the_package_that_is_missing(monkeypatch):
 
 
 def test_short_sequences_have_tiles_of_their_own(tmp_path, monkeypatch):
-  """The table has them beside the others; they are used up to 256 tokens."""
+  """The table has them beside the other tiles, for up to 256 tokens."""
   monkeypatch.setattr(device, "current", lambda: device.Device("A10", 86))
   path, short_tile = tmp_path / "tiles.json", tiles.Tile(64, 32, 2, 2)
   tune_triton.write({("16", "forward", 64): short_tile}, short=True, path=path)
@@ -498,12 +501,12 @@ def test_the_fastest_tile_that_fits_what_it_was_timed_on(monkeypatch):
   "what",
   [
     "--cards 86 90 --widths 64 --examples causal short",
-    # Decoding, with its gradient and of pages.
+    # Decoding, with its gradient and with pages.
     "--cards 90 --widths 64 128 --examples token 16-tokens",
   ],
 )
 def test_tiles_compile_without_spills(what):
-  """A few of them; python -m benchmarks.tune_triton --check compiles all."""
+  """It compiles some of them; benchmarks.tune_triton --check compiles all."""
   environment = {k: v for k, v in os.environ.items() if "INTERPRET" not in k}
   command = f"benchmarks.tune_triton --check --dtypes bfloat16 {what}"
   subprocess.run(
@@ -520,7 +523,7 @@ def test_tiles_compile_without_spills(what):
     (-8.0, False, dict(dtype="float16"), False),
     (-9.1, False, dict(dtype="float16"), True),
     (-3.0, True, dict(dtype="float16"), True),
-    # Only keys that ALiBi puts far away are visible.
+    # Only keys that are far away for ALiBi are visible.
     (-3.0, True, dict(is_causal=True), False),
     (-3.0, True, dict(is_causal=True, query_len=64), True),
     (-3.0, True, dict(window=(99, 0), key_len=64), True),
@@ -572,9 +575,9 @@ def test_interpreted_tangents(name, interpreter):
 
 @pytest.fixture
 def started(monkeypatch):
-  """The (name, constants) of the kernels, of which the portable form runs none.
+  """The (name, constants) of each kernel that is started.
 
-  Whatever differentiates the portable form in reverse mode fails.
+  Reverse-mode differentiation of the portable form fails.
   """
   calls = []
 
@@ -623,7 +626,7 @@ def test_gradients_reach_the_backward_kernels(
   case = cases.Case("reach", queries=6, heads=2)
   (x, *_), *_ = cases.draw(case)
 
-  def loss():  # a new function each time, which no cache of JAX knows
+  def loss():  # a new function each time, so that no cache of JAX has it
     return WAYS[way](
       lambda x: attention.dot_product_attention(x, x, x, normalize=normalize)
     )
@@ -634,7 +637,7 @@ def test_gradients_reach_the_backward_kernels(
   monkeypatch.undo()
   wanted = jax.grad(loss())(x)
   assert compare.error(found, wanted) < 2e-6
-  if way == "policy":  # What is saved is not computed again.
+  if way == "policy":  # The saved output is not computed again.
     assert names.count("forward") == 1
 
 
@@ -743,7 +746,7 @@ def test_a_traced_scale_and_a_traced_bias(interpreter):
     ("out", "query", "key", "value"), (out, *grads), strict=True
   ):
     assert compare.error(found, wanted[name]) < 2e-6, name
-  # scale multiplies the query: their gradients times themselves agree.
+  # scale multiplies the query, so scale * d_scale = sum(query * d_query).
   d_log = (wanted["query"] * arrays[0]).sum()
   np.testing.assert_allclose(0.7 * d_scale, d_log, rtol=1e-4)
   heads = dataclasses.replace(case, logit_bias=None, bias_per_head=("N",))
@@ -753,7 +756,7 @@ def test_a_traced_scale_and_a_traced_bias(interpreter):
 
 
 def test_the_cache_of_other_triton_kernels_is_put_back(monkeypatch):
-  """jax_triton empties the variable where it is imported."""
+  """jax_triton empties the variable when it is imported."""
   for before in (None, "/somewhere"):
     if before is None:
       monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)

@@ -1,4 +1,4 @@
-"""Every implementation against float64, and the choice between them."""
+"""The portable forms equal float64, and the right implementation is chosen."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ FORMS = ("reference", "xla", "xla in small blocks")
 
 @pytest.fixture
 def use(monkeypatch):
-  """Makes attention run in one of FORMS."""
+  """Makes attention use one of FORMS."""
 
   def set_form(form):
     if form == "reference":
@@ -43,7 +43,7 @@ def test_output_and_gradients_equal_float64(case, form, use):
 @pytest.mark.parametrize("case", cases.ARBITRARY, ids=str)
 def test_arbitrary_cases_equal_float64(case, form, use):
   use(form)
-  # A slope's gradient is a sum whose terms may be ten times as large.
+  # The terms of a slope's gradient may be ten times as large as their sum.
   compare.assert_float32(case, 6e-6)
 
 
@@ -64,7 +64,7 @@ def test_relative_error_at_every_bias(bias, form, use):
   ids=str,
 )
 def test_16_bit_error_is_at_most_that_of_plain_16_bit(case, dtype, bias):
-  """The criterion of 2409.04431's own kernel tests, with a margin of 5 %."""
+  """2409.04431's kernel tests use this criterion. The margin is 5 %."""
   arrays, options, cotangent = cases.draw(case, dtype)
   if not case.bias_per_head:
     options["logit_bias"] = bias
@@ -73,7 +73,7 @@ def test_16_bit_error_is_at_most_that_of_plain_16_bit(case, dtype, bias):
   actual = compare.run(arrays, options, cotangent)
   plain = compare.plain_16_bit(case, arrays, options, cotangent)
   for name in ("out", "query", "key", "value"):
-    # Rounding the output alone costs up to half a unit in the last place.
+    # Rounding the output costs up to half a unit in the last place.
     unit = float(jnp.finfo(dtype).eps)
     ours, plain_error = (
       compare.error(actual[name], expected[name]),
@@ -161,9 +161,9 @@ def test_jit_vmap_and_checkpoint_change_nothing(causal):
 
 
 def test_memory_of_forward_and_backward():
-  """Plain JAX keeps several matrices of `weights_mib`; this keeps none.
+  """Plain JAX stores several matrices of `weights_mib`. Our attention has none.
 
-  The benchmark measures other lengths, such as 16,384, which take longer.
+  The benchmark measures longer sequences, such as 16,384 tokens.
   """
   row = benchmark.memory(8192)
   assert row["weights_mib"] == 1024

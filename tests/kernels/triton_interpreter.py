@@ -1,6 +1,6 @@
-"""Triton's kernels on NumPy arrays, by Triton's own interpreter.
+"""Runs Triton's kernels on NumPy arrays, with Triton's own interpreter.
 
-Import it before anything imports Triton, which then interprets all kernels.
+Import this module before Triton. Triton then interprets all kernels.
 """
 
 import os
@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-# A number that no program writes remains, and is noticed.
+# Outputs are filled with these numbers; tests notice those that remain.
 _UNWRITTEN = {"f": np.nan, "V": np.nan, "i": 99}
 _ONE_AT_A_TIME = threading.Lock()  # The interpreter's state is global.
 
@@ -37,14 +37,14 @@ class _Array:
 
 @triton.jit
 def tanh(x):
-  """kernels.tanh without assembly, which the interpreter does not support."""
+  """kernels.tanh without assembly, because the interpreter supports none."""
   return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
 
 
 def start(
   kernel, arrays, outs, tile, count, constants, zeroed=(), aliases=None
 ):
-  """In the place of launch.start."""
+  """Replaces launch.start."""
   del tile
 
   def run(*arrays):

@@ -19,7 +19,7 @@ FOLDER = pathlib.Path(__file__).parent
 
 
 def randomize(model):
-  """Norms start from 1 and biases from 0, which would hide a mistake."""
+  """Randomizes parameters: norms of 1 and biases of 0 would hide mistakes."""
   generator = torch.Generator().manual_seed(1)
   for parameter in model.parameters():
     noise = torch.randn(parameter.shape, generator=generator)
@@ -28,7 +28,7 @@ def randomize(model):
 
 
 def save(name, model, **inputs):
-  """inputs: arrays, of which the first is what the model is called with."""
+  """inputs: arrays. The model is called with the first of them."""
   with torch.no_grad():
     outputs = model(torch.from_numpy(next(iter(inputs.values()))))
   logits = getattr(outputs, "logits", outputs).numpy()

@@ -1,4 +1,4 @@
-"""Small language models for the tests of the task and of generating."""
+"""Small language models for the tests of the task and of generation."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""A task is one file of sigattn/tasks and one line of its TASKS."""
+"""A new task needs one file in sigattn/tasks and one line in its TASKS."""
 
 import json
 import pathlib

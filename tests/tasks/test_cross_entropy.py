@@ -1,4 +1,4 @@
-"""The cross-entropy in chunks equals optax's of the whole logits."""
+"""The cross-entropy in chunks equals optax's with the whole logits."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,8 @@ def by_optax(x, embed, target, weight):
   return (weight * nats).sum(), nats, logits.argmax(-1) == target
 
 
-# Logits of up to several thousand, whose exponentials overflow float32.
+# A scale of 300 gives logits of several thousand, whose exponentials overflow
+# float32.
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 @pytest.mark.parametrize("chunks", [1, 4, 12])
 def test_equals_optax_in_float64(chunks, scale):
@@ -53,7 +54,7 @@ def test_equals_optax_in_float64(chunks, scale):
 
   scored, pull_back = jax.vjp(jax.jit(ours), x, embed, weight)
   zeros = jax.tree.map(jnp.zeros_like, scored)
-  # Booleans have no cotangent but this one.
+  # This is the only cotangent that booleans have.
   none = np.zeros(scored.correct_BT.shape, jax.dtypes.float0)
   cotangents = zeros._replace(total=jnp.float32(0.5), correct_BT=none)
   np.testing.assert_allclose(scored.total, value, rtol=1e-6)
@@ -116,7 +117,7 @@ def test_sixteen_bits_are_rounded_only_in_products(dtype):
 
 
 def test_whole_logits_are_never_held():
-  """Neither of the loss nor of its gradient, in the program for any device."""
+  """No device's program for the loss or its gradient has the whole logits."""
   x, embed, target, weight = arguments()
   text = str(
     jax.make_jaxpr(

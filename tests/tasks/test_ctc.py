@@ -1,4 +1,4 @@
-"""Decoding against the sum over all paths, and the counts of errors."""
+"""Decoding agrees with the sum over all paths; errors are counted right."""
 
 import itertools
 

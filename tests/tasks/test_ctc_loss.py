@@ -1,4 +1,4 @@
-"""The CTC loss against all paths, and against optax with its gradient."""
+"""The CTC loss equals the sum over all paths, and optax's with its gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ from tests.tasks.test_ctc import by_paths, log_probs
 
 BLOCKS = [None, 1, 4, 16]
 V, T = 7, 23
-# Of each utterance the valid tokens and the target: full, repeated characters,
-# padded, empty, one character, as many tokens as it needs, one token, and more
-# characters than tokens.
+# (valid tokens, target) of each utterance. In this order: a full one, repeated
+# characters, padding, an empty target, one character, only as many tokens as
+# needed, one token, and more characters than tokens.
 CASES = (
   (23, [1, 2, 3, 4, 5, 6]),
   (23, [2, 2, 2, 3, 3, 1]),
@@ -30,7 +30,7 @@ CASES = (
 def arguments():
   rng = np.random.default_rng(0)
   logits = rng.normal(0, 3, (len(CASES), T, V))
-  # Padding is of characters too.
+  # Targets are padded with characters.
   targets = rng.integers(1, V, (len(CASES), 6), np.int32)
   for row, (_, target) in zip(targets, CASES, strict=True):
     row[: len(target)] = target
@@ -45,7 +45,7 @@ def by_optax(logits_BTV, tokens_B, targets_BU, characters_B):
   loss_B = optax.ctc_loss(
     logits_BTV, padding(tokens_B, T), targets_BU, padding(characters_B, 6)
   )
-  return loss_B.at[-1].set(0)  # the one that has too few tokens
+  return loss_B.at[-1].set(0)  # the utterance with too few tokens
 
 
 def losses_and_gradient(loss, dtype):
@@ -88,7 +88,7 @@ def test_is_the_sum_over_paths_of_what_is_no_padding(block):
   for row, text in zip(targets, texts, strict=True):
     row[: len(text)] = encode(text, "abc")
   characters = np.array([len(text) for text in texts], np.int32)
-  targets[3, 2] = 2  # padding that repeats the last character
+  targets[3, 2] = 2  # this padding repeats the last character
   loss_B = ctc_loss(np.float32(logits), tokens, targets, characters, block)
   for i in range(4):
     expected = -by_paths(logits[i, : tokens[i]])[texts[i]]
@@ -113,14 +113,14 @@ def test_too_few_tokens_for_a_double_letter_give_no_gradient(block):
 
 
 def test_is_never_below_zero():
-  """Tokens that are certain of blanks, where rounding leaves more than 1."""
+  """With certain blanks, rounding could make a probability exceed 1."""
   rng = np.random.default_rng(0)
   logits = jnp.asarray(rng.normal(0, 1, (200, 3, 4)), "float32")
   logits = logits.at[..., 0].set(20)
   tokens, none = np.full(200, 3), np.zeros(200, int)
   loss_B = ctc_loss(logits, tokens, np.ones((200, 1), int), none)
   assert (loss_B >= 0).all()
-  # A character of a target is impossible: -inf may not become NaN.
+  # A logit of -inf, for an impossible character, may not become NaN.
   logits = logits.at[..., 2].set(-jnp.inf)
 
   def loss(logits):

@@ -1,4 +1,4 @@
-"""The language model: sizes, causality, packing, metrics, and its configs."""
+"""The language model: sizes, causality, packing, metrics, and configs."""
 
 import json
 import math
@@ -202,7 +202,7 @@ BAD = [
   ("attn.kind", "sigmiod"),
   ("data.source", "kvj"),
   ("data.eval_split", "valid"),
-  ("data.eval_split", "validation"),  # a part of what is trained on
+  ("data.eval_split", "validation"),  # a part of the training data
   ("data.tokenizer", "character"),
   ("data.vocab_size", 63),
   ("data.length", 0),

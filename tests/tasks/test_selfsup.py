@@ -1,4 +1,4 @@
-"""SimCLR, BYOL and MAE: what they compute, from the first step to the probe."""
+"""SimCLR, BYOL and MAE: losses, runs, linear probes and configs."""
 
 import functools
 import json
@@ -49,7 +49,7 @@ rng = functools.partial(np.random.default_rng, 0)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  """A folder of 64 images to train and 32 to evaluate."""
+  """A folder of 64 training images and 32 for evaluation."""
   return idx.write(tmp_path_factory.mktemp("data") / "x", train=64, test=32)
 
 
@@ -103,7 +103,7 @@ def test_nt_xent_is_that_of_optax_and_so_is_its_gradient():
 def test_loss_and_gradients_on_four_devices_equal_those_on_one(request):
   """Negatives and batch statistics are those of the whole batch.
 
-  MAE has neither: its images meet in the mean of the loss alone.
+  MAE has neither: its loss is a mean over images.
   """
   names = ["simclr", "byol"]
   if request.config.getoption("--all-meshes"):
@@ -146,7 +146,7 @@ def test_the_encoder_of_mae_sees_no_masked_pixel(untrained_mae):
 
 
 def test_neighbours_vote_by_their_similarity():
-  """Two of class 1, a little similar, outvote one of class 0 if all weigh."""
+  """If all weigh the same, two distant neighbours outvote a near one."""
   config = mae.get_config("runlocal")
   angle_M = np.radians([0, 30, 30, 1])
   bank = {
@@ -164,7 +164,7 @@ def test_neighbours_vote_by_their_similarity():
 
 
 def test_neighbours_are_looked_for_in_the_whole_training_split(data):
-  """Of 64 images in ten classes, the first ten would be 0 to 9 in order."""
+  """The first ten images alone would have the classes 0 to 9 in order."""
   config = small(mae, data, **{"eval.knn_examples": 10})
   batches = list(selfsup.reference(config))
   weight_M, target_M = (
@@ -191,7 +191,7 @@ def test_a_killed_run_of_byol_goes_on_bit_for_bit(byol_run, tmp_path):
   assert checkpoint.load(tmp_path / "killed")[2] == 2
   again = train(config, tmp_path / "killed")
   equal(again, state)
-  # The target follows the parameters, and is not them.
+  # The target follows the parameters, but differs from them.
   differs = jax.tree.map(lambda x, y: bool((x != y).any()), *state[1:4:2])
   assert all(jax.tree.leaves(differs["embed"]))
 
@@ -210,7 +210,7 @@ def test_features_that_are_all_the_same_are_said_to_have_collapsed(
   assert healthy["feature_std"] > selfsup.COLLAPSED
   assert not lines
   params = jax.tree.map(jnp.copy, state.params)
-  params["norm"]["scale"] *= 0  # what is left is the bias
+  params["norm"]["scale"] *= 0  # only the bias remains
   params["norm"]["bias"] += 1
   assert run(params, batches)["feature_std"] < 1e-3
   [line] = lines
@@ -240,7 +240,7 @@ def test_an_encoder_starts_supervised_training_at_another_size(byol_run, data):
 
 
 def numbered(config):
-  """Parameters without an initialisation: numbers from 0 on."""
+  """Replaces the initialisation of parameters by numbers from 0 on."""
   return jax.tree.map(
     lambda x: np.arange(x.size, dtype=np.float32).reshape(x.shape),
     setup.shapes(config),
@@ -271,7 +271,7 @@ def test_eval_probes_the_frozen_features(byol_run):
   assert run.returncode == 0, run.stderr[-3000:]
   assert "random encoder" in run.stdout
   results = json.loads((folder / "linear_probe.json").read_text())
-  # 16 numbers tell 64 noisy images of ten classes partly apart.
+  # With 16 features a probe partly separates 64 noisy images of ten classes.
   assert 0.2 < results["train_accuracy"] <= 1
   assert 0 <= results["accuracy"] <= 1
   assert results["random_encoder"].keys() == {"accuracy", "train_accuracy"}
@@ -323,7 +323,7 @@ def test_sigmoid_differs_from_its_softmax_twin_by_the_kind_alone(
 ):
   softmax, sigmoid = (module.get_config(arg) for module in twins)
   assert sigmoid.attn.kind == "sigmoid"
-  if arg != "imagenet":  # which is traced below
+  if arg != "imagenet":  # that one is traced below
     sigmoid.data.source = str(data)
     setup.validate_config(sigmoid)
     sigmoid.data.source = softmax.data.source
@@ -337,7 +337,7 @@ def test_sigmoid_differs_from_its_softmax_twin_by_the_kind_alone(
 )
 def test_the_recipe_for_imagenet_traces_at_its_size(module):
   config = module.get_config("imagenet")
-  # All but the data: there is no Hub in a test.
+  # Validate everything except the data: a test cannot reach the Hub.
   config.data.update(source="fashion_mnist", eval_split="test", num_classes=10)
   setup.validate_config(config)
   side = config.data.canvas_size

@@ -1,4 +1,4 @@
-"""The acoustic encoder, its loss and metrics, its configs, and transcribing."""
+"""The acoustic encoder: loss, metrics, configs and transcription."""
 
 import copy
 import functools
@@ -77,7 +77,7 @@ def test_sincos_of_whole_positions_is_the_table():
 
 
 def fill(config):
-  """A model whose parameters are all random, also the head; fast to make."""
+  """Makes a model quickly, with random parameters, also of the head."""
   shapes = nnx.eval_shape(lambda: speech.build(config, nnx.Rngs(0)))
   graphdef, shapes = nnx.split(shapes)
   rng = np.random.default_rng(0)
@@ -129,7 +129,7 @@ def test_padding_changes_nothing(values):
 
 @pytest.mark.parametrize("name", ["none", "sincos", "rope"])
 def test_positions_tell_the_order_where_alibi_tells_distances_alone(name):
-  # A convolution over one frame does not tell the order.
+  # A convolution over one frame cannot see the order of frames.
   values = {"model.positions": name, "model.convolutions": ((1, 1),)}
   config = small(**values, **{"attn.alibi": True, "attn.logit_bias": 0.0})
   graphdef, state = fill(config)
@@ -181,8 +181,8 @@ def test_first_loss_is_that_of_equal_probabilities():
     return speech.loss(config, nnx.merge(static, params), batch, KEY)[0]
 
   tokens_B = [-(-log_mel.frames(s, 8000) // 3) for s in batch["samples"]]
-  # The character takes any run of tokens, and the others are blanks: this gives
-  # T (T + 1) / 2 paths.
+  # A path is a run of tokens with the character, and blanks elsewhere. That
+  # makes T (T + 1) / 2 paths.
   expected = [t * np.log(29) - np.log(t * (t + 1) / 2) for t in tokens_B]
   assert loss(params) == pytest.approx(np.mean(expected), rel=1e-4)
 
@@ -199,7 +199,7 @@ def test_n_is_the_tokens_of_the_longest_utterance():
 def test_decode_searches_with_the_width_of_the_config():
   x_TV = np.random.default_rng(3).normal(0, 0.6, (5, 3))
   x_TV -= np.log(np.exp(x_TV).sum(1, keepdims=True))
-  # The padding after the tokens would give another text.
+  # The padding after the tokens would change the text.
   outputs = {"tokens": 5, "log_probs": np.append(x_TV, x_TV, axis=0)}
   config = small(**{"eval.beam_width": 50, "data.alphabet": "ab"})
   assert speech.decode(config, outputs) == ctc.prefix_beam(x_TV, "ab", 50)

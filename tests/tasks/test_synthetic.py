@@ -1,4 +1,4 @@
-"""The synthetic tasks: their targets by brute force, and training on them."""
+"""The synthetic tasks: targets equal those by brute force, and models train."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ def small(name, **values):
 
 
 def answer(name, tokens, config):
-  """{position: target} of one example, by the definition of the task."""
+  """{position: target} of one example, from the definition of the task."""
   n, size = config.length, config.size
   if name == "summation":
     return {
@@ -123,7 +123,7 @@ def test_distractors_stand_between_pairs_at_places_that_differ():
   shown_BT = batch["input"][:, : 3 * pairs]
   is_noise_BT = shown_BT >= noise
   assert (is_noise_BT.sum(1) == pairs).all()
-  # What stands behind a key is its value, never a distractor.
+  # A key is followed by its value, never by a distractor.
   is_key_BT = shown_BT < noise // 2
   assert not (is_key_BT[:, :-1] & is_noise_BT[:, 1:]).any()
   share_T = is_noise_BT.mean(0)
@@ -131,7 +131,7 @@ def test_distractors_stand_between_pairs_at_places_that_differ():
   assert share_T.max() < 0.6
 
 
-# The batches of recall and copy have the form of the last two.
+# Batches of recall and copy have the same form as those of the last two.
 @pytest.mark.parametrize(
   "name", ["summation", "pair_repeat", "noisy_recall", "selective_copy"]
 )

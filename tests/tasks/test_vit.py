@@ -28,7 +28,7 @@ def small(**values):
 
 
 def fill(config):
-  """A model whose parameters are all random, also the head; fast to make."""
+  """Makes a model quickly, with random parameters, also of the head."""
   shapes = nnx.eval_shape(lambda: vit.build(config, nnx.Rngs(0)))
   graphdef, shapes = nnx.split(shapes)
   rng = np.random.default_rng(0)
@@ -205,7 +205,7 @@ def test_every_parameter_of_every_variant_has_a_finite_gradient(values):
   grads, metrics = jax.jit(gradients)(state)
   for path, x in nnx.to_flat_state(grads):
     assert np.isfinite(x).all(), path
-    # A bias of the keys adds a constant to each row, which softmax cancels.
+    # A bias of the keys adds a constant to each row. Softmax cancels it.
     assert path[-2:] == ("key", "bias") or abs(x[...]).max() > 0, path
   assert metrics.keys() == {"loss", "accuracy"}
   assert all(x.dtype == jnp.float32 for x in metrics.values())
@@ -337,14 +337,14 @@ def test_mixup_blends_cutmix_cuts_and_both_are_either():
 
 
 def test_cutmix_replaces_one_box_with_the_share_of_the_area():
-  inside = mixed(cutmix=1.0)[0][:, 1, :, :, 0] == 0  # image 0 in image 1
+  inside = mixed(cutmix=1.0)[0][:, 1, :, :, 0] == 0  # parts of image 0 in 1
   rows, columns = inside.any(2), inside.any(1)
   box = rows[:, :, None] & columns[:, None, :]
   np.testing.assert_array_equal(inside, box)
   for line in (rows, columns):  # one interval in each
     assert (np.abs(np.diff(line.astype(int), axis=1)).sum(1) <= 2).all()
-  # A box of side s = sqrt(1 - lambda) that is cut off at the border has the
-  # expected area (s - s^2 / 4)^2; lambda is uniform.
+  # lambda is uniform. The box has the side s = sqrt(1 - lambda). The border may
+  # cut it, so its expected area is (s - s^2 / 4)^2.
   s = np.sqrt(np.linspace(0, 1, 1001))
   expected = ((s - s**2 / 4) ** 2).mean()
   assert inside.mean() == pytest.approx(expected, abs=0.03)
@@ -360,7 +360,7 @@ def test_accuracy_is_against_the_dominant_target(share, accuracy, monkeypatch):
   batch["target"] = np.arange(6, dtype=np.int32)
   model = fill(config)
   model.head.kernel[...] = jnp.zeros((16, 10))
-  model.head.bias[...] = jnp.eye(10)[7]  # always answers 7
+  model.head.bias[...] = jnp.eye(10)[7]  # the model always answers 7
   loss = functools.partial(vit.loss, config)
   metrics = compiled(loss, model, batch, KEY)[1]
   assert metrics["accuracy"] == accuracy

@@ -8,7 +8,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 
 def records(content):
-  """The records of a file; a kill may have cut the last one."""
+  """Yields the records of a file. A kill may have cut off the last one."""
   while len(content) >= 12:
     [length] = struct.unpack("<Q", content[:8])
     data = content[12 : 12 + length]
@@ -24,8 +24,8 @@ def records(content):
 def events(folder):
   """[(step, tag, value)] of all scalars of a run, in the order of the files.
 
-  A start of the run at a step takes back what was written of this step and of
-  later ones.
+  If the run was started again at a step, older scalars of this step and of
+  later ones do not count.
   """
   found = []
   for path in sorted(pathlib.Path(folder).glob("events.out.tfevents.*")):

@@ -1,11 +1,13 @@
 """Training on the meshes that train.py makes, on eight simulated devices.
 
-test_mesh.py runs this in a process of its own, because the other tests have one
-device. It prints what is wrong, or the numbers that test_mesh.py compares.
+test_mesh.py runs this in its own process, because the other tests have one
+device. It prints the errors that it finds, or the numbers that test_mesh.py
+compares.
 
-  gradients SHAPES  loss and gradients of each mesh equal those of one device
+  gradients SHAPES  checks that loss and gradients of each mesh equal those of
+                    one device
   runs ONE EIGHT    evaluates and resumes the run in the folder ONE, which one
-                    device has begun, and trains one in the folder EIGHT
+                    device has begun, and trains a run in the folder EIGHT
 """
 
 import os
@@ -27,7 +29,7 @@ from train import train
 
 
 def one_step(config, devices):
-  """(loss, gradients), and whether the state lies where it lay."""
+  """(loss, gradients). Fails if the sharding of the state changes."""
   state, update = step.init(config, devices)
   batch = mesh.put(small_mesh.batch(config), devices)
   grads, _, new, metrics = jax.jit(update)(state, batch)
@@ -38,7 +40,10 @@ def one_step(config, devices):
 
 
 def check_gradients(shape, **values):
-  """shape: "2,1,2,2", the sizes of mesh.AXES."""
+  """Compares a mesh with one device.
+
+  shape: the sizes of mesh.AXES, such as "2,1,2,2".
+  """
   sizes = dict(zip(mesh.AXES, map(int, shape.split(",")), strict=True))
   alone = small_mesh.config(**values)
   config = small_mesh.config(

@@ -1,7 +1,7 @@
-"""The first update of the methods that are named, on four devices and on one.
+"""Compares the first update of the named methods on four devices and on one.
 
-tests/tasks/test_selfsup.py runs this in a process of its own, because the other
-tests have one device. It prints what is wrong.
+tests/tasks/test_selfsup.py runs this in its own process, because the other
+tests have one device. It prints the errors that it finds.
 """
 
 import os
@@ -22,7 +22,7 @@ from sigattn.training import mesh, step
 def small(module):
   config = module.get_config("runlocal")
   config.model.depth = 1
-  # AdamW would divide by gradients that are nearly 0.
+  # SGD, because AdamW would divide by gradients that are nearly 0.
   config.optim.update(name="sgd", schedule="constant", lr=0.1, warmup_steps=0)
   return config
 
@@ -30,7 +30,7 @@ def small(module):
 def one_update(config, devices):
   """({loss, feature_std}, gradients, the next average of the parameters)."""
   state, update = step.init(config, devices)
-  if state.ema is not None:  # a target that is not the model itself
+  if state.ema is not None:  # make the target differ from the model
     state = state._replace(ema=jax.tree.map(lambda x: 0.9 * x, state.ema))
   rng = np.random.default_rng(0)
   images = rng.integers(256, size=(config.batch_size, 28, 28, 1))
@@ -44,7 +44,7 @@ def one_update(config, devices):
 
 
 def check_target(config, old, new):
-  """The next target is m old + (1 - m) parameters."""
+  """Checks that the next target is m * old + (1 - m) * parameters."""
   m = config.model.target_momentum  # of step 0
   expected = jax.tree.map(lambda t, p: m * t + (1 - m) * p, old, new.params)
   compare("target", new.ema, expected)
@@ -57,16 +57,18 @@ def main(*names):
   for name in names:
     config = small(MODULES[name])
     expected = one_update(config, mesh.make(config, jax.devices()[:1]))
-    config.mesh.fsdp = 2  # and two for data
+    config.mesh.fsdp = 2  # `data` has the other two
     actual = one_update(config, mesh.make(config))
     for parts in zip(actual, expected, strict=True):
       compare(config.task, *parts)
 
 
 def compare(task, actual, expected):
-  """Some gradients are 0 but for rounding: batch statistics take shifts away.
+  """Checks that two trees of arrays are nearly equal.
 
-  They are compared with a tenth of the largest number of all.
+  Batch statistics cancel shifts, so some gradients are 0 except for rounding.
+  The error of such an array is relative to a tenth of the largest number in the
+  tree.
   """
   leaves = [*map(jax.tree.leaves_with_path, (actual, expected))]
   largest = [np.abs(y).max() for _, y in leaves[1]]

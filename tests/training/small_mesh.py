@@ -1,4 +1,4 @@
-"""What the tests of meshes train, on one device and on eight."""
+"""The model that the tests of meshes train, on one device and on eight."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from sigattn import tasks
 
 
 def config(**values):
-  """A language model with everything that a mesh splits."""
+  """A language model with all kinds of arrays that a mesh splits."""
   config = lm_sigmoid.get_config("runlocal")
   config.update_from_flattened_dict(
     {
@@ -44,7 +44,7 @@ _eval_batches = tasks.eval_batches
 
 
 def few_eval_batches(config, split):
-  """In the place of tasks.eval_batches: two batches instead of all."""
+  """Replaces tasks.eval_batches, and returns two batches instead of all."""
   return [*itertools.islice(_eval_batches(config, split), 2)]
 
 

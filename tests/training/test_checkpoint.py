@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved, which step is the best, and what is refused."""
+"""Checkpoints: what is saved, which is the best, and what is refused."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def test_saved_state_data_and_best_step_are_restored(tmp_path):
   for i, accuracy in accuracies.items():
     next(data)
     values = None if accuracy is None else {"accuracy": accuracy}
-    # On exit everything is on disk: is_best reads the metrics from there.
+    # On exit everything is on disk. is_best reads the metrics from there.
     with checkpoint.Checkpoints(tmp_path, config) as checkpoints:
       if i == 1:
         assert checkpoints.restore(state, data) is state

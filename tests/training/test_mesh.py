@@ -1,4 +1,4 @@
-"""The mesh: what a device holds, what is refused, and that all meshes agree."""
+"""Meshes: what a device holds, what is refused, and equal results of all."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from sigattn.training import mesh, optim, setup
 from tests.training import small_mesh
 from train import train
 
-# Every kind of split, and all the ways in which four axes share eight devices.
+# Every kind of split, and all ways in which four axes can share eight devices.
 SOME = ["2,2,2,1", "1,1,2,4"]
 ALL = [
   f"{data},{fsdp},{tensor},{8 // (data * fsdp * tensor)}"
@@ -28,7 +28,7 @@ ALL = [
 
 
 def on_eight_devices(*words):
-  """What meshes_on_eight_devices.py prints."""
+  """Runs meshes_on_eight_devices.py and returns what it prints."""
   command = [sys.executable, "-m", "tests.training.meshes_on_eight_devices"]
   run = subprocess.run(
     [*command, *map(str, words)], capture_output=True, text=True, check=False
@@ -56,7 +56,7 @@ def test_runs_go_on_and_are_evaluated_on_any_mesh(tmp_path, monkeypatch):
   assert float(evaluated) == pytest.approx(begun, rel=1e-5)
   train(small_mesh.run(total_steps=2), whole)
   assert last(one) == pytest.approx(last(whole), rel=1e-5)
-  # And from eight devices to one.
+  # Now a run moves from eight devices to one.
   assert last(eight) == pytest.approx(begun, rel=1e-5)
   assert evaluate(eight)["loss"] == pytest.approx(begun, rel=1e-5)
   assert generate.Generator.load(eight)(["And God said"])
@@ -129,7 +129,7 @@ def test_sizes_that_do_not_divide_are_refused_by_path(
 
 
 def abstract(config, devices):
-  """A mesh without devices, and the parameters as shapes that lie on it."""
+  """A mesh without devices, and the shapes of the parameters on it."""
   sizes = mesh.sizes(config, devices)
   meshed = jax.sharding.AbstractMesh((*sizes.values(),), mesh.AXES)
   params = setup.shapes(config)
@@ -145,13 +145,13 @@ def on_mesh(shapes, shardings):
 
 
 def test_the_7b_model_fits_eight_cards_of_80_gb_by_count():
-  """Counted: parameters, optimizer, gradients twice, and activations.
+  """It counts parameters, optimizer, gradients and activations.
 
-  The gradients are there twice while micro-batches are added up. Activations
-  are, of each layer, the input and the results of its matrix products, which
-  remat="dots" keeps; of one layer three copies of all that it computes; and a
-  chunk of the float32 logits three times: their values, the softmax and the
-  cotangent. Not counted is what XLA needs beyond that.
+  Gradients count twice, because micro-batches are added up. Activations are the
+  input and the results of the matrix products of each layer, which
+  remat="dots" stores; three copies of everything that one layer computes; and
+  three arrays for a chunk of the float32 logits: the logits, the softmax and
+  the cotangent. XLA needs more memory than this count.
   """
   config = lm_sigmoid.get_config("7b")
   meshed, params = abstract(config, 8)
@@ -175,13 +175,13 @@ def test_the_7b_model_fits_eight_cards_of_80_gb_by_count():
   }
   count = sum(x.size for x in jax.tree.leaves(params))
   assert count == pytest.approx(6.48e9 + data.vocab_size * width, rel=0.01)
-  # Nearly all is split: AdamW's two moments and the parameters in float32.
+  # Nearly all of it is split: the parameters and AdamW's two moments, float32.
   assert parts["optimizer"] == pytest.approx(2 * held, rel=0.01)
   assert held == pytest.approx(4 * count / 8, rel=0.01)
   total = sum(parts.values())
   assert model.remat == "dots"
   assert total == pytest.approx(48e9, rel=0.02), parts
-  # On one axis of data it would not fit.
+  # With only the axis `data` it would not fit.
   with config.unlocked():
     config.mesh.update(data=8, fsdp=1)
   assert 4 * mesh.bytes_a_device(abstract(config, 8)[1]) > 80e9
@@ -216,7 +216,7 @@ def test_evaluation_fits_the_devices_that_there_are(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda count=count: count)
     mesh.for_evaluation(config)
   with config.unlocked():
-    del config.mesh  # as in runs of older versions
+    del config.mesh  # runs of older versions have none
   mesh.for_evaluation(config)
   assert made == [
     {"data": 1, "fsdp": 4, "tensor": 2, "sequence": 1},

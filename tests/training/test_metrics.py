@@ -1,4 +1,4 @@
-"""Metrics: the files, the means over steps, and when a step is due."""
+"""Metrics: the files, the means over steps, and the steps that are logged."""
 
 import pytest
 
@@ -69,7 +69,7 @@ def test_event_files_are_read_as_tensorboard_does(tmp_path):
     with metrics.Writer(tmp_path, start) as writer:
       for step in range(start + 1, start + 5):
         writer.write(step, "train", {"loss": step + start, "lr": 1.0})
-      # Nothing waits to be written: this is what a kill leaves.
+      # Everything is already written, so a kill would leave these files.
       steps = [step for step, tag, _ in events(tmp_path) if tag == "train/lr"]
       assert steps == [*range(1, start + 5)]
   values = {

@@ -1,4 +1,4 @@
-"""The optimizer and its schedules equal their formulas."""
+"""The optimizers and the schedules equal their formulas."""
 
 import jax
 import jax.numpy as jnp

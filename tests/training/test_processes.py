@@ -1,4 +1,4 @@
-"""One run in several real processes, which meet on this machine's loopback."""
+"""One run in several processes, which connect on this machine's loopback."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ STEPS = 240
 
 
 def start(folder, index=None, count=None, port=None):
-  """Starts train.py; index, count: as one of several processes."""
+  """Starts train.py, as process `index` of `count`."""
   command = [
     sys.executable, "train.py", f"--workdir={folder}",
     "--config=configs/synthetic_sigmoid.py:recall,runlocal",
@@ -43,7 +43,7 @@ def start_all(folder, count):
 
 
 def finished(runs, seconds=240):
-  """[(exit status, stdout, stderr)] of the processes, which all end."""
+  """[(exit status, stdout, stderr)] of the processes, after all have ended."""
   try:
     outputs = [run.communicate(timeout=seconds) for run in runs]
   finally:
@@ -55,7 +55,7 @@ def finished(runs, seconds=240):
 
 
 def losses(folder):
-  """{(step, split): loss} of a run, in which no line occurs twice."""
+  """{(step, split): loss} of a run. No line may occur twice."""
   lines = metrics.read(folder)
   found = {(line["step"], line["split"]): line["loss"] for line in lines}
   assert len(found) == len(lines)
@@ -93,7 +93,7 @@ def test_one_is_killed_the_others_end_and_the_same_commands_go_on(
   assert (first[0], second[0]) == (0, 0), first[2] + second[2]
   assert "resumed from step" in first[1]
   assert "process 0 of 2, with 1 of 2 devices" in first[1]
-  assert "step" not in second[1]  # one process writes the log
+  assert "step" not in second[1]  # only one process writes the log
   assert losses(tmp_path) == pytest.approx(alone, rel=1e-5)
 
 

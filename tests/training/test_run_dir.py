@@ -45,7 +45,7 @@ def test_default_folder_of_any_values_is_one_that_can_be_restored():
     run_dir.validate_path(path)
     assert all(len(part.encode()) < 255 for part in path.split("/"))
   assert len(set(paths)) == len(values)
-  # Names that differ only in what was replaced stay apart.
+  # Names that differ only in replaced characters remain different.
   names = [run_dir.folder_name(x) for x in ("a*", "a?", "a-")]
   assert len(set(names)) == 3
   assert names[2] == "a-"
@@ -108,7 +108,7 @@ with run_dir.RunDir({str(tmp_path)!r}, config) as folder:
   said = rf"is in use: process {pid} on .+, since \d{{4}}-\d\d-\d\d "
   with pytest.raises(ValueError, match=said):
     begin(tmp_path, make_config())
-  # One that has seen an empty folder notices it when it begins.
+  # A run that has seen an empty folder notices the other one when it begins.
   late = run_dir.RunDir(tmp_path, make_config())
   with pytest.raises(ValueError, match=said):
     late.begin()
@@ -124,7 +124,7 @@ def test_folder_without_a_run_or_of_another_format_is_refused(tmp_path):
   begin(tmp_path, make_config())
   path = tmp_path / "config.json"
   contents = json.loads(path.read_text())
-  del contents["format"]  # as the first version wrote it
+  del contents["format"]  # the first version wrote none
   path.write_text(json.dumps(contents))
   with pytest.raises(ValueError, match="a run of format 1, this version reads"):
     run_dir.read_config(tmp_path)
