@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 import shlex
+import statistics
 import tomllib
 import urllib.parse
 
@@ -212,6 +213,34 @@ def test_the_readmes_training_speeds_are_those_of_the_result_file():
   wanted = [f"{x:,.0f}" for x in measured if x]
   assert len(wanted) == 7
   assert [x for x in wanted if x not in text] == []
+
+
+FORMS = ("softmax", "sigmoid", "normalised, b = -log n")
+# {heading of a row: (study, values of its setting, length of the rows)}
+STUDIES = {
+  "text, King James Bible": ("default_language", {}, None),
+  "rows of 2,048": ("gap", {"data.length": 2048}, None),
+  "rows of 8,192": ("gap", {"data.length": 8192}, None),
+  "eight times": ("length", {"attn.window": None}, "2048"),
+  "the same with a window": ("length", {"attn.window": 255}, "2048"),
+}
+
+
+@pytest.mark.parametrize("heading", STUDIES)
+def test_the_readmes_losses_are_those_of_the_studies(heading):
+  study, values, length = STUDIES[heading]
+  file = ROOT / "benchmarks" / "results" / "science" / f"{study}.json"
+  rows = {
+    row["form"]: row["loss_at"][length] if length else row["test"]["loss"]
+    for row in json.loads(file.read_text())["rows"]
+    if all(row["setting"].get(name) == x for name, x in values.items())
+  }
+  wanted = [
+    f"{statistics.fmean(rows[x]):.3f} ± {statistics.stdev(rows[x]):.3f}"
+    for x in FORMS
+  ]
+  [line] = [x for x in rows_below("| held-out") if x.startswith(f"| {heading}")]
+  assert [x.strip() for x in line.split("|")[2:-1]] == wanted
 
 
 def test_the_citation_has_the_version():
