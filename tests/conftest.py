@@ -12,14 +12,15 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-  # Most of the suite's time is compiling what runs once or twice. XLA's older
-  # emitters of fused loops compile in a quarter of the time of its new ones.
+  # Compiling takes most of the suite's time, and most programs run only once or
+  # twice. XLA's older emitters of fused loops need a quarter of the time of its
+  # new ones.
   os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
   _FLAGS = os.environ.get("XLA_FLAGS", "")
   _OLDER = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-  if _OLDER not in _FLAGS:  # A worker has it of the process that started it.
+  if _OLDER not in _FLAGS:  # A worker inherits it from its parent process.
     os.environ["XLA_FLAGS"] = f"{_FLAGS} {_OLDER}"
-# Workers and programs of one session compile the same step once.
+# All workers and programs of a session share the cache of compiled programs.
 _CACHE = None
 if "PYTEST_XDIST_WORKER" not in os.environ:
   _CACHE = tempfile.mkdtemp(prefix="sigattn_tests_")
@@ -29,8 +30,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402
 
-# A full collection visits all objects that JAX keeps, and 5 % of the time went
-# there.
+# A full collection visits all objects that JAX keeps. With the default
+# thresholds this takes 5 % of the time.
 gc.set_threshold(20_000, 10, 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

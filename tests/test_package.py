@@ -38,7 +38,8 @@ class Environment:
   def install(self, what):
     """Installs a package, with the versions of requirements.txt."""
     lock = ROOT / "requirements.txt"
-    # Most modules are never imported: to compile all is half of the time.
+    # Compiling all modules would take half of the time, and most of them are
+    # never imported.
     run(
       sys.executable, "-m", "pip", "--python", self.python, "install",
       "--quiet", "--no-compile", "-c", lock, what,

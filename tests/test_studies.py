@@ -38,7 +38,7 @@ def deltas(file):
 def test_every_run_is_a_valid_config(file):
   changes = deltas(file)
   assert len(changes) > 3
-  # Of runs that only the seed tells apart, the last one.
+  # If runs differ only in the seed, only the last of them is validated.
   settings = {
     str({k: v for k, v in delta.items() if k != "seed"}): delta
     for delta in changes

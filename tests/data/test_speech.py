@@ -393,7 +393,7 @@ def test_corrupt_recordings_are_skipped_up_to_the_share(
   config.data.max_corrupt_share = 0.2
   with pytest.raises(ValueError, match=r"2 examples .*; .*row 4.*; .*row 5"):
     take(config, 8)
-  if workers:  # Every call below would start them anew.
+  if workers:  # Each call below would start new workers.
     return
   config.data.max_corrupt_share = 0.4
   equal(take(config, 8), batches)

@@ -50,7 +50,7 @@ INTERPRETED = {
 
 @pytest.mark.parametrize(("width", "form"), INTERPRETED)
 def test_interpreted_output_and_gradients(width, form):
-  """In a process of its own, because a missing arrival at a barrier hangs.
+  """It runs in its own process, because a missing arrival at a barrier hangs.
 
   It simulates eight devices: each warpgroup blocks a thread of XLA, and XLA has
   no more threads than devices or cores.

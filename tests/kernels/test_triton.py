@@ -52,9 +52,9 @@ def set_blocks(monkeypatch, size):
 
 
 def block_size(case):
-  """Larger blocks are fewer, which makes the interpreter faster.
+  """The size of the blocks. The interpreter is faster with few large ones.
 
-  In the cases of BLOCKS some must be full, also in a window.
+  In the cases of BLOCKS some blocks must be full, also within a window.
   """
   if case not in cases.BLOCKS:
     return 64
