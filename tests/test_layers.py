@@ -112,7 +112,7 @@ def numpy_residual(p, x, f, place):
 
 @pytest.mark.parametrize("kind", ["gelu", "gelu_exact"])
 def test_an_mlp_in_bfloat16_keeps_one_hidden_array(kind):
-  """Its gradient is that of gelu, computed again from what W_up gave."""
+  """Its gradient is that of gelu, recomputed from the output of W_up."""
   x_BTD = jax.random.normal(jax.random.key(0), (2, 3, 8))
 
   def pull_back(dtype, apply):
