@@ -11,7 +11,14 @@ import pytest
 from sigattn.inference import pages
 from sigattn.kernels import device, triton
 from sigattn.kernels.triton import decode, launch, product
-from tests.tasks.small_lm import ALIBI, compiled, make, small, tokens
+from tests.tasks.small_lm import (
+  ALIBI,
+  SOFTMAX,
+  compiled,
+  make,
+  small,
+  tokens,
+)
 
 if jax.default_backend() == "cpu":
   # Triton has wheels only for Linux.
@@ -89,7 +96,7 @@ def normalized(x_BD, scale_D):
     ({}, 3, True),
     (ALIBI | {"attn.window": 5, "attn.normalize": True}, 3, False),
     (LLAMA, 1, False),
-    (LLAMA | {"attn.kind": "softmax", "model.mlp": "gelu"}, 3, False),
+    (LLAMA | SOFTMAX | {"model.mlp": "gelu"}, 3, False),
   ],
 )
 def test_it_computes_what_the_stack_does(
