@@ -12,14 +12,14 @@ V = 64
 ALIBI = {"model.positions": "none"}
 SINES = {
   "model.positions": "sincos", "attn.alibi": False, "attn.row_power": 0.5,
-  "attn.normalize": False,
 }  # fmt: skip
-SOFTMAX = {"attn.kind": "softmax", "attn.normalize": False}
+SOFTMAX = {"attn.kind": "softmax"}
 
 
 def small(depth=1, **values):
-  """A config of width 16 with rows of 32 tokens."""
+  """A config of width 16 with rows of 32 tokens, and plain rows of weights."""
   config = lm_sigmoid.get_config("runlocal")
+  config.attn.normalize = False
   config.model.depth = depth
   config.update_from_flattened_dict(values)
   return config
