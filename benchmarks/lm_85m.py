@@ -2,9 +2,10 @@ r"""Trains and measures models of 85M parameters: python -m benchmarks.lm_85m
 
   python -m benchmarks.corpus --out=corpus            once; no GPU
   python -m benchmarks.lm_85m --seconds=540           again and again
-  python -m benchmarks.lm_85m --seconds=540 --archive=runs.tar.xz
+  python -m benchmarks.lm_85m --seconds=540 --cards=2 --archive=runs.tar.xz
+  python -m benchmarks.lm_85m_report                  tables and pictures
 
-The runs are those of configs/lm_85m.py, one after the other:
+The runs are those of configs/lm_85m.py, one on each card at the same time:
 
   1. for each form and each of three learning rates, 160 updates (10.5 million
      tokens, the schedule to its end);
@@ -12,16 +13,23 @@ The runs are those of configs/lm_85m.py, one after the other:
      validation loss was the smallest, seed 0;
   3. the same with seed 1 for the two forms with the smallest loss.
 
-It starts with what benchmarks/results/lm_85m.json does not hold yet. After
---seconds it sends the run SIGTERM, which saves its state in --runs; the same
-command goes on from there while that folder exists. A run of 2. and 3. is
-measured as soon as it ends, because its checkpoint has 1.3 GB and may not
-outlive the machine. --archive packs what is small of all runs: config, metrics
-and measurements.
+A run of 2. may begin as soon as 1. is done for its form, and 3. when 2. is
+done. A form that diverged at every rate has no run of 2.
 
-A row holds form, seed, tokens, lr, validation_loss, test_loss,
-tokens_per_second, seconds_per_step, commit and device, and what is measured on
-the test documents:
+It starts with what benchmarks/results/lm_85m.json does not hold yet. After
+--seconds it sends the runs SIGTERM, which save their state in --runs; the same
+command goes on from there while that folder exists. A run that would not end
+before --seconds waits while another one would. A run of 2. and 3. is measured
+as soon as it ends, because its checkpoint has 1.3 GB and may not outlive the
+machine. --archive packs what is small of all runs: config, metrics,
+measurements and the output, which is in RUNS/NAME.log. If a run fails, the
+others go on, and the next command tries it again.
+
+A row holds form, lr, seed, short (whether it is one of 1.), tokens,
+validation_loss, test_loss, tokens_per_second, seconds_per_step, commit,
+device, diverged_at (the update at which a loss was not finite, or null),
+curves and telemetry (see `curves` and `telemetry_means`), and what is measured
+on the test documents:
 
   lengths     the loss at 1, 2 and 4 times the training length, also by position
               (eval.py)
@@ -32,18 +40,23 @@ the test documents:
 
 Seconds of one H200, at an assumed 350,000 tokens/s and 40 s for starting and
 compiling: a short run 70, a whole run 325 and its measurement 90; so 1. takes
-840, 2. 1,660 and 3. 830, together 56 minutes.
+840, 2. 1,660 and 3. 830, together 56 minutes, or 28 on two cards.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import itertools
 import json
+import os
 import pathlib
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -53,8 +66,17 @@ COPIED = 32  # tokens that `copying` repeats
 PREFIX = 8  # the first of them, which only show what is repeated
 # Seconds in which a run that got SIGTERM has saved its state.
 GRACE = 45
+# Seconds that a run needs to start and compile, and that measuring takes; both
+# are estimates, by which `choose` decides.
+START, MEASURE = 40, 90
 STOPPED = 130  # the exit code of train.py after SIGTERM
 MEASUREMENTS = "measured.json"
+POINTS = 120  # of a curve
+# The quantities of telemetry that a row holds.
+TELEMETRY = (
+  "attention_v_norm", "attn_added_norm", "residual_norm", "row_sum_mean",
+  "entropy", "logit_max",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,35 +99,34 @@ class Run:
     )
 
 
-def next_run(rows, forms, rates):
-  """The first Run that has no row yet; None when all are done.
+def available(rows, forms, rates):
+  """The Runs that have no row yet and need no other run, the first one first.
 
   rows: those of the file of results. forms: names. rates: learning rates.
   """
+
+  def missing(runs):
+    return [run for run in runs if not any(map(run.is_of, rows))]
+
+  short, whole = [], []
   for form in forms:
-    for lr in rates:
-      run = Run(form, lr, 0, short=True)
-      if not any(map(run.is_of, rows)):
-        return run
-  best = {form: best_rate(rows, form) for form in forms}
-  for form in forms:
-    run = Run(form, best[form], 0, short=False)
-    if not any(map(run.is_of, rows)):
-      return run
+    left = missing(Run(form, lr, 0, short=True) for lr in rates)
+    short += left
+    if not left and (best := best_rate(rows, form)) is not None:
+      whole += missing([Run(form, best, 0, short=False)])
+  if short or whole:
+    return [*short, *whole]
   whole = [
     x
     for x in rows
     if not x["short"] and x["seed"] == 0 and x["validation_loss"] is not None
   ]
-  for row in sorted(whole, key=lambda x: x["validation_loss"])[:2]:
-    run = Run(row["form"], row["lr"], 1, short=False)
-    if not any(map(run.is_of, rows)):
-      return run
-  return None
+  best = sorted(whole, key=lambda x: x["validation_loss"])[:2]
+  return missing(Run(x["form"], x["lr"], 1, short=False) for x in best)
 
 
 def best_rate(rows, form):
-  """The learning rate of a form's best short run.
+  """The learning rate of a form's best short run; None if all diverged.
 
   A run that diverged has the validation loss None.
   """
@@ -114,12 +135,80 @@ def best_rate(rows, form):
     for x in rows
     if x["short"] and x["form"] == form and x["validation_loss"] is not None
   ]
-  if not short:
-    raise ValueError(f"{form}: every short run diverged; add a smaller rate")
-  return min(short, key=lambda x: x["validation_loss"])["lr"]
+  return min(short, key=lambda x: x["validation_loss"], default={}).get("lr")
+
+
+def choose(runs, rows, seconds, updates):
+  """The first Run that ends within `seconds`, or the first one if none does.
+
+  rows: those of the file of results; a form without one is assumed to be in
+  time. updates: {Run: those that it has done already}.
+  """
+  in_time = (
+    run
+    for run in runs
+    if expected_seconds(run, rows, updates.get(run, 0)) <= seconds
+  )
+  return next(in_time, runs[0])
+
+
+def expected_seconds(run, rows, updates):
+  """How long a run still takes; 0 if its form's speed is not known yet."""
+  from configs import lm_85m
+
+  speeds = [x["tokens_per_second"] for x in rows if x["form"] == run.form]
+  if not speeds or not speeds[-1]:
+    return 0.0
+  config = lm_85m.get_config(run.form)
+  left = (SHORT_STEPS if run.short else config.total_steps) - updates
+  tokens = max(left, 0) * config.batch_size * config.data.length
+  return START + tokens / speeds[-1] + (0 if run.short else MEASURE)
 
 
 # The loop.
+
+
+class Queue:
+  """Hands the runs out to the cards, and keeps their rows. Threads share it."""
+
+  def __init__(self, options, forms, rates, end):
+    self.failed = []
+    self._options, self._forms, self._rates = options, forms, rates
+    self._end = end
+    self._busy = set()
+    self._changed = threading.Condition()
+
+  def take(self):
+    """The next Run of a free card; None if there is none, or no time.
+
+    It waits while the runs of other cards may still make one available. In the
+    last START + GRACE seconds a run would end before its first update.
+    """
+    with self._changed:
+      while True:
+        left = self._end - time.monotonic() - GRACE
+        rows = read_rows(self._options.results)
+        runs = available(rows, self._forms, self._rates)
+        runs = [x for x in runs if x not in (*self._busy, *self.failed)]
+        if left <= START or not (runs or self._busy):
+          return None
+        if runs:
+          done = {run: updates(self._options.runs / run.name) for run in runs}
+          run = choose(runs, rows, left, done)
+          self._busy.add(run)
+          return run
+        self._changed.wait(left - START)
+
+  def put(self, run, row=None, failed=False):
+    """Ends a Run that was taken. row: of the file of results, if it has one."""
+    with self._changed:
+      self._busy.remove(run)
+      if failed:
+        self.failed.append(run)
+      if row:
+        path = self._options.results
+        write_rows(path, [*read_rows(path), row])
+      self._changed.notify_all()
 
 
 def main(words=None):
@@ -130,16 +219,25 @@ def main(words=None):
   from configs import lm_85m
 
   rates = [x["optim.lr"] for x in lm_85m.sweep_lr()]
+  names = cards(options)
+  options.commit = options.commit or commit()
+  options.runs.mkdir(parents=True, exist_ok=True)
   end = time.monotonic() + options.seconds
-  while run := next_run(read_rows(options.results), lm_85m.FORMS, rates):
-    folder = options.runs / run.name
-    if not train(run, folder, options, end):
-      break
-    print(f"{run.name} is finished", flush=True)
-  else:
-    print("all runs are finished")
+  queue = Queue(options, lm_85m.FORMS, rates, end)
+  with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+    done = [
+      pool.submit(work, queue, i, options, end) for i in range(len(names))
+    ]
   if options.archive:
     pack(options.runs, options.archive)
+  for future in done:
+    future.result()  # raises what the thread raised
+  left = available(read_rows(options.results), lm_85m.FORMS, rates)
+  print(
+    f"{len(left)} runs could begin now" if left else "all runs are finished"
+  )
+  if queue.failed:
+    sys.exit(f"failed: {', '.join(run.name for run in queue.failed)}")
 
 
 def parse(words):
@@ -148,6 +246,7 @@ def parse(words):
   )
   add = parser.add_argument
   add("--seconds", type=float, default=540, help="when to stop")
+  add("--cards", type=int, default=1, help="GPUs, each with a run of its own")
   add("--runs", type=pathlib.Path, default=pathlib.Path("runs/lm_85m"))
   add("--results", type=pathlib.Path, default=RESULTS)
   add("--archive", type=pathlib.Path, help="a .tar.xz to write")
@@ -159,12 +258,64 @@ def parse(words):
   return parser.parse_args(words)
 
 
+def cards(options):
+  """The name of each of the first --cards GPUs of this machine."""
+  if options.local:
+    return ["cpu"] * options.cards
+  words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+  try:
+    found = subprocess.check_output(words, text=True).splitlines()
+  except (OSError, subprocess.CalledProcessError):
+    found = []
+  if not 1 <= options.cards <= len(found):
+    raise ValueError(
+      f"--cards={options.cards}; must be from 1 to {len(found)}, the number of "
+      "GPUs that nvidia-smi finds; --local needs none"
+    )
+  return found[: options.cards]
+
+
 def read_rows(path):
   return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
-def train(run, folder, options, end):
-  """Trains, measures and records a run; False if the time was over before."""
+def write_rows(path, rows):
+  """Writes the file of results atomically, a row on each line."""
+  from sigattn.training import files
+
+  lines = ",\n".join(json.dumps(row) for row in rows)
+  files.write_text(path, f'{{"rows": [\n{lines}\n]}}\n')
+
+
+def work(queue, card, options, end):
+  """Trains one run after the other on a card, until there is no more."""
+  while run := queue.take():
+    start = time.monotonic()
+    print(f"card {card}: {run.name} begins", flush=True)
+    row, failed = None, True
+    try:
+      row, failed = train(run, card, options, end), False
+      said = "the time is over"
+      if row:
+        said = (
+          f"loss {row['validation_loss']}, {row['tokens_per_second']:.0f}/s"
+        )
+    except subprocess.CalledProcessError as error:
+      said = f"failed with exit code {error.returncode}: {error.output}"
+    finally:
+      queue.put(run, row, failed)
+    seconds = time.monotonic() - start
+    print(f"card {card}: {run.name}, {seconds:.0f} s: {said}", flush=True)
+
+
+def train(run, card, options, end):
+  """Trains and measures a run on a card; its row, or None if time was over.
+
+  Raises CalledProcessError, with the end of the output, where a program fails.
+  """
+  from sigattn.training import run_dir
+
+  folder = options.runs / run.name
   words = [sys.executable, "train.py", f"--workdir={folder}"]
   words += [
     f"--config=configs/lm_85m.py:{run.form}" + ",runlocal" * options.local
@@ -172,36 +323,47 @@ def train(run, folder, options, end):
   words += [f"--config.optim.lr={run.lr!r}", f"--config.seed={run.seed}"]
   if run.short:
     words += ["--config.telemetry.every_steps=0"]
+    words += ["--config.eval.every_steps=0"]  # only at the end
     words += ["--config.ckpt.every_steps=0"]  # SIGTERM and the end save it
     if not options.local:
       words += [f"--config.total_steps={SHORT_STEPS}"]
   words += [f"--{word}" for word in options.overrides]
-  code = call(words, end)
+  code = 0
+  if not run_dir.done(folder, 1):  # it may have ended before its measurement
+    code = call(words, card, folder, end)
   if code == STOPPED:
-    return False
+    return None
   diverged = code and (folder / "non_finite.json").exists()
   if code and not diverged:
-    raise subprocess.CalledProcessError(code, words)
+    raise subprocess.CalledProcessError(code, words, last_line(folder))
   if not run.short and not diverged:
     words = [sys.executable, "-m", "benchmarks.lm_85m", f"--measure={folder}"]
     words += [f"--copies={options.copies}"]
-    if code := call(words, end):
+    if code := call(words, card, folder, end):
       if code == STOPPED:
-        return False
-      raise subprocess.CalledProcessError(code, words)
-  record(run, folder, options)
+        return None
+      raise subprocess.CalledProcessError(code, words, last_line(folder))
+  row = record(run, folder, options, cards(options)[card])
   if run.short:  # nobody measures it, and all of them would fill a disk
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-  return True
+  return row
 
 
-def call(words, end):
-  """The exit code of a command; STOPPED where the time was over before."""
-  print(" ".join(words), flush=True)
+def call(words, card, folder, end):
+  """The exit code of a command; STOPPED where the time was over before.
+
+  The command sees one card alone. Its output is added to FOLDER.log.
+  """
   left = end - time.monotonic() - GRACE
   if left <= 0:
     return STOPPED
-  process = subprocess.Popen(words, cwd=ROOT)
+  environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(card)}
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with open(f"{folder}.log", "a") as log:
+    print(" ".join(words), file=log, flush=True)
+    process = subprocess.Popen(
+      words, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+    )
   try:
     return process.wait(left)
   except subprocess.TimeoutExpired:
@@ -214,9 +376,22 @@ def call(words, end):
   return STOPPED
 
 
-def record(run, folder, options):
-  """Adds a run's row to the file of results."""
-  from sigattn.training import files, metrics, run_dir
+def last_line(folder):
+  """The last line of a run's output."""
+  lines = pathlib.Path(f"{folder}.log").read_text(errors="replace").split("\n")
+  return next((x for x in reversed(lines) if x.strip()), "")[:300]
+
+
+def updates(folder):
+  """How many updates a run's folder says that it has done."""
+  from sigattn.training import metrics
+
+  return max((line["step"] for line in metrics.read(folder)), default=0)
+
+
+def record(run, folder, options, device):
+  """The row of a run that has ended."""
+  from sigattn.training import metrics, run_dir
 
   config = run_dir.read_config(folder)
   lines = metrics.read(folder)
@@ -224,21 +399,73 @@ def record(run, folder, options):
   trained = [x for x in lines if x["split"] == "train"]
   rate = trained[-1].get("per_second", 0.0) if trained else 0.0
   steps = trained[-1]["step"] if trained else 0
-  path = folder / MEASUREMENTS
+  path, bad = folder / MEASUREMENTS, folder / "non_finite.json"
   measured = json.loads(path.read_text()) if path.exists() else {}
-  row = dataclasses.asdict(run) | {
+  diverged_at = (
+    json.loads(bad.read_text())[-1]["step"] if bad.exists() else None
+  )
+  done = last and diverged_at is None
+  return dataclasses.asdict(run) | {
     "tokens": steps * config.batch_size * config.data.length,
-    "validation_loss": last and last["loss"],
+    "validation_loss": last["loss"] if done else None,
     "test_loss": measured.get("test_loss"),
     "tokens_per_second": rate * config.data.length,
     "seconds_per_step": config.batch_size / rate if rate else None,
-    "commit": options.commit or commit(),
-    "device": device(),
+    "commit": options.commit,
+    "device": device,
+    "diverged_at": diverged_at,
     **{k: measured.get(k) for k in ("lengths", "copying", "cloze")},
+    "curves": curves(trained),
+    "telemetry": telemetry_means(lines),
   }
-  files.write_json(
-    options.results, {"rows": [*read_rows(options.results), row]}
-  )
+
+
+def curves(lines):
+  """What training was like, in at most POINTS parts of equal length.
+
+  lines: of the split "train". Returns lists: the last `step` of each part, its
+  mean `loss`, and of the gradient's norm before clipping the median `grad_norm`
+  and the largest value `grad_norm_max`, which shows spikes.
+  """
+  found = {"step": [], "loss": [], "grad_norm": [], "grad_norm_max": []}
+  for part in itertools.batched(lines, max(1, -(-len(lines) // POINTS))):
+    norms = [line["grad_norm"] for line in part]
+    found["step"].append(part[-1]["step"])
+    found["loss"].append(_short(statistics.fmean(x["loss"] for x in part)))
+    found["grad_norm"].append(_short(statistics.median(norms)))
+    found["grad_norm_max"].append(_short(max(norms)))
+  return found
+
+
+def telemetry_means(lines):
+  """Telemetry's quantities: {"step": [...], quantity: a list for each layer}.
+
+  A number is the mean over the heads of the layer; that of "logit_max" is the
+  largest value.
+  """
+  from sigattn.analysis import telemetry
+
+  lines = [line for line in lines if line["split"] == telemetry.SPLIT]
+  found = {"step": [line["step"] for line in lines]}
+  for line in lines:
+    layers = {}
+    for name, value in line.items():
+      quantity, *places = name.split("/")
+      layer = [x for x in places if x.startswith("layer")]
+      if quantity in TELEMETRY and layer:
+        number = int(layer[0].removeprefix("layer"))
+        layers.setdefault(quantity, {}).setdefault(number, []).append(value)
+    for quantity, values in layers.items():
+      join = max if quantity == "logit_max" else statistics.fmean
+      found.setdefault(quantity, [[] for _ in values])
+      for number, of_heads in values.items():
+        found[quantity][number].append(_short(join(of_heads)))
+  return found
+
+
+def _short(number):
+  """A number with five digits, which is all that a picture shows."""
+  return float(f"{number:.5g}")
 
 
 def commit():
@@ -249,19 +476,11 @@ def commit():
   return done.stdout.strip()
 
 
-def device():
-  """The kind of the first device, asked in a process that then frees it."""
-  words = "import jax; print(jax.devices()[0].device_kind)"
-  return subprocess.check_output(
-    [sys.executable, "-c", words], text=True
-  ).strip()
-
-
 def pack(runs, archive):
   """Packs what is small of all runs into a .tar.xz."""
   with tarfile.open(archive, "w:xz") as file:
     for path in sorted(runs.rglob("*")):
-      is_small = path.is_file() and path.suffix in (".json", ".jsonl")
+      is_small = path.is_file() and path.suffix in (".json", ".jsonl", ".log")
       if is_small and "checkpoints" not in path.parts:
         file.add(path, path.relative_to(runs))
 

@@ -52,8 +52,9 @@ def get_config(arg=None):
   config.eval.every_steps = config.get_ref("total_steps") // 4
   config.eval.length_factors = (1, 2, 4)
   config.ckpt.every_steps = config.get_ref("total_steps") // 3
-  config.log.update(every_steps=20, tensorboard=False)
-  config.telemetry.update(every_steps=200, examples=2)
+  # Each update, because a mean over several would hide a spike.
+  config.log.update(every_steps=1, tensorboard=False)
+  config.telemetry.update(every_steps=100, examples=2)
   if "runlocal" in words:
     common.shrink(config)
     config.attn.implementation = None  # cuDNN needs a GPU
