@@ -32,6 +32,8 @@ LABELS = {
   "normalized_low_bias": "normalised, b = −14",
 }
 _COLORS = {form: f"C{i}" for i, form in enumerate(LABELS)}
+# The line at the length of training.
+_TRAINED = dict(color="grey", linewidth=0.7, linestyle=":")
 _LINES = ("-", "--", ":")  # of the seeds 0, 1 and 2
 # The parts of a curve in which the learning rate still grows are left out of
 # the search for spikes, with as many more, because the first gradients are
@@ -135,39 +137,48 @@ def _by_form(rows):
 
 
 def draw_training(rows: Rows) -> figures.Figure:
-  """Loss, the gradient's norm, attention's norm and the largest logit."""
-  figure = figures.Figure((10, 7), layout="constrained")
-  loss, gradient, norm, logit = figure.subplots(2, 2).ravel()
-  for row in _whole(rows):
-    curves, style = row["curves"], _style(row)
-    steps = curves["step"]
-    loss.plot(steps, curves["loss"], **style)
-    gradient.semilogy(steps, curves["grad_norm"], **style)
-    gradient.fill_between(
-      steps, curves["grad_norm"], curves["grad_norm_max"], linewidth=0,
-      color=style["color"], alpha=0.25,
-    )  # fmt: skip
-    telemetry = row["telemetry"]
-    for ax, name, join in (
-      (norm, "attention_v_norm", statistics.fmean),
-      (logit, "logit_max", max),
-    ):
-      if name in telemetry:
-        values = [join(x) for x in zip(*telemetry[name], strict=True)]
-        ax.plot(telemetry["step"], values, marker=".", **style)
-  norm.set_yscale("log")
-  loss.set(ylabel="training loss, nats a token")
-  loss.set_ylim(top=_early(rows))
-  gradient.set(ylabel="norm of the gradient: median, up to the largest")
-  norm.set(ylabel="|A V| of a head, mean over heads and layers")
-  logit.set(ylabel="largest logit of all layers")
+  """Loss, attention's norm and largest logit; each form's gradient below."""
+  figure = figures.Figure((12, 6.4), layout="constrained")
+  above, below = figure.subfigures(2, 1)
+  loss, norm, logit = above.subplots(1, 3)
+  forms = _by_form(_whole(rows))
+  gradients = below.subplots(1, len(forms), sharey=True, squeeze=False)[0]
+  for ax, (form, group) in zip(gradients, forms.items(), strict=True):
+    for row in group:
+      _draw_curves(loss, ax, row["curves"], _style(row))
+      _draw_telemetry(norm, logit, row["telemetry"], _style(row))
+    ax.set(title=LABELS[form])
+  below.suptitle(
+    "norm of the gradient before clipping: a line at the median of neighbouring"
+    " updates, and bars up to the largest of them",
+    fontsize="medium",
+  )
+  norm.set(yscale="log", title="|A V|, mean over heads and layers")
+  loss.set(title="training loss, nats a token")
+  # The first losses are those of a uniform guess, and leave no room for others.
+  losses = [row["curves"]["loss"] for row in _whole(rows)]
+  loss.set_ylim(top=max((x[len(x) // 20] for x in losses if x), default=None))
+  logit.set(title="largest logit with its bias, of all layers")
   return _finished(figure, xlabel="update")
 
 
-def _early(rows):
-  """The loss after a fiftieth of the updates, above which little is seen."""
-  losses = [row["curves"]["loss"] for row in _whole(rows)]
-  return max((x[len(x) // 50 + 1] for x in losses if len(x) > 2), default=None)
+def _draw_curves(loss, gradient, curves, style):
+  steps = curves["step"]
+  loss.plot(steps, curves["loss"], **style)
+  gradient.semilogy(steps, curves["grad_norm"], **style)
+  gradient.vlines(
+    steps, curves["grad_norm"], curves["grad_norm_max"], linewidth=1,
+    color=style["color"], alpha=0.5, linestyle=style["linestyle"],
+  )  # fmt: skip
+
+
+def _draw_telemetry(norm, logit, telemetry, style):
+  style = style | {"marker": "."}
+  if telemetry["step"]:
+    norms = zip(*telemetry["attention_v_norm"], strict=True)
+    norm.plot(telemetry["step"], [*map(statistics.fmean, norms)], **style)
+    logits = zip(*telemetry["logit_max"], strict=True)
+    logit.plot(telemetry["step"], [*map(max, logits)], **style)
 
 
 def draw_lengths(rows: Rows) -> figures.Figure:
@@ -188,18 +199,23 @@ def draw_lengths(rows: Rows) -> figures.Figure:
       difference.semilogx(*_points(apart), **style)
     lengths = {_length(x): y["loss"] for x, y in row["lengths"].items()}
     by_length.semilogx(*_points(lengths), **style)
-    by_length.set_xticks([*lengths], [f"{x:,}" for x in lengths])
-    by_length.minorticks_off()
+    for ax, marks in (
+      (by_position, [*_positions(row, -1)][::2]),
+      (difference, [*own][::2]),
+      (by_length, [*lengths]),
+    ):
+      _mark(ax, marks)
     for ax in (by_position, by_length):
-      ax.axvline(min(lengths), color="grey", linewidth=0.5, linestyle=":")
-  by_position.set(xlabel="position in a row of four times the length, up to")
-  difference.set(
-    xlabel="position in a row of the training length, up to",
-    ylabel="loss minus that of softmax",
+      ax.axvline(min(lengths), **_TRAINED)
+  by_position.set(
+    title="test loss, nats a token",
+    xlabel="position in the row, 4 times the training length",
   )
-  by_length.set(xlabel="tokens of a row")
-  for ax in (by_position, by_length):
-    ax.set(ylabel="test loss, nats a token")
+  difference.set(
+    title="test loss minus that of softmax",
+    xlabel="position in the row, of the training length",
+  )
+  by_length.set(title="test loss, nats a token", xlabel="tokens of a row")
   return _finished(figure)
 
 
@@ -238,12 +254,18 @@ def draw_copying(rows: Rows) -> figures.Figure:
       *_points(means), color="grey", linestyle=":", linewidth=1,
       label="at its first reading, mean of all",
     )  # fmt: skip
-    ax.set_xticks([*first], [f"{x:,}" for x in first], rotation=45)
-    ax.minorticks_off()
+    _mark(ax, first, rotation=45)
+    ax.axvline(configs.get_config("softmax").data.length, **_TRAINED)
   ax.set(
     xlabel="distance of the copy, tokens", ylabel="accuracy at the copy, %"
   )
   return _finished(figure)
+
+
+def _mark(ax, numbers, **style):
+  """Whole numbers as the only marks of an axis with a logarithmic scale."""
+  ax.set_xticks([*numbers], [f"{x:,}" for x in numbers], **style)
+  ax.minorticks_off()
 
 
 def _points(values):
@@ -264,6 +286,7 @@ def _finished(figure, **labels):
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set(**labels)
+    ax.title.set_size("medium")
   science_report.add_legend(figure)
   return figure
 
