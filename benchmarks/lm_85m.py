@@ -32,7 +32,7 @@ curves and telemetry (see `curves` and `telemetry_means`), and what is measured
 on the test documents:
 
   lengths     the loss at 1, 2 and 4 times the training length, also by position
-              (eval.py)
+              (the variants of eval.py)
   copying     {distance: accuracy}, see `copying`
   cloze       accuracy and log-probability of lm-eval on texts of the test
               split, see `write_cloze`; null where lm-eval is not installed,
@@ -219,14 +219,15 @@ def main(words=None):
   from configs import lm_85m
 
   rates = [x["optim.lr"] for x in lm_85m.sweep_lr()]
-  names = cards(options)
+  options.devices = cards(options)
   options.commit = options.commit or commit()
   options.runs.mkdir(parents=True, exist_ok=True)
   end = time.monotonic() + options.seconds
   queue = Queue(options, lm_85m.FORMS, rates, end)
-  with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+  with concurrent.futures.ThreadPoolExecutor(options.cards) as pool:
     done = [
-      pool.submit(work, queue, i, options, end) for i in range(len(names))
+      pool.submit(work, queue, card, options, end)
+      for card in range(options.cards)
     ]
   if options.archive:
     pack(options.runs, options.archive)
@@ -343,7 +344,7 @@ def train(run, card, options, end):
       if code == STOPPED:
         return None
       raise subprocess.CalledProcessError(code, words, last_line(folder))
-  row = record(run, folder, options, cards(options)[card])
+  row = record(run, folder, options, options.devices[card])
   if run.short:  # nobody measures it, and all of them would fill a disk
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
   return row
@@ -490,14 +491,18 @@ def pack(runs, archive):
 
 def measure(folder, copies):
   """Measures a finished run on the test split; writes measured.json."""
-  from eval import evaluate
-  from sigattn.training import checkpoint, files
+  from sigattn import tasks
+  from sigattn.training import checkpoint, evaluate, files, mesh
 
-  results = evaluate(folder, "test")
   config, params, _ = checkpoint.load(folder)
+  devices = mesh.for_evaluation(config)
+  lengths = {
+    name: evaluate.evaluator(x, devices)(params, tasks.eval_batches(x, "test"))
+    for name, x in evaluate.variants(config).items()
+  }
   measured = {
-    "test_loss": results["loss"],
-    "lengths": results["variants"],
+    "test_loss": lengths[f"1 x {config.data.length}"]["loss"],
+    "lengths": lengths,
     "copying": copying(config, params, copies),
     "cloze": cloze(config, params, folder),
   }

@@ -169,6 +169,7 @@ def test_a_run_is_trained_measured_and_recorded(corpus, tmp_path):
     "--local", f"--runs={tmp_path}/runs", f"--results={tmp_path}/rows.json",
     "--commit=abc", "--copies=4", *corpus,
   ])  # fmt: skip
+  options.devices = lm_85m.cards(options)
   run = Run("normalized", 4e-3, 0, short=False)
   assert lm_85m.train(run, 0, options, time.monotonic()) is None  # no time
   found = lm_85m.train(run, 0, options, time.monotonic() + 600)
