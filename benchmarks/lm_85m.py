@@ -613,8 +613,9 @@ def write_cloze(config, folder, most=1000):
 
   As in LAMBADA (1606.06031), a model is given a part of a text but for its last
   word, which stands in it already. The texts are sentences of the test split
-  with at most 800 characters before them; the word has at least five letters.
-  Nobody has chosen those that people can guess.
+  with at most 800 characters before them, which overlap no other text, and at
+  most five of a document; the word has at least five letters. Nobody has chosen
+  those that people can guess.
   """
   import re
 
@@ -625,15 +626,19 @@ def write_cloze(config, folder, most=1000):
   rows = []
   for first, last in zip(ends, [*ends[1:], len(token_S)], strict=True):
     document = tokenizer.decode(token_S[first:last])
+    count, free = 0, 0
     for found in re.finditer(r" ([A-Za-z]{5,})\.\s", document):
       context = document[: found.start()]
       start = max(0, len(context) - 800)
       context = context[context.find(" ", start) + 1 :] if start else context
       words = re.findall("[A-Za-z]+", context)
-      if len(words) < 60 or found[1] not in words:
+      is_free = found.start() - len(context) >= free
+      if len(words) < 60 or found[1] not in words or not is_free:
         continue
       rows.append({"context": context, "word": found[1]})
-      break  # one of each document
+      count, free = count + 1, found.end()
+      if count == 5:
+        break
   if not rows:
     raise ValueError(
       f"config.data.source={config.data.source!r}: the test split holds no text"
