@@ -1,10 +1,11 @@
 r"""Trains and measures models of 85M parameters: python -m benchmarks.lm_85m
 
   python -m benchmarks.corpus --out=corpus            once; no GPU
-  python -m benchmarks.lm_85m --seconds=540           until all are finished
-  python -m benchmarks.lm_85m --seconds=540 --archive=runs.tar.xz
+  python -m benchmarks.lm_85m --seconds=540           again and again
+  python -m benchmarks.lm_85m --seconds=540 --cards=2 --archive=runs.tar.xz
+  python -m benchmarks.lm_85m_report                  tables and pictures
 
-It trains the models of configs/lm_85m.py, one after the other:
+It trains the models of configs/lm_85m.py, one on each card at the same time:
 
   1. for each form and each of three learning rates, 160 updates (10.5 million
      tokens, with a complete schedule);
@@ -12,19 +13,26 @@ It trains the models of configs/lm_85m.py, one after the other:
      that had the smallest validation loss;
   3. the same with seed 1 for the two forms with the smallest loss.
 
-It skips the runs that benchmarks/results/lm_85m.json contains. After --seconds
-it sends SIGTERM to the current run, which saves its state in --runs. If that
-folder still exists, the same command resumes the run. A run of 2. and 3. is
-measured as soon as it ends, because its checkpoint has 1.3 GB and may not
-outlive the machine. --archive packs the small files of all runs: config,
-metrics and measurements.
+A run of 2. may begin as soon as 1. is done for its form, and one of 3. when 2.
+is done. A form that diverged at every rate has no run of 2.
 
-A row holds form, seed, tokens, lr, validation_loss, test_loss,
-tokens_per_second, seconds_per_step, commit and device, and these measurements
-on the test documents:
+It skips the runs that benchmarks/results/lm_85m.json contains. After --seconds
+it sends SIGTERM to the current runs, which save their state in --runs. If that
+folder still exists, the same command resumes them. A run that would not end
+before --seconds waits if another one would. A run of 2. and 3. is measured as
+soon as it ends, because its checkpoint has 1.3 GB and may not outlive the
+machine. --archive packs the small files of all runs: config, metrics,
+measurements and the output, which is in RUNS/NAME.log. If a run fails, the
+others go on, and the next command tries it again.
+
+A row holds form, lr, seed, short (whether it is a run of 1.), tokens,
+validation_loss, test_loss, tokens_per_second, seconds_per_step, commit,
+device, diverged_at (the update at which a loss was not finite, or null),
+curves and telemetry (see `curves` and `telemetry_means`), and these
+measurements on the test documents:
 
   lengths     the loss at 1, 2 and 4 times the training length, also by position
-              (eval.py)
+              (the variants of eval.py)
   copying     {distance: accuracy}, see `copying`
   cloze       accuracy and log-probability of lm-eval on texts of the test
               split, see `write_cloze`; null if lm-eval is not installed, in
@@ -32,35 +40,49 @@ on the test documents:
 
 Expected seconds on one H200, for 350,000 tokens/s and 40 s for starting and
 compiling: 70 for a short run, 325 for a whole run, and 90 for its measurement.
-Step 1 thus takes 840, step 2 takes 1,660 and step 3 takes 830 seconds, 56
-minutes in total.
+Step 1 thus takes 840, step 2 takes 1,660 and step 3 takes 830 seconds: 56
+minutes in total, or 28 on two cards.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import itertools
 import json
+import os
 import pathlib
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "lm_85m.json"
 SHORT_STEPS = 160
 COPIED = 32  # tokens that `copying` repeats
-PREFIX = 8  # the first of them, not scored: they only show what is repeated
-# Seconds that a run has after SIGTERM to save its state.
+PREFIX = 8  # the first of them, which only show what is repeated
+# Seconds in which a run that got SIGTERM has saved its state.
 GRACE = 45
+# Seconds that a run needs to start and compile, and that measuring takes; both
+# are estimates, by which `choose` decides.
+START, MEASURE = 40, 90
 STOPPED = 130  # the exit code of train.py after SIGTERM
 MEASUREMENTS = "measured.json"
+POINTS = 120  # of a curve
+# The quantities of telemetry that a row holds.
+TELEMETRY = (
+  "attention_v_norm", "attn_added_norm", "residual_norm", "row_sum_mean",
+  "entropy", "logit_max",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One training run. short: whether it only serves to choose the rate."""
+  """One training run. short: whether it only helps to choose the rate."""
 
   form: str
   lr: float
@@ -78,35 +100,34 @@ class Run:
     )
 
 
-def next_run(rows, forms, rates):
-  """The first Run that has no row yet, or None if all have one.
+def available(rows, forms, rates):
+  """The runs without a row that wait for no other run, in order.
 
-  rows: the rows of the results file. forms: names. rates: learning rates.
+  rows: those of the file of results. forms: names. rates: learning rates.
   """
+
+  def missing(runs):
+    return [run for run in runs if not any(map(run.is_of, rows))]
+
+  short, whole = [], []
   for form in forms:
-    for lr in rates:
-      run = Run(form, lr, 0, short=True)
-      if not any(map(run.is_of, rows)):
-        return run
-  best = {form: best_rate(rows, form) for form in forms}
-  for form in forms:
-    run = Run(form, best[form], 0, short=False)
-    if not any(map(run.is_of, rows)):
-      return run
+    left = missing(Run(form, lr, 0, short=True) for lr in rates)
+    short += left
+    if not left and (best := best_rate(rows, form)) is not None:
+      whole += missing([Run(form, best, 0, short=False)])
+  if short or whole:
+    return [*short, *whole]
   whole = [
     x
     for x in rows
     if not x["short"] and x["seed"] == 0 and x["validation_loss"] is not None
   ]
-  for row in sorted(whole, key=lambda x: x["validation_loss"])[:2]:
-    run = Run(row["form"], row["lr"], 1, short=False)
-    if not any(map(run.is_of, rows)):
-      return run
-  return None
+  best = sorted(whole, key=lambda x: x["validation_loss"])[:2]
+  return missing(Run(x["form"], x["lr"], 1, short=False) for x in best)
 
 
 def best_rate(rows, form):
-  """The learning rate of a form's best short run.
+  """The learning rate of a form's best short run; None if all diverged.
 
   A run that diverged has the validation loss None.
   """
@@ -115,12 +136,80 @@ def best_rate(rows, form):
     for x in rows
     if x["short"] and x["form"] == form and x["validation_loss"] is not None
   ]
-  if not short:
-    raise ValueError(f"{form}: every short run diverged; add a smaller rate")
-  return min(short, key=lambda x: x["validation_loss"])["lr"]
+  return min(short, key=lambda x: x["validation_loss"], default={}).get("lr")
+
+
+def choose(runs, rows, seconds, updates):
+  """The first Run that ends within `seconds`, or the first one if none does.
+
+  rows: those of the file of results; a form without one is assumed to be in
+  time. updates: {Run: those that it has done already}.
+  """
+  in_time = (
+    run
+    for run in runs
+    if expected_seconds(run, rows, updates.get(run, 0)) <= seconds
+  )
+  return next(in_time, runs[0])
+
+
+def expected_seconds(run, rows, updates):
+  """How long a run still takes; 0 if its form's speed is not known yet."""
+  from configs import lm_85m
+
+  speeds = [x["tokens_per_second"] for x in rows if x["form"] == run.form]
+  if not speeds or not speeds[-1]:
+    return 0.0
+  config = lm_85m.get_config(run.form)
+  left = (SHORT_STEPS if run.short else config.total_steps) - updates
+  tokens = max(left, 0) * config.batch_size * config.data.length
+  return START + tokens / speeds[-1] + (0 if run.short else MEASURE)
 
 
 # The loop.
+
+
+class Queue:
+  """Hands the runs out to the cards, and keeps their rows. Threads share it."""
+
+  def __init__(self, options, forms, rates, end):
+    self.failed = []
+    self._options, self._forms, self._rates = options, forms, rates
+    self._end = end
+    self._busy = set()
+    self._changed = threading.Condition()
+
+  def take(self):
+    """The next Run of a free card; None if there is none, or no time.
+
+    It waits while the runs of other cards may still make one available. In the
+    last START + GRACE seconds a run would end before its first update.
+    """
+    with self._changed:
+      while True:
+        left = self._end - time.monotonic() - GRACE
+        rows = read_rows(self._options.results)
+        runs = available(rows, self._forms, self._rates)
+        runs = [x for x in runs if x not in (*self._busy, *self.failed)]
+        if left <= START or not (runs or self._busy):
+          return None
+        if runs:
+          done = {run: updates(self._options.runs / run.name) for run in runs}
+          run = choose(runs, rows, left, done)
+          self._busy.add(run)
+          return run
+        self._changed.wait(left - START)
+
+  def put(self, run, row=None, failed=False):
+    """Ends a Run that was taken. row: of the file of results, if it has one."""
+    with self._changed:
+      self._busy.remove(run)
+      if failed:
+        self.failed.append(run)
+      if row:
+        path = self._options.results
+        write_rows(path, [*read_rows(path), row])
+      self._changed.notify_all()
 
 
 def main(words=None):
@@ -131,16 +220,26 @@ def main(words=None):
   from configs import lm_85m
 
   rates = [x["optim.lr"] for x in lm_85m.sweep_lr()]
+  options.devices = cards(options)
+  options.commit = options.commit or commit()
+  options.runs.mkdir(parents=True, exist_ok=True)
   end = time.monotonic() + options.seconds
-  while run := next_run(read_rows(options.results), lm_85m.FORMS, rates):
-    folder = options.runs / run.name
-    if not train(run, folder, options, end):
-      break
-    print(f"{run.name} is finished", flush=True)
-  else:
-    print("all runs are finished")
+  queue = Queue(options, lm_85m.FORMS, rates, end)
+  with concurrent.futures.ThreadPoolExecutor(options.cards) as pool:
+    done = [
+      pool.submit(work, queue, card, options, end)
+      for card in range(options.cards)
+    ]
   if options.archive:
     pack(options.runs, options.archive)
+  for future in done:
+    future.result()  # raises what the thread raised
+  left = available(read_rows(options.results), lm_85m.FORMS, rates)
+  print(
+    f"{len(left)} runs could begin now" if left else "all runs are finished"
+  )
+  if queue.failed:
+    sys.exit(f"failed: {', '.join(run.name for run in queue.failed)}")
 
 
 def parse(words):
@@ -149,23 +248,76 @@ def parse(words):
   )
   add = parser.add_argument
   add("--seconds", type=float, default=540, help="when to stop")
+  add("--cards", type=int, default=1, help="GPUs, each with a run of its own")
   add("--runs", type=pathlib.Path, default=pathlib.Path("runs/lm_85m"))
   add("--results", type=pathlib.Path, default=RESULTS)
   add("--archive", type=pathlib.Path, help="a .tar.xz to write")
-  add("--commit", help="the commit that rows name; default: git's")
+  add("--commit", help="by default git's")
   add("--copies", type=int, default=64, help="rows for each distance")
   add("--measure", type=pathlib.Path, help="only measure this run")
   add("--local", action="store_true", help="tiny runs, for a test on a CPU")
-  add("overrides", nargs="*", help="for every run: config.data.source=a/b")
+  add("overrides", nargs="*", help="of every run: config.data.source=a/b")
   return parser.parse_args(words)
+
+
+def cards(options):
+  """The name of each of the first --cards GPUs of this machine."""
+  if options.local:
+    return ["cpu"] * options.cards
+  words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+  try:
+    found = subprocess.check_output(words, text=True).splitlines()
+  except (OSError, subprocess.CalledProcessError):
+    found = []
+  if not 1 <= options.cards <= len(found):
+    raise ValueError(
+      f"--cards={options.cards}; must be from 1 to {len(found)}, the number of "
+      "GPUs that nvidia-smi finds; --local needs none"
+    )
+  return found[: options.cards]
 
 
 def read_rows(path):
   return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
-def train(run, folder, options, end):
-  """Trains, measures and records a run. Returns False if time ran out."""
+def write_rows(path, rows):
+  """Writes the file of results atomically, a row on each line."""
+  from sigattn.training import files
+
+  lines = ",\n".join(json.dumps(row) for row in rows)
+  files.write_text(path, f'{{"rows": [\n{lines}\n]}}\n')
+
+
+def work(queue, card, options, end):
+  """Trains one run after the other on a card, until there is no more."""
+  while run := queue.take():
+    start = time.monotonic()
+    print(f"card {card}: {run.name} begins", flush=True)
+    row, failed = None, True
+    try:
+      row, failed = train(run, card, options, end), False
+      said = "the time is over"
+      if row:
+        said = (
+          f"loss {row['validation_loss']}, {row['tokens_per_second']:.0f}/s"
+        )
+    except subprocess.CalledProcessError as error:
+      said = f"failed with exit code {error.returncode}: {error.output}"
+    finally:
+      queue.put(run, row, failed)
+    seconds = time.monotonic() - start
+    print(f"card {card}: {run.name}, {seconds:.0f} s: {said}", flush=True)
+
+
+def train(run, card, options, end):
+  """Trains and measures a run on a card: its row, or None if time ran out.
+
+  Raises CalledProcessError, with the end of the output, where a program fails.
+  """
+  from sigattn.training import run_dir
+
+  folder = options.runs / run.name
   words = [sys.executable, "train.py", f"--workdir={folder}"]
   words += [
     f"--config=configs/lm_85m.py:{run.form}" + ",runlocal" * options.local
@@ -173,36 +325,47 @@ def train(run, folder, options, end):
   words += [f"--config.optim.lr={run.lr!r}", f"--config.seed={run.seed}"]
   if run.short:
     words += ["--config.telemetry.every_steps=0"]
+    words += ["--config.eval.every_steps=0"]  # only at the end
     words += ["--config.ckpt.every_steps=0"]  # SIGTERM and the end save it
     if not options.local:
       words += [f"--config.total_steps={SHORT_STEPS}"]
   words += [f"--{word}" for word in options.overrides]
-  code = call(words, end)
+  code = 0
+  if not run_dir.done(folder, 1):  # it may have ended before its measurement
+    code = call(words, card, folder, end)
   if code == STOPPED:
-    return False
+    return None
   diverged = code and (folder / "non_finite.json").exists()
   if code and not diverged:
-    raise subprocess.CalledProcessError(code, words)
+    raise subprocess.CalledProcessError(code, words, last_line(folder))
   if not run.short and not diverged:
     words = [sys.executable, "-m", "benchmarks.lm_85m", f"--measure={folder}"]
     words += [f"--copies={options.copies}"]
-    if code := call(words, end):
+    if code := call(words, card, folder, end):
       if code == STOPPED:
-        return False
-      raise subprocess.CalledProcessError(code, words)
-  record(run, folder, options)
+        return None
+      raise subprocess.CalledProcessError(code, words, last_line(folder))
+  row = record(run, folder, options, options.devices[card])
   if run.short:  # it is never measured, and all of them would fill a disk
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-  return True
+  return row
 
 
-def call(words, end):
-  """The exit code of a command, or STOPPED if time ran out."""
-  print(" ".join(words), flush=True)
+def call(words, card, folder, end):
+  """The exit code of a command, or STOPPED if time ran out.
+
+  The command sees one card alone. Its output is added to FOLDER.log.
+  """
   left = end - time.monotonic() - GRACE
   if left <= 0:
     return STOPPED
-  process = subprocess.Popen(words, cwd=ROOT)
+  environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(card)}
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with open(f"{folder}.log", "a") as log:
+    print(" ".join(words), file=log, flush=True)
+    process = subprocess.Popen(
+      words, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+    )
   try:
     return process.wait(left)
   except subprocess.TimeoutExpired:
@@ -215,9 +378,22 @@ def call(words, end):
   return STOPPED
 
 
-def record(run, folder, options):
-  """Adds a run's row to the results file."""
-  from sigattn.training import files, metrics, run_dir
+def last_line(folder):
+  """The last line of a run's output."""
+  lines = pathlib.Path(f"{folder}.log").read_text(errors="replace").split("\n")
+  return next((x for x in reversed(lines) if x.strip()), "")[:300]
+
+
+def updates(folder):
+  """How many updates a run's folder says that it has done."""
+  from sigattn.training import metrics
+
+  return max((line["step"] for line in metrics.read(folder)), default=0)
+
+
+def record(run, folder, options, device):
+  """The row of a run that has ended."""
+  from sigattn.training import metrics, run_dir
 
   config = run_dir.read_config(folder)
   lines = metrics.read(folder)
@@ -225,21 +401,73 @@ def record(run, folder, options):
   trained = [x for x in lines if x["split"] == "train"]
   rate = trained[-1].get("per_second", 0.0) if trained else 0.0
   steps = trained[-1]["step"] if trained else 0
-  path = folder / MEASUREMENTS
+  path, bad = folder / MEASUREMENTS, folder / "non_finite.json"
   measured = json.loads(path.read_text()) if path.exists() else {}
-  row = dataclasses.asdict(run) | {
+  diverged_at = (
+    json.loads(bad.read_text())[-1]["step"] if bad.exists() else None
+  )
+  done = last and diverged_at is None
+  return dataclasses.asdict(run) | {
     "tokens": steps * config.batch_size * config.data.length,
-    "validation_loss": last and last["loss"],
+    "validation_loss": last["loss"] if done else None,
     "test_loss": measured.get("test_loss"),
     "tokens_per_second": rate * config.data.length,
     "seconds_per_step": config.batch_size / rate if rate else None,
-    "commit": options.commit or commit(),
-    "device": device(),
+    "commit": options.commit,
+    "device": device,
+    "diverged_at": diverged_at,
     **{k: measured.get(k) for k in ("lengths", "copying", "cloze")},
+    "curves": curves(trained),
+    "telemetry": telemetry_means(lines),
   }
-  files.write_json(
-    options.results, {"rows": [*read_rows(options.results), row]}
-  )
+
+
+def curves(lines):
+  """What training was like, in at most POINTS parts of equal length.
+
+  lines: of the split "train". Returns lists: the last `step` of each part, its
+  mean `loss`, and of the gradient's norm before clipping the median `grad_norm`
+  and the largest value `grad_norm_max`, which shows spikes.
+  """
+  found = {"step": [], "loss": [], "grad_norm": [], "grad_norm_max": []}
+  for part in itertools.batched(lines, max(1, -(-len(lines) // POINTS))):
+    norms = [line["grad_norm"] for line in part]
+    found["step"].append(part[-1]["step"])
+    found["loss"].append(_short(statistics.fmean(x["loss"] for x in part)))
+    found["grad_norm"].append(_short(statistics.median(norms)))
+    found["grad_norm_max"].append(_short(max(norms)))
+  return found
+
+
+def telemetry_means(lines):
+  """Telemetry's quantities: {"step": [...], quantity: a list for each layer}.
+
+  A number is the mean over the heads of the layer; that of "logit_max" is the
+  largest value.
+  """
+  from sigattn.analysis import telemetry
+
+  lines = [line for line in lines if line["split"] == telemetry.SPLIT]
+  found = {"step": [line["step"] for line in lines]}
+  for line in lines:
+    layers = {}
+    for name, value in line.items():
+      quantity, *places = name.split("/")
+      layer = [x for x in places if x.startswith("layer")]
+      if quantity in TELEMETRY and layer:
+        number = int(layer[0].removeprefix("layer"))
+        layers.setdefault(quantity, {}).setdefault(number, []).append(value)
+    for quantity, values in layers.items():
+      join = max if quantity == "logit_max" else statistics.fmean
+      found.setdefault(quantity, [[] for _ in values])
+      for number, of_heads in values.items():
+        found[quantity][number].append(_short(join(of_heads)))
+  return found
+
+
+def _short(number):
+  """A number with five digits, which is all that a picture shows."""
+  return float(f"{number:.5g}")
 
 
 def commit():
@@ -250,19 +478,11 @@ def commit():
   return done.stdout.strip()
 
 
-def device():
-  """The kind of the first device. Another process finds it and frees it."""
-  words = "import jax; print(jax.devices()[0].device_kind)"
-  return subprocess.check_output(
-    [sys.executable, "-c", words], text=True
-  ).strip()
-
-
 def pack(runs, archive):
-  """Packs the small files of all runs into a .tar.xz."""
+  """Packs what is small of all runs into a .tar.xz."""
   with tarfile.open(archive, "w:xz") as file:
     for path in sorted(runs.rglob("*")):
-      is_small = path.is_file() and path.suffix in (".json", ".jsonl")
+      is_small = path.is_file() and path.suffix in (".json", ".jsonl", ".log")
       if is_small and "checkpoints" not in path.parts:
         file.add(path, path.relative_to(runs))
 
@@ -271,15 +491,19 @@ def pack(runs, archive):
 
 
 def measure(folder, copies):
-  """Measures a finished run on the test split, and writes measured.json."""
-  from eval import evaluate
-  from sigattn.training import checkpoint, files
+  """Measures a finished run on the test split; writes measured.json."""
+  from sigattn import tasks
+  from sigattn.training import checkpoint, evaluate, files, mesh
 
-  results = evaluate(folder, "test")
   config, params, _ = checkpoint.load(folder)
+  devices = mesh.for_evaluation(config)
+  lengths = {
+    name: evaluate.evaluator(x, devices)(params, tasks.eval_batches(x, "test"))
+    for name, x in evaluate.variants(config).items()
+  }
   measured = {
-    "test_loss": results["loss"],
-    "lengths": results["variants"],
+    "test_loss": lengths[f"1 x {config.data.length}"]["loss"],
+    "lengths": lengths,
     "copying": copying(config, params, copies),
     "cloze": cloze(config, params, folder),
   }
@@ -294,14 +518,13 @@ def test_tokens(config):
 
 
 def copying(config, params, copies):
-  """The accuracy of copying, by the distance of the copy.
+  """The accuracy of copying by the distance of the copy: {distance: {...}}.
 
-  A row is a part of the held-out text. Its last COPIED tokens are replaced by a
-  copy of those that stand `distance` tokens before them. Rows have the training
-  length, or twice that for a longer distance; see `distances`.
-
-  Returns {distance: {"copied", "first"}}: the accuracy at the copy and at the
-  original, both without the first PREFIX tokens.
+  A row is a part of a held-out document's text, of which the last COPIED tokens
+  are those that stand `distance` tokens before them. "copied" is the accuracy
+  at the copy, "first" that at the original, each without the first PREFIX
+  tokens. Distances are powers of 2 times COPIED; the largest, nearly the length
+  of training, is filled up to it. Rows beyond are twice as long.
   """
   import jax
   import numpy as np
@@ -336,7 +559,7 @@ def copying(config, params, copies):
 
 
 def distances(length):
-  """Powers of 2 times COPIED, the largest that fits, and a longer one."""
+  """COPIED, twice as much and so on, to just below the length and beyond."""
   powers = []
   distance = COPIED
   while distance <= length - COPIED:
@@ -354,7 +577,7 @@ def cloze(config, params, folder):
     from sigattn.inference import lm_eval as ours
     from sigattn.inference.generate import Generator
   except ImportError:
-    print("cloze is not measured: lm-eval is not installed", flush=True)
+    print("cloze is left out: lm-eval is not installed", flush=True)
     return None
   task = write_cloze(config, folder / "cloze")
   results = lm_eval.simple_evaluate(
@@ -387,13 +610,13 @@ metric_list:
 
 
 def write_cloze(config, folder, most=1000):
-  """Writes a task of predicting the last word of a text; returns its folder.
+  """Writes a task of the last words of sentences; returns its folder.
 
-  As in LAMBADA (1606.06031), a model predicts the last word of a sentence from
-  the text before it, and the word also occurs in that text. The sentences are
-  from the test split, with at most 800 characters of text; the word has at
-  least five letters. LAMBADA's texts were selected so that people can guess the
-  word; these were not.
+  As in LAMBADA (1606.06031), a model is given a part of a text but for its last
+  word, which stands in it already. The texts are sentences of the test split
+  with at most 800 characters before them, which overlap no other text, and at
+  most five of a document; the word has at least five letters. Nobody has chosen
+  those that people can guess.
   """
   import re
 
@@ -404,19 +627,23 @@ def write_cloze(config, folder, most=1000):
   rows = []
   for first, last in zip(ends, [*ends[1:], len(token_S)], strict=True):
     document = tokenizer.decode(token_S[first:last])
+    count, free = 0, 0
     for found in re.finditer(r" ([A-Za-z]{5,})\.\s", document):
       context = document[: found.start()]
       start = max(0, len(context) - 800)
       context = context[context.find(" ", start) + 1 :] if start else context
       words = re.findall("[A-Za-z]+", context)
-      if len(words) < 60 or found[1] not in words:
+      is_free = found.start() - len(context) >= free
+      if len(words) < 60 or found[1] not in words or not is_free:
         continue
       rows.append({"context": context, "word": found[1]})
-      break  # one for each document
+      count, free = count + 1, found.end()
+      if count == 5:
+        break
   if not rows:
     raise ValueError(
-      f"config.data.source={config.data.source!r}: the test split has no "
-      "sentence whose last word also occurs in the text before it"
+      f"config.data.source={config.data.source!r}: the test split holds no text"
+      " whose last word stands in it before"
     )
   folder.mkdir(exist_ok=True, parents=True)
   lines = "".join(json.dumps(row) + "\n" for row in rows[:most])

@@ -10,6 +10,7 @@ listed. A run that was cut off is listed as such.
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from absl import app
@@ -115,16 +116,17 @@ def tables(name: str, study: dict[str, Any]) -> str:
   ]
   for label, group in settings(rows).items():
     columns = ["form", "learning rate", *_columns(group, study)]
-    lines += ["", f"**{label}**", "", _line(columns)]
-    lines.append(_line(["---"] * len(columns)))
+    lines += ["", f"**{label}**", "", line(columns)]
+    lines.append(line(["---"] * len(columns)))
     for row in group:
       rate = f"{row['lr']:g}" if "lr" in row else ""
       cells = [row["form"], rate, *_cells(row, study)]
-      lines.append(_line(cells + [""] * (len(columns) - len(cells))))
+      lines.append(line(cells + [""] * (len(columns) - len(cells))))
   return "\n".join(lines)
 
 
-def _line(cells):
+def line(cells: Sequence[str]) -> str:
+  """A line of a table in Markdown."""
   return f"| {' | '.join(cells)} |"
 
 
@@ -163,7 +165,7 @@ def draw(study: dict[str, Any]) -> figures.Figure:
     ax.spines[["top", "right"]].set_visible(False)
   for ax in axes[len(panels) :]:
     ax.set_visible(False)
-  _add_legend(figure)
+  add_legend(figure)
   return figure
 
 
@@ -190,7 +192,8 @@ def _lines(ax, row, study, style):
   ax.set(xlabel="update", ylabel=f"training {metric}")
 
 
-def _add_legend(figure):
+def add_legend(figure: figures.Figure) -> None:
+  """Adds one legend below all axes, with each label once."""
   handles = {}
   for ax in figure.axes:
     lines, labels = ax.get_legend_handles_labels()
@@ -209,20 +212,29 @@ def write(
   Returns the names of the studies that have a file. Raises ValueError if the
   document lacks the two comments.
   """
-  text = document.read_text()
-  if text.count(BEGIN) != 1 or text.count(END) != 1:
-    raise ValueError(f"{document}: must contain {BEGIN!r} and {END!r} once")
-  parts = {}
+  parts, drawn = {}, {}
   for name in science.STUDIES:
     file = results / f"{name}.json"
     if file.exists():
       study = json.loads(file.read_text())
       parts[name] = tables(name, study)
-      draw(study).savefig(results / f"{name}.png", dpi=110)
-  before, after = text.split(BEGIN)[0], text.split(END)[1]
-  middle = "".join(f"\n{part}\n" for part in parts.values())
-  document.write_text(f"{before}{BEGIN}\n{middle}{END}{after}")
+      drawn[name] = draw(study)
+  put(document, BEGIN, END, "".join(f"\n{x}\n" for x in parts.values()))
+  for name, figure in drawn.items():
+    figure.savefig(results / f"{name}.png", dpi=110)
   return list(parts)
+
+
+def put(document: pathlib.Path, begin: str, end: str, middle: str) -> None:
+  """Puts a text between two lines of a document, in place of what was there.
+
+  Raises ValueError if the document does not have each of the lines once.
+  """
+  text = document.read_text()
+  if text.count(begin) != 1 or text.count(end) != 1:
+    raise ValueError(f"{document}: must contain {begin!r} and {end!r} once")
+  before, after = text.split(begin)[0], text.split(end)[1]
+  document.write_text(f"{before}{begin}\n{middle}{end}{after}")
 
 
 def main(argv) -> None:

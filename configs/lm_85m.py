@@ -47,20 +47,23 @@ def get_config(arg=None):
   )
   config.attn.alibi = False
   config.model.positions = "rope"
+  # By XLA's count a step then needs 26 GiB of a card.
+  config.model.remat = "none"
   config.update_from_flattened_dict(FORMS[forms[0]])
   config.optim.lr = 4e-3
   config.optim.warmup_steps = config.get_ref("total_steps") // 20
   config.eval.every_steps = config.get_ref("total_steps") // 4
   config.eval.length_factors = (1, 2, 4)
   config.ckpt.every_steps = config.get_ref("total_steps") // 3
-  config.log.update(every_steps=20, tensorboard=False)
-  config.telemetry.update(every_steps=200, examples=2)
+  # Each update, because a mean over several would hide a spike.
+  config.log.update(every_steps=1, tensorboard=False)
+  config.telemetry.update(every_steps=100, examples=2)
   if "runlocal" in words:
     common.shrink(config)
     config.attn.implementation = None  # cuDNN needs a GPU
     config.dtype = "float32"  # faster on a CPU
     config.data.length = 128
-    config.model.update(remat="none", loss_chunks=1)
+    config.model.loss_chunks = 1
     config.telemetry.every_steps = 0
   return config.lock()
 

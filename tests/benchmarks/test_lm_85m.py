@@ -1,6 +1,7 @@
 """The driver of the 85M models: the order of its runs, and one run of each."""
 
-import json
+import subprocess
+import threading
 import time
 
 import numpy as np
@@ -26,7 +27,8 @@ def test_runs_follow_from_the_losses():
   losses = {"a": {1e-3: 3.0, 4e-3: 2.0}, "b": {1e-3: 1.0, 4e-3: None}}
   losses["c"] = {1e-3: 5.0, 4e-3: 4.0}
   rows, order = [], []
-  while run := lm_85m.next_run(rows, "abc", RATES):
+  while runs := lm_85m.available(rows, "abc", RATES):
+    run = runs[0]
     order.append((run.form, run.lr, run.seed, run.short))
     rows.append(row(run, losses[run.form][run.lr]))
   assert order == [
@@ -36,10 +38,102 @@ def test_runs_follow_from_the_losses():
   ]  # fmt: skip
 
 
-def test_a_form_that_diverges_at_every_rate_is_an_error():
+def test_a_form_that_diverges_at_every_rate_has_no_whole_run():
   rows = [row(Run("a", lr, 0, True), None) for lr in RATES]
-  with pytest.raises(ValueError, match="a: every short run diverged"):
-    lm_85m.next_run(rows, "a", RATES)
+  assert lm_85m.available(rows, "ab", RATES) == [
+    Run("b", lr, 0, True) for lr in RATES
+  ]
+  rows += [row(Run("b", lr, 0, True), lr) for lr in RATES]
+  assert lm_85m.available(rows, "ab", RATES) == [Run("b", 1e-3, 0, False)]
+
+
+def test_a_run_that_cannot_end_waits_while_another_one_can():
+  rows = [
+    row(Run("softmax", 1e-3, 0, True), 1.0) | {"tokens_per_second": 4e5},
+    row(Run("sigmoid", 1e-3, 0, True), 1.0) | {"tokens_per_second": 2e5},
+  ]
+  whole = [Run(form, 1e-3, 0, False) for form in ("sigmoid", "softmax")]
+  seconds = [lm_85m.expected_seconds(run, rows, 0) for run in whole]
+  assert np.allclose(np.array(seconds) - 130, [500, 250], rtol=1e-3)
+  assert lm_85m.choose(whole, rows, 700, {}) == whole[0]
+  assert lm_85m.choose(whole, rows, 400, {}) == whole[1]
+  assert lm_85m.choose(whole, rows, 400, {whole[0]: 1500}) == whole[0]
+  assert lm_85m.choose(whole, rows, 300, {}) == whole[0]  # to be resumed
+
+
+def test_cards_share_the_runs(tmp_path, monkeypatch, capsys):
+  """Two cards and a form whose first run lasts as long as the rest."""
+  runs, others = [], threading.Event()
+
+  def train(run, card, options, end):
+    runs.append(run)
+    if run == Run("softmax", rates[0], 0, True):
+      assert others.wait(60)  # which the whole runs of other forms end
+    if (run.form, run.short) == ("sigmoid", False):
+      raise subprocess.CalledProcessError(1, "train.py", "it broke")
+    if (run.form, run.short) == ("normalized", False):
+      others.set()
+    loss = list(configs.FORMS).index(run.form) + run.lr
+    return row(run, loss) | {"tokens_per_second": 1.0}
+
+  rates = [x["optim.lr"] for x in configs.sweep_lr()]
+  monkeypatch.setattr(lm_85m, "train", train)
+  words = [
+    "--local", "--cards=2", f"--runs={tmp_path}/runs", "--commit=abc",
+    f"--results={tmp_path}/rows.json",
+  ]  # fmt: skip
+  with pytest.raises(SystemExit, match="failed: whole_sigmoid_0.0015_0"):
+    lm_85m.main(words)
+  assert len(runs) == len(set(runs)) == 16  # nothing twice, and no second seed
+  rows = lm_85m.read_rows(tmp_path / "rows.json")
+  assert len(rows) == 15
+  assert "it broke" in capsys.readouterr().out
+  monkeypatch.setattr(  # the next command tries the failed one again
+    lm_85m, "train", lambda run, *_: row(run, 2.0) | {"tokens_per_second": 1.0}
+  )
+  lm_85m.main(words)
+  rows = lm_85m.read_rows(tmp_path / "rows.json")
+  assert [(x["form"], x["seed"]) for x in rows[15:16]] == [("sigmoid", 0)]
+  assert {(x["form"], x["seed"]) for x in rows[16:]} == {
+    ("softmax", 1), ("sigmoid", 1),
+  }  # fmt: skip
+  lm_85m.main([*words, "--seconds=80"])  # nothing is left
+  assert "all runs are finished" in capsys.readouterr().out
+
+
+def test_more_cards_than_there_are_are_refused(monkeypatch):
+  monkeypatch.setattr(
+    lm_85m.subprocess, "check_output", lambda *_, **__: "NVIDIA H200\n"
+  )
+  with pytest.raises(ValueError, match="--cards=2; must be from 1 to 1"):
+    lm_85m.main(["--cards=2"])
+
+
+def test_curves_keep_what_a_mean_would_hide():
+  lines = [
+    {"step": i + 1, "loss": 4.0, "grad_norm": 100.0 if i == 777 else 1.0}
+    for i in range(1526)
+  ]
+  found = lm_85m.curves(lines)
+  assert len(found["step"]) <= lm_85m.POINTS
+  assert found["step"][-1] == 1526
+  assert max(found["grad_norm_max"]) == 100
+  assert max(found["grad_norm"]) == 1
+
+
+def test_telemetry_is_a_mean_over_heads_for_each_layer():
+  names = [f"stack/layer{i}/head{j}" for i in range(11) for j in range(2)]
+  line = {"step": 100, "split": "telemetry", "grads_norm/stack/layer0": 9.0}
+  line |= {f"logit_max/{name}": float(k) for k, name in enumerate(names)}
+  line |= {f"attention_v_norm/{name}": float(k) for k, name in enumerate(names)}
+  line |= {"residual_norm/stack/layer0": 7.0}
+  found = lm_85m.telemetry_means([line, {"step": 100, "split": "train"}])
+  assert found == {
+    "step": [100],
+    "logit_max": [[2.0 * i + 1] for i in range(11)],
+    "attention_v_norm": [[2 * i + 0.5] for i in range(11)],
+    "residual_norm": [[7.0]],
+  }
 
 
 @pytest.mark.parametrize("form", configs.FORMS)
@@ -75,16 +169,17 @@ def test_a_run_is_trained_measured_and_recorded(corpus, tmp_path):
     "--local", f"--runs={tmp_path}/runs", f"--results={tmp_path}/rows.json",
     "--commit=abc", "--copies=4", *corpus,
   ])  # fmt: skip
+  options.devices = lm_85m.cards(options)
   run = Run("normalized", 4e-3, 0, short=False)
-  folder = options.runs / run.name
-  assert not lm_85m.train(run, folder, options, time.monotonic())  # too late
-  assert lm_85m.train(run, folder, options, time.monotonic() + 600)
-  [found] = json.loads(options.results.read_text())["rows"]
+  assert lm_85m.train(run, 0, options, time.monotonic()) is None  # no time
+  found = lm_85m.train(run, 0, options, time.monotonic() + 600)
   assert run.is_of(found)
   assert found["tokens"] == 2 * 8 * 128
-  assert abs(found["validation_loss"] - found["test_loss"]) < 1e-4  # same text
+  assert abs(found["validation_loss"] - found["test_loss"]) < 1e-4  # one text
   assert [*found["lengths"]] == ["1 x 128", "2 x 128", "4 x 128"]
   assert [*found["copying"]] == ["32", "64", "95", "192"]
   assert 0 <= found["cloze"]["acc"] <= 1
+  assert found["curves"]["step"] == [1, 2]
+  assert found["device"] == "cpu"
   lm_85m.pack(options.runs, tmp_path / "runs.tar.xz")
   assert (tmp_path / "runs.tar.xz").stat().st_size < 2**20
