@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from sigattn.kernels import (
   batching_and_sharding,
   device,
+  dispatch,
   triton,
   vectors,
 )
@@ -29,11 +30,14 @@ from sigattn.kernels.triton import decode
 _logger = logging.getLogger(__name__)
 
 
-def takes(problem: Problem, implementation: str | None) -> bool:
+def takes(
+  problem: Problem, implementation: str | None, *, otherwise: str
+) -> bool:
   """Whether `attention` is to compute a problem.
 
   problem: of the gathered keys. implementation: "triton" names `attention`, and
   the other names do not. None chooses `attention` if it is the fastest.
+  otherwise: what computes the problem if `attention` does not, for the log.
 
   Raises:
     NotImplementedError: with the reason, if it is named and cannot compute the
@@ -41,15 +45,17 @@ def takes(problem: Problem, implementation: str | None) -> bool:
   """
   if implementation not in (None, "triton"):
     return False
-  reason = _reason(problem, implementation, device.current())
+  reason = _reason(problem, implementation, otherwise, device.current())
   if reason and implementation:
-    raise NotImplementedError(f"attention {problem}: triton: {reason}")
+    raise NotImplementedError(
+      f"attention {problem}: triton: {reason}; {dispatch.ADVICE}"
+    )
   return not reason
 
 
 # Cached, so that each problem is logged once for each device.
 @functools.lru_cache(maxsize=4096)
-def _reason(problem, implementation, _):
+def _reason(problem, implementation, otherwise, _):
   is_softmax, most = problem.kind == "softmax", decode.MOST_QUERIES
   reason = triton.unsupported(problem)
   if not reason and problem.shapes.query_segment_ids is not None:
@@ -60,8 +66,9 @@ def _reason(problem, implementation, _):
   least = decode.LEAST_KEYS
   if not reason and is_softmax and not implementation:
     reason = f"fewer than {least} keys" * (problem.key_len < least)
-  how = f"another form; not triton: {reason}" if reason else "triton"
-  _logger.info("decoding attention %s by %s", problem, how)
+  how = f"{otherwise}; not triton: {reason}" if reason else "triton"
+  if few or not reason:
+    _logger.info("decoding attention %s by %s", problem, how)
   return reason
 
 

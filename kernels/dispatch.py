@@ -40,6 +40,9 @@ _SHORT = 512
 # With so few queries, as in decoding, most of Mosaic's tile of 64 is padding.
 _FEW = 16
 
+# The end of each error that refuses a named implementation.
+ADVICE = "pass implementation=None to let the library choose, or 'xla'"
+
 _logger = logging.getLogger(__name__)
 
 
@@ -166,7 +169,7 @@ def _choose(problem, implementation, _):
       return name
     declined[name] = reason
   reasons = "; ".join(f"{name}: {why}" for name, why in declined.items())
-  raise NotImplementedError(f"attention {problem}: {reasons}")
+  raise NotImplementedError(f"attention {problem}: {reasons}; {ADVICE}")
 
 
 def _fastest_first(problem):

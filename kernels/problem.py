@@ -6,6 +6,7 @@ queries to a key head, H head width.
 
 import dataclasses
 import math
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,12 @@ FLOATS = (
 INTEGERS = (
   "query_seq_lengths", "key_value_seq_lengths", "query_segment_ids",
   "key_value_segment_ids", "query_offset",
+)  # fmt: skip
+
+# The axes that an operand may leave at 1.
+FREE_AXES = Operands(
+  bias=range(4), mask=range(4), logit_bias=(0,), alibi_slopes=(0,),
+  query_logit_bias=(0, 1), key_logit_bias=(0, 1),
 )  # fmt: skip
 
 
@@ -129,7 +136,9 @@ class Problem:
       f"{self.kind} B{self.batch} T{self.query_len} S{self.key_len} "
       f"N{self.num_heads} K{self.num_kv_heads} H{self.head_dim} {self.dtype}"
     ]
-    words += ["normalized"] if self.normalize else []
+    # Softmax is always normalised.
+    if self.normalize and self.kind != "softmax":
+      words.append("normalized")
     words += ["causal"] if self.is_causal else []
     words += [f"window{self.window}"] if self.window else []
     if self.query_offset is not None:
@@ -215,7 +224,10 @@ def _check_arrays(query, key, value):
         f"{query.dtype.name}"
       )
   if value.shape != key.shape:
-    raise ValueError(f"value.shape={value.shape}; must be the {key.shape=}")
+    raise ValueError(
+      f"key.shape={key.shape}, value.shape={value.shape}; key and value must "
+      "have the same shape"
+    )
   batch, _, heads, width = query.shape
   if (key.shape[0], key.shape[3]) != (batch, width):
     raise ValueError(
@@ -284,15 +296,10 @@ def _check_operands(p, operands):
     key_logit_bias=(*per_head, p.key_len),
     query_offset=(p.batch,),
   )
-  # The axes that an operand may leave at 1.
-  free = Operands(
-    bias=range(4), mask=range(4), logit_bias=(0,), alibi_slopes=(0,),
-    query_logit_bias=(0, 1), key_logit_bias=(0, 1),
-  )  # fmt: skip
   for name, shape, full, axes in zip(
-    Operands._fields, p.shapes, full_shapes, free, strict=True
+    Operands._fields, p.shapes, full_shapes, FREE_AXES, strict=True
   ):
-    if shape is not None and not _fits(shape, full, axes or ()):
+    if shape is not None and not fits(shape, full, axes or ()):
       raise ValueError(f"{name}.shape={shape}; must broadcast to {full}")
   if operands.mask is not None and operands.mask.dtype != bool:
     raise ValueError(
@@ -320,7 +327,10 @@ def _check_operands(p, operands):
     raise ValueError("query_offset; must be either a number or an array")
 
 
-def _fits(shape, full, free):
+def fits(
+  shape: tuple[int, ...], full: tuple[int, ...], free: Container[int]
+) -> bool:
+  """Whether a shape is `full`, except that its `free` axes may be 1."""
   return len(shape) == len(full) and all(
     n == m or (n == 1 and axis in free)
     for axis, (n, m) in enumerate(zip(shape, full, strict=True))

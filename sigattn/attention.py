@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from sigattn.kernels import decoding, dispatch, numerics
-from sigattn.kernels.problem import Problem, make_problem, symbolic
+from sigattn.kernels import decoding, device, dispatch, numerics
+from sigattn.kernels.problem import (
+  FREE_AXES,
+  Problem,
+  fits,
+  make_problem,
+  symbolic,
+)
 
 KINDS = ("sigmoid", "softmax", "relu", "relu2", "silu")
 
@@ -88,12 +95,13 @@ def dot_product_attention(
   softmax by triton   jax.nn's        jax.nn's      jax.nn's
 
   Args:
-    query: (B, T, N, H) or (T, N, H); float16, bfloat16 or float32.
+    query: (B, T, N, H) or (T, N, H); float16, bfloat16, float32 or float64.
     key, value: (B, S, K, H) or (S, K, H).
     bias: (B, N, T, S), axes of 1 broadcast; is added to the logits. A bias that
       broadcasts over queries or over keys costs the kernels no more than
       query_logit_bias and key_logit_bias do; any other takes the portable form.
-    mask: the same shapes, bool; True where the query sees the key.
+    mask: the same shapes, bool; True where the query sees the key. A mask of
+      keys for each example, (B, S), is given as mask[:, None, None, :].
     kind: one of KINDS.
     logit_bias: b. A float, or an array (), (N,) or (B, N), which has a
       gradient. None: as in the table. Softmax refuses it, because it cancels b.
@@ -102,10 +110,11 @@ def dot_product_attention(
       the position, or one half of a forget gate (2503.02130). Softmax refuses
       it, because it cancels b_i.
     key_logit_bias: b_j, (S,), (N, S) or (B, N, S). One number for each key,
-      with a gradient; -inf hides a key.
+      with a gradient; -inf hides a key. One number for each key of each
+      example, (B, S), is given as key_logit_bias[:, None, :].
     n: the key length that b and ReLU's divisor are made for. None: S, padding
       included. A model passes its own longest length, so that training and
-      evaluation at another length agree.
+      evaluation at another length agree. Softmax ignores it.
     normalize: divides the weights of a row by their sum over the keys that it
       sees. The sum needs no maximum and no rescaling. With it b becomes a soft
       clip: a row of sigmoid is softmax of logits that are clipped softly at -b,
@@ -114,10 +123,10 @@ def dot_product_attention(
       near -87 loses precision. A row is zero if all its logits are below -87,
       or if it sees no key. Softmax refuses it, because its rows are normalised
       already, and silu refuses it, because its weights may be negative.
-    alibi_slopes: (N,) or (B, N): subtracts slope * |i - j| from the logit of
-      query i and key j (2108.12409), where i counts from query_offset on. A
-      negative slope favours far keys. Unlike softmax, sigmoid does not cancel a
-      constant of the row, so the full distance matters.
+    alibi_slopes: a number, (N,) or (B, N): subtracts slope * |i - j| from the
+      logit of query i and key j (2108.12409), where i counts from query_offset
+      on. A negative slope favours far keys. Unlike softmax, sigmoid does not
+      cancel a constant of the row, so the full distance matters.
     scale: multiplies q k^T; None: 1 / sqrt(H). A traced scale has a gradient.
       It multiplies the query in float32, and the product is rounded to the
       query's dtype. With softmax by xla it multiplies the logits, as in jax.nn.
@@ -125,13 +134,17 @@ def dot_product_attention(
     query_offset: an integer or (B,) integers, the position of the first query
       among the keys, for is_causal, local_window_size and alibi_slopes alike:
       the queries are i = query_offset .. query_offset + T - 1, the keys are
-      j = 0 .. S - 1. A decoding step with `filled` tokens in its cache passes
-      query_offset=filled. An array may be traced. Each Python number is
-      compiled into a program of its own. None: i begins at 0 for is_causal and
-      local_window_size, as in jax.nn, but at S - T for alibi_slopes, so that
-      the last query and the last key have distance 0.
-    query_seq_lengths, key_value_seq_lengths: (B,) integers. Tokens beyond a
-      length are not seen and get no gradient; they may contain NaN.
+      j = 0 .. S - 1. A decoding step writes the key and the value of its token
+      into slot `pos` of the cache, and passes query_offset=pos. Queries that
+      lie before all keys have a negative offset. An array may be traced. Each
+      Python number is compiled into a program of its own. None: i begins at 0
+      for is_causal and local_window_size, as in jax.nn, but at S - T for
+      alibi_slopes, so that the last query and the last key have distance 0.
+      An offset is refused without any of the three, because it would have no
+      effect.
+    query_seq_lengths, key_value_seq_lengths: (B,) integers, from 0 to T and
+      from 0 to S. Tokens beyond a length are not seen and get no gradient; they
+      may contain NaN.
     query_segment_ids, key_value_segment_ids: (B, T) and (B, S) integers, of
       sequences packed into one row; a query sees the keys of its own id.
     local_window_size: w or (left, right): query i sees i - left to i + right;
@@ -159,6 +172,7 @@ def dot_product_attention(
       f"{return_residual=}; rows are divided by nothing with {kind=} and "
       f"{normalize=}: give False, or normalize=True"
     )
+  depends_on_position(query_offset, is_causal, local_window_size, alibi_slopes)
   query, key, value = (jnp.asarray(x) for x in (query, key, value))
   shape = query.shape
   if query.ndim == 3:
@@ -170,6 +184,7 @@ def dot_product_attention(
     )
   operands = _operands(
     query,
+    key,
     bias=bias,
     mask=mask,
     alibi_slopes=alibi_slopes,
@@ -238,8 +253,21 @@ def attention_weights(
   All weights are in memory at once. The arguments are those of
   dot_product_attention, with a batch axis; operands: its arrays, from `bias` to
   `key_value_segment_ids`.
+
+  Raises:
+    ValueError: as dot_product_attention; and for arrays without a batch axis.
   """
   query, key = jnp.asarray(query), jnp.asarray(key)
+  for name, x in (("query", query), ("key", key)):
+    if x.ndim != 4:
+      raise ValueError(
+        f"{name}.shape={x.shape}; must have four axes: batch, length, heads, "
+        f"head width" + f" (give {name}[None])" * (x.ndim == 3)
+      )
+  depends_on_position(
+    query_offset, is_causal, local_window_size,
+    operands.get("alibi_slopes"),
+  )  # fmt: skip
   _validate_normalize(kind, normalize)
   is_softmax = kind == "softmax"
   query, arrays, numbers = prepare(
@@ -292,12 +320,35 @@ def prepare(
     _refuse_biases(kind, logit_bias, operands.get("query_logit_bias"))
     logit_bias = 0.0
   query, scale = _with_scale(scale, query)
-  arrays = _operands(query, **operands)
+  arrays = _operands(query, key, **operands)
   arrays, offset = _with_offset(arrays, query_offset, query.shape[0])
   arrays, numbers = _bias_and_divisor(
     query, arrays, kind, logit_bias, _length(n, key)
   )
   return query, arrays, numbers | dict(scale=scale, query_offset=offset)
+
+
+def depends_on_position(
+  query_offset: ArrayLike | None,
+  is_causal: bool,
+  local_window_size: Any,
+  alibi_slopes: ArrayLike | None,
+) -> bool:
+  """Whether an argument uses the positions of the queries.
+
+  Raises:
+    ValueError: for an offset that would have no effect.
+  """
+  sides = local_window_size
+  sides = sides if isinstance(sides, (tuple, list)) else (sides,)
+  if is_causal or alibi_slopes is not None or any(x is not None for x in sides):
+    return True
+  if query_offset is not None:
+    raise ValueError(
+      f"{query_offset=}; has no effect without is_causal, "
+      "local_window_size or alibi_slopes: a decoding step needs is_causal=True"
+    )
+  return False
 
 
 def problem_of(*arrays: Any, kind: str, **options: Any) -> Problem:
@@ -363,19 +414,24 @@ def flax_attention_fn(
 
     functools.partial(sigattn.flax_attention_fn, kind="relu", n=1024)
 
+  Do not bind is_causal for nnx: its layer passes is_causal in every call, False
+  by default, and that replaces the bound one. Give it to the call of the layer,
+  or bind local_window_size=(None, 0), which hides the same keys.
+
   With decode=True Flax's layers pass one query, the whole cache, and a mask
   that hides the slots that are not filled yet. That mask is causal already, so
-  is_causal must be False there. (In nnx it is an argument of the layer's call,
-  and the layer always passes it.) Bind n, because its default is the length of
-  the cache. ALiBi and windows need the position of the query, which Flax does
-  not pass: bind query_offset.
+  is_causal must be False there. (nnx of Flax 0.12.12 passes False in a step
+  whatever the call says, and that of 0.12.10 passes what the call says.) Bind
+  n, because its default is the length of the cache. ALiBi and windows need the
+  position of the query, which Flax does not pass: sigattn.SelfAttention with
+  its cache does that.
 
   Args:
     query: (..., T, N, H), with any number of batch axes.
     key, value: (..., S, K, H).
     bias: (..., N, T, S); axes of 1 broadcast.
-    mask: the same shapes, in any dtype, as Flax's mask functions return it; a
-      key is visible where the mask is not 0.
+    mask: the same shapes, of bools, or of zeros and ones in any dtype, as
+      Flax's mask functions return it; a key is visible where the mask is not 0.
     dropout_rate, deterministic: attention weights are never dropped here, so a
       rate > 0 needs deterministic=True.
     dtype: query, key and value are cast to it first; None: they are not cast.
@@ -386,16 +442,18 @@ def flax_attention_fn(
       logits and their activation are always float32.
     input_positions, qk_attn_weights_einsum, attn_weights_value_einsum: must be
       None. Rotate query and key before this function.
-    options: of dot_product_attention.
+    options: of dot_product_attention. A trainable array must belong to a
+      module that is given as attention_fn; docs/operation.md has an example.
 
   Returns:
     An array with the shape of query.
 
   Raises:
     ValueError: for active dropout; for an argument that must be None and is
-      not; and for one query against a masked cache with is_causal,
-      local_window_size or alibi_slopes but without query_offset, because jax.nn
-      would put the query at key 0.
+      not; for an nnx.Variable, which would not be trained; for a mask with
+      other known numbers than 0 and 1; and for one query against a masked
+      cache with is_causal, local_window_size or alibi_slopes but without
+      query_offset, because jax.nn would put the query at key 0.
   """
   del dropout_rng, broadcast_dropout, force_fp32_for_softmax
   if dropout_rate and not deterministic:
@@ -415,8 +473,10 @@ def flax_attention_fn(
   for name, argument in unknown.items():
     if argument is not None:
       raise ValueError(f"{name}={argument!r}; must be None")
+  _refuse_variables(options)
   query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
   _refuse_unknown_place(query, key, mask, options)
+  _refuse_mask_of_numbers(mask)
   shape, lead = query.shape, query.shape[:-3]
   query, key, value = (
     x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)
@@ -438,11 +498,43 @@ def _refuse_unknown_place(query, key, mask, options):
   given = [x for x in ("local_window_size", "alibi_slopes") if x in options]
   given = [x for x in given if options[x] is not None]
   given += ["is_causal"] if options.get("is_causal") else []
-  if given:
+  if not given:
+    return
+  advice = "give is_causal=False in this step, since the mask hides the future"
+  if given != ["is_causal"]:
+    advice = (
+      "give query_offset, the slot of the new token; Flax's layers do not pass "
+      "it, but sigattn.SelfAttention with its cache does"
+    )
+  raise ValueError(
+    f"{', '.join(given)} with 1 query, {key.shape[-3]} keys and a mask, as "
+    f"Flax's decode=True gives them, whose query is not at key 0: {advice}"
+  )
+
+
+def _refuse_variables(options):
+  """Refuses what functools.partial hides from the parameters of a layer."""
+  nnx = sys.modules.get("flax.nnx")  # Without it there is no Variable.
+  for name, x in options.items():
+    if nnx is not None and isinstance(x, nnx.Variable):
+      raise ValueError(
+        f"{name} is an nnx.{type(x).__name__}; if functools.partial binds it, "
+        "it is not trained: give attention_fn an nnx.Module that has it and "
+        f"passes {name}=self.{name}[...], as docs/operation.md shows"
+      )
+
+
+def _refuse_mask_of_numbers(mask):
+  """Refuses 0 and -1e9, which are numbers to add to the logits."""
+  is_known = mask is not None and not isinstance(mask, jax.core.Tracer)
+  if not is_known or not getattr(mask, "is_fully_addressable", True):
+    return
+  numbers = np.asarray(mask)
+  wrong = numbers[(numbers != 0) & (numbers != 1)]
+  if wrong.size:
     raise ValueError(
-      f"{', '.join(given)} with 1 query, {key.shape[-3]} keys and a mask, as "
-      "Flax's decode=True gives them, whose query is not at key 0: give "
-      "query_offset, or is_causal=False, since Flax's mask hides the future"
+      f"mask has the number {wrong.flat[0]}; must be bool, or 0 (hidden) and 1 "
+      "(visible): numbers that are added to the logits are a bias"
     )
 
 
@@ -545,6 +637,7 @@ def _length(n, key):
 
 def _operands(
   query,
+  key,
   *,
   bias=None,
   mask=None,
@@ -554,18 +647,65 @@ def _operands(
   **integers,
 ):
   """dispatch.Operands, made from arrays that may lack leading axes."""
-  heads = _heads(query)
+  if isinstance(bias, str):
+    raise ValueError(
+      f"{bias=}; must be an array. `kind` is a keyword argument: kind={bias!r}"
+    )
+  heads, length, keys = _heads(query), query.shape[1], key.shape[1]
+  logits = *heads, length, keys
+  sizes = {"query_seq_lengths": length, "key_value_seq_lengths": keys}
+  for name, most in sizes.items():
+    _check_lengths(name, integers.get(name), most)
   return dispatch.Operands(
-    bias=_unsqueeze(_float(bias), 4),
-    mask=_unsqueeze(mask, 4),
+    bias=_fitted("bias", _float(bias), logits),
+    mask=_fitted("mask", mask, logits),
     alibi_slopes=_per_head("alibi_slopes", _float(alibi_slopes), heads),
-    query_logit_bias=_unsqueeze(_float(query_logit_bias), 3),
-    key_logit_bias=_unsqueeze(_float(key_logit_bias), 3),
+    query_logit_bias=_fitted(
+      "query_logit_bias", _float(query_logit_bias), (*heads, length)
+    ),
+    key_logit_bias=_fitted(
+      "key_logit_bias", _float(key_logit_bias), (*heads, keys)
+    ),
     **{
       name: _unsqueeze(_int32(name, x), 1 if name.endswith("lengths") else 2)
       for name, x in integers.items()
     },
   )
+
+
+def _fitted(name, x, full):
+  """x with leading axes of 1, so that it broadcasts to `full`."""
+  if x is None:
+    return None
+  x = jnp.asarray(x)
+  shape = (1,) * (len(full) - x.ndim) + x.shape
+  if fits(shape, full, getattr(FREE_AXES, name)):
+    return x.reshape(shape)
+  batch, _, *lengths = full
+  # Users often leave out only the axis of the heads, or also the queries'.
+  forms = {(batch, lengths[-1]): ":, None, :"}
+  if len(lengths) == 2:
+    forms = {
+      (batch, lengths[1]): ":, None, None, :",
+      (batch, *lengths): ":, None",
+    }
+  form = forms.get(x.shape)
+  raise ValueError(
+    f"{name}.shape={x.shape}; must broadcast to {full}"
+    + (f": give {name}[{form}]" if form else "")
+  )
+
+
+def _check_lengths(name, x, most):
+  """Refuses lengths that are known and that no sequence has."""
+  unknown = x is None or isinstance(x, jax.Array) or symbolic(most)
+  if unknown or not np.size(x):
+    return
+  least, longest = np.min(x), np.max(x)
+  if not 0 <= least <= longest <= most:
+    raise ValueError(
+      f"{name} from {least} to {longest}; must be from 0 to {most}"
+    )
 
 
 def _with_offset(operands, offset, batch):
@@ -702,10 +842,21 @@ def _softmax(
   # Only jax.nn takes a traced factor of the logits, and meshes in the types.
   is_plain = not (return_residual or isinstance(scale, jax.core.Tracer))
   is_plain &= not any(jax.typeof(query).sharding.spec)
-  if is_plain and decoding.takes(problem, implementation):
+  if is_plain and decoding.takes(problem, implementation, otherwise="jax.nn"):
     portable = functools.partial(_by_jax_nn, problem, scale, None, False)
     return decoding.attention(problem, portable, *arrays), None
-  result = _by_jax_nn(problem, scale, implementation, return_residual, *arrays)
+  try:
+    result = _by_jax_nn(
+      problem, scale, implementation, return_residual, *arrays
+    )
+  except RuntimeError as error:
+    ran = isinstance(error, jax.errors.JaxRuntimeError)
+    if ran or implementation != "cudnn":
+      raise
+    raise NotImplementedError(
+      f"attention {problem}: cudnn: {error} The device is "
+      f"{device.current().kind}; {dispatch.ADVICE}"
+    ) from error
   return result if return_residual else (result, None)
 
 

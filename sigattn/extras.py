@@ -32,5 +32,6 @@ def require(extra: str) -> None:
   if missing:
     raise ImportError(
       f"this part of sigattn needs {', '.join(missing)}: "
-      f"pip install 'sigattn[{extra}]'"
+      f"pip install 'sigattn[{extra}]', or in a checkout "
+      f"pip install '.[{extra}]'"
     )

@@ -65,7 +65,8 @@ def paged_attention(
     is_causal: a query sees no token behind its own. True by default, unlike in
       dot_product_attention.
     query_offset: the position of a row's first query, an integer or (B,)
-      integers; None: lengths - T.
+      integers; None: lengths - T. It is refused without is_causal,
+      local_window_size and alibi_slopes, where it would have no effect.
     implementation: "triton" is the decode kernel, for any T, but with softmax
       for at most 16. The other names of attention.implementations(kind) gather
       the pages, and then act as in dot_product_attention. None: the fastest.
@@ -85,7 +86,10 @@ def paged_attention(
   _validate(query, keys, values, table, lengths)
   _validate_lengths(lengths_B, table.shape[1] * keys.shape[1])
   table, lengths = table.astype("int32"), lengths.astype("int32")
-  if query_offset is None:
+  has_place = attention.depends_on_position(
+    query_offset, is_causal, local_window_size, alibi_slopes
+  )
+  if query_offset is None and has_place:
     query_offset = lengths - query.shape[1]
   whole = jax.ShapeDtypeStruct(
     (len(query), table.shape[1] * keys.shape[1], *keys.shape[2:]), keys.dtype
@@ -99,7 +103,7 @@ def paged_attention(
     query, whole, whole, operands, kind=kind, normalize=normalize,
     is_causal=is_causal, window=local_window_size, **numbers,
   )  # fmt: skip
-  if decoding.takes(problem, implementation):
+  if decoding.takes(problem, implementation, otherwise="gathered pages"):
     return decoding.attention(
       problem, functools.partial(_gathered, problem, None),
       query, keys, values, operands, table,

@@ -53,7 +53,7 @@ def unsupported(
     reason = "another norm than rmsnorm"
   if not reason:
     problem, _ = _problem(attn, x_BD.dtype, cache[0], place_B, page_table)
-    if not decoding.takes(problem, attn.implementation):
+    if not decoding.takes(problem, attn.implementation, otherwise="Stack"):
       reason = "attention takes another form"
   how = f"Stack; not token_step: {reason}" if reason else "token_step"
   _logger.info("a step of %d rows by %s", len(x_BD), how)

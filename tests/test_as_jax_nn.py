@@ -34,6 +34,8 @@ LISTED = [
         value=np.ones((2, 5, 2, 0))), False),
   (dict(key_value_seq_lengths=np.array([3, 4], np.uint8)), True),
   (dict(key_value_seq_lengths=np.array([3, 2**32 + 4])), False),
+  (dict(key_value_seq_lengths=np.array([3, 6])), False),
+  (dict(query_seq_lengths=np.array([3, -1])), False),
 ]  # fmt: skip
 
 

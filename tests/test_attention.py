@@ -749,9 +749,36 @@ def test_a_step_of_flax_knows_its_place_by_query_offset():
   token = query[:, 4:5], key, value, None, filled
   found = sigattn.flax_attention_fn(*token, query_offset=4, **options)
   close(found, whole[:, 4:5])
-  names = "local_window_size, alibi_slopes, is_causal with 1 query"
+  names = "local_window_size, alibi_slopes, is_causal with 1 query.* slot of"
   with pytest.raises(ValueError, match=names):
     sigattn.flax_attention_fn(*token, **options)
+
+
+def test_a_variable_that_would_not_be_trained_is_refused():
+  x, bias = jnp.ones((1, 3, 2, 4)), nnx.Param(jnp.zeros(2))
+  with pytest.raises(ValueError, match="logit_bias is an nnx.Param.*not train"):
+    functools.partial(sigattn.flax_attention_fn, logit_bias=bias)(x, x, x)
+
+
+def test_a_mask_of_numbers_to_add_is_refused_by_the_adapter():
+  x = jnp.ones((1, 3, 2, 4))
+  mask = jnp.where(nnx.make_causal_mask(x[..., 0, 0]) == 1, 0, -1e9)
+  with pytest.raises(ValueError, match="mask has the number -1000000000"):
+    sigattn.flax_attention_fn(x, x, x, mask=mask)
+
+
+def test_weights_need_a_batch_axis():
+  x = jnp.ones((3, 2, 4))
+  with pytest.raises(ValueError, match=r"\(3, 2, 4\).*give query\[None\]"):
+    sigattn.attention_weights(x, x)
+
+
+def test_cudnn_without_a_gpu_is_refused_as_other_implementations_are():
+  if jax.default_backend() == "gpu":
+    pytest.skip("cuDNN is there")
+  x = jnp.ones((1, 3, 2, 4), "bfloat16")
+  with pytest.raises(NotImplementedError, match="device is cpu; pass .*None"):
+    dot_product_attention(x, x, x, kind="softmax", implementation="cudnn")
 
 
 def test_the_adapter_refuses_to_return_two_arrays():
@@ -775,12 +802,21 @@ BAD = [
   (dict(kind="softmax", normalize=True), "normalize=True with kind='softmax'"),
   (dict(kind="silu", normalize=True), "normalize=True with kind='silu'"),
   (dict(kind="softmax", query_logit_bias=Z(6)), "query_logit_bias of shape"),
-  (dict(query_logit_bias=Z(9)), r"query_logit_bias.shape=\(1, 1, 9\)"),
-  (dict(key_logit_bias=Z((3, 9))), r"key_logit_bias.shape=\(1, 3, 9\)"),
-  (dict(query_offset=1.5), "query_offset=1.5; must be an integer"),
-  (dict(query_offset=True), "query_offset=True; must be an integer"),
-  (dict(query_offset=Z(3, int)), "query_offset=.*must be an integer, or"),
-  (dict(query_offset=2**31), "query_offset=2147483648; must be from"),
+  (dict(query_logit_bias=Z(9)), r"query_logit_bias.shape=\(9,\)"),
+  (dict(key_logit_bias=Z((3, 9))), r"key_logit_bias.shape=\(3, 9\)"),
+  (dict(key_logit_bias=Z((2, 9))), r"give key_logit_bias\[:, None, :\]"),
+  (dict(mask=Z((2, 9), bool)), r"\(2, 9\);.*give mask\[:, None, None, :\]"),
+  (dict(mask=Z((2, 6, 9), bool)), r"\(2, 6, 9\);.*give mask\[:, None\]"),
+  (dict(bias="softmax"), "bias='softmax'; must be an array.*kind='softmax'"),
+  (dict(query_offset=3), "query_offset=3; has no effect without is_causal"),
+  (dict(query_offset=3, local_window_size=(None, None)), "has no effect"),
+  (dict(kind="softmax", query_offset=Z(2, int)), "has no effect without"),
+  (dict(key_value_seq_lengths=[3, 10]), "from 3 to 10; must be from 0 to 9"),
+  (dict(query_seq_lengths=np.array([-1, 2])), "from -1 to 2; must be from 0"),
+  (dict(is_causal=True, query_offset=1.5), "=1.5; must be an integer"),
+  (dict(is_causal=True, query_offset=True), "=True; must be an integer"),
+  (dict(is_causal=True, query_offset=Z(3, int)), "must be an integer, or"),
+  (dict(is_causal=True, query_offset=2**31), "=2147483648; must be from"),
   (dict(return_residual=True), "return_residual=True; rows are divided by no"),
   (dict(logit_bias=float("nan")), "logit_bias=nan; must be finite"),
   (dict(logit_bias=Z(3)), r"logit_bias.shape=\(3,\); must be \(4,\)"),
@@ -807,8 +843,8 @@ BAD = [
   (dict(query_seq_lengths=Z(3, int)), "query_seq_lengths.shape"),
   (dict(key_value_seq_lengths=Z(2)), "key_value_seq_lengths.dtype"),
   (dict(query_segment_ids=Z((2, 6), int)), "give both or neither"),
-  (dict(value=Z((2, 8, 4, 8), np.float32)), "value.shape"),
-  (dict(key=Z((2, 9, 3, 8), np.float32)), "value.shape|key.shape"),
+  (dict(value=Z((2, 8, 4, 8), np.float32)), "must have the same shape"),
+  (dict(key=Z((2, 9, 3, 8), np.float32)), r"key.shape=\(2, 9, 3, 8\), value"),
   (dict(query=Z((2, 6, 4, 7), np.float32)), "key.shape"),
   (dict(query=Z((2, 6, 3, 8), np.float32)), "4 heads; must divide the"),
   (dict(query=Z((6, 8), np.float32)), "query.shape"),

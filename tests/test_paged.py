@@ -12,9 +12,9 @@ from tests.kernels.cases import PAGE, draw_paged
 def contiguous(arrays, whole, **options):
   """The same attention, with contiguous keys and values."""
   query, *_, lengths = arrays
-  options = (
-    dict(is_causal=True, query_offset=lengths - query.shape[1]) | options
-  )
+  options = dict(is_causal=True) | options
+  if options["is_causal"]:
+    options = dict(query_offset=lengths - query.shape[1]) | options
   return sigattn.dot_product_attention(
     query, *whole, key_value_seq_lengths=lengths, **options
   )
@@ -112,6 +112,12 @@ def test_what_makes_no_sense_is_refused(change, said):
   )  # fmt: skip
   with pytest.raises(ValueError, match=said):
     sigattn.paged_attention(**arguments | change)
+
+
+def test_an_offset_that_has_no_effect_is_refused():
+  arrays, _ = draw_paged([40])
+  with pytest.raises(ValueError, match="query_offset=3; has no effect"):
+    sigattn.paged_attention(*arrays, is_causal=False, query_offset=3)
 
 
 def test_what_the_kernel_cannot_do_is_refused_where_it_is_named():

@@ -30,6 +30,9 @@ With problem.normalize the forward pass also returns, and saves, the sum of each
 row. host.py says how the backward pass uses it.
 """
 
+import functools
+import logging
+
 import jax
 
 from sigattn.kernels import device
@@ -42,12 +45,18 @@ from sigattn.kernels.problem import Operands, Problem
 # not public.
 TESTED_JAX = ("0.11.2",)
 
+_logger = logging.getLogger(__name__)
+
 
 def unsupported(problem: Problem) -> str:
   """Why these kernels cannot compute a problem; "" if they can.
 
-  This imports nothing that an untested version of jax may lack.
+  This imports nothing that an untested version of jax may lack. It warns once a
+  process if the version of jax is the only reason.
   """
+  card = device.current()
+  if card.capability != 90:
+    return f"needs a Hopper GPU (9.0), device is {card.kind}"
   if problem.dtype not in ("bfloat16", "float16"):
     return f"{problem.dtype} is not implemented"
   for name in logit_vectors.dense(problem):
@@ -60,13 +69,21 @@ def unsupported(problem: Problem) -> str:
     return "symbolic sizes are not implemented"
   if 0 in (problem.batch, problem.query_len, problem.key_len):
     return "nothing to compute"
-  card = device.current()
-  if card.capability != 90:
-    return f"needs a Hopper GPU (9.0), device is {card.kind}"
   if jax.__version__ not in TESTED_JAX:
     tested = ", ".join(TESTED_JAX)
+    _warn_of_jax(jax.__version__, tested)
     return f"tested with jax {tested}, installed is {jax.__version__}"
   return ""
+
+
+@functools.cache  # It warns once a process.
+def _warn_of_jax(installed, tested):
+  _logger.warning(
+    "The kernels for Hopper GPUs are not used: they were tested with jax %s, "
+    "and jax %s is installed. Another implementation computes attention. To "
+    "use them: pip install 'jax[cuda13]==%s'",
+    tested, installed, TESTED_JAX[-1],
+  )  # fmt: skip
 
 
 def attention(

@@ -31,6 +31,9 @@ _PACKAGES = {"triton": "triton", "jax_triton": "jax-triton"}
 
 def unsupported(problem: Problem) -> str:
   """Why these kernels cannot compute a problem; "" if they can."""
+  card = device.current()
+  if card.capability is None or card.capability < 80:
+    return f"needs an NVIDIA GPU since Ampere (8.0), device is {card.kind}"
   if problem.dtype == "float64":
     return "float64 is not implemented"
   for name in vectors.dense(problem):
@@ -41,9 +44,6 @@ def unsupported(problem: Problem) -> str:
     return "symbolic sizes are not implemented"
   if 0 in (problem.batch, problem.query_len, problem.key_len):
     return "nothing to compute"
-  card = device.current()
-  if card.capability is None or card.capability < 80:
-    return f"needs an NVIDIA GPU since Ampere (8.0), device is {card.kind}"
   for module, package in _PACKAGES.items():
     if importlib.util.find_spec(module) is None:
       return f"needs the package {package} (requirements-gpu.txt)"

@@ -107,7 +107,7 @@ CASES = [
   Case("offset", offset=7, causal=True, queries=9, keys=20, alibi=True),
   Case("offset_before", offset=-5, causal=True, alibi=True),
   Case("offset_behind", offset=40, window=(25, 3)),
-  Case("offset_alone", offset=3),
+  Case("offset_of_distances", offset=3, alibi=True),
   Case("offsets", offset="array", causal=True, window=(12, 0), alibi=True),
   Case("offset_one_query", offset="array", causal=True, queries=1, keys=33),
   Case(

@@ -262,13 +262,19 @@ def test_what_it_declines(capability, change, reason, monkeypatch):
   assert mosaic.unsupported(problem) == reason
 
 
-def test_it_declines_a_jax_that_it_was_not_tested_with(monkeypatch):
-  """The reason names both versions. See mosaic.TESTED_JAX."""
+def test_it_declines_a_jax_that_it_was_not_tested_with(monkeypatch, caplog):
+  """The reason names both versions, and one warning says so."""
   compare.use_only(monkeypatch, "mosaic", H100)
   monkeypatch.setattr(jax, "__version__", "0.12.0")
   problem = tune_triton.example(64, "bfloat16")
+  mosaic._warn_of_jax.cache_clear()
   reason = mosaic.unsupported(problem)
   assert reason == "tested with jax 0.11.2, installed is 0.12.0"
+  assert mosaic.unsupported(dataclasses.replace(problem, batch=7)) == reason
+  [warning] = caplog.records
+  assert warning.levelname == "WARNING"
+  assert "jax 0.12.0 is installed" in warning.getMessage()
+  mosaic._warn_of_jax.cache_clear()
 
 
 def test_the_jax_of_these_tests_is_a_tested_one():
