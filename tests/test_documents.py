@@ -14,6 +14,7 @@ import urllib.parse
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import sigattn
 from benchmarks import attention
@@ -147,15 +148,20 @@ def test_a_wrong_command_is_found(line, error):
     check_command(line.split())
 
 
+@functools.cache
+def run_examples(document):
+  """Runs the Python of a document, and returns the names that it defines."""
+  names = {"__name__": "example"}
+  for block in fences((ROOT / document).read_text(), "python"):
+    exec(compile(block, document, "exec"), names)
+  return names
+
+
 @pytest.fixture(
   scope="module", params=["README.md", "docs/operation.md"], ids=str
 )
 def example(request):
-  """Runs the Python of a document, and returns the names that it defines."""
-  names = {}
-  for block in fences((ROOT / request.param).read_text(), "python"):
-    exec(compile(block, request.param, "exec"), names)
-  return names
+  return run_examples(request.param)
 
 
 def test_the_example_computes_the_formula(example):
@@ -170,6 +176,25 @@ def test_the_example_computes_the_formula(example):
 def test_the_layer_of_the_example_runs(example):
   x = jax.numpy.ones((2, 16, 512))
   assert example["layer"](x).shape == x.shape
+
+
+def test_the_decoding_step_of_the_example_is_its_row_of_the_whole():
+  names = run_examples("docs/operation.md")
+  wanted = names["out"][:, 5:6]
+  np.testing.assert_allclose(names["step"], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_decoding_of_flax_in_the_example_is_a_row_of_the_whole():
+  names = run_examples("docs/jax_nn.md")
+  wanted = names["whole"][:, 2:3]
+  np.testing.assert_allclose(names["y"], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_bias_of_the_example_is_trained():
+  layer = run_examples("docs/operation.md")["layer"]
+  x = jax.random.normal(jax.random.key(0), (1, 4, 512))
+  grads = nnx.grad(lambda layer: layer(x).sum())(layer)
+  assert grads["attention_fn"]["b"][...].all()
 
 
 def test_the_readme_is_short():
