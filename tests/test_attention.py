@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 
 import flax.linen
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 
 import sigattn
 from sigattn.attention import KINDS, dot_product_attention
+from sigattn.kernels import decoding
 from tests.kernels import cases, compare
 
 POINTWISE = [kind for kind in KINDS if kind != "softmax"]
@@ -779,6 +781,26 @@ def test_cudnn_without_a_gpu_is_refused_as_other_implementations_are():
   x = jnp.ones((1, 3, 2, 4), "bfloat16")
   with pytest.raises(NotImplementedError, match="device is cpu; pass .*None"):
     dot_product_attention(x, x, x, kind="softmax", implementation="cudnn")
+
+
+def test_the_log_says_what_computes_a_softmax_of_few_queries(caplog):
+  """Other softmax is not decoding, and jax.nn always computes it."""
+  decoding._reason.cache_clear()
+  caplog.set_level(logging.INFO, "sigattn.kernels")
+  x = jnp.ones((1, 17, 2, 4))
+  dot_product_attention(x, x, x, kind="softmax")
+  assert not caplog.records
+  dot_product_attention(x[:, :2], x, x, kind="softmax")
+  [line] = caplog.records
+  assert line.getMessage().startswith(
+    "decoding attention softmax B1 T2 S17 N2 K2 H4 float32 by jax.nn; not"
+  )
+
+
+def test_one_slope_is_that_of_every_head():
+  arrays = draw()
+  found = dot_product_attention(*arrays, alibi_slopes=0.5)
+  close(found, dot_product_attention(*arrays, alibi_slopes=np.full(4, 0.5)))
 
 
 def test_the_adapter_refuses_to_return_two_arrays():
