@@ -43,7 +43,6 @@ from ml_collections import ConfigDict
 from sigattn.data import hub, loader, text_files, token_files, tokenizers
 from sigattn.validate import (
   Field,
-  added,
   flag,
   items,
   real,
@@ -88,13 +87,13 @@ FIELDS = {
   "data.train_split": text(),
   "data.eval_split": text(),
   "data.text_column": text(),
-  "data.lines": added(flag(), before=False),
+  "data.lines": flag(),
   "data.tokenizer": text(),
   "data.vocab_size": whole(low=1, high=2**22),
   "data.length": whole(low=1, high=2**24),
   "data.shuffle_window": whole(low=1, high=10**8),
   "data.packing_window": whole(low=1, high=2**20),
-  "data.max_corrupt_share": added(real(low=0, high=1), before=0.0),
+  "data.max_corrupt_share": real(low=0, high=1),
   "eval.rows": whole(low=1, high=10**12, optional=True),
 }
 
@@ -161,10 +160,13 @@ def _tokens_have_their_tokenizer(config):
   if data.mixture or not token_files.is_folder(data.source):
     return
   wanted = hub.local(data.source) / token_files.TOKENIZER
-  if hub.local(data.tokenizer, "tokenizer").resolve() != wanted.resolve():
+  if (
+    data.tokenizer == "characters"
+    or tokenizer(config).content != wanted.read_bytes()
+  ):
     raise ValueError(
       f"config.data.tokenizer={data.tokenizer!r}; must be {str(wanted)!r}, "
-      f"which made the tokens of config.data.source={data.source!r}"
+      f"which made the tokens of config.data.source={data.source!r}, or a copy"
     )
 
 
@@ -370,19 +372,21 @@ def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
   data = config.data
   if data.tokenizer == "characters":
     return _characters(tuple(sorted(set(_origins(config)))))
-  return _tokenizer(data.tokenizer, data.vocab_size)
+  if data.tokenizer == "bytes":
+    return tokenizers.Bytes()
+  if not (path := hub.local(data.tokenizer, "tokenizer")).is_file():
+    raise ValueError(
+      f"config.data.tokenizer={data.tokenizer!r}; there is no such file: "
+      "choose characters, bytes, or a tokenizer.json (`python -m sigattn "
+      "train_tokenizer` trains one)"
+    )
+  return _tokenizer(path, data.vocab_size, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer(name, vocab_size):
-  if name == "bytes":
-    return tokenizers.Bytes()
-  if not (path := hub.local(name, "tokenizer")).is_file():
-    raise ValueError(
-      f"config.data.tokenizer={name!r}; choose characters, bytes, or a "
-      "tokenizer.json (`python -m sigattn train_tokenizer` trains one)"
-    )
-  return tokenizers.File(path, vocab_size)
+def _tokenizer(path, vocab_size, modified):
+  del modified  # A file that was changed is read again.
+  return tokenizers.read(path, vocab_size)
 
 
 @functools.lru_cache(maxsize=4)
@@ -445,6 +449,7 @@ def open_source(config: ConfigDict, split: str) -> "_OneText | Stream":
 
 def _read_tokens(config, split):
   source = config.data.source
+  _tokens_have_their_tokenizer(config)
   hub.validate_split(source, split, token_files.splits(source))
   return token_files.read(source, split, tokenizer(config).size)
 

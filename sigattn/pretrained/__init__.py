@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from sigattn import layers
 from sigattn.pretrained.families import BLOCKS, FAMILIES
-from sigattn.validate import added, text, value_at
+from sigattn.validate import text, value_at
 
 
 def _init_from_has_the_shape(config):
@@ -64,7 +64,7 @@ def is_run(folder: str) -> bool:
     return False
 
 
-FIELDS = {"init_from": added(text(optional=True), before=None)}
+FIELDS = {"init_from": text(optional=True)}
 RULES = (_init_from_has_the_shape,)
 
 

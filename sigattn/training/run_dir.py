@@ -1,6 +1,8 @@
 """The folder of a run: its name, its config, and whether the run is complete.
 
 config.json    the whole config that the run was started with, and FORMAT
+tokenizer.json the tokenizer of a language model, see
+               sigattn.data.kept_tokenizer
 metrics.jsonl  a line of metrics for every config.log.every_steps steps and for
                every evaluation
 checkpoints/   written by Orbax
@@ -25,11 +27,13 @@ import filelock
 import jax
 from ml_collections import ConfigDict
 
+from sigattn import tasks
 from sigattn.training import files, metrics, saved, setup
 
-# FORMAT increases whenever config keys or parameter paths change. A run of an
-# older version is then refused with a clear message, not with a missing key.
-FORMAT = 3
+# FORMAT increases whenever config keys, parameter paths or the files of a run
+# change. A run of an older version is then refused with a clear message, not
+# with a missing key.
+FORMAT = 4
 
 # Config keys, or their prefixes, that may change when a run is resumed.
 _CHANGEABLE = (
@@ -101,7 +105,7 @@ class RunDir:
     return self
 
   def begin(self) -> None:
-    """Creates the folder and writes config.json.
+    """Creates the folder and writes what the task keeps, then config.json.
 
     Raises ValueError as __enter__ does, and if the folder cannot be written.
     """
@@ -118,6 +122,8 @@ class RunDir:
     if jax.process_index():
       return  # the first process writes it
     try:
+      if (keeps := _keeps(self._config)) and not _holds_run(folder):
+        keeps.write(self._config, folder)
       files.write_json(folder / "config.json", contents(self._config))
     except OSError as error:
       raise _not_writable(folder, error) from error
@@ -205,10 +211,28 @@ def validate_resumable(
 
   The config of the run may differ only in values that may change when a run is
   resumed, such as total_steps. The message names the first key that differs.
+  What the task keeps with the run, its tokenizer, must not differ.
   """
-  if (pathlib.Path(workdir) / "config.json").exists() or saved.steps(workdir):
-    old = setup.complete(read_config(workdir), workdir)
-    _compare(workdir, flatten(old), flatten(config))
+  if not _holds_run(workdir):
+    return
+  old = read_config(workdir)
+  setup.validate_saved(old, workdir)
+  _compare(workdir, flatten(old), flatten(config))
+  keeps = _keeps(config)
+  if keeps and (difference := keeps.difference(config, workdir)):
+    raise ValueError(
+      f"{workdir=} cannot be resumed: {difference}. To train on these texts "
+      "from the start, choose another workdir"
+    )
+
+
+def _holds_run(workdir):
+  folder = pathlib.Path(workdir)
+  return (folder / "config.json").exists() or bool(saved.steps(workdir))
+
+
+def _keeps(config):
+  return getattr(tasks.get(config.task), "KEEPS", None)
 
 
 def _compare(workdir, old, new):
@@ -243,6 +267,19 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     metrics.log(f"{path}: {reason}; its copy in {copy} is used")
   validate_format(contents.get("format", 1), workdir)
   return ConfigDict(contents["config"]).lock()
+
+
+def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
+  """The config by which a run is used: that of read_config, validated.
+
+  It names the tokenizer that the run keeps, not the one that it began with.
+  Raises ValueError as read_config does, if the config is not one of this
+  version, and if the tokenizer is missing.
+  """
+  config = read_config(workdir)
+  setup.validate_saved(config, workdir)
+  keeps = _keeps(config)
+  return keeps.used(config, workdir) if keeps else config
 
 
 def contents(config: ConfigDict) -> dict[str, Any]:
