@@ -674,7 +674,11 @@ class _Corrupt:
     if row in self._why:
       return  # it was counted in an earlier epoch
     if not self._max_share:
-      raise ValueError(why)
+      hint = (
+        "; config.data.max_corrupt_share is the share of documents that may be "
+        "no text, and are skipped"
+      )
+      raise ValueError(why + hint * bool(self._at_least))
     self._why[row] = why
     count = len(self._why)
     most = int(self._max_share * max(self._read, self._at_least))
@@ -859,6 +863,10 @@ class _DocumentIterator(grain.DatasetIterator):
     row, column, source = self._row, self._origin.column, self._origin.source
     self._row += 1
     is_object = isinstance(example, dict)  # a line of JSON may be anything
+    if is_object and (why := example.get(text_files.WHY)):
+      if self._corrupt is not None:
+        self._corrupt.add(row, why)
+      return None
     if row == 0 and is_object and column not in example:
       raise ValueError(
         f"config.data.text_column={column!r}; must be a column of "
