@@ -86,6 +86,12 @@ def _in_folder(path, source, key):
       f"config.data.{key}={source!r}; holds no file whose name ends in one of "
       f"{list(SUFFIXES)}, compressed ({', '.join(_COMPRESSED)}) or not"
     )
+  for file in read:
+    if file.name == "metrics.jsonl" and (file.parent / "config.json").exists():
+      raise ValueError(
+        f"config.data.{key}={source!r}; must not hold runs, and {file} is of "
+        "one: move its folder"
+      )
   others = [x for x in path.rglob("*") if x.is_file() and x not in read]
   if others := sorted(str(x.relative_to(path)) for x in others):
     _warn(

@@ -28,6 +28,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sigattn import tasks
+from sigattn.data import hub
 from sigattn.training import files, metrics, saved, setup
 
 # FORMAT increases whenever config keys, parameter paths or the files of a run
@@ -89,12 +90,18 @@ class RunDir:
   def __enter__(self) -> Self:
     """Validates the path and the run in the folder, and that it is not locked.
 
-    Raises ValueError for a path that validate_path refuses, a folder with a run
-    of another config, and a folder in which another process trains.
+    Raises ValueError for a path that validate_path refuses, a file, a folder
+    inside of the data, a folder with a run of another config, and a folder in
+    which another process trains.
     """
     if self._workdir is None:
       return self
     validate_path(self._workdir)
+    if pathlib.Path(self._workdir).is_file():
+      raise ValueError(
+        f"workdir={str(self._workdir)!r}; is a file, not a folder"
+      )
+    _validate_outside_of_the_data(self._workdir, self._config)
     try:
       if (pathlib.Path(self._workdir) / "lock").exists():
         self._take()
@@ -202,6 +209,21 @@ def validate_path(workdir: str | os.PathLike[str]) -> None:
     "below it cannot be restored; choose another one, with none of [ ] * ? \\ "
     "and no folder whose name ends in a colon"
   )
+
+
+def _validate_outside_of_the_data(workdir, config):
+  """Raises ValueError for a run that would read what it writes."""
+  data, folder = config.data, pathlib.Path(workdir).absolute().resolve()
+  sources = [("source", data.get("source"))]
+  sources += [("eval_source", data.get("eval_source"))]
+  sources += [("mixture", pair[0]) for pair in data.get("mixture", ())]
+  for key, source in sources:
+    path = source and hub.local(source, key)
+    if path and path.is_dir() and folder.is_relative_to(path.resolve()):
+      raise ValueError(
+        f"workdir={str(workdir)!r}; must not be in config.data.{key}="
+        f"{source!r}: the run would read what it writes"
+      )
 
 
 def validate_resumable(

@@ -56,6 +56,20 @@ def test_the_alphabet_is_kept_and_other_texts_are_refused(tmp_path):
     Generator.load(run)
 
 
+def test_a_run_and_its_texts_have_separate_folders(tmp_path):
+  (tmp_path / "a.txt").write_text("a cat sat on a mat\n" * 20)
+  config, run = make(tmp_path), tmp_path / "runs" / "mine"
+  with pytest.raises(ValueError, match="runs/mine'; must not be in config.dat"):
+    begin(run, config)
+  with pytest.raises(ValueError, match=r"a\.txt'; is a file, not a folder"):
+    begin(tmp_path / "a.txt", config)
+  run.mkdir(parents=True)
+  for name in ("config.json", "metrics.jsonl"):
+    (run / name).write_text("{}")
+  with pytest.raises(ValueError, match=r"must not hold runs, and .*mine/metrics"):
+    setup.validate_config(config)
+
+
 def begin(workdir, config):
   with run_dir.RunDir(workdir, config) as folder:
     folder.begin()
