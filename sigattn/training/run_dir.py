@@ -284,11 +284,20 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
       has_steps = bool(saved.steps(workdir))
       there = "holds checkpoints, but no config" if has_steps else "no run here"
       raise ValueError(
-        f"{workdir=}: {there} ({path.name}: {reason})"
+        f"{workdir=}: {there} ({path.name}: {reason}){_runs_below(workdir)}"
       ) from error
     metrics.log(f"{path}: {reason}; its copy in {copy} is used")
   validate_format(contents.get("format", 1), workdir)
   return ConfigDict(contents["config"]).lock()
+
+
+def _runs_below(workdir):
+  folder = pathlib.Path(workdir)
+  found = [*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]
+  if not found:
+    return ""
+  shown = ", ".join(str(path.parent) for path in sorted(found)[:5])
+  return f"; runs below it: {shown}{', ...' * (len(found) > 5)}"
 
 
 def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
@@ -374,7 +383,7 @@ def folder_name(text: str) -> str:
 
 
 _SAFE = str.maketrans("[]*?\\", "()---")
-_LONGEST_NAME = 200  # bytes; file systems allow 255
+_LONGEST_NAME = 80  # bytes
 
 
 def default(

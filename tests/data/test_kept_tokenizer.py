@@ -66,7 +66,9 @@ def test_a_run_and_its_texts_have_separate_folders(tmp_path):
   run.mkdir(parents=True)
   for name in ("config.json", "metrics.jsonl"):
     (run / name).write_text("{}")
-  with pytest.raises(ValueError, match=r"must not hold runs, and .*mine/metrics"):
+  with pytest.raises(
+    ValueError, match=r"must not hold runs, and .*mine/metrics"
+  ):
     setup.validate_config(config)
 
 
