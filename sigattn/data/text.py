@@ -809,6 +809,7 @@ class _DocumentIterator(grain.DatasetIterator):
     super().__init__()
     self._origin, self._in_training = origin, in_training
     self._corrupt = corrupt
+    self._counts = {True: (0, 0), False: (0, 0)}  # see _count
     self._parts = []  # (kind of the files, stream, its state at the beginning)
     with hub.reading(origin):
       for kind, stream in _open(origin):
@@ -836,15 +837,36 @@ class _DocumentIterator(grain.DatasetIterator):
       document = self._text(example)
       # From empty texts a model would learn that a beginning is followed by
       # nothing.
-      if document and document.strip() and _is_in(self._origin, document):
-        self._any = True
-        return document
+      if document and document.strip():
+        is_in = _is_in(self._origin, document)
+        self._count(is_in, document)
+        if is_in:
+          self._any = True
+          return document
     if not self._any:
       raise ValueError(_no_documents(self._origin))
     if not self._in_training:
+      self._say_what_is_held_out()
       raise StopIteration
     self._begin(self._epoch + 1)
     return None
+
+  def _count(self, is_in, document):
+    """Counts documents and characters inside and outside of the split."""
+    documents, characters = self._counts[is_in]
+    self._counts[is_in] = documents + 1, characters + len(document)
+
+  def _say_what_is_held_out(self):
+    if not self._origin.held_out or self._origin.split != "test":
+      return
+    (documents, characters), (others, rest) = (
+      self._counts[True],
+      self._counts[False],
+    )
+    text_files.warn_once(
+      f"{self._origin.source!r}: {documents} of {documents + others} documents "
+      f"are held out, {characters / (characters + rest):.1%} of the characters"
+    )
 
   def _next(self):
     """The next example of this epoch, None at its end."""

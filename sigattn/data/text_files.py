@@ -94,7 +94,7 @@ def _in_folder(path, source, key):
       )
   others = [x for x in path.rglob("*") if x.is_file() and x not in read]
   if others := sorted(str(x.relative_to(path)) for x in others):
-    _warn(
+    warn_once(
       f"config.data.{key}={source!r}: {len(others)} files of the folder are "
       f"not read, because they belong to no split or are of another kind: "
       f"{', '.join(others[:10])}"
@@ -103,8 +103,8 @@ def _in_folder(path, source, key):
 
 
 @functools.lru_cache(maxsize=64)
-def _warn(message):
-  """Warns only once, although each epoch opens the files again."""
+def warn_once(message):
+  """Warns only once, although each epoch reads the files again."""
   logging.warning("%s", message)
 
 

@@ -485,7 +485,9 @@ def test_files_that_are_not_utf_8_are_named_and_skipped(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "folder"])
-def test_a_stream_gets_a_held_out_part_without_a_second_file(name, tmp_path):
+def test_a_stream_gets_a_held_out_part_without_a_second_file(
+  name, tmp_path, caplog
+):
   texts = [f"document {i % 150}" for i in range(300)]  # each of them twice
   if name == "folder":
     (tmp_path / name).mkdir()
@@ -502,6 +504,7 @@ def test_a_stream_gets_a_held_out_part_without_a_second_file(name, tmp_path):
   assert sorted(train + test) == sorted(texts)
   assert not set(train) & set(test)
   assert 2 <= len(test) <= 40
+  assert f"{len(test)} of {len(texts)} documents are held out" in caplog.text
   batches = fetched(config, 20)
   assert {x for _, x in texts_of(rows_of(batches))} <= set(train)
 
