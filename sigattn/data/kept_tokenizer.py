@@ -51,7 +51,7 @@ def difference(config: ConfigDict, workdir: str | os.PathLike[str]) -> str:
       f"{name}; there is no {path}: the run reads bytes, or the file is lost"
     )
     return "" if ours.content is None else lost
-  theirs = tokenizers.read(path, config.data.vocab_size)
+  theirs = tokenizers.read(path, text.LARGEST_VOCABULARY)
   if ours.content == theirs.content:
     return ""
   if isinstance(ours, tokenizers.Characters) and isinstance(

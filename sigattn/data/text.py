@@ -71,6 +71,7 @@ _CHARACTERS_AT_ONCE = 2**20
 # it has.
 _WINDOW_CHARACTERS = 2**26
 _SECONDS_BETWEEN_MESSAGES = 5
+LARGEST_VOCABULARY = 2**22
 
 
 FIELDS = {
@@ -89,7 +90,7 @@ FIELDS = {
   "data.text_column": text(),
   "data.lines": flag(),
   "data.tokenizer": text(),
-  "data.vocab_size": whole(low=1, high=2**22),
+  "data.vocab_size": whole(low=1, high=LARGEST_VOCABULARY, optional=True),
   "data.length": whole(low=1, high=2**24),
   "data.shuffle_window": whole(low=1, high=10**8),
   "data.packing_window": whole(low=1, high=2**20),
@@ -173,7 +174,7 @@ def _tokens_have_their_tokenizer(config):
 def _vocabulary_covers_the_tokenizer(config):
   data = config.data
   size = tokenizer(config).size
-  if data.vocab_size < size:
+  if data.vocab_size is not None and data.vocab_size < size:
     raise ValueError(
       f"config.data.vocab_size={data.vocab_size}; must be at least "
       f"{size}, the size of config.data.tokenizer={data.tokenizer!r}"
@@ -380,7 +381,16 @@ def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
       "choose characters, bytes, or a tokenizer.json (`python -m sigattn "
       "train_tokenizer` trains one)"
     )
-  return _tokenizer(path, data.vocab_size, path.stat().st_mtime_ns)
+  largest = data.vocab_size or LARGEST_VOCABULARY
+  return _tokenizer(path, largest, path.stat().st_mtime_ns)
+
+
+def vocab_size(config: ConfigDict) -> int:
+  """The number of tokens that a model knows, by config.data.vocab_size.
+
+  None means the size of the tokenizer, rounded up to a multiple of 64.
+  """
+  return config.data.vocab_size or -(-tokenizer(config).size // 64) * 64
 
 
 @functools.lru_cache(maxsize=4)

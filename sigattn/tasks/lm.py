@@ -287,7 +287,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> LanguageModel:
   )
   return LanguageModel(
     blocks,
-    vocab_size=config.data.vocab_size,
+    vocab_size=text.vocab_size(config),
     width=model.width,
     norm=None if model.norm == "post" else model.norm_kind,
     norm_epsilon=model.norm_epsilon,

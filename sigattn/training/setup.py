@@ -68,8 +68,10 @@ def _run_of_init_from_fits(config):
     ) from error
   theirs = ConfigDict(theirs)
   validate_saved(theirs, folder)
+  keeps = getattr(tasks.get(theirs.task), "KEEPS", None)
+  if keeps:
+    theirs = keeps.used(theirs, folder)
   transfer.names(config, shapes(config), theirs, shapes(theirs))
-  keeps = getattr(tasks.get(config.task), "KEEPS", None)
   if keeps and (difference := keeps.difference(config, folder)):
     raise ValueError(
       f"config.init_from={folder!r}: {difference}; "

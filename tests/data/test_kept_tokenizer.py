@@ -13,9 +13,7 @@ from train import train
 
 def make(source, tokenizer="characters", **values):
   config = lm.get_config("runlocal")
-  config.data.update(
-    source=str(source), tokenizer=str(tokenizer), vocab_size=300, length=16
-  )
+  config.data.update(source=str(source), tokenizer=str(tokenizer), length=16)
   config.update_from_flattened_dict(values)
   return config
 
