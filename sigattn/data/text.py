@@ -964,7 +964,15 @@ def _open(origin):
     own = origin.held_out or hub.local(source).is_file()
     part = files["train" if own else split]
     return text_files.open_files(part, origin.column, origin.lines)
+  if not hub.is_hub_name(source):
+    raise hub.unknown_source(source, EMBEDDED, "file or ", origin.key)
   name, _, subset = source.partition(":")
-  return [("", datasets.load_dataset(
-    name, subset or None, split=split, streaming=True
-  ))]  # fmt: skip
+  try:
+    return [("", datasets.load_dataset(
+      name, subset or None, split=split, streaming=True
+    ))]  # fmt: skip
+  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    raise ValueError(
+      "there is no such file or folder here, and no such data set of the Hub: "
+      f"{error}"
+    ) from error

@@ -103,7 +103,7 @@ def _in_folder(path, source, key):
 
 
 @functools.lru_cache(maxsize=64)
-def warn_once(message):
+def warn_once(message: str) -> None:
   """Warns only once, although each epoch reads the files again."""
   logging.warning("%s", message)
 

@@ -76,12 +76,13 @@ def run(options: flags.FlagValues) -> None:
   count = tokenizer.get_vocab_size()
   print(
     f"{options.out}: {count:,} tokens; train with --config.data.tokenizer="
-    f"{options.out} --config.data.vocab_size={count}"
+    f"{options.out}"
   )
   if count < options.size:
     print(
-      f"--size={options.size} is not reached: the texts have no more pairs of "
-      "tokens that occur twice"
+      f"--size={options.size} is not reached, because the texts have no more "
+      "pairs of tokens that occur twice; if the config sets a vocab_size, add "
+      f"--config.data.vocab_size={count}"
     )
 
 

@@ -25,7 +25,6 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from sigattn import layers
-from sigattn.data import text as text_source
 from sigattn.pretrained.families import BLOCKS, FAMILIES
 from sigattn.validate import text, value_at
 
@@ -74,8 +73,6 @@ def _ours(config, paths):
   given = {path: value_at(config, path) for path in paths}
   if given.get("attn.num_kv_heads", 0) is None:
     given["attn.num_kv_heads"] = config.model.num_heads
-  if given.get("data.vocab_size", 0) is None:
-    given["data.vocab_size"] = text_source.vocab_size(config)
   if given.get("model.norm_epsilon", 0) is None:
     given["model.norm_epsilon"] = layers.EPSILONS[config.model.norm_kind]
   return given
@@ -217,6 +214,8 @@ def save(
 
   name, family, found = _fitting(config)
   flat = flatten(params)
+  if "data.vocab_size" in found:  # None in a config that follows its tokenizer
+    found = found | {"data.vocab_size": len(flat["embed"])}
   tensors = {}
   for theirs, paths, entry, layer in _tensors_of(family, found):
     parts = [np.asarray(flat[path])[layer] for path in paths]

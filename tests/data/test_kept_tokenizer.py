@@ -80,6 +80,9 @@ def test_the_file_of_a_tokenizer_is_kept(tmp_path):
   source.write_text("a cat sat on a mat\n" * 20)
   train_tokenizer.train(["ca ca ca"], 258).save(str(bpe))
   config, run = make(source, bpe), tmp_path / "run"
+  assert text.vocab_size(config) == 320  # 258, rounded up
+  assert text.vocab_size(lm.get_config()) == 64
+  assert text.vocab_size(lm.get_config("85m")) == 32768
   begin(run, config)
   begin(run, config)
   train_tokenizer.train(["ma ma ma"], 258).save(str(bpe))
