@@ -27,7 +27,6 @@ from sigattn.training import (
   metrics,
   probe,
   run_dir,
-  setup,
 )
 from sigattn.training import evaluate as evaluation
 from train import train
@@ -112,7 +111,7 @@ def pictures(
 
 
 def _load(workdir, step):
-  saved = setup.complete(run_dir.read_config(workdir), workdir)
+  saved = run_dir.load_config(workdir)
   devices = mesh.for_evaluation(saved)
   config, params, step = checkpoint.load(workdir, step, devices)
   return config, params, step, devices

@@ -7,6 +7,7 @@ or, in a notebook: `from train import train; state = train(config)`.
 
 import contextlib
 import os
+import pathlib
 import sys
 import time
 
@@ -168,7 +169,15 @@ def _main(given):
       values = replay.replay(workdir, given.replay)
       metrics.log(report.variants_table({f"step {given.replay}": values}))
       return
-    state = train(config, workdir)
+    try:
+      state = train(config, workdir)
+    except KeyboardInterrupt:
+      metrics.log(
+        "stopped; the same command resumes the run"
+        if (pathlib.Path(workdir) / "config.json").exists()
+        else "stopped before the first step; nothing was written"
+      )
+      sys.exit(130)
   if int(state.step) < config.total_steps:
     metrics.log("the run has stopped; the same command resumes it")
     sys.exit(130)

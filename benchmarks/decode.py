@@ -101,6 +101,7 @@ def _random(shapes):
 def ours(model, cases, changes, tokens, trace):
   """Yields the row of each case."""
   from benchmarks import timing
+  from sigattn.data import text
   from sigattn.inference import engine
 
   changes = dict(changes)
@@ -112,7 +113,7 @@ def ours(model, cases, changes, tokens, trace):
   bandwidth = timing.copy_rate()
   graphdef, shapes = engine.shapes(config)
   params = _random(shapes)
-  vocabulary = config.data.vocab_size
+  vocabulary = text.vocab_size(config)
   machine = engine.Engine(graphdef, params, vocabulary, end=-1)
   for case in cases:
     yield _our_row(machine, case, bandwidth, tokens, options, trace, is_paged)

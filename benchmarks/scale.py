@@ -37,6 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import sigattn
 from benchmarks import attention
 from configs import lm_sigmoid
+from sigattn.data import text
 from sigattn.training import mesh as meshes
 from sigattn.training import process, step
 
@@ -84,7 +85,7 @@ def train(arguments, split, devices):
   state, update = step.init(config, mesh)
   update = step.jitted(update)
   shape = config.batch_size, config.data.length + 1
-  token = np.random.default_rng(0).integers(0, config.data.vocab_size, shape)
+  token = np.random.default_rng(0).integers(0, text.vocab_size(config), shape)
   batch = meshes.put({"token": token.astype(np.int32)}, mesh)
 
   def one():

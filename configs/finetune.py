@@ -12,7 +12,7 @@ import os
 
 from configs import vit
 from configs.common import sweep_lr, sweep_seed  # noqa: F401
-from sigattn.training import run_dir, setup
+from sigattn.training import run_dir
 
 
 def get_config(arg=None):
@@ -22,7 +22,7 @@ def get_config(arg=None):
       f"configs/finetune.py:{arg or ''}: name the folder of a run, as in "
       "configs/finetune.py:runs/mae/default"
     )
-  theirs = setup.complete(run_dir.read_config(arg), arg)
+  theirs = run_dir.load_config(arg)
   config = vit.get_config().unlock()
   for part in ("data", "model", "attn"):
     for key in config[part]:

@@ -66,7 +66,9 @@ def _base():
     # characters (each character of the texts is a token), bytes, or the path of
     # a tokenizer.json.
     tokenizer="characters",
-    vocab_size=64,  # at least the size of the tokenizer
+    # At least the size of the tokenizer. None means that size, rounded up to a
+    # multiple of 64.
+    vocab_size=config_dict.placeholder(int),
     length=256,  # tokens per row that are predicted
     # Documents of a stream that are shuffled together. There are fewer at the
     # end of an epoch, and if they have more than 67 million characters.

@@ -19,35 +19,64 @@ from sigattn import extras
 
 extras.require("train")
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 class Command(NamedTuple):
   """A tool: a module with `define_flags()` and `run(flags[, words])`.
 
+  does: what it does, in one line.
   shared: names of SHARED, the flags that it has besides its own.
   words: what the words beside the flags mean; None if there must be none.
   """
 
   module: str
+  does: str
   shared: Sequence[str] = ()
   words: str | None = None
 
 
 COMMANDS = {
-  "generate": Command("sigattn.inference.generate", ("workdir", "step")),
+  "train_tokenizer": Command(
+    "sigattn.data.train_tokenizer", "train a tokenizer on your texts"
+  ),
+  "generate": Command(
+    "sigattn.inference.generate",
+    "continue texts with a language model",
+    ("workdir", "step"),
+  ),
+  "lm_eval": Command(
+    "sigattn.inference.lm_eval",
+    "score a language model on tasks of lm-evaluation-harness",
+    ("workdir", "step"),
+  ),
   "transcribe": Command(
-    "sigattn.inference.transcribe", ("workdir", "step"), "recordings"
+    "sigattn.inference.transcribe",
+    "write down what recordings say",
+    ("workdir", "step"),
+    "recordings",
   ),
-  "lm_eval": Command("sigattn.inference.lm_eval", ("workdir", "step")),
-  "export": Command("sigattn.inference.export", ("workdir", "step")),
-  "sweep": Command("sigattn.sweep", ("config",)),
-  "report": Command("sigattn.analysis.report_html", words="folders of runs"),
+  "export": Command(
+    "sigattn.inference.export",
+    "save a model in the form of transformers",
+    ("workdir", "step"),
+  ),
+  "sweep": Command(
+    "sigattn.sweep", "train and compare the runs of a sweep", ("config",)
+  ),
+  "report": Command(
+    "sigattn.analysis.report_html",
+    "write a page about runs",
+    words="folders of runs",
+  ),
   "attention_maps": Command(
-    "sigattn.analysis.attention_maps", ("workdir", "step")
+    "sigattn.analysis.attention_maps",
+    "draw the attention of a held-out example",
+    ("workdir", "step"),
   ),
-  "theory": Command("sigattn.analysis.theory"),
-  "train_tokenizer": Command("sigattn.data.train_tokenizer"),
+  "theory": Command(
+    "sigattn.analysis.theory", "measure the bounds of docs/theory.md"
+  ),
 }
 
 
@@ -164,6 +193,8 @@ def start(
       raise app.UsageError(f"only flags are allowed, not {given}")
     if words is not None and not given:
       raise app.UsageError(f"name the {words}")
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)
     keep_compiled()
     return run(flags.FLAGS, *([given] if words is not None else []))
 
@@ -189,7 +220,13 @@ def _one_line(error, argv):
   """Says what is wrong with the command line, and which name is nearest."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   if isinstance(error, OSError):
-    return f"--config cannot be read: {lines[-1]}"
+    known = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
+    there = f"; there are {', '.join(known)}" if known else ""
+    return f"--config cannot be read: {lines[-1]}{there}"
+  if missing := re.search(r"--(\w+) must have a value other than", str(error)):
+    return f"--{missing[1]}=... is missing; --help says what it may be"
+  if wrong := re.search(r"flag (--[^:]+): .*Non-boolean", str(error)):
+    return f"{wrong[1]}; must be true or false"
   said = [line for line in lines if line.startswith("ValueError: ")]
   if said:  # a config's function said it about its argument
     return said[-1].removeprefix("ValueError: ")
@@ -222,15 +259,16 @@ def main(argv: Sequence[str] | None = None) -> None:
   argv: by default sys.argv.
   """
   argv = list(sys.argv if argv is None else argv)
-  usage = "usage: python -m sigattn COMMAND --flag=value ...\n\n" + "\n".join(
-    f"  {name}" for name in COMMANDS
-  )
-  if argv[1:2] in (["--help"], ["-h"]):
-    print(usage)
+  if argv[1:2] in ([], ["--help"], ["-h"]):
+    print("usage: python -m sigattn COMMAND --flag=value ...\n")
+    for name, command in COMMANDS.items():
+      print(f"  {name:<16}{command.does}")
+    print("\npython -m sigattn COMMAND --help lists the flags of a command.")
     return
-  if len(argv) < 2 or argv[1] not in COMMANDS:
-    unknown = f"sigattn: unknown command {argv[1]!r}\n" if argv[1:] else ""
-    sys.exit(unknown + usage)
+  if argv[1] not in COMMANDS:
+    nearest = difflib.get_close_matches(argv[1], COMMANDS, 1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"has {[*COMMANDS]}"
+    sys.exit(f"sigattn: unknown command {argv[1]!r}; {hint}")
   name = argv[1]
   command = COMMANDS[name]
   module = importlib.import_module(command.module)

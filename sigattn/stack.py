@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 from sigattn import layers, validate
 from sigattn.validate import (
-  added,
   choice,
   divides,
   flag,
@@ -53,9 +52,7 @@ FIELDS = {
   "model.mlp": choice(layers.MLPS),
   "model.norm": choice(layers.NORM_PLACES),
   "model.norm_kind": choice(layers.NORMS),
-  "model.norm_epsilon": added(
-    real(low=1e-20, high=1, optional=True), before=None
-  ),
+  "model.norm_epsilon": real(low=1e-20, high=1, optional=True),
   "model.layer_scale": real(low=1e-30, high=1e6, optional=True),
   "model.dropout": PROBABILITY,
   "model.drop_path": PROBABILITY,
@@ -68,7 +65,7 @@ FIELDS = {
   "attn.kind": choice(attention.KINDS),
   "attn.logit_bias": real(low=-1e6, high=1e6, optional=True),
   "attn.learn_logit_bias": flag(),
-  "attn.normalize": added(flag(), before=False),
+  "attn.normalize": flag(),
   "attn.qk_norm": choice(layers.QK_NORMS),
   "attn.alibi": flag(),
   "attn.num_kv_heads": whole(low=1, high=2**17, optional=True),

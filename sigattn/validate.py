@@ -30,21 +30,15 @@ from ml_collections import ConfigDict
 Rule = Callable[[ConfigDict], None]
 
 
-REQUIRED = object()
-
-
 class Field(NamedTuple):
   """What one value of a config may be.
 
   is_right: a function that returns True for a right value.
   wanted: the end of an error, which says what would be right.
-  before: the value that runs used before the field existed, see `added`;
-    REQUIRED if it has always existed.
   """
 
   is_right: Callable[[Any], bool]
   wanted: str
-  before: Any = REQUIRED
 
 
 def fields(
@@ -61,17 +55,6 @@ def fields(
       raise ValueError(f"config.{path}={_shown(value)}; {field.wanted}")
   for rule in rules:
     rule(config)
-
-
-def complete(config: ConfigDict, table: Mapping[str, Field]) -> None:
-  """Adds fields to a saved config that the table did not have at its time."""
-  for path, field in table.items():
-    *parents, key = path.split(".")
-    if field.before is REQUIRED:
-      continue
-    node = value_at(config, ".".join(parents)) if parents else config
-    if isinstance(node, ConfigDict) and key not in node:
-      node[key] = field.before
 
 
 def value_at(config: ConfigDict, path: str) -> Any:
@@ -94,14 +77,6 @@ def _shown(value):
 
 
 # Fields.
-
-
-def added(field: Field, before: Any) -> Field:
-  """A field that the saved configs of older runs do not have.
-
-  before: the value that those runs used.
-  """
-  return field._replace(before=before)
 
 
 def whole(

@@ -41,6 +41,7 @@ _STYLE = {
 }
 _SIZE = 5.2, 3.6  # width and height of one plot in inches
 _CURVES = ("loss", "accuracy", "cer", "knn_accuracy", "feature_std")
+_DASHES = ("-", "--", ":", "-.")
 _LOG_SCALE_RANGE = 30  # largest / smallest value, above which an axis is log
 
 
@@ -93,7 +94,8 @@ def _has_metric(groups, name):
 
 
 def _draw_curves(axes, groups, name):
-  for index, (label, runs) in enumerate(groups.items()):
+  # Sorted, so that all figures of the same groups have the same colours.
+  for index, (label, runs) in enumerate(sorted(groups.items())):
     for split in dict.fromkeys(line["split"] for run in runs for line in run):
       points = [
         (line["step"], line[name])
@@ -108,8 +110,9 @@ def _draw_curves(axes, groups, name):
         else dict(linewidth=0.8, alpha=0.5)
       )
       _draw_mean(
-        axes, points, held_out, label=f"{label} ({split})", color=f"C{index}",
-        **style,
+        axes, points, held_out, color=f"C{index}",
+        label=split if len(groups) == 1 else f"{label} ({split})",
+        linestyle=_DASHES[index % len(_DASHES)], **style,
       )  # fmt: skip
   axes.set(xlabel="step", ylabel=name)
   axes.legend()

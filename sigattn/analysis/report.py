@@ -86,14 +86,19 @@ def sweep(
     config: the config that all runs share; its data.eval_split is reported.
   """
   split, groups = config.data.eval_split, {}
+  shown = {}  # {label: the same on a line for each value}
   for delta, workdir in runs:
     lines = metrics.read(workdir)
     if metrics.last_evaluation(lines, split):
-      label = run_dir.name({k: v for k, v in delta.items() if k != "seed"})
+      values = {k: v for k, v in delta.items() if k != "seed"}
+      label = run_dir.name(values)
+      shown[label] = "\n".join(f"{k}={v}" for k, v in values.items()) or label
       groups.setdefault(label, []).append(lines)
   if not groups:
     return
-  table, rows = rich.table.Table("", "runs", title=f"{root}: {split}"), {}
+  table, rows = rich.table.Table(title=f"{root}: {split}"), {}
+  table.add_column(no_wrap=True)  # a row is told by the whole of its name
+  table.add_column("runs")
   for label, group in groups.items():
     last = [metrics.last_evaluation(lines, split) for lines in group]
     names = [key for key in last[0] if key not in ("step", "split")]
@@ -101,7 +106,9 @@ def sweep(
       for key in names:
         table.add_column(key, justify="right")
     rows[label] = {key: [line[key] for line in last] for key in names}
-    table.add_row(label, str(len(last)), *map(_spread, rows[label].values()))
+    table.add_row(
+      shown[label], str(len(last)), *map(_spread, rows[label].values())
+    )
   metrics.log(table)
   with metrics.saying_what_is_not_written():
     files.write_json(pathlib.Path(root) / "sweep.json", rows)

@@ -117,7 +117,8 @@ def unknown_source(
   config.data.
   """
   return ValueError(
-    f"config.data.{key}={source!r}; choose an embedded set "
+    f"config.data.{key}={source!r}; there is no such {files}folder: choose an "
+    "embedded set "
     f"({sorted(embedded_names)}), a local {files}folder, or a Hugging Face "
     "name: owner/name or owner/name:subset"
   )

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from sigattn.data import augment, hub, loader, mnist
-from sigattn.validate import added, choice, flag, real, sequence, text, whole
+from sigattn.validate import choice, flag, real, sequence, text, whole
 
 # {name: (file, number of images of each split, number of classes)}. The
 # validation split is the end of the train split.
@@ -44,8 +44,8 @@ FIELDS = {
   "data.image_size": whole(low=1, high=2**14),
   "data.channels": choice(_MODES),
   "data.num_classes": whole(low=1, high=2**20),
-  "data.max_pixels": added(whole(low=1, high=2**31), before=10**8),
-  "data.max_corrupt_share": added(real(low=0, high=1), before=0.0),
+  "data.max_pixels": whole(low=1, high=2**31),
+  "data.max_corrupt_share": real(low=0, high=1),
   "data.mean": sequence(real(-1e6, 1e6), "numbers from -1e6 to 1e6"),
   "data.std": sequence(real(1e-6, 1e6), "numbers from 1e-6 to 1e6"),
   "augment.crop": choice(augment.CROPS),

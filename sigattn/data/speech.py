@@ -27,7 +27,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from sigattn.data import hub, loader, speech_files
-from sigattn.validate import Field, added, real, sequence, text, whole
+from sigattn.validate import Field, real, sequence, text, whole
 
 # 535 prompts of one speaker, 18.6 minutes; licence and credit are beside the
 # file.
@@ -67,7 +67,7 @@ FIELDS = {
     lambda x: isinstance(x, str) and 0 < len(x) == len(set(x)) <= 2**16,
     f"must be 1 to {2**16} characters, each once",
   ),
-  "data.max_corrupt_share": added(real(low=0, high=1), before=0.0),
+  "data.max_corrupt_share": real(low=0, high=1),
   # From two windows of log_mel to an hour.
   "data.bucket_seconds": _increasing(0.05, 3600),
   "augment.speeds": _increasing(0.1, 10),

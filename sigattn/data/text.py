@@ -43,7 +43,6 @@ from ml_collections import ConfigDict
 from sigattn.data import hub, loader, text_files, token_files, tokenizers
 from sigattn.validate import (
   Field,
-  added,
   flag,
   items,
   real,
@@ -72,6 +71,7 @@ _CHARACTERS_AT_ONCE = 2**20
 # it has.
 _WINDOW_CHARACTERS = 2**26
 _SECONDS_BETWEEN_MESSAGES = 5
+LARGEST_VOCABULARY = 2**22
 
 
 FIELDS = {
@@ -88,13 +88,13 @@ FIELDS = {
   "data.train_split": text(),
   "data.eval_split": text(),
   "data.text_column": text(),
-  "data.lines": added(flag(), before=False),
+  "data.lines": flag(),
   "data.tokenizer": text(),
-  "data.vocab_size": whole(low=1, high=2**22),
+  "data.vocab_size": whole(low=1, high=LARGEST_VOCABULARY, optional=True),
   "data.length": whole(low=1, high=2**24),
   "data.shuffle_window": whole(low=1, high=10**8),
   "data.packing_window": whole(low=1, high=2**20),
-  "data.max_corrupt_share": added(real(low=0, high=1), before=0.0),
+  "data.max_corrupt_share": real(low=0, high=1),
   "eval.rows": whole(low=1, high=10**12, optional=True),
 }
 
@@ -161,17 +161,20 @@ def _tokens_have_their_tokenizer(config):
   if data.mixture or not token_files.is_folder(data.source):
     return
   wanted = hub.local(data.source) / token_files.TOKENIZER
-  if hub.local(data.tokenizer, "tokenizer").resolve() != wanted.resolve():
+  if (
+    data.tokenizer == "characters"
+    or tokenizer(config).content != wanted.read_bytes()
+  ):
     raise ValueError(
       f"config.data.tokenizer={data.tokenizer!r}; must be {str(wanted)!r}, "
-      f"which made the tokens of config.data.source={data.source!r}"
+      f"which made the tokens of config.data.source={data.source!r}, or a copy"
     )
 
 
 def _vocabulary_covers_the_tokenizer(config):
   data = config.data
   size = tokenizer(config).size
-  if data.vocab_size < size:
+  if data.vocab_size is not None and data.vocab_size < size:
     raise ValueError(
       f"config.data.vocab_size={data.vocab_size}; must be at least "
       f"{size}, the size of config.data.tokenizer={data.tokenizer!r}"
@@ -370,19 +373,30 @@ def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
   data = config.data
   if data.tokenizer == "characters":
     return _characters(tuple(sorted(set(_origins(config)))))
-  return _tokenizer(data.tokenizer, data.vocab_size)
+  if data.tokenizer == "bytes":
+    return tokenizers.Bytes()
+  if not (path := hub.local(data.tokenizer, "tokenizer")).is_file():
+    raise ValueError(
+      f"config.data.tokenizer={data.tokenizer!r}; there is no such file: "
+      "choose characters, bytes, or a tokenizer.json (`python -m sigattn "
+      "train_tokenizer` trains one)"
+    )
+  largest = data.vocab_size or LARGEST_VOCABULARY
+  return _tokenizer(path, largest, path.stat().st_mtime_ns)
+
+
+def vocab_size(config: ConfigDict) -> int:
+  """The number of tokens that a model knows, by config.data.vocab_size.
+
+  None means the size of the tokenizer, rounded up to a multiple of 64.
+  """
+  return config.data.vocab_size or -(-tokenizer(config).size // 64) * 64
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer(name, vocab_size):
-  if name == "bytes":
-    return tokenizers.Bytes()
-  if not (path := hub.local(name, "tokenizer")).is_file():
-    raise ValueError(
-      f"config.data.tokenizer={name!r}; choose characters, bytes, or a "
-      "tokenizer.json (`python -m sigattn train_tokenizer` trains one)"
-    )
-  return tokenizers.File(path, vocab_size)
+def _tokenizer(path, vocab_size, modified):
+  del modified  # A file that was changed is read again.
+  return tokenizers.read(path, vocab_size)
 
 
 @functools.lru_cache(maxsize=4)
@@ -445,6 +459,7 @@ def open_source(config: ConfigDict, split: str) -> "_OneText | Stream":
 
 def _read_tokens(config, split):
   source = config.data.source
+  _tokens_have_their_tokenizer(config)
   hub.validate_split(source, split, token_files.splits(source))
   return token_files.read(source, split, tokenizer(config).size)
 
@@ -669,7 +684,11 @@ class _Corrupt:
     if row in self._why:
       return  # it was counted in an earlier epoch
     if not self._max_share:
-      raise ValueError(why)
+      hint = (
+        "; config.data.max_corrupt_share is the share of documents that may be "
+        "no text, and are skipped"
+      )
+      raise ValueError(why + hint * bool(self._at_least))
     self._why[row] = why
     count = len(self._why)
     most = int(self._max_share * max(self._read, self._at_least))
@@ -800,6 +819,7 @@ class _DocumentIterator(grain.DatasetIterator):
     super().__init__()
     self._origin, self._in_training = origin, in_training
     self._corrupt = corrupt
+    self._counts = {True: (0, 0), False: (0, 0)}  # see _count
     self._parts = []  # (kind of the files, stream, its state at the beginning)
     with hub.reading(origin):
       for kind, stream in _open(origin):
@@ -827,15 +847,36 @@ class _DocumentIterator(grain.DatasetIterator):
       document = self._text(example)
       # From empty texts a model would learn that a beginning is followed by
       # nothing.
-      if document and document.strip() and _is_in(self._origin, document):
-        self._any = True
-        return document
+      if document and document.strip():
+        is_in = _is_in(self._origin, document)
+        self._count(is_in, document)
+        if is_in:
+          self._any = True
+          return document
     if not self._any:
       raise ValueError(_no_documents(self._origin))
     if not self._in_training:
+      self._say_what_is_held_out()
       raise StopIteration
     self._begin(self._epoch + 1)
     return None
+
+  def _count(self, is_in, document):
+    """Counts documents and characters inside and outside of the split."""
+    documents, characters = self._counts[is_in]
+    self._counts[is_in] = documents + 1, characters + len(document)
+
+  def _say_what_is_held_out(self):
+    if not self._origin.held_out or self._origin.split != "test":
+      return
+    (documents, characters), (others, rest) = (
+      self._counts[True],
+      self._counts[False],
+    )
+    text_files.warn_once(
+      f"{self._origin.source!r}: {documents} of {documents + others} documents "
+      f"are held out, {characters / (characters + rest):.1%} of the characters"
+    )
 
   def _next(self):
     """The next example of this epoch, None at its end."""
@@ -854,6 +895,10 @@ class _DocumentIterator(grain.DatasetIterator):
     row, column, source = self._row, self._origin.column, self._origin.source
     self._row += 1
     is_object = isinstance(example, dict)  # a line of JSON may be anything
+    if is_object and (why := example.get(text_files.WHY)):
+      if self._corrupt is not None:
+        self._corrupt.add(row, why)
+      return None
     if row == 0 and is_object and column not in example:
       raise ValueError(
         f"config.data.text_column={column!r}; must be a column of "
@@ -919,7 +964,15 @@ def _open(origin):
     own = origin.held_out or hub.local(source).is_file()
     part = files["train" if own else split]
     return text_files.open_files(part, origin.column, origin.lines)
+  if not hub.is_hub_name(source):
+    raise hub.unknown_source(source, EMBEDDED, "file or ", origin.key)
   name, _, subset = source.partition(":")
-  return [("", datasets.load_dataset(
-    name, subset or None, split=split, streaming=True
-  ))]  # fmt: skip
+  try:
+    return [("", datasets.load_dataset(
+      name, subset or None, split=split, streaming=True
+    ))]  # fmt: skip
+  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    raise ValueError(
+      "there is no such file or folder here, and no such data set of the Hub: "
+      f"{error}"
+    ) from error

@@ -5,16 +5,23 @@
   .parquet        a document per row
   .txt            one document, or with config.data.lines one per line
 
-Each of them may be compressed (.gz, .bz2, .xz). A folder may hold files of all
-kinds. The names of its files and folders say which split a file belongs to, as
-in `datasets`: train, validation or test. If no name says it, all are in train.
+Texts are UTF-8. Each file may be compressed (.gz, .bz2, .xz). A folder may hold
+files of all kinds. The names of its files and folders say which split a file
+belongs to, as in `datasets`: train, validation or test. If no name says it, all
+are in train.
 """
 
+import bz2
 import contextlib
 import functools
 import glob
+import gzip
+import io
+import itertools
 import json
+import lzma
 import pathlib
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +30,10 @@ from absl import logging
 from sigattn.data import hub
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
-_COMPRESSED = (".gz", ".bz2", ".xz")
+_OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_COMPRESSED = tuple(_OPEN)
+# The column that says why a document is no text; empty if it is.
+WHY = "why it is no text"
 
 # {split: {suffix: paths}}
 Files = Mapping[str, Mapping[str, Sequence[str]]]
@@ -76,9 +86,15 @@ def _in_folder(path, source, key):
       f"config.data.{key}={source!r}; holds no file whose name ends in one of "
       f"{list(SUFFIXES)}, compressed ({', '.join(_COMPRESSED)}) or not"
     )
+  for file in read:
+    if file.name == "metrics.jsonl" and (file.parent / "config.json").exists():
+      raise ValueError(
+        f"config.data.{key}={source!r}; must not hold runs, and {file} is of "
+        "one: move its folder"
+      )
   others = [x for x in path.rglob("*") if x.is_file() and x not in read]
   if others := sorted(str(x.relative_to(path)) for x in others):
-    _warn(
+    warn_once(
       f"config.data.{key}={source!r}: {len(others)} files of the folder are "
       f"not read, because they belong to no split or are of another kind: "
       f"{', '.join(others[:10])}"
@@ -87,8 +103,8 @@ def _in_folder(path, source, key):
 
 
 @functools.lru_cache(maxsize=64)
-def _warn(message):
-  """Warns only once, although each epoch opens the files again."""
+def warn_once(message: str) -> None:
+  """Warns only once, although each epoch reads the files again."""
   logging.warning("%s", message)
 
 
@@ -101,44 +117,98 @@ def open_files(
   """
   import datasets
 
-  text = datasets.Features({column: datasets.Value("string")})
-  encoding = {"encoding": "utf-8-sig"}  # drops the mark that Windows writes
-  builders = {
-    ".json": ("json", {}),
-    # `examples` parses these lines. In many files they differ in columns and
-    # types, which the builder `json` refuses.
-    ".jsonl": ("text", {"sample_by": "line", **encoding}),
-    ".parquet": ("parquet", {}),
-    ".txt": (
-      "text",
-      {
-        "sample_by": "line" if lines else "document",
-        "features": text,
-        **encoding,
-      },
-    ),
-  }
-
   def load(kind, paths, **more):
-    builder, options = builders[kind]
     with hub.uncounted():
       return datasets.load_dataset(
-        builder,
+        kind.removeprefix("."),
         data_files={"train": [*map(glob.escape, paths)]},
         split="train",
         streaming=True,
-        **options,
         **more,
       )
 
+  def texts(paths, column, lines):
+    string = datasets.Value("string")
+    return datasets.IterableDataset.from_generator(
+      _texts,
+      datasets.Features({column: string, WHY: string}),
+      {"paths": list(paths), "column": column, "lines": lines},
+    )
+
   opened = []
   for kind, paths in files.items():
+    # `examples` parses the lines of .jsonl. In many files they differ in
+    # columns and types, which the builder `json` refuses.
+    if kind in (".jsonl", ".txt"):
+      is_json = kind == ".jsonl"
+      own = texts(paths, "text" if is_json else column, lines or is_json)
+      opened.append((kind, own))
+      continue
     stream = load(kind, paths)
     if kind == ".parquet" and column in (stream.features or ()):
       # The other columns take time, and may differ from file to file.
       stream = load(kind, paths, columns=[column])
     opened.append((kind, stream))
   return opened
+
+
+def _texts(paths, column, lines):
+  """Yields {column: text or None, WHY: why it is None}, of a file or a line."""
+  for path in paths:
+    opener = _OPEN.get(pathlib.Path(path).suffix, open)
+    decoded = _decoded_lines if lines else _decoded
+    with opener(path, "rb") as file:
+      for text, why in decoded(file, path):
+        yield {column: text, WHY: why and f"{path}: {why}"}
+
+
+@contextlib.contextmanager
+def _naming(path):
+  try:
+    yield
+  except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+    raise OSError(f"{path}: is damaged: {error}") from error
+
+
+# "utf-8-sig" drops the mark that Windows writes.
+
+
+def _decoded(file, path):
+  """Yields once: the text, with newlines as in Unix, and why there is none."""
+  with _naming(path):
+    content = file.read()
+  try:
+    text = content.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    yield None, f"byte {error.start}, {_no_utf8(content[error.start])}"
+  else:
+    yield text.replace("\r\n", "\n").replace("\r", "\n"), ""
+
+
+def _decoded_lines(file, path):
+  # Bytes that are no UTF-8 become halves of surrogate pairs.
+  reader = io.TextIOWrapper(
+    file, encoding="utf-8-sig", errors="surrogateescape"
+  )
+  for number in itertools.count(1):
+    with _naming(path):
+      line = reader.readline()
+    if not line:
+      return
+    try:
+      line.encode()
+    except UnicodeEncodeError as error:
+      byte = line[error.start].encode(errors="surrogateescape")[0]
+      yield None, f"line {number}, {_no_utf8(byte)}"
+    else:
+      yield line.removesuffix("\n"), ""
+
+
+def _no_utf8(byte):
+  return (
+    f"0x{byte:02x}: is no text in UTF-8; convert the file (iconv -f LATIN1 -t "
+    "UTF-8, say) or remove it"
+  )
 
 
 def examples(kind: str, rows: Iterator[dict[str, Any]]) -> Iterator[Any]:
@@ -152,7 +222,9 @@ def examples(kind: str, rows: Iterator[dict[str, Any]]) -> Iterator[Any]:
     return
   for row in rows:
     line = row["text"]
-    if line.strip():
+    if line is None:
+      yield row
+    elif line.strip():
       try:
         yield json.loads(line)
       except ValueError:

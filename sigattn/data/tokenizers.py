@@ -1,6 +1,8 @@
 """Tokenizers convert texts to token ids and back."""
 
+import json
 import os
+import pathlib
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -16,11 +18,14 @@ class Tokenizer(Protocol):
   end: the id of the token between documents; each document begins and ends
     with it.
   start: the id of the token that precedes a text to continue.
+  content: the bytes of a file from which `read` makes the same tokenizer; None
+    if it needs no file.
   """
 
   size: int
   end: int
   start: int
+  content: bytes | None
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     """Returns the int32 token ids of each text, without `end`."""
@@ -33,10 +38,14 @@ class Tokenizer(Protocol):
 
 
 class Characters:
-  """A Tokenizer whose tokens are the characters of an alphabet, then `end`."""
+  """A Tokenizer whose tokens are the characters of an alphabet, then `end`.
+
+  Its file is JSON, {"characters": "\\n !,.abc"}.
+  """
 
   def __init__(self, alphabet: str):
-    self._alphabet = alphabet
+    self.alphabet = alphabet
+    self.content = json.dumps({"characters": alphabet}).encode()
     self._ids = {character: i for i, character in enumerate(alphabet)}
     self.end = len(alphabet)
     self.size = len(alphabet) + 1
@@ -52,10 +61,10 @@ class Characters:
     if unknown := set().union(*texts) - self._ids.keys():
       raise ValueError(
         f"characters {sorted(unknown)} are unknown; the tokenizer knows "
-        f"{self._alphabet!r}"
+        f"{self.alphabet!r}"
       )
     # Arrays are used, because a text may have a gigabyte.
-    codes = np.array([ord(x) for x in self._alphabet], np.uint32)
+    codes = np.array([ord(x) for x in self.alphabet], np.uint32)
     order = np.argsort(codes)
     encoded = []
     for text in texts:
@@ -65,16 +74,17 @@ class Characters:
     return encoded
 
   def decode(self, ids: Iterable[int]) -> str:
-    return "".join(self._alphabet[i] for i in ids if i != self.end)
+    return "".join(self.alphabet[i] for i in ids if i != self.end)
 
   def num_bytes(self) -> np.ndarray:
-    return np.array([*(len(x.encode()) for x in self._alphabet), 0], np.int32)
+    return np.array([*(len(x.encode()) for x in self.alphabet), 0], np.int32)
 
 
 class Bytes:
   """A Tokenizer whose tokens are the 256 bytes of UTF-8; `end` is 256."""
 
   size, end, start = 257, 256, 256
+  content = None
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]
@@ -84,6 +94,20 @@ class Bytes:
 
   def num_bytes(self) -> np.ndarray:
     return np.array([1] * 256 + [0], np.int32)
+
+
+def read(path: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
+  """Reads the file of Characters, or a tokenizer.json as File does."""
+  try:
+    content = json.loads(pathlib.Path(path).read_bytes())
+  except (ValueError, RecursionError):
+    content = None  # File says what is wrong with it.
+  if not isinstance(content, dict) or content.keys() != {"characters"}:
+    return File(path, vocab_size)
+  alphabet = content["characters"]
+  if not isinstance(alphabet, str) or len(set(alphabet)) != len(alphabet):
+    raise ValueError(f'{path}: "characters" must be text, each character once')
+  return Characters(alphabet)
 
 
 class File:
@@ -105,6 +129,7 @@ class File:
       self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises bare Exceptions.
       raise ValueError(f"{path}: is no tokenizer: {error}") from error
+    self.content = pathlib.Path(path).read_bytes()
     # A text that spells out a special token is encoded as text.
     self._tokenizer.encode_special_tokens = True
     vocabulary = self._tokenizer.get_vocab()

@@ -8,6 +8,8 @@ the model with --config.data.tokenizer=bpe.json to use the tokenizer.
 """
 
 import itertools
+import os
+import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,9 +67,31 @@ def run(options: flags.FlagValues) -> None:
     raise ValueError(
       f"--size={options.size}; must be >= 257: 256 bytes and the end of text"
     )
+  _validate_out(options.out)
   texts = text.documents(
     options.source, options.split, options.column, options.lines
   )
   tokenizer = train(itertools.islice(texts, options.documents), options.size)
   tokenizer.save(options.out)
-  print(f"{options.out}: {tokenizer.get_vocab_size():,} tokens")
+  count = tokenizer.get_vocab_size()
+  print(
+    f"{options.out}: {count:,} tokens; train with --config.data.tokenizer="
+    f"{options.out}"
+  )
+  if count < options.size:
+    print(
+      f"--size={options.size} is not reached, because the texts have no more "
+      "pairs of tokens that occur twice; if the config sets a vocab_size, add "
+      f"--config.data.vocab_size={count}"
+    )
+
+
+def _validate_out(out):
+  """Raises ValueError for a file that exists or cannot be written."""
+  path = pathlib.Path(out)
+  if path.exists():
+    raise ValueError(f"--out={out}: exists; delete it or name another file")
+  if not path.parent.is_dir():
+    raise ValueError(f"--out={out}: there is no folder {path.parent}")
+  if not os.access(path.parent, os.W_OK):
+    raise ValueError(f"--out={out}: the folder {path.parent} is not writable")

@@ -330,7 +330,6 @@ def define_flags() -> None:
 
 def run(flag_values: flags.FlagValues) -> None:
   """Prints the prompts with their continuations, or writes them to --out."""
-  logging.set_verbosity(logging.WARNING)  # print only the text
   names = [field.name for field in dataclasses.fields(Options)]
   options = {name: flag_values[name].value for name in names}
   Options(**options).validate()
@@ -345,6 +344,7 @@ def run(flag_values: flags.FlagValues) -> None:
     for prompt, continuation in zip(prompts, texts, strict=True):
       print(f"{prompt}{continuation}\n", flush=True)
     return
+  generator.encode(prompts)  # raises before anything is printed
   print(prompts[0], end="", flush=True)
   for piece in generator.stream(prompts[0], **options):
     print(piece, end="", flush=True)

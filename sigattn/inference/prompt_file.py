@@ -119,15 +119,20 @@ def _lines(path):
       yield f"{path}, line {number}", line
 
 
+_EXAMPLE = 'must be an object such as {"prompt": "In the beginning"}'
+
+
 def _object(where, line):
   try:
     row = json.loads(line)
     _json(row)
   # A character that no encoding has, and lists in lists without an end.
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{where}: is no JSON in UTF-8: {error}") from error
+    raise ValueError(
+      f"{where}: {_EXAMPLE}, and is no JSON in UTF-8: {error}"
+    ) from error
   if not isinstance(row, dict):
-    raise ValueError(f"{where}: must be a JSON object, {{...}}")
+    raise ValueError(f"{where}: {_EXAMPLE}")
   return row
 
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from flax import nnx
 
 from sigattn.data import speech as recordings
@@ -103,7 +103,6 @@ def define_flags() -> None:
 
 def run(flag_values: flags.FlagValues, files: list[str]) -> None:
   """Prints the text of each recording on its own line."""
-  logging.set_verbosity(logging.WARNING)  # print only the texts
   for text in transcribe(
     flag_values.workdir, files, flag_values.step, flag_values.beam_width
   ):

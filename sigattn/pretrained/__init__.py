@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from sigattn import layers
 from sigattn.pretrained.families import BLOCKS, FAMILIES
-from sigattn.validate import added, text, value_at
+from sigattn.validate import text, value_at
 
 
 def _init_from_has_the_shape(config):
@@ -64,7 +64,7 @@ def is_run(folder: str) -> bool:
     return False
 
 
-FIELDS = {"init_from": added(text(optional=True), before=None)}
+FIELDS = {"init_from": text(optional=True)}
 RULES = (_init_from_has_the_shape,)
 
 
@@ -214,6 +214,8 @@ def save(
 
   name, family, found = _fitting(config)
   flat = flatten(params)
+  if "data.vocab_size" in found:  # None in a config that follows its tokenizer
+    found = found | {"data.vocab_size": len(flat["embed"])}
   tensors = {}
   for theirs, paths, entry, layer in _tensors_of(family, found):
     parts = [np.asarray(flat[path])[layer] for path in paths]

@@ -10,11 +10,12 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack, token_step
-from sigattn.data import loader, text
+from sigattn.data import kept_tokenizer, loader, text
 from sigattn.tasks.cross_entropy import Scored, cap, linear_cross_entropy
-from sigattn.validate import added, choice, divides, flag, real, whole
+from sigattn.validate import choice, divides, flag, real, whole
 
 SOURCE = text
+KEEPS = kept_tokenizer
 UNIT = "rows"
 METRICS = ("loss", "accuracy", "bits_per_byte", "perplexity")
 POSITIONS = ("sincos", "rope", "none")
@@ -225,14 +226,12 @@ FIELDS = (
   | stack.LENGTH_FIELDS
   | {
     "model.positions": choice(POSITIONS),
-    "model.rope_base": added(real(low=1, high=1e12), before=10_000.0),
-    "model.rope_share": added(real(above=0, high=1), before=1.0),
-    "model.use_bias": added(flag(), before=False),
-    "model.parallel": added(flag(), before=False),
-    "model.tied": added(flag(), before=True),
-    "model.logit_cap": added(
-      real(low=1e-3, high=1e6, optional=True), before=None
-    ),
+    "model.rope_base": real(low=1, high=1e12),
+    "model.rope_share": real(above=0, high=1),
+    "model.use_bias": flag(),
+    "model.parallel": flag(),
+    "model.tied": flag(),
+    "model.logit_cap": real(low=1e-3, high=1e6, optional=True),
     "model.max_length": whole(low=1, high=2**31 - 1),
     "model.loss_chunks": whole(low=1, high=2**31 - 1),
     "eval.by_position": flag(),
@@ -288,7 +287,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> LanguageModel:
   )
   return LanguageModel(
     blocks,
-    vocab_size=config.data.vocab_size,
+    vocab_size=text.vocab_size(config),
     width=model.width,
     norm=None if model.norm == "post" else model.norm_kind,
     norm_epsilon=model.norm_epsilon,

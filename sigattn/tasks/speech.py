@@ -14,7 +14,7 @@ from sigattn.data import loader, log_mel
 from sigattn.data import speech as recordings
 from sigattn.tasks import ctc
 from sigattn.tasks.ctc_loss import ctc_loss
-from sigattn.validate import added, choice, items, real, sequence, whole
+from sigattn.validate import choice, items, real, sequence, whole
 
 SOURCE = recordings
 UNIT = "utterances"
@@ -106,7 +106,7 @@ class AcousticModel(nnx.Module):
 
 
 FIELDS = stack.FIELDS | {
-  "model.features": added(choice(FEATURES), before="log_mel"),
+  "model.features": choice(FEATURES),
   "model.mel_bins": whole(low=1, high=2**12),
   "model.convolutions": sequence(
     items(whole(low=1, high=2**12), whole(low=1, high=2**12)),

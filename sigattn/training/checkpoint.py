@@ -206,7 +206,7 @@ class Checkpoints:
         step,
         args=ocp.args.Composite(**items),
         metrics=results or {},
-        custom_metadata={"format": run_dir.FORMAT, "sealed": True},
+        custom_metadata={"format": run_dir.FORMAT},
       )
 
   @contextlib.contextmanager
@@ -253,7 +253,7 @@ def _restore(manager, workdir, step, state, data):
     items["data"] = grain.checkpoint.CheckpointRestore(data)
   else:
     _go_to_place_of_others(data, places)
-  restored = _restored(manager, step, items, workdir)
+  restored = manager.restore(step, args=ocp.args.Composite(**items))
   return state._replace(
     params=restored["params"], ema=restored.get("ema"), **restored["train"]
   )
@@ -303,19 +303,6 @@ def _validate_format(step, workdir):
   # Orbax would also read the metrics, which may be damaged.
   metadata = saved.metadata(saved.folder(workdir, step))
   run_dir.validate_format(metadata.get("format", 1), workdir)
-
-
-def _restored(manager, step, items, workdir):
-  try:
-    return manager.restore(step, args=ocp.args.Composite(**items))
-  except Exception as error:
-    folder = saved.folder(workdir, step)
-    if files.is_sealed(folder):
-      raise
-    raise ValueError(
-      f"{folder} cannot be restored: it is damaged, or of another model. (It "
-      f"was saved without checksums, which could tell the two apart.) {error}"
-    ) from error
 
 
 def _newest_after_moving_damaged_ones(workdir):
@@ -413,7 +400,7 @@ def load(
     ValueError: if there is no such run or no such step, if the step is damaged,
       or if the run is of another version's format.
   """
-  config = setup.complete(run_dir.read_config(workdir), workdir)
+  config = run_dir.load_config(workdir)
   steps = saved.steps(workdir)
   if not steps:
     raise ValueError(f"{workdir=}: holds no checkpoint yet")
@@ -453,7 +440,6 @@ def load(
       shardings,
     )
     item = "ema" if config.optim.ema_decay else "params"
-    restored = _restored(
-      manager, step, {item: ocp.args.StandardRestore(params)}, workdir
-    )
+    args = ocp.args.Composite(**{item: ocp.args.StandardRestore(params)})
+    restored = manager.restore(step, args=args)
   return config, restored[item], step

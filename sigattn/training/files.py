@@ -75,11 +75,6 @@ def seal(
   write_json(folder / _SEAL, {"name": name, "files": files})
 
 
-def is_sealed(folder: str | os.PathLike[str]) -> bool:
-  """Whether the folder has a file of checksums, damaged or not."""
-  return (pathlib.Path(folder) / _SEAL).exists()
-
-
 def damage(
   folder: str | os.PathLike[str],
   counts: Callable[[str], bool] = lambda file: True,

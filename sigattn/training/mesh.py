@@ -13,6 +13,7 @@ The step is the same program on every mesh: jit derives the communication from
 the shardings that this module gives to parameters, batches and attention.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -103,11 +104,9 @@ def for_evaluation(config: ConfigDict) -> Mesh:
   config.batch_size, and heads and channels over the rest.
   """
   count = jax.device_count()
-  if "mesh" in config:  # runs of older versions have none
-    try:
-      return _mesh(sizes(config, count))
-    except ValueError:
-      pass  # The run may have been trained on another number of devices.
+  with contextlib.suppress(ValueError):
+    # The run may have been trained on another number of devices.
+    return _mesh(sizes(config, count))
   fsdp = math.gcd(config.batch_size, count)
   return _mesh({"fsdp": fsdp, "tensor": count // fsdp})
 

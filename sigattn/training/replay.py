@@ -7,7 +7,7 @@ import traceback
 import jax
 
 from sigattn import tasks
-from sigattn.training import checkpoint, mesh, run_dir, setup
+from sigattn.training import checkpoint, mesh, run_dir
 from sigattn.training import step as training_step
 
 
@@ -32,7 +32,7 @@ def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
     FloatingPointError: for the first operation whose result is NaN; it names
       the line of the code.
   """
-  config = setup.complete(run_dir.read_config(workdir), workdir)
+  config = run_dir.load_config(workdir)
   if not 1 <= step <= config.total_steps:
     raise ValueError(
       f"{step=}: the run in {workdir} has the steps 1 to {config.total_steps}"

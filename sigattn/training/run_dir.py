@@ -1,6 +1,8 @@
 """The folder of a run: its name, its config, and whether the run is complete.
 
 config.json    the whole config that the run was started with, and FORMAT
+tokenizer.json the tokenizer of a language model, see
+               sigattn.data.kept_tokenizer
 metrics.jsonl  a line of metrics for every config.log.every_steps steps and for
                every evaluation
 checkpoints/   written by Orbax
@@ -25,11 +27,14 @@ import filelock
 import jax
 from ml_collections import ConfigDict
 
+from sigattn import tasks
+from sigattn.data import hub
 from sigattn.training import files, metrics, saved, setup
 
-# FORMAT increases whenever config keys or parameter paths change. A run of an
-# older version is then refused with a clear message, not with a missing key.
-FORMAT = 3
+# FORMAT increases whenever config keys, parameter paths or the files of a run
+# change. A run of an older version is then refused with a clear message, not
+# with a missing key.
+FORMAT = 4
 
 # Config keys, or their prefixes, that may change when a run is resumed.
 _CHANGEABLE = (
@@ -85,12 +90,18 @@ class RunDir:
   def __enter__(self) -> Self:
     """Validates the path and the run in the folder, and that it is not locked.
 
-    Raises ValueError for a path that validate_path refuses, a folder with a run
-    of another config, and a folder in which another process trains.
+    Raises ValueError for a path that validate_path refuses, a file, a folder
+    inside of the data, a folder with a run of another config, and a folder in
+    which another process trains.
     """
     if self._workdir is None:
       return self
     validate_path(self._workdir)
+    if pathlib.Path(self._workdir).is_file():
+      raise ValueError(
+        f"workdir={str(self._workdir)!r}; is a file, not a folder"
+      )
+    _validate_outside_of_the_data(self._workdir, self._config)
     try:
       if (pathlib.Path(self._workdir) / "lock").exists():
         self._take()
@@ -101,7 +112,7 @@ class RunDir:
     return self
 
   def begin(self) -> None:
-    """Creates the folder and writes config.json.
+    """Creates the folder and writes what the task keeps, then config.json.
 
     Raises ValueError as __enter__ does, and if the folder cannot be written.
     """
@@ -118,6 +129,8 @@ class RunDir:
     if jax.process_index():
       return  # the first process writes it
     try:
+      if (keeps := _keeps(self._config)) and not _holds_run(folder):
+        keeps.write(self._config, folder)
       files.write_json(folder / "config.json", contents(self._config))
     except OSError as error:
       raise _not_writable(folder, error) from error
@@ -198,6 +211,21 @@ def validate_path(workdir: str | os.PathLike[str]) -> None:
   )
 
 
+def _validate_outside_of_the_data(workdir, config):
+  """Raises ValueError for a run that would read what it writes."""
+  data, folder = config.data, pathlib.Path(workdir).absolute().resolve()
+  sources = [("source", data.get("source"))]
+  sources += [("eval_source", data.get("eval_source"))]
+  sources += [("mixture", pair[0]) for pair in data.get("mixture", ())]
+  for key, source in sources:
+    path = source and hub.local(source, key)
+    if path and path.is_dir() and folder.is_relative_to(path.resolve()):
+      raise ValueError(
+        f"workdir={str(workdir)!r}; must not be in config.data.{key}="
+        f"{source!r}: the run would read what it writes"
+      )
+
+
 def validate_resumable(
   workdir: str | os.PathLike[str], config: ConfigDict
 ) -> None:
@@ -205,10 +233,28 @@ def validate_resumable(
 
   The config of the run may differ only in values that may change when a run is
   resumed, such as total_steps. The message names the first key that differs.
+  What the task keeps with the run, its tokenizer, must not differ.
   """
-  if (pathlib.Path(workdir) / "config.json").exists() or saved.steps(workdir):
-    old = setup.complete(read_config(workdir), workdir)
-    _compare(workdir, flatten(old), flatten(config))
+  if not _holds_run(workdir):
+    return
+  old = read_config(workdir)
+  setup.validate_saved(old, workdir)
+  _compare(workdir, flatten(old), flatten(config))
+  keeps = _keeps(config)
+  if keeps and (difference := keeps.difference(config, workdir)):
+    raise ValueError(
+      f"{workdir=} cannot be resumed: {difference}. To train on these texts "
+      "from the start, choose another workdir"
+    )
+
+
+def _holds_run(workdir):
+  folder = pathlib.Path(workdir)
+  return (folder / "config.json").exists() or bool(saved.steps(workdir))
+
+
+def _keeps(config):
+  return getattr(tasks.get(config.task), "KEEPS", None)
 
 
 def _compare(workdir, old, new):
@@ -238,11 +284,33 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
       has_steps = bool(saved.steps(workdir))
       there = "holds checkpoints, but no config" if has_steps else "no run here"
       raise ValueError(
-        f"{workdir=}: {there} ({path.name}: {reason})"
+        f"{workdir=}: {there} ({path.name}: {reason}){_runs_below(workdir)}"
       ) from error
     metrics.log(f"{path}: {reason}; its copy in {copy} is used")
   validate_format(contents.get("format", 1), workdir)
   return ConfigDict(contents["config"]).lock()
+
+
+def _runs_below(workdir):
+  folder = pathlib.Path(workdir)
+  found = [*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]
+  if not found:
+    return ""
+  shown = ", ".join(str(path.parent) for path in sorted(found)[:5])
+  return f"; runs below it: {shown}{', ...' * (len(found) > 5)}"
+
+
+def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
+  """The config by which a run is used: that of read_config, validated.
+
+  It names the tokenizer that the run keeps, not the one that it began with.
+  Raises ValueError as read_config does, if the config is not one of this
+  version, and if the tokenizer is missing.
+  """
+  config = read_config(workdir)
+  setup.validate_saved(config, workdir)
+  keeps = _keeps(config)
+  return keeps.used(config, workdir) if keeps else config
 
 
 def contents(config: ConfigDict) -> dict[str, Any]:
@@ -315,7 +383,7 @@ def folder_name(text: str) -> str:
 
 
 _SAFE = str.maketrans("[]*?\\", "()---")
-_LONGEST_NAME = 200  # bytes; file systems allow 255
+_LONGEST_NAME = 80  # bytes
 
 
 def default(

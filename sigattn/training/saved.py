@@ -51,13 +51,9 @@ def damage(workdir: str | os.PathLike[str], step: int) -> str:
   Files that training does not need may be damaged: metrics, and the copy of the
   config.
   """
-  path = folder(workdir, step)
-  if not files.is_sealed(path):
-    with contextlib.suppress(ValueError):
-      if "sealed" not in metadata(path):
-        return ""  # saved by a version that had no checksums
   return files.damage(
-    path, lambda file: not file.startswith(("metrics/", "config/"))
+    folder(workdir, step),
+    lambda file: not file.startswith(("metrics/", "config/")),
   )
 
 
@@ -97,9 +93,7 @@ def results(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
   """The evaluation in a checkpoint; empty if there is none or it is damaged."""
   path = folder(workdir, step)
   try:
-    if files.is_sealed(path) and (
-      why := files.damage(path, lambda file: file == "metrics/metrics")
-    ):
+    if why := files.damage(path, lambda file: file == "metrics/metrics"):
       raise ValueError(why)
     found = json.loads((path / "metrics" / "metrics").read_bytes())
     return {name: float(value) for name, value in found.items()}
@@ -108,17 +102,9 @@ def results(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
     return {}
 
 
-def log_state(
-  workdir: str | os.PathLike[str], step: int
-) -> dict[str, Any] | None:
-  """The state of the StepLog in a whole checkpoint.
-
-  None if an older version, which saves none, wrote the checkpoint.
-  """
-  try:
-    return json.loads((folder(workdir, step) / _LOG).read_bytes())
-  except FileNotFoundError:
-    return None
+def log_state(workdir: str | os.PathLike[str], step: int) -> dict[str, Any]:
+  """The state of the StepLog in a whole checkpoint."""
+  return json.loads((folder(workdir, step) / _LOG).read_bytes())
 
 
 def config(

@@ -17,15 +17,15 @@ from ml_collections import ConfigDict
 from sigattn import pretrained, tasks, validate
 from sigattn.data import loader
 from sigattn.training import mesh, optim, saved, transfer
-from sigattn.validate import added, choice, flag, text, whole
+from sigattn.validate import choice, flag, text, whole
 
 MAX_STEPS = 10**9  # Devices count steps in int32.
 
 FIELDS = {
   "task": choice(tasks.TASKS),
   "total_steps": whole(low=1, high=MAX_STEPS),
-  "optim.non_finite": added(choice(("raise", "skip")), before="raise"),
-  "optim.max_skipped": added(whole(low=1, high=MAX_STEPS), before=10),
+  "optim.non_finite": choice(("raise", "skip")),
+  "optim.max_skipped": whole(low=1, high=MAX_STEPS),
   "eval.every_steps": whole(low=0, high=MAX_STEPS),
   "ckpt.every_steps": whole(low=0, high=MAX_STEPS),
   "ckpt.keep": whole(low=1, high=MAX_STEPS),
@@ -66,8 +66,18 @@ def _run_of_init_from_fits(config):
       f"config.init_from={folder!r}; needs the config of a run: {path.name}: "
       f"{error}"
     ) from error
-  theirs = complete(ConfigDict(theirs), folder)
+  theirs = ConfigDict(theirs)
+  validate_saved(theirs, folder)
+  keeps = getattr(tasks.get(theirs.task), "KEEPS", None)
+  if keeps:
+    theirs = keeps.used(theirs, folder)
   transfer.names(config, shapes(config), theirs, shapes(theirs))
+  if keeps and (difference := keeps.difference(config, folder)):
+    raise ValueError(
+      f"config.init_from={folder!r}: {difference}; "
+      f"--config.data.tokenizer={os.path.join(folder, 'tokenizer.json')} uses "
+      "its tokenizer"
+    )
 
 
 RULES = (_best_metric_of_the_task,)
@@ -103,24 +113,18 @@ def validate_config(config: ConfigDict) -> None:
   validate.fields(config, *tables(config.task))
 
 
-def complete(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
-  """A run's saved config with every field that this version reads, locked.
+def validate_saved(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
+  """Raises ValueError if a run's saved config is not one of this version.
 
-  A field that is newer than the run gets the value that the run used.
-  Raises ValueError if another field is missing, and for a wrong value. workdir:
-  the folder of the run, which the error names.
+  workdir: the folder of the run, which the error names.
   """
-  config = config.copy_and_resolve_references().unlock()
   try:
     validate.fields(config, {"task": FIELDS["task"]})
-    table, _ = tables(config.task)
-    validate.complete(config, table)
-    validate.fields(config, table)
+    validate.fields(config, tables(config.task)[0])
   except ValueError as error:
     raise ValueError(
       f"{workdir=}: the saved config is not one of this version: {error}"
     ) from error
-  return config.lock()
 
 
 def init(
@@ -163,10 +167,9 @@ def graphdef(
   """
   model = _abstract(config)
   if devices is not None and devices.size > 1:
-    exchange = config.mesh.exchange if "mesh" in config else "ring"
     for _, module in nnx.iter_modules(model):
       if hasattr(module, "attention_fn"):
-        module.attention_fn = mesh.attention_fn(devices, exchange)
+        module.attention_fn = mesh.attention_fn(devices, config.mesh.exchange)
   return nnx.graphdef(model)
 
 

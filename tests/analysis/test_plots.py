@@ -48,3 +48,20 @@ def test_figures_show_every_head():
   image = np.zeros((8, 8, 3), np.uint8)
   figure = plots.overlays(image, weights.reshape(5, 4, 2, 2))
   assert [len(ax.images) for ax in figure.axes] == 5 * [1, 2, 2, 2, 2]
+
+
+def test_curves_of_the_same_groups_look_alike_in_any_order():
+  run = [{"step": 1, "split": x, "loss": 1.0} for x in ("train", "test")]
+
+  def drawn(*labels):
+    figure = plots.curve({label: [run] for label in labels}, "loss")
+    return {
+      line.get_label(): (line.get_color(), line.get_linestyle())
+      for line in figure.axes[0].lines
+    }
+
+  one = drawn("a", "b")
+  assert one == drawn("b", "a")
+  assert one["a (test)"] == one["a (train)"] == ("C0", "-")
+  assert one["b (test)"] == ("C1", "--")
+  assert [*drawn("a" * 200)] == ["train", "test"]

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import decode
+from sigattn.data import text
 from sigattn.inference import engine
 from tests.tasks import small_lm
 
@@ -19,7 +20,7 @@ def test_a_row_of_a_small_model_counts_the_bytes_that_a_step_reads(is_paged):
   model = config.model
   attention = 4 * model.width**2
   mlp = 3 * model.width * model.mlp_dim
-  matrices = 2 * (attention + mlp) + config.data.vocab_size * model.width
+  matrices = 2 * (attention + mlp) + text.vocab_size(config) * model.width
   # Two arrays of keys and values in each of two layers, 22 tokens of each row.
   cache = 2 * 2 * 3 * 22 * model.width
   bytes_ = 4 * (matrices + cache)

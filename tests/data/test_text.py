@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import datasets
 import numpy as np
@@ -132,6 +133,7 @@ def test_bpe_is_trained_saved_and_counts_bytes(tmp_path):
   command += [f"--source={source}", f"--out={out}"]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert "bpe.json: 270 tokens" in done.stdout, done.stderr
+  assert "not reached" not in done.stdout
   bpe = tokenizers.File(out, 270)
   assert bpe.size == 270
   [ids] = bpe.encode([texts[0]])
@@ -143,6 +145,19 @@ def test_bpe_is_trained_saved_and_counts_bytes(tmp_path):
   assert bpe.decode(bpe.encode([other])[0]) == other
   with pytest.raises(ValueError, match="is no tokenizer"):
     tokenizers.File(source, 270)
+
+
+@pytest.mark.parametrize(
+  ("out", "said"), [("no/a.json", "there is no folder"), ("a.txt", "exists")]
+)
+def test_the_file_of_a_new_tokenizer_is_tried_first(out, said, tmp_path):
+  (tmp_path / "a.txt").write_text("mine")
+  options = types.SimpleNamespace(
+    source="/no/source", size=300, out=str(tmp_path / out)
+  )
+  with pytest.raises(ValueError, match=f"--out=.*: {said}"):
+    train_tokenizer.run(options)
+  assert (tmp_path / "a.txt").read_text() == "mine"
 
 
 def test_an_id_beyond_the_vocabulary_is_refused_before_arrays_are_made(
@@ -446,8 +461,33 @@ def test_another_text_can_be_evaluated(tmp_path):
     assert text.tokenizer(config).decode(ids[ids >= 0]).endswith(last)
 
 
+def test_files_that_are_not_utf_8_are_named_and_skipped(tmp_path, monkeypatch):
+  for i in range(4):
+    (tmp_path / f"{i}.txt").write_text(f"naïve cat {i}")
+  (tmp_path / "2.txt").write_bytes("café".encode("latin1"))
+  (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xe9"}\n')
+  skipped = []
+  monkeypatch.setattr(text.logging, "warning", lambda *x: skipped.append(x[-1]))
+  origin = text._Origin(str(tmp_path), "train")
+  corrupt = text._Corrupt(max_share=0.5, at_least=4)
+  found = list(text._DocumentIterator(origin, False, corrupt))
+  assert found == ["naïve cat 0", "naïve cat 1", "naïve cat 3", "one"]
+  assert [x.partition(": is no")[0] for x in skipped] == [
+    f"{tmp_path / '2.txt'}: byte 3, 0xe9",
+    f"{tmp_path / 'a.jsonl'}: line 2, 0xe9",
+  ]
+  for call in (
+    lambda: list(text.documents(str(tmp_path), "train", "text")),
+    lambda: text._whole(str(tmp_path / "2.txt")),
+  ):
+    with pytest.raises(ValueError, match=r"2\.txt: byte 3, 0xe9: .*iconv"):
+      call()
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "folder"])
-def test_a_stream_gets_a_held_out_part_without_a_second_file(name, tmp_path):
+def test_a_stream_gets_a_held_out_part_without_a_second_file(
+  name, tmp_path, caplog
+):
   texts = [f"document {i % 150}" for i in range(300)]  # each of them twice
   if name == "folder":
     (tmp_path / name).mkdir()
@@ -464,6 +504,7 @@ def test_a_stream_gets_a_held_out_part_without_a_second_file(name, tmp_path):
   assert sorted(train + test) == sorted(texts)
   assert not set(train) & set(test)
   assert 2 <= len(test) <= 40
+  assert f"{len(test)} of {len(texts)} documents are held out" in caplog.text
   batches = fetched(config, 20)
   assert {x for _, x in texts_of(rows_of(batches))} <= set(train)
 

@@ -184,7 +184,7 @@ def test_a_file_that_was_stopped_goes_on_with_the_same_texts(
   [
     ("{'prompt': 1}", "no JSON"),
     ("", "no JSON"),
-    ("[1]", "JSON object"),
+    ("[1]", "must be an object such as"),
     ('{"text": "a"}', 'no field "prompt"'),
     ('{"prompt": 3}', "prompt=3; must be a string"),
     ('{"prompt": "a", "tokens": 3}', "'tokens'"),

@@ -6,6 +6,7 @@ import numpy as np
 
 from configs import lm_sigmoid
 from sigattn import tasks
+from sigattn.data import text
 
 
 def config(**values):
@@ -53,6 +54,6 @@ def batch(config):
   rng = np.random.default_rng(0)
   shape = config.batch_size, config.data.length + 1
   segment = 1 + (np.arange(shape[1]) >= rng.integers(5, 20, (shape[0], 1)))
-  token = rng.integers(0, config.data.vocab_size, shape)
+  token = rng.integers(0, text.vocab_size(config), shape)
   token[:, -2:], segment[:, -2:] = -1, 0
   return {"token": token.astype(np.int32), "segment": segment.astype(np.int32)}

@@ -1,0 +1,73 @@
+"""The tokenizer that a run keeps in its folder, as tokenizer.json.
+
+With config.data.tokenizer="characters" it holds the alphabet of the texts, with
+the name of a file a copy of that file, and with "bytes" there is none. So a run
+does not change with its source, and generates texts without it.
+"""
+
+import os
+import pathlib
+
+from ml_collections import ConfigDict
+
+from sigattn.data import text, token_files, tokenizers
+
+_SHOWN = 20  # characters that an error names
+
+
+def _path(workdir):
+  return pathlib.Path(workdir) / token_files.TOKENIZER
+
+
+def write(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
+  """Writes the config's tokenizer into the folder of a run that begins."""
+  content = text.tokenizer(config).content
+  if content is not None:
+    _path(workdir).write_bytes(content)
+
+
+def used(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
+  """The config with the tokenizer of the run's folder, locked.
+
+  Raises ValueError if the folder has none.
+  """
+  if config.data.tokenizer == "bytes":
+    return config
+  if not (path := _path(workdir)).is_file():
+    raise ValueError(
+      f"{workdir=}: holds no {path.name}, the tokenizer of the run"
+    )
+  config = config.copy_and_resolve_references()
+  config.data.tokenizer = str(path)
+  return config.lock()
+
+
+def difference(config: ConfigDict, workdir: str | os.PathLike[str]) -> str:
+  """How the config's tokenizer differs from the run's; "" if it does not."""
+  ours, path = text.tokenizer(config), _path(workdir)
+  name = f"config.data.tokenizer={config.data.tokenizer!r}"
+  if not path.is_file():
+    lost = (
+      f"{name}; there is no {path}: the run reads bytes, or the file is lost"
+    )
+    return "" if ours.content is None else lost
+  theirs = tokenizers.read(path, text.LARGEST_VOCABULARY)
+  if ours.content == theirs.content:
+    return ""
+  if isinstance(ours, tokenizers.Characters) and isinstance(
+    theirs, tokenizers.Characters
+  ):
+    what = _other_characters(set(ours.alphabet), set(theirs.alphabet))
+    return f"{name}; the texts have {what} than {path}, by which it was trained"
+  return f"{name}; differs from {path}, by which the run was trained"
+
+
+def _other_characters(ours, theirs):
+  parts = []
+  for word, some in (("more", ours - theirs), ("fewer", theirs - ours)):
+    if some:
+      shown = "".join(sorted(some))[:_SHOWN]
+      noun = "character" if len(some) == 1 else "characters"
+      dots = "..." if len(some) > _SHOWN else ""
+      parts.append(f"{len(some)} {noun} {word} ({shown!r}{dots})")
+  return " and ".join(parts)
