@@ -4,7 +4,8 @@
 # `config.init_from` names a folder with a model of transformers (Llama,
 # GPT-NeoX, ViT) or of timm, and a run starts from its parameters. Attention may
 # then be of another kind. Here a small model takes the place of a public one:
-# it is made with softmax and saved in Llama's form.
+# it is trained with softmax, on the same text as the runs below, and saved in
+# Llama's form.
 
 # %%
 import sys
@@ -104,7 +105,9 @@ for name in runs:
   axes.plot(
     [x["step"] for x in points], [x["loss"] for x in points], "o-", label=name
   )
-  print(f"{name}: {points[0]['loss']:.3f} to {points[-1]['loss']:.3f} nats")
+  first, last = points[0], points[-1]
+  print(f"{name}: {first['loss']:.3f} at step {first['step']}, ", end="")
+  print(f"{last['loss']:.3f} at step {last['step']}")
 axes.set(xlabel="step", ylabel="held-out loss, nats a character")
 axes.legend(fontsize="small")
 plt.show()
