@@ -50,7 +50,7 @@ def _warn_of_the_tokenizer(config):
   folder = pathlib.Path(config.init_from)
   if config.task == "lm" and not (folder / "tokenizer.json").is_file():
     logging.warning(
-      "%s has no tokenizer.json: the ids of config.data.tokenizer=%r must be "
-      "those that its model was trained with",
-      folder, config.data.tokenizer,
-    )  # fmt: skip
+      "config.init_from has no tokenizer.json: the ids of config.data.tokenizer"
+      "=%r must be those that its model was trained with",
+      config.data.tokenizer,
+    )
