@@ -129,6 +129,18 @@ def test_the_command_names_what_the_model_needs():
   assert "--config.attn.alibi=False" in said
 
 
+def test_a_field_of_another_group_is_named():
+  code, said = command(
+    "train.py", "--config=configs/lm_sigmoid.py:runlocal",
+    "--config.model.num_kv_heads=2",
+  )  # fmt: skip
+  assert code == 1
+  assert (
+    "config.model has no field 'num_kv_heads'; did you mean "
+    "config.attn.num_kv_heads?\n" in said
+  )
+
+
 def test_a_softmax_model_goes_on_with_sigmoid_and_is_saved(tmp_path, capsys):
   text = tmp_path / "a.txt"
   text.write_text("hello jello yellow fellow " * 30)
