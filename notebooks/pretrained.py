@@ -94,8 +94,8 @@ for name, run in runs.items():
 # %% [markdown]
 # The parameters were trained with other attention weights than those that
 # sigmoid makes of them. Before the first update the loss is therefore 2.390
-# nats a character, and 2.315 with softmax. After 60 updates it is 2.271 with sigmoid
-# and 2.248 with softmax; from random parameters it is 2.522.
+# nats a character, and 2.315 with softmax. After 60 updates it is 2.271 with
+# sigmoid and 2.248 with softmax; from random parameters it is 2.522.
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
