@@ -80,6 +80,10 @@ def train(
     enter(jax.transfer_guard("disallow"))  # no copy to a device is implicit
     finished = run_dir.done(workdir, total)
     compiled = set()  # shapes of a batch
+    if not start and config.init_from is not None:
+      # What the loaded parameters can do before they are trained.
+      results = evaluator(step.evaluated(config, state), eval_batches)
+      log.evaluation(0, split, results)
 
     for i in range(start, total + 1):
       last, stopping = i == total, stop.at(i)

@@ -4,7 +4,8 @@
 # `config.init_from` names a folder with a model of transformers (Llama,
 # GPT-NeoX, ViT) or of timm, and a run starts from its parameters. Attention may
 # then be of another kind. Here a small model takes the place of a public one:
-# it is made with softmax and saved in Llama's form.
+# it is trained with softmax, on the same text as the runs below, and saved in
+# Llama's form.
 
 # %%
 import sys
@@ -92,8 +93,9 @@ for name, run in runs.items():
 
 # %% [markdown]
 # The parameters were trained with other attention weights than those that
-# sigmoid makes of them. The model is nevertheless soon far ahead of one from
-# random parameters, and near to the one that kept softmax.
+# sigmoid makes of them. Before the first update the loss is therefore 2.390
+# nats a character, and 2.315 with softmax. After 60 updates it is 2.271 with
+# sigmoid and 2.248 with softmax; from random parameters it is 2.522.
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
@@ -104,7 +106,9 @@ for name in runs:
   axes.plot(
     [x["step"] for x in points], [x["loss"] for x in points], "o-", label=name
   )
-  print(f"{name}: {points[0]['loss']:.3f} to {points[-1]['loss']:.3f} nats")
+  first, last = points[0], points[-1]
+  print(f"{name}: {first['loss']:.3f} at step {first['step']}, ", end="")
+  print(f"{last['loss']:.3f} at step {last['step']}")
 axes.set(xlabel="step", ylabel="held-out loss, nats a character")
 axes.legend(fontsize="small")
 plt.show()

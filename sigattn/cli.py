@@ -246,11 +246,23 @@ def _unknown_field(argv):
     for key in path.split("."):
       keys = list(node.keys()) if hasattr(node, "keys") else []
       if key not in keys:
-        nearest = difflib.get_close_matches(key, keys, 1)
-        hint = f"; did you mean {above}.{nearest[0]}?" if nearest else ""
+        near = difflib.get_close_matches(key, keys, 1)
+        near = _with_leaf(config, path) or [f"{above}.{x}" for x in near]
+        hint = f"; did you mean {near[0]}?" if near else ""
         return f"{above} has no field {key!r}{hint}"
       node, above = node[key], f"{above}.{key}"
   return ""
+
+
+def _with_leaf(config, path):
+  """The fields, in whatever group, whose last key is that of the path."""
+  leaf = path.split(".")[-1]
+  groups = {"config": config} | {
+    f"config.{key}": value
+    for key, value in config.items()
+    if hasattr(value, "keys")
+  }
+  return [f"{name}.{leaf}" for name, group in groups.items() if leaf in group]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

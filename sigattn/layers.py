@@ -152,7 +152,10 @@ class SelfAttention(nnx.Module):
     _choose("qk_norm", qk_norm, QK_NORMS)
     _check_logit_bias(kind, logit_bias, learn_logit_bias)
     if kind == "softmax" and normalize:
-      raise ValueError(f"{normalize=}; must be False where {kind=}")
+      raise ValueError(
+        f"{normalize=}; must be False where {kind=}: set config.attn.normalize="
+        "False"
+      )
     if row_power and not is_causal:
       raise ValueError(f"{row_power=}; must be 0 where {is_causal=}")
     if row_power and window is not None:

@@ -5,6 +5,8 @@ tests/references/make.py made the models and the outputs.
 
 import json
 import pathlib
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,10 +17,11 @@ import numpy as np
 import pytest
 import safetensors.flax
 import safetensors.numpy
+import tokenizers
 
 from configs import lm_sigmoid, vit, vit_sigmoid
 from sigattn import pretrained
-from sigattn.training import checkpoint, setup
+from sigattn.training import checkpoint, metrics, setup
 from train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -49,8 +52,12 @@ def initial(config):
   return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
 
 
+def started(config):
+  return pretrained.start(config, initial(config)).params
+
+
 def loaded(config):
-  params = pretrained.start(config, initial(config))
+  params = started(config)
   return setup.model(config, jax.tree.map(jnp.asarray, params))
 
 
@@ -69,7 +76,7 @@ def test_loaded_models_compute_what_theirs_do(name):
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "vit"])
 def test_saved_models_are_theirs_bit_for_bit(name, tmp_path):
   config = make(name)
-  params = pretrained.start(config, initial(config))
+  params = started(config)
   pretrained.save(config, params, tmp_path / "saved")
   ours, theirs = (
     safetensors.numpy.load_file(folder / "model.safetensors")
@@ -96,7 +103,7 @@ def test_several_files_and_bfloat16_are_read(tmp_path):
       folder / f"model-0000{i + 1}-of-00002.safetensors",
     )
   config = make("llama", init_from=str(folder))
-  params = pretrained.start(config, initial(config))
+  params = started(config)
   wanted = np.asarray(tensors["model.embed_tokens.weight"])
   np.testing.assert_allclose(params["embed"], wanted, rtol=2**-8)
   assert params["embed"].dtype == np.float32
@@ -122,7 +129,19 @@ def test_the_command_names_what_the_model_needs():
   assert "--config.attn.alibi=False" in said
 
 
-def test_a_softmax_model_goes_on_with_sigmoid_and_is_saved(tmp_path):
+def test_a_field_of_another_group_is_named():
+  code, said = command(
+    "train.py", "--config=configs/lm_sigmoid.py:runlocal",
+    "--config.model.num_kv_heads=2",
+  )  # fmt: skip
+  assert code == 1
+  assert (
+    "config.model has no field 'num_kv_heads'; did you mean "
+    "config.attn.num_kv_heads?\n" in said
+  )
+
+
+def test_a_softmax_model_goes_on_with_sigmoid_and_is_saved(tmp_path, capsys):
   text = tmp_path / "a.txt"
   text.write_text("hello jello yellow fellow " * 30)
   config = make(
@@ -135,26 +154,43 @@ def test_a_softmax_model_goes_on_with_sigmoid_and_is_saved(tmp_path):
     },
   )  # fmt: skip
   state = train(config, tmp_path / "run")
-  start = pretrained.start(config, initial(config))
+  said = capsys.readouterr().out
+  assert f"{REFERENCES / 'llama'}: llama, 12 arrays" in said
+  assert "initial values: stack/blocks/attn/logit_bias" in said
+  first = metrics.read(tmp_path / "run")[0]
+  assert (first["step"], first["split"]) == (0, "test")
+  start = started(config)
   for tree in (state.params, state.ema):
     np.testing.assert_allclose(tree["embed"], start["embed"], atol=1e-5)
   bias_LN = state.params["stack"]["blocks"]["attn"]["logit_bias"]
   np.testing.assert_allclose(bias_LN, -np.log(16), atol=1e-4)
   config.total_steps = 2  # this run starts from the checkpoint
   assert int(train(config, tmp_path / "run").step) == 2
-  with pytest.raises(ValueError, match=r"llama: config\.attn\.kind='sigmoid'"):
+  with pytest.raises(
+    ValueError,
+    match=r"is llama: config\.attn\.kind='sigmoid', not 'softmax'\. ",
+  ):
     pretrained.save(config, state.params, tmp_path / "out")
   assert not (tmp_path / "out").exists()
+
+
+def write_tokenizer(path):
+  """A tokenizer of the letters of the text below."""
+  names = ["<|endoftext|>", *" \nefhjlowy"]
+  vocabulary = {name: i for i, name in enumerate(names)}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+  tokenizer.save(str(path))
 
 
 def test_a_run_is_exported_and_read_again(tmp_path):
   text = tmp_path / "a.txt"
   text.write_text("hello jello yellow fellow " * 30)
+  write_tokenizer(tmp_path / "letters.json")
   config = make(
     "gpt_neox",
     **{
-      "data.source": str(text), "data.tokenizer": "characters",
-      "batch_size": 2, "total_steps": 1,
+      "data.source": str(text), "batch_size": 2, "total_steps": 1,
+      "data.tokenizer": str(tmp_path / "letters.json"),
     },
   )  # fmt: skip
   train(config, tmp_path / "run")
@@ -163,15 +199,21 @@ def test_a_run_is_exported_and_read_again(tmp_path):
     "-m", "sigattn", "export", f"--workdir={tmp_path / 'run'}", f"--out={out}"
   )
   assert code == 0, said
+  assert said.startswith(f"{out}: the model of step 1\n"), said
+  assert not re.search(r"^I\d{4} ", said, re.MULTILINE), said  # Orbax says it
   config.init_from = out
-  again = pretrained.start(config, initial(config))
+  again = started(config)
   _, params, _ = checkpoint.load(tmp_path / "run")
   jax.tree.map(np.testing.assert_array_equal, again, jax.device_get(params))
+  # Characters have other ids than the tokenizer of the folder.
+  config.data.tokenizer = "characters"
+  with pytest.raises(ValueError, match=rf"tokenizer={out}/tokenizer\.json$"):
+    setup.validate_config(config)
 
 
 def test_another_number_of_classes_gets_a_new_head():
   config = make("timm", **{"data.num_classes": 7})
-  params = pretrained.start(config, initial(config))
+  params = started(config)
   assert params["head"]["kernel"].shape == (8, 7)
   assert not params["head"]["kernel"].any()
   assert params["position"].any()
@@ -197,9 +239,12 @@ def altered(tmp_path, **changes):
       {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
       r"rope_type='llama3'; must be one of \['default'\]",
     ),
-    ({"num_hidden_layers": 3}, r"has no tensor 'model\.layers\.2"),
-    ({"num_hidden_layers": 1}, r"tensors not known: \['model\.layers\.1"),
-    ({"intermediate_size": 20}, r"has the shape \(24, 16\), not that of"),
+    ({"num_hidden_layers": 3}, r"disagree: .* no tensor 'model\.layers\.2"),
+    ({"num_hidden_layers": 1}, r"disagree: not known are \['model\.layers\.1"),
+    (
+      {"intermediate_size": 20},
+      r"disagree: .*\(24, 16\), which does not fit .*\(16, 20\)",
+    ),
   ],
 )
 def test_a_model_that_ours_cannot_be_is_refused(change, message, tmp_path):
@@ -209,7 +254,7 @@ def test_a_model_that_ours_cannot_be_is_refused(change, message, tmp_path):
     config = make("llama")
     config.update_from_flattened_dict(pretrained.values(folder))
     config.init_from = str(folder)
-    pretrained.start(config, initial(config))
+    started(config)
 
   with pytest.raises(ValueError, match=message):
     read()
@@ -225,10 +270,28 @@ def test_a_missing_head_is_not_taken_for_a_tied_one(tmp_path):
     if tied:
       config = make("llama", **pretrained.values(folder))
       config.init_from = str(folder)
-      assert "head" not in pretrained.start(config, initial(config))
+      assert "head" not in started(config)
       continue
     with pytest.raises(ValueError, match=r"no tensor 'lm_head\.weight', and"):
       pretrained.values(folder)
+
+
+def test_the_error_has_all_flags_of_an_image_model(tmp_path):
+  folder = tmp_path / "vit"
+  shutil.copytree(REFERENCES / "vit", folder)
+  (folder / "preprocessor_config.json").write_text(
+    json.dumps({"image_mean": [0.5, 0.5, 0.4], "image_std": [0.5, 0.5, 0.6]})
+  )
+  config = vit_sigmoid.get_config("runlocal")
+  config.init_from = str(folder)
+  with pytest.raises(ValueError, match="whose model needs") as caught:
+    setup.validate_config(config)
+  words = shlex.split(str(caught.value).split("needs: ")[1])
+  assert "--config.data.mean=(0.5, 0.5, 0.4)" in words
+  assert "--config.data.std=(0.5, 0.5, 0.6)" in words
+  assert words[-1] == "--config.data.num_classes=3"
+  with pytest.raises(ValueError, match=r"use configs/vit_sigmoid\.py"):
+    setup.validate_config(make("llama", init_from=str(folder)))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
@@ -236,6 +299,16 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
   config.init_from = str(tmp_path)
   with pytest.raises(ValueError, match=r"init_from='.*'; needs a config\.json"):
     setup.validate_config(config)
+  shutil.copy(REFERENCES / "vit" / "config.json", tmp_path)
+  (tmp_path / "pytorch_model.bin").touch()
+  for folder, message in (
+    ("google/vit-tiny", r"no such folder.*hf download NAME --local-dir"),
+    (tmp_path / "config.json", rf"is a file; give its folder, '{tmp_path}'"),
+    (tmp_path, r"has pytorch_model\.bin.*again with save_pretrained"),
+  ):
+    config.init_from = str(folder)
+    with pytest.raises(ValueError, match=message):
+      setup.validate_config(config)
   config.init_from = str(REFERENCES / "llama")
   with pytest.raises(
     ValueError, match=r"of the task 'lm', not of config\.task"

@@ -4,13 +4,18 @@
 
 Models with softmax attention fit whose layers are those of Llama, GPT-NeoX or
 ViT; for others the error says what differs. `from_pretrained` of transformers
-reads the folder.
+reads the folder. A tokenizer.json of the run is copied; ids of special tokens
+and settings of generation are not written.
 """
 
+import pathlib
+import shutil
+
 from absl import flags
+from ml_collections import ConfigDict
 
 from sigattn import pretrained
-from sigattn.training import checkpoint
+from sigattn.training import checkpoint, metrics
 
 
 def define_flags() -> None:
@@ -21,6 +26,21 @@ def define_flags() -> None:
 
 def run(options: flags.FlagValues) -> None:
   """Loads the run's checkpoint and saves its model."""
+  metrics.set_up_logs()
   config, params, step = checkpoint.load(options.workdir, options.step)
   pretrained.save(config, params, options.out)
   print(f"{options.out}: the model of step {step}")
+  if tokenizer := _tokenizer(config, options.workdir):
+    shutil.copyfile(tokenizer, pathlib.Path(options.out) / "tokenizer.json")
+    print(f"{options.out}: {tokenizer}")
+  elif config.task == "lm":
+    print(f"no tokenizer.json: it has {config.data.tokenizer!r}")
+
+
+def _tokenizer(config: ConfigDict, workdir: str) -> pathlib.Path | None:
+  """The file of the run's tokenizer, or None if it is not in a file."""
+  if config.task != "lm" or config.data.tokenizer in ("characters", "bytes"):
+    return None
+  copy = pathlib.Path(workdir) / "tokenizer.json"
+  given = pathlib.Path(config.data.tokenizer).expanduser()
+  return next((path for path in (copy, given) if path.is_file()), None)

@@ -11,20 +11,21 @@ attention. In a notebook:
   config.init_from = folder
 
 Llama, GPT-NeoX and ViT of transformers and the plain vit_* of timm are
-supported. families.py says what their tensors mean.
+supported. folder.py reads a folder, and families.py says what its tensors mean.
 """
 
 import json
 import os
 import pathlib
+import shlex
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
 from sigattn import layers
+from sigattn.pretrained import folder as folder_of
 from sigattn.pretrained.families import BLOCKS, FAMILIES
 from sigattn.validate import text, value_at
 
@@ -32,25 +33,34 @@ from sigattn.validate import text, value_at
 def _init_from_has_the_shape(config):
   if config.init_from is None or is_run(config.init_from):
     return
-  family, wanted = _read(config.init_from)
+  _, family, wanted, _ = folder_of.read(config.init_from)
   if family.task != config.task:
+    file = {"lm": "lm_sigmoid", "vit": "vit_sigmoid"}[family.task]
     raise ValueError(
       f"config.init_from={config.init_from!r}; is a model of the task "
-      f"{family.task!r}, not of config.task={config.task!r}"
+      f"{family.task!r}, not of config.task={config.task!r}: use "
+      f"configs/{file}.py"
     )
   given = _ours(config, wanted)
-  wrong = {
-    path: value
-    for path, value in wanted.items()
-    if given[path] != value and path != "data.num_classes"
-  }
-  if wrong:
-    path = next(iter(wrong))
-    raise ValueError(
-      f"config.{path}={value_at(config, path)!r}; must be {wrong[path]!r} for "
-      f"config.init_from={config.init_from!r}, whose model needs: "
-      + " ".join(f"--config.{path}={value}" for path, value in wrong.items())
+  flags = {path: x for path, x in wanted.items() if given[path] != x}
+  classes = flags.pop("data.num_classes", None)  # a new head may have others
+  # Another tokenizer.json may be a copy of theirs.
+  if given.get("data.tokenizer") not in ("characters", "bytes"):
+    flags.pop("data.tokenizer", None)
+  if not flags:
+    return
+  path = next(iter(flags))
+  message = (
+    f"config.{path}={value_at(config, path)!r}; must be {flags[path]!r} for "
+    f"config.init_from={config.init_from!r}, whose model needs: "
+    + " ".join(shlex.quote(f"--config.{x}={y}") for x, y in flags.items())
+  )
+  if classes is not None:
+    message += (
+      f" and, to keep its head of {classes} classes, "
+      f"--config.data.num_classes={classes}"
     )
+  raise ValueError(message)
 
 
 def is_run(folder: str) -> bool:
@@ -78,55 +88,14 @@ def _ours(config, paths):
   return given
 
 
-class _Tensors:
-  """The tensors of a folder's safetensors, which may be several files."""
-
-  def __init__(self, folder):
-    import safetensors
-
-    self.shapes, self._files = {}, {}
-    try:
-      for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
-        file = safetensors.safe_open(path, "flax")  # NumPy has no bfloat16.
-        for name in file.keys():  # noqa: SIM118, it is no dict
-          self._files[name] = file
-          self.shapes[name] = tuple(file.get_slice(name).get_shape())
-    except safetensors.SafetensorError as error:
-      raise ValueError(f"{path}: cannot be read: {error}") from error
-    if not self.shapes:
-      raise ValueError(f"{folder}: holds no *.safetensors")
-
-  def __getitem__(self, name):
-    return np.asarray(self._files[name].get_tensor(name)).astype(np.float32)
-
-
-def _read(folder):
-  """(Family, values) of the model in a folder."""
-  path = pathlib.Path(folder) / "config.json"
-  try:
-    theirs = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    reason = getattr(error, "strerror", None) or error
-    raise ValueError(
-      f"config.init_from={str(folder)!r}; needs a config.json and "
-      f"*.safetensors: {path.name}: {reason}"
-    ) from error
-  is_timm = str(theirs.get("architecture", "")).startswith("vit_")
-  kind = theirs.get("model_type", "timm" if is_timm else None)
-  if kind not in FAMILIES:
-    raise ValueError(
-      f"config.init_from={str(folder)!r}; has model_type={kind!r}, must be one "
-      f"of {sorted(set(FAMILIES) - {'timm'})}, or a vit_* of timm"
-    )
-  try:
-    values = FAMILIES[kind].values(theirs, _Tensors(folder).shapes)
-  except KeyError as error:
-    raise ValueError(
-      f"config.init_from={str(folder)!r}; its config or tensors lack {error}"
-    ) from error
-  except ValueError as error:
-    raise ValueError(f"config.init_from={str(folder)!r}; {error}") from error
-  return FAMILIES[kind], values
+def _ours(config, paths):
+  """The values of the config, with each None replaced by its meaning."""
+  given = {path: value_at(config, path) for path in paths}
+  if given.get("attn.num_kv_heads", 0) is None:
+    given["attn.num_kv_heads"] = config.model.num_heads
+  if given.get("model.norm_epsilon", 0) is None:
+    given["model.norm_epsilon"] = layers.EPSILONS[config.model.norm_kind]
+  return given
 
 
 def values(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -135,7 +104,7 @@ def values(folder: str | os.PathLike[str]) -> dict[str, Any]:
   Pass them to ConfigDict.update_from_flattened_dict. Raises ValueError for a
   folder without a model, and for a model that our config cannot describe.
   """
-  _, found = _read(folder)
+  found = folder_of.read(folder).values
   return {path: x for path, x in found.items() if x is not None}
 
 
@@ -154,44 +123,61 @@ def _tensors_of(family, values):
 _MAY_BE_NEW = ("attn/logit_bias",)
 
 
-def start(config: ConfigDict, params: Mapping[str, Any]) -> dict[str, Any]:
-  """The parameters of config.init_from, a nested dict of NumPy arrays.
+class Started(NamedTuple):
+  """What a run starts from.
+
+  kind: of the model: llama, gpt_neox, vit or timm. params: a nested dict of
+  NumPy arrays. fresh: the paths of those that keep their initial values.
+  """
+
+  kind: str
+  params: dict[str, Any]
+  fresh: list[str]
+
+
+def start(config: ConfigDict, params: Mapping[str, Any]) -> Started:
+  """Reads the parameters of config.init_from.
 
   params: the initial parameters. A trained logit bias keeps its initial value.
-  So does the head if the model has other classes. The log says so. Raises
-  ValueError for a tensor that is missing, has another shape or is not known.
+  So does the head if the model has other classes. Raises ValueError for a
+  tensor that is missing, has another shape or is not known.
   """
-  family, found = _read(config.init_from)
-  tensors, flat = _Tensors(config.init_from), flatten(params)
+  kind, family, found, tensors = folder_of.read(config.init_from)
+  flat = flatten(params)
   loaded = {path: np.array(x) for path, x in flat.items()}
   fresh, unknown = set(loaded), set(tensors.shapes)
   new_head = family.task == "vit" and (
     found["data.num_classes"] != config.data.num_classes
+  )
+  differ = (
+    f"config.init_from={config.init_from!r}; its config.json and its tensors "
+    "disagree"
   )
   for name, paths, entry, layer in _tensors_of(family, found):
     unknown.discard(name)
     if new_head and paths[0].startswith("head/"):
       continue
     if name not in tensors.shapes:
-      raise ValueError(f"{config.init_from}: has no tensor {name!r}")
+      raise ValueError(f"{differ}: there is no tensor {name!r}")
     for path, part in zip(paths, entry.load(tensors[name]), strict=True):
       if loaded[path][layer].shape != part.shape:
         raise ValueError(
-          f"{config.init_from}: {name} has the shape {tensors.shapes[name]}, "
-          f"not that of {path}, {loaded[path][layer].shape}"
+          f"{differ}: {name} has the shape {tensors.shapes[name]}, which does "
+          f"not fit {path}, {loaded[path][layer].shape}"
         )
       loaded[path][layer] = part
       fresh.discard(path)
   if unknown := sorted(x for x in unknown if not x.endswith(_BUFFERS)):
-    raise ValueError(f"{config.init_from}: tensors not known: {unknown[:10]}")
+    raise ValueError(f"{differ}: not known are {unknown[:10]}")
   allowed = {x for x in fresh if x.endswith(_MAY_BE_NEW)}
   if new_head:
     allowed |= {x for x in fresh if x.startswith("head/")}
   if fresh - allowed:
-    raise ValueError(f"{config.init_from}: lacks {sorted(fresh - allowed)}")
-  if fresh:
-    logging.warning("not in %s: %s", config.init_from, ", ".join(sorted(fresh)))
-  return nested(loaded)
+    raise ValueError(
+      f"config.init_from={config.init_from!r}; its model lacks "
+      f"{sorted(fresh - allowed)}"
+    )
+  return Started(kind, nested(loaded), sorted(fresh))
 
 
 # Tables of constants, which old versions of transformers also saved.
@@ -257,7 +243,7 @@ _REQUIRED_OF_ALL = {
 
 def _fitting(config):
   """(name, Family, values) of the family of the config's model."""
-  reasons = []
+  reasons = {}
   for name, required in _REQUIRED.items():
     family = FAMILIES[name]
     if family.task != config.task:
@@ -273,11 +259,23 @@ def _fitting(config):
         wrong.append(f"config.{path}={value!r}, not {choices}")
     if not wrong:
       return name, family, _ours(config, _paths(family))
-    reasons.append(f"{name}: {', '.join(wrong)}")
-  raise ValueError(
-    f"config.task={config.task!r}: no model of transformers that is known here "
-    "is like this one; " + "; ".join(reasons)
+    reasons[name] = wrong
+  if not reasons:
+    raise ValueError(
+      f"config.task={config.task!r}; only models of 'lm' and 'vit' can be "
+      "saved in the form of transformers"
+    )
+  nearest = min(reasons, key=lambda name: len(reasons[name]))
+  message = (
+    "this model is like none of transformers that is known here; the nearest "
+    f"is {nearest}: {', '.join(reasons[nearest])}"
   )
+  if config.attn.kind != "softmax":
+    message += (
+      f". transformers has no {config.attn.kind} attention; use `python -m "
+      "sigattn generate`, `python -m sigattn lm_eval` or eval.py on the run"
+    )
+  raise ValueError(message)
 
 
 def _paths(family):

@@ -1,11 +1,14 @@
 """Starts a run from the parameters that config.init_from names."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
+from absl import logging
 from ml_collections import ConfigDict
 
 from sigattn import pretrained
-from sigattn.training import checkpoint, transfer
+from sigattn.training import checkpoint, metrics, transfer
 from sigattn.training.step import State
 
 
@@ -14,7 +17,8 @@ def start(config: ConfigDict, state: State) -> State:
 
   config.init_from is a folder with a model of transformers or timm, or the
   folder of one of our runs. From a run it takes the newest checkpoint. If that
-  run evaluated an average of its parameters, it takes the average.
+  run evaluated an average of its parameters, it takes the average. The log says
+  what was loaded.
 
   state: the initial state. Raises ValueError as pretrained.start and
   checkpoint.load do.
@@ -23,12 +27,30 @@ def start(config: ConfigDict, state: State) -> State:
     return state
   params = jax.device_get(state.params)
   if pretrained.is_run(config.init_from):
-    theirs, their_params, _ = checkpoint.load(config.init_from)
-    loaded = transfer.take(config, params, theirs, jax.device_get(their_params))
+    theirs, their_params, step = checkpoint.load(config.init_from)
+    what = f"the run of {theirs.task} at step {step}"
+    loaded, fresh = transfer.take(
+      config, params, theirs, jax.device_get(their_params)
+    )
   else:
-    loaded = pretrained.start(config, params)
+    _warn_of_the_tokenizer(config)
+    what, loaded, fresh = pretrained.start(config, params)
+  count = len(jax.tree.leaves(loaded)) - len(fresh)
+  metrics.log(f"started from {config.init_from}: {what}, {count} arrays")
+  if fresh:
+    metrics.log(f"with their initial values: {', '.join(fresh)}")
   params = jax.tree.map(
     lambda old, new: jax.device_put(new, old.sharding), state.params, loaded
   )
   ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
   return state._replace(params=params, ema=ema)
+
+
+def _warn_of_the_tokenizer(config):
+  folder = pathlib.Path(config.init_from)
+  if config.task == "lm" and not (folder / "tokenizer.json").is_file():
+    logging.warning(
+      "config.init_from has no tokenizer.json: the ids of config.data.tokenizer"
+      "=%r must be those that its model was trained with",
+      config.data.tokenizer,
+    )

@@ -79,20 +79,18 @@ def _fits(path, shape, their_shape, encoder):
 
 def take(
   config: ConfigDict, params: Any, their_config: ConfigDict, theirs: Any
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
   """`params`, with those in `names` replaced by theirs, as NumPy arrays.
 
-  The log says which parameters keep their initial values.
+  Also returns the paths of those that keep their initial values.
   """
   taken = names(config, params, their_config, theirs)
   ours, theirs = flatten(params), flatten(theirs)
-  if fresh := sorted(ours.keys() - taken):
-    logging.warning("not in %s: %s", config.init_from, ", ".join(fresh))
   new = {path: np.asarray(x) for path, x in ours.items()}
   for path in taken:
     x = np.asarray(theirs[path])
     new[path] = x if x.shape == new[path].shape else _resized(x, new[path])
-  return nested(new)
+  return nested(new), sorted(ours.keys() - taken)
 
 
 def _resized(theirs_TD, ours_TD):

@@ -253,7 +253,7 @@ def test_positions_follow_the_class_token(data):
   before = numbered(theirs)["position"]
   for pool, expected in (("class", before), ("mean", before[1:])):
     ours.model.pool = pool
-    taken = transfer.take(ours, numbered(ours), theirs, numbered(theirs))
+    taken, _ = transfer.take(ours, numbered(ours), theirs, numbered(theirs))
     np.testing.assert_allclose(taken["position"], expected, rtol=1e-6)
   theirs.model.pool, ours.model.pool = "mean", "class"
   with pytest.raises(ValueError, match="class_token.*that run lacks it"):
