@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sigattn.kernels import device, numerics, segments
-from sigattn.kernels.problem import Operands, Problem
+from sigattn.kernels.problem import Operands, Problem, not_implemented
 from sigattn.kernels.triton import tiles
 from sigattn.kernels.triton.tiles import Tile
 
@@ -136,6 +136,8 @@ def common(direction: str, problem: Problem, precision: str) -> dict[str, Any]:
   from sigattn.kernels.triton import kernels
 
   activation, shapes = _activation(direction, problem), problem.shapes
+  if activation not in kernels.UNITS:
+    raise not_implemented(activation, "kernels/triton/kernels.py, UNITS")
   scales = _scales(activation, problem)
   left, right = problem.bounds
 
