@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from sigattn.kernels.problem import HOW_TO_ADD
 
-# The factor of a logit in the argument of _weights.
+# The factor of a logit in the argument of _weights, for each ACTIVATION.
 UNITS = {
   "tanh": 0.5, "exp": -1.4426950408889634, "relu": 1.0, "relu2": 1.0,
   "silu": 0.5, "exact_silu": -1.4426950408889634,

@@ -189,12 +189,13 @@ def _scales(activation, problem):
   # dz of tanh is four times that of sigmoid, so the headroom has two bits more
   # than Mosaic's. Values of do v^T up to 64 may meet a saturated weight.
   p_scale, d_z_scale = numerics.float16_scales(problem, headroom=11)
-  twice = {"tanh": 2.0}.get(activation, 1.0)
-  derivatives = {"tanh": 4.0, "silu": 2.0, "relu2": 0.5}.get(activation, 1.0)
-  sum_scale = 1 / (derivatives * d_z_scale * problem.normalizer)
+  # The constant factors that kernels._weights leaves in.
+  of_weights = {"tanh": 2.0}.get(activation, 1.0)
+  of_derivatives = {"tanh": 4.0, "silu": 2.0, "relu2": 0.5}.get(activation, 1.0)
+  sum_scale = 1 / (of_derivatives * d_z_scale * problem.normalizer)
   return dict(
     P_SCALE=p_scale,
-    OUT_SCALE=1 / (twice * p_scale * problem.normalizer),
+    OUT_SCALE=1 / (of_weights * p_scale * problem.normalizer),
     D_Z_SCALE=d_z_scale,
     D_Q_SCALE=sum_scale * problem.scale,
     SUM_SCALE=sum_scale,

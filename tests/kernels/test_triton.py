@@ -529,6 +529,7 @@ def test_the_fastest_tile_that_fits_what_it_was_timed_on(monkeypatch):
   "what",
   [
     "--cards 86 90 --widths 64 --examples causal short",
+    "--cards 90 --widths 64 --examples causal --kinds silu",
     # Decoding, with its gradient and with pages.
     "--cards 90 --widths 64 128 --examples token 16-tokens",
   ],
