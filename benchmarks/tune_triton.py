@@ -30,7 +30,12 @@ import jax
 from benchmarks.timing import milliseconds
 from sigattn.kernels import device
 from sigattn.kernels.differentiation import Sums
-from sigattn.kernels.problem import Operands, make_problem
+from sigattn.kernels.problem import (
+  ACTIVATIONS,
+  SIGNED,
+  Operands,
+  make_problem,
+)
 from sigattn.kernels.triton import decode, tiles
 from sigattn.kernels.triton.launch import FLOATS, INTEGERS, constants
 from sigattn.kernels.triton.tiles import (
@@ -178,19 +183,22 @@ EXAMPLES = {
 }
 
 
-def check(cards, dtypes, widths, passes, examples):
+def check(cards, dtypes, widths, passes, examples, kinds):
   """Prints the Resources of each tile. Returns False if one does not fit."""
   good = True
-  for capability, dtype, width, direction, name in itertools.product(
-    cards, dtypes, widths, passes, examples
+  for capability, dtype, width, direction, name, kind in itertools.product(
+    cards, dtypes, widths, passes, examples, kinds
   ):
     problem = EXAMPLES[name](width, dtype)
+    normalize = problem.normalize and kind not in SIGNED
+    problem = dataclasses.replace(problem, kind=kind, normalize=normalize)
     # The gradient of a few queries need not be fast.
     may_spill = direction != "forward" and decode.fits(problem)
     for what, chosen, needs in _needs(problem, direction, capability):
       good &= (fits := needs.fit(capability, may_spill))
       print(
         f"sm_{capability} {dtype:8} {width:3} {what:11} {name:10} "
+        f"{'' if what == 'softmax' else kind:8} "
         f"{' x '.join(map(str, chosen)):18} {needs.registers:3} registers, "
         f"{needs.spilled} B spilled, {needs.shared / 1024:.0f} KiB shared"
         f"{'' if fits else '  DOES NOT FIT'}",
@@ -360,11 +368,15 @@ def main():
     "--examples", nargs="+", default=EXAMPLES, choices=EXAMPLES,
     help="with --check: the problems that are compiled",
   )  # fmt: skip
+  parser.add_argument(
+    "--kinds", nargs="+", default=("sigmoid",), choices=ACTIVATIONS,
+    help="with --check: the kinds that are compiled",
+  )  # fmt: skip
   parser.add_argument("--processes", type=int, default=os.cpu_count() // 2)
   args = parser.parse_args()
   if args.check:
     given = args.cards, args.dtypes, args.widths, args.passes, args.examples
-    sys.exit(not check(*given))
+    sys.exit(not check(*given, args.kinds))
   short = max(args.lengths) <= SHORT
   if not short and min(args.lengths) <= SHORT:
     parser.error(f"--lengths: all of at most {SHORT}, or all of more")

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 ACTIVATIONS = ("sigmoid", "relu", "relu2", "silu")
+SIGNED = ("silu",)  # Their weights may be negative, so rows are not normalised.
+HOW_TO_ADD = "docs/kernels.md#how-to-add-a-kind-of-attention-an-activation"
 _FARTHEST = 2**30  # the largest query_offset
 _LONGEST = 2**29  # no window is longer where the lengths are not known
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -145,6 +147,13 @@ class Problem:
       words.append(f"query_offset{self.query_offset}")
     words += [k for k, v in self.shapes._asdict().items() if v is not None]
     return " ".join(words)
+
+
+def not_implemented(kind: str, file: str) -> ValueError:
+  """The error of a file that lacks a branch for a kind of ACTIVATIONS."""
+  return ValueError(
+    f"{kind=} is not implemented in {file}; {HOW_TO_ADD} says what a kind needs"
+  )
 
 
 def make_problem(
@@ -345,10 +354,10 @@ def _check_numbers(p):
     known = number is not None and not symbolic(number)
     if known and not math.isfinite(number):
       raise ValueError(f"{name}={number!r}; must be finite")
-  if p.normalize and p.kind == "silu":
+  if p.normalize and p.kind in SIGNED:
     raise ValueError(
-      "normalize=True; must be False with kind='silu', whose weights may be"
-      " negative"
+      f"normalize=True; must be False with kind={p.kind!r}, whose weights may "
+      "be negative"
     )
   if p.normalizer <= 0:
     raise ValueError(f"normalizer={p.normalizer!r}; must be > 0")

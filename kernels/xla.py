@@ -38,7 +38,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from sigattn.kernels import batching_and_sharding, differentiation, numerics
-from sigattn.kernels.problem import FLOATS, Operands, Problem
+from sigattn.kernels.problem import (
+  FLOATS,
+  Operands,
+  Problem,
+  not_implemented,
+)
 
 _TILE = 2**24  # weights computed at a time: 64 MiB in float32
 _MIN_BLOCK = 128  # keys; with fewer, overhead dominates
@@ -469,9 +474,11 @@ def _activation(z, problem):
     z = jnp.maximum(z, -1e30)  # -inf times 0 is not a number.
     half = lax.logistic(z)
     p, derivative = z * half, half * (1 + z * (1 - half))
-  else:
+  elif problem.kind == "relu2":
     p = jnp.maximum(z, 0)
     p, derivative = p * p, 2 * p
+  else:
+    raise not_implemented(problem.kind, "kernels/xla.py")
   if problem.normalizer == 1:
     return p, derivative
   return p / problem.normalizer, derivative / problem.normalizer

@@ -1,5 +1,6 @@
 """The documents: links, commands, the README's example and its numbers."""
 
+import ast
 import functools
 import importlib.util
 import inspect
@@ -19,6 +20,7 @@ from flax import nnx
 import sigattn
 from benchmarks import attention
 from sigattn import cli
+from sigattn.kernels import problem
 from sigattn.validate import value_at
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -206,9 +208,9 @@ def test_ci_runs_the_test_command_of_the_readme():
   assert block in (ROOT / ".ci" / "run").read_text()
 
 
-def rows_below(heading):
-  """The rows of the README's table whose heading begins with this text."""
-  text = README.read_text()
+def rows_below(heading, path=README):
+  """The rows of a document's table whose heading begins with this text."""
+  text = path.read_text()
   return text[text.index(heading) :].split("\n\n")[0].splitlines()[2:]
 
 
@@ -266,6 +268,74 @@ def test_the_readmes_losses_are_those_of_the_studies(heading):
   ]
   [line] = [x for x in rows_below("| held-out") if x.startswith(f"| {heading}")]
   assert [x.strip() for x in line.split("|")[2:-1]] == wanted
+
+
+def kinds_of_readme():
+  [row] = [x for x in rows_below("| argument |") if x.startswith("| `kind` |")]
+  return re.findall(r'`"(\w+)"`', row)
+
+
+def kinds_of_operation():
+  rows = rows_below("| kind | φ(z)", ROOT / "docs" / "operation.md")
+  return [row.split("|")[1].strip(' `"') for row in rows]
+
+
+def kinds_of_docstring():
+  text = inspect.getdoc(sigattn.dot_product_attention)
+  [table] = [x for x in text.split("\n\n") if x.startswith("kind ")]
+  return [line.split()[0] for line in table.splitlines()[1:]]
+
+
+def kinds_of_config():
+  text = (ROOT / "configs" / "common.py").read_text()
+  [line] = re.findall(r'kind="softmax",  # (.*)', text)
+  return re.split(r", | or ", line)
+
+
+@pytest.mark.parametrize(
+  "kinds",
+  [kinds_of_readme, kinds_of_operation, kinds_of_docstring, kinds_of_config],
+)
+def test_documents_name_every_kind(kinds):
+  assert sorted(kinds()) == sorted(sigattn.attention.KINDS)
+
+
+KERNELS = ROOT / "docs" / "kernels.md"
+
+
+def defined(path):
+  """The names in a Python file, with methods as Class.method."""
+  names = set()
+  for node in ast.parse(path.read_text()).body:
+    names |= {getattr(node, "name", None)}
+    for target in getattr(node, "targets", ()):
+      names |= {getattr(target, "id", None)}
+    if isinstance(node, ast.ClassDef):
+      names |= {f"{node.name}.{getattr(x, 'name', '')}" for x in node.body}
+  return names
+
+
+def section_about_kinds():
+  anchor = problem.HOW_TO_ADD.partition("#")[2]
+  assert anchor in anchors(KERNELS)
+  text = KERNELS.read_text().partition("## How to add a kind of attention")[2]
+  return text.partition("\n## ")[0]
+
+
+def test_the_places_of_a_kind_exist():
+  for row in rows_below("| place | must", KERNELS):
+    place = row.split("|")[1]
+    file, *names = re.findall(r"`([^`]+)`", place)
+    assert {*names} <= defined(ROOT / file), place
+    assert names, place
+
+
+def test_the_code_of_a_kind_is_that_of_the_files():
+  [diff] = fences(section_about_kinds(), "diff")
+  parts = re.findall(r"^--- (\S+), (\w+)\n((?:\+.*\n)+)", diff, re.MULTILINE)
+  assert len(parts) == diff.count("---")
+  for file, _, lines in parts:
+    assert re.sub(r"^\+", "", lines, flags=re.M) in (ROOT / file).read_text()
 
 
 def test_the_citation_has_the_version():

@@ -44,6 +44,8 @@ from sigattn.kernels.problem import Operands, Problem
 # these versions. registers.py lists the parts of jax that are used here and are
 # not public.
 TESTED_JAX = ("0.11.2",)
+# The kinds that weights.py computes.
+KINDS = ("sigmoid", "relu", "relu2", "silu")
 
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ def unsupported(problem: Problem) -> str:
   card = device.current()
   if card.capability != 90:
     return f"needs a Hopper GPU (9.0), device is {card.kind}"
+  if problem.kind not in KINDS:
+    return f"kind={problem.kind!r}; one of {KINDS}"
   if problem.dtype not in ("bfloat16", "float16"):
     return f"{problem.dtype} is not implemented"
   for name in logit_vectors.dense(problem):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sigattn.kernels.mosaic import registers
+from sigattn.kernels.problem import not_implemented
 
 _WGMMA = plgpu.Layout.WGMMA
 # Layouts of one number for each row, and of one for each column.
@@ -352,6 +353,8 @@ def weights(
     t = jnp.tanh(z)
     p = z * t + z
     return p, lambda: (0.5 + 0.5 * t) * (1 + z - z * t)
+  if form.kind != "sigmoid":
+    raise not_implemented(form.kind, "kernels/mosaic/weights.py")
   if form.tanh and in_output_unit:
     return 1 + z, None
   p = 0.5 * z + 0.5 if form.tanh else 1 / (1 + jnp.exp2(z))

@@ -23,13 +23,20 @@ compile time is a constexpr, lengths and strides included.
 
 import triton
 import triton.language as tl
+from sigattn.kernels.problem import HOW_TO_ADD
 
-# The factor of a logit in the argument of _weights.
+# The factor of a logit in the argument of _weights, for each ACTIVATION.
 UNITS = {
   "tanh": 0.5, "exp": -1.4426950408889634, "relu": 1.0, "relu2": 1.0,
   "silu": 0.5, "exact_silu": -1.4426950408889634,
   "softmax": 1.4426950408889634,  # only in decode_kernel.py
 }  # fmt: skip
+
+# The message if _weights lacks a branch for one of them.
+NOT_IMPLEMENTED = tl.constexpr(
+  "this activation is not implemented in kernels/triton/kernels.py, _weights; "
+  f"{HOW_TO_ADD} says what a kind needs"
+)
 
 
 @triton.jit
@@ -467,9 +474,11 @@ def _weights(
       tl.maximum(x, 0.0) * P_SCALE,
       tl.where(x > 0, D_Z_SCALE, 0.0),
     )
-  else:
+  elif ACTIVATION == "relu2":
     r = tl.maximum(x, 0.0)
     p, derivative = r * r * P_SCALE, r * D_Z_SCALE
+  else:
+    tl.static_assert(False, NOT_IMPLEMENTED)
   return p, derivative
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sigattn.kernels import device, numerics, segments
-from sigattn.kernels.problem import Operands, Problem
+from sigattn.kernels.problem import Operands, Problem, not_implemented
 from sigattn.kernels.triton import tiles
 from sigattn.kernels.triton.tiles import Tile
 
@@ -136,6 +136,8 @@ def common(direction: str, problem: Problem, precision: str) -> dict[str, Any]:
   from sigattn.kernels.triton import kernels
 
   activation, shapes = _activation(direction, problem), problem.shapes
+  if activation not in kernels.UNITS:
+    raise not_implemented(activation, "kernels/triton/kernels.py, UNITS")
   scales = _scales(activation, problem)
   left, right = problem.bounds
 
@@ -187,12 +189,13 @@ def _scales(activation, problem):
   # dz of tanh is four times that of sigmoid, so the headroom has two bits more
   # than Mosaic's. Values of do v^T up to 64 may meet a saturated weight.
   p_scale, d_z_scale = numerics.float16_scales(problem, headroom=11)
-  twice = {"tanh": 2.0}.get(activation, 1.0)
-  derivatives = {"tanh": 4.0, "silu": 2.0, "relu2": 0.5}.get(activation, 1.0)
-  sum_scale = 1 / (derivatives * d_z_scale * problem.normalizer)
+  # The constant factors that kernels._weights leaves in.
+  of_weights = {"tanh": 2.0}.get(activation, 1.0)
+  of_derivatives = {"tanh": 4.0, "silu": 2.0, "relu2": 0.5}.get(activation, 1.0)
+  sum_scale = 1 / (of_derivatives * d_z_scale * problem.normalizer)
   return dict(
     P_SCALE=p_scale,
-    OUT_SCALE=1 / (twice * p_scale * problem.normalizer),
+    OUT_SCALE=1 / (of_weights * p_scale * problem.normalizer),
     D_Z_SCALE=d_z_scale,
     D_Q_SCALE=sum_scale * problem.scale,
     SUM_SCALE=sum_scale,

@@ -30,6 +30,8 @@ from sigattn.kernels import batching_and_sharding, device, dispatch
 from sigattn.kernels.mosaic import host, reduce, registers, tiles
 from tests.kernels import cases, compare
 
+CASES = cases.CASES + cases.BLOCKS + cases.SMALL_WEIGHTS
+
 
 def _let_products_read_registers():
   """Copies a factor in registers to memory, as the interpreter requires."""
@@ -148,7 +150,7 @@ def main(width, backward, names):
   jax.config.update("jax_numpy_rank_promotion", "raise")  # as in conftest.py
   _let_products_read_registers()
   _pretend(backward)
-  table = {case.name: case for case in cases.CASES + cases.BLOCKS}
+  table = {case.name: case for case in CASES}
   wrong = False
   for name in names:
     name, _, dtype = name.partition(".")

@@ -14,7 +14,7 @@ import sigattn
 from benchmarks import tune_triton
 from sigattn.kernels import device, mosaic
 from sigattn.kernels.differentiation import Sums
-from sigattn.kernels.mosaic import blocks, dkv, host, tiles
+from sigattn.kernels.mosaic import blocks, dkv, host, tiles, weights
 from sigattn.kernels.problem import Operands
 from tests.kernels import cases, compare
 
@@ -249,6 +249,11 @@ def test_gradients_on_the_mesh_of_the_training_program():
     ),
     (90, {"shapes": Operands(mask=(1, 1, 1, 9))}, ""),
     (90, {"head_dim": 80}, "head_dim=80; one of [32, 64, 96, 128, 192, 256]"),
+    (
+      90,
+      {"kind": "new"},
+      "kind='new'; one of ('sigmoid', 'relu', 'relu2', 'silu')",
+    ),
     (90, {"dtype": "float32"}, "float32 is not implemented"),
     (80, {}, "needs a Hopper GPU (9.0), device is Testing"),
     (100, {}, "needs a Hopper GPU (9.0), device is Testing"),
@@ -260,6 +265,17 @@ def test_what_it_declines(capability, change, reason, monkeypatch):
   compare.use_only(monkeypatch, "mosaic", card)
   problem = dataclasses.replace(tune_triton.example(64, "bfloat16"), **change)
   assert mosaic.unsupported(problem) == reason
+
+
+def test_a_kind_without_a_branch_is_an_error():
+  form = host._form(tune_triton.example(64, "bfloat16"))
+  form = dataclasses.replace(form, kind="new", exact=False)
+  place = weights.Place(0, 0, True)
+  message = "kind='new' is not implemented in kernels/mosaic/weights.py; docs/"
+  with pytest.raises(ValueError, match=message):
+    weights.weights(
+      form, jnp.ones((64, 64)), 0.0, None, place, tuple, masked=False
+    )
 
 
 def test_it_declines_a_jax_that_it_was_not_tested_with(monkeypatch, caplog):

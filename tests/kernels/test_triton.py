@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from benchmarks import tune_triton
 from sigattn import attention
 from sigattn.kernels import device, differentiation, dispatch, numerics, xla
 from sigattn.kernels import triton as triton_attention
+from sigattn.kernels.problem import HOW_TO_ADD, Operands
 from sigattn.kernels.triton import decode, launch, tiles
 from tests.kernels import cases, compare
 
@@ -74,6 +76,26 @@ def test_interpreted_output_and_gradients(case, interpreter, monkeypatch):
     assert compare.error(actual[name], value) < 2e-6, name
 
 
+@pytest.mark.parametrize("has_unit", [False, True])
+def test_a_kind_without_a_branch_is_an_error(
+  has_unit, interpreter, monkeypatch
+):
+  from sigattn.kernels.triton import kernels
+
+  file = "kernels/triton/kernels.py"
+  message = f"'new' is not implemented in {file}, UNITS; {HOW_TO_ADD}"
+  if has_unit:
+    message = f"is not implemented in {file}, _weights; {HOW_TO_ADD}"
+    monkeypatch.setitem(kernels.UNITS, "new", 1.0)
+  x = jnp.ones((1, 20, 1, 8))
+  problem = tune_triton.example(8, "float32", length=20)
+  problem = dataclasses.replace(
+    problem, kind="new", batch=1, num_heads=1, num_kv_heads=1
+  )
+  with pytest.raises(Exception, match=re.escape(message)):
+    triton_attention.attention(x, x, x, Operands(), problem)
+
+
 @pytest.mark.parametrize("bias", [-16.0, 2.0])
 @pytest.mark.parametrize("width", [8, 80])
 def test_interpreted_float16(bias, width, interpreter):
@@ -81,6 +103,12 @@ def test_interpreted_float16(bias, width, interpreter):
   case = cases.Case(
     "half", batch=1, queries=40, heads=1, width=width, logit_bias=bias
   )
+  compare.assert_16_bit(case, "float16")
+
+
+@pytest.mark.parametrize("case", cases.SMALL_WEIGHTS, ids=str)
+def test_interpreted_gradient_of_a_query_bias(case, interpreter):
+  """In float16, because the interpreter has no bfloat16."""
   compare.assert_16_bit(case, "float16")
 
 
@@ -501,6 +529,7 @@ def test_the_fastest_tile_that_fits_what_it_was_timed_on(monkeypatch):
   "what",
   [
     "--cards 86 90 --widths 64 --examples causal short",
+    "--cards 90 --widths 64 --examples causal --kinds silu",
     # Decoding, with its gradient and with pages.
     "--cards 90 --widths 64 128 --examples token 16-tokens",
   ],

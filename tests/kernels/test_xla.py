@@ -12,7 +12,8 @@ import pytest
 from benchmarks import attention as benchmark
 from sigattn import attention
 from sigattn.kernels import dispatch, xla
-from sigattn.kernels.problem import make_problem
+from sigattn.kernels import problem as problems
+from sigattn.kernels.problem import ACTIVATIONS, make_problem
 from tests.kernels import cases, compare
 
 FORMS = ("reference", "xla", "xla in small blocks")
@@ -45,6 +46,30 @@ def test_arbitrary_cases_equal_float64(case, form, use):
   use(form)
   # The terms of a slope's gradient may be ten times as large as their sum.
   compare.assert_float32(case, 6e-6)
+
+
+def test_every_kind_has_cases():
+  assert {case.kind for case in cases.CASES} == {*ACTIVATIONS}
+
+
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_a_kind_without_a_branch_is_an_error(form, use, monkeypatch):
+  """It must not compute another kind, and the oracle must not agree."""
+  use(form)
+  monkeypatch.setattr(problems, "ACTIVATIONS", (*ACTIVATIONS, "new"))
+  monkeypatch.setattr(attention, "KINDS", (*attention.KINDS, "new"))
+  case = cases.Case("new", kind="new")
+  drawn = cases.draw(case)
+  message = r"kind='new' is not implemented in kernels/xla.py; docs/kernels.md#"
+  with pytest.raises(ValueError, match=message):
+    attention.dot_product_attention(*drawn[0], kind="new")
+  with pytest.raises(ValueError, match="in tests/kernels/cases.py; docs/"):
+    cases.exact(case, *drawn)
+
+
+@pytest.mark.parametrize("case", cases.SMALL_WEIGHTS, ids=str)
+def test_the_gradient_of_a_query_bias_does_not_cancel(case):
+  compare.assert_16_bit(case, "bfloat16")
 
 
 @pytest.mark.parametrize("bias", [-16.0, -14.0, -11.0, -8.0, -3.0, 0.0, 2.0])
