@@ -353,7 +353,10 @@ def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
   ("words", "said"),
   [
     (["--config=configs/vit.py", "--config.attn.kidn=relu"], "kind"),
-    (["--config=configs/vit.py", "--config.atn.kind=relu"], "config.attn?"),
+    (
+      ["--config=configs/vit.py", "--config.atn.kind=relu"],
+      "config.attn.kind?",
+    ),
     (["--config=configs/vit.py", "--config.model.width=abc"], "'abc'"),
     (["--config=configs/vit.py", "--config.attn.kind=x"], "config.attn.kind"),
     (["--config=configs/no.py"], "configs/no.py"),

@@ -299,7 +299,8 @@ def test_source_that_is_not_there_is_refused(folder):
   choices = r"embedded set \(\['fashion_mnist'\]\), a local folder, or"
   for source in ("fashion_mnits", str(folder / "no")):
     expect_refusal(
-      make(**{"data.source": source}), f"{source}'; choose an {choices}"
+      make(**{"data.source": source}),
+      f"{source}'; there is no such folder: choose an {choices}",
     )
   expect_refusal(
     make(**{"data.source": ""}), "must be a string that is not empty"
