@@ -36,8 +36,7 @@ _COLORS = {form: f"C{i}" for i, form in enumerate(LABELS)}
 _TRAINED = dict(color="grey", linewidth=0.7, linestyle=":")
 _LINES = ("-", "--", ":")  # of the seeds 0, 1 and 2
 # The share of a curve that the search for spikes leaves out, because the first
-# gradients are large in every run. It is twice the share of the updates in which
-# the learning rate grows.
+# gradients are large in every run. The learning rate grows in half of it.
 _START = 0.1
 
 Rows = Sequence[dict[str, Any]]
