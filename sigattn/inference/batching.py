@@ -27,7 +27,7 @@ from sigattn.inference import engine
 from sigattn.inference.pages import Pages
 from sigattn.inference.sampling import Sampling
 
-_CHUNK = 16  # tokens; after each chunk, rows that have ended are looked for
+_CHUNK = 16  # tokens; after each chunk, rows that have ended are replaced
 
 
 class New(NamedTuple):
@@ -174,7 +174,7 @@ def _fill(machine, state, begun, pages):
 
 
 def _take(row, tokens, max_tokens, end, stopped):
-  """Adds the tokens of a chunk to a row, and returns what is New."""
+  """Adds the tokens of a chunk to a row, and returns a New."""
   tokens = tokens[: row.room]
   row.room -= len(tokens)
   has_end = end in tokens

@@ -131,7 +131,7 @@ def slots(longest: int, max_tokens: int) -> int:
 
 
 def _part(longest):
-  """How many tokens of a row are read in a step; `longest` is to be read."""
+  """How many tokens of a row a step reads, if the longest has `longest`."""
   part = 1 << (longest - 1).bit_length()
   return min(max(part, _SHORTEST_PART), _LONGEST_PART)
 

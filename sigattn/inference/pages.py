@@ -37,7 +37,7 @@ class Pages:
     # the reverse. A page stays as long as the pages after it, so that the page
     # before determines all tokens before.
     self._shared, self._name = {}, {}
-    self._wave = {}  # in which each page is filled, if it is not yet
+    self._wave = {}  # the wave that fills each page that is not filled yet
 
   @classmethod
   def for_prompts(
