@@ -1,15 +1,16 @@
 """Measures generation, token by token: python -m benchmarks.decode
 
 On one GPU, in bfloat16, for the sizes 85m and 1b of configs/lm_sigmoid.py with
-random weights, after prompts of several lengths. The cache of ours is not
-filled by reading prompts, which would take longer than all that is measured
-here: it holds random keys and values.
+random weights, after prompts of several lengths. Our cache contains random keys
+and values. It is not filled by reading prompts, because that would take longer
+than all measurements.
 
-milliseconds_per_token is the time of a step, which gives each row a token, from
-the median of a few rounds of `--tokens` steps. bytes_bound_ms is the time that
-its bytes take: the parameters in bfloat16 and the keys and values that are
-visible half-way through a round, at the bandwidth at which this run copied an
-array, reading and writing counted. ratio is the quotient of the two.
+milliseconds_per_token is the time of a step, which adds one token to each row.
+It is the median of a few rounds of `--tokens` steps. bytes_bound_ms is the time
+to read the bytes that a step needs: the parameters in bfloat16, and the keys
+and values that are visible half-way through a round. The bandwidth is that of
+copying an array in the same run, where bytes read and bytes written both count.
+ratio is milliseconds_per_token / bytes_bound_ms.
 
   python -m benchmarks.decode
   python -m benchmarks.decode --models 1b --cases 1x512 --trace
@@ -17,13 +18,13 @@ array, reading and writing counted. ratio is the quotient of the two.
   python -m benchmarks.decode --set attn.normalize=True xla_gpu_autotune_level=4
   python -m benchmarks.decode --set cache=paged
 
---peers: `generate` of Hugging Face's LlamaForCausalLM of the same size, with
-its dynamic cache, and with its static cache, which it compiles by torch.compile
-(the time to compile is not counted). They read real prompts of random tokens.
---trace: where the milliseconds of a token go, by kernel.
+--peers also measures `generate` of Hugging Face's LlamaForCausalLM of the same
+size, with its dynamic cache or its static cache. For the static cache, it is
+compiled by torch.compile, and the time to compile is not counted. The peers
+read real prompts of random tokens. --trace prints the time of each kernel.
 
-It prints a table and writes benchmarks/results/decode_<device>.json; what the
-file holds of other models and cases stays.
+It prints a table and writes benchmarks/results/decode_<device>.json. The rows
+of other models and cases stay in the file.
 """
 
 import argparse
@@ -50,7 +51,7 @@ ROUNDS = 3
 
 
 def _sizes(case):
-  """(rows, tokens of the prompt) of 32x512."""
+  """(rows, tokens of the prompt) of a case, such as 32x512."""
   return tuple(map(int, case.split("x")))
 
 
@@ -67,7 +68,7 @@ def _config(model, changes):
 
 
 def bytes_of_step(params, cache, tokens):
-  """What a step must read: all parameters, and so many tokens of the cache.
+  """The bytes that a step reads: all parameters, and `tokens` of the cache.
 
   The embedding is read once, for the logits.
   """
@@ -81,7 +82,7 @@ def bytes_of_step(params, cache, tokens):
 
 
 def _random(shapes):
-  """Arrays of these shapes; vectors, which scale, are 1."""
+  """Random arrays of these shapes. Vectors, which are scales, are 1."""
   import jax
   import jax.numpy as jnp
 
@@ -228,7 +229,7 @@ def _generate(network, token_BT, tokens, static):
   first, times = 4, []
 
   class Clock(transformers.StoppingCriteria):
-    """Notes the time after the first and the last step, and stops never."""
+    """Notes the time after the first and the last step. It stops nothing."""
 
     steps = 0
 
@@ -256,7 +257,7 @@ def _generate(network, token_BT, tokens, static):
 
 
 def _side(side, arguments):
-  """Measures one side and prints a row a line, as JSON."""
+  """Measures one side and prints each row as a line of JSON."""
   [model] = arguments.models
   if side == "ours":
     found = ours(
@@ -297,9 +298,9 @@ def _measure(side, model, arguments):
 
 
 def _joined(model, changes, found):
-  """The rows of the file: ours of each case, with the peers' times.
+  """The rows of the file: our row of each case, with the peers' times.
 
-  found: {side: rows}. `peer` is the fastest one.
+  found: {side: rows}. `peer` is the time of the fastest peer.
   """
   rows = []
   for own in found["ours"]:

@@ -1,14 +1,15 @@
-"""Measures one query against a cache of keys: what decoding waits for.
+"""Measures attention of one query to a cache of keys, as in decoding.
 
   python -m benchmarks.decode_attention            on a GPU, in bfloat16
   python -m benchmarks.decode_attention --sweep    other tiles of our kernel
 
-Every key and value is read once, so that the time is compared with the one that
-a copy of as many bytes takes. The rate of a copy is measured in the same run.
-Many calls run in one program, over several caches in turn, which the
-second-level cache of the card cannot hold. The first prints a table and writes
-benchmarks/results/decode_attention_<device>.json. The second prints the times
-of tiles that differ from ours in one or two numbers, and writes nothing.
+Every key and value must be read once, so the time is compared with the time
+that a copy of as many bytes takes. The rate of a copy is measured in the same
+run. Many calls run in one program, over several caches in turn, which do not
+fit into the L2 cache of the GPU together. The first command prints a table and
+writes benchmarks/results/decode_attention_<device>.json. The second command
+prints the times of tiles that differ from ours in one or two numbers, and
+writes nothing.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from sigattn.kernels import device
 from sigattn.kernels.problem import Operands, make_problem
 from sigattn.kernels.triton import decode
 
-_L2_MANY = 256 * 2**20  # bytes of all caches of a cell, at least
-_CALLS = 128  # of one program, at least
+_L2_MANY = 256 * 2**20  # the least number of bytes of all caches of a cell
+_CALLS = 128  # the least number of calls of one program
 
 
 class Cell(NamedTuple):
@@ -45,12 +46,12 @@ class Cell(NamedTuple):
 
   @property
   def bytes(self):
-    """What the keys and values come to."""
+    """The size of the keys and values."""
     return 4 * self.batch * self.length * self.kv_heads * self.width
 
   @property
   def shapes(self):
-    """Those of query and key."""
+    """The shapes of query and key."""
     return (
       (self.batch, 1, self.heads, self.width),
       (self.batch, self.length, self.kv_heads, self.width),
@@ -99,8 +100,8 @@ def _inputs(cell):
 def _program(attend, cell):
   """A compiled program of many calls of attend(query, key, value).
 
-  The output of a call is the query of the next one, so that they follow one
-  another.
+  The output of a call is the query of the next one, so that no two calls
+  overlap.
   """
 
   def one_round(_, carry):
@@ -156,7 +157,10 @@ def _softmax(cell):
 
 
 def _paged(cell):
-  """Of pages in no order, of the least length: the most numbers to be read."""
+  """With pages in random order, and as short as possible.
+
+  Short pages need the most numbers to be read.
+  """
   page, problem = 16, _problem(cell)
   tile = decode.tile(problem, paged=True)
   count = cell.batch * cell.length // page
@@ -358,7 +362,7 @@ def main():
   )
   parser.add_argument(
     "--cells", type=int, nargs="+", default=range(len(CELLS)), metavar="I",
-    help=f"places in the list of {len(CELLS)} sizes; all",
+    help=f"indices in the list of {len(CELLS)} sizes; default: all",
   )  # fmt: skip
   arguments = parser.parse_args()
   if device.current().capability is None:

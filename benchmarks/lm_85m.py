@@ -67,8 +67,8 @@ COPIED = 32  # tokens that `copying` repeats
 PREFIX = 8  # the first of them, which only show what is repeated
 # Seconds in which a run that got SIGTERM has saved its state.
 GRACE = 45
-# Seconds that a run needs to start and compile, and that measuring takes; both
-# are estimates, by which `choose` decides.
+# Estimates by which `choose` decides: the seconds that a run needs to start and
+# compile, and the seconds that its measurement takes.
 START, MEASURE = 40, 90
 STOPPED = 130  # the exit code of train.py after SIGTERM
 MEASUREMENTS = "measured.json"
@@ -142,8 +142,8 @@ def best_rate(rows, form):
 def choose(runs, rows, seconds, updates):
   """The first Run that ends within `seconds`, or the first one if none does.
 
-  rows: those of the file of results; a form without one is assumed to be in
-  time. updates: {Run: those that it has done already}.
+  rows: those of the file of results. A run whose form has no row is assumed to
+  end in time. updates: {Run: how many updates it has done already}.
   """
   in_time = (
     run
@@ -385,7 +385,7 @@ def last_line(folder):
 
 
 def updates(folder):
-  """How many updates a run's folder says that it has done."""
+  """How many updates a run has done, according to its folder."""
   from sigattn.training import metrics
 
   return max((line["step"] for line in metrics.read(folder)), default=0)
@@ -423,11 +423,12 @@ def record(run, folder, options, device):
 
 
 def curves(lines):
-  """What training was like, in at most POINTS parts of equal length.
+  """Summarises training in at most POINTS parts of equal length.
 
-  lines: of the split "train". Returns lists: the last `step` of each part, its
-  mean `loss`, and of the gradient's norm before clipping the median `grad_norm`
-  and the largest value `grad_norm_max`, which shows spikes.
+  lines: of the split "train". Returns lists with one number for each part: its
+  last `step`, its mean `loss`, and two numbers of the gradient's norm before
+  clipping. `grad_norm` is the median. `grad_norm_max` is the largest value,
+  which shows spikes.
   """
   found = {"step": [], "loss": [], "grad_norm": [], "grad_norm_max": []}
   for part in itertools.batched(lines, max(1, -(-len(lines) // POINTS))):
@@ -442,7 +443,7 @@ def curves(lines):
 def telemetry_means(lines):
   """Telemetry's quantities: {"step": [...], quantity: a list for each layer}.
 
-  A number is the mean over the heads of the layer; that of "logit_max" is the
+  A number is the mean over the heads of the layer. For "logit_max" it is the
   largest value.
   """
   from sigattn.analysis import telemetry
@@ -479,7 +480,7 @@ def commit():
 
 
 def pack(runs, archive):
-  """Packs what is small of all runs into a .tar.xz."""
+  """Packs the small files of all runs into a .tar.xz."""
   with tarfile.open(archive, "w:xz") as file:
     for path in sorted(runs.rglob("*")):
       is_small = path.is_file() and path.suffix in (".json", ".jsonl", ".log")
@@ -520,11 +521,11 @@ def test_tokens(config):
 def copying(config, params, copies):
   """The accuracy of copying by the distance of the copy: {distance: {...}}.
 
-  A row is a part of a held-out document's text, of which the last COPIED tokens
-  are those that stand `distance` tokens before them. "copied" is the accuracy
-  at the copy, "first" that at the original, each without the first PREFIX
-  tokens. Distances are powers of 2 times COPIED; the largest, nearly the length
-  of training, is filled up to it. Rows beyond are twice as long.
+  A row is a part of the held-out text. Its last COPIED tokens are replaced by
+  the tokens that are `distance` tokens before them. "copied" is the accuracy on
+  the copy, and "first" is the accuracy on the original. Neither counts the
+  first PREFIX tokens. A row is as long as in training. If the copy and the
+  original do not fit into it, the row is twice as long.
   """
   import jax
   import numpy as np
@@ -559,7 +560,7 @@ def copying(config, params, copies):
 
 
 def distances(length):
-  """COPIED, twice as much and so on, to just below the length and beyond."""
+  """COPIED times powers of 2, then one just below `length` and one beyond."""
   powers = []
   distance = COPIED
   while distance <= length - COPIED:
@@ -610,13 +611,13 @@ metric_list:
 
 
 def write_cloze(config, folder, most=1000):
-  """Writes a task of the last words of sentences; returns its folder.
+  """Writes a task of predicting the last word of a text; returns its folder.
 
-  As in LAMBADA (1606.06031), a model is given a part of a text but for its last
-  word, which stands in it already. The texts are sentences of the test split
-  with at most 800 characters before them, which overlap no other text, and at
-  most five of a document; the word has at least five letters. Nobody has chosen
-  those that people can guess.
+  As in LAMBADA (1606.06031), a model gets a text without its last word, and the
+  word already occurs in the text. Each text ends with a sentence of the test
+  split, and has at most 800 characters before the word. Texts do not overlap,
+  and a document gives at most five. The word has at least five letters. Unlike
+  in LAMBADA, nobody has selected the texts whose last word people can guess.
   """
   import re
 
@@ -642,8 +643,8 @@ def write_cloze(config, folder, most=1000):
         break
   if not rows:
     raise ValueError(
-      f"config.data.source={config.data.source!r}: the test split holds no text"
-      " whose last word stands in it before"
+      f"config.data.source={config.data.source!r}: the test split has no text "
+      "whose last word already occurs in it"
     )
   folder.mkdir(exist_ok=True, parents=True)
   lines = "".join(json.dumps(row) + "\n" for row in rows[:most])

@@ -4,8 +4,8 @@
 
 It reads benchmarks/results/lm_85m.json, which `benchmarks.lm_85m` wrote, draws
 training.png, lengths.png and copying.png into benchmarks/results/lm_85m/, and
-puts two tables between two comments of RESULTS.md, in place of what was there.
-Without that file there is nothing between the comments.
+replaces the text between two comments of RESULTS.md by two tables. Without the
+file of results, nothing remains between the comments.
 """
 
 import pathlib
@@ -35,9 +35,8 @@ _COLORS = {form: f"C{i}" for i, form in enumerate(LABELS)}
 # The line at the length of training.
 _TRAINED = dict(color="grey", linewidth=0.7, linestyle=":")
 _LINES = ("-", "--", ":")  # of the seeds 0, 1 and 2
-# The parts of a curve in which the learning rate still grows are left out of
-# the search for spikes, with as many more, because the first gradients are
-# large in every run.
+# The share of a curve that the search for spikes leaves out, because the first
+# gradients are large in every run. The learning rate grows in half of it.
 _START = 0.1
 
 Rows = Sequence[dict[str, Any]]
@@ -46,8 +45,8 @@ Rows = Sequence[dict[str, Any]]
 def spike(row: dict[str, Any]) -> float | None:
   """The gradient's largest norm divided by its median, after the start.
 
-  The first tenth of the updates does not count. None for a run without curves
-  beyond it.
+  The first tenth of the updates does not count. The result is None if the
+  curves of the run have nothing after it.
   """
   curves = row["curves"]
   first = int(_START * len(curves["step"]))
@@ -236,7 +235,7 @@ def _positions(row, index):
 
 
 def draw_copying(rows: Rows) -> figures.Figure:
-  """The accuracy of copying by distance, beside that of the first reading."""
+  """The accuracy of copying by distance, and that of the first reading."""
   figure = figures.Figure((7, 4.2), layout="constrained")
   ax = figure.subplots()
   first = {}
@@ -263,7 +262,7 @@ def draw_copying(rows: Rows) -> figures.Figure:
 
 
 def _mark(ax, numbers, **style):
-  """Whole numbers as the only marks of an axis with a logarithmic scale."""
+  """Makes whole numbers the only ticks of a logarithmic axis."""
   ax.set_xticks([*numbers], [f"{x:,}" for x in numbers], **style)
   ax.minorticks_off()
 

@@ -7,7 +7,8 @@ A table (B, M) names the pages of each row of the batch: page number
 table[row, p] holds the keys p L .. p L + L - 1 of the row. Rows may share
 pages.
 
-Shapes: P pages of L keys, M pages of a row, S = M L; the others as in problem.
+Shapes: P pages of L keys, M pages for a row, S = M L. The other letters are
+those of the module `problem`.
 """
 
 import functools
@@ -35,8 +36,8 @@ def takes(
 ) -> bool:
   """Whether `attention` is to compute a problem.
 
-  problem: of the gathered keys. implementation: "triton" names `attention`, and
-  the other names do not. None chooses `attention` if it is the fastest.
+  problem: of the gathered keys. implementation: "triton" asks for `attention`,
+  and the other names do not. None chooses `attention` if it is the fastest.
   otherwise: what computes the problem if `attention` does not, for the log.
 
   Raises:

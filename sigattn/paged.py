@@ -41,10 +41,10 @@ def paged_attention(
     k_j = key_pages[page_table[row, j // L], j % L],   v_j in the same way
     out_i = sum_j phi(scale q_i k_j + alibi + b) v_j,  j < lengths[row]
 
-  The queries are the last T tokens of a row; their keys and values are in the
+  The queries are the last T tokens of a row. Their keys and values are in the
   pages already. Shapes: P pages of L tokens each, at most M pages for a row,
-  S = M L; the other letters are those of dot_product_attention. Arguments that
-  are not listed here are those of that function.
+  S = M L. The other letters are those of dot_product_attention, and so are the
+  arguments that are not listed here.
 
   On a GPU, the Triton decode kernel computes up to 16 queries and reads the
   keys where they lie. All other calls gather the pages of each row into

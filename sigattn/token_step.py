@@ -1,6 +1,6 @@
 """One token of each row through a stack of layers, in five kernels a layer.
 
-With few rows, a token takes the time of reading all weights and of starting the
+With few rows, a token takes the time to read all weights and to start the
 kernels. So this module computes the same as Stack with a cache, in as few
 kernels as possible:
 

@@ -240,7 +240,10 @@ def altered(tmp_path, **changes):
       r"rope_type='llama3'; must be one of \['default'\]",
     ),
     ({"num_hidden_layers": 3}, r"disagree: .* no tensor 'model\.layers\.2"),
-    ({"num_hidden_layers": 1}, r"disagree: not known are \['model\.layers\.1"),
+    (
+      {"num_hidden_layers": 1},
+      r"disagree: unknown tensors are \['model\.layers\.1",
+    ),
     (
       {"intermediate_size": 20},
       r"disagree: .*\(24, 16\), which does not fit .*\(16, 20\)",

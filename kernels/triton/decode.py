@@ -1,6 +1,6 @@
-"""A few queries against many keys: when, and how its kernel is called.
+"""Calls the kernel for few queries and many keys, and says when it fits.
 
-decode_kernel.py holds the kernel.
+The kernel is in decode_kernel.py.
 """
 
 from typing import Any, NamedTuple
@@ -14,8 +14,7 @@ from sigattn.kernels.triton import launch, tiles
 
 MOST_QUERIES = 16  # With more, a tile of queries of one head is full enough.
 LEAST_KEYS = 128  # Fewer are not worth dividing.
-# Programs that keep the 132 multiprocessors of an H100 busy: four at a time on
-# each.
+# The programs that keep an H100 busy: four on each of its 132 multiprocessors.
 _PROGRAMS = 4 * 132
 _LEAST_SHARE = 128  # keys of a program, when they are divided
 
@@ -28,17 +27,19 @@ class Tile(NamedTuple):
   splits: int  # programs that share the keys of an example
   num_warps: int
   num_stages: int  # steps whose keys are loaded ahead
-  last_adds: bool  # the last of those programs adds up, and not XLA
+  last_adds: bool  # the last of those programs adds the shares; else XLA does
 
 
 class New(NamedTuple):
-  """What attention does to a new token's query and key first.
+  """How the query and the key of a new token are changed before attention.
 
-  Those which are None are left out: RMSNorm over the heads, with its scales,
-  (H,), and epsilon, and then RoPE, with the cosines and sines of the angles of
-  each row, (B, half of the features that are turned).
+  RMSNorm over the features of each head comes first. It has the scales (H,) and
+  epsilon. Then comes RoPE, with the cosines and sines of the angles of each
+  row, (B, half of the rotated features). A step whose values are None is left
+  out.
 
-  arrived: `counters`, so that they are not set to zero by every call.
+  arrived: `counters`. They are passed from call to call, so that not every call
+  must set them to zero.
   """
 
   arrived: jax.Array
@@ -69,21 +70,22 @@ def tile(problem: Problem, paged: bool = False) -> Tile:
   splits = min(splits, -(-problem.key_len // _LEAST_SHARE))
   stages = 2 if wide else 3
   if paged:
-    # Triton divides them between the loads of pages' numbers and of keys, which
-    # wait for the former. So as many keys as without pages are loaded ahead.
+    # A load of keys waits for the load of their pages' numbers, and Triton
+    # divides the stages between these two. With this number, as many keys are
+    # loaded ahead as without pages.
     stages = 2 * stages - 1
-  # Products of float32 need many registers: with four warps they spill.
+  # Products of float32 need many registers, which spill with four warps.
   warps = 8 if wide and width >= 128 else 4
   return Tile(rows, block_kv, splits, warps, stages, True)
 
 
 def counters(problem: Problem, tile: Tile) -> jax.Array:
-  """Zeros in which the kernel's programs count themselves."""
+  """Zeros, in which the kernel counts the programs that have finished."""
   return jnp.zeros(problem.batch * cells(problem, tile.rows), jnp.int32)
 
 
 def cells(problem: Problem, rows: int) -> int:
-  """The programs of an example that see all of their keys."""
+  """The number of programs of an example if its keys are not divided."""
   group = problem.num_heads // problem.num_kv_heads
   return problem.num_kv_heads * -(-problem.query_len * group // rows)
 
@@ -101,8 +103,8 @@ def forward(
 ) -> tuple[jax.Array, ...]:
   """(out, sums): (B, T, N, H), and with problem.normalize (B, T, N) float32.
 
-  With `new` also (key, value, arrived), the former with the new token in their
-  slot `operands.query_offset`, of rows that have such a slot.
+  With `new` it also returns (key, value, arrived). Key and value then have the
+  new token in slot `operands.query_offset`, in the rows that have such a slot.
 
   Args:
     problem: with pages, key_len is their number in a row times their length.
@@ -112,8 +114,8 @@ def forward(
     key, value: (B, S, K, H), or (pages, length, K, H).
     operands: without dense ones and segments.
     pages: None, or (B, pages of a row) int32.
-    new: of one new token a row; query is then (B, 1, N + 2 K, H), with the
-      token's key and value behind the query.
+    new: for one new token in each row. query is then (B, 1, N + 2 K, H): the
+      token's query heads, then its key heads and its value heads.
   """
   from sigattn.kernels.triton import decode_kernel
 
@@ -203,5 +205,5 @@ def constants(
 
 
 def _power_of_two(number):
-  """The least one that is not below a number."""
+  """The least power of two that is not below the number."""
   return 1 << (number - 1).bit_length()

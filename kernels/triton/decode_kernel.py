@@ -1,35 +1,37 @@
-"""The Triton kernel of a few queries against a long cache of keys.
+"""The Triton kernel for few queries and a long cache of keys.
 
 A program takes all queries of all heads that share a key head as the rows of
 one tile, so that a key is loaded once. The keys that the queries see are
-divided among SPLITS programs. Plain weights need nothing but their own logits:
-the shares of the programs are added up. Normalised rows add one number more.
+divided among SPLITS programs. Weights that are not normalised depend on nothing
+but their own logits, so the shares of the programs are simply added. Normalised
+rows need the sum of the weights in addition.
 
 A program finds its keys from the lengths, the offset and the window of its
-example, and loads no others: the time follows the keys that are seen, and not
-the size of the cache.
+example, and loads no others. So the time depends on the keys that are seen, and
+not on the size of the cache.
 
-With one program for each head nothing is left to be added. Otherwise each
-writes its share in float32. With LAST_ADDS the program that arrives last adds
-them up, in the order of the keys, so that every run gives the same bits;
-without it the caller does. Programs count themselves in `arrived`, which is
-zero before and after; with NEW it is `zeros`.
+If one program has all keys of a head, nothing has to be added. Otherwise each
+program writes its share in float32. With LAST_ADDS, the program that arrives
+last adds the shares in the order of the keys, so that every run gives the same
+bits. Without LAST_ADDS, the caller adds them. The programs that have arrived
+are counted in `arrived`, which is zero before and after. With NEW, `arrived` is
+the same array as `zeros`.
 
-Softmax needs a second number: the largest logit of a row, the peak, by which
-its weights exp(z - peak) are held in range. It grows from step to step and
-differs between shares, so that sums are rescaled wherever they meet. Only
-ACTIVATION "softmax" compiles this.
+Softmax needs another number, the peak: the largest logit of a row. It keeps the
+weights exp(z - peak) in range. It grows from step to step and differs between
+shares, so sums are rescaled whenever they are added. Only ACTIVATION "softmax"
+compiles this.
 
-Keys may lie in pages: the keys p PAGE .. (p + 1) PAGE of an example are the
-page that its p-th number in `pages` names. Nothing else changes, and the bits
-of the result are the same.
+Keys may lie in pages. The keys p PAGE .. (p + 1) PAGE - 1 of an example are
+then in the page that its p-th number in `pages` names. Nothing else changes,
+and the bits of the result are the same.
 
-With NEW each row has one token, which is new: q holds its query heads, and
-behind them the key and the value that the cache does not have yet. The program
-whose share ends with the new token writes them into the cache, k_out and v_out
-(which are k and v), before it reads its keys; no other program reads that slot.
-Query and key are normalised first, by RMSNorm over the head with QK_EPSILON,
-and turned by RoPE with TURNED.
+With NEW, each row has one token, which is new. q contains its query heads,
+followed by its key heads and value heads, which the cache does not contain yet.
+The program whose share ends with the new token writes them into the cache,
+k_out and v_out (which are k and v), before it reads its keys. No other program
+reads that slot. Before that, query and key are normalised by RMSNorm over the
+head if QK_EPSILON is given, and rotated by RoPE if TURNED is not 0.
 
 Arrays: q, out (B, T, N, H), with NEW q (B, 1, N + 2 K, H); k, v (B, S, K, H),
 or with PAGE (pages, PAGE, K, H); pages (B, S / PAGE); q_scale, k_scale (H,);
@@ -49,7 +51,7 @@ from sigattn.kernels.triton.kernels import (
   _weights,
 )
 
-# Where a peak begins: exp2(-inf - LOWEST) is 0, and -inf less -inf no number.
+# The first peak. exp2(-inf - LOWEST) is 0, but -inf - -inf would be NaN.
 LOWEST = tl.constexpr(-1e30)
 
 
@@ -72,7 +74,7 @@ def decode(
   NORMALIZE: tl.constexpr, NEW: tl.constexpr, QK_EPSILON: tl.constexpr,
   TURNED: tl.constexpr,
 ):  # fmt: skip
-  """out_i = OUT_SCALE sum_j p_ij v_j, of ROWS rows and a share of their keys.
+  """out_i = OUT_SCALE sum_j p_ij v_j, for ROWS rows and a share of their keys.
 
   With NORMALIZE sums_i = OUT_SCALE sum_j p_ij, and out_i is divided by it.
   """
@@ -120,7 +122,7 @@ def decode(
         shares, share_sums, share_peaks, acc, total, peak,
         split * ALL_ROWS + row, i < T, H, BLOCK_H, NORMALIZE, ACTIVATION,
       )  # fmt: skip
-      # What all threads have stored must be seen before the number grows.
+      # The stores of all threads must be visible before the count grows.
       tl.debug_barrier()
       count = tl.atomic_add(arrived + batch * CELLS + cell, 1, sem="acq_rel")
       if count == used - 1:
@@ -142,8 +144,8 @@ def _rows(
 ):  # fmt: skip
   """(i, head): query and head of the first COUNT of a program's ROWS rows.
 
-  Rows beyond the last have a query of T or more. Neighbouring programs have the
-  same keys of other heads, which lie beside one another in memory.
+  Rows beyond the last get a query number of T or more. Neighbouring programs
+  take the same keys of neighbouring heads, which are neighbours in memory.
   """
   row = cell // K * ROWS + tl.arange(0, COUNT)
   return row // (N // K), cell % K * (N // K) + row % (N // K)
@@ -151,7 +153,7 @@ def _rows(
 
 @triton.jit
 def _seen(q_len, k_len, offset, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-  """(low, high): a query sees no keys but low .. high - 1."""
+  """(low, high): no query sees a key outside of low .. high - 1."""
   low, high = 0, tl.where(q_len > 0, k_len, 0)
   if LEFT is not None:
     low = max(offset - LEFT, 0)
@@ -191,10 +193,10 @@ def _heads(
   H: tl.constexpr, BLOCK_H: tl.constexpr, EPSILON: tl.constexpr,
   TURNED: tl.constexpr,
 ):  # fmt: skip
-  """Rows of q, (rows, BLOCK_H): normalised, and turned by RoPE.
+  """Rows of q, (rows, BLOCK_H), normalised and then rotated by RoPE.
 
-  EPSILON: of RMSNorm over the head, None for no norm. TURNED: the number of
-  features that RoPE turns, the first ones; see positions.rope.
+  EPSILON: of RMSNorm over the head, None for no norm. TURNED: how many of the
+  first features RoPE rotates; see positions.rope.
   """
   HALF: tl.constexpr = TURNED // 2
   columns = tl.arange(0, BLOCK_H)[None, :]
@@ -223,7 +225,7 @@ def _heads(
 
 @triton.jit
 def _scaled(x, factor, scale, columns, H: tl.constexpr):
-  """x factor scale, of the columns below H."""
+  """x * factor * scale, for the columns below H."""
   is_column = (columns >= 0) & (columns < H)
   scales = tl.load(scale + columns, mask=is_column, other=0.0)
   return (x.to(tl.float32) * factor * scales).to(x.dtype)
@@ -242,7 +244,7 @@ def _attend(
   Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
   NEW: tl.constexpr, QK_EPSILON: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-  """(sum_j p_ij v_j, sum_j p_ij, peak) of the keys start .. stop - 1."""
+  """(sum_j p_ij v_j, sum_j p_ij, peak) over the keys start .. stop - 1."""
   columns = tl.arange(0, BLOCK_H)[None, :]
   HEADS: tl.constexpr = N + 2 * K if NEW else N
   row = (tl.cast(batch, tl.int64) * T + i) * HEADS + head
@@ -292,8 +294,9 @@ def _attend(
           p, (i + offset)[:, None], j[None, :], 0, 0, LEFT, RIGHT, False
         )
       if NORMALIZE:
-        # A key of zeros has a weight too. The weights are rounded as in the
-        # product, so that the rounding of a row with few keys cancels.
+        # Keys from `stop` on were loaded as zeros, which have weights too. The
+        # weights are rounded as in the product, so that the rounding of a row
+        # with few keys cancels.
         rounded = p.to(v.dtype.element_ty).to(tl.float32)
         total += tl.sum(tl.where(j[None, :] < stop, rounded, 0.0), 1)
     v_tile = tl.load(v + places, mask=mask, other=0.0)
@@ -344,7 +347,7 @@ def _of_keys(
   k_bias, batch, head, is_row, j, stop, S: tl.constexpr,
   ACTIVATION: tl.constexpr, K_BIAS: tl.constexpr,
 ):  # fmt: skip
-  """The keys' numbers, (1 or ROWS, BLOCK_KV), in units of the activation."""
+  """The keys' bias, (1 or ROWS, BLOCK_KV), in the units of the activation."""
   UNIT: tl.constexpr = _unit(ACTIVATION)
   if K_BIAS is None:
     values = 0.0  # not read
@@ -361,7 +364,7 @@ def _of_keys(
   return values
 
 
-# What programs leave for one another.
+# Shares, which one program writes and another adds.
 
 
 @triton.jit
@@ -398,7 +401,7 @@ def _add_up(
     share = first + tl.arange(0, CHUNK)
     rows = share[:, None] * tl.cast(ALL_ROWS, tl.int64) + row[None, :]
     mask = (share[:, None] < used) & (i[None, :] < T)
-    # Not from the first-level cache, which does not see what others write.
+    # .cg avoids the L1 cache, which does not see what other programs write.
     part = tl.load(
       shares + rows[:, :, None] * H + columns,
       mask=mask[:, :, None] & (columns < H), other=0.0, cache_modifier=".cg",

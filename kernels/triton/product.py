@@ -1,4 +1,4 @@
-"""Products of a matrix with the residual stream of a few rows.
+"""Products of a matrix with a few rows of the residual stream.
 
 The kernels are in product_kernel.py.
 """

@@ -1,8 +1,9 @@
 """The tokenizer that a run keeps in its folder, as tokenizer.json.
 
-With config.data.tokenizer="characters" it holds the alphabet of the texts, with
-the name of a file a copy of that file, and with "bytes" there is none. So a run
-does not change with its source, and generates texts without it.
+With config.data.tokenizer="characters", it contains the alphabet of the texts.
+With the name of a file, it is a copy of that file. With "bytes" there is none.
+So a run does not change if its source changes, and it can generate texts
+without the source.
 """
 
 import os
@@ -35,7 +36,7 @@ def used(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
     return config
   if not (path := _path(workdir)).is_file():
     raise ValueError(
-      f"{workdir=}: holds no {path.name}, the tokenizer of the run"
+      f"{workdir=}: has no {path.name}, the tokenizer of the run"
     )
   config = config.copy_and_resolve_references()
   config.data.tokenizer = str(path)
@@ -48,7 +49,7 @@ def difference(config: ConfigDict, workdir: str | os.PathLike[str]) -> str:
   name = f"config.data.tokenizer={config.data.tokenizer!r}"
   if not path.is_file():
     lost = (
-      f"{name}; there is no {path}: the run reads bytes, or the file is lost"
+      f"{name}; there is no {path}: the run reads bytes, or the file was lost"
     )
     return "" if ours.content is None else lost
   theirs = tokenizers.read(path, text.LARGEST_VOCABULARY)
@@ -58,8 +59,8 @@ def difference(config: ConfigDict, workdir: str | os.PathLike[str]) -> str:
     theirs, tokenizers.Characters
   ):
     what = _other_characters(set(ours.alphabet), set(theirs.alphabet))
-    return f"{name}; the texts have {what} than {path}, by which it was trained"
-  return f"{name}; differs from {path}, by which the run was trained"
+    return f"{name}; the texts have {what} than {path}, the run's tokenizer"
+  return f"{name}; differs from {path}, the run's tokenizer"
 
 
 def _other_characters(ours, theirs):

@@ -1,4 +1,4 @@
-"""What a trained model is used for: texts, transcripts, scores."""
+"""Uses of a trained model: generating texts, transcribing and scoring."""
 
 from sigattn import extras
 

@@ -1,17 +1,18 @@
-"""Continuous batching: prompts wait until a row of the cache is free.
+"""Continuous batching: a prompt waits until a row of the cache is free.
 
-A fixed number of rows is decoded together. When one ends, by the end token, a
-stop string or its number of tokens, the next prompt is read into it, and the
-other rows go on after that. A row's tokens follow from its prompt, its number
-and the options alone; what runs beside it can only change how sums are rounded.
+A fixed number of rows is decoded together. A row ends with the end token, with
+a stop string, or when it has all of its tokens. Then the next prompt is read
+into it, and all rows are decoded further. The tokens of a row depend only on
+its prompt, the index of the prompt and the options. The other rows can only
+change how sums are rounded.
 
-With a `window`, no row ever holds more than that many tokens. A text that grows
-past it is cut, and what is left of it is read again as a new text, from
-position 0 on. That is right for every scheme of positions: the model sees what
-it saw in training, where documents are cut into rows in the same way. A cache
-that only forgot its oldest tokens would let sines and row_power count on past
-the trained length, and its deeper layers would still hold what the forgotten
-tokens said.
+With a `window`, no row ever has more than that many tokens. A text that grows
+longer is cut, and its last tokens are read again as a new text that begins at
+position 0. This is right for every kind of positions: the model sees what it
+saw in training, where documents are cut into rows in the same way. If the cache
+only dropped its oldest tokens, sines and row_power would count beyond the
+trained length. The deeper layers would also still contain information from the
+dropped tokens.
 """
 
 import collections
@@ -26,11 +27,11 @@ from sigattn.inference import engine
 from sigattn.inference.pages import Pages
 from sigattn.inference.sampling import Sampling
 
-_CHUNK = 16  # tokens between two looks at whether rows have ended
+_CHUNK = 16  # tokens; after each chunk, rows that have ended are replaced
 
 
 class New(NamedTuple):
-  """What a row has got: `ids` after those before, and whether it has ended."""
+  """The new tokens of a prompt, `ids`, and whether its text has ended."""
 
   index: int  # of the prompt
   ids: list[int]
@@ -44,14 +45,14 @@ class _Row:
   index: int
   prompt_T: np.ndarray
   ids: list[int]  # tokens so far, without the prompt
-  room: int = 0  # tokens that may be drawn before something is read again
+  room: int = 0  # tokens that may be drawn before the text is read again
 
 
 def kept(length: int, left: int, window: int | None) -> int:
-  """How many tokens of a text, its last ones, are read within a window.
+  """How many of the last tokens of a text are read within a window.
 
-  All, if they fit. Else so many that all tokens which are left to draw fit too,
-  or half a window if that is more.
+  If all fit, all are read. Otherwise the number leaves room for the tokens that
+  are still to be drawn, but it is at least half a window.
 
   length: of the text. left: the most tokens that are still drawn, >= 1. window:
   the most tokens that are visible at once, None for no limit.
@@ -64,7 +65,7 @@ def kept(length: int, left: int, window: int | None) -> int:
 def slots(
   prompts: Sequence[np.ndarray], max_tokens: int, window: int | None
 ) -> int:
-  """The slots of a row's cache that these prompts need."""
+  """The number of cache slots that a row needs for any of these prompts."""
   longest = max(map(len, prompts))
   if window is not None and longest + max_tokens > window:
     return engine.slots(window, 0)
@@ -72,15 +73,15 @@ def slots(
 
 
 def _pages(prompts, rows, max_tokens, window):
-  """Pages for these prompts, of which any `rows` may run at the same time."""
+  """Pages that suffice for any `rows` of these prompts at the same time."""
   lengths = [len(x) + max_tokens for x in prompts]
-  # One token of each must be read, even where others have the same.
+  # One token of each prompt must be read, even if all have the same one.
   common = min(map(len, prompts)) - 1
   for x in prompts:
     differs = np.flatnonzero(x[:common] != prompts[0][:common])
     common = int(differs[0]) if len(differs) else common
   if window is not None and max(lengths) > window:
-    # Texts that are cut begin with other tokens.
+    # A text that was cut does not begin with the common tokens any more.
     lengths, common = [min(x, window + 1) for x in lengths], 0
   return Pages.for_prompts(lengths, common, rows)
 
@@ -98,19 +99,19 @@ def continued(
   is_paged: bool = False,
   stopped: Callable[[list[int]], bool] = lambda ids: False,
 ) -> Iterator[New]:
-  """Continues each prompt; yields what is new, chunk by chunk.
+  """Continues each prompt, and yields the new tokens chunk by chunk.
 
   Args:
     machine: the model.
-    prompts: tokens of each, at least one. They begin in this order.
-    rows: how many are continued at the same time.
+    prompts: the tokens of each, at least one. They begin in this order.
+    rows: how many prompts are continued at the same time.
     max_tokens: the maximum number of new tokens of each, >= 1.
-    sampling: how they are drawn.
-    keys: of each prompt, see engine.Prompt.
-    end: the token that ends a row; it is not part of what is yielded.
+    sampling: how tokens are drawn.
+    keys: the key of each prompt, see engine.Prompt.
+    end: the token that ends a row; it is not yielded.
     window: the most tokens that a row sees; None for no limit.
-    is_paged: whether the cache lies in pages, see pages.py.
-    stopped: whether a row with these new tokens ends before max_tokens.
+    is_paged: whether the cache consists of pages, see pages.py.
+    stopped: returns whether a row with these new tokens ends early.
   """
   if not prompts:
     return
@@ -154,7 +155,11 @@ def _begin(number, row, max_tokens, window, keys):
 
 
 def _fill(machine, state, begun, pages):
-  """Reads the prompts; in waves, where some have pages that others fill."""
+  """Reads the prompts into their rows.
+
+  A prompt that shares pages is read in a later wave than the one that fills
+  these pages.
+  """
   if pages is None:
     return machine.fill(state, begun)
   waves = collections.defaultdict(list)
@@ -169,7 +174,7 @@ def _fill(machine, state, begun, pages):
 
 
 def _take(row, tokens, max_tokens, end, stopped):
-  """Gives a row the tokens of a chunk that are its own."""
+  """Adds the tokens of a chunk to a row, and returns a New."""
   tokens = tokens[: row.room]
   row.room -= len(tokens)
   has_end = end in tokens

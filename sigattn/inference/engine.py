@@ -1,17 +1,18 @@
-"""Tokens after tokens: the cache, reading prompts, and the decoding loop.
+"""Decoding with a language model: the cache, reading prompts, and the loop.
 
-A row's token at position s lies in slot s of its cache, whatever the lengths of
-the other rows, so that the number of its tokens says all about what is visible.
-Every token reads each matrix and each visible key and value once, which is the
-least time that it can take; the rest of this module avoids other work:
+A row's token at position s is in slot s of its cache, whatever the lengths of
+the other rows. So the number of a row's tokens determines what is visible. To
+compute a token, each matrix and each visible key and value must be read once.
+This module avoids all other work:
 
-  parameters  in the dtype of the activations and layer by layer, from the start
-  cache       two arrays a layer, written in place; of rows or of pages
-  loop        on the device, several tokens at a time
+  parameters  are cast to the dtype of the activations, and split into layers,
+              before the first token
+  cache       has two arrays a layer, of rows or of pages, written in place
+  loop        runs on the device, several tokens at a time
 
-The rows of a State are independent: each has its own length, its own key and
-its own number of tokens to draw, and `fill` puts another prompt in the place of
-a row that has ended (continuous batching, see batching.py).
+The rows of a State are independent. Each has its own length, its own key and
+its own number of tokens to draw. `fill` reads another prompt into a row that
+has ended (continuous batching, see batching.py).
 """
 
 import functools
@@ -31,13 +32,13 @@ from sigattn.inference.sampling import Sampling, sample
 from sigattn.tasks import lm
 from sigattn.training import setup
 
-# Slots come in multiples of it, so that few sizes are compiled.
+# The number of slots is a multiple of it, so that few sizes are compiled.
 _SLOTS = 128
-# Tokens of all rows together that a step of reading prompts takes: it bounds
+# The most tokens, of all rows together, that are read in one step. It bounds
 # the memory of the activations.
 _PART = 2**16
-_LONGEST_PART, _SHORTEST_PART = 2048, 16  # tokens of one row
-_LOGITS = 2**30  # bytes of logits that are there at once where texts are scored
+_LONGEST_PART, _SHORTEST_PART = 2048, 16  # tokens of a row in a step
+_LOGITS = 2**30  # bytes of logits that exist at once when texts are scored
 
 
 class State(NamedTuple):
@@ -46,22 +47,22 @@ class State(NamedTuple):
   A row has ended when it has no token left to draw.
   """
 
-  length_B: jax.Array  # int32, the tokens that the cache holds
-  left_B: jax.Array  # int32, the tokens that may still be drawn
-  drawn_B: jax.Array  # int32, the tokens that were drawn for the prompt
-  key_B: jax.Array  # the key of the prompt, from which its tokens are drawn
+  length_B: jax.Array  # int32, the number of tokens in the cache
+  left_B: jax.Array  # int32, how many tokens may still be drawn
+  drawn_B: jax.Array  # int32, how many were drawn for the prompt
+  key_B: jax.Array  # the key with which the prompt's tokens are drawn
   logits_BV: jax.Array  # logits of the next token
   cache: tuple[layers.Cache, ...]
-  table_BM: jax.Array | None = None  # of a paged cache, see pages.py
+  table_BM: jax.Array | None = None  # the pages of each row, see pages.py
 
 
 class Prompt(NamedTuple):
-  """What `Engine.fill` puts into a row.
+  """A prompt that `Engine.fill` reads into a row.
 
-  row: its number. token_T: the tokens to read, at least one. left: the most
-  tokens to draw. key: of the draws, as jax.random.key_data gives it. drawn: how
-  many tokens were drawn with that key before. known: of how many of the tokens,
-  the first ones, the row's pages hold keys and values already.
+  row: the number of the row. token_T: the tokens to read, at least one. left:
+  the most tokens to draw. key: for the draws, as jax.random.key_data returns
+  it. drawn: how many tokens were drawn with this key before. known: how many of
+  the first tokens have their keys and values in the row's pages already.
   """
 
   row: int
@@ -82,15 +83,15 @@ def decode(
 ) -> tuple[jax.Array, State]:
   """Draws `count` tokens for each row.
 
-  The i-th token of a prompt is drawn with fold_in(key, i), whatever rows run
-  beside it.
+  The i-th token of a prompt is drawn with fold_in(key, i), whatever the other
+  rows are.
 
   Args:
     model: the language model.
     state: the State after the previous token.
     count: the number of tokens.
-    sampling: how they are drawn.
-    size: the vocabulary of the tokenizer; no index >= size is drawn.
+    sampling: how tokens are drawn.
+    size: of the tokenizer's vocabulary; no index >= size is drawn.
     end: the token that ends a row.
 
   Returns:
@@ -107,7 +108,7 @@ def decode(
     token_B = jnp.where(goes_on_B, sample(key_B, logits_BV, sampling), end)
     logits_BV, cache = model.decode(token_B, s.cache, s.length_B, s.table_BM)
     state = s._replace(
-      # A row that has ended stays in its place, where nothing reads it.
+      # A row that has ended writes to one slot, which nothing reads.
       length_B=s.length_B + goes_on_B,
       left_B=jnp.where(token_B == end, 0, s.left_B - 1),
       drawn_B=s.drawn_B + goes_on_B,
@@ -116,21 +117,21 @@ def decode(
     )
     return state, token_B
 
-  # The number of tokens is known, and so the device does not wait for the host
-  # to decide after each token whether there is another one.
+  # The number of steps is fixed, so that the device does not wait after each
+  # token until the host has decided whether there is another one.
   state, token_TB = jax.lax.scan(step, state, length=count)
   return token_TB.T, state
 
 
 def slots(longest: int, max_tokens: int) -> int:
-  """The slots of a row that reads up to `longest` tokens and draws others."""
+  """The slots of a row that reads up to `longest` tokens and draws more."""
   part = _part(longest)
   needed = max(-(-longest // part) * part, longest + max_tokens)
   return -(-needed // _SLOTS) * _SLOTS
 
 
 def _part(longest):
-  """Tokens of a row that are read at once, where the longest has so many."""
+  """How many tokens of a row a step reads, if the longest has `longest`."""
   part = 1 << (longest - 1).bit_length()
   return min(max(part, _SHORTEST_PART), _LONGEST_PART)
 
@@ -138,11 +139,12 @@ def _part(longest):
 def prepared(
   config: ConfigDict, params: dict[str, Any], release: bool = False
 ) -> tuple[nnx.GraphDef, Any]:
-  """The model of a config in the form that it generates with, split by nnx.
+  """Prepares the model of a config to generate; returns it split by nnx.
 
-  See lm.LanguageModel.prepare_to_generate. release: whether `params` is emptied
-  meanwhile. A float32 matrix is then freed before the next one is cast, so that
-  a model in 16 bits needs little more memory than its float32 parameters take.
+  See lm.LanguageModel.prepare_to_generate. release: whether `params` is
+  emptied. Each float32 matrix is then freed before the next one is cast, so
+  that a 16-bit model is prepared in little more memory than its float32
+  parameters take.
   """
   graphdef, _ = shapes(config)
   prepare = jax.jit(lambda x: nnx.state(_prepare(config)(x)))
@@ -155,9 +157,9 @@ def prepared(
 
 
 def _cast_matrices(tree, dtype, axes=0):
-  """Replaces the matrices of a nested dict, one by one.
+  """Casts the matrices of a nested dict in place, one by one.
 
-  axes: the number of axes that layers are stacked along.
+  axes: the number of leading axes along which layers are stacked.
   """
   for name, x in tree.items():
     if isinstance(x, dict):
@@ -167,7 +169,7 @@ def _cast_matrices(tree, dtype, axes=0):
 
 
 def shapes(config: ConfigDict) -> tuple[nnx.GraphDef, Any]:
-  """`prepared` with the shapes and dtypes of the parameters alone."""
+  """As `prepared`, with the shapes and dtypes of the parameters only."""
   params = setup.shapes(config)
   return nnx.split(nnx.eval_shape(_prepare(config), params))
 
@@ -209,33 +211,33 @@ class Engine:
     self._score = program(_score)
 
   def empty(self, batch: int, slots: int) -> State:
-    """A State of rows that have ended, with room for `slots` tokens each."""
+    """A State whose rows have ended, each with at least `slots` slots."""
     slots = -(-slots // _SLOTS) * _SLOTS
     return self._empty(self.params, batch=batch, shape=(batch, slots))
 
   def empty_pages(self, pages: Pages) -> State:
-    """As empty, with a paged cache."""
+    """As `empty`, with a paged cache."""
     state = self._empty(
       self.params, batch=len(pages.table_BM), shape=(pages.count, PAGE)
     )
     return state._replace(table_BM=jnp.asarray(pages.table_BM))
 
   def fill(self, state: State, prompts: Sequence[Prompt]) -> State:
-    """Reads each prompt into its row, which then goes on; others wait.
+    """Reads each prompt into its row. The other rows do not change.
 
-    The given State is used up. Rows need `slots` of their prompts, or the pages
-    that hold them.
+    The arrays of the given State are donated. Each row must have the `slots` or
+    the pages that its prompt needs.
     """
     if not prompts:
       return state
-    # Prompts of similar length are read together, 2^k at a time, so that there
-    # is little padding, and few shapes are compiled.
+    # Prompts of similar length are read together, so that there is little
+    # padding. Their number is a power of two, so that few shapes are compiled.
     waiting = sorted(prompts, key=_unknown)
     while waiting:
       part = _part(_unknown(waiting[-1]))
       most = 1 << min(len(waiting), _PART // part).bit_length() - 1
       batch = len(state.length_B)
-      # A batch of another size is filled at once where it can be.
+      # If each row gets a prompt, all are read at once where memory allows.
       together = batch if len(waiting) == batch <= _PART // part else most
       group, waiting = waiting[-together:], waiting[:-together]
       state = self._fill(state, sorted(group, key=lambda x: x.row), part)
@@ -266,22 +268,22 @@ class Engine:
   def decode(
     self, state: State, count: int, sampling: Sampling
   ) -> tuple[jax.Array, State]:
-    """`decode` on the device; the given State is used up."""
+    """`decode` on the device. The arrays of the given State are donated."""
     return self._decode(self.params, state, count=count, sampling=sampling)
 
   def score(self, token_BT: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """The log-probability of each token but the first, and whether it is first.
+    """Scores each token but the first, given the tokens before it.
 
-    token_BT: int32, padded at the end; T - 1 had best be a power of two.
-    Returns (float32 (B, T - 1), bool (B, T - 1)): log p of the token, given
-    those before it, in nats, and whether it is the most likely one.
+    token_BT: int32, padded at the end; T - 1 should be a power of two.
+    Returns (float32 (B, T - 1), bool (B, T - 1)): the log-probability of the
+    token, in nats, and whether it is the most likely one.
     """
     return self._score(self.params, token_BT)
 
   def lower_decode(
     self, state: State, count: int, sampling: Sampling
   ) -> jax.stages.Lowered:
-    """The program of `decode`, to be compiled and looked at."""
+    """The lowered program of `decode`, for inspection."""
     return self._decode.lower(
       self.params, state, count=count, sampling=sampling
     )
@@ -308,16 +310,16 @@ def _empty(graphdef, params, batch, shape):
 def _read(graphdef, params, state, rows, token_RT, first, last_R, whole):
   """Reads a part of R prompts into rows of the state.
 
-  rows: None for all. first: the position of the part's first token, or that of
-  each row. last_R: the index in the part of each prompt's last token, which may
-  lie outside. whole: whether the part is all that is read, and nothing comes
-  before.
+  rows: the numbers of the rows; None for all. first: the position of the part's
+  first token, one number for all rows or one for each. last_R: the index of
+  each prompt's last token in the part; it may lie outside of the part. whole:
+  whether the part is the whole prompts, and the cache has nothing before them.
   """
   model = nnx.merge(graphdef, params)
   length = token_RT.shape[1]
   is_paged = state.table_BM is not None
   logits_RV, table_RM = _rows_of((state.logits_BV, state.table_BM), rows)
-  # All rows have the same pages, and each has slots of its own.
+  # Pages belong to all rows together. Slots belong to one row each.
   cache = state.cache if is_paged else _rows_of(state.cache, rows)
   if whole and rows is not None and not is_paged:
     cache = model.empty_cache(*token_RT.shape)
@@ -355,14 +357,14 @@ def _rows_of(tree, rows):
 
 
 def _put(tree, rows, new):
-  """The arrays with these rows; in place, where they are not used any more."""
+  """Replaces rows of the arrays, in place if nothing else reads these."""
   if rows is None:
     return new
   return jax.tree.map(lambda x, y: x.at[rows, : y.shape[1]].set(y), tree, new)
 
 
 def _columns(prompts, batch):
-  """What begins in each row, as arrays: (whether, length, left, drawn, key)."""
+  """The new prompts as arrays by row: (is_new, length, left, drawn, key)."""
   numbers_B4 = np.zeros((batch, 4), np.int32)
   key_B2 = np.zeros((batch, *prompts[0].key.shape), np.uint32)
   for x in prompts:

@@ -2,10 +2,10 @@
 
   python -m sigattn export --workdir=runs/lm --out=/models/mine
 
-Models with softmax attention fit whose layers are those of Llama, GPT-NeoX or
-ViT; for others the error says what differs. `from_pretrained` of transformers
-reads the folder. A tokenizer.json of the run is copied; ids of special tokens
-and settings of generation are not written.
+The model must have softmax attention and the layers of Llama, GPT-NeoX or ViT.
+For other models, the error says what differs. `from_pretrained` of transformers
+reads the folder. A tokenizer.json of the run is copied. The ids of special
+tokens and the settings for generation are not written.
 """
 
 import pathlib
@@ -34,7 +34,7 @@ def run(options: flags.FlagValues) -> None:
     shutil.copyfile(tokenizer, pathlib.Path(options.out) / "tokenizer.json")
     print(f"{options.out}: {tokenizer}")
   elif config.task == "lm":
-    print(f"no tokenizer.json: it has {config.data.tokenizer!r}")
+    print(f"no tokenizer.json: the tokenizer is {config.data.tokenizer!r}")
 
 
 def _tokenizer(config: ConfigDict, workdir: str) -> pathlib.Path | None:

@@ -48,14 +48,14 @@ class Options:
   rows: how many prompts are continued at the same time; the next one begins
     where one has ended.
   stop: strings (or one string) that end a text; the text is cut before the
-    first one that it holds.
-  context: "full" reads all that came before, beyond the length that the model
-    was trained on too (config.data.length), and then warns of it. "window"
-    never shows the model more than that length: a text that passes it is cut to
-    its last half and read again, see batching.py.
+    first of them.
+  context: "full" shows the model the whole text. If the text may grow beyond
+    the length that the model was trained on (config.data.length), the log warns
+    of it. "window" never shows the model more than that length: a text that
+    grows beyond it is cut and read again, see batching.py.
   cache: "contiguous" gives each row the slots that the longest text needs.
-    "paged" gives it the pages that its own text needs, and reads what prompts
-    have in common at their beginning once, see pages.py.
+    "paged" gives each row the pages that its own text needs, and reads a common
+    beginning of prompts only once, see pages.py.
   temperature, top_k, top_p: see Sampling.
   """
 
@@ -98,8 +98,8 @@ class Options:
 class Continuation(NamedTuple):
   """The text that continues a prompt, without the prompt.
 
-  index: of the prompt. tokens: the number of tokens that were drawn for it,
-  those of a stop string too, but not the one that ends a text.
+  index: of the prompt. tokens: the number of tokens that were drawn for it. The
+  tokens of a stop string are counted, and the end token is not.
   """
 
   index: int
@@ -115,14 +115,14 @@ class Generator:
   ) -> None:
     """Prepares a model to generate.
 
-    params: a nested dict of arrays. release: whether it is emptied, so that
-    less memory is needed, see engine.prepared. Raises ValueError if the config
-    is not of the task "lm".
+    params: a nested dict of arrays. release: whether `params` is emptied, which
+    saves memory, see engine.prepared. Raises ValueError if the config is not of
+    the task "lm".
     """
     if config.task != "lm":
       raise ValueError(f"config.task={config.task!r}; must be 'lm'")
     self.tokenizer = text.tokenizer(config)
-    self.length = config.data.length  # tokens that it was trained on
+    self.length = config.data.length  # in tokens, of the training rows
     self.engine = engine.Engine(
       *engine.prepared(config, params, release),
       self.tokenizer.size,
@@ -171,8 +171,8 @@ class Generator:
       ids += new.ids
       decoded = self._cut(ids, options.stops).text
       # A character may consist of several tokens. Its first bytes decode to
-      # U+FFFD and are held back until the character is complete, and so is
-      # what may be the beginning of a stop string.
+      # U+FFFD and are held back until the character is complete. Characters
+      # that may begin a stop string are held back too.
       complete = len(decoded.rstrip("\ufffd"))
       complete -= _begun(decoded[:complete], options.stops)
       if new.ended:
@@ -209,7 +209,7 @@ class Generator:
     ]
 
   def _continued(self, prompts, options, first=0):
-    """batching.continued of these options; a prompt may get no token at all."""
+    """batching.continued with these options; max_tokens may be 0."""
     options.validate()
     if not options.max_tokens or not prompts:
       return [batching.New(i, [], True) for i in range(len(prompts))]
@@ -236,10 +236,10 @@ class Generator:
     longest = max(map(len, prompts)) + max_tokens - 1
     if longest > self.length:
       logging.warning(
-        "texts may grow to %d tokens with their prompts, and the model was "
-        "trained on %d (config.data.length); what it writes beyond them may "
-        "make no sense. Give fewer max_tokens, or context=window, which keeps "
-        "to the trained length",
+        "texts may grow to %d tokens with their prompts, but the model was "
+        "trained on %d (config.data.length). Text beyond this length may make "
+        "no sense. Lower max_tokens, or set context=window, which never shows "
+        "the model more than this length",
         longest,
         self.length,
       )
@@ -251,8 +251,8 @@ class Generator:
   def _cut(self, ids, stops):
     """The Continuation of these tokens up to the first stop string."""
     if stops and self._holds(ids, stops):
-      # The fewest tokens with a stop string: what was drawn after them depends
-      # on when the host looked.
+      # Keep the fewest tokens with a stop string. How many more were drawn
+      # depends on when the host looked.
       count = bisect.bisect_left(
         range(len(ids)), True, key=lambda i: self._holds(ids[:i], stops)
       )
@@ -264,7 +264,7 @@ class Generator:
 
 
 def _begun(decoded, stops):
-  """The most characters at the end that may begin a stop string."""
+  """How many characters at the end may be the beginning of a stop string."""
   return max(
     (
       size
@@ -277,7 +277,7 @@ def _begun(decoded, stops):
 
 
 def _keys(seed, first, count):
-  """Data of the key of each prompt, uint32 (count, ...)."""
+  """The key data of each prompt, uint32 (count, ...)."""
   fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
   key_B = fold(jax.random.key(seed), first + np.arange(count))
   return jax.device_get(jax.random.key_data(key_B))
@@ -296,7 +296,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "out",
     None,
-    "The file for the results of --prompts. What it holds of them is kept.",
+    "The file for the results of --prompts. Results that it has are kept.",
   )
   flags.DEFINE_integer("max_tokens", 256, "Maximum number of new tokens.")
   flags.DEFINE_integer("rows", 32, "Prompts to continue at the same time.")
@@ -307,18 +307,18 @@ def define_flags() -> None:
     "context",
     "full",
     CONTEXTS,
-    "What the model sees: all before, or only as much as it was trained on.",
+    "What the model sees: the whole text, or at most the trained length.",
   )
   flags.DEFINE_enum(
     "cache",
     "contiguous",
     CACHES,
-    "Where keys and values lie: pages take less memory for texts of different "
-    "lengths, and hold a common beginning of prompts once.",
+    "How keys and values are stored. Pages take less memory for texts of "
+    "different lengths, and store a common beginning of prompts once.",
   )
-  flags.DEFINE_float("temperature", 0.8, "0: always the most likely token.")
+  flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
   flags.DEFINE_integer(
-    "top_k", 0, "Draw from the k most likely tokens; 0: from all."
+    "top_k", 0, "Draw from the k most likely tokens; 0 draws from all."
   )
   flags.DEFINE_float(
     "top_p",

@@ -85,11 +85,13 @@ class HarnessLM(harness.TemplateLM):
     return [*start, *ids.tolist()]
 
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
-    """(log-probability, whether greedy decoding gives it) per continuation.
+    """Returns (log-probability, is_greedy) for each continuation.
 
-    requests: (_, tokens of the context, tokens of the continuation) each. As
-    the harness's own model for transformers does, it cuts contexts to what
-    max_length leaves, and refuses a continuation that is longer than that.
+    is_greedy is whether greedy decoding gives the continuation. requests:
+    tuples (_, tokens of the context, tokens of the continuation). A context is
+    cut so that it fits into max_length with its continuation. A continuation
+    longer than max_length is refused. The harness's own model for transformers
+    does the same.
     """
     del disable_tqdm
     pairs = [(context, continuation) for _, context, continuation in requests]
@@ -108,9 +110,9 @@ class HarnessLM(harness.TemplateLM):
     if longest > self._max_length:
       raise ValueError(
         f"a continuation has {longest} tokens; must have at most "
-        f"max_length={self._max_length}, which the model sees at once"
+        f"max_length={self._max_length}, the most that the model sees"
       )
-    # The last token is only predicted.
+    # The last token is predicted, but not read.
     cut = sum(len(a) + len(b) - 1 > self._max_length for a, b in pairs)
     self._warn_of_cut(cut, len(pairs), self._max_length)
 
@@ -148,7 +150,7 @@ class HarnessLM(harness.TemplateLM):
   ) -> list[float]:
     """The log-probability of each whole text, in nats.
 
-    A text longer than max_length is scored in windows, each of whose tokens
+    A text longer than max_length is scored in windows, and each of its tokens
     counts once.
     """
     log_probs = []

@@ -1,10 +1,10 @@
-"""Which page of a cache holds which tokens: bookkeeping on the host.
+"""Keeps account, on the host, of which page of a cache holds which tokens.
 
-A page holds the keys and values of PAGE tokens. A row has the pages that its
-prompt and its new tokens need, and no others, so that a long prompt costs the
-other rows nothing. Rows whose prompts begin alike share the pages that those
-tokens fill, which are then read once (vLLM, 2309.06180). Page 0 belongs to
-nobody: what is written for padding, and for rows that have ended, goes there.
+A page holds the keys and values of PAGE tokens. A row has only the pages that
+its prompt and its new tokens need, so that a long prompt costs the other rows
+nothing. If prompts begin with the same tokens, their rows share the pages that
+these tokens fill, and the tokens are read only once (vLLM, 2309.06180). Page 0
+belongs to no row. Padding, and rows that have ended, are written there.
 """
 
 from collections.abc import Sequence
@@ -15,38 +15,38 @@ PAGE = 64  # tokens
 
 
 def pages_for(tokens: int) -> int:
-  """The pages that so many tokens lie in."""
+  """The number of pages that so many tokens need."""
   return -(-tokens // PAGE)
 
 
 class Pages:
   """The pages of some rows.
 
-  count: of all pages, with page 0.
-  table_BM: int32, the pages of each row in the order of its tokens; 0 where it
-  has none. The last column is always 0.
+  count: the number of all pages, page 0 included.
+  table_BM: int32, the pages of each row in the order of its tokens, and 0 where
+  the row has no page. The last column is always 0.
   """
 
   def __init__(self, count: int, rows: int, most: int) -> None:
-    """count: of all pages, with page 0. most: that a row may need."""
+    """count: of all pages, page 0 included. most: pages that a row may need."""
     self.count = count
     self.table_BM = np.zeros((rows, most + 1), np.int32)
     self._free = list(range(count - 1, 0, -1))
     self._uses = np.zeros(count, np.int32)
-    # A page that prompts may share, by (the page before, its tokens), and the
-    # reverse. A page is there as long as those after it are, so that this says
-    # all that comes before.
+    # The pages that prompts may share, by (the page before, the tokens), and
+    # the reverse. A page stays as long as the pages after it, so that the page
+    # before determines all tokens before.
     self._shared, self._name = {}, {}
-    self._wave = {}  # of pages that are not read yet
+    self._wave = {}  # the wave that fills each page that is not filled yet
 
   @classmethod
   def for_prompts(
     cls, lengths: Sequence[int], common: int, rows: int
   ) -> "Pages":
-    """Enough for any `rows` of these texts at the same time.
+    """Enough pages for any `rows` of these texts at the same time.
 
-    lengths: the tokens that each may come to have. common: how many tokens all
-    of them begin with, and keep.
+    lengths: the most tokens that each text may reach. common: the number of
+    tokens that all texts begin with, and that are never cut off.
     """
     shared = common // PAGE
     needs = sorted(map(pages_for, lengths))
@@ -56,12 +56,14 @@ class Pages:
   def take(
     self, row: int, prompt_T: np.ndarray, length: int
   ) -> tuple[int, int]:
-    """Gives a row without pages those for a text that may grow to `length`.
+    """Gives a row its pages, for a text that may grow to `length` tokens.
+
+    The row must not have pages yet.
 
     Returns:
-      (known, wave). The keys and values of the first `known` tokens of the
-      prompt are there once the prompts of the waves before, which are counted
-      from 0, have been read. At least one token remains to be read.
+      (known, wave). The prompt is to be read in this wave, counted from 0. When
+      the waves before it have been read, the keys and values of the first
+      `known` tokens are in the pages. At least one token remains to be read.
     """
     known, wave, before = 0, 0, 0
     is_known = True
@@ -82,11 +84,11 @@ class Pages:
     return known, wave
 
   def have_been_read(self) -> None:
-    """Says that the prompts of all waves have been read."""
+    """Records that the prompts of all waves have been read."""
     self._wave.clear()
 
   def release(self, row: int) -> None:
-    """Takes the pages of a row from it."""
+    """Frees the pages of a row, except those that other rows share."""
     for page in self.table_BM[row][self.table_BM[row] > 0].tolist():
       self._uses[page] -= 1
       if not self._uses[page]:

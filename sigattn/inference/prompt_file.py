@@ -1,10 +1,11 @@
 """Continues the prompts of a file of JSON lines.
 
 Each line is an object with the field "prompt". Its result is the same object
-with the fields "text", the continuation, and "tokens", how many were drawn for
-it. Results are written line by line, in the order of the prompts, each as soon
-as all before it are there. A run that was stopped goes on behind what its file
-holds: the texts are those that it would have written without the stop.
+with two more fields: "text" is the continuation, and "tokens" is the number of
+tokens that were drawn for it. Results are written line by line in the order of
+the prompts, each as soon as all results before it are written. A run that was
+stopped goes on after the results in its file. It writes the same texts as it
+would have written without the stop.
 """
 
 import json
@@ -18,7 +19,7 @@ import rich.progress
 
 from sigattn.training import files, metrics
 
-_RESULT = ("text", "tokens")  # the fields that a result has besides
+_RESULT = ("text", "tokens")  # the fields that a result adds
 
 
 class PromptFile:
@@ -30,15 +31,16 @@ class PromptFile:
     """Reads and validates both files; `out` need not exist.
 
     Raises:
-      ValueError: that names the line and what is wrong with it: no JSON object,
-        no string "prompt", a field that a result has, or a result of another
-        prompt. OSError where a file cannot be read.
+      ValueError: if a line is no JSON object, has no string "prompt" or already
+        has a field of a result, or if a result belongs to another prompt. The
+        error names the line.
+      OSError: if a file cannot be read.
     """
     self.path, self.out = path, out
     self.rows = [_prompt(*line) for line in _lines(path)]
     if not self.rows:
       raise ValueError(f"{path}: has no line")
-    # Results that are there; the last one may have been cut by a kill.
+    # The results in the file. A kill may have cut off the last one.
     self.done, self._bytes = 0, 0
     if os.path.exists(out):
       self._find_results()
@@ -50,7 +52,7 @@ class PromptFile:
       result = _object(where, line)
       given = {k: v for k, v in result.items() if k not in _RESULT}
       row = self.rows[self.done] if self.done < len(self.rows) else None
-      # As text, because a NaN does not equal itself.
+      # Compared as text, because a NaN does not equal itself.
       if len(given) + 2 != len(result) or _json(given) != _json(row):
         raise ValueError(
           f"{where}: is not the result of line {self.done + 1} of {self.path}; "
@@ -63,11 +65,12 @@ class PromptFile:
     encode: Callable[[list[str]], list[np.ndarray]],
     each: Callable[[list[np.ndarray], int], Iterator[tuple[int, str, int]]],
   ) -> None:
-    """Continues the prompts that have no result yet, and says how fast.
+    """Continues the prompts that have no result yet, and logs the speed.
 
-    encode, each: as a Generator has them. Raises ValueError for a prompt that
-    cannot be encoded, before anything is written; OSError where the file of
-    results cannot be written. On Ctrl-C it says what is there and exits.
+    encode, each: methods of a Generator. Raises ValueError for a prompt that
+    cannot be encoded, before anything is written. Raises OSError if the file of
+    results cannot be written. On Ctrl-C it logs how many results there are, and
+    exits.
     """
     begun, total = self.done, len(self.rows)
     prompts = self._encoded(encode)
@@ -84,7 +87,7 @@ class PromptFile:
         raise SystemExit(130) from None
     metrics.log(
       f"{self.out}: {total - begun} new texts, {progress.tokens:,} tokens, "
-      f"{progress.rate()} (the time to compile counts)"
+      f"{progress.rate()} (with the time to compile)"
     )
 
   def _encoded(self, encode):
@@ -113,7 +116,7 @@ class PromptFile:
 
 
 def _lines(path):
-  """(what an error calls it, bytes) of each line."""
+  """(its name for errors, its bytes) of each line."""
   with open(path, "rb") as file:
     for number, line in enumerate(file, 1):
       yield f"{path}, line {number}", line
@@ -126,10 +129,10 @@ def _object(where, line):
   try:
     row = json.loads(line)
     _json(row)
-  # A character that no encoding has, and lists in lists without an end.
+  # A lone surrogate has no encoding, and lists may be nested too deeply.
   except (ValueError, RecursionError) as error:
     raise ValueError(
-      f"{where}: {_EXAMPLE}, and is no JSON in UTF-8: {error}"
+      f"{where}: {_EXAMPLE}, but is no JSON in UTF-8: {error}"
     ) from error
   if not isinstance(row, dict):
     raise ValueError(f"{where}: {_EXAMPLE}")
@@ -155,7 +158,7 @@ def _json(row):
 
 
 class _Progress:
-  """Counts prompts and tokens; a bar where the output is a terminal."""
+  """Counts prompts and tokens, and shows a progress bar on a terminal."""
 
   def __init__(self, done, total):
     self._begin, self.tokens = time.perf_counter(), 0

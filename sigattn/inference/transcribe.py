@@ -35,7 +35,7 @@ def transcribe(
     workdir: the folder of a run of the task "speech".
     files: paths, or file objects opened in binary mode.
     step: a number, "best", or None for the newest.
-    beam_width: of the beam search; 1 means greedy decoding, None means the
+    beam_width: of the beam search. 1 means greedy decoding, and None means the
       run's config.eval.beam_width.
 
   Raises:
@@ -97,7 +97,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "beam_width",
     None,
-    "Width of the beam search; 1: greedy. By default the run's own.",
+    "Width of the beam search; 1 is greedy. The default is the run's own.",
   )
 
 

@@ -43,7 +43,7 @@ def _init_from_has_the_shape(config):
     )
   given = _ours(config, wanted)
   flags = {path: x for path, x in wanted.items() if given[path] != x}
-  classes = flags.pop("data.num_classes", None)  # a new head may have others
+  classes = flags.pop("data.num_classes", None)  # a new head may differ
   # Another tokenizer.json may be a copy of theirs.
   if given.get("data.tokenizer") not in ("characters", "bytes"):
     flags.pop("data.tokenizer", None)
@@ -127,7 +127,7 @@ class Started(NamedTuple):
   """What a run starts from.
 
   kind: of the model: llama, gpt_neox, vit or timm. params: a nested dict of
-  NumPy arrays. fresh: the paths of those that keep their initial values.
+  NumPy arrays. fresh: the paths of the arrays that keep their initial values.
   """
 
   kind: str
@@ -138,9 +138,9 @@ class Started(NamedTuple):
 def start(config: ConfigDict, params: Mapping[str, Any]) -> Started:
   """Reads the parameters of config.init_from.
 
-  params: the initial parameters. A trained logit bias keeps its initial value.
-  So does the head if the model has other classes. Raises ValueError for a
-  tensor that is missing, has another shape or is not known.
+  params: the initial parameters. A logit bias that is trained keeps its initial
+  value. So does the head if the model has another number of classes. Raises
+  ValueError for a tensor that is missing, has another shape or is not known.
   """
   kind, family, found, tensors = folder_of.read(config.init_from)
   flat = flatten(params)
@@ -168,7 +168,7 @@ def start(config: ConfigDict, params: Mapping[str, Any]) -> Started:
       loaded[path][layer] = part
       fresh.discard(path)
   if unknown := sorted(x for x in unknown if not x.endswith(_BUFFERS)):
-    raise ValueError(f"{differ}: not known are {unknown[:10]}")
+    raise ValueError(f"{differ}: unknown tensors are {unknown[:10]}")
   allowed = {x for x in fresh if x.endswith(_MAY_BE_NEW)}
   if new_head:
     allowed |= {x for x in fresh if x.startswith("head/")}
@@ -200,7 +200,7 @@ def save(
 
   name, family, found = _fitting(config)
   flat = flatten(params)
-  if "data.vocab_size" in found:  # None in a config that follows its tokenizer
+  if "data.vocab_size" in found:  # None if it follows from the tokenizer
     found = found | {"data.vocab_size": len(flat["embed"])}
   tensors = {}
   for theirs, paths, entry, layer in _tensors_of(family, found):
@@ -267,8 +267,8 @@ def _fitting(config):
     )
   nearest = min(reasons, key=lambda name: len(reasons[name]))
   message = (
-    "this model is like none of transformers that is known here; the nearest "
-    f"is {nearest}: {', '.join(reasons[nearest])}"
+    "transformers has no such model among those that can be saved; the nearest "
+    f"is {nearest}, but {', '.join(reasons[nearest])}"
   )
   if config.attn.kind != "softmax":
     message += (

@@ -1,4 +1,4 @@
-"""The settings and tensors of models of transformers and timm, and ours.
+"""Maps models of transformers and timm to our settings and parameters.
 
 A Family knows the settings and the tensors of one kind of model. In PyTorch the
 weight of a linear layer is (out, in), and the heads of attention share one axis
@@ -33,7 +33,7 @@ class Family:
 
   task: the name of our task.
   values: (their config, shapes of their tensors by name) -> the values of our
-    config, by path. Raises ValueError for a setting that ours do not have.
+    config, by path. Raises ValueError for a setting that our models lack.
   entries: our values -> the entries.
   describe: our values and config.model.max_length -> their config; None if
     nothing is saved in this form.
@@ -402,7 +402,7 @@ def _vit_described(values, max_length):
   }
 
 
-_TIMM_HEAD_WIDTH = 64  # of every vit_* of timm that names no other
+_TIMM_HEAD_WIDTH = 64  # of every vit_* of timm whose config names no other
 
 
 def _timm_values(config, shapes):
@@ -417,7 +417,7 @@ def _timm_values(config, shapes):
   head = shapes.get("head.weight")
   if pool == "avg" and has_class:
     raise ValueError(
-      "global_pool='avg' beside a class token; the mean of ours has it too"
+      "global_pool='avg' with a class token; our mean includes this token"
     )
   return _vision(**{
     "model.width": width,

@@ -1,4 +1,4 @@
-"""Reads a folder that save_pretrained of transformers or timm has written."""
+"""Reads a folder that transformers' save_pretrained or timm has written."""
 
 import json
 import pathlib

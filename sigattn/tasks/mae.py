@@ -78,8 +78,8 @@ class MaskedAutoencoder(vit.Backbone):
   """A backbone that sees some of the patches, and a decoder that draws all.
 
   The n of sigmoid's bias -log n is the number of tokens that attention gets. In
-  the encoder these are the tokens that are left in training, and all tokens in
-  evaluation.
+  the encoder, these are the tokens that are left during training, and all
+  tokens during evaluation.
 
   Initialisation: mask_token normal, standard deviation 0.02.
   """

@@ -1,4 +1,4 @@
-"""What the self-supervised tasks share: simclr, byol and mae.
+"""What the self-supervised tasks simclr, byol and mae have in common.
 
 Each is a vit.Backbone with a head of its own. During training, their features
 are evaluated by nearest neighbours, which need no training. The deviation of
@@ -39,7 +39,7 @@ def _neighbours_are_among_the_examples(config):
   if neighbours > examples:
     raise ValueError(
       f"config.eval.knn_neighbours={neighbours!r}; must be at most "
-      f"config.eval.knn_examples={examples!r}, among which they are looked for"
+      f"config.eval.knn_examples={examples!r}, among which they are found"
     )
 
 
@@ -193,8 +193,8 @@ def results(config: ConfigDict, sums: dict[str, Any]) -> dict[str, float]:
   std = float(np.sqrt(len(mean_D)) * np.sqrt(variance_D).mean())
   if std < COLLAPSED:
     logging.warning(
-      "the features have collapsed: feature_std=%.4f, below %s; all images "
-      "have nearly the same",
+      "the features have collapsed: feature_std=%.4f is below %s; all images "
+      "have nearly the same features",
       std, COLLAPSED,
     )  # fmt: skip
   metrics = {"feature_std": std}

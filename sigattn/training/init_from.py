@@ -51,6 +51,6 @@ def _warn_of_the_tokenizer(config):
   if config.task == "lm" and not (folder / "tokenizer.json").is_file():
     logging.warning(
       "config.init_from has no tokenizer.json: the ids of config.data.tokenizer"
-      "=%r must be those that its model was trained with",
+      "=%r must be the ids with which its model was trained",
       config.data.tokenizer,
     )

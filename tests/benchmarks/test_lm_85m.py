@@ -62,13 +62,13 @@ def test_a_run_that_cannot_end_waits_while_another_one_can():
 
 
 def test_cards_share_the_runs(tmp_path, monkeypatch, capsys):
-  """Two cards and a form whose first run lasts as long as the rest."""
+  """On two cards, the first run of a form lasts as long as all others."""
   runs, others = [], threading.Event()
 
   def train(run, card, options, end):
     runs.append(run)
     if run == Run("softmax", rates[0], 0, True):
-      assert others.wait(60)  # which the whole runs of other forms end
+      assert others.wait(60)  # set by a whole run of another form
     if (run.form, run.short) == ("sigmoid", False):
       raise subprocess.CalledProcessError(1, "train.py", "it broke")
     if (run.form, run.short) == ("normalized", False):
@@ -84,11 +84,11 @@ def test_cards_share_the_runs(tmp_path, monkeypatch, capsys):
   ]  # fmt: skip
   with pytest.raises(SystemExit, match="failed: whole_sigmoid_0.0015_0"):
     lm_85m.main(words)
-  assert len(runs) == len(set(runs)) == 16  # nothing twice, and no second seed
+  assert len(runs) == len(set(runs)) == 16  # no run twice, and no run of seed 1
   rows = lm_85m.read_rows(tmp_path / "rows.json")
   assert len(rows) == 15
   assert "it broke" in capsys.readouterr().out
-  monkeypatch.setattr(  # the next command tries the failed one again
+  monkeypatch.setattr(  # the next command tries the failed run again
     lm_85m, "train", lambda run, *_: row(run, 2.0) | {"tokens_per_second": 1.0}
   )
   lm_85m.main(words)

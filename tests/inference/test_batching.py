@@ -1,4 +1,4 @@
-"""Texts that take turns in a few rows; windows, stop strings, files."""
+"""Many texts in a few rows; windows, stop strings, and files of prompts."""
 
 import functools
 import itertools
@@ -30,7 +30,8 @@ LENGTH = 32  # config.data.length of `small`
 def make(**values):
   """A Generator, and a function: LENGTH tokens, index -> the logits after it.
 
-  The logits differ more than at first, and greedy texts do not end.
+  The logits differ more than those of initial parameters, and greedy texts do
+  not end.
   """
   config = small(**values)
   _, params = setup.init(config)
@@ -83,7 +84,7 @@ def test_a_window_shows_the_model_no_more_than_it_was_trained_on(values):
   count, prompts = 40, [PROMPTS[1], PROMPTS[2]]
 
   def slowly(ids):
-    """By the whole forward pass over what is visible, token by token."""
+    """Continues ids by the whole forward pass over all visible tokens."""
     ids, first, new = ids.tolist(), 0, []
     for left in range(count, 0, -1):
       if len(ids) - first > LENGTH:
@@ -126,7 +127,7 @@ def test_a_text_ends_before_its_first_stop_string(generator):
   ]
   pieces = list(generator.stream("Let", stop=stop, **options))
   assert "".join(pieces) == whole[:place]
-  # The tokens of the stop string count, and none that came after it.
+  # The tokens of the stop string count, and those after it do not.
   [done] = generator.each(
     generator.encode(["Let"]), generate.Options(stop=whole[9:11], **options)
   )
@@ -260,7 +261,7 @@ def test_rows_have_the_pages_that_they_need_and_share_full_ones():
   held = pages.Pages.for_prompts([200, 330, 150, 135], common=130, rows=2)
   assert held.count == 1 + 2 + 4 + 2
   assert held.take(0, text_T, 330) == (0, 0)
-  # The other one waits until the first row's pages have been read.
+  # This prompt waits until those of the first row have been read.
   assert held.take(1, text_T[:140], 200) == (128, 1)
   held.have_been_read()
   first, second = held.table_BM

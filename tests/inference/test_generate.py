@@ -18,7 +18,7 @@ from tests.tasks.small_lm import (
   tokens,
 )
 
-# As GPT-NeoX has it, with fewer heads of keys and values.
+# The layers of GPT-NeoX, with fewer heads of keys and values.
 NEOX = {
   "model.use_bias": True, "model.mlp": "gelu", "model.parallel": True,
   "model.norm": "pre", "model.norm_kind": "layernorm", "model.tied": False,
@@ -51,8 +51,8 @@ def test_decoding_equals_the_full_forward_pass(kind, values):
   def run(model, token_BT, forced_BT):
     model.prepare_to_generate()
     cache = model.empty_cache(2, 20)
-    # The longer prompt comes in three parts. Of the shorter one, the second
-    # and the third are padding.
+    # The longer prompt is read in three parts. The second and the third part
+    # of the shorter prompt are padding.
     logits_BTV = []
     for first in (0, 4, 8):
       part_BT = token_BT[:, first : first + 4]
@@ -120,7 +120,7 @@ def test_generator_continues_a_batch_as_each_alone_and_streams_the_same():
 
 def test_a_row_that_has_ended_stays_so():
   class Counter:
-    """Its next token is the number of tokens."""
+    """A model whose next token is the number of tokens."""
 
     def decode(self, token_B, cache, length_B, table_BM):
       del token_B, table_BM

@@ -136,7 +136,7 @@ def test_contexts_are_cut_to_what_the_model_sees(trained, caplog):
   context, continuation = "In the beginning God", " created"
   pairs = [(context, continuation), ("In", " the")]
   scores = model.loglikelihood([instance("loglikelihood", *x) for x in pairs])
-  # 16 tokens are seen, and the last one that is scored need not be.
+  # The model sees 16 tokens. The last token that is scored is not read.
   [ids] = tokenizer.encode([(context + continuation)[-17:]])
   expected = sum(table(ids)[i - 1, ids[i]] for i in range(9, 17))
   assert scores[0][0] == pytest.approx(expected, rel=1e-4)
