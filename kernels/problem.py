@@ -152,7 +152,8 @@ class Problem:
 def not_implemented(kind: str, file: str) -> ValueError:
   """The error of a file that lacks a branch for a kind of ACTIVATIONS."""
   return ValueError(
-    f"{kind=} is not implemented in {file}; {HOW_TO_ADD} says what a kind needs"
+    f"{kind=} is not implemented in {file}; {HOW_TO_ADD} says what it needs."
+    " Until then another implementation may have it, such as 'xla'"
   )
 
 

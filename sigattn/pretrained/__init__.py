@@ -88,16 +88,6 @@ def _ours(config, paths):
   return given
 
 
-def _ours(config, paths):
-  """The values of the config, with each None replaced by its meaning."""
-  given = {path: value_at(config, path) for path in paths}
-  if given.get("attn.num_kv_heads", 0) is None:
-    given["attn.num_kv_heads"] = config.model.num_heads
-  if given.get("model.norm_epsilon", 0) is None:
-    given["model.norm_epsilon"] = layers.EPSILONS[config.model.norm_kind]
-  return given
-
-
 def values(folder: str | os.PathLike[str]) -> dict[str, Any]:
   """The values of our config, by path, that describe the model in a folder.
 
