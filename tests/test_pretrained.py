@@ -168,7 +168,7 @@ def test_a_softmax_model_goes_on_with_sigmoid_and_is_saved(tmp_path, capsys):
   assert int(train(config, tmp_path / "run").step) == 2
   with pytest.raises(
     ValueError,
-    match=r"is llama: config\.attn\.kind='sigmoid', not 'softmax'\. ",
+    match=r"is llama, but config\.attn\.kind='sigmoid', not 'softmax'\. ",
   ):
     pretrained.save(config, state.params, tmp_path / "out")
   assert not (tmp_path / "out").exists()
