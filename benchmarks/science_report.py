@@ -136,7 +136,12 @@ def draw(study: dict[str, Any]) -> figures.Figure:
   by_setting = study["metric"] == "loss" and not any(
     "loss_at" in row for row in study["rows"]
   )
-  panels = {"": study["rows"]} if by_setting else groups
+  trained = {
+    label: rows
+    for label, rows in groups.items()
+    if any("test" in row for row in rows)
+  }
+  panels = {"": study["rows"]} if by_setting or not trained else trained
   columns = min(len(panels), 2)
   count = -(-len(panels) // columns)
   figure = figures.Figure((5.2 * columns, 3.6 * count), layout="constrained")
@@ -157,7 +162,10 @@ def draw(study: dict[str, Any]) -> figures.Figure:
         else:
           _lines(ax, row, study, style)
     if by_setting:
-      names = [name.replace(", ", "\n") for name in groups]
+      names = [
+        name.replace(", ", "\n").replace("rows of ", "rows of\n")
+        for name in groups
+      ]
       ax.set_xticks(range(len(groups)), names, fontsize="small")
       ax.set(ylabel="test loss")
     ax.set_title(label, fontsize="small")

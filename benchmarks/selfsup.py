@@ -196,7 +196,8 @@ def draw(runs, path):
   figure = figures.Figure((7, 3.4), layout="constrained")
   axes = figure.subplots()
   ticks = []
-  for i, method in enumerate(METHODS):
+  methods = [x for x in METHODS if any(run["method"] == x for run in runs)]
+  for i, method in enumerate(methods):
     for j, kind in enumerate(KINDS):
       x = i * (len(KINDS) + 1) + j
       ours = _accuracies(runs, method, kind)
