@@ -594,6 +594,7 @@ def cloze(config, params, folder):
   }
 
 
+# In a task of this type the harness puts no space between text and word.
 CLOZE = """
 task: cloze
 dataset_path: json
@@ -602,8 +603,7 @@ dataset_kwargs:
 test_split: test
 output_type: loglikelihood
 doc_to_text: "{{{{context}}}}"
-doc_to_target: "{{{{word}}}}"
-target_delimiter: " "
+doc_to_target: "{{{{' ' + word}}}}"
 metric_list:
   - metric: acc
   - metric: perplexity

@@ -6,11 +6,13 @@ import time
 
 import numpy as np
 import pytest
+from lm_eval.api import model as harness
 
 from benchmarks import lm_85m
 from benchmarks.lm_85m import Run
 from configs import lm_85m as configs
 from sigattn.data import train_tokenizer
+from sigattn.inference import generate, lm_eval
 from tests.data.test_token_files import write
 
 RATES = (1e-3, 4e-3)
@@ -183,3 +185,27 @@ def test_a_run_is_trained_measured_and_recorded(corpus, tmp_path):
   assert found["device"] == "cpu"
   lm_85m.pack(options.runs, tmp_path / "runs.tar.xz")
   assert (tmp_path / "runs.tar.xz").stat().st_size < 2**20
+
+
+def test_the_harness_asks_for_the_word_after_a_space(
+  corpus, tmp_path, monkeypatch
+):
+  """The continuation that is scored is the text that was cut off."""
+  config = configs.get_config("softmax,runlocal").unlock()
+  for name, value in (x.split("=") for x in corpus):
+    config.update_from_flattened_dict(
+      {name.removeprefix("config."): int(value) if value.isdigit() else value}
+    )
+
+  class Model(harness.LM):
+    def loglikelihood(self, requests):
+      texts = ["".join(request.args) for request in requests]
+      return [(-2.0, text.endswith(" fox and another")) for text in texts]
+
+    loglikelihood_rolling = generate_until = None
+
+  monkeypatch.setattr(lm_eval, "HarnessLM", lambda generator: Model())
+  monkeypatch.setattr(generate, "Generator", lambda config, params: None)
+  found = lm_85m.cloze(config, None, tmp_path)
+  assert found["acc"] == 1.0
+  assert found["perplexity"] == pytest.approx(np.exp(2.0))
