@@ -80,31 +80,37 @@ def tables(rows: Rows) -> str:
 
 
 def _whole_table(rows):
-  columns = [
-    "form", "learning rate", "tokens", "validation loss", "test loss",
-    "cloze, %", "largest gradient / median", "tokens/s", "ms a step",
-  ]  # fmt: skip
-  yield science_report.line(columns)
-  yield science_report.line(["---"] * len(columns))
-  for form, group in _by_form(_whole(rows)).items():
-    cells = [
-      [f"{row['tokens'] / 1e6:.0f} M" for row in group[:1]],
-      map(_loss, group),
-      (f"{x:.3f}" for x in _present(row["test_loss"] for row in group)),
-      (f"{100 * row['cloze']['acc']:.1f}" for row in group if row["cloze"]),
-      (f"{x:.1f}" for x in _present(map(spike, group))),
-      (f"{row['tokens_per_second']:,.0f}" for row in group),
-      (f"{1000 * x:.0f}" for x in _present(_seconds(group))),
-    ]
-    cells = [
-      ", ".join(x) if i < 5 else "; ".join(x) for i, x in enumerate(cells)
-    ]
-    rate = f"{group[0]['lr']:g}"
-    yield science_report.line([LABELS[form], rate, *cells])
+  """The lines of the table. A column without any number is left out."""
+  forms = _by_form(_whole(rows))
+  columns = {
+    "learning rate": lambda row: f"{row['lr']:g}",
+    "tokens": lambda row: f"{row['tokens'] / 1e6:.0f} M",
+    "validation loss": _loss,
+    "test loss": _number("test_loss", "{:.3f}"),
+    "cloze, %": lambda row: row["cloze"] and f"{100 * row['cloze']['acc']:.1f}",
+    "largest gradient / median": lambda row: (x := spike(row)) and f"{x:.1f}",
+    "tokens/s": _number("tokens_per_second", "{:,.0f}"),
+    "seconds a step": _number("seconds_per_step", "{:.3f}"),
+  }
+  table = {}
+  for name, cell in columns.items():
+    cells = [_joined(map(cell, group)) for group in forms.values()]
+    if any(cells):
+      table[name] = cells
+  yield science_report.line(["form", *table])
+  yield science_report.line(["---"] * (1 + len(table)))
+  for form, *cells in zip(forms, *table.values(), strict=True):
+    yield science_report.line([LABELS[form], *cells])
 
 
-def _seconds(group):
-  return (row["seconds_per_step"] for row in group)
+def _number(name, form):
+  return lambda row: None if row[name] is None else form.format(row[name])
+
+
+def _joined(cells):
+  """The cells of a form's runs; only one if they are equal."""
+  cells = [cell for cell in cells if cell]
+  return cells[0] if len({*cells}) == 1 else "; ".join(cells)
 
 
 def _present(values):
