@@ -375,10 +375,12 @@ def _cpu(lengths):
 
 
 def write(name, device, measurements):
-  """Writes benchmarks/results/<name>.json and returns its path.
+  """Writes a file of results and returns its path.
 
-  device: the name of the device. measurements: a dict, written after the
-  device, the date, the commit and the version of jax.
+  name: a path that ends with .json, or the name of a file in
+  benchmarks/results/ without this suffix. device: the name of the device.
+  measurements: a dict, written after the device, the date, the commit and the
+  version of jax.
   """
   result = {
     "device": device,
@@ -386,10 +388,11 @@ def write(name, device, measurements):
     "commit": commit(),
     "jax": jax.__version__,
   }
-  path = _FOLDER / f"{name}.json"
+  is_path = name.endswith(".json")
+  path = pathlib.Path(name) if is_path else _FOLDER / f"{name}.json"
   path.parent.mkdir(exist_ok=True)
   path.write_text(json.dumps(result | measurements, indent=1) + "\n")
-  return path.relative_to(_FOLDER.parents[1])
+  return path
 
 
 def main():
@@ -399,7 +402,8 @@ def main():
   parser.add_argument("--lengths", type=int, nargs="+")
   parser.add_argument("--widths", type=int, nargs="+", default=(64, 128))
   parser.add_argument(
-    "--out", help="name of the file in benchmarks/results/; default: the device"
+    "--out",
+    help="a .json file, or a name in benchmarks/results/; default: the device",
   )
   parser.add_argument(
     "--baselines", nargs="+", default=[""], metavar="NAME",

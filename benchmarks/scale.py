@@ -265,7 +265,8 @@ def main(argv=None):
   parser.add_argument("--width", type=int, default=128, help="of a head")
   parser.add_argument("--normalize", action="store_true", help="of ring")
   parser.add_argument(
-    "--out", help="name of the file in benchmarks/results/; default: the device"
+    "--out",
+    help="a .json file, or a name in benchmarks/results/; default: the device",
   )
   arguments = parser.parse_args(argv)
   kind = jax.devices()[0].device_kind
