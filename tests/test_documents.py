@@ -19,6 +19,7 @@ from flax import nnx
 
 import sigattn
 from benchmarks import attention
+from configs import lm_85m
 from sigattn import cli
 from sigattn.kernels import problem
 from sigattn.validate import value_at
@@ -232,21 +233,34 @@ def test_the_readmes_speeds_are_those_of_the_result_files():
 
 def test_the_readmes_training_speeds_are_those_of_the_result_file():
   file = ROOT / "benchmarks" / "results" / "train_step_nvidia_h200.json"
-  measured = [
-    row.get("tokens_per_second") or row.get("images_per_second")
+  measured = {
+    f"{row.get('tokens_per_second') or row.get('images_per_second'):,.0f}"
     for row in json.loads(file.read_text())["rows"]
-  ]
-  text = README.read_text()
-  wanted = [f"{x:,.0f}" for x in measured if x]
-  assert len(wanted) == 7
-  assert [x for x in wanted if x not in text] == []
+  }
+  _, text = README.read_text().split("On one H200, a language model")
+  text, _ = text.split("`python -m benchmarks.train_step`")
+  found = re.findall(r"\d+,\d{3}", text)
+  assert len(found) == 11
+  assert {*found} - measured == {"4,096"}  # the length of a row
+
+
+def test_the_readmes_losses_of_85_million_parameters_are_those_of_the_file():
+  file = ROOT / "benchmarks" / "results" / "lm_85m.json"
+  losses = {}
+  for row in json.loads(file.read_text())["rows"]:
+    if not row["short"]:
+      losses.setdefault(row["form"], []).append(row["validation_loss"])
+  softmax, sigmoid, normalized, low = (
+    f"{statistics.mean(losses[form]):.3f}" for form in lm_85m.FORMS
+  )
+  line = f" {softmax} | {sigmoid} | {normalized}; b = −14: {low} |"
+  assert line in README.read_text()
 
 
 FORMS = ("softmax", "sigmoid", "normalised, b = -log n")
 # {heading of a row: (study, values of its setting, length of the rows)}
 STUDIES = {
   "text, King James Bible": ("default_language", {}, None),
-  "rows of 2,048": ("gap", {"data.length": 2048}, None),
   "rows of 8,192": ("gap", {"data.length": 8192}, None),
   "eight times": ("length", {"attn.window": None}, "2048"),
   "the same with a window": ("length", {"attn.window": 255}, "2048"),
