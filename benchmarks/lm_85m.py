@@ -33,15 +33,15 @@ measurements on the test documents:
 
   lengths     the loss at 1, 2 and 4 times the training length, also by position
               (the variants of eval.py)
-  copying     {distance: accuracy}, see `copying`
-  cloze       accuracy and log-probability of lm-eval on texts of the test
-              split, see `write_cloze`; null if lm-eval is not installed, in
-              which case the log says so
+  copying     {distance: accuracy}
+  cloze       accuracy and perplexity of lm-eval on texts of the test split;
+              null if lm-eval is not installed, in which case the log says so
 
-Expected seconds on one H200, for 350,000 tokens/s and 40 s for starting and
-compiling: 70 for a short run, 325 for a whole run, and 90 for its measurement.
-Step 1 thus takes 840, step 2 takes 1,660 and step 3 takes 830 seconds: 56
-minutes in total, or 28 on two cards.
+benchmarks/lm_85m_measure.py says how both are measured.
+
+Measured seconds on an H200, at 480,000 tokens/s: 60 for a short run, and 285
+for a whole run with its measurement. Step 1 thus takes 720, step 2 takes 1,140
+and step 3 takes 570 seconds: 41 minutes in total. On four cards it took 16.
 """
 
 import argparse
@@ -63,15 +63,12 @@ import time
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "lm_85m.json"
 SHORT_STEPS = 160
-COPIED = 32  # tokens that `copying` repeats
-PREFIX = 8  # the first of them, which only show what is repeated
 # Seconds in which a run that got SIGTERM has saved its state.
 GRACE = 45
 # Estimates by which `choose` decides: the seconds that a run needs to start and
 # compile, and the seconds that its measurement takes.
 START, MEASURE = 40, 90
 STOPPED = 130  # the exit code of train.py after SIGTERM
-MEASUREMENTS = "measured.json"
 POINTS = 120  # of a curve
 # The quantities of telemetry that a row holds.
 TELEMETRY = (
@@ -214,9 +211,6 @@ class Queue:
 
 def main(words=None):
   options = parse(words)
-  if options.measure:
-    measure(options.measure, options.copies)
-    return
   from configs import lm_85m
 
   rates = [x["optim.lr"] for x in lm_85m.sweep_lr()]
@@ -254,7 +248,6 @@ def parse(words):
   add("--archive", type=pathlib.Path, help="a .tar.xz to write")
   add("--commit", help="by default git's")
   add("--copies", type=int, default=64, help="rows for each distance")
-  add("--measure", type=pathlib.Path, help="only measure this run")
   add("--local", action="store_true", help="tiny runs, for a test on a CPU")
   add("overrides", nargs="*", help="of every run: config.data.source=a/b")
   return parser.parse_args(words)
@@ -339,7 +332,7 @@ def train(run, card, options, end):
   if code and not diverged:
     raise subprocess.CalledProcessError(code, words, last_line(folder))
   if not run.short and not diverged:
-    words = [sys.executable, "-m", "benchmarks.lm_85m", f"--measure={folder}"]
+    words = [sys.executable, "-m", "benchmarks.lm_85m_measure", str(folder)]
     words += [f"--copies={options.copies}"]
     if code := call(words, card, folder, end):
       if code == STOPPED:
@@ -393,6 +386,7 @@ def updates(folder):
 
 def record(run, folder, options, device):
   """The row of a run that has ended."""
+  from benchmarks import lm_85m_measure
   from sigattn.training import metrics, run_dir
 
   config = run_dir.read_config(folder)
@@ -401,7 +395,7 @@ def record(run, folder, options, device):
   trained = [x for x in lines if x["split"] == "train"]
   rate = trained[-1].get("per_second", 0.0) if trained else 0.0
   steps = trained[-1]["step"] if trained else 0
-  path, bad = folder / MEASUREMENTS, folder / "non_finite.json"
+  path, bad = folder / lm_85m_measure.FILE, folder / "non_finite.json"
   measured = json.loads(path.read_text()) if path.exists() else {}
   diverged_at = (
     json.loads(bad.read_text())[-1]["step"] if bad.exists() else None
@@ -486,172 +480,6 @@ def pack(runs, archive):
       is_small = path.is_file() and path.suffix in (".json", ".jsonl", ".log")
       if is_small and "checkpoints" not in path.parts:
         file.add(path, path.relative_to(runs))
-
-
-# Measurements.
-
-
-def measure(folder, copies):
-  """Measures a finished run on the test split; writes measured.json."""
-  from sigattn import tasks
-  from sigattn.training import checkpoint, evaluate, files, mesh
-
-  config, params, _ = checkpoint.load(folder)
-  devices = mesh.for_evaluation(config)
-  lengths = {
-    name: evaluate.evaluator(x, devices)(params, tasks.eval_batches(x, "test"))
-    for name, x in evaluate.variants(config).items()
-  }
-  measured = {
-    "test_loss": lengths[f"1 x {config.data.length}"]["loss"],
-    "lengths": lengths,
-    "copying": copying(config, params, copies),
-    "cloze": cloze(config, params, folder),
-  }
-  files.write_json(folder / MEASUREMENTS, measured)
-
-
-def test_tokens(config):
-  from sigattn.data import text, token_files
-
-  size = text.tokenizer(config).size
-  return token_files.read(config.data.source, "test", size)
-
-
-def copying(config, params, copies):
-  """The accuracy of copying by the distance of the copy: {distance: {...}}.
-
-  A row is a part of the held-out text. Its last COPIED tokens are replaced by
-  the tokens that are `distance` tokens before them. "copied" is the accuracy on
-  the copy, and "first" is the accuracy on the original. Neither counts the
-  first PREFIX tokens. A row is as long as in training. If the copy and the
-  original do not fit into it, the row is twice as long.
-  """
-  import jax
-  import numpy as np
-  from flax import nnx
-
-  from sigattn.training import setup
-
-  token_S, length = test_tokens(config), config.data.length
-  static = setup.graphdef(config)
-  rng = np.random.default_rng(0)
-
-  @jax.jit
-  def right(params, token_BT):
-    logits_BTV = nnx.merge(static, params)(token_BT[:, :-1])
-    return logits_BTV.argmax(-1) == token_BT[:, 1:]
-
-  results = {}
-  for distance in distances(length):
-    row = length if distance <= length - COPIED else 2 * length
-    found = []
-    for _ in range(-(-copies // 4)):
-      start_B = rng.integers(len(token_S) - row - 1, size=4)
-      token_BT = token_S[start_B[:, None] + np.arange(row + 1)].astype("int32")
-      token_BT[:, -COPIED:] = token_BT[:, -COPIED - distance : -distance]
-      right_BT = np.asarray(right(params, token_BT))
-      copy = right_BT[:, PREFIX - COPIED :]
-      first = right_BT[:, PREFIX - COPIED - distance : -distance]
-      found.append((copy.mean(), first.mean()))
-    copied, first = np.mean(found, axis=0)
-    results[distance] = {"copied": float(copied), "first": float(first)}
-  return results
-
-
-def distances(length):
-  """COPIED times powers of 2, then one just below `length` and one beyond."""
-  powers = []
-  distance = COPIED
-  while distance <= length - COPIED:
-    powers.append(distance)
-    distance *= 2
-  beyond = [int(1.5 * length)] if 1.5 * length >= COPIED else []
-  return [*powers, *{length - COPIED - 1} - set(powers), *beyond]
-
-
-def cloze(config, params, folder):
-  """lm-eval's scores of the texts of `write_cloze`."""
-  try:
-    import lm_eval
-
-    from sigattn.inference import lm_eval as ours
-    from sigattn.inference.generate import Generator
-  except ImportError:
-    print("cloze is left out: lm-eval is not installed", flush=True)
-    return None
-  task = write_cloze(config, folder / "cloze")
-  results = lm_eval.simple_evaluate(
-    ours.HarnessLM(Generator(config, params)),
-    tasks=["cloze"],
-    task_manager=lm_eval.tasks.TaskManager(include_path=str(task)),
-    bootstrap_iters=0,
-  )
-  return {
-    name.removesuffix(",none"): value
-    for name, value in results["results"]["cloze"].items()
-    if isinstance(value, float)
-  }
-
-
-# In a task of this type the harness puts no space between text and word.
-CLOZE = """
-task: cloze
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {path}}}
-test_split: test
-output_type: loglikelihood
-doc_to_text: "{{{{context}}}}"
-doc_to_target: "{{{{' ' + word}}}}"
-metric_list:
-  - metric: acc
-  - metric: perplexity
-"""
-
-
-def write_cloze(config, folder, most=1000):
-  """Writes a task of predicting the last word of a text; returns its folder.
-
-  As in LAMBADA (1606.06031), a model gets a text without its last word, and the
-  word already occurs in the text. Each text ends with a sentence of the test
-  split, and has at most 800 characters before the word. Texts do not overlap,
-  and a document gives at most five. The word has at least five letters. Unlike
-  in LAMBADA, nobody has selected the texts whose last word people can guess.
-  """
-  import re
-
-  from sigattn.data import text
-
-  tokenizer, token_S = text.tokenizer(config), test_tokens(config)
-  ends = (token_S == tokenizer.end).nonzero()[0]
-  rows = []
-  for first, last in zip(ends, [*ends[1:], len(token_S)], strict=True):
-    document = tokenizer.decode(token_S[first:last])
-    count, free = 0, 0
-    for found in re.finditer(r" ([A-Za-z]{5,})\.\s", document):
-      context = document[: found.start()]
-      start = max(0, len(context) - 800)
-      context = context[context.find(" ", start) + 1 :] if start else context
-      words = re.findall("[A-Za-z]+", context)
-      is_free = found.start() - len(context) >= free
-      if len(words) < 60 or found[1] not in words or not is_free:
-        continue
-      rows.append({"context": context, "word": found[1]})
-      count, free = count + 1, found.end()
-      if count == 5:
-        break
-  if not rows:
-    raise ValueError(
-      f"config.data.source={config.data.source!r}: the test split has no text "
-      "whose last word already occurs in it"
-    )
-  folder.mkdir(exist_ok=True, parents=True)
-  lines = "".join(json.dumps(row) + "\n" for row in rows[:most])
-  path = (folder / "cloze.jsonl").resolve()
-  path.write_text(lines)
-  (folder / "cloze.yaml").write_text(CLOZE.format(path=path))
-  return folder
 
 
 if __name__ == "__main__":

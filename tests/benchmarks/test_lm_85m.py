@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from lm_eval.api import model as harness
 
-from benchmarks import lm_85m
+from benchmarks import lm_85m, lm_85m_measure
 from benchmarks.lm_85m import Run
 from configs import lm_85m as configs
 from sigattn.data import train_tokenizer
@@ -206,6 +206,6 @@ def test_the_harness_asks_for_the_word_after_a_space(
 
   monkeypatch.setattr(lm_eval, "HarnessLM", lambda generator: Model())
   monkeypatch.setattr(generate, "Generator", lambda config, params: None)
-  found = lm_85m.cloze(config, None, tmp_path)
+  found = lm_85m_measure.cloze(config, None, tmp_path)
   assert found["acc"] == 1.0
   assert found["perplexity"] == pytest.approx(np.exp(2.0))
