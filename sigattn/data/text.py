@@ -28,6 +28,7 @@ import copy
 import functools
 import itertools
 import lzma
+import pathlib
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -455,6 +456,18 @@ def open_source(config: ConfigDict, split: str) -> "_OneText | Stream":
   if _is_text(other, config.data.lines):
     return _OneText(config, _encoded(config, _whole(other)))
   return Stream(config, split)
+
+
+def files(source: str, key: str = "source") -> list[pathlib.Path]:
+  """Returns the files of a local source that are read, those of all splits.
+
+  key: the key of config.data, for the errors of text_files.find.
+  """
+  if token_files.is_folder(source):
+    return token_files.files(source)
+  by_split = text_files.find(source, key).values()
+  names = {x for kinds in by_split for paths in kinds.values() for x in paths}
+  return [pathlib.Path(name) for name in names]
 
 
 def _read_tokens(config, split):

@@ -109,8 +109,18 @@ def validate_config(config: ConfigDict) -> None:
   The message names the path of the value, the value, and what would be right.
   Call it before any work starts and before anything is written.
   """
+  validate_fields(config)
+  for rule in tables(config.task)[1]:
+    rule(config)
+
+
+def validate_fields(config: ConfigDict) -> None:
+  """Raises ValueError as validate_config does, without the rules.
+
+  So no file is opened.
+  """
   validate.fields(config, {"task": FIELDS["task"]})
-  validate.fields(config, *tables(config.task))
+  validate.fields(config, tables(config.task)[0])
 
 
 def validate_saved(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
@@ -119,8 +129,7 @@ def validate_saved(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
   workdir: the folder of the run, which the error names.
   """
   try:
-    validate.fields(config, {"task": FIELDS["task"]})
-    validate.fields(config, tables(config.task)[0])
+    validate_fields(config)
   except ValueError as error:
     raise ValueError(
       f"{workdir=}: the saved config is not one of this version: {error}"
