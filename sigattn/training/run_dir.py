@@ -15,12 +15,14 @@ lock           locked by the process that trains; lock.json names that process
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import os
 import pathlib
 import re
 import socket
+import types
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -164,12 +166,41 @@ class RunDir:
       self._lock.release()
       self._lock = None
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: types.TracebackType | None,
+  ) -> None:
+    """Unlocks the folder. Raises OSError, with advice, for a full disk."""
     self._release()
+    code = error.errno if isinstance(error, OSError) else None
+    if self._workdir is not None and code in _FULL:
+      raise _full(error, self._workdir) from error
 
 
 # The workers of a killed process may hold its lock for a moment longer.
 _SECONDS_FOR_A_LOCK = 2
+
+
+_FULL = {
+  errno.ENOSPC: "the disk is full",
+  errno.EDQUOT: "the user's quota of the disk is used up",
+}
+
+
+def _full(error, workdir):
+  """The error of a full disk: what was not written, and how the run goes on."""
+  path = pathlib.Path(error.filename or workdir)
+  what = "a checkpoint" if path.name == "checkpoints" else "this"
+  steps = saved.steps(workdir)
+  start = f"step {steps[-1]}, the last checkpoint" if steps else "the start"
+  advice = (
+    f"{os.strerror(error.errno)}: {what} was not written, because "
+    f"{_FULL[error.errno]}. Make room; the same command then goes on from "
+    f"{start}"
+  )
+  return OSError(error.errno, advice, str(path))
 
 
 def _not_writable(folder, error):
