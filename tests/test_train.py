@@ -366,6 +366,10 @@ def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
     (["--config=configs/vit.py", "--config.attn.kind=x"], "config.attn.kind"),
     (["--config=configs/no.py"], "configs/no.py"),
     (["--config=configs/vit.py:b"], "imagenet"),
+    (
+      ["--config=configs/vit.py:runlocal", "--config=configs/lm.py"],
+      "--config=configs/lm.py; --config=configs/vit.py:runlocal is given too",
+    ),
     (["--config=configs/vit.py", "--workdir=/proc/no"], "cannot be written"),
   ],
 )

@@ -983,9 +983,9 @@ def _no_documents(origin):
   message = f"{origin}: contains no documents"
   if origin.held_out:
     message += (
-      f": about every {_HELD_OUT_EVERY}th of a source without a test split is "
-      "held out and at least one, so it must have two that differ; or give "
-      "config.data.eval_source"
+      ": a source without a test split holds out about every "
+      f"{_HELD_OUT_EVERY}th document, and at least one, so it must have two "
+      "that differ; give more documents, or config.data.eval_source"
     )
   return message
 

@@ -91,20 +91,14 @@ class RunDir:
     self._lock = None
 
   def __enter__(self) -> Self:
-    """Validates the path and the run in the folder, and that it is not locked.
+    """Validates the place and the run in the folder, and that it is not locked.
 
-    Raises ValueError for a path that validate_path refuses, a file, a folder
-    inside of the data, a folder with a run of another config, and a folder in
-    which another process trains.
+    Raises ValueError for a place that validate_place refuses, a folder with a
+    run of another config, and a folder in which another process trains.
     """
     if self._workdir is None:
       return self
-    validate_path(self._workdir)
-    if pathlib.Path(self._workdir).is_file():
-      raise ValueError(
-        f"workdir={str(self._workdir)!r}; is a file, not a folder"
-      )
-    _validate_outside_of_the_data(self._workdir, self._config)
+    validate_place(self._workdir, self._config)
     try:
       if (pathlib.Path(self._workdir) / "lock").exists():
         self._take()
@@ -243,8 +237,15 @@ def validate_path(workdir: str | os.PathLike[str]) -> None:
   )
 
 
-def _validate_outside_of_the_data(workdir, config):
-  """Raises ValueError for a run that would read what it writes."""
+def validate_place(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+  """Raises ValueError if no run of this config may be in the folder.
+
+  That is a path that validate_path refuses, a file, and a folder inside of the
+  data, because the run would read what it writes.
+  """
+  validate_path(workdir)
+  if pathlib.Path(workdir).is_file():
+    raise ValueError(f"workdir={str(workdir)!r}; is a file, not a folder")
   folder = pathlib.Path(workdir).absolute().resolve()
   for key, source in kept_data.names(config).items():
     path = hub.local(source, key)
