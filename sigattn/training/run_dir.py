@@ -4,6 +4,8 @@ config.json    the whole config that the run was started with, and FORMAT
 data.json      the checksums of the data, see sigattn.data.kept_data
 tokenizer.json the tokenizer of a language model, see
                sigattn.data.kept_tokenizer
+classes.json   the names of the classes of images, if they have names, see
+               sigattn.data.kept_classes
 metrics.jsonl  a line of metrics for every config.log.every_steps steps and for
                every evaluation
 checkpoints/   written by Orbax
@@ -263,8 +265,9 @@ def validate_resumable(
 
   The config of the run may differ only in values that may change when a run is
   resumed, such as total_steps. The message names the first key that differs.
-  What the task keeps with the run, its tokenizer, must not differ, and neither
-  must the files of its data, but they may be at another place.
+  What the task keeps with the run, its tokenizer or the names of its classes,
+  must not differ, and neither must the files of its data, but they may be at
+  another place.
   """
   if not _holds_run(workdir):
     return
@@ -274,7 +277,7 @@ def validate_resumable(
   keeps = _keeps(config)
   if keeps and (difference := keeps.difference(config, workdir)):
     raise ValueError(
-      f"{workdir=} cannot be resumed: {difference}. To train on these texts "
+      f"{workdir=} cannot be resumed: {difference}. To train on these data "
       "from the start, choose another workdir"
     )
   if difference := kept_data.difference(_source(config), config, old, workdir):
@@ -319,7 +322,8 @@ def with_data(
   If they are not what the run began with, a message says so.
 
   config: that of load_config. source: where the evaluated data are; by default
-  where the run read them. Raises ValueError if they are not there.
+  where the run read them. Raises ValueError if they are not there, and if they
+  have other classes than the run, by whose numbers they would be counted.
   """
   module, key = _source(config), kept_data.evaluated_key(config)
   if source is None and key in kept_data.missing(module, config, workdir):
@@ -328,6 +332,9 @@ def with_data(
       "folder any more: --source=... says where the data of the run are now"
     )
   new = config if source is None else kept_data.moved(config, source)
+  keeps = _keeps(config)
+  if keeps and (why := keeps.difference(new, workdir)):
+    raise ValueError(f"{why}: {workdir=} cannot be evaluated on them")
   if why := kept_data.difference(module, new, config, workdir, key):
     metrics.log(f"{why}. The results are those of what is there now")
   return new

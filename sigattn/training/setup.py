@@ -15,7 +15,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from sigattn import pretrained, tasks, validate
-from sigattn.data import loader
+from sigattn.data import kept_tokenizer, loader
 from sigattn.training import mesh, optim, saved, transfer
 from sigattn.validate import choice, flag, text, whole
 
@@ -72,7 +72,9 @@ def _run_of_init_from_fits(config):
   if keeps:
     theirs = keeps.used(theirs, folder)
   transfer.names(config, shapes(config), theirs, shapes(theirs))
-  if keeps and (difference := keeps.difference(config, folder)):
+  if keeps is not kept_tokenizer:
+    return  # A run may begin from one with other classes.
+  if difference := keeps.difference(config, folder):
     raise ValueError(
       f"config.init_from={folder!r}: {difference}; "
       f"--config.data.tokenizer={os.path.join(folder, 'tokenizer.json')} uses "

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from eval import evaluate
+from sigattn.data import kept_classes
 from sigattn.training import run_dir
 from tests.data import idx, pictures
 from tests.data.test_kept_tokenizer import forget, make
@@ -81,6 +82,24 @@ def test_a_source_that_was_exchanged_for_another_is_refused(texts):
     goes_on(run, config)
     with pytest.raises(ValueError, match=f"trained with config.{said}"):
       goes_on(run, other)
+
+
+def test_the_names_of_classes_are_kept_and_others_are_refused(folder, tmp_path):
+  config, run = (
+    pictures.local(folder, **{"data.image_size": 14}),
+    tmp_path / "r",
+  )
+  goes_on(run, config)
+  assert kept_classes.read(run) == ["cat", "dog"]
+  assert json.loads((run / "classes.json").read_text()) == ["cat", "dog"]
+  for path in folder.glob("*/cat"):
+    path.rename(path.with_name("zebra"))
+  said = (
+    r"has the classes \['dog', 'zebra'\], and those of the run in .*'cat', "
+  )
+  for call in (lambda: goes_on(run, config), lambda: evaluate(run)):
+    with pytest.raises(ValueError, match=said):
+      call()
 
 
 def test_changed_images_are_refused(folder, tmp_path):
