@@ -130,9 +130,6 @@ def _written(workdir, name, results):
 
 def _define_flags():
   flags.DEFINE_string("split", None, "By default the run's own held-out one.")
-  flags.DEFINE_string(
-    "source", None, "Where the run's data are now, if they were moved."
-  )
   flags.DEFINE_enum(
     "eval",
     "metrics",
@@ -171,4 +168,4 @@ def _main(given):
 
 
 if __name__ == "__main__":
-  cli.start(_main, _define_flags, ("workdir", "step"))
+  cli.start(_main, _define_flags, ("workdir", "step", "source"))

@@ -72,7 +72,7 @@ COMMANDS = {
   "attention_maps": Command(
     "sigattn.analysis.attention_maps",
     "draw the attention of a held-out example",
-    ("workdir", "step"),
+    ("workdir", "step", "source"),
   ),
   "theory": Command(
     "sigattn.analysis.theory", "measure the bounds of docs/theory.md"
@@ -117,10 +117,17 @@ def _step_flag():
   )
 
 
+def _source_flag():
+  flags.DEFINE_string(
+    "source", None, "Where the run's data are now, if they were moved."
+  )
+
+
 SHARED: dict[str, Callable[[], None]] = {
   "config": _config_flag,
   "workdir": _workdir_flag,
   "step": _step_flag,
+  "source": _source_flag,
 }
 
 
