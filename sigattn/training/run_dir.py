@@ -305,8 +305,7 @@ def validated(
     for key, name in missing.items():
       raise ValueError(
         f"config.data.{key}={name!r}; there is no such file or folder any "
-        f"more. Name the place of the data of {workdir=}: its files must be "
-        "those that it began with"
+        f"more. If the data of {workdir=} were moved, name their new place"
       )
   setup.validate_config(config)
   return config
