@@ -12,17 +12,6 @@ from tests.data.test_kept_tokenizer import forget, make
 from train import train
 
 
-@pytest.fixture
-def texts(tmp_path, monkeypatch):
-  """A folder of texts; its name relative to the current folder is my/texts."""
-  monkeypatch.chdir(tmp_path)
-  folder = tmp_path / "my" / "texts"
-  folder.mkdir(parents=True)
-  for i in range(40):
-    (folder / f"{i}.txt").write_text(f"{i}: the cat sat on the mat")
-  return folder
-
-
 def goes_on(run, config):
   """Begins a run or raises what train would; it does not train."""
   forget()
@@ -31,9 +20,11 @@ def goes_on(run, config):
     folder.begin()
 
 
-def test_changed_texts_are_refused_and_moved_ones_go_on(texts, capsys):
-  run, values = texts.parents[1] / "run", {"eval.length_factors": ()}
-  train(make("my/texts", **values), run)
+def test_changed_texts_are_refused_and_moved_ones_go_on(
+  texts, run, monkeypatch, capsys
+):
+  monkeypatch.chdir(run.parent)
+  values = {"eval.length_factors": ()}
   done = json.loads((run / "DONE.json").read_text())
   for name in ("my/texts/", "./my/texts", str(texts)):
     goes_on(run, make(name, **values))
@@ -53,7 +44,7 @@ def test_changed_texts_are_refused_and_moved_ones_go_on(texts, capsys):
   # It goes on where the old texts are now, and is evaluated there.
   (texts / "0.txt").write_text("0: the cat sat on the mat")
   (texts / "1b.txt").rename(texts / "1.txt")
-  place = texts.rename(texts.parents[1] / "elsewhere")
+  place = texts.rename(run.parent / "elsewhere")
   for name in ("my/texts", str(texts)):
     with pytest.raises(ValueError, match="no such file or folder any more"):
       train(make(name, **values), run)

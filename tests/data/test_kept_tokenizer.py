@@ -24,13 +24,8 @@ def forget():
   text._characters.cache_clear()
 
 
-def test_the_alphabet_is_kept_and_other_texts_are_refused(tmp_path):
-  texts, run = tmp_path / "texts", tmp_path / "run"
-  texts.mkdir()
-  for i in range(40):
-    (texts / f"{i}.txt").write_text(f"{i}: the cat sat on the mat")
+def test_the_alphabet_is_kept_and_other_texts_are_refused(texts, run):
   config = make(texts)
-  train(config, run)
   (texts / "0.txt").write_text("a zoo")
   forget()
   more = r"1 character more \('z'\)"
