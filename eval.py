@@ -36,6 +36,7 @@ def evaluate(
   workdir: str | os.PathLike[str],
   split: str | None = None,
   step: int | str | None = None,
+  source: str | None = None,
 ) -> dict[str, Any]:
   """Evaluates a run's checkpoint. Returns a dict of metrics.
 
@@ -44,10 +45,11 @@ def evaluate(
   by its name. If the folder is read-only, a message says so.
 
   split: a split of the data, by default config.data.eval_split. step: a number,
-  "best", or None for the newest. Raises ValueError if there is no such run,
-  step or split.
+  "best", or None for the newest. source: where the evaluated data are now, if
+  they are no longer where the run read them; a message says so if the files are
+  other ones. Raises ValueError if there is no such run, step, split or source.
   """
-  config, params, step, devices = _load(workdir, step)
+  config, params, step, devices = _load(workdir, step, source)
   split = split or config.data.eval_split
 
   def run(config):
@@ -64,6 +66,7 @@ def linear_probe(
   workdir: str | os.PathLike[str],
   split: str | None = None,
   step: int | str | None = None,
+  source: str | None = None,
 ) -> dict[str, Any]:
   """The accuracy of a linear classifier on a run's frozen features.
 
@@ -71,7 +74,7 @@ def linear_probe(
   for the parameters with which the run started. Arguments and errors are those
   of `evaluate`; see sigattn.training.probe.
   """
-  config, params, step, devices = _load(workdir, step)
+  config, params, step, devices = _load(workdir, step, source)
   split = split or config.data.eval_split
   results = {
     "step": step,
@@ -100,20 +103,22 @@ def pictures(
   workdir: str | os.PathLike[str],
   split: str | None = None,
   step: int | str | None = None,
+  source: str | None = None,
 ) -> list[pathlib.Path]:
   """Draws the pictures of sigattn.analysis.features into the run's folder.
 
   Returns the paths. Arguments and errors are those of `evaluate`.
   """
-  config, params, _, devices = _load(workdir, step)
+  config, params, _, devices = _load(workdir, step, source)
   split = split or config.data.eval_split
   return features.draw(config, params, split, devices, workdir)
 
 
-def _load(workdir, step):
+def _load(workdir, step, source):
   saved = run_dir.load_config(workdir)
-  devices = mesh.for_evaluation(saved)
-  config, params, step = checkpoint.load(workdir, step, devices)
+  config = run_dir.with_data(saved, workdir, source)
+  devices = mesh.for_evaluation(config)
+  _, params, step = checkpoint.load(workdir, step, devices)
   return config, params, step, devices
 
 
@@ -135,13 +140,14 @@ def _define_flags():
 
 def _main(given):
   metrics.set_up_logs()
+  where = (given.workdir, given.split, given.step, given.source)
   with cli.refusing("eval.py"):
     if given.eval == "pictures":
-      paths = pictures(given.workdir, given.split, given.step)
+      paths = pictures(*where)
       metrics.log("pictures: " + ", ".join(map(str, paths)))
       return
     if given.eval == "finetune":
-      for name in ("split", "step"):
+      for name in ("split", "step", "source"):
         if given[name].value is not None:
           raise ValueError(
             f"--{name}={given[name].value}; has no effect with "
@@ -149,9 +155,9 @@ def _main(given):
           )
       results = finetune(given.workdir)
     elif given.eval == "linear_probe":
-      results = linear_probe(given.workdir, given.split, given.step)
+      results = linear_probe(*where)
     else:
-      results = evaluate(given.workdir, given.split, given.step)
+      results = evaluate(*where)
   variants = results.pop("variants", {})
   rows = {results["split"]: results}
   if random := results.pop("random_encoder", None):
@@ -162,4 +168,4 @@ def _main(given):
 
 
 if __name__ == "__main__":
-  cli.start(_main, _define_flags, ("workdir", "step"))
+  cli.start(_main, _define_flags, ("workdir", "step", "source"))

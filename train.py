@@ -27,7 +27,6 @@ from sigattn.training import (
   replay,
   run_dir,
   saved,
-  setup,
   step,
 )
 from sigattn.training.metrics import due
@@ -47,7 +46,7 @@ def train(
   config.optim.non_finite skips such steps; and OSError if the folder can no
   longer be written.
   """
-  setup.validate_config(config)
+  config = run_dir.validated(config, workdir)
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
     folder = enter(run_dir.RunDir(workdir, config))
@@ -79,7 +78,6 @@ def train(
     enter(process.ending_together())
     enter(jax.transfer_guard("disallow"))  # no copy to a device is implicit
     finished = run_dir.done(workdir, total)
-    compiled = set()  # shapes of a batch
     if not start and config.init_from is not None:
       # What the loaded parameters can do before they are trained.
       results = evaluator(step.evaluated(config, state), eval_batches)
@@ -116,10 +114,7 @@ def train(
       if telemetry.is_due(config, i + 1):
         log.finish()
         writer.write(i + 1, telemetry.SPLIT, measure(state, batch))
-      shapes = tuple(x.shape for x in jax.tree.leaves(batch))
-      if shapes not in compiled:
-        compiled.add(shapes)
-        log.finish()  # The time of a compilation is not counted.
+      log.begin(batch)
       state, step_metrics = step_fn(state, batch)
       if i == start:
         jax.block_until_ready(step_metrics)
@@ -146,6 +141,12 @@ def _describe(config, state, devices, workdir, start):
   )
   if start:
     metrics.log(f"resumed from step {start} in {workdir}")
+  if start > config.total_steps:
+    metrics.log(
+      f"config.total_steps={config.total_steps} is less than the {start} "
+      "updates that the run has done, so nothing is trained; a greater number "
+      "goes on from there"
+    )
 
 
 def _define_flags():

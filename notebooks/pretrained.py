@@ -1,11 +1,11 @@
 # %% [markdown]
-# # A softmax model goes on with sigmoid attention
+# # Continue a softmax model with sigmoid attention
 #
 # `config.init_from` names a folder with a model of transformers (Llama,
-# GPT-NeoX, ViT) or of timm, and a run starts from its parameters. Attention may
-# then be of another kind. Here a small model takes the place of a public one:
-# it is trained with softmax, on the same text as the runs below, and saved in
-# Llama's form.
+# GPT-NeoX, ViT) or of timm. A run starts from the parameters of this model, and
+# may use another kind of attention. This notebook does not download a public
+# model. It trains a small one with softmax, on the same text as the runs below,
+# and saves it as a Llama.
 
 # %%
 import sys
@@ -26,10 +26,10 @@ from sigattn.training import metrics
 from train import train
 
 metrics.console.quiet = True  # hides each run's tables and progress
-warnings.filterwarnings("ignore", "IProgress")  # of a widget that none needs
+warnings.filterwarnings("ignore", "IProgress")  # about a progress bar
 root = pathlib.Path(tempfile.mkdtemp())
 
-# A .txt of one's own: its last 5 % are held out.
+# A text file; its last 5 % are held out.
 [content] = text.documents("kjv", "test", "text")
 (root / "mine.txt").write_text(content[:120_000])
 
@@ -55,8 +55,9 @@ def small(**changes):
 # %% [markdown]
 # ## A model in another library's form
 #
-# A folder as `save_pretrained` writes it has a config.json and safetensors.
-# `python -m sigattn export` makes one of a run.
+# In transformers, `save_pretrained` writes a folder with a config.json and a
+# model.safetensors. `pretrained.save` writes the same files. For a run that was
+# saved, `python -m sigattn export` does so.
 
 # %%
 config = small(**{"total_steps": 200, "eval.every_steps": 0})
@@ -69,12 +70,12 @@ print(settings["architectures"], sorted(x.name for x in public.iterdir()))
 # %% [markdown]
 # ## Continued with another attention
 #
-# `pretrained.values` reads from the folder what our config must say: sizes,
-# norms, RoPE's base and so on. Of a folder that fits our layers, only these
-# values, the tokenizer and the data are needed.
+# `pretrained.values` reads the sizes, the norms, the base of RoPE and the like
+# from the folder. They are values for our config, to which only the tokenizer
+# and the data must be added.
 #
-# Sigmoid's bias is -log n, so that the weights of a long row add up to about 1,
-# as those of softmax do.
+# Sigmoid has the bias -log n. The weights of a long row then add up to about 1,
+# like those of softmax.
 
 # %%
 values = pretrained.values(public)
@@ -92,10 +93,11 @@ for name, run in runs.items():
   train(run, root / name)
 
 # %% [markdown]
-# The parameters were trained with other attention weights than those that
-# sigmoid makes of them. Before the first update the loss is therefore 2.390
-# nats a character, and 2.315 with softmax. After 60 updates it is 2.271 with
-# sigmoid and 2.248 with softmax; from random parameters it is 2.522.
+# The parameters were trained for the weights of softmax, and sigmoid gives
+# other weights. So the loss before the first update is higher with sigmoid:
+# 2.390 nats a character, against 2.315 with softmax. After 60 updates it is
+# 2.271 with sigmoid and 2.248 with softmax. The run with sigmoid that started
+# from random parameters then has a loss of 2.522.
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")

@@ -63,7 +63,8 @@ for axes, image, prediction, target in zip(
 plt.show()
 
 # %% [markdown]
-# Above each image are the predicted class and, in brackets, the true one.
+# The number above each image is the predicted class, and the number in brackets
+# is the true one.
 #
 # A wrong value in a config raises an error before any work starts:
 
@@ -76,10 +77,13 @@ except ValueError as error:
 # %% [markdown]
 # ## A sweep
 #
-# A sweep is a generator in the config file, such as `sweep_attn`;
-# `python -m sigattn.sweep` uses the same ones. If `train` is given a folder, it
-# writes its metrics there as lines of JSON. The training loss is higher than
-# the held-out loss, because the training images are mixed (mixup).
+# A sweep is a generator in the config file, such as `sweep_attn`. It yields the
+# changes for one run after the other. `python -m sigattn.sweep` trains the same
+# runs. Here we call `train` ourselves, with a folder for each run. It writes
+# its metrics there as lines of JSON.
+#
+# In the picture below, the training loss is higher than the held-out loss,
+# because only the training images are mixed (mixup).
 
 # %%
 metrics.console.quiet = True  # hides each run's tables and progress

@@ -28,6 +28,7 @@ from jax.typing import ArrayLike, DTypeLike
 from sigattn.kernels import decoding, device, dispatch, numerics
 from sigattn.kernels.problem import (
   FREE_AXES,
+  SIGNED,
   Problem,
   fits,
   make_problem,
@@ -35,6 +36,13 @@ from sigattn.kernels.problem import (
 )
 
 KINDS = ("sigmoid", "softmax", "relu", "relu2", "silu")
+
+
+def cannot_normalize(kind: str) -> str:
+  """Why the rows of a kind are not divided by their sums; "" if they can be."""
+  if kind == "softmax":
+    return "which is normalised already"
+  return "whose weights may be negative" if kind in SIGNED else ""
 
 
 def implementations(kind: str) -> tuple[str, ...]:
@@ -784,14 +792,8 @@ def validate_kind(
 
 
 def _validate_normalize(kind, normalize):
-  if kind == "softmax" and normalize:
-    raise ValueError(
-      f"{normalize=} with {kind=}: softmax is normalised already; give False"
-    )
-  if kind == "silu" and normalize:
-    raise ValueError(
-      f"{normalize=} with {kind=}: its weights may be negative; give False"
-    )
+  if normalize and (why := cannot_normalize(kind)):
+    raise ValueError(f"{normalize=} with {kind=}, {why}; give False")
 
 
 def _pointwise(

@@ -72,7 +72,7 @@ COMMANDS = {
   "attention_maps": Command(
     "sigattn.analysis.attention_maps",
     "draw the attention of a held-out example",
-    ("workdir", "step"),
+    ("workdir", "step", "source"),
   ),
   "theory": Command(
     "sigattn.analysis.theory", "measure the bounds of docs/theory.md"
@@ -84,7 +84,11 @@ def _config_flag():
   from ml_collections import config_flags
 
   config_flags.DEFINE_config_file(
-    "config", None, "configs/vit_sigmoid.py, say.", lock_config=True
+    "config",
+    None,
+    "configs/vit_sigmoid.py, say.",
+    lock_config=True,
+    allow_overwrite=False,  # a second --config is an error
   )
   flags.mark_flag_as_required("config")
 
@@ -113,10 +117,17 @@ def _step_flag():
   )
 
 
+def _source_flag():
+  flags.DEFINE_string(
+    "source", None, "Where the run's data are now, if they were moved."
+  )
+
+
 SHARED: dict[str, Callable[[], None]] = {
   "config": _config_flag,
   "workdir": _workdir_flag,
   "step": _step_flag,
+  "source": _source_flag,
 }
 
 
@@ -225,6 +236,12 @@ def _one_line(error, argv):
     return f"--config cannot be read: {lines[-1]}{there}"
   if missing := re.search(r"--(\w+) must have a value other than", str(error)):
     return f"--{missing[1]}=... is missing; --help says what it may be"
+  if twice := re.search(r"flag --config=(.*?): already defined", str(error)):
+    first = flags.FLAGS["config"].config_filename
+    return (
+      f"--config={twice[1]}; --config={first} is given too: give one config. "
+      "--config.FIELD=VALUE changes a field of it"
+    )
   if wrong := re.search(r"flag (--[^:]+): .*Non-boolean", str(error)):
     return f"{wrong[1]}; must be true or false"
   said = [line for line in lines if line.startswith("ValueError: ")]

@@ -158,14 +158,11 @@ def _no_row_power_in_a_window(config):
 
 
 def _no_second_normalization(config):
-  reasons = {
-    "softmax": "which is normalised already",
-    "silu": "whose weights may be negative",
-  }
-  if config.attn.normalize and config.attn.kind in reasons:
+  kind = config.attn.kind
+  if config.attn.normalize and (why := attention.cannot_normalize(kind)):
     raise ValueError(
       "config.attn.normalize=True; must be False with config.attn.kind="
-      f"{config.attn.kind!r}, {reasons[config.attn.kind]}"
+      f"{kind!r}, {why}"
     )
 
 

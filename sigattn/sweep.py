@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 
 from sigattn.analysis import report
-from sigattn.training import metrics, run_dir, setup
+from sigattn.training import metrics, run_dir
 
 _TRAIN = pathlib.Path(__file__).parent.parent / "train.py"
 
@@ -83,15 +83,23 @@ def command(
   ]  # fmt: skip
 
 
-def _config_of_run(config, delta):
-  """The validated config of one run; raises ValueError if it is wrong."""
+def _run_of(config, delta, root):
+  """(delta, config, folder) of one run.
+
+  Raises ValueError if the config is wrong, if the folder may not hold the run,
+  and if it holds an unfinished run of another config.
+  """
+  workdir = f"{root}/{run_dir.folder_name(run_dir.name(delta))}"
   run = copy.deepcopy(config)
   try:
     run.update_from_flattened_dict(delta)
   except (KeyError, TypeError) as error:
     raise ValueError(f"sweep {delta}: {error}") from error
-  setup.validate_config(run)
-  return run
+  run = run_dir.validated(run, workdir)
+  run_dir.validate_place(workdir, run)
+  if not run_dir.done(workdir, run.total_steps):
+    run_dir.validate_resumable(workdir, run)
+  return delta, run, workdir
 
 
 def define_flags() -> None:
@@ -111,19 +119,14 @@ def define_flags() -> None:
 def run(flag_values: flags.FlagValues) -> None:
   """Trains every run of the sweeps and prints a table that compares them.
 
-  All configs are validated before the first run starts.
+  All configs and folders are validated before the first run starts.
   """
   metrics.set_up_logs()
   flag = flag_values["config"]
   file, config = flag.config_filename, flag_values.config
   root = flag_values.root or run_dir.default(file, flag.override_values)
   runs = [
-    (
-      delta,
-      _config_of_run(config, delta),
-      f"{root}/{run_dir.folder_name(run_dir.name(delta))}",
-    )
-    for delta in deltas(file, flag_values.sweep)
+    _run_of(config, delta, root) for delta in deltas(file, flag_values.sweep)
   ]
   failed = []
   for index, (delta, run_config, workdir) in enumerate(runs, 1):

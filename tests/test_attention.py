@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 
 import sigattn
-from sigattn.attention import KINDS, dot_product_attention
+from sigattn.attention import KINDS, cannot_normalize, dot_product_attention
 from sigattn.kernels import decoding
+from sigattn.kernels.problem import SIGNED
 from tests.kernels import cases, compare
 
 POINTWISE = [kind for kind in KINDS if kind != "softmax"]
@@ -573,7 +574,7 @@ def test_empty_arrays(empty, masked, kind):
   key = jnp.ones((size["batch"], size["keys"], 2, 8))
   options = dict(is_causal=True, local_window_size=2) if masked else {}
   if masked and kind != "softmax":
-    options |= dict(normalize=kind != "silu", alibi_slopes=jnp.ones(4))
+    options |= dict(normalize=kind not in SIGNED, alibi_slopes=jnp.ones(4))
   out, pull_back = jax.vjp(
     lambda *x: dot_product_attention(*x, kind=kind, **options), query, key, key
   )
@@ -595,7 +596,7 @@ def test_export_with_an_open_batch_and_lengths(options, kind):
   options = dict(options)
   if options.pop("alibi", False):
     options["alibi_slopes"] = jnp.ones(4)
-  if options.get("normalize") and kind in ("softmax", "silu"):
+  if options.get("normalize") and cannot_normalize(kind):
     pytest.skip("these are refused")
 
   def gradients(*arrays):
@@ -632,7 +633,7 @@ def test_16_bits_where_promotion_is_forbidden(kind, dtype):
   if kind != "softmax":
     options |= dict(
       logit_bias=jnp.ones(4), query_logit_bias=jnp.ones(6),
-      normalize=kind != "silu",
+      normalize=kind not in SIGNED,
     )  # fmt: skip
 
   def gradients(scale, *arrays):
@@ -822,7 +823,10 @@ BAD = [
   (dict(kind="softmax", implementation="mosaic"), "'xla', 'cudnn'"),
   (dict(kind="softmax", logit_bias=-1.0), "logit_bias=-1.0"),
   (dict(kind="softmax", normalize=True), "normalize=True with kind='softmax'"),
-  (dict(kind="silu", normalize=True), "normalize=True with kind='silu'"),
+  *(
+    (dict(kind=kind, normalize=True), f"normalize=True with kind='{kind}'")
+    for kind in SIGNED
+  ),
   (dict(kind="softmax", query_logit_bias=Z(6)), "query_logit_bias of shape"),
   (dict(query_logit_bias=Z(9)), r"query_logit_bias.shape=\(9,\)"),
   (dict(key_logit_bias=Z((3, 9))), r"key_logit_bias.shape=\(3, 9\)"),

@@ -15,6 +15,7 @@ from configs import (
   vit,
   vit_sigmoid,
 )
+from sigattn.kernels.problem import SIGNED
 from sigattn.training import setup
 
 ARGS = (None, "runlocal", "imagenet", "Ti/16", "imagenet,S/16", "L/16,runlocal")
@@ -186,10 +187,11 @@ def test_a_window_refuses_row_power():
     setup.validate_config(config)
 
 
-def test_silu_refuses_normalization():
+@pytest.mark.parametrize("kind", SIGNED)
+def test_negative_weights_refuse_normalization(kind):
   config = lm_sigmoid.get_config()
-  config.attn.update(kind="silu", normalize=True)
-  with pytest.raises(ValueError, match=r"normalize=True.*'silu'"):
+  config.attn.update(kind=kind, normalize=True)
+  with pytest.raises(ValueError, match=f"normalize=True.*'{kind}', whose"):
     setup.validate_config(config)
 
 

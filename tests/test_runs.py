@@ -400,10 +400,10 @@ def test_bad_split_of_an_evaluation_is_one_line(run):
 # Disks.
 
 
-def mounted(folder, size):
-  """Mounts a file system of this size, or skips the test and says why."""
+def mounted(folder, limit):
+  """Mounts a file system of this limit, or skips the test and says why."""
   folder.mkdir()
-  words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+  words = ["mount", "-t", "tmpfs", "-o", limit, "tmpfs", str(folder)]
   done = subprocess.run(words, capture_output=True, text=True, check=False)
   if done.returncode:
     pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
@@ -427,12 +427,13 @@ STEPS = [f"--config.{word}" for word in (*STEPS, "eval.every_steps=0")]
 def check_one_line_and_resume(workdir, first, said, again=lambda: None):
   """Checks that a run ends with one line of error.
 
-  After a call of `again` the same command completes the run.
+  After a call of `again` the same command completes the run. said: the line;
+  {} is the last checkpoint.
   """
   _, stderr = first.communicate(timeout=240)
   assert first.returncode == 1
-  assert stderr == f"train.py: {workdir / said}\n"
   before = checkpoints.steps(workdir)
+  assert stderr == f"train.py: {workdir / said.format(before[-1])}\n"
   assert all(not checkpoints.damage(workdir, step) for step in before)
   again()
   second = command(workdir, *STEPS)
@@ -442,16 +443,28 @@ def check_one_line_and_resume(workdir, first, said, again=lambda: None):
   assert checkpoint.load(workdir)[2] == 12
 
 
+FULL = (
+  "No space left on device: a checkpoint was not written, because "
+  "the disk is full. Make room; the same command then goes on from "
+)
+
+
 def test_full_disk_ends_a_run_with_one_line_and_it_goes_on_later(disk):
-  mounted(disk, "500k")
+  mounted(disk, "size=500k")
   first = command(disk / "run", *STEPS)
 
   def larger():
     subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
 
-  check_one_line_and_resume(
-    disk / "run", first, "checkpoints: No space left on device", larger
-  )
+  said = f"checkpoints: {FULL}step {{}}, the last checkpoint"
+  check_one_line_and_resume(disk / "run", first, said, larger)
+
+
+def test_disk_without_room_for_another_folder_ends_a_run_at_once(disk):
+  mounted(disk, "nr_inodes=12")
+  with pytest.raises(OSError, match=f"{FULL}the start") as caught:
+    train(small(), disk / "run")
+  assert caught.value.filename == str(disk / "run" / "checkpoints")
 
 
 def test_checkpoint_that_cannot_be_written_ends_a_run_with_one_line(tmp_path):
@@ -500,6 +513,7 @@ def test_metrics_that_cannot_be_written_end_a_run_that_goes_on_later(
   with pytest.raises(OSError, match="No space left on device") as caught:
     train(small(total_steps=3, **KEPT), tmp_path)
   assert f"{tmp_path}/{name}" in caught.value.filename
+  assert "the same command then goes on from step" in str(caught.value)
   monkeypatch.setattr(files, "append", append)
   state = train(small(total_steps=3, **KEPT), tmp_path)
   equal(state.params, checkpoint.load(saved)[1])
@@ -534,7 +548,7 @@ def test_folder_that_vanishes_ends_the_run_and_is_not_made_anew(
 
 
 def test_read_only_run_is_evaluated_and_reported(disk, saved, capsys):
-  mounted(disk, "5m")
+  mounted(disk, "size=5m")
   run = shutil.copytree(saved, disk / "run")
   subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
   assert evaluate(run)["step"] == 3

@@ -52,6 +52,17 @@ def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path):
   assert not root.exists()
 
 
+def test_dry_run_refuses_a_root_that_the_runs_would_refuse(tmp_path):
+  for name in "ab":
+    (tmp_path / f"{name}.txt").write_text(f"{name} cat sat on a mat\n" * 50)
+  refused = run(
+    "--config=configs/lm_sigmoid.py:runlocal", "--sweep=seed", "--dry_run",
+    f"--config.data.source={tmp_path}", f"--root={tmp_path / 'runs'}",
+  )  # fmt: skip
+  assert refused.returncode == 1
+  assert "runs/seed=0'; must not be in config.data.source=" in refused.stderr
+
+
 def test_sweep_trains_compares_and_skips_finished_runs(tmp_path):
   config = tmp_path / "mine.py"
   config.write_text("""

@@ -212,11 +212,16 @@ def test_run_killed_between_its_last_checkpoint_and_its_end_is_completed(
   assert (tmp_path / "DONE.json").read_text() == done
 
 
-def test_another_config_in_the_same_workdir_is_refused(tmp_path, few_images):
+def test_a_run_is_resumed_with_another_length_but_not_another_config(
+  tmp_path, few_images, capsys
+):
   train(small(), tmp_path)
   with pytest.raises(ValueError, match=r"config\.attn\.kind='sigmoid'"):
     train(small("softmax"), tmp_path)
-  train(small(**{"log.every_steps": 2, "eval.every_steps": 1}), tmp_path)
+  capsys.readouterr()
+  other = {"log.every_steps": 2, "eval.every_steps": 1}
+  assert int(train(small(total_steps=1, **other), tmp_path).step) == 2
+  assert "total_steps=1 is less than the 2 updates" in capsys.readouterr().out
 
 
 def test_what_a_run_leaves(tmp_path):
@@ -361,6 +366,10 @@ def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
     (["--config=configs/vit.py", "--config.attn.kind=x"], "config.attn.kind"),
     (["--config=configs/no.py"], "configs/no.py"),
     (["--config=configs/vit.py:b"], "imagenet"),
+    (
+      ["--config=configs/vit.py:runlocal", "--config=configs/lm.py"],
+      "--config=configs/lm.py; --config=configs/vit.py:runlocal is given too",
+    ),
     (["--config=configs/vit.py", "--workdir=/proc/no"], "cannot be written"),
   ],
 )

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from sigattn import attention, tasks
 from sigattn.analysis import plots, telemetry
 from sigattn.data import loader
-from sigattn.training import checkpoint, metrics
+from sigattn.training import checkpoint, metrics, run_dir
 
 
 def maps(
@@ -73,6 +73,7 @@ def draw(
   index: int,
   step: int | str | None = None,
   tokens: int = 40,
+  source: str | None = None,
 ) -> list[pathlib.Path]:
   """Draws the attention of a run on a held-out example into workdir/maps.
 
@@ -85,14 +86,16 @@ def draw(
     index: the number of the example, from 0.
     step: a number, "best", or None for the newest.
     tokens: the number of tokens to draw, except for images.
+    source: where the held-out data are, see run_dir.with_data.
 
   Returns:
     The paths of the PNG files.
 
   Raises:
-    ValueError: if there is no such run, step or example.
+    ValueError: if there is no such run, step, example or source.
   """
-  config, params, step = checkpoint.load(workdir, step)
+  config = run_dir.with_data(run_dir.load_config(workdir), workdir, source)
+  _, params, step = checkpoint.load(workdir, step)
   task, batch = tasks.get(config.task), example(config, index)
   figures = {}
   for stack, weights_LBNTS in maps(config, params, batch).items():
@@ -133,5 +136,6 @@ def run(flag_values: flags.FlagValues) -> None:
     flag_values.example,
     flag_values.step,
     flag_values.tokens,
+    flag_values.source,
   ):
     metrics.log(f"map: {path}")

@@ -105,6 +105,27 @@ def file_of(source: str, path: str) -> pathlib.Path:
   return path
 
 
+def files(source: str, key: str = "source") -> list[pathlib.Path]:
+  """Returns the files of a local source: itself, or all below its folder.
+
+  Hidden files and folders are left out, and links are followed. key: as in
+  `local`.
+  """
+  path = local(source, key).resolve()
+  if not path.is_dir():
+    return [path]
+  found, visited = [], set()
+  for folder, folders, names in os.walk(path, followlinks=True):
+    real = os.path.realpath(folder)
+    if real in visited:  # a link to a folder above it
+      folders.clear()
+      continue
+    visited.add(real)
+    folders[:] = [name for name in folders if not name.startswith(".")]
+    found += [pathlib.Path(folder, x) for x in names if not x.startswith(".")]
+  return [path for path in found if path.is_file()]
+
+
 def unknown_source(
   source: str,
   embedded_names: Collection[str],

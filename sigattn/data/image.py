@@ -384,6 +384,21 @@ def _class_names(config, feature, column):
   return sorted(x for x in names if x is not None)
 
 
+def class_names(config: ConfigDict) -> list[str] | None:
+  """The names of the classes by their number; None if they are only numbers.
+
+  Raises ValueError if config.data.source cannot be read.
+  """
+  source = config.data.source
+  if source in EMBEDDED or mnist.is_source(source):
+    return None
+  builder = hub.builder(source, EMBEDDED)
+  features = hub.table(source, builder, config.data.train_split).features
+  label = _image_and_label_columns(source, features)[1]
+  names = _class_names(config, features[label], label)
+  return None if isinstance(names, range) else list(names)
+
+
 def _labels(values, names):
   """The classes as numbers (rows,); -1 for a name that is no class."""
   number = {name: i for i, name in enumerate(names)}

@@ -6,13 +6,15 @@ So a run does not change if its source changes, and it can generate texts
 without the source.
 """
 
+import logging
 import os
 import pathlib
 
 from ml_collections import ConfigDict
 
-from sigattn.data import text, token_files, tokenizers
+from sigattn.data import hub, text, token_files, tokenizers
 
+_logger = logging.getLogger(__name__)
 _SHOWN = 20  # characters that an error names
 
 
@@ -41,6 +43,29 @@ def used(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
   config = config.copy_and_resolve_references()
   config.data.tokenizer = str(path)
   return config.lock()
+
+
+def resumed(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
+  """The config with which a run goes on, locked.
+
+  If the file of config.data.tokenizer is gone, the copy in the run's folder
+  takes its place, and the log says so.
+  """
+  name, path = config.data.tokenizer, _path(workdir)
+  if not is_file(name) or hub.local(name, "tokenizer").exists():
+    return config
+  if not path.is_file():
+    return config
+  _logger.info(
+    "config.data.tokenizer=%r is not there; the run's copy %s is used",
+    name, path
+  )  # fmt: skip
+  return used(config, workdir)
+
+
+def is_file(name: str) -> bool:
+  """Whether a value of config.data.tokenizer names a file."""
+  return name not in ("characters", "bytes")
 
 
 def difference(config: ConfigDict, workdir: str | os.PathLike[str]) -> str:

@@ -8,6 +8,13 @@ processes and runs the worker processes. A source module has
   open_source(config, split)  opens a split: returns an ExampleSource, or
                               another object with the methods train_batches and
                               eval_batches
+
+and may have
+
+  EMBEDDED                    the names of its embedded data sets
+  files(source, key)          the files of a local source that it reads; by
+                              default all of a folder, see hub.files. A run
+                              keeps their checksum, see kept_data
 """
 
 import ast

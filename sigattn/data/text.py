@@ -21,13 +21,15 @@ A stream of documents is a local file of JSON or parquet, a local folder (see
 text_files), a data set of the Hugging Face Hub (owner/name or
 owner/name:subset), or a .txt with config.data.lines=True. If a local stream is
 both trained on and evaluated, and has only the split train, about every
-twentieth document is in its test split.
+twentieth document is in its test split, and at least one.
 """
 
 import copy
 import functools
 import itertools
+import logging
 import lzma
+import pathlib
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -37,7 +39,7 @@ import grain
 import grain.experimental
 import jax
 import numpy as np
-from absl import logging
+from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from sigattn.data import hub, loader, text_files, token_files, tokenizers
@@ -51,6 +53,8 @@ from sigattn.validate import (
   whole,
 )
 
+_logger = logging.getLogger(__name__)
+
 # The King James Bible, one verse per line; the licence is beside the file.
 EMBEDDED = {"kjv": "kjv.txt.xz"}
 _SPLITS = ("train", "test")  # of a stream from which documents are held out
@@ -59,7 +63,8 @@ _SPLITS = ("train", "test")  # of a stream from which documents are held out
 _TEXT_SPLITS = (*hub.TRAIN_SPLITS, "validation", "test")
 _HELD_OUT_SHARE = 0.05
 # The test split of a stream has the documents whose checksum this divides. The
-# text decides, so that a document that occurs twice is not in both splits.
+# text decides, so that a document that occurs twice is not in both splits. If
+# that is no document, or all, the one with the smallest checksum is held out.
 _HELD_OUT_EVERY = 20
 # One text is held in memory with its tokens, 4 bytes each.
 _LONGEST_TEXT = 2**30
@@ -435,7 +440,7 @@ class _Progress:
   def say(self, how_far):
     if time.monotonic() - self._said > _SECONDS_BETWEEN_MESSAGES:
       self._said = time.monotonic()
-      logging.warning("%s: %s", self._what, how_far)
+      _logger.info("%s: %s", self._what, how_far)
 
 
 def open_source(config: ConfigDict, split: str) -> "_OneText | Stream":
@@ -455,6 +460,18 @@ def open_source(config: ConfigDict, split: str) -> "_OneText | Stream":
   if _is_text(other, config.data.lines):
     return _OneText(config, _encoded(config, _whole(other)))
   return Stream(config, split)
+
+
+def files(source: str, key: str = "source") -> list[pathlib.Path]:
+  """Returns the files of a local source that are read, those of all splits.
+
+  key: the key of config.data, for the errors of text_files.find.
+  """
+  if token_files.is_folder(source):
+    return token_files.files(source)
+  by_split = text_files.find(source, key).values()
+  names = {x for kinds in by_split for paths in kinds.values() for x in paths}
+  return [pathlib.Path(name) for name in names]
 
 
 def _read_tokens(config, split):
@@ -698,7 +715,7 @@ class _Corrupt:
         f"{max(self._read, self._at_least)}; config.data.max_corrupt_share="
         f"{self._max_share} allows {most}: " + "; ".join(self._why.values())
       )
-    logging.warning("skipped (%d of at most %d): %s", count, most, why)
+    absl_logging.warning("skipped (%d of at most %d): %s", count, most, why)
 
 
 class _Groups(grain.IterDataset):
@@ -819,6 +836,7 @@ class _DocumentIterator(grain.DatasetIterator):
     super().__init__()
     self._origin, self._in_training = origin, in_training
     self._corrupt = corrupt
+    self._is_held_out = None  # a function, made when a document is there
     self._counts = {True: (0, 0), False: (0, 0)}  # see _count
     self._parts = []  # (kind of the files, stream, its state at the beginning)
     with hub.reading(origin):
@@ -848,7 +866,7 @@ class _DocumentIterator(grain.DatasetIterator):
       # From empty texts a model would learn that a beginning is followed by
       # nothing.
       if document and document.strip():
-        is_in = _is_in(self._origin, document)
+        is_in = self._is_in(document)
         self._count(is_in, document)
         if is_in:
           self._any = True
@@ -860,6 +878,14 @@ class _DocumentIterator(grain.DatasetIterator):
       raise StopIteration
     self._begin(self._epoch + 1)
     return None
+
+  def _is_in(self, document):
+    """Whether the document belongs to the split, if splits are made here."""
+    if not self._origin.held_out:
+      return True
+    if self._is_held_out is None:
+      self._is_held_out = _held_out(self._origin)
+    return self._is_held_out(document) == (self._origin.split == "test")
 
   def _count(self, is_in, document):
     """Counts documents and characters inside and outside of the split."""
@@ -873,7 +899,7 @@ class _DocumentIterator(grain.DatasetIterator):
       self._counts[True],
       self._counts[False],
     )
-    text_files.warn_once(
+    text_files.inform_once(
       f"{self._origin.source!r}: {documents} of {documents + others} documents "
       f"are held out, {characters / (characters + rest):.1%} of the characters"
     )
@@ -931,20 +957,35 @@ class _DocumentIterator(grain.DatasetIterator):
     self._begin(**state)
 
 
-def _is_in(origin, document):
-  """Whether the document belongs to the split, if splits are made here."""
-  if not origin.held_out:
-    return True
-  is_held_out = zlib.crc32(document.encode()) % _HELD_OUT_EVERY == 0
-  return is_held_out == (origin.split == "test")
+def _held_out(origin):
+  """The function that says whether a document is held out.
+
+  It reads documents until there is one for each split.
+  """
+  seen, divided = set(), set()
+  origin = origin._replace(held_out=False, split="train")
+  for document in _DocumentIterator(origin, in_training=False):
+    seen.add(checksum := _checksum(document))
+    if checksum % _HELD_OUT_EVERY == 0:
+      divided.add(checksum)
+    if 0 < len(divided) < len(seen):
+      return lambda x: _checksum(x) % _HELD_OUT_EVERY == 0
+  if len(seen) == 1:  # there is nothing to divide
+    return lambda x: False
+  return lambda x: _checksum(x) == min(seen)
+
+
+def _checksum(document):
+  return zlib.crc32(document.encode())
 
 
 def _no_documents(origin):
   message = f"{origin}: contains no documents"
   if origin.held_out:
     message += (
-      f": about every {_HELD_OUT_EVERY}th of a source without a test split is "
-      "held out; give config.data.eval_source"
+      ": a source without a test split holds out about every "
+      f"{_HELD_OUT_EVERY}th document, and at least one, so it must have two "
+      "that differ; give more documents, or config.data.eval_source"
     )
   return message
 

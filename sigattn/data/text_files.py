@@ -19,15 +19,18 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import lzma
 import pathlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from absl import logging
+from absl import logging as absl_logging
 
 from sigattn.data import hub
+
+_logger = logging.getLogger(__name__)
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -105,7 +108,13 @@ def _in_folder(path, source, key):
 @functools.lru_cache(maxsize=64)
 def warn_once(message: str) -> None:
   """Warns only once, although each epoch reads the files again."""
-  logging.warning("%s", message)
+  absl_logging.warning("%s", message)
+
+
+@functools.lru_cache(maxsize=64)
+def inform_once(message: str) -> None:
+  """Logs an ordinary line, only once."""
+  _logger.info("%s", message)
 
 
 def open_files(

@@ -10,6 +10,7 @@
 
 import functools
 import lzma
+import pathlib
 
 import numpy as np
 
@@ -29,6 +30,13 @@ def splits(source: str) -> list[str]:
   """The names of the splits that a folder holds, sorted."""
   paths = hub.local(source).glob(f"*{_SUFFIX}")
   return sorted(path.name.removesuffix(_SUFFIX) for path in paths)
+
+
+def files(source: str) -> list[pathlib.Path]:
+  """The files that a folder consists of: its tokenizer and its splits."""
+  folder = hub.local(source).resolve()
+  paths = [folder / f"{split}{_SUFFIX}" for split in splits(source)]
+  return [folder / TOKENIZER, *paths]
 
 
 @functools.lru_cache(maxsize=3)

@@ -24,6 +24,7 @@ extras.require("selfsup")
 
 import dm_pix
 
+EMBEDDED = image.EMBEDDED
 _SHARE = real(low=0, high=1)
 _FACTOR = real(low=0, below=1)  # a factor of 1 could turn an image black
 _TWO_SHARES = sequence(items(_SHARE, _SHARE), "")._replace(

@@ -19,8 +19,9 @@ A task is a module of this folder with
 A task may also have
 
   KEEPS                           a module that keeps what a run needs besides
-                                  its parameters in the run's folder, such as
-                                  sigattn.data.kept_tokenizer
+                                  its parameters in the run's folder, with the
+                                  functions of sigattn.data.kept_tokenizer and
+                                  kept_classes
   score(config, outputs)          returns the sums, if it takes strings or
                                   Python to compute them: evaluate then returns
                                   any arrays, and score gets them as NumPy

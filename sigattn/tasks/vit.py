@@ -12,10 +12,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack
-from sigattn.data import image
+from sigattn.data import image, kept_classes
 from sigattn.validate import choice, divides, real, whole, zero_or
 
 SOURCE = image
+KEEPS = kept_classes
 UNIT = "images"
 METRICS = ("loss", "accuracy", "accuracy_top5")  # top5 needs > 10 classes
 POOLS = ("mean", "class")

@@ -82,6 +82,9 @@ def _manager(workdir, keep=None):
     # Orbax then reads no metadata and no metrics, which may be damaged.
     lightweight_initialize=True,
     temporary_path_class=_Sealed,
+    # Otherwise Orbax waits for ten minutes, and does not say why, if the disk
+    # has no room for a folder.
+    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     # With 1, Orbax warns in read-only mode that it does not save.
     save_interval_steps=int(keep is not None),
     cleanup_tmp_directories=keep is not None,  # that a killed run left

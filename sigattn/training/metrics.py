@@ -300,6 +300,7 @@ class StepLog:
     """
     self._config, self._writer, self._progress = config, writer, progress
     self._pending = None
+    self._compiled = set()  # shapes of a batch
     state = state or {"mean": {}, "skipped": 0, "in_a_row": 0}
     self._mean = Mean(**state["mean"])
     self._skipped = state["skipped"]  # since the last line
@@ -312,6 +313,17 @@ class StepLog:
       "skipped": self._skipped,
       "in_a_row": self._in_a_row,
     }
+
+  def begin(self, batch: Any) -> None:
+    """Announces a step on `batch`, arrays whose shapes are compiled once.
+
+    The time of a compilation is not counted. Raises FloatingPointError as
+    `step` does.
+    """
+    shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+    if shapes not in self._compiled:
+      self._compiled.add(shapes)
+      self.finish()
 
   def step(self, step: int, metrics: Mapping[str, Any], examples: int) -> None:
     """Records a step that was started, and writes the step before it.
@@ -445,13 +457,15 @@ class _Console(logging.Handler):
 def set_up_logs() -> None:
   """Configures logging for command-line programs.
 
-  Shows which attention implementation was chosen and why, and the warnings of
-  libraries. --verbosity=info shows the libraries' other messages too.
+  Shows which attention implementation was chosen and why, what is to be known
+  of the data, and the warnings of libraries. --verbosity=info shows the
+  libraries' other messages too.
   """
   if not flags.FLAGS["verbosity"].present:
     absl_logging.set_verbosity(absl_logging.WARNING)
   absl_logging.get_absl_logger().addFilter(_is_news)
-  logger = logging.getLogger("sigattn.kernels")
-  logger.setLevel(logging.INFO)
-  logger.addHandler(_Console())
-  logger.propagate = False
+  for name in ("sigattn.kernels", "sigattn.data"):
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_Console())
+    logger.propagate = False

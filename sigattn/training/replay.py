@@ -7,7 +7,8 @@ import traceback
 import jax
 
 from sigattn import tasks
-from sigattn.training import checkpoint, mesh, run_dir
+from sigattn.data import kept_data
+from sigattn.training import checkpoint, mesh, metrics, run_dir
 from sigattn.training import step as training_step
 
 
@@ -37,6 +38,9 @@ def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
     raise ValueError(
       f"{step=}: the run in {workdir} has the steps 1 to {config.total_steps}"
     )
+  source = tasks.get(config.task).SOURCE
+  if why := kept_data.difference(source, config, config, workdir):
+    metrics.log(f"{why}. So the step may get another batch")
   devices = mesh.make(config)
   state, update = training_step.init(config, devices)
   with contextlib.closing(tasks.train_batches(config)) as data:

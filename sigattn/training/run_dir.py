@@ -1,8 +1,11 @@
 """The folder of a run: its name, its config, and whether the run is complete.
 
 config.json    the whole config that the run was started with, and FORMAT
+data.json      the checksums of the data, see sigattn.data.kept_data
 tokenizer.json the tokenizer of a language model, see
                sigattn.data.kept_tokenizer
+classes.json   the names of the classes of images, if they have names, see
+               sigattn.data.kept_classes
 metrics.jsonl  a line of metrics for every config.log.every_steps steps and for
                every evaluation
 checkpoints/   written by Orbax
@@ -14,12 +17,14 @@ lock           locked by the process that trains; lock.json names that process
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import os
 import pathlib
 import re
 import socket
+import types
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -28,12 +33,12 @@ import jax
 from ml_collections import ConfigDict
 
 from sigattn import tasks
-from sigattn.data import hub
+from sigattn.data import hub, kept_data, kept_tokenizer
 from sigattn.training import files, metrics, saved, setup
 
-# FORMAT increases whenever config keys, parameter paths or the files of a run
-# change. A run of an older version is then refused with a clear message, not
-# with a missing key.
+# FORMAT increases whenever config keys, parameter paths or the files that a run
+# needs change. A run of an older version is then refused with a clear message,
+# not with a missing key.
 FORMAT = 4
 
 # Config keys, or their prefixes, that may change when a run is resumed.
@@ -88,20 +93,14 @@ class RunDir:
     self._lock = None
 
   def __enter__(self) -> Self:
-    """Validates the path and the run in the folder, and that it is not locked.
+    """Validates the place and the run in the folder, and that it is not locked.
 
-    Raises ValueError for a path that validate_path refuses, a file, a folder
-    inside of the data, a folder with a run of another config, and a folder in
-    which another process trains.
+    Raises ValueError for a place that validate_place refuses, a folder with a
+    run of another config, and a folder in which another process trains.
     """
     if self._workdir is None:
       return self
-    validate_path(self._workdir)
-    if pathlib.Path(self._workdir).is_file():
-      raise ValueError(
-        f"workdir={str(self._workdir)!r}; is a file, not a folder"
-      )
-    _validate_outside_of_the_data(self._workdir, self._config)
+    validate_place(self._workdir, self._config)
     try:
       if (pathlib.Path(self._workdir) / "lock").exists():
         self._take()
@@ -129,8 +128,8 @@ class RunDir:
     if jax.process_index():
       return  # the first process writes it
     try:
-      if (keeps := _keeps(self._config)) and not _holds_run(folder):
-        keeps.write(self._config, folder)
+      if not _holds_run(folder):
+        _write_kept(self._config, folder)
       files.write_json(folder / "config.json", contents(self._config))
     except OSError as error:
       raise _not_writable(folder, error) from error
@@ -163,12 +162,41 @@ class RunDir:
       self._lock.release()
       self._lock = None
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: types.TracebackType | None,
+  ) -> None:
+    """Unlocks the folder. Raises OSError, with advice, for a full disk."""
     self._release()
+    code = error.errno if isinstance(error, OSError) else None
+    if self._workdir is not None and code in _FULL:
+      raise _full(error, self._workdir) from error
 
 
 # The workers of a killed process may hold its lock for a moment longer.
 _SECONDS_FOR_A_LOCK = 2
+
+
+_FULL = {
+  errno.ENOSPC: "the disk is full",
+  errno.EDQUOT: "the user's quota of the disk is used up",
+}
+
+
+def _full(error, workdir):
+  """The error of a full disk: what was not written, and how the run goes on."""
+  path = pathlib.Path(error.filename or workdir)
+  what = "a checkpoint" if path.name == "checkpoints" else "this"
+  steps = saved.steps(workdir)
+  start = f"step {steps[-1]}, the last checkpoint" if steps else "the start"
+  advice = (
+    f"{os.strerror(error.errno)}: {what} was not written, because "
+    f"{_FULL[error.errno]}. Make room; the same command then goes on from "
+    f"{start}"
+  )
+  return OSError(error.errno, advice, str(path))
 
 
 def _not_writable(folder, error):
@@ -211,15 +239,19 @@ def validate_path(workdir: str | os.PathLike[str]) -> None:
   )
 
 
-def _validate_outside_of_the_data(workdir, config):
-  """Raises ValueError for a run that would read what it writes."""
-  data, folder = config.data, pathlib.Path(workdir).absolute().resolve()
-  sources = [("source", data.get("source"))]
-  sources += [("eval_source", data.get("eval_source"))]
-  sources += [("mixture", pair[0]) for pair in data.get("mixture", ())]
-  for key, source in sources:
-    path = source and hub.local(source, key)
-    if path and path.is_dir() and folder.is_relative_to(path.resolve()):
+def validate_place(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+  """Raises ValueError if no run of this config may be in the folder.
+
+  That is a path that validate_path refuses, a file, and a folder inside of the
+  data, because the run would read what it writes.
+  """
+  validate_path(workdir)
+  if pathlib.Path(workdir).is_file():
+    raise ValueError(f"workdir={str(workdir)!r}; is a file, not a folder")
+  folder = pathlib.Path(workdir).absolute().resolve()
+  for key, source in kept_data.names(config).items():
+    path = hub.local(source, key)
+    if path.is_dir() and folder.is_relative_to(path.resolve()):
       raise ValueError(
         f"workdir={str(workdir)!r}; must not be in config.data.{key}="
         f"{source!r}: the run would read what it writes"
@@ -233,7 +265,9 @@ def validate_resumable(
 
   The config of the run may differ only in values that may change when a run is
   resumed, such as total_steps. The message names the first key that differs.
-  What the task keeps with the run, its tokenizer, must not differ.
+  What the task keeps with the run, its tokenizer or the names of its classes,
+  must not differ, and neither must the files of its data, but they may be at
+  another place.
   """
   if not _holds_run(workdir):
     return
@@ -243,9 +277,77 @@ def validate_resumable(
   keeps = _keeps(config)
   if keeps and (difference := keeps.difference(config, workdir)):
     raise ValueError(
-      f"{workdir=} cannot be resumed: {difference}. To train on these texts "
+      f"{workdir=} cannot be resumed: {difference}. To train on these data "
       "from the start, choose another workdir"
     )
+  if difference := kept_data.difference(_source(config), config, old, workdir):
+    raise ValueError(
+      f"{workdir=} cannot be resumed: {difference}. Give it the files that it "
+      "began with; --config.data.source=... may name another place of them. To "
+      "train on other data, choose another workdir"
+    )
+
+
+def validated(
+  config: ConfigDict, workdir: str | os.PathLike[str] | None
+) -> ConfigDict:
+  """Validates a whole config; returns the one with which a run uses it.
+
+  A run in `workdir` goes on with its own copy of a tokenizer whose file is
+  gone. Raises ValueError as setup.validate_config does, and for data that are
+  no longer where the run read them.
+  """
+  setup.validate_fields(config)
+  if workdir and _holds_run(workdir):
+    if keeps := _keeps(config):
+      config = keeps.resumed(config, workdir)
+    missing = kept_data.missing(_source(config), config, workdir)
+    for key, name in missing.items():
+      raise ValueError(
+        f"config.data.{key}={name!r}; there is no such file or folder any "
+        f"more. If the data of {workdir=} were moved, name their new place"
+      )
+  setup.validate_config(config)
+  return config
+
+
+def with_data(
+  config: ConfigDict,
+  workdir: str | os.PathLike[str],
+  source: str | None = None,
+) -> ConfigDict:
+  """The config of a run with which its data are evaluated.
+
+  If they are not what the run began with, a message says so.
+
+  config: that of load_config. source: where the evaluated data are; by default
+  where the run read them. Raises ValueError if they are not there, and if they
+  have other classes than the run, by whose numbers they would be counted.
+  """
+  module, key = _source(config), kept_data.evaluated_key(config)
+  if source is None and key in kept_data.missing(module, config, workdir):
+    raise ValueError(
+      f"config.data.{key}={config.data[key]!r}; there is no such file or "
+      "folder any more: --source=... says where the data of the run are now"
+    )
+  new = config if source is None else kept_data.moved(config, source)
+  keeps = _keeps(config)
+  if keeps and (why := keeps.difference(new, workdir)):
+    raise ValueError(f"{why}: {workdir=} cannot be evaluated on them")
+  if why := kept_data.difference(module, new, config, workdir, key):
+    metrics.log(f"{why}. The results are those of what is there now")
+  return new
+
+
+def _source(config):
+  return tasks.get(config.task).SOURCE
+
+
+def _write_kept(config, folder):
+  """Writes what a run keeps besides its config and its parameters."""
+  if keeps := _keeps(config):
+    keeps.write(config, folder)
+  kept_data.write(_source(config), config, folder)
 
 
 def _holds_run(workdir):
@@ -261,10 +363,19 @@ def _compare(workdir, old, new):
   for key in sorted(old.keys() | new.keys()):
     if key.startswith(_CHANGEABLE) or old.get(key) == new.get(key):
       continue
+    if key in kept_data.KEYS or _are_files(key, old, new):
+      continue  # their contents are compared
     raise ValueError(
       f"{workdir=} holds a run with config.{key}={old.get(key)!r}, this one "
       f"has {new.get(key)!r}; choose another workdir, or delete that one"
     )
+
+
+def _are_files(key, *configs):
+  return key == "data.tokenizer" and all(
+    isinstance(x.get(key), str) and kept_tokenizer.is_file(x[key])
+    for x in configs
+  )
 
 
 def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:

@@ -8,7 +8,7 @@ from PIL import Image
 from configs import lm_sigmoid, speech_sigmoid, synthetic_sigmoid, vit_sigmoid
 from sigattn import tasks
 from sigattn.analysis import attention_maps, plots, telemetry
-from sigattn.training import checkpoint, setup
+from sigattn.training import checkpoint, run_dir, setup
 
 
 def vit(**values):
@@ -70,6 +70,8 @@ def test_every_token_that_attends_has_a_tick_label(module, arg):
 def test_draw_writes_one_map_per_layer(tmp_path, monkeypatch):
   config = lm_sigmoid.get_config("runlocal")
   _, params = setup.init(config)
+  with run_dir.RunDir(tmp_path, config) as folder:
+    folder.begin()
   monkeypatch.setattr(checkpoint, "load", lambda *_: (config, params, 2))
   drawn = []
   monkeypatch.setattr(

@@ -260,7 +260,9 @@ def test_documents_that_are_no_text_are_skipped_up_to_the_share(
 ):
   skipped = []
   monkeypatch.setattr(
-    text.logging, "warning", lambda line, *args: skipped.append(line % args)
+    text.absl_logging,
+    "warning",
+    lambda line, *args: skipped.append(line % args),
   )
   texts = documents(20)
   bad = [*texts[:4], None, *texts[4:9], None, *texts[9:]]
@@ -404,7 +406,7 @@ def test_filling_a_window_shows_progress(tmp_path, monkeypatch):
   said = []
   monkeypatch.setattr(text, "_SECONDS_BETWEEN_MESSAGES", 0)
   monkeypatch.setattr(
-    text.logging, "warning", lambda line, *args: said.append(line % args)
+    text._logger, "info", lambda line, *args: said.append(line % args)
   )
   path = write(tmp_path / "a.jsonl", documents(3))
   next(iter(text._Groups(text._Origin(path, "train"), 10, seed=0)))
@@ -467,7 +469,9 @@ def test_files_that_are_not_utf_8_are_named_and_skipped(tmp_path, monkeypatch):
   (tmp_path / "2.txt").write_bytes("café".encode("latin1"))
   (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xe9"}\n')
   skipped = []
-  monkeypatch.setattr(text.logging, "warning", lambda *x: skipped.append(x[-1]))
+  monkeypatch.setattr(
+    text.absl_logging, "warning", lambda *x: skipped.append(x[-1])
+  )
   origin = text._Origin(str(tmp_path), "train")
   corrupt = text._Corrupt(max_share=0.5, at_least=4)
   found = list(text._DocumentIterator(origin, False, corrupt))
@@ -486,7 +490,7 @@ def test_files_that_are_not_utf_8_are_named_and_skipped(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "folder"])
 def test_a_stream_gets_a_held_out_part_without_a_second_file(
-  name, tmp_path, caplog
+  name, tmp_path, monkeypatch
 ):
   texts = [f"document {i % 150}" for i in range(300)]  # each of them twice
   if name == "folder":
@@ -497,6 +501,10 @@ def test_a_stream_gets_a_held_out_part_without_a_second_file(
     path = write(tmp_path / name, texts)
   config = make(**{"data.source": path, "data.length": 64})
   setup.validate_config(config)
+  said = []  # as information, not as a warning
+  monkeypatch.setattr(
+    text_files._logger, "info", lambda line, *args: said.append(line % args)
+  )
   train, test = (
     [x for _, x in texts_of(rows_of(tasks.eval_batches(config, split)))]
     for split in ("train", "test")
@@ -504,13 +512,30 @@ def test_a_stream_gets_a_held_out_part_without_a_second_file(
   assert sorted(train + test) == sorted(texts)
   assert not set(train) & set(test)
   assert 2 <= len(test) <= 40
-  assert f"{len(test)} of {len(texts)} documents are held out" in caplog.text
+  [line] = said
+  assert f"{len(test)} of {len(texts)} documents are held out" in line
   batches = fetched(config, 20)
   assert {x for _, x in texts_of(rows_of(batches))} <= set(train)
 
 
-def test_too_few_documents_to_hold_some_out_is_said(tmp_path):
-  path = write(tmp_path / "a.jsonl", ["only one"])
+def test_of_a_few_documents_one_is_held_out(tmp_path):
+  """Chance holds out none of most of these sets, and all of some."""
+  sizes = set()
+  for count in (2, 3, 10):
+    for i in range(40):
+      texts = [f"{i}: document {j}" for j in range(count)]
+      path = write(tmp_path / f"{count}_{i}.jsonl", [*texts, texts[0]])
+      train, test = ({*text.documents(path, x, "text")} for x in text._SPLITS)
+      assert train | test == {*texts}
+      assert train
+      assert test
+      assert not train & test
+      sizes.add(len(test))
+  assert sizes == {1, 2, 3}
+
+
+def test_one_document_that_cannot_be_held_out_is_said(tmp_path):
+  path = write(tmp_path / "a.jsonl", ["only one", "only one"])
   config = make(**{"data.source": path})
   with pytest.raises(
     ValueError, match=r"eval_split='test': contains no documents: .*eval_source"
@@ -521,7 +546,9 @@ def test_too_few_documents_to_hold_some_out_is_said(tmp_path):
 def test_a_folder_of_all_kinds_is_read_whole(tmp_path, monkeypatch):
   said = []
   monkeypatch.setattr(
-    text_files.logging, "warning", lambda line, *args: said.append(line % args)
+    text_files.absl_logging,
+    "warning",
+    lambda line, *args: said.append(line % args),
   )
   folder = tmp_path / "my [best] texts"  # glob would read it as a pattern
   folder.mkdir()
@@ -548,7 +575,9 @@ def test_a_folder_of_all_kinds_is_read_whole(tmp_path, monkeypatch):
     "first\nsecond", "third", "fourth", "fifth", "sixth", "seventh",
   }  # fmt: skip
   read = {
-    x for split in ("train", "test") for x in _texts_if_any(config, split)
+    x
+    for split in ("train", "test")
+    for _, x in texts_of(rows_of(tasks.eval_batches(config, split)))
   }
   assert read == expected
   assert any("c.pdf" in line for line in said)
@@ -561,13 +590,6 @@ def test_a_folder_of_all_kinds_is_read_whole(tmp_path, monkeypatch):
   data.set_state(states[3])
   for batch in batches[3:]:
     np.testing.assert_array_equal(next(data)["token"], batch["token"])
-
-
-def _texts_if_any(config, split):
-  try:
-    return [x for _, x in texts_of(rows_of(tasks.eval_batches(config, split)))]
-  except ValueError:  # with so few documents, none is held out
-    return []
 
 
 def test_the_hub_is_not_told_of_local_files(tmp_path, monkeypatch):

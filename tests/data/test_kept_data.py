@@ -1,0 +1,112 @@
+"""A run knows its data again: changed files, and files at another place."""
+
+import json
+
+import pytest
+
+from eval import evaluate
+from sigattn.data import kept_classes
+from sigattn.training import run_dir
+from tests.data import idx, pictures
+from tests.data.test_kept_tokenizer import forget, make
+from train import train
+
+
+def goes_on(run, config):
+  """Begins a run or raises what train would; it does not train."""
+  forget()
+  config = run_dir.validated(config, run)
+  with run_dir.RunDir(run, config) as folder:
+    folder.begin()
+
+
+def test_changed_texts_are_refused_and_moved_ones_go_on(
+  texts, run, monkeypatch, capsys
+):
+  monkeypatch.chdir(run.parent)
+  values = {"eval.length_factors": ()}
+  done = json.loads((run / "DONE.json").read_text())
+  for name in ("my/texts/", "./my/texts", str(texts)):
+    goes_on(run, make(name, **values))
+  (texts / "0.txt").write_text("0: the mat sat on the cat")  # the same alphabet
+  (texts / "1.txt").rename(texts / "1b.txt")
+  (texts / "notes.md").write_text("is not read")
+  said = (
+    r"config\.data\.source='my/texts' is not what the run began with: "
+    r"1 changed \('0\.txt'\), 1 missing \('1\.txt'\), 1 new \('1b\.txt'\)"
+  )
+  forget()
+  with pytest.raises(ValueError, match=said):
+    train(make("my/texts", total_steps=3, **values), run)
+  capsys.readouterr()
+  evaluate(run)
+  assert "1 changed ('0.txt')" in capsys.readouterr().out
+  # It goes on where the old texts are now, and is evaluated there.
+  (texts / "0.txt").write_text("0: the cat sat on the mat")
+  (texts / "1b.txt").rename(texts / "1.txt")
+  place = texts.rename(run.parent / "elsewhere")
+  for name in ("my/texts", str(texts)):
+    with pytest.raises(ValueError, match="no such file or folder any more"):
+      train(make(name, **values), run)
+  with pytest.raises(ValueError, match="any more: --source="):
+    evaluate(run)
+  results = evaluate(run, source=str(place))
+  assert results["loss"] == pytest.approx(done["loss"], rel=1e-6)
+  assert "began with" not in capsys.readouterr().out
+  goes_on(run, make(place, **values))
+  assert run_dir.read_config(run).data.source == str(place)
+
+
+def mixed(texts, share):
+  values = {"mixture": ((str(texts), share),), "eval_source": str(texts)}
+  return make("", "bytes", **{f"data.{x}": y for x, y in values.items()})
+
+
+def test_a_source_that_was_exchanged_for_another_is_refused(texts):
+  bible = make("kjv", "bytes")
+  for config, other, said in (
+    (bible, make(texts, "bytes"), "data.source='kjv', this config has"),
+    (bible, mixed(texts, 1.0), "data.source='kjv', this config has ''"),
+    (mixed(texts, 1.0), mixed(texts, 2.0), "data.mixture="),
+  ):
+    run = texts.parents[1] / f"run of {len(said)}"
+    goes_on(run, config)
+    with pytest.raises(ValueError, match=f"trained with config.{said}"):
+      goes_on(run, other)
+
+
+def test_the_names_of_classes_are_kept_and_others_are_refused(folder, tmp_path):
+  config, run = (
+    pictures.local(folder, **{"data.image_size": 14}),
+    tmp_path / "r",
+  )
+  goes_on(run, config)
+  assert kept_classes.read(run) == ["cat", "dog"]
+  assert json.loads((run / "classes.json").read_text()) == ["cat", "dog"]
+  for path in folder.glob("*/cat"):
+    path.rename(path.with_name("zebra"))
+  said = (
+    r"has the classes \['dog', 'zebra'\], and those of the run in .*'cat', "
+  )
+  for call in (lambda: goes_on(run, config), lambda: evaluate(run)):
+    with pytest.raises(ValueError, match=said):
+      call()
+
+
+def test_changed_images_are_refused(folder, tmp_path):
+  """Image folders and the files of MNIST; hidden files do not count."""
+  mnist = idx.write(tmp_path / "mnist", train=20, test=10)
+  plain = {"data.source": str(mnist), "data.num_classes": 10}
+  for config, file in (
+    (pictures.local(folder, **{"data.image_size": 14}), "train/cat/0.png"),
+    (pictures.make(**plain), "t10k-labels-idx1-ubyte"),
+  ):
+    source = tmp_path / config.data.source
+    run = tmp_path / f"run of {source.name}"
+    goes_on(run, config)
+    (source / ".DS_Store").write_text("hidden")
+    goes_on(run, config)
+    content = (source / file).read_bytes()
+    (source / file).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=rf"1 changed \('{file}'\)"):
+      goes_on(run, config)
