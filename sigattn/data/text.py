@@ -24,25 +24,26 @@ both trained on and evaluated, and has only the split train, about every
 twentieth document is in its test split, and at least one.
 """
 
-import copy
 import functools
 import itertools
-import logging
 import lzma
 import pathlib
-import time
-import zlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import grain
 import grain.experimental
 import jax
 import numpy as np
-from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from sigattn.data import hub, loader, text_files, token_files, tokenizers
+from sigattn.data import (
+  hub,
+  loader,
+  text_documents,
+  text_files,
+  token_files,
+  tokenizers,
+)
 from sigattn.validate import (
   Field,
   flag,
@@ -53,19 +54,12 @@ from sigattn.validate import (
   whole,
 )
 
-_logger = logging.getLogger(__name__)
-
-# The King James Bible, one verse per line; the licence is beside the file.
-EMBEDDED = {"kjv": "kjv.txt.xz"}
+EMBEDDED = text_documents.EMBEDDED
 _SPLITS = ("train", "test")  # of a stream from which documents are held out
 # The end of one text is its test split. A part of the same length before it,
 # the end of the train split, is its validation split.
 _TEXT_SPLITS = (*hub.TRAIN_SPLITS, "validation", "test")
 _HELD_OUT_SHARE = 0.05
-# The test split of a stream has the documents whose checksum this divides. The
-# text decides, so that a document that occurs twice is not in both splits. If
-# that is no document, or all, the one with the smallest checksum is held out.
-_HELD_OUT_EVERY = 20
 # One text is held in memory with its tokens, 4 bytes each.
 _LONGEST_TEXT = 2**30
 # The documents and characters that one call of the tokenizer gets. The library
@@ -75,7 +69,6 @@ _CHARACTERS_AT_ONCE = 2**20
 # A shuffle window is in memory, so it ends at this size, however few documents
 # it has.
 _WINDOW_CHARACTERS = 2**26
-_SECONDS_BETWEEN_MESSAGES = 5
 LARGEST_VOCABULARY = 2**22
 
 
@@ -195,32 +188,8 @@ RULES = (
 )
 
 
-class _Origin(NamedTuple):
-  """A split of a source, and the keys of config.data that name them.
-
-  column, lines: config.data.text_column and lines.
-  held_out: whether the source has only train, from which a test split is made.
-  """
-
-  source: str
-  split: str
-  key: str = "source"
-  split_key: str = "split"
-  column: str = "text"
-  lines: bool = False
-  held_out: bool = False
-
-  def __str__(self):
-    if self.split_key == "split":  # no config names it
-      return f"source={self.source!r}, split={self.split!r}"
-    return (
-      f"config.data.{self.key}={self.source!r}, config.data.{self.split_key}="
-      f"{self.split!r}"
-    )
-
-
 def _origins(config):
-  """The _Origin of each source that a run reads."""
+  """The Origin of each source that a run reads."""
   data = config.data
   for name, _ in data.mixture:
     if name in EMBEDDED:
@@ -238,10 +207,10 @@ def _origins(config):
 
 
 def _origin(config, source, split_key, split=None):
-  """The _Origin of a source that is trained on or evaluated."""
+  """The Origin of a source that is trained on or evaluated."""
   data = config.data
   evaluated = split_key == "eval_split" and data.eval_source is not None
-  return _Origin(
+  return text_documents.Origin(
     source,
     split or data[split_key],
     "eval_source" if evaluated else "mixture" if data.mixture else "source",
@@ -335,8 +304,10 @@ def _whole(source):
     path = hub.embedded(source, EMBEDDED[source])
     with lzma.open(path, "rt", encoding="utf-8") as file:
       return file.read()
-  origin = _Origin(source, "train")
-  [content] = _DocumentIterator(origin, in_training=False, corrupt=_Corrupt())
+  origin = text_documents.Origin(source, "train")
+  [content] = text_documents.DocumentIterator(
+    origin, in_training=False, corrupt=text_documents.Corrupt()
+  )
   if not 2 <= len(content) <= _LONGEST_TEXT:
     raise ValueError(
       f"config.data.source={source!r}; has {len(content)} characters, must "
@@ -423,24 +394,14 @@ def _characters(origins):
     if _is_text(origin.source, origin.lines):
       alphabet |= set(_whole(origin.source))
       continue
-    progress = _Progress(f"reads the alphabet of {origin.source!r}")
-    documents = _Documents(origin, in_training=False)
+    progress = text_documents.Progress(
+      f"reads the alphabet of {origin.source!r}"
+    )
+    documents = text_documents.Documents(origin, in_training=False)
     for count, document in enumerate(documents):
       alphabet.update(document)
       progress.say(f"{count} documents")
   return tokenizers.Characters("".join(sorted(alphabet)))
-
-
-class _Progress:
-  """Logs the progress of work that takes longer than 5 seconds."""
-
-  def __init__(self, what):
-    self._what, self._said = what, time.monotonic()
-
-  def say(self, how_far):
-    if time.monotonic() - self._said > _SECONDS_BETWEEN_MESSAGES:
-      self._said = time.monotonic()
-      _logger.info("%s: %s", self._what, how_far)
 
 
 def open_source(config: ConfigDict, split: str) -> "_OneText | Stream":
@@ -497,11 +458,15 @@ def documents(
     hub.validate_split(source, split, _TEXT_SPLITS)
     return iter([_cut(_whole(source), split)])
   held_out = set(text_files.find(source) or ()) == {"train"}
-  origin = _Origin(source, split, column=column, lines=lines, held_out=held_out)
+  origin = text_documents.Origin(
+    source, split, column=column, lines=lines, held_out=held_out
+  )
   known = _splits(origin)
   if known is not None:
     hub.validate_split(source, split, known)
-  return _Documents(origin, in_training=False, corrupt=_Corrupt())
+  return text_documents.Documents(
+    origin, in_training=False, corrupt=text_documents.Corrupt()
+  )
 
 
 def _num_rows(tokens, length):
@@ -564,12 +529,12 @@ class Stream:
     """Opens the split and reads a document of each source."""
     self._config, self._split = config, split
     self._tokenizer = tokenizer(config)
-    self._corrupt = {}  # {source: its _Corrupt}
+    self._corrupt = {}  # {source: its Corrupt}
     origins = self._train_origins()
     if not origins or split == config.data.eval_split:
       origins.append(self._eval_origin())
     for origin in origins:
-      _read_first(origin, self._corrupt_of(origin))
+      text_documents.read_first(origin, self._corrupt_of(origin))
 
   def _train_origins(self):
     if self._split != self._config.data.train_split:
@@ -586,7 +551,8 @@ class Stream:
   def _corrupt_of(self, origin):
     data = self._config.data
     return self._corrupt.setdefault(
-      origin.source, _Corrupt(data.max_corrupt_share, data.shuffle_window)
+      origin.source,
+      text_documents.Corrupt(data.max_corrupt_share, data.shuffle_window),
     )
 
   def train_batches(self, config: ConfigDict) -> Iterator[loader.Batch]:
@@ -682,47 +648,11 @@ class _Pieces(grain.experimental.FlatMapTransform):
     return pieces
 
 
-class _Corrupt:
-  """Names documents that are not text, and ends a run with too many of them.
-
-  The number of documents of a stream is not known. So the share refers to the
-  documents read so far, and at first to the first `at_least`. In a run of
-  several processes, each process counts the documents that it reads. A resumed
-  run counts from 0.
-  """
-
-  def __init__(self, max_share=0.0, at_least=0):
-    self._max_share, self._at_least = max_share, at_least
-    self._read, self._why = 0, {}
-
-  def add(self, row, why):
-    """row: the number of the document within an epoch, from 0."""
-    self._read = max(self._read, row + 1)
-    if row in self._why:
-      return  # it was counted in an earlier epoch
-    if not self._max_share:
-      hint = (
-        "; config.data.max_corrupt_share is the share of documents that may be "
-        "no text, and are skipped"
-      )
-      raise ValueError(why + hint * bool(self._at_least))
-    self._why[row] = why
-    count = len(self._why)
-    most = int(self._max_share * max(self._read, self._at_least))
-    if count > most:
-      raise ValueError(
-        f"{count} documents are corrupt, of the first "
-        f"{max(self._read, self._at_least)}; config.data.max_corrupt_share="
-        f"{self._max_share} allows {most}: " + "; ".join(self._why.values())
-      )
-    absl_logging.warning("skipped (%d of at most %d): %s", count, most, why)
-
-
 class _Groups(grain.IterDataset):
   """A dataset of lists of texts, each of which is encoded by one call.
 
   window: the number of documents that are shuffled together; None: all come
-  once, in order. corrupt: as in _DocumentIterator.
+  once, in order. corrupt: as in DocumentIterator.
   """
 
   def __init__(self, origin, window, seed, corrupt=None):
@@ -732,7 +662,9 @@ class _Groups(grain.IterDataset):
 
   def __iter__(self):
     in_training = self._window is not None
-    documents = _DocumentIterator(self._origin, in_training, self._corrupt)
+    documents = text_documents.DocumentIterator(
+      self._origin, in_training, self._corrupt
+    )
     return _GroupIterator(self._origin, documents, self._window, self._seed)
 
 
@@ -783,7 +715,9 @@ class _GroupIterator(grain.DatasetIterator):
 
   def _read(self, count, characters):
     texts, size = [], 0
-    progress = _Progress(f"fills the shuffle window from {self._origin}")
+    progress = text_documents.Progress(
+      f"fills the shuffle window from {self._origin}"
+    )
     while len(texts) < count and size < characters:
       document = next(self._documents, None)
       if document is None and (texts or self._size is not None):
@@ -806,214 +740,3 @@ def _grouped(texts):
     groups[-1].append(document)
     size += len(document)
   return groups
-
-
-class _Documents(grain.IterDataset):
-  """A dataset of the texts of a split; see _DocumentIterator."""
-
-  def __init__(self, origin, in_training, corrupt=None):
-    super().__init__()
-    self._arguments = origin, in_training, corrupt
-
-  def __iter__(self):
-    return _DocumentIterator(*self._arguments)
-
-
-class _DocumentIterator(grain.DatasetIterator):
-  """Iterates over the texts of a split.
-
-  in_training: whether to read only this process's share of the documents, and
-  to start again at the end, which a None marks. corrupt: counts the documents
-  that are not text, which are skipped; None: nothing counts them.
-
-  The state includes that of the `datasets` stream of one part of the source,
-  which is the files of one kind.
-  """
-
-  def __init__(self, origin, in_training, corrupt=None):
-    import datasets.distributed
-
-    super().__init__()
-    self._origin, self._in_training = origin, in_training
-    self._corrupt = corrupt
-    self._is_held_out = None  # a function, made when a document is there
-    self._counts = {True: (0, 0), False: (0, 0)}  # see _count
-    self._parts = []  # (kind of the files, stream, its state at the beginning)
-    with hub.reading(origin):
-      for kind, stream in _open(origin):
-        # In an evaluation, the processes divide the rows, not the documents.
-        if in_training:
-          stream = datasets.distributed.split_dataset_by_node(
-            stream, jax.process_index(), jax.process_count()
-          )
-        self._parts.append((kind, stream, stream.state_dict()))
-    self._begin(epoch=0)
-
-  def _begin(self, epoch, part=0, place=None, row=0, any_document=False):
-    """row: documents so far in this epoch. any_document: if one was text."""
-    self._epoch, self._part, self._row = epoch, part, row
-    self._any = any_document
-    kind, self._stream, start = self._parts[part]
-    # Before anything is read, the stream would return its previous state.
-    self._place = start if place is None else place
-    with hub.reading(self._origin):
-      self._stream.load_state_dict(copy.deepcopy(self._place))
-      self._examples = text_files.examples(kind, iter(self._stream))
-
-  def __next__(self):
-    while (example := self._next()) is not None:
-      document = self._text(example)
-      # From empty texts a model would learn that a beginning is followed by
-      # nothing.
-      if document and document.strip():
-        is_in = self._is_in(document)
-        self._count(is_in, document)
-        if is_in:
-          self._any = True
-          return document
-    if not self._any:
-      raise ValueError(_no_documents(self._origin))
-    if not self._in_training:
-      self._say_what_is_held_out()
-      raise StopIteration
-    self._begin(self._epoch + 1)
-    return None
-
-  def _is_in(self, document):
-    """Whether the document belongs to the split, if splits are made here."""
-    if not self._origin.held_out:
-      return True
-    if self._is_held_out is None:
-      self._is_held_out = _held_out(self._origin)
-    return self._is_held_out(document) == (self._origin.split == "test")
-
-  def _count(self, is_in, document):
-    """Counts documents and characters inside and outside of the split."""
-    documents, characters = self._counts[is_in]
-    self._counts[is_in] = documents + 1, characters + len(document)
-
-  def _say_what_is_held_out(self):
-    if not self._origin.held_out or self._origin.split != "test":
-      return
-    (documents, characters), (others, rest) = (
-      self._counts[True],
-      self._counts[False],
-    )
-    text_files.inform_once(
-      f"{self._origin.source!r}: {documents} of {documents + others} documents "
-      f"are held out, {characters / (characters + rest):.1%} of the characters"
-    )
-
-  def _next(self):
-    """The next example of this epoch, None at its end."""
-    while True:
-      with hub.reading(self._origin):
-        example = next(self._examples, None)
-      self._place = None
-      if example is not None or self._part + 1 == len(self._parts):
-        return example
-      self._begin(
-        self._epoch, self._part + 1, row=self._row, any_document=self._any
-      )
-
-  def _text(self, example):
-    """The text of the next example; None if it is corrupt."""
-    row, column, source = self._row, self._origin.column, self._origin.source
-    self._row += 1
-    is_object = isinstance(example, dict)  # a line of JSON may be anything
-    if is_object and (why := example.get(text_files.WHY)):
-      if self._corrupt is not None:
-        self._corrupt.add(row, why)
-      return None
-    if row == 0 and is_object and column not in example:
-      raise ValueError(
-        f"config.data.text_column={column!r}; must be a column of "
-        f"{source!r}, which has {sorted(example)}"
-      )
-    document = example.get(column) if is_object else None
-    if isinstance(document, str):
-      return document
-    if self._corrupt is not None:
-      shown = repr(example)
-      self._corrupt.add(
-        row,
-        f"{source!r}, split {self._origin.split!r}, document {row}: config."
-        f"data.text_column={column!r} must be text, not {document!r:.100}: "
-        f"{shown if len(shown) <= 300 else shown[:300] + '...'}",
-      )
-    return None
-
-  def get_state(self):
-    place = self._place
-    return {
-      "epoch": self._epoch,
-      "part": self._part,
-      "row": self._row,
-      "place": self._stream.state_dict() if place is None else place,
-      "any_document": self._any,
-    }
-
-  def set_state(self, state):
-    self._begin(**state)
-
-
-def _held_out(origin):
-  """The function that says whether a document is held out.
-
-  It reads documents until there is one for each split.
-  """
-  seen, divided = set(), set()
-  origin = origin._replace(held_out=False, split="train")
-  for document in _DocumentIterator(origin, in_training=False):
-    seen.add(checksum := _checksum(document))
-    if checksum % _HELD_OUT_EVERY == 0:
-      divided.add(checksum)
-    if 0 < len(divided) < len(seen):
-      return lambda x: _checksum(x) % _HELD_OUT_EVERY == 0
-  if len(seen) == 1:  # there is nothing to divide
-    return lambda x: False
-  return lambda x: _checksum(x) == min(seen)
-
-
-def _checksum(document):
-  return zlib.crc32(document.encode())
-
-
-def _no_documents(origin):
-  message = f"{origin}: contains no documents"
-  if origin.held_out:
-    message += (
-      ": a source without a test split holds out about every "
-      f"{_HELD_OUT_EVERY}th document, and at least one, so it must have two "
-      "that differ; give more documents, or config.data.eval_source"
-    )
-  return message
-
-
-def _read_first(origin, corrupt):
-  """Raises ValueError if no document of the whole source can be read."""
-  next(_DocumentIterator(origin, in_training=False, corrupt=corrupt))
-
-
-def _open(origin):
-  """Opens a source: [(kind of its files, datasets.IterableDataset)]."""
-  import datasets
-
-  source, split = origin.source, origin.split
-  files = text_files.find(source, origin.key)
-  if files is not None:
-    own = origin.held_out or hub.local(source).is_file()
-    part = files["train" if own else split]
-    return text_files.open_files(part, origin.column, origin.lines)
-  if not hub.is_hub_name(source):
-    raise hub.unknown_source(source, EMBEDDED, "file or ", origin.key)
-  name, _, subset = source.partition(":")
-  try:
-    return [("", datasets.load_dataset(
-      name, subset or None, split=split, streaming=True
-    ))]  # fmt: skip
-  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-    raise ValueError(
-      "there is no such file or folder here, and no such data set of the Hub: "
-      f"{error}"
-    ) from error

@@ -14,7 +14,13 @@ import pytest
 
 from configs import lm
 from sigattn import tasks
-from sigattn.data import text, text_files, tokenizers, train_tokenizer
+from sigattn.data import (
+  text,
+  text_documents,
+  text_files,
+  tokenizers,
+  train_tokenizer,
+)
 from sigattn.training import setup
 from train import train
 
@@ -260,7 +266,7 @@ def test_documents_that_are_no_text_are_skipped_up_to_the_share(
 ):
   skipped = []
   monkeypatch.setattr(
-    text.absl_logging,
+    text_documents.absl_logging,
     "warning",
     lambda line, *args: skipped.append(line % args),
   )
@@ -392,7 +398,9 @@ def test_a_shuffle_window_ends_when_it_holds_much_text(tmp_path, monkeypatch):
   texts = documents(40)
   path = write(tmp_path / "a.jsonl", texts)
   monkeypatch.setattr(text, "_WINDOW_CHARACTERS", 100)
-  groups = iter(text._Groups(text._Origin(path, "train"), 10_000, seed=0))
+  groups = iter(
+    text._Groups(text_documents.Origin(path, "train"), 10_000, seed=0)
+  )
   pieces = []
   while len(pieces) < len(texts):
     group = next(groups)
@@ -404,12 +412,12 @@ def test_a_shuffle_window_ends_when_it_holds_much_text(tmp_path, monkeypatch):
 
 def test_filling_a_window_shows_progress(tmp_path, monkeypatch):
   said = []
-  monkeypatch.setattr(text, "_SECONDS_BETWEEN_MESSAGES", 0)
+  monkeypatch.setattr(text_documents, "_SECONDS_BETWEEN_MESSAGES", 0)
   monkeypatch.setattr(
-    text._logger, "info", lambda line, *args: said.append(line % args)
+    text_documents._logger, "info", lambda line, *args: said.append(line % args)
   )
   path = write(tmp_path / "a.jsonl", documents(3))
-  next(iter(text._Groups(text._Origin(path, "train"), 10, seed=0)))
+  next(iter(text._Groups(text_documents.Origin(path, "train"), 10, seed=0)))
   assert "a.jsonl" in said[-1]
   assert "3 of 10 documents" in said[-1]
 
@@ -470,11 +478,11 @@ def test_files_that_are_not_utf_8_are_named_and_skipped(tmp_path, monkeypatch):
   (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xe9"}\n')
   skipped = []
   monkeypatch.setattr(
-    text.absl_logging, "warning", lambda *x: skipped.append(x[-1])
+    text_documents.absl_logging, "warning", lambda *x: skipped.append(x[-1])
   )
-  origin = text._Origin(str(tmp_path), "train")
-  corrupt = text._Corrupt(max_share=0.5, at_least=4)
-  found = list(text._DocumentIterator(origin, False, corrupt))
+  origin = text_documents.Origin(str(tmp_path), "train")
+  corrupt = text_documents.Corrupt(max_share=0.5, at_least=4)
+  found = list(text_documents.DocumentIterator(origin, False, corrupt))
   assert found == ["naïve cat 0", "naïve cat 1", "naïve cat 3", "one"]
   assert [x.partition(": is no")[0] for x in skipped] == [
     f"{tmp_path / '2.txt'}: byte 3, 0xe9",
@@ -631,12 +639,12 @@ def test_a_resumed_epoch_is_followed_by_whole_ones(tmp_path):
   texts = documents(24)
   for i in range(2):
     write(tmp_path / f"{i}.jsonl", texts[12 * i : 12 * (i + 1)])
-  origin = text._Origin(str(tmp_path), "train")
-  documents_ = text._DocumentIterator(origin, in_training=True)
+  origin = text_documents.Origin(str(tmp_path), "train")
+  documents_ = text_documents.DocumentIterator(origin, in_training=True)
   for _ in range(24 + 1 + 20):  # into the second file in the second epoch
     next(documents_)
   state = json.loads(json.dumps(documents_.get_state()))
-  again = text._DocumentIterator(origin, in_training=True)
+  again = text_documents.DocumentIterator(origin, in_training=True)
   again.set_state(state)
   rest = [next(again) for _ in range(4 + 1 + 24 + 1)]
   assert rest[4] is rest[-1] is None
