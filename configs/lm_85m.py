@@ -18,8 +18,8 @@ FORMS = {
   "softmax": {"attn.kind": "softmax", "attn.implementation": "cudnn"},
   "sigmoid": {"attn.kind": "sigmoid"},
   "normalized": {"attn.kind": "sigmoid", "attn.normalize": True},
-  # No logit comes near 14. With this bias a weight is therefore e^z times a
-  # constant, as in softmax.
+  # The weight of a logit u far below 14 is then e^u times a constant, as in
+  # softmax.
   "normalized_low_bias": {
     "attn.kind": "sigmoid",
     "attn.normalize": True,
