@@ -35,6 +35,10 @@ EMBEDDED = {
   ),
 }
 _MODES = {1: "L", 3: "RGB"}  # {number of channels: Pillow's mode}
+_NOT_HELD_OUT = (
+  ". No images are held out by themselves: divide them into the folders "
+  "train/<class> and test/<class>"
+)
 _LOOKED_AT = 8  # images of a source, to see whether they have colour
 
 
@@ -91,6 +95,7 @@ def source_has_the_splits_and_classes(config: ConfigDict) -> None:
     if config.data[key] not in splits:
       raise ValueError(
         f"config.data.{key}={config.data[key]!r}; choose from {sorted(splits)}"
+        + _NOT_HELD_OUT * (key == "eval_split" and hub.local(source).is_dir())
       )
   if num_classes is not None:
     _validate_num_classes(config, num_classes)

@@ -327,7 +327,9 @@ def test_source_that_is_not_there_is_refused(folder):
   expect_refusal(local(folder / "empty"), "empty': cannot be read: ")
   config = local(folder, **{"data.eval_split": "validation"})
   expect_refusal(
-    config, r"eval_split='validation'; choose from \['test', 'train'\]"
+    config,
+    r"eval_split='validation'; choose from \['test', 'train'\]\. No images are "
+    "held out by themselves: divide them into the folders train/<class> and",
   )
 
 

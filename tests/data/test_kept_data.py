@@ -58,6 +58,14 @@ def test_changed_texts_are_refused_and_moved_ones_go_on(
   assert "began with" not in capsys.readouterr().out
   goes_on(run, make(place, **values))
   assert run_dir.read_config(run).data.source == str(place)
+  # A new character has no token.
+  for file in place.glob("*.txt"):
+    file.write_text(f"{file.stem}: a zoo")
+  with pytest.raises(
+    ValueError, match=r"\['z'\] are unknown; .*tokenizer=bytes"
+  ):
+    evaluate(run)
+  assert "What is there now is evaluated" in capsys.readouterr().out
 
 
 def mixed(texts, share):
