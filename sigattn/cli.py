@@ -80,9 +80,40 @@ COMMANDS = {
 }
 
 
+class _ValueParser(flags.ArgumentParser):
+  """A value of a config: what `parser` reads, or the word None.
+
+  A field that must not be None is refused when the config is validated. wanted:
+  what an error says is right.
+  """
+
+  def __init__(self, parser: flags.ArgumentParser, wanted: str):
+    self._parser, self._wanted = parser, wanted
+    self.syntactic_help = wanted
+
+  def parse(self, argument):
+    if argument == "None":
+      return None
+    try:
+      return self._parser.parse(argument)
+    except (TypeError, ValueError):
+      raise ValueError(f"must be {self._wanted}") from None
+
+  def flag_type(self):
+    return self._parser.flag_type()
+
+
 def _config_flag():
   from ml_collections import config_flags
 
+  for kind, parser, wanted in (
+    (int, flags.IntegerParser(), "a whole number"),
+    (float, flags.FloatParser(), "a number"),
+    (str, flags.ArgumentParser(), "a text"),
+  ):
+    config_flags.register_flag_parser_for_type(
+      kind, _ValueParser(parser, wanted)
+    )
   config_flags.DEFINE_config_file(
     "config",
     None,
@@ -244,6 +275,8 @@ def _one_line(error, argv):
     )
   if wrong := re.search(r"flag (--[^:]+): .*Non-boolean", str(error)):
     return f"{wrong[1]}; must be true or false"
+  if wrong := re.fullmatch(r"flag (--.*?): (must be .*)", str(error)):
+    return f"{wrong[1]}; {wrong[2]}"
   said = [line for line in lines if line.startswith("ValueError: ")]
   if said:  # a config's function said it about its argument
     return said[-1].removeprefix("ValueError: ")

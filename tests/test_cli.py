@@ -20,11 +20,29 @@ def test_the_commands_are_listed_with_what_they_do(capsys):
     cli.main(["sigattn", "generat"])
 
 
-def test_a_misspelt_config_is_answered_by_those_that_there_are():
+VIT = "--config=configs/vit.py:runlocal"
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--config=configs/vti.py"], "there are configs/byol.py, "),
+    (
+      [VIT, "--config.total_steps=1e3"],
+      "--config.total_steps=1e3; must be a whole number",
+    ),
+    # None is a value. If it is a wrong one, the config says so.
+    (
+      [VIT, "--config.attn.window=None", "--config.optim.lr=None"],
+      "config.optim.lr=None; must be a finite number",
+    ),
+  ],
+)
+def test_a_wrong_command_line_is_answered_by_what_is_right(words, said):
   done = subprocess.run(
-    [sys.executable, "train.py", "--config=configs/vti.py"],
+    [sys.executable, "train.py", *words],
     cwd=ROOT, capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert done.returncode == 1
-  assert "there are configs/byol.py, " in done.stderr
+  assert said in done.stderr
   assert "Traceback" not in done.stderr

@@ -10,7 +10,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 _EMBEDDED = pathlib.Path(__file__).parent / "embedded"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+# The Hub allows no name that begins with a dot; "../texts" is a path.
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 
 
 def embedded(name: str, file: str) -> pathlib.Path:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sigattn.data import augment, hub, loader, mnist
 from sigattn.validate import choice, flag, real, sequence, text, whole
@@ -35,6 +35,11 @@ EMBEDDED = {
   ),
 }
 _MODES = {1: "L", 3: "RGB"}  # {number of channels: Pillow's mode}
+_NOT_HELD_OUT = (
+  ". No images are held out by themselves: divide them into the folders "
+  "train/<class> and test/<class>"
+)
+_LOOKED_AT = 8  # images of a source, to see whether they have colour
 
 
 FIELDS = {
@@ -90,6 +95,7 @@ def source_has_the_splits_and_classes(config: ConfigDict) -> None:
     if config.data[key] not in splits:
       raise ValueError(
         f"config.data.{key}={config.data[key]!r}; choose from {sorted(splits)}"
+        + _NOT_HELD_OUT * (key == "eval_split" and hub.local(source).is_dir())
       )
   if num_classes is not None:
     _validate_num_classes(config, num_classes)
@@ -314,6 +320,24 @@ class _Decoded(Source):
         self._image_column, datasets.Image(decode=False)
       )
     self.max_corrupt = int(config.data.max_corrupt_share * len(table))
+    if self._channels == 1 and split == config.data.train_split:
+      self._warn_of_lost_colour()
+
+  def _warn_of_lost_colour(self):
+    """Warns if any of a few images from the whole split has colour."""
+    for row in range(0, len(self), max(len(self) // _LOOKED_AT, 1)):
+      try:
+        rgb_HWC = self._decoded(row, channels=3)
+      except Exception:  # Reading the examples says what is wrong with it.
+        continue
+      if (rgb_HWC != rgb_HWC[..., :1]).any():
+        logging.warning(
+          "config.data.channels=1; the images of config.data.source=%r have "
+          "colour, which the model does not see. To keep it, add "
+          "--config.data.channels=3 '--config.data.mean=(0.5, 0.5, 0.5)' "
+          "'--config.data.std=(0.5, 0.5, 0.5)'", self._source
+        )  # fmt: skip
+        return
 
   def _warn_of_missing(self, names):
     present = set(self._labels)
@@ -346,7 +370,6 @@ class _Decoded(Source):
     return f"{self._origin}, row {index}: was readable at the second attempt"
 
   def _example(self, row):
-    image = hub.encoded(self._table[row][self._image_column])
     label = self._labels[row]
     if label not in range(self._num_classes):
       raise ValueError(
@@ -354,15 +377,18 @@ class _Decoded(Source):
         f"classes are 0 to {self._num_classes - 1}"
       )
     try:
-      if image["bytes"] is None:
-        image = image | {"path": hub.file_of(self._source, image["path"])}
-      array = decode(image, self._channels, self._max_pixels)
+      array = self._decoded(row, self._channels)
     except Exception as error:  # Pillow raises a dozen kinds of errors.
-      path = image and image["path"]
-      raise loader.CorruptExampleError(
-        f"{self._origin}, row {row}, {path=}: {error!r}"
-      ) from error
+      image = hub.encoded(self._table[row][self._image_column])
+      why = loader.why_unreadable(self._origin, row, image, error)
+      raise loader.CorruptExampleError(why) from error
     return array, label
+
+  def _decoded(self, row, channels):
+    image = hub.encoded(self._table[row][self._image_column])
+    if image["bytes"] is None:
+      image = image | {"path": hub.file_of(self._source, image["path"])}
+    return decode(image, channels, self._max_pixels)
 
 
 def _class_names(config, feature, column):
@@ -415,14 +441,18 @@ def decode(
   encoded: {"bytes": content of a file, "path": str}; the file at the path is
   read if the bytes are None. channels: 1 or 3. max_pixels: the largest image. A
   file of a few kilobytes may claim to have more pixels, and would need
-  gigabytes. Raises ValueError for an image with more pixels, with more than 8
-  bits per channel, or with several frames.
+  gigabytes. Raises ValueError for a file that is no image, and for an image
+  with more pixels, with more than 8 bits per channel, or with several frames.
   """
   content = encoded["bytes"]
   file = encoded["path"] if content is None else io.BytesIO(content)
   if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
     Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit
-  with Image.open(file) as image:  # reads only the header
+  try:
+    image = Image.open(file)  # reads only the header
+  except UnidentifiedImageError:
+    raise ValueError("is no image of a format that Pillow reads") from None
+  with image:
     width, height = image.size
     if width * height > max_pixels:
       raise ValueError(

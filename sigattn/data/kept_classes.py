@@ -48,14 +48,26 @@ def difference(config: ConfigDict, workdir: str | os.PathLike[str]) -> str:
   ours = None if theirs is None else image.class_names(config)
   if ours == theirs:
     return ""
-  at = [_shown(names) for names in (ours, theirs)]
   return (
-    f"config.data.source={config.data.source!r}; has the classes {at[0]}, and "
-    f"those of the run in {pathlib.Path(workdir) / FILE} are {at[1]}"
+    f"config.data.source={config.data.source!r}; {_what_differs(ours, theirs)} "
+    f"{pathlib.Path(workdir) / FILE}, the classes of the run. If classes were "
+    "renamed, give them their old names"
   )
 
 
+def _what_differs(ours, theirs):
+  if ours is None:
+    return "its classes have no names, unlike those in"
+  parts = (
+    ("lacks", [x for x in theirs if x not in ours]),
+    ("has in addition", [x for x in ours if x not in theirs]),
+  )
+  said = [f"{word} {_shown(names)}" for word, names in parts if names]
+  if not said:
+    return "has its classes in another order than"
+  return " and ".join(said) + ", compared with"
+
+
 def _shown(names):
-  if names is None:
-    return "without names"
-  return f"{names[:_SHOWN]}" + f" (of {len(names)})" * (len(names) > _SHOWN)
+  shown = ", ".join(map(repr, names[:_SHOWN]))
+  return shown + f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)

@@ -66,6 +66,18 @@ def write(
   (pathlib.Path(workdir) / FILE).write_text(text, encoding="utf-8")
 
 
+def may_be(source: types.ModuleType, name: str) -> bool:
+  """Whether `name` is an embedded or local source, or has the form of a Hub's.
+
+  source: as in `write`.
+  """
+  return (
+    name in getattr(source, "EMBEDDED", ())
+    or hub.local(name).exists()
+    or hub.is_hub_name(name)
+  )
+
+
 def _is_local(source, name, key):
   if name in getattr(source, "EMBEDDED", ()):
     return False
@@ -171,7 +183,7 @@ def _flat(config, key):
 
 
 def _other_name(key, old, new):
-  return f"it was trained with config.{key}={old!r}, this config has {new!r}"
+  return f"the run was trained with config.{key}={old!r}, not with {new!r}"
 
 
 def _same_place(ours, theirs, key):

@@ -76,6 +76,19 @@ class CorruptExampleError(ValueError):
   """An example that cannot be read; the message names it and says why."""
 
 
+def why_unreadable(
+  origin: str, row: int, encoded: Mapping[str, Any] | None, error: Exception
+) -> str:
+  """Says which row of a source cannot be read, and why.
+
+  origin: the name of the split. encoded: the value of the row, as hub.encoded
+  returns it.
+  """
+  path = encoded and encoded["path"]
+  named = f", path={str(path)!r}" if path else ""
+  return f"{origin}, row {row}{named}: {str(error) or repr(error)}"
+
+
 class ExampleSource:
   """A split whose examples are read by their index.
 
@@ -115,7 +128,12 @@ class ExampleSource:
         return index, read(index)
       except CorruptExampleError as this:
         error = error or this
-    raise error
+    if self.max_corrupt:
+      raise error
+    raise CorruptExampleError(
+      f"{error}; config.data.max_corrupt_share is the share of examples that "
+      "may be unreadable, and are skipped"
+    ) from error
 
   def marks(self, indices_B: np.ndarray, read_B: np.ndarray) -> Batch:
     """Returns {"corrupt": (B,)}, or nothing if no example may be corrupt.

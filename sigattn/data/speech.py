@@ -339,8 +339,7 @@ def _duration(example, row, audio, origin, source, skips):
     _validate_rate(header.samplerate)
     return {"seconds": header.duration, "corrupt": ""}
   except Exception as error:  # errors of libsndfile and of files
-    path = encoded and encoded["path"]
-    why = f"{origin}, row {row}, {path=}: {error!r}"
+    why = loader.why_unreadable(origin, row, encoded, error)
     if not skips:
       raise loader.CorruptExampleError(why) from error
     return {"seconds": math.nan, "corrupt": why}
@@ -428,10 +427,8 @@ class Source(loader.ExampleSource):
     try:
       return read(_open(encoded, self._source), self._rate)
     except Exception as error:  # errors of libsndfile and of files
-      path = encoded and encoded["path"]
-      raise loader.CorruptExampleError(
-        f"{self._origin}, row {i}, {path=}: {error!r}"
-      ) from error
+      why = loader.why_unreadable(self._origin, i, encoded, error)
+      raise loader.CorruptExampleError(why) from error
 
   def _not_longer(self, i, speed, samples):
     """_at_speed; raises if the recording is longer than its header says."""

@@ -387,9 +387,11 @@ def _characters(origins):
     known = _splits(origin)
     if known is None:
       raise ValueError(
-        f"config.data.tokenizer='characters'; works with local texts, not with "
-        f"{origin.source!r}, all of which would have to be read first: choose "
-        "bytes, or train a tokenizer (`python -m sigattn train_tokenizer`)"
+        f"config.data.{origin.key}={origin.source!r}; there is no such file or "
+        "folder here. If it is a name of the Hugging Face Hub, "
+        "config.data.tokenizer='characters' does not work with it, because all "
+        "of its texts would have to be read first: choose bytes, or train a "
+        "tokenizer (`python -m sigattn train_tokenizer`)"
       )
     if _is_text(origin.source, origin.lines):
       alphabet |= set(_whole(origin.source))

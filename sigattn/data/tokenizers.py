@@ -61,7 +61,8 @@ class Characters:
     if unknown := set().union(*texts) - self._ids.keys():
       raise ValueError(
         f"characters {sorted(unknown)} are unknown; the tokenizer knows "
-        f"{self.alphabet!r}"
+        f"{self.alphabet!r}: give texts without the others, or train a model "
+        "with --config.data.tokenizer=bytes, which knows all"
       )
     # Arrays are used, because a text may have a gigabyte.
     codes = np.array([ord(x) for x in self.alphabet], np.uint32)

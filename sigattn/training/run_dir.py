@@ -264,27 +264,28 @@ def validate_resumable(
   """Raises ValueError if the folder holds a run that `config` cannot resume.
 
   The config of the run may differ only in values that may change when a run is
-  resumed, such as total_steps. The message names the first key that differs.
-  What the task keeps with the run, its tokenizer or the names of its classes,
-  must not differ, and neither must the files of its data, but they may be at
-  another place.
+  resumed, such as total_steps. The message names the keys that differ. What the
+  task keeps with the run, its tokenizer or the names of its classes, must not
+  differ, and neither must the files of its data, but they may be at another
+  place.
   """
   if not _holds_run(workdir):
     return
   old = read_config(workdir)
   setup.validate_saved(old, workdir)
   _compare(workdir, flatten(old), flatten(config))
+  # The files come first: they say why the alphabet or the classes differ.
+  if difference := kept_data.difference(_source(config), config, old, workdir):
+    raise ValueError(
+      f"{workdir=} cannot be resumed: {difference}. Give it the files that it "
+      "began with, under their old names; --config.data.source=... may name "
+      "another place of them. To train on other data, choose another workdir"
+    )
   keeps = _keeps(config)
   if keeps and (difference := keeps.difference(config, workdir)):
     raise ValueError(
       f"{workdir=} cannot be resumed: {difference}. To train on these data "
       "from the start, choose another workdir"
-    )
-  if difference := kept_data.difference(_source(config), config, old, workdir):
-    raise ValueError(
-      f"{workdir=} cannot be resumed: {difference}. Give it the files that it "
-      "began with; --config.data.source=... may name another place of them. To "
-      "train on other data, choose another workdir"
     )
 
 
@@ -305,7 +306,8 @@ def validated(
     for key, name in missing.items():
       raise ValueError(
         f"config.data.{key}={name!r}; there is no such file or folder any "
-        f"more. If the data of {workdir=} were moved, name their new place"
+        f"more. If the data of {workdir=} were moved, name their new place: "
+        f"--config.data.{key.partition('[')[0]}=..."
       )
   setup.validate_config(config)
   return config
@@ -331,11 +333,13 @@ def with_data(
       "folder any more: --source=... says where the data of the run are now"
     )
   new = config if source is None else kept_data.moved(config, source)
+  if source is not None and not kept_data.may_be(module, source):
+    raise ValueError(f"{source=}; there is no such file or folder")
   keeps = _keeps(config)
   if keeps and (why := keeps.difference(new, workdir)):
-    raise ValueError(f"{why}: {workdir=} cannot be evaluated on them")
+    raise ValueError(f"{workdir=} cannot be evaluated on these data: {why}")
   if why := kept_data.difference(module, new, config, workdir, key):
-    metrics.log(f"{why}. The results are those of what is there now")
+    metrics.log(f"{why}. What is there now is evaluated")
   return new
 
 
@@ -359,15 +363,26 @@ def _keeps(config):
   return getattr(tasks.get(config.task), "KEEPS", None)
 
 
+_SHOWN = 10  # fields that an error names
+
+
 def _compare(workdir, old, new):
+  differing = []
   for key in sorted(old.keys() | new.keys()):
     if key.startswith(_CHANGEABLE) or old.get(key) == new.get(key):
       continue
     if key in kept_data.KEYS or _are_files(key, old, new):
       continue  # their contents are compared
+    differing.append(
+      f"config.{key}={old.get(key)!r}, this one has {new.get(key)!r}"
+    )
+  if differing:
+    more = len(differing) - _SHOWN
+    shown = "; ".join(differing[:_SHOWN])
+    shown += f"; and {more} more fields differ" * (more > 0)
     raise ValueError(
-      f"{workdir=} holds a run with config.{key}={old.get(key)!r}, this one "
-      f"has {new.get(key)!r}; choose another workdir, or delete that one"
+      f"{workdir=} holds a run with {shown}. Give the values of that run, "
+      "choose another workdir, or delete that one"
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import struct
 import zlib
 
@@ -31,6 +32,16 @@ pytestmark = pytest.mark.usefixtures("hub_offline")
 
 def validate_source(config):
   validate.fields(config, loader.FIELDS | image.FIELDS, image.RULES)
+
+
+@pytest.fixture
+def warned(monkeypatch):
+  """The warnings in the log."""
+  lines = []
+  monkeypatch.setattr(
+    loader.logging, "warning", lambda line, *args: lines.append(line % args)
+  )
+  return lines
 
 
 # The embedded set.
@@ -103,11 +114,13 @@ def test_folder_of_images_is_read_whole(folder, tmp_path, monkeypatch):
   assert sorted(folder.rglob("*")) == before
 
 
-def test_folder_of_images_is_trained_on_in_grey(folder):
+def test_folder_of_images_is_trained_on_in_grey(folder, warned):
   config = local(folder, **AUGMENTED)
   config.data.update(channels=1, mean=(0.5,), std=(0.5,), num_workers=0)
   validate.fields(config, image.FIELDS, image.RULES)
   batches = take(config, 4)
+  [line] = warned
+  assert re.search("channels=1; .*images' have colour.*add --config.data", line)
   assert {b["image"].shape for b in batches} == {(4, 16, 16, 1)}
   for epoch in (batches[:2], batches[2:]):
     targets = np.concatenate([b["target"] for b in epoch])
@@ -192,7 +205,9 @@ def test_broken_image_is_named(folder, workers):
   (folder / "train" / "dog" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\nnot one")
   config = local(folder, **{"data.num_workers": workers})
   expect_refusal(
-    config, r"(?s)source='/.*images', split 'train', row \d.*dog/1\.png"
+    config,
+    r"(?s)source='/.*images', split 'train', row \d, path='/.*dog/1\.png': is "
+    r"no image .*; config\.data\.max_corrupt_share is the share",
   )
 
 
@@ -217,10 +232,10 @@ def test_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
   columns = {"image": [encoded(huge_png(13_000))], "label": [0]}
   config = local(write_parquet(tmp_path / "huge", columns))
   expect_refusal(
-    config, r"row 0, .*13000 x 13000 pixels.*data\.max_pixels=100000000"
+    config, r"row 0: 13000 x 13000 pixels.*data\.max_pixels=100000000"
   )
   config.data.max_pixels = 400_000_000  # more than Pillow allows by itself
-  expect_refusal(config, r"row 0, .*truncated")
+  expect_refusal(config, r"row 0: .*truncated")
   Image.MAX_IMAGE_PIXELS = 89_478_485
 
 
@@ -312,7 +327,9 @@ def test_source_that_is_not_there_is_refused(folder):
   expect_refusal(local(folder / "empty"), "empty': cannot be read: ")
   config = local(folder, **{"data.eval_split": "validation"})
   expect_refusal(
-    config, r"eval_split='validation'; choose from \['test', 'train'\]"
+    config,
+    r"eval_split='validation'; choose from \['test', 'train'\]\. No images are "
+    "held out by themselves: divide them into the folders train/<class> and",
   )
 
 
@@ -367,16 +384,12 @@ def test_parquet_as_other_tools_write_it(kind, label, tmp_path, hub_offline):
   expect_refusal(config, "label=1 is no class|num_classes=1; must be 2")
 
 
-def test_a_class_that_a_split_lacks_is_named(folder, monkeypatch):
-  lines = []
-  monkeypatch.setattr(
-    image.logging, "warning", lambda line, *args: lines.append(line % args)
-  )
+def test_a_class_that_a_split_lacks_is_named(folder, warned):
   for file in (folder / "test" / "dog").iterdir():
     file.unlink()
   tasks.eval_batches(local(folder), "test")
   tasks.eval_batches(local(folder), "train")
-  [line] = lines
+  [line] = warned  # none about colour, which this config keeps
   assert "split 'test'" in line
   assert "1 of the 2 classes: dog" in line
 
@@ -431,23 +444,13 @@ def test_the_imagenet_recipe_trains_and_resumes_on_a_folder(folder, tmp_path):
 # Corrupt images.
 
 
-@pytest.fixture
-def skipped(monkeypatch):
-  """The lines of the log about skipped examples."""
-  lines = []
-  monkeypatch.setattr(
-    loader.logging, "warning", lambda line, *args: lines.append(line % args)
-  )
-  return lines
-
-
 def spoil(folder, split, *names):
   for name in names:
     (folder / split / name).write_bytes(b"no image")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_images_are_skipped_named_and_resumed(workers, folder, skipped):
+def test_corrupt_images_are_skipped_named_and_resumed(workers, folder, warned):
   spoil(folder, "train", "cat/1.png", "dog/2.png")
   values = {"data.max_corrupt_share": 0.25, "data.num_workers": workers}
   config = local(folder, **AUGMENTED, **values)
@@ -456,10 +459,10 @@ def test_corrupt_images_are_skipped_named_and_resumed(workers, folder, skipped):
     state = data.get_state()
     rest = [next(data) for _ in range(4)]
   assert all(set(batch) == {"image", "target"} for batch in first)
-  assert len(skipped) == 2, "each is named once"
-  assert all("of at most 2" in line for line in skipped)
+  assert len(warned) == 2, "each is named once"
+  assert all("of at most 2" in line for line in warned)
   for name in ("cat/1.png", "dog/2.png"):
-    assert any(name in line for line in skipped)
+    assert any(name in line for line in warned)
   with contextlib.closing(tasks.train_batches(config)) as data:
     data.set_state(state)
     equal([next(data) for _ in range(4)], rest)
@@ -477,7 +480,7 @@ def test_too_many_corrupt_images_end_the_run_with_their_names(workers, folder):
   assert all(name in str(error.value) for name in names)
 
 
-def test_corrupt_images_are_not_evaluated(folder, skipped):
+def test_corrupt_images_are_not_evaluated(folder, warned):
   whole = local(folder)
   [wanted] = tasks.eval_batches(whole, "test")
   spoil(folder, "test", "cat/1.png")
@@ -488,10 +491,10 @@ def test_corrupt_images_are_not_evaluated(folder, skipped):
     np.testing.assert_array_equal(batch["weight"], [1, 0, 1, 1])
     kept = batch["weight"] > 0
     np.testing.assert_array_equal(batch["image"][kept], wanted["image"][kept])
-  assert len(skipped) == 1
+  assert len(warned) == 1
 
 
-def test_a_share_without_corrupt_images_changes_nothing(folder, skipped):
+def test_a_share_without_corrupt_images_changes_nothing(folder, warned):
   share = {"data.max_corrupt_share": 0.5}
   equal(take(local(folder, **share), 4), take(local(folder), 4))
-  assert not skipped
+  assert not warned

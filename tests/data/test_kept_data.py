@@ -46,15 +46,26 @@ def test_changed_texts_are_refused_and_moved_ones_go_on(
   (texts / "1b.txt").rename(texts / "1.txt")
   place = texts.rename(run.parent / "elsewhere")
   for name in ("my/texts", str(texts)):
-    with pytest.raises(ValueError, match="no such file or folder any more"):
+    with pytest.raises(ValueError, match=r"any more.*--config\.data\.source="):
       train(make(name, **values), run)
   with pytest.raises(ValueError, match="any more: --source="):
     evaluate(run)
+  with pytest.raises(ValueError, match="source='/no'; there is no such file"):
+    evaluate(run, source="/no")
+  assert not capsys.readouterr().out
   results = evaluate(run, source=str(place))
   assert results["loss"] == pytest.approx(done["loss"], rel=1e-6)
   assert "began with" not in capsys.readouterr().out
   goes_on(run, make(place, **values))
   assert run_dir.read_config(run).data.source == str(place)
+  # A new character has no token.
+  for file in place.glob("*.txt"):
+    file.write_text(f"{file.stem}: a zoo")
+  with pytest.raises(
+    ValueError, match=r"\['z'\] are unknown; .*tokenizer=bytes"
+  ):
+    evaluate(run)
+  assert "What is there now is evaluated" in capsys.readouterr().out
 
 
 def mixed(texts, share):
@@ -65,8 +76,8 @@ def mixed(texts, share):
 def test_a_source_that_was_exchanged_for_another_is_refused(texts):
   bible = make("kjv", "bytes")
   for config, other, said in (
-    (bible, make(texts, "bytes"), "data.source='kjv', this config has"),
-    (bible, mixed(texts, 1.0), "data.source='kjv', this config has ''"),
+    (bible, make(texts, "bytes"), "data.source='kjv', not with '"),
+    (bible, mixed(texts, 1.0), "data.source='kjv', not with ''"),
     (mixed(texts, 1.0), mixed(texts, 2.0), "data.mixture="),
   ):
     run = texts.parents[1] / f"run of {len(said)}"
@@ -86,11 +97,13 @@ def test_the_names_of_classes_are_kept_and_others_are_refused(folder, tmp_path):
   for path in folder.glob("*/cat"):
     path.rename(path.with_name("zebra"))
   said = (
-    r"has the classes \['dog', 'zebra'\], and those of the run in .*'cat', "
+    r"lacks 'cat' and has in addition 'zebra', compared with .*classes\.json"
   )
-  for call in (lambda: goes_on(run, config), lambda: evaluate(run)):
-    with pytest.raises(ValueError, match=said):
-      call()
+  with pytest.raises(ValueError, match=said):
+    evaluate(run)
+  said = r"5 missing \('test/cat/0.*\), 5 new \('test/zebra.* their old names"
+  with pytest.raises(ValueError, match=said):
+    goes_on(run, config)
 
 
 def test_changed_images_are_refused(folder, tmp_path):

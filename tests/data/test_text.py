@@ -345,6 +345,14 @@ def test_processes_read_documents_of_their_own(tmp_path, monkeypatch):
 
 
 def test_sources_that_cannot_be_read_are_named(tmp_path):
+  for source, said in (
+    ("../no", "there is no such file or folder: choose"),
+    ("./no", "there is no such file or folder: choose"),
+    ("data/no", "no such file or folder here. If it is a name of the Hugging"),
+  ):
+    config = make(**{"data.source": source, "data.tokenizer": "characters"})
+    with pytest.raises(ValueError, match=f"source='{source}'; .*{said}"):
+      setup.validate_config(config)
   path = write(tmp_path / "a.jsonl", documents(3))
   with pytest.raises(ValueError, match=r"eval_source=None; must be given"):
     setup.validate_config(

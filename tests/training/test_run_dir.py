@@ -80,8 +80,12 @@ def test_config_is_read_back_and_only_some_values_may_change(tmp_path):
   longer = make_config(total_steps=7)
   begin(tmp_path, longer)
   assert run_dir.read_config(tmp_path).total_steps == 7
-  with pytest.raises(ValueError, match=r"config\.seed=0, this one has 1"):
-    begin(tmp_path, make_config(seed=1))
+  said = (
+    r"config\.dtype='float32', this one has 'bfloat16'; "
+    r"config\.seed=0, this one has 1\. Give the values"
+  )
+  with pytest.raises(ValueError, match=said):
+    begin(tmp_path, make_config(seed=1, dtype="bfloat16"))
 
 
 def test_nothing_is_written_before_the_run_begins(tmp_path):
