@@ -1,4 +1,4 @@
-"""Numerical choices of 16-bit kernels: the form of the sigmoid, and scales."""
+"""Numerical choices of 16- and 8-bit arrays: sigmoid, scales, saturation."""
 
 import math
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from sigattn.kernels.problem import Problem
+from sigattn.kernels.problem import Problem, has_8_bits
 
 # The smallest logit bias at which the tanh form is exact enough.
 _TANH_BIAS = {
@@ -85,6 +85,30 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
   """
   dtype = jnp.dtype(dtype)
   return dtype if dtype == "float64" else jnp.dtype("float32")
+
+
+def saturated(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+  """x in the dtype of a cache; too large numbers become the largest ones.
+
+  float8_e4m3fn has 4 bits of exponent and 3 of mantissa (2209.05433, Section
+  3). It rounds numbers from 2^-6 to 448 with a relative error of at most 2^-4,
+  and smaller ones with an error of at most 2^-10. It has no infinity, so that
+  astype makes numbers beyond 464 NaN. Here they become 448. NaN stays NaN.
+  """
+  dtype = jnp.dtype(dtype)
+  if dtype == x.dtype:
+    return x
+  largest = float(jnp.finfo(dtype).max)
+  return jnp.clip(x, -largest, largest).astype(dtype)
+
+
+def widened(
+  query: jax.Array, key: jax.Array, value: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """(key, value), in the query's dtype if they are a cache in 8 bits."""
+  if has_8_bits(query, key, value):
+    return key.astype(query.dtype), value.astype(query.dtype)
+  return key, value
 
 
 def _nearest(problem):

@@ -111,7 +111,7 @@ def forward(
     precision: of float32 products, a value of Triton's input_precision.
     tile: how the work is cut up.
     query: (B, T, N, H).
-    key, value: (B, S, K, H), or (pages, length, K, H).
+    key, value: (B, S, K, H), or (pages, length, K, H); of problem.key_dtype.
     operands: without dense ones and segments.
     pages: None, or (B, pages of a row) int32.
     new: for one new token in each row. query is then (B, 1, N + 2 K, H): the
