@@ -1,4 +1,4 @@
-"""Numerical choices of 16- and 8-bit arrays: sigmoid, scales, saturation."""
+"""Numerical choices of 16-bit kernels: the form of the sigmoid, and scales."""
 
 import math
 
@@ -85,21 +85,6 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
   """
   dtype = jnp.dtype(dtype)
   return dtype if dtype == "float64" else jnp.dtype("float32")
-
-
-def saturated(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-  """x in the dtype of a cache; too large numbers become the largest ones.
-
-  float8_e4m3fn has 4 bits of exponent and 3 of mantissa (2209.05433, Section
-  3). It rounds numbers from 2^-6 to 448 with a relative error of at most 2^-4,
-  and smaller ones with an error of at most 2^-10. It has no infinity, so that
-  astype makes numbers beyond 464 NaN. Here they become 448. NaN stays NaN.
-  """
-  dtype = jnp.dtype(dtype)
-  if dtype == x.dtype:
-    return x
-  largest = float(jnp.finfo(dtype).max)
-  return jnp.clip(x, -largest, largest).astype(dtype)
 
 
 def widened(

@@ -106,10 +106,10 @@ def dot_product_attention(
   Args:
     query: (B, T, N, H) or (T, N, H); float16, bfloat16, float32 or float64.
     key, value: (B, S, K, H) or (S, K, H), of the query's dtype. With a query of
-      16 or 32 bits, both may be float8_e4m3fn: a cache that was rounded to 8
-      bits, see numerics.saturated. The result is that of keys and values which
-      are cast to the query's dtype. The decode kernel casts them after it has
-      read them; all others take a copy that is cast before.
+      16 or 32 bits, both may be float8_e4m3fn: a cache in 8 bits, see
+      `saturated`. The result is that of keys and values that were cast to the
+      query's dtype. The decode kernel casts them after it has read them; all
+      other implementations get a copy that was cast before.
     bias: (B, N, T, S), axes of 1 broadcast; is added to the logits. A bias that
       broadcasts over queries or over keys costs the kernels no more than
       query_logit_bias and key_logit_bias do; any other takes the portable form.
@@ -237,6 +237,21 @@ def dot_product_attention(
     )  # fmt: skip
   out = out.reshape(shape)
   return (out, residual.reshape(shape[:-1])) if return_residual else out
+
+
+def saturated(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+  """x in the dtype of a cache; too large numbers become the largest ones.
+
+  float8_e4m3fn has 4 bits of exponent and 3 of mantissa (2209.05433, Section
+  3). It rounds numbers from 2^-6 to 448 with a relative error of at most 2^-4,
+  and smaller ones with an error of at most 2^-10. It has no infinity, so that
+  astype makes numbers beyond 464 NaN. Here they become 448. NaN stays NaN.
+  """
+  dtype = jnp.dtype(dtype)
+  if dtype == x.dtype:
+    return x
+  largest = float(jnp.finfo(dtype).max)
+  return jnp.clip(x, -largest, largest).astype(dtype)
 
 
 class Weights(NamedTuple):

@@ -29,8 +29,6 @@ extras.require("layers")
 
 from flax import nnx
 
-from sigattn.kernels import numerics
-
 NORMS = {"layernorm": nnx.LayerNorm, "rmsnorm": nnx.RMSNorm}
 # The defaults. That of rmsnorm is AXLearn's.
 EPSILONS = {"layernorm": 1e-6, "rmsnorm": 1e-5}
@@ -80,7 +78,7 @@ class Cache(NamedTuple):
   """Keys and values of the tokens so far.
 
   They have the dtype of the activations, or are rounded to float8_e4m3fn, see
-  numerics.saturated. Every query attends to the rounded ones, so that the
+  attention.saturated. Every query attends to the rounded ones, so that the
   result does not depend on how many tokens are read at a time.
 
   The token at position s of a row is in slot s of that row. A Cache belongs to
@@ -235,7 +233,7 @@ class SelfAttention(nnx.Module):
       k_BTKH = self.rotate(k_BTKH, **where)
     if cache is not None:
       dtype = cache.key_BSKH.dtype
-      k_BTKH, v_BTKH = (numerics.saturated(x, dtype) for x in (k_BTKH, v_BTKH))
+      k_BTKH, v_BTKH = (attention.saturated(x, dtype) for x in (k_BTKH, v_BTKH))
       first = 0 if place is None else place
       cache = _write(cache, k_BTKH, v_BTKH, first, page_table)
     if place is None:

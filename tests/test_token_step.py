@@ -103,7 +103,10 @@ def normalized(x_BD, scale_D):
 def test_it_computes_what_the_stack_does(
   values, rows, is_paged, dtype, card, started, monkeypatch
 ):
-  monkeypatch.setattr(device, "current", lambda: device.Device("NVIDIA", card))
+  if jax.default_backend() == "cpu":
+    monkeypatch.setattr(device, "current", lambda: device.Device("any", card))
+  elif card == 86:
+    pytest.skip("needs an older card")
   small_tile = decode.Tile(16, 16, 3, 4, 2, last_adds=True)
   monkeypatch.setattr(decode, "tile", lambda *_, **__: small_tile)
   length_B = np.array([69, 4, 126], np.int32)[:rows]

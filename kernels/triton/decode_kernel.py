@@ -192,7 +192,7 @@ def _write(
 
 @triton.jit
 def _saturated(x, cache):
-  """x in the dtype of the cache, see numerics.saturated."""
+  """x in the dtype of the cache, see attention.saturated."""
   if cache.dtype.element_ty == tl.float8e4nv:
     x = tl.clamp(x.to(tl.float32), -448.0, 448.0, tl.PropagateNan.ALL)
   return x.to(cache.dtype.element_ty)

@@ -58,8 +58,8 @@ class Options:
     "paged" gives each row the pages that its own text needs, and reads a common
     beginning of prompts only once, see pages.py.
   cache_dtype: of the stored keys and values. None: that of the activations,
-    config.dtype. "float8_e4m3fn" rounds them to 8 bits, see numerics.saturated,
-    so that they take half of the memory of 16.
+    config.dtype. "float8_e4m3fn" rounds them to 8 bits, which take half of the
+    memory of 16; see attention.saturated.
   temperature, top_k, top_p: see Sampling.
   """
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sigattn import attention
 from sigattn.data import text
 from sigattn.inference import engine, generate, pages, prompt_file
-from sigattn.kernels import numerics
 from sigattn.tasks import lm
 from sigattn.training import setup
 from tests.tasks.small_lm import ALIBI, SINES, small
@@ -274,7 +274,7 @@ def test_a_cache_in_8_bits_gives_the_texts_of_one_rounded_by_hand(
     step = jnp.ldexp(1.0, jnp.maximum(jnp.frexp(x)[1] - 4, -9))
     return jnp.clip(jnp.round(x / step) * step, -448, 448)
 
-  monkeypatch.setattr(numerics, "saturated", rounded)
+  monkeypatch.setattr(attention, "saturated", rounded)
   by_hand, _ = make(**ALIBI)
   assert texts == 3 * [by_hand(prompts, **options)]
   assert texts[0] != whole

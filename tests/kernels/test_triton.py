@@ -187,11 +187,6 @@ def test_decoding_loads_no_keys_that_are_not_seen(
   np.testing.assert_array_equal(output((query, key, value), options), clean)
 
 
-def rounded(x):
-  """The nearest numbers of float8_e4m3fn."""
-  return np.clip(x, -448, 448).astype(FLOAT8)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("last_adds", [True, False])
 @pytest.mark.parametrize("kind", ["sigmoid", "normalized", "softmax"])
@@ -202,7 +197,9 @@ def test_interpreted_decoding_from_8_bits(
   decoding(3, last_adds)
   rng = np.random.default_rng(0)
   query = rng.standard_normal((2, 3, 4, 8)).astype(dtype)
-  key, value = rounded(rng.standard_normal((2, 2, 70, 2, 8), np.float32))
+  key, value = compare.rounded(
+    rng.standard_normal((2, 2, 70, 2, 8), np.float32)
+  )
   logits = np.einsum(
     "btkgh,bskh->bkgts",
     query.reshape(2, 3, 2, 2, 8).astype("float64"), key.astype("float64"),
@@ -224,42 +221,14 @@ def test_interpreted_decoding_from_8_bits(
 
 @pytest.mark.parametrize("page", [None, 16])
 def test_a_new_token_is_rounded_to_8_bits(page, interpreter, decoding):
-  """Numbers beyond the range become the largest one, and NaN stays NaN."""
   decoding(2)
-  rng = np.random.default_rng(0)
-  qkv = 100 * rng.standard_normal((2, 1, 6, 8), np.float32)
-  qkv[0, 0, 4] = 449, 465, 1e9, -1e9, np.inf, -np.inf, np.nan, 2.0**-9
-  shape = (4, page, 1, 8) if page else (2, 32, 1, 8)
-  key, value = rounded(rng.standard_normal((2, *shape), np.float32))
-  places = jnp.array([20, 3])
-  query, whole = (jax.ShapeDtypeStruct(x, "float32")
-                  for x in ((2, 1, 4, 8), (2, 32, 1, 8)))  # fmt: skip
-  operands = Operands(query_offset=places)
-  problem = attention.problem_of(
-    query, whole, whole, operands, kind="sigmoid", scale=1.0, logit_bias=0.0,
-    normalizer=1.0, is_causal=True, window=None,
-  )  # fmt: skip
-  problem = dataclasses.replace(problem, key_dtype=FLOAT8)
-  new = decode.New(triton_attention.counters(problem, paged=bool(page)))
-  table = jnp.array([[2, 0], [3, 1]]) if page else None
-  _, *cached, _ = triton_attention.extended(
-    problem, new, qkv, key, value, operands, table
-  )
-  for before, after, token in zip(
-    (key, value), cached, (qkv[:, 0, 4], qkv[:, 0, 5]), strict=True
-  ):
-    before = before.astype(np.float32).reshape(-1, 8)
-    # Row 0 has slot 20, which is the fifth one of its second page.
-    for row, slot in enumerate([4, 51] if page else [20, 35]):
-      before[slot] = rounded(token[row]).astype(np.float32)
-    after = np.asarray(after, np.float32).reshape(-1, 8)
-    np.testing.assert_array_equal(after, before)
+  compare.assert_new_token_is_rounded(page)
 
 
 def test_older_cards_cast_8_bits_first(interpreter, started, monkeypatch):
   monkeypatch.setattr(device, "current", lambda: device.Device("A10", 86))
   query = np.ones((1, 1, 2, 8), np.float32)
-  key = rounded(np.ones((1, 128, 2, 8)) / 3)
+  key = compare.rounded(np.ones((1, 128, 2, 8)) / 3)
   found = output((query, key, key), {})
   wanted = output((query, *2 * [key.astype("float32")]), {})
   assert [name for name, _ in started] == ["decode"] * 2
