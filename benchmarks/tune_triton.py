@@ -218,8 +218,7 @@ def _needs(problem, direction, capability):
     forms = [
       ("decode", None, problem), ("paged", 16, problem),
       ("softmax", None, softmax), ("new token", None, problem),
-      ("8 bits", None, cached), ("8 bits paged", 16, cached),
-      ("8 bits new", None, cached),
+      ("8 bits paged", 16, cached), ("8 bits new", None, cached),
     ]  # fmt: skip
     for name, page, x in forms[: 4 if capability < 89 else None]:
       is_new = "new" in name
