@@ -17,6 +17,7 @@ ratio is milliseconds_per_token / bytes_bound_ms.
   python -m benchmarks.decode --models 1b --cases 1x512 --peers dynamic static
   python -m benchmarks.decode --set attn.normalize=True xla_gpu_autotune_level=4
   python -m benchmarks.decode --set cache=paged
+  python -m benchmarks.decode --set cache_dtype=float8_e4m3fn
 
 --peers also measures `generate` of Hugging Face's LlamaForCausalLM of the same
 size, with its dynamic cache or its static cache. For the static cache, it is
@@ -103,10 +104,11 @@ def ours(model, cases, changes, tokens, trace):
   """Yields the row of each case."""
   from benchmarks import timing
   from sigattn.data import text
-  from sigattn.inference import engine
+  from sigattn.inference import engine, generate
 
   changes = dict(changes)
-  is_paged = changes.pop("cache", "contiguous") == "paged"
+  cache = {k: changes.pop(k) for k in ("cache", "cache_dtype") if k in changes}
+  generate.Options(**cache).validate()
   options = {k: v for k, v in changes.items() if k.startswith("xla_")}
   config = _config(
     model, {k: v for k, v in changes.items() if k not in options}
@@ -117,29 +119,29 @@ def ours(model, cases, changes, tokens, trace):
   vocabulary = text.vocab_size(config)
   machine = engine.Engine(graphdef, params, vocabulary, end=-1)
   for case in cases:
-    yield _our_row(machine, case, bandwidth, tokens, options, trace, is_paged)
+    yield _our_row(machine, case, bandwidth, tokens, options, trace, **cache)
 
 
-def _empty(machine, case, tokens, is_paged):
+def _empty(machine, case, tokens, cache="contiguous", cache_dtype=None):
   from sigattn.inference import pages
 
   rows, prompt = _sizes(case)
-  if not is_paged:
-    return machine.empty(rows, prompt + tokens)
+  if cache == "contiguous":
+    return machine.empty(rows, prompt + tokens, cache_dtype)
   held = pages.Pages.for_prompts([prompt + tokens] * rows, 0, rows)
   for row in range(rows):
     held.take(row, np.zeros(0, np.int32), prompt + tokens)
-  return machine.empty_pages(held)
+  return machine.empty_pages(held, cache_dtype)
 
 
-def _our_row(machine, case, bandwidth, tokens, options, trace, is_paged):
+def _our_row(machine, case, bandwidth, tokens, options, trace, **cache):
   import jax
   import jax.numpy as jnp
 
   from sigattn.inference.sampling import Sampling
 
   rows, prompt = _sizes(case)
-  state = _empty(machine, case, tokens, is_paged)
+  state = _empty(machine, case, tokens, **cache)
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.cache
   )

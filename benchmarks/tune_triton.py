@@ -32,6 +32,7 @@ from sigattn.kernels import device
 from sigattn.kernels.differentiation import Sums
 from sigattn.kernels.problem import (
   ACTIVATIONS,
+  FLOAT8,
   SIGNED,
   Operands,
   make_problem,
@@ -100,6 +101,8 @@ def _compiled(kernel, problem, constexprs, tile, capability):
   names = kernel.arg_names
   short = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
   types = dict.fromkeys(names, short[problem.dtype])
+  if problem.key_dtype == FLOAT8:
+    types |= dict.fromkeys(("k", "v", "k_out", "v_out"), "*fp8e4nv")
   types |= dict.fromkeys(FLOATS, "*fp32")
   types |= dict.fromkeys(INTEGERS, "*i32")
   types |= dict.fromkeys(constexprs, "constexpr")
@@ -211,16 +214,19 @@ def _needs(problem, direction, capability):
   """Yields (name, tile, Resources) of each kernel that a pass may use."""
   if direction == "forward" and decode.fits(problem):
     softmax = dataclasses.replace(problem, kind="softmax", normalize=True)
-    for name, page, x in (
+    cached = dataclasses.replace(problem, key_dtype=FLOAT8)
+    forms = [
       ("decode", None, problem), ("paged", 16, problem),
-      ("softmax", None, softmax),
-    ):  # fmt: skip
+      ("softmax", None, softmax), ("new token", None, problem),
+      ("8 bits paged", 16, cached), ("8 bits new", None, cached),
+    ]  # fmt: skip
+    for name, page, x in forms[: 4 if capability < 89 else None]:
+      is_new = "new" in name
+      if is_new and x.query_len > 1:
+        continue
       chosen = decode.tile(x, paged=page is not None)
-      yield name, chosen, decode_resources(x, chosen, capability, page)
-    if problem.query_len == 1:
-      chosen = decode.tile(problem)
-      needs = decode_resources(problem, chosen, capability, None, is_new=True)
-      yield "new token", chosen, needs
+      needs = decode_resources(x, chosen, capability, page, is_new)
+      yield name, chosen, needs
     return
   chosen = tiles.tile(problem, direction, capability)
   yield direction, chosen, resources(problem, direction, chosen, capability)

@@ -1,4 +1,4 @@
-"""Attention that only the decode kernel computes: keys in pages, and softmax.
+"""Attention that only the decode kernel computes: pages, softmax, and 8 bits.
 
 The kernel has no backward pass. If something is differentiated, a portable form
 computes the result and its derivatives.
@@ -54,6 +54,11 @@ def takes(
   return not reason
 
 
+def has_few_queries(problem: Problem) -> bool:
+  """Whether a problem has few enough queries, as far as is known."""
+  return problem.is_symbolic or problem.query_len <= decode.MOST_QUERIES
+
+
 # Cached, so that each problem is logged once for each device.
 @functools.lru_cache(maxsize=4096)
 def _reason(problem, implementation, otherwise, _):
@@ -61,7 +66,7 @@ def _reason(problem, implementation, otherwise, _):
   reason = triton.unsupported(problem)
   if not reason and problem.shapes.query_segment_ids is not None:
     reason = "segment ids are not implemented"
-  few = problem.is_symbolic or problem.query_len <= most
+  few = has_few_queries(problem)
   if not reason and not few and (is_softmax or not implementation):
     reason = f"{problem.query_len} queries; at most {most}"
   least = decode.LEAST_KEYS
@@ -91,7 +96,7 @@ def attention(
     problem: of the gathered keys; its kind may be softmax, with normalize.
     portable: the same function of the following arrays, with derivatives.
     query: (B, T, N, H).
-    key, value: (B, S, K, H), or pages, (P, L, K, H).
+    key, value: (B, S, K, H), or pages, (P, L, K, H); they may be in 8 bits.
     operands: must not contain dense arrays or segment ids.
     page_table: (B, M) int32 if key and value are pages, else absent.
   """

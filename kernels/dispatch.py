@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from sigattn.kernels import batching_and_sharding, device, xla
+from sigattn.kernels import batching_and_sharding, device, numerics, xla
 from sigattn.kernels.problem import Operands, Problem, make_problem
 
 __all__ = [
@@ -68,7 +68,8 @@ def attention(
 
   Args:
     query: (B, T, N, H).
-    key, value: (B, S, K, H), K dividing N.
+    key, value: (B, S, K, H), K dividing N. In 8 bits they are cast to the
+      query's dtype first.
     operands: arrays that change the logits or decide what is visible.
     kind: sigmoid, relu, relu2 (the square of relu) or silu (z sigmoid(z)).
     scale: a float.
@@ -93,6 +94,7 @@ def attention(
     ValueError: for arguments that make no sense for any implementation.
     NotImplementedError: if the named implementation does not support them.
   """
+  key, value = numerics.widened(query, key, value)
   options = dict(
     kind=kind,
     scale=scale,
@@ -134,6 +136,7 @@ def weights(
   The specification computes them, in float32 and all at once. The arguments are
   those of `attention`, without the values and the implementation.
   """
+  key, _ = numerics.widened(query, key, key)
   problem = make_problem(
     query, key, key, operands, window=local_window_size, **options
   )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from sigattn.kernels.problem import Problem
+from sigattn.kernels.problem import Problem, has_8_bits
 
 # The smallest logit bias at which the tanh form is exact enough.
 _TANH_BIAS = {
@@ -85,6 +85,15 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
   """
   dtype = jnp.dtype(dtype)
   return dtype if dtype == "float64" else jnp.dtype("float32")
+
+
+def widened(
+  query: jax.Array, key: jax.Array, value: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """(key, value), in the query's dtype if they are a cache in 8 bits."""
+  if has_8_bits(query, key, value):
+    return key.astype(query.dtype), value.astype(query.dtype)
+  return key, value
 
 
 def _nearest(problem):

@@ -20,6 +20,8 @@ HOW_TO_ADD = "docs/kernels.md#how-to-add-a-kind-of-attention-an-activation"
 _FARTHEST = 2**30  # the largest query_offset
 _LONGEST = 2**29  # no window is longer where the lengths are not known
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+# A cache of keys and values may have this dtype, with a query of 16 or 32 bits.
+FLOAT8 = "float8_e4m3fn"
 
 
 class Operands(NamedTuple):
@@ -73,7 +75,8 @@ class Problem:
   num_heads: int
   num_kv_heads: int
   head_dim: int
-  dtype: str  # of query, key, value and the output
+  dtype: str  # of query and output
+  key_dtype: str  # of key and value: `dtype`, or FLOAT8
   scale: float
   logit_bias: float | None  # None: an array, operands.logit_bias
   normalizer: float  # the weights are activation(logits) / normalizer
@@ -141,6 +144,7 @@ class Problem:
     # Softmax is always normalised.
     if self.normalize and self.kind != "softmax":
       words.append("normalized")
+    words += [f"keys in {FLOAT8}"] if self.key_dtype == FLOAT8 else []
     words += ["causal"] if self.is_causal else []
     words += [f"window{self.window}"] if self.window else []
     if self.query_offset is not None:
@@ -176,7 +180,7 @@ def make_problem(
 
   Args:
     query: (B, T, N, H).
-    key, value: (B, S, K, H).
+    key, value: (B, S, K, H), of the query's dtype, or see `has_8_bits`.
     operands: see Operands.
     kind: one of ACTIVATIONS.
     scale: the factor of q k^T.
@@ -204,6 +208,7 @@ def make_problem(
     num_kv_heads=key.shape[2],
     head_dim=query.shape[3],
     dtype=query.dtype.name,
+    key_dtype=key.dtype.name,
     scale=float(scale),
     logit_bias=None if logit_bias is None else float(logit_bias),
     normalizer=normalizer if symbolic(normalizer) else float(normalizer),
@@ -218,14 +223,23 @@ def make_problem(
   return problem
 
 
+def has_8_bits(query: Any, key: Any, value: Any) -> bool:
+  """Whether key and value are FLOAT8, with a query of 16 or 32 bits."""
+  wide = query.dtype.name in ("float16", "bfloat16", "float32")
+  return wide and key.dtype.name == value.dtype.name == FLOAT8
+
+
 def _check_arrays(query, key, value):
   arrays = {"query": query, "key": key, "value": value}
+  cached = has_8_bits(query, key, value)
   for name, array in arrays.items():
     if array.ndim != 4:
       raise ValueError(
         f"{name}.shape={array.shape}; must have four axes: batch, length, "
         "heads, head width"
       )
+    if cached:
+      continue
     if array.dtype.name not in DTYPES:
       raise ValueError(f"{name}.dtype={array.dtype.name}; choose from {DTYPES}")
     if array.dtype != query.dtype:

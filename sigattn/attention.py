@@ -31,6 +31,7 @@ from sigattn.kernels.problem import (
   SIGNED,
   Problem,
   fits,
+  has_8_bits,
   make_problem,
   symbolic,
 )
@@ -104,7 +105,11 @@ def dot_product_attention(
 
   Args:
     query: (B, T, N, H) or (T, N, H); float16, bfloat16, float32 or float64.
-    key, value: (B, S, K, H) or (S, K, H).
+    key, value: (B, S, K, H) or (S, K, H), of the query's dtype. With a query of
+      16 or 32 bits, both may be float8_e4m3fn: a cache in 8 bits, see
+      `saturated`. The result is that of keys and values that were cast to the
+      query's dtype. The decode kernel casts them after it has read them; all
+      other implementations get a copy that was cast before.
     bias: (B, N, T, S), axes of 1 broadcast; is added to the logits. A bias that
       broadcasts over queries or over keys costs the kernels no more than
       query_logit_bias and key_logit_bias do; any other takes the portable form.
@@ -228,10 +233,25 @@ def dot_product_attention(
     out, residual = _pointwise(
       query, key, value, operands, kind=kind, logit_bias=logit_bias,
       n=_length(n, key), normalize=normalize, scale=scale,
-      implementation=implementation, **masks,
+      implementation=implementation, return_residual=return_residual, **masks,
     )  # fmt: skip
   out = out.reshape(shape)
   return (out, residual.reshape(shape[:-1])) if return_residual else out
+
+
+def saturated(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+  """x in the dtype of a cache; too large numbers become the largest ones.
+
+  float8_e4m3fn has 4 bits of exponent and 3 of mantissa (2209.05433, Section
+  3). It rounds numbers from 2^-6 to 448 with a relative error of at most 2^-4,
+  and smaller ones with an error of at most 2^-10. It has no infinity, so that
+  astype makes numbers beyond 464 NaN. Here they become 448. NaN stays NaN.
+  """
+  dtype = jnp.dtype(dtype)
+  if dtype == x.dtype:
+    return x
+  largest = float(jnp.finfo(dtype).max)
+  return jnp.clip(x, -largest, largest).astype(dtype)
 
 
 class Weights(NamedTuple):
@@ -797,15 +817,32 @@ def _validate_normalize(kind, normalize):
 
 
 def _pointwise(
-  query, key, value, operands, *, kind, logit_bias, n, normalize, **options
-):
+  query, key, value, operands, *, kind, logit_bias, n, normalize,
+  local_window_size, implementation, return_residual, **options
+):  # fmt: skip
   """(out, row sums or None)."""
   operands, numbers = _bias_and_divisor(query, operands, kind, logit_bias, n)
+  options |= numbers | dict(kind=kind, normalize=normalize)
+  arrays = query, key, value, operands
+  if has_8_bits(query, key, value) and not (
+    return_residual or _is_split(query)
+  ):
+    problem = make_problem(*arrays, window=local_window_size, **options)
+    if decoding.has_few_queries(problem) and decoding.takes(
+      problem, implementation, otherwise="a cast of the keys"
+    ):
+      portable = functools.partial(computed, problem, None)
+      return decoding.attention(problem, portable, *arrays), None
   result = dispatch.attention(
-    query, key, value, operands, kind=kind, normalize=normalize, **numbers,
-    **options,
+    *arrays, local_window_size=local_window_size,
+    implementation=implementation, **options,
   )  # fmt: skip
   return result if normalize else (result, None)
+
+
+def _is_split(x):
+  """Whether the type of an array says that a mesh splits it."""
+  return any(jax.typeof(x).sharding.spec)
 
 
 def _bias_and_divisor(query, operands, kind, logit_bias, n):
@@ -843,7 +880,7 @@ def _softmax(
     )
   # Only jax.nn takes a traced factor of the logits, and meshes in the types.
   is_plain = not (return_residual or isinstance(scale, jax.core.Tracer))
-  is_plain &= not any(jax.typeof(query).sharding.spec)
+  is_plain &= not _is_split(query)
   if is_plain and decoding.takes(problem, implementation, otherwise="jax.nn"):
     portable = functools.partial(_by_jax_nn, problem, scale, None, False)
     return decoding.attention(problem, portable, *arrays), None
@@ -866,6 +903,7 @@ def _by_jax_nn(
   problem, scale, implementation, return_residual, query, key, value, operands
 ):
   """out, or (out, log-sum-exp)."""
+  key, value = numerics.widened(query, key, value)
   query_offset, is_causal = problem.query_offset, problem.is_causal
   bias, mask = operands.bias, operands.mask
   length, keys = query.shape[1], key.shape[1]

@@ -75,7 +75,11 @@ def normalize(norm: nnx.Module, x: jax.Array) -> jax.Array:
 
 
 class Cache(NamedTuple):
-  """Keys and values of the tokens so far, in the dtype of the activations.
+  """Keys and values of the tokens so far.
+
+  They have the dtype of the activations, or are rounded to float8_e4m3fn, see
+  attention.saturated. Every query attends to the rounded ones, so that the
+  result does not depend on how many tokens are read at a time.
 
   The token at position s of a row is in slot s of that row. A Cache belongs to
   one SelfAttention. The cache of a Stack is a tuple with one Cache for each
@@ -228,6 +232,8 @@ class SelfAttention(nnx.Module):
       q_BTNH = self.rotate(q_BTNH, **where)
       k_BTKH = self.rotate(k_BTKH, **where)
     if cache is not None:
+      dtype = cache.key_BSKH.dtype
+      k_BTKH, v_BTKH = (attention.saturated(x, dtype) for x in (k_BTKH, v_BTKH))
       first = 0 if place is None else place
       cache = _write(cache, k_BTKH, v_BTKH, first, page_table)
     if place is None:
@@ -361,7 +367,6 @@ def _write(cache, k_BTKH, v_BTKH, place, page_table):
   """
 
   def write(slots, new):
-    new = new.astype(slots.dtype)
     if page_table is not None:
       return _write_pages(slots, new, place, page_table)
     if jnp.ndim(place) == 0 or len(new) == 1:
@@ -881,7 +886,10 @@ class Stack(nnx.Module):
   def empty_cache(
     self, batch: int, slots: int, dtype: DTypeLike
   ) -> tuple[Cache, ...]:
-    """Caches of `slots` tokens for each of `batch` rows, one for each layer."""
+    """Caches of `slots` tokens for each of `batch` rows, one for each layer.
+
+    dtype: that of the activations, or float8_e4m3fn.
+    """
     attn = self.blocks[0].attn if self.is_split else self.blocks.attn
     shape = batch, slots, attn.num_kv_heads, attn.head_width
     return tuple(

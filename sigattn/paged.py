@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from sigattn import attention
 from sigattn.kernels import decoding
+from sigattn.kernels.problem import has_8_bits
 
 PAGE_LENGTHS = (16, 32, 64, 128)
 
@@ -53,8 +54,9 @@ def paged_attention(
 
   Args:
     query_BTNH: float16, bfloat16 or float32.
-    key_pages_PLKH, value_pages_PLKH: of the query's dtype; L is one of
-      PAGE_LENGTHS, and K divides N. Rows may share pages.
+    key_pages_PLKH, value_pages_PLKH: of the query's dtype, or float8_e4m3fn as
+      in dot_product_attention; L is one of PAGE_LENGTHS, and K divides N. Rows
+      may share pages.
     page_table_BM: integers from 0 to P - 1, the pages of each row in the order
       of its tokens. A number is read only if its page has a token that some
       query sees. So numbers beyond the row's length, and before the window of
@@ -146,7 +148,7 @@ def _validate(query, keys, values, table, lengths):
       f"{keys.shape}"
     )
   for name, pages in (("key_pages_PLKH", keys), ("value_pages_PLKH", values)):
-    if pages.dtype != query.dtype:
+    if pages.dtype != query.dtype and not has_8_bits(query, keys, values):
       raise ValueError(
         f"{name}.dtype={pages.dtype.name}; must be the query's, "
         f"{query.dtype.name}"

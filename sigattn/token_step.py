@@ -191,8 +191,11 @@ def _problem(attn, dtype, cache, place_B, page_table):
     slots *= page_table.shape[1]
     lengths["key_value_seq_lengths"] = jnp.minimum(place_B + 1, slots)
   query, key = (
-    jax.ShapeDtypeStruct((batch, length, heads, attn.head_width), dtype)
-    for length, heads in ((1, attn.num_heads), (slots, attn.num_kv_heads))
+    jax.ShapeDtypeStruct((batch, *heads, attn.head_width), dtype)
+    for dtype, *heads in (
+      (dtype, 1, attn.num_heads),
+      (cache.key_BSKH.dtype, slots, attn.num_kv_heads),
+    )
   )
   options = attn.options()
   del options["implementation"]

@@ -90,6 +90,38 @@ def test_the_output_has_the_dtype_of_the_query(kind, dtype):
   assert dot_product_attention(*arrays, kind=kind).dtype == dtype
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {}, {"normalize": True, "return_residual": True}, {"kind": "softmax"},
+    {"kind": "softmax", "return_residual": True},
+  ],
+  ids=str,
+)  # fmt: skip
+def test_keys_in_8_bits_are_cast(options):
+  query, *keys = draw(dtype="bfloat16")
+  keys = [x.astype("float8_e4m3fn") for x in keys]
+  found = dot_product_attention(query, *keys, **options)
+  keys = [x.astype("bfloat16") for x in keys]
+  wanted = dot_product_attention(query, *keys, **options)
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.parametrize(
+  ("dtypes", "said"),
+  [
+    (("float32", "float8_e4m3fn", "float32"), r"key\.dtype=float8_e4m3fn; cho"),
+    (("float32", "float8_e5m2", "float8_e5m2"), r"key\.dtype=float8_e5m2; cho"),
+    (3 * ("float8_e4m3fn",), r"query\.dtype=float8_e4m3fn; choose from"),
+    (("bfloat16", "float32", "float32"), r"key\.dtype=float32; must be the qu"),
+  ],
+)
+def test_other_mixed_dtypes_are_refused(dtypes, said):
+  arrays = [x.astype(t) for x, t in zip(draw(), dtypes, strict=True)]
+  with pytest.raises(ValueError, match=said):
+    dot_product_attention(*arrays)
+
+
 def test_sigmoid_from_any_softmax_with_a_log_sum_exp():
   """It equals softmax(logsigmoid(u)) v exp(lse), by jax.nn's softmax."""
   query, key, value = draw()

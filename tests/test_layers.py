@@ -572,3 +572,22 @@ def test_stack_hands_masks_to_every_layer():
 def test_senseless_argument_is_refused(make, said):
   with pytest.raises(ValueError, match=said):
     make()
+
+
+def test_a_cache_in_8_bits_saturates_and_keeps_nan():
+  """Numbers up to 464 are rounded to 448; astype makes larger ones NaN."""
+  attn = fill(
+    lambda: layers.SelfAttention(D, N, max_length=9, rngs=nnx.Rngs(0))
+  )
+  x_1T1 = jnp.array([1.0, 1e4, -1e4, jnp.nan])[None, :, None]
+  x_BTD = jnp.broadcast_to(x_1T1, (1, 4, D))
+  empty = jnp.zeros((1, 5, N, H), "float8_e4m3fn")
+  _, cache = compiled(attn, x_BTD, cache=layers.Cache(empty, empty))
+  exact = attn.key(x_BTD), attn.value(x_BTD)
+  for found, wanted in zip(cache, exact, strict=True):
+    found = found.astype("float32")
+    np.testing.assert_allclose(found[:, 0], wanted[:, 0], rtol=2**-4)
+    np.testing.assert_array_equal(found[:, 1], 448 * jnp.sign(wanted[:, 1]))
+    np.testing.assert_array_equal(found[:, 2], 448 * jnp.sign(wanted[:, 2]))
+    assert jnp.isnan(found[:, 3]).all()
+    assert not found[:, 4].any()

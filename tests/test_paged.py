@@ -36,6 +36,16 @@ def test_pages_change_no_bit(options):
   assert np.asarray(found[0]).any()
 
 
+def test_pages_in_8_bits_are_cast_when_they_are_gathered():
+  arrays, _ = draw_paged([40, 64, 0, 5])
+  query, *pages, table, lengths = arrays
+  pages = [x.astype("float8_e4m3fn") for x in pages]
+  found = sigattn.paged_attention(query, *pages, table, lengths)
+  pages = [x.astype("float32") for x in pages]
+  wanted = sigattn.paged_attention(query, *pages, table, lengths)
+  np.testing.assert_array_equal(found, wanted)
+
+
 def test_softmax_of_pages():
   arrays, whole = draw_paged([40, 64, 17])
   wanted = contiguous(arrays, np.nan_to_num(whole), kind="softmax")

@@ -22,7 +22,7 @@ from sigattn.kernels import (
   xla,
 )
 from sigattn.kernels.differentiation import Sums
-from sigattn.kernels.problem import Operands, Problem
+from sigattn.kernels.problem import FLOAT8, Operands, Problem
 from sigattn.kernels.triton import decode, launch, tiles
 from sigattn.kernels.triton.tiles import Tile
 
@@ -34,6 +34,8 @@ def unsupported(problem: Problem) -> str:
   card = device.current()
   if card.capability is None or card.capability < 80:
     return f"needs an NVIDIA GPU since Ampere (8.0), device is {card.kind}"
+  if problem.key_dtype == FLOAT8 and card.capability < 89:
+    return f"{FLOAT8} needs a GPU since Ada (8.9), device is {card.kind}"
   if problem.dtype == "float64":
     return "float64 is not implemented"
   for name in vectors.dense(problem):

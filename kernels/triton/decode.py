@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sigattn.kernels import numerics
-from sigattn.kernels.problem import Operands, Problem
+from sigattn.kernels.problem import FLOAT8, Operands, Problem
 from sigattn.kernels.triton import launch, tiles
 
 MOST_QUERIES = 16  # With more, a tile of queries of one head is full enough.
@@ -69,6 +69,9 @@ def tile(problem: Problem, paged: bool = False) -> Tile:
   splits = -(-_PROGRAMS // (cells(problem, rows) * problem.batch))
   splits = min(splits, -(-problem.key_len // _LEAST_SHARE))
   stages = 2 if wide else 3
+  if wide and width >= 128 and problem.key_dtype == FLOAT8:
+    # A tile is converted in registers, and larger ones spill.
+    block_kv, stages = 16, 1
   if paged:
     # A load of keys waits for the load of their pages' numbers, and Triton
     # divides the stages between these two. With this number, as many keys are
@@ -111,7 +114,7 @@ def forward(
     precision: of float32 products, a value of Triton's input_precision.
     tile: how the work is cut up.
     query: (B, T, N, H).
-    key, value: (B, S, K, H), or (pages, length, K, H).
+    key, value: (B, S, K, H), or (pages, length, K, H); of problem.key_dtype.
     operands: without dense ones and segments.
     pages: None, or (B, pages of a row) int32.
     new: for one new token in each row. query is then (B, 1, N + 2 K, H): the

@@ -33,6 +33,9 @@ k_out and v_out (which are k and v), before it reads its keys. No other program
 reads that slot. Before that, query and key are normalised by RMSNorm over the
 head if QK_EPSILON is given, and rotated by RoPE if TURNED is not 0.
 
+k and v may be in 8 bits. Each tile is converted to the dtype of q after it was
+loaded, and a new token is rounded to 8 bits when it is written.
+
 Arrays: q, out (B, T, N, H), with NEW q (B, 1, N + 2 K, H); k, v (B, S, K, H),
 or with PAGE (pages, PAGE, K, H); pages (B, S / PAGE); q_scale, k_scale (H,);
 cos, sin (B, TURNED / 2).
@@ -181,10 +184,18 @@ def _write(
   )
   key_row = _key_rows(pages, batch, slot, slot + 1, S, PAGE)
   place = (key_row * K + kv_head) * H + columns
-  tl.store(k + place, key, mask=columns < H)
-  tl.store(v + place, value, mask=columns < H)
+  tl.store(k + place, _saturated(key, k), mask=columns < H)
+  tl.store(v + place, _saturated(value, v), mask=columns < H)
   # All threads of the program read the slot next.
   tl.debug_barrier()
+
+
+@triton.jit
+def _saturated(x, cache):
+  """x in the dtype of the cache, see attention.saturated."""
+  if cache.dtype.element_ty == tl.float8e4nv:
+    x = tl.clamp(x.to(tl.float32), -448.0, 448.0, tl.PropagateNan.ALL)
+  return x.to(cache.dtype.element_ty)
 
 
 @triton.jit
@@ -266,7 +277,7 @@ def _attend(
     mask = j[:, None] < stop
     if H != BLOCK_H:
       mask &= columns < H
-    k_tile = tl.load(k + places, mask=mask, other=0.0)
+    k_tile = tl.load(k + places, mask=mask, other=0.0).to(q_tile.dtype)
     s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     j_bias = _of_keys(
       k_bias, batch, head, is_row, j, stop, S, ACTIVATION, K_BIAS
@@ -297,10 +308,10 @@ def _attend(
         # Keys from `stop` on were loaded as zeros, which have weights too. The
         # weights are rounded as in the product, so that the rounding of a row
         # with few keys cancels.
-        rounded = p.to(v.dtype.element_ty).to(tl.float32)
+        rounded = p.to(q_tile.dtype).to(tl.float32)
         total += tl.sum(tl.where(j[None, :] < stop, rounded, 0.0), 1)
-    v_tile = tl.load(v + places, mask=mask, other=0.0)
-    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+    v_tile = tl.load(v + places, mask=mask, other=0.0).to(q_tile.dtype)
+    acc = tl.dot(p.to(q_tile.dtype), v_tile, acc, input_precision=PRECISION)
   return acc, total, peak
 
 

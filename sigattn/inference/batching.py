@@ -97,6 +97,7 @@ def continued(
   end: int,
   window: int | None = None,
   is_paged: bool = False,
+  cache_dtype: str | None = None,
   stopped: Callable[[list[int]], bool] = lambda ids: False,
 ) -> Iterator[New]:
   """Continues each prompt, and yields the new tokens chunk by chunk.
@@ -111,6 +112,7 @@ def continued(
     end: the token that ends a row; it is not yielded.
     window: the most tokens that a row sees; None for no limit.
     is_paged: whether the cache consists of pages, see pages.py.
+    cache_dtype: see lm.LanguageModel.empty_cache.
     stopped: returns whether a row with these new tokens ends early.
   """
   if not prompts:
@@ -118,9 +120,10 @@ def continued(
   rows, chunk = min(rows, len(prompts)), min(_CHUNK, max_tokens)
   pages = _pages(prompts, rows, max_tokens, window) if is_paged else None
   if is_paged:
-    state = machine.empty_pages(pages)
+    state = machine.empty_pages(pages, cache_dtype)
   else:
-    state = machine.empty(rows, slots(prompts, max_tokens, window))
+    count = slots(prompts, max_tokens, window)
+    state = machine.empty(rows, count, cache_dtype)
   waiting = collections.deque(
     _Row(i, prompt_T, []) for i, prompt_T in enumerate(prompts)
   )

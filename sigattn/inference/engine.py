@@ -7,7 +7,8 @@ This module avoids all other work:
 
   parameters  are cast to the dtype of the activations, and split into layers,
               before the first token
-  cache       has two arrays a layer, of rows or of pages, written in place
+  cache       has two arrays a layer, of rows or of pages, written in place,
+              which may be in 8 bits
   loop        runs on the device, several tokens at a time
 
 The rows of a State are independent. Each has its own length, its own key and
@@ -205,21 +206,23 @@ class Engine:
       model = nnx.merge(graphdef, params)
       return decode(model, state, count, sampling, size, end)
 
-    self._empty = program(_empty, "batch", "shape")
+    self._empty = program(_empty, "batch", "shape", "dtype")
     self._read = program(_read, "whole", donate="state")
     self._decode = program(decode_chunk, "count", "sampling", donate="state")
     self._score = program(_score)
 
-  def empty(self, batch: int, slots: int) -> State:
-    """A State whose rows have ended, each with at least `slots` slots."""
-    slots = -(-slots // _SLOTS) * _SLOTS
-    return self._empty(self.params, batch=batch, shape=(batch, slots))
+  def empty(self, batch: int, slots: int, dtype: str | None = None) -> State:
+    """A State whose rows have ended, each with at least `slots` slots.
 
-  def empty_pages(self, pages: Pages) -> State:
+    dtype: of the cache, see lm.LanguageModel.empty_cache.
+    """
+    shape = batch, -(-slots // _SLOTS) * _SLOTS
+    return self._empty(self.params, batch=batch, shape=shape, dtype=dtype)
+
+  def empty_pages(self, pages: Pages, dtype: str | None = None) -> State:
     """As `empty`, with a paged cache."""
-    state = self._empty(
-      self.params, batch=len(pages.table_BM), shape=(pages.count, PAGE)
-    )
+    batch, shape = len(pages.table_BM), (pages.count, PAGE)
+    state = self._empty(self.params, batch=batch, shape=shape, dtype=dtype)
     return state._replace(table_BM=jnp.asarray(pages.table_BM))
 
   def fill(self, state: State, prompts: Sequence[Prompt]) -> State:
@@ -294,7 +297,7 @@ def _unknown(prompt):
   return len(prompt.token_T) - prompt.known
 
 
-def _empty(graphdef, params, batch, shape):
+def _empty(graphdef, params, batch, shape, dtype):
   model = nnx.merge(graphdef, params)
   none_B = jnp.zeros((batch,), jnp.int32)
   return State(
@@ -303,7 +306,7 @@ def _empty(graphdef, params, batch, shape):
     drawn_B=none_B,
     key_B=jnp.broadcast_to(jax.random.key(0), (batch,)),
     logits_BV=jnp.zeros((batch, model.embed.shape[0]), jnp.float32),
-    cache=model.empty_cache(*shape),
+    cache=model.empty_cache(*shape, dtype),
   )
 
 
@@ -322,7 +325,8 @@ def _read(graphdef, params, state, rows, token_RT, first, last_R, whole):
   # Pages belong to all rows together. Slots belong to one row each.
   cache = state.cache if is_paged else _rows_of(state.cache, rows)
   if whole and rows is not None and not is_paged:
-    cache = model.empty_cache(*token_RT.shape)
+    dtype = state.cache[0].key_BSKH.dtype
+    cache = model.empty_cache(*token_RT.shape, dtype)
   new_RV, cache = model.extend(
     token_RT,
     cache,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from sigattn import layers, positions, stack, token_step
@@ -116,9 +117,14 @@ class LanguageModel(nnx.Module):
 
     nnx.update(self, jax.tree.map(cast, nnx.state(self, nnx.Param)))
 
-  def empty_cache(self, batch: int, slots: int) -> tuple[layers.Cache, ...]:
-    """A cache of `slots` tokens for each of `batch` rows, or pages."""
-    return self.stack.empty_cache(batch, slots, self.dtype)
+  def empty_cache(
+    self, batch: int, slots: int, dtype: DTypeLike | None = None
+  ) -> tuple[layers.Cache, ...]:
+    """A cache of `slots` tokens for each of `batch` rows, or pages.
+
+    dtype: None for that of the activations, or float8_e4m3fn.
+    """
+    return self.stack.empty_cache(batch, slots, dtype or self.dtype)
 
   def extend(
     self,

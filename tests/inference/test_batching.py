@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sigattn import attention
 from sigattn.data import text
 from sigattn.inference import engine, generate, pages, prompt_file
 from sigattn.tasks import lm
@@ -227,14 +229,14 @@ def test_a_run_is_loaded_into_little_memory_and_continues_a_file(
       sys.executable, "-m", "sigattn", "generate",
       f"--workdir={tmp_path / 'run'}", f"--prompts={path}", f"--out={out}",
       "--max_tokens=40", "--temperature=0", "--rows=2", "--stop=q", "--stop=zz",
-      "--context=window",
+      "--context=window", "--cache_dtype=float8_e4m3fn",
     ],
     capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   expected = generator(
     PROMPTS, max_tokens=40, temperature=0, rows=2, stop=["q", "zz"],
-    context="window",
+    context="window", cache_dtype="float8_e4m3fn",
   )  # fmt: skip
   assert [x["text"] for x in lines(out)] == expected
 
@@ -253,6 +255,31 @@ def test_pages_give_the_texts_that_slots_give(generator):
   assert generator(prompts, rows=2, cache="paged", **options) == expected
   with pytest.raises(ValueError, match="cache='pages'"):
     generator(prompts, cache="pages")
+
+
+def test_a_cache_in_8_bits_gives_the_texts_of_one_rounded_by_hand(
+  generator, monkeypatch
+):
+  """With pages, the third prompt reads only what differs from the first one."""
+  prompts = [COMMON + "And", "Let", COMMON + "zz"]
+  options = {"max_tokens": 40, "temperature": 0}
+  whole = generator(prompts, **options)
+  texts = [
+    generator(prompts, cache_dtype="float8_e4m3fn", **x, **options)
+    for x in ({}, {"cache": "paged"})
+  ]
+
+  def rounded(x, dtype):
+    del dtype  # It is float32, that of the cache.
+    step = jnp.ldexp(1.0, jnp.maximum(jnp.frexp(x)[1] - 4, -9))
+    return jnp.clip(jnp.round(x / step) * step, -448, 448)
+
+  monkeypatch.setattr(attention, "saturated", rounded)
+  by_hand, _ = make(**ALIBI)
+  assert texts == 2 * [by_hand(prompts, **options)]
+  assert texts[0] != whole
+  with pytest.raises(ValueError, match="cache_dtype='fp8'; choose from .*None"):
+    generator(prompts, cache_dtype="fp8")
 
 
 def test_rows_have_the_pages_that_they_need_and_share_full_ones():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sigattn.inference import engine, generate, pages, sampling
+from sigattn.kernels.problem import FLOAT8
 from sigattn.training import setup
 from tests.tasks.small_lm import (
   ALIBI,
@@ -72,8 +73,10 @@ def test_decoding_equals_the_full_forward_pass(kind, values):
     np.testing.assert_allclose(logits_BTV[i], full, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("is_paged", [False, True])
-def test_a_token_copies_no_cache_and_reads_no_matrix_in_float32(is_paged):
+@pytest.mark.parametrize(("is_paged", "dtype"), [(False, FLOAT8), (True, None)])
+def test_a_token_copies_no_cache_and_reads_no_matrix_in_float32(
+  is_paged, dtype
+):
   config = small(depth=2, **ALIBI)
   config.dtype = "bfloat16"
   graphdef, shapes = engine.shapes(config)
@@ -84,13 +87,14 @@ def test_a_token_copies_no_cache_and_reads_no_matrix_in_float32(is_paged):
   def empty(params):
     machine = engine.Engine(graphdef, params, V, -1)
     if is_paged:
-      return machine.empty_pages(pages.Pages(31, rows=3, most=10))
-    return machine.empty(3, 640)
+      return machine.empty_pages(pages.Pages(31, rows=3, most=10), dtype)
+    return machine.empty(3, 640, dtype)
 
   state = jax.eval_shape(empty, shapes)
   heads, width = config.model.num_heads, config.model.width
   slots = "31,64" if is_paged else "3,640"
-  shape = f"bf16[{slots},{heads},{width // heads}]"
+  name = "f8e4m3fn" if dtype else "bf16"
+  shape = f"{name}[{slots},{heads},{width // heads}]"
   lowered = machine.lower_decode(state, 4, sampling.Sampling(temperature=0))
   lines = lowered.compile().as_text().splitlines()
   made = [x.split(" = ")[1] for x in lines if f" = {shape}" in x]

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from sigattn import attention
-from sigattn.kernels import device, dispatch
+from sigattn.kernels import device, dispatch, triton
+from sigattn.kernels.problem import FLOAT8, Operands
+from sigattn.kernels.triton import decode
 from tests.kernels import cases
 
 WITH_GRADIENT = (
@@ -171,3 +173,43 @@ def assert_nan_in_padding_leaks_nowhere(name, width=8, dtype="float32"):
   actual = run(dirty, options, cotangent)
   for name, value in clean.items():
     np.testing.assert_array_equal(actual[name], value, name)
+
+
+def rounded(x):
+  """The nearest numbers of float8_e4m3fn."""
+  return np.clip(x, -448, 448).astype(FLOAT8)
+
+
+def assert_new_token_is_rounded(page):
+  """The decode kernel writes the key and the value of a new token in 8 bits.
+
+  Numbers beyond the range become the largest one, and NaN stays NaN. page: the
+  length of the pages, or None.
+  """
+  rng = np.random.default_rng(0)
+  qkv = 100 * rng.standard_normal((2, 1, 6, 8), np.float32)
+  qkv[0, 0, 4] = 449, 465, 1e9, -1e9, np.inf, -np.inf, np.nan, 2.0**-9
+  shape = (4, page, 1, 8) if page else (2, 32, 1, 8)
+  key, value = rounded(rng.standard_normal((2, *shape), np.float32))
+  places = jnp.array([20, 3])
+  query, whole = (jax.ShapeDtypeStruct(x, "float32")
+                  for x in ((2, 1, 4, 8), (2, 32, 1, 8)))  # fmt: skip
+  operands = Operands(query_offset=places)
+  problem = attention.problem_of(
+    query, whole, whole, operands, kind="sigmoid", scale=1.0, logit_bias=0.0,
+    normalizer=1.0, is_causal=True, window=None,
+  )  # fmt: skip
+  problem = dataclasses.replace(problem, key_dtype=FLOAT8)
+  new = decode.New(triton.counters(problem, paged=bool(page)))
+  table = jnp.array([[2, 0], [3, 1]]) if page else None
+  extended = jax.jit(functools.partial(triton.extended, problem, new))
+  _, *cached, _ = extended(qkv, key, value, operands, table)
+  for before, after, token in zip(
+    (key, value), cached, (qkv[:, 0, 4], qkv[:, 0, 5]), strict=True
+  ):
+    before = before.astype(np.float32).reshape(-1, 8)
+    # Row 0 has slot 20, which is the fifth one of its second page.
+    for row, slot in enumerate([4, 51] if page else [20, 35]):
+      before[slot] = rounded(token[row]).astype(np.float32)
+    after = np.asarray(after, np.float32).reshape(-1, 8)
+    np.testing.assert_array_equal(after, before)

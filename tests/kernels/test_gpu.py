@@ -18,6 +18,7 @@ import sigattn
 from sigattn import paged
 from sigattn.kernels import device
 from sigattn.kernels.mosaic import tiles
+from sigattn.kernels.problem import FLOAT8
 from sigattn.kernels.triton import decode
 from sigattn.training import mesh as meshes
 from tests.kernels import cases, compare
@@ -244,6 +245,44 @@ def test_softmax_of_a_few_queries(
   found = decoded(arrays, options | {"implementation": "triton"})
   unit = float(jnp.finfo(dtype).eps)
   assert compare.error(found, wanted) <= (4e-6 if dtype == "float32" else unit)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("width", [64, 80, 128])
+@pytest.mark.parametrize("kind", ["sigmoid", "normalized", "softmax"])
+def test_decoding_from_8_bits(kind, width, dtype, implementation):
+  """Pages change no bit here either."""
+  if implementation != "triton":
+    pytest.skip("only Triton has a decode kernel")
+  rng = np.random.default_rng(0)
+  shapes = (3, 2, 8, width), (3, 1024, 2, width), (3, 1024, 2, width)
+  arrays = [jnp.asarray(rng.standard_normal(x), dtype) for x in shapes]
+  arrays[1:] = (sigattn.attention.saturated(x, FLOAT8) for x in arrays[1:])
+  lengths = np.array([1024, 700, 129])
+  options = dict(logit_bias=-4.0, normalize=kind == "normalized")
+  if kind == "softmax":
+    options = dict(kind=kind)
+  place = dict(
+    key_value_seq_lengths=lengths, is_causal=True, query_offset=lengths - 2
+  )
+  wide = [x.astype("float32") for x in arrays]
+  with jax.default_matmul_precision("highest"):
+    wanted = decoded(wide, options | place | {"implementation": "xla"})
+  found = decoded(arrays, options | place | {"implementation": "triton"})
+  unit = float(jnp.finfo(dtype).eps)
+  assert compare.error(found, wanted) <= (4e-6 if dtype == "float32" else unit)
+  pages = [x.reshape(48, 64, 2, width) for x in arrays[1:]]
+  table = np.arange(48).reshape(3, 16)
+  attend = functools.partial(sigattn.paged_attention, n=1024, **options)
+  in_pages = jax.jit(attend)(arrays[0], *pages, table, lengths)
+  np.testing.assert_array_equal(in_pages, found)
+
+
+@pytest.mark.parametrize("page", [None, 16])
+def test_a_new_token_is_rounded_to_8_bits(page, implementation):
+  if implementation != "triton":
+    pytest.skip("only Triton has a decode kernel")
+  compare.assert_new_token_is_rounded(page)
 
 
 @pytest.mark.parametrize("index", range(3))

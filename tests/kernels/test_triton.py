@@ -23,7 +23,7 @@ from benchmarks import tune_triton
 from sigattn import attention
 from sigattn.kernels import device, differentiation, dispatch, numerics, xla
 from sigattn.kernels import triton as triton_attention
-from sigattn.kernels.problem import HOW_TO_ADD, Operands
+from sigattn.kernels.problem import FLOAT8, HOW_TO_ADD, Operands
 from sigattn.kernels.triton import decode, launch, tiles
 from tests.kernels import cases, compare
 
@@ -187,20 +187,77 @@ def test_decoding_loads_no_keys_that_are_not_seen(
   np.testing.assert_array_equal(output((query, key, value), options), clean)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("last_adds", [True, False])
+@pytest.mark.parametrize("kind", ["sigmoid", "normalized", "softmax"])
+def test_interpreted_decoding_from_8_bits(
+  kind, last_adds, dtype, interpreter, decoding, started
+):
+  """The kernel reads the rounded keys and values, and adds no other error."""
+  decoding(3, last_adds)
+  rng = np.random.default_rng(0)
+  query = rng.standard_normal((2, 3, 4, 8)).astype(dtype)
+  key, value = compare.rounded(
+    rng.standard_normal((2, 2, 70, 2, 8), np.float32)
+  )
+  logits = np.einsum(
+    "btkgh,bskh->bkgts",
+    query.reshape(2, 3, 2, 2, 8).astype("float64"), key.astype("float64"),
+  ) / np.sqrt(8)  # fmt: skip
+  options = dict(logit_bias=-2.0, normalize=True)
+  weights = 1 / (1 + np.exp(2.0 - logits))
+  if kind == "softmax":
+    options, weights = dict(kind=kind), np.exp(logits)
+  if kind == "sigmoid":
+    options["normalize"] = False
+  else:
+    weights /= weights.sum(-1, keepdims=True)
+  wanted = np.einsum("bkgts,bskh->btkgh", weights, value.astype("float64"))
+  found = output((query, key, value), options)
+  assert [name for name, _ in started] == ["decode"]
+  bound = 2e-6 if dtype == "float32" else 5e-4
+  assert compare.error(found, wanted.reshape(query.shape)) < bound
+
+
+@pytest.mark.parametrize("page", [None, 16])
+def test_a_new_token_is_rounded_to_8_bits(page, interpreter, decoding):
+  decoding(2)
+  compare.assert_new_token_is_rounded(page)
+
+
+def test_older_cards_cast_8_bits_first(interpreter, started, monkeypatch):
+  monkeypatch.setattr(device, "current", lambda: device.Device("A10", 86))
+  query = np.ones((1, 1, 2, 8), np.float32)
+  key = compare.rounded(np.ones((1, 128, 2, 8)) / 3)
+  found = output((query, key, key), {})
+  wanted = output((query, *2 * [key.astype("float32")]), {})
+  assert [name for name, _ in started] == ["decode"] * 2
+  np.testing.assert_array_equal(found, wanted)
+  reason = "triton: float8_e4m3fn needs a GPU since Ada .8.9., device is A10"
+  with pytest.raises(NotImplementedError, match=reason):
+    output((query, key, key), {"implementation": "triton"})
+
+
 PAGED = (
-  {}, dict(normalize=True), dict(local_window_size=(20, 0)),
-  dict(kind="relu", alibi_slopes=np.ones(4, np.float32), query_offset=30),
+  ({}, "float32"), (dict(normalize=True), FLOAT8),
+  (dict(local_window_size=(20, 0)), "float32"),
+  (
+    dict(kind="relu", alibi_slopes=np.ones(4, np.float32), query_offset=30),
+    "float32",
+  ),
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("options", PAGED, ids=str)
+@pytest.mark.parametrize(("options", "dtype"), PAGED, ids=str)
 def test_interpreted_pages_change_no_bit(
-  options, interpreter, decoding, started
+  options, dtype, interpreter, decoding, started
 ):
   """Pages and numbers that a row does not use are not read."""
   decoding(3)
   arrays, whole = cases.draw_paged([40, 64, 37, 0], shared=2)
-  query, *_, lengths = arrays
+  query, keys, values, table, lengths = arrays
+  keys, values, whole = (x.astype(dtype) for x in (keys, values, whole))
+  arrays = query, keys, values, table, lengths
   found = jax.jit(lambda *x: sigattn.paged_attention(*x, **options))(*arrays)
   (paged,) = [constants for _, constants in started]
   assert paged["PAGE"] == cases.PAGE
@@ -460,6 +517,7 @@ def test_decoding_on_the_mesh_of_the_training_program():
     (90, {}, ""),
     (80, {"head_dim": 257}, "head_dim=257; at most 256"),
     (90, {"dtype": "float64"}, "float64 is not implemented"),
+    (89, {"key_dtype": FLOAT8}, ""),
     (75, {}, "needs an NVIDIA GPU since Ampere (8.0), device is Testing"),
     (None, {}, "needs an NVIDIA GPU since Ampere (8.0), device is Testing"),
   ],
