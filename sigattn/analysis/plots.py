@@ -9,6 +9,7 @@ import math
 import os
 import re
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import IO
 
@@ -52,6 +53,7 @@ def curves(groups: Groups, path: str | os.PathLike[str]) -> None:
     figure, axes = _figure(1, len(names))
     for ax, name in zip(axes[0], names, strict=True):
       _draw_curves(ax, groups, name)
+    _add_legend(figure, axes[0], groups)
     figure.savefig(path, dpi=120)
 
 
@@ -64,6 +66,7 @@ def curve(groups: Groups, name: str) -> figures.Figure:
   with mpl.rc_context(_STYLE):
     figure, axes = _figure(1, 1)
     _draw_curves(axes[0, 0], groups, name)
+    _add_legend(figure, axes[0], groups)
   return figure
 
 
@@ -115,7 +118,33 @@ def _draw_curves(axes, groups, name):
         linestyle=_DASHES[index % len(_DASHES)], **style,
       )  # fmt: skip
   axes.set(xlabel="step", ylabel=name)
-  axes.legend()
+
+
+def _add_legend(figure, row, groups):
+  """Adds a legend in each plot of one group, or below the plots of several.
+
+  The figure then becomes higher by the legend, so that the plots keep their
+  size however many lines the legend has.
+  """
+  if len(groups) == 1:
+    for ax in row:
+      ax.legend()
+    return
+  shown = {}
+  for ax in row:
+    handles, labels = ax.get_legend_handles_labels()
+    shown |= dict(zip(labels, handles, strict=True))
+  width, height = figure.get_size_inches()
+  labels = [_in_lines(label, width) for label in shown]
+  lines = sum(1 + label.count("\n") for label in labels)
+  figure.set_size_inches(width, height + 0.18 * lines + 0.1)
+  figure.legend(shown.values(), labels, loc="outside lower left")
+
+
+def _in_lines(label, inches):
+  """Breaks a label at its commas into lines of this width in inches."""
+  spaced = re.sub(r",(?! )", ", ", label)
+  return textwrap.fill(spaced, int(11 * inches), break_on_hyphens=False)
 
 
 def _draw_mean(axes, points, band, *, color, **style):
@@ -180,12 +209,14 @@ def layers_by_step(groups: Groups, quantity: str) -> figures.Figure:
         _draw_mean(ax, points, True, linewidth=1.2, label=place, **style)
         values = [value for _, value in points]
         lowest, highest = min(lowest, *values), max(highest, *values)
-      ax.set_title(label, fontsize="small")
+      ax.set_title(_in_lines(label, 3.8), fontsize="small")
       ax.set(xlabel="step")
       handles, names = ax.get_legend_handles_labels()
       shown |= dict(zip(names, handles, strict=True))
     if lowest > 0 and highest > _LOG_SCALE_RANGE * lowest:
       axes[0, 0].set_yscale("log")
+      # The default labels are formulas, which _STYLE does not read.
+      axes[0, 0].yaxis.set_major_formatter("{x:g}")
     for ax in axes[:, 0]:
       ax.set_ylabel(quantity)
     figure.legend(shown.values(), shown.keys(), loc="outside right upper")

@@ -93,7 +93,8 @@ def find(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
 def differing(runs: Sequence[Run]) -> list[str]:
   """The config keys, except the seed, whose values differ between the runs.
 
-  A key that only some of the configs have counts as differing.
+  A key that only some of the configs have counts as differing. A number of
+  steps that is the same share of total_steps in all runs does not.
   """
   keys = dict.fromkeys(key for run in runs for key in run.config)
   return [
@@ -101,7 +102,23 @@ def differing(runs: Sequence[Run]) -> list[str]:
     for key in keys
     if key != "seed"
     and any(run.config.get(key) != runs[0].config.get(key) for run in runs)
+    and not _follows_total_steps([run.config for run in runs], key)
   ]
+
+
+def _follows_total_steps(configs, key):
+  """Whether a key such as eval.every_steps is a share of 1/k in all configs."""
+  if not key.endswith("_steps") or key == "total_steps":
+    return False
+  pairs = [(config.get("total_steps"), config.get(key)) for config in configs]
+  if not all(isinstance(x, int) for pair in pairs for x in pair):
+    return False
+  # The configs round down, or up where 0 would be refused.
+  return any(
+    all(sign * (sign * total // k) == steps for total, steps in pairs)
+    for k in range(2, 101)
+    for sign in (1, -1)
+  )
 
 
 def by_config(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -1,6 +1,9 @@
 """Figures: the lines, images and labels that they contain."""
 
+import io
+
 import numpy as np
+import pytest
 
 from sigattn.analysis import plots
 
@@ -65,3 +68,21 @@ def test_curves_of_the_same_groups_look_alike_in_any_order():
   assert one["a (test)"] == one["a (train)"] == ("C0", "-")
   assert one["b (test)"] == ("C1", "--")
   assert [*drawn("a" * 200)] == ["train", "test"]
+
+
+@pytest.mark.filterwarnings("error")  # of plots that have no room
+def test_labels_of_any_length_leave_the_plots_their_size():
+  run = [{"step": 1, "split": x, "loss": 1.0} for x in ("train", "test")]
+  runs = [run + telemetry_lines()]
+  for name in (10 * "key=0.001,", 60 * "x"):
+    groups = {f"{name}{i}": runs for i in range(3)}
+    for figure, least in (
+      (plots.curve(groups, "loss"), (3.5, 2.5)),
+      (plots.layers_by_step(groups, "entropy"), (2, 1.5)),
+    ):
+      plots.save(figure, io.BytesIO(), "png")
+      for ax in figure.axes:
+        size = ax.get_window_extent().size / figure.dpi
+        assert (size > least).all(), size
+      ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+      assert not any("$" in text for text in ticks)

@@ -136,6 +136,19 @@ def test_single_group_in_an_explicit_output_folder(tmp_path):
   assert report_html.differing(report_html.find([tmp_path])) == ["total_steps"]
 
 
+def test_steps_that_follow_total_steps_do_not_count_as_different(tmp_path):
+  for total in (70, 400):
+    steps = {"total_steps": total, "log": {"every_steps": -(-total // 15)}}
+    steps["optim"] = {"warmup_steps": total // 20}
+    write_run(tmp_path / "follow" / str(total), "sigmoid", 0, 0.1, **steps)
+    steps["optim"] = {"warmup_steps": total // 20 + 1}
+    write_run(tmp_path / "own" / str(total), "sigmoid", 0, 0.1, **steps)
+  runs = report_html.find([tmp_path / "follow"])
+  assert report_html.differing(runs) == ["total_steps"]
+  runs = report_html.find([tmp_path / "own"])
+  assert "optim.warmup_steps" in report_html.differing(runs)
+
+
 def test_run_that_is_behind_its_group_is_left_out(runs):
   path = runs / "b" / "metrics.jsonl"
   lines = path.read_text().splitlines()
