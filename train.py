@@ -141,11 +141,10 @@ def _describe(config, state, devices, workdir, start):
   )
   if start:
     metrics.log(f"resumed from step {start} in {workdir}")
-  if start > config.total_steps:
+  if start >= config.total_steps:
     metrics.log(
-      f"config.total_steps={config.total_steps} is less than the {start} "
-      "updates that the run has done, so nothing is trained; a greater number "
-      "goes on from there"
+      f"config.total_steps={config.total_steps} and the run has done {start} "
+      "updates, so nothing is trained; a greater number goes on from there"
     )
 
 
@@ -184,7 +183,10 @@ def _main(given):
       )
       sys.exit(130)
   if int(state.step) < config.total_steps:
-    metrics.log("the run has stopped; the same command resumes it")
+    metrics.log(
+      f"the run has stopped after step {int(state.step)} and is saved; the "
+      "same command resumes it"
+    )
     sys.exit(130)
 
 

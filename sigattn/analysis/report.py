@@ -36,9 +36,8 @@ def finish(
     return
   choose = max if best_mode == "max" else min
   best = choose(evals, key=lambda line: line[best_metric])
-  table = evaluation_table(
-    {"best": best, "last": evals[-1]}, title=f"{workdir}: {split}"
-  )
+  title = f"{workdir}: evaluations on {split}"
+  table = evaluation_table({"best": best, "last": evals[-1]}, title)
   metrics.log(table)
   path = pathlib.Path(workdir) / "curves.png"
   with metrics.saying_what_is_not_written():
