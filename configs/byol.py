@@ -19,6 +19,7 @@ def get_config(arg=None):
   config = selfsup.base("byol")
   selfsup.two_views(config)
   config.total_steps = 1200
+  common.log_lines(config, 24)
   config.batch_size = 128
   # The share of the target that a step keeps. It rises to 1 along a cosine.
   # Short runs need a smaller share than the paper's 0.996.

@@ -98,10 +98,8 @@ def base():
   )
   config.ckpt.every_steps = config.get_ref("total_steps") // 5
 
-  config.log = config_dict.create(
-    every_steps=50,  # updates per line of metrics, which are means over them
-    tensorboard=True,
-  )
+  config.log = config_dict.create(tensorboard=True)
+  log_lines(config, 20)
 
   # sigattn/analysis/telemetry.py measures statistics of attention and the norms
   # of updates.
@@ -112,6 +110,14 @@ def base():
     examples=8,
   )
   return config
+
+
+def log_lines(config, count):
+  """Sets log.every_steps, the updates per line of metrics, to 1/count of all.
+
+  A line has the means over these updates. The number is rounded up.
+  """
+  config.log.every_steps = (config.get_ref("total_steps") + count - 1) // count
 
 
 def sigmoid(config):

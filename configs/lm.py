@@ -136,7 +136,7 @@ def _base():
   # test, or one after the other.
   config.eval.max_length_of = ("training",)
   config.ckpt.update(best_metric="loss", best_mode="min")
-  config.log.every_steps = 100
+  common.log_lines(config, 15)
   return config
 
 
@@ -150,6 +150,7 @@ def _gpu(config):
     width=384, depth=8, num_heads=6, mlp_dim=1024, drop_path=0.3
   )
   config.optim.update(lr=2e-3, weight_decay=0.3)
+  common.log_lines(config, 10)
 
 
 def _published(config, size):
@@ -216,6 +217,7 @@ def _published(config, size):
   config.optim.lr_groups = ((r".*kernel", 768 / width),)
   config.eval.every_steps = 5000
   config.ckpt.every_steps = 5000
+  config.log.every_steps = 100
 
 
 def sweep_lr():

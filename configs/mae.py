@@ -18,6 +18,7 @@ def get_config(arg=None):
   words = common.words("mae.py", arg, selfsup.ARGUMENTS)
   config = selfsup.base("mae")
   config.total_steps = 3000
+  common.log_lines(config, 60)
   config.batch_size = 128
   config.model.update(
     patch_size=4,

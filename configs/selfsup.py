@@ -104,7 +104,7 @@ def gpu(config):
     width=128, depth=4, num_heads=4, mlp_dim=512, patch_size=4
   )
   config.eval.every_steps = 600
-  config.log.every_steps = 100
+  common.log_lines(config, 30)
 
 
 def finish(config, words):

@@ -19,6 +19,7 @@ def get_config(arg=None):
   config = selfsup.base("simclr")
   selfsup.two_views(config)
   config.total_steps = 1500
+  common.log_lines(config, 30)
   config.batch_size = 128
   config.model.temperature = 0.2  # of the similarities
   if "gpu" in words:

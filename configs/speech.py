@@ -126,6 +126,7 @@ def _prompts():
   """
   config = _base()
   config.total_steps = 5000
+  common.log_lines(config, 100)
   config.batch_size = 1
   config.model.update(convolutions=((7, 3), (5, 1)), norm="hybrid")
   config.attn.update(alibi=True, qk_norm="layernorm")
@@ -136,6 +137,7 @@ def _prompts():
 def _gpu(config):
   """The embedded prompts: a CER of 0.18 in about five minutes on one H100."""
   config.total_steps = 4000
+  common.log_lines(config, 80)
   config.batch_size = 16
   config.dtype = "bfloat16"
   # There are few buckets, because each is compiled twice: for training and for

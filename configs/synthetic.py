@@ -81,7 +81,7 @@ def _base():
   # test, or one after the other.
   config.eval.max_length_of = ("training",)
   config.optim.update(lr=1e-3, b2=0.98)
-  config.log.every_steps = 100
+  common.log_lines(config, 30)
   return config
 
 
@@ -101,6 +101,7 @@ def _pair_repeat(config):
 def _recall(config):
   config.data.update(length=16, size=8, vocab_size=64)
   config.total_steps = 6000
+  common.log_lines(config, 60)
 
 
 def _noisy_recall(config):

@@ -130,7 +130,7 @@ def _fashion_mnist():
   config.augment.update(flip=True, mixup=0.5)
   config.optim.update(lr=3e-3, weight_decay=0.3, b2=0.99)
   config.model.position_std = 1.0
-  config.log.every_steps = 100
+  common.log_lines(config, 45)
   return config
 
 

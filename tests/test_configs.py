@@ -57,9 +57,13 @@ def test_misspelt_key_is_refused():
 
 def test_references_follow_total_steps():
   config = vit.get_config()
+  assert config.log.every_steps == 100
   config.total_steps = 400
   assert config.optim.warmup_steps == 20
   assert config.eval.every_steps == 40
+  assert config.log.every_steps == 9
+  config.total_steps = 2
+  assert config.log.every_steps == 1
 
 
 def leaves(config, prefix=""):
