@@ -162,9 +162,11 @@ def _main(given):
   rows = {results["split"]: results}
   if random := results.pop("random_encoder", None):
     rows["random encoder"] = random
-  metrics.log(report.evaluation_table(rows, title=given.workdir))
+  tables = report.evaluation_tables(rows, title=given.workdir)
   if variants:
-    metrics.log(report.variants_table(variants))
+    tables += report.variants_tables(variants)
+  for table in tables:
+    metrics.log(table)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,8 @@ def _main(given):
     process.keep_freed_memory()
     if given.replay is not None:
       values = replay.replay(workdir, given.replay)
-      metrics.log(report.variants_table({f"step {given.replay}": values}))
+      for table in report.variants_tables({f"step {given.replay}": values}):
+        metrics.log(table)
       return
     try:
       state = train(config, workdir)

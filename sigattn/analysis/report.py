@@ -5,6 +5,7 @@ import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 
+import rich.measure
 import rich.table
 from ml_collections import ConfigDict
 
@@ -37,34 +38,67 @@ def finish(
   choose = max if best_mode == "max" else min
   best = choose(evals, key=lambda line: line[best_metric])
   title = f"{workdir}: evaluations on {split}"
-  table = evaluation_table({"best": best, "last": evals[-1]}, title)
-  metrics.log(table)
+  for table in evaluation_tables({"best": best, "last": evals[-1]}, title):
+    metrics.log(table)
   path = pathlib.Path(workdir) / "curves.png"
   with metrics.saying_what_is_not_written():
     plots.curves({str(workdir): [lines]}, path)
     metrics.log(f"curves: {path}")
 
 
-def evaluation_table(
+def evaluation_tables(
   rows: Mapping[str, metrics.Line], title: str | None = None
-) -> rich.table.Table:
-  """A table with one row per {name: metrics} and one column per metric."""
-  names = []
-  for row in rows.values():
-    names += [name for name in row if name not in names and name != "split"]
-  table = rich.table.Table("", *names, title=title)
-  for name, row in rows.items():
-    table.add_row(name, *(_format_value(row.get(key)) for key in names))
-  return table
+) -> list[rich.table.Table]:
+  """Tables with one row per {name: metrics} and one column per metric.
+
+  Each is as wide as the terminal at most.
+  """
+  names = dict.fromkeys(name for row in rows.values() for name in row)
+  columns = {
+    name: [_format_value(row.get(name)) for row in rows.values()]
+    for name in names
+    if name != "split"
+  }
+  return _fitting({"": [*rows]}, columns, title=title)
 
 
-def variants_table(variants: Mapping[str, metrics.Line]) -> rich.table.Table:
-  """A table with one column per {name: metrics} and one row per metric."""
-  names = dict.fromkeys(key for row in variants.values() for key in row)
-  table = rich.table.Table("", *variants)
-  for key in names:
-    values = (row.get(key) for row in variants.values())
-    table.add_row(key, *map(_format_value, values))
+def variants_tables(
+  variants: Mapping[str, metrics.Line],
+) -> list[rich.table.Table]:
+  """Tables with one column per {name: metrics} and one row per metric.
+
+  Each is as wide as the terminal at most.
+  """
+  names = [*dict.fromkeys(key for row in variants.values() for key in row)]
+  columns = {
+    name.replace(", ", ",\n"): [_format_value(row.get(key)) for key in names]
+    for name, row in variants.items()
+  }
+  return _fitting({"": names}, columns)
+
+
+def _fitting(first, columns, **options):
+  """Tables with all of the columns, {header: cells}, in as few as fit.
+
+  Each begins with the columns `first`.
+  """
+  console = metrics.console
+  unlimited = console.options.update(max_width=10**6)
+  tables, shown = [], {}
+  for name, cells in columns.items():
+    longer = _table(first | shown | {name: cells}, options)
+    size = rich.measure.Measurement.get(console, unlimited, longer)
+    if shown and size.maximum > console.width:
+      tables.append(_table(first | shown, options))
+      shown = {}
+    shown[name] = cells
+  return [*tables, _table(first | shown, options)]
+
+
+def _table(columns, options):
+  table = rich.table.Table(*columns, **options)
+  for row in zip(*columns.values(), strict=True):
+    table.add_row(*row)
   return table
 
 
@@ -95,20 +129,26 @@ def sweep(
       groups.setdefault(label, []).append(lines)
   if not groups:
     return
-  table, rows = rich.table.Table(title=f"{root}: {split}"), {}
-  table.add_column(no_wrap=True)  # a row is told by the whole of its name
-  table.add_column("runs")
+  rows = {}
   for label, group in groups.items():
     last = [metrics.last_evaluation(lines, split) for lines in group]
     names = [key for key in last[0] if key not in ("step", "split")]
-    if not rows:
-      for key in names:
-        table.add_column(key, justify="right")
     rows[label] = {key: [line[key] for line in last] for key in names}
-    table.add_row(
-      shown[label], str(len(last)), *map(_spread, rows[label].values())
-    )
-  metrics.log(table)
+  first = {
+    "": [shown[label] for label in rows],
+    "runs": [str(len(group)) for group in groups.values()],
+  }
+  columns = {
+    key: [_spread(row[key]) for row in rows.values()]
+    for key in next(iter(rows.values()))
+  }
+  # The range is on a line of its own, so that two metrics fit in 80 columns.
+  caption = "mean ± standard deviation, and the range below"
+  options = {"title": f"{root}: {split}", "show_lines": True}
+  if any(len(group) > 1 for group in groups.values()):
+    options["caption"] = caption
+  for table in _fitting(first, columns, **options):
+    metrics.log(table)
   with metrics.saying_what_is_not_written():
     files.write_json(pathlib.Path(root) / "sweep.json", rows)
     path = pathlib.Path(root) / "sweep.png"
@@ -117,12 +157,12 @@ def sweep(
 
 
 def _spread(values):
-  """Mean, standard deviation and range as text; a single value as it is."""
+  """Mean, deviation and range on two lines; a single value as it is."""
   mean = f"{statistics.fmean(values):.4f}"
   if len(values) == 1:
     return mean
   low, high = min(values), max(values)
-  return f"{mean} ± {statistics.stdev(values):.4f} ({low:.4f} to {high:.4f})"
+  return f"{mean} ± {statistics.stdev(values):.4f}\n{low:.4f} to {high:.4f}"
 
 
 def _format_value(value):

@@ -17,7 +17,7 @@ def test_evaluations_are_rows_and_variants_are_columns():
     "best": {"step": 1000, "split": "test", "loss": 0.5},
     "last": {"step": 2000, "split": "test", "loss": 0.75, "accuracy": 1.0},
   }
-  table = report.evaluation_table(rows, title="a title")
+  [table] = report.evaluation_tables(rows, title="a title")
   assert [x.header for x in table.columns] == ["", "step", "loss", "accuracy"]
   assert cells(table) == [
     ["best", "last"],
@@ -25,12 +25,31 @@ def test_evaluations_are_rows_and_variants_are_columns():
     ["0.5000", "0.7500"],
     ["", "1.0000"],
   ]
-  table = report.variants_table({"2 x 32": {"loss": 1.0}, "4 x 32": {}})
+  [table] = report.variants_tables({"2 x 32": {"loss": 1.0}, "4 x 32": {}})
   assert [x.header for x in table.columns] == ["", "2 x 32", "4 x 32"]
   assert cells(table) == [["loss"], ["1.0000"], [""]]
 
 
-def test_sweep_joins_seeds_and_leaves_out_runs_without_evaluation(tmp_path):
+def test_tables_of_many_columns_are_cut_nowhere(capsys):
+  variants = {
+    f"{factor} x 256{n}": {"loss@128:256": factor + 0.1234}
+    for factor in (1, 2, 4, 8)
+    for n in ("", ", n of the test")
+  }
+  tables = report.variants_tables(variants)
+  assert len(tables) == 2
+  for table in tables:
+    metrics.log(table)
+  said = capsys.readouterr().out
+  assert max(map(len, said.splitlines())) <= metrics.console.width
+  assert said.count("loss@128:256") == 2
+  for factor in (1, 2, 4, 8):
+    assert said.count(f"{factor}.1234") == 2
+
+
+def test_sweep_joins_seeds_and_leaves_out_runs_without_evaluation(
+  tmp_path, capsys
+):
   runs = []
   for seed, accuracy in ((0, 0.25), (1, 0.75), (2, None)):
     workdir = tmp_path / str(seed)
@@ -46,3 +65,6 @@ def test_sweep_joins_seeds_and_leaves_out_runs_without_evaluation(tmp_path):
   table = json.loads((tmp_path / "sweep.json").read_text())
   assert table == {"attn.kind=relu": {"accuracy": [0.25, 0.75]}}
   assert (tmp_path / "sweep.png").exists()
+  said = capsys.readouterr().out
+  assert "0.5000 ± 0.3536" in said
+  assert "mean ± standard deviation, and the range below" in said
