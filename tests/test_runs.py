@@ -372,7 +372,7 @@ def test_best_is_known_while_its_metrics_are_being_written(
   assert checkpoint.load(tmp_path, "best")[2] == 1
 
 
-@pytest.mark.parametrize("flag", ["--split=test", "--step=3"])
+@pytest.mark.parametrize("flag", ["--split=test", "--length_factors=1,16"])
 def test_finetuning_refuses_what_it_would_not_read(flag, tmp_path):
   done = subprocess.run(
     [sys.executable, "eval.py", f"--workdir={tmp_path}", "--eval=finetune",

@@ -247,8 +247,12 @@ def test_what_a_run_leaves(tmp_path):
   assert list(tmp_path.glob("events.out.tfevents.*"))
   results = evaluate(tmp_path)
   assert results["accuracy"] == pytest.approx(done["accuracy"], abs=1e-7)
-  assert json.loads((tmp_path / "eval.json").read_text()) == results
   assert evaluate(tmp_path, split="train", step=2)["split"] == "train"
+  assert json.loads((tmp_path / "eval.json").read_text()) == results
+  with pytest.raises(
+    ValueError, match=r"length_factors=\(2,\); the task 'vit'"
+  ):
+    evaluate(tmp_path, length_factors=[2])
   with pytest.raises(ValueError, match=r"step=7: .* holds the steps \["):
     evaluate(tmp_path, step=7)
   with pytest.raises(ValueError, match="no run here"):

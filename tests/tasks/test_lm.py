@@ -188,6 +188,12 @@ def test_run_is_evaluated_at_other_lengths_and_continues_texts(
   assert twice.keys() - results.keys() == {
     "loss@0:16", "loss@16:32", "loss@32:64",
   }  # fmt: skip
+  [other] = evaluate(tmp_path, "train", length_factors=[3])["variants"]
+  assert other == "3 x 32"
+  # The results of the other split have not replaced these.
+  assert json.loads((tmp_path / "eval.json").read_text()) == results
+  with pytest.raises(ValueError, match=r"length_factors=\[0\]; must be"):
+    evaluate(tmp_path, length_factors=[0])
   [continuation] = generate.Generator.load(tmp_path)(["In the"], max_tokens=5)
   assert len(continuation) <= 5
 
