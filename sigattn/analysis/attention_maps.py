@@ -105,11 +105,16 @@ def draw(
         batch["image"][0], task.patch_attention(config, weights_LNTS)
       )
       continue
-    tick_labels = task.tick_labels(config, batch)[:tokens]
+    tick_labels = task.tick_labels(config, batch)
+    part = (
+      f", the first {tokens} of {len(tick_labels)} tokens"
+      if tokens < len(tick_labels)
+      else ""
+    )
     for layer, weights_NTS in enumerate(weights_LNTS):
-      title = f"example {index}, step {step}, layer {layer}: query by key"
+      title = f"example {index}, step {step}, layer {layer}: query by key{part}"
       figures[f"{stack}_layer{layer}"] = plots.matrices(
-        weights_NTS, tick_labels, title
+        weights_NTS, tick_labels[:tokens], title
       )
   folder = pathlib.Path(workdir) / "maps"
   folder.mkdir(exist_ok=True)

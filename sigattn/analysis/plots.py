@@ -282,7 +282,7 @@ def overlays(
       for head, map_RC in enumerate(attention_LNRC[layer]):
         ax = row[head + 1]
         ax.imshow(map_RC, cmap="inferno", alpha=0.6, vmin=0, **place)
-        ax.set_title(f"head {head}, to {map_RC.max():.3g}", fontsize="small")
+        ax.set_title(f"head {head}, max {map_RC.max():.3g}", fontsize="small")
   return figure
 
 
@@ -306,14 +306,14 @@ def matrices(
   tick_labels = [x if x.strip() else "\u2423" for x in tick_labels]
   with mpl.rc_context(_STYLE | {"axes.grid": False}):
     figure, axes = _figure(rows, columns, (side, side))
-    figure.suptitle(title)
+    figure.suptitle(_in_lines(title, side * columns))
     for ax in axes.flat[len(weights_NTS) :]:
       ax.remove()
     for head, (ax, weights_TS) in enumerate(
       zip(axes.flat, weights_NTS, strict=False)
     ):
       ax.imshow(weights_TS, cmap="magma", vmin=0)
-      ax.set_title(f"head {head}, to {weights_TS.max():.3g}", fontsize="small")
+      ax.set_title(f"head {head}, max {weights_TS.max():.3g}", fontsize="small")
       ticks = dict(fontsize=7, family="monospace", parse_math=False)
       rotation = 90 if max(map(len, tick_labels)) > 1 else 0
       ax.set_xticks(range(count), tick_labels, rotation=rotation, **ticks)

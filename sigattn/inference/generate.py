@@ -244,8 +244,8 @@ class Generator:
       logging.warning(
         "texts may grow to %d tokens with their prompts, but the model was "
         "trained on %d (config.data.length). Text beyond this length may make "
-        "no sense. Lower max_tokens, or set context=window, which never shows "
-        "the model more than this length",
+        "no sense. Lower --max_tokens, or give --context=window, which never "
+        "shows the model more than this length",
         longest,
         self.length,
       )
@@ -354,7 +354,11 @@ def run(flag_values: flags.FlagValues) -> None:
   generator = Generator.load(workdir, step)
   if len(prompts) > 1:
     texts = generator(prompts, **options)
-    for prompt, continuation in zip(prompts, texts, strict=True):
+    for i, (prompt, continuation) in enumerate(
+      zip(prompts, texts, strict=True), 1
+    ):
+      # An empty line alone may also be a part of a text.
+      print(f"--- prompt {i} of {len(prompts)} ---", flush=True)
       print(f"{prompt}{continuation}\n", flush=True)
     return
   generator.encode(prompts)  # raises before anything is printed

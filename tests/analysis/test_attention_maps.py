@@ -83,8 +83,9 @@ def test_draw_writes_one_map_per_layer(tmp_path, monkeypatch):
   names = [f"example1_stack_layer{i}.png" for i in range(2)]
   assert [path.name for path in paths] == names
   assert Image.open(paths[0]).size[0] > 100
-  weights_NTS, tick_labels, _ = drawn[1]
+  weights_NTS, tick_labels, title = drawn[1]
   assert len(tick_labels) == 5
+  assert title.endswith("query by key, the first 5 of 32 tokens")
   # Attention is causal, so the first token sees only itself.
   assert weights_NTS.shape == (2, 32, 32)
   assert (weights_NTS[:, 0, 0] > 0).all()

@@ -1,5 +1,7 @@
 """Generating text: the cache against the full forward pass, and sampling."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,13 +104,30 @@ def test_a_token_copies_no_cache_and_reads_no_matrix_in_float32(
   assert not [x for x in made if "} copy(" in x]
 
 
-def test_generator_continues_a_batch_as_each_alone_and_streams_the_same():
+class Given(types.SimpleNamespace):
+  """Values of flags, as absl has them."""
+
+  def __getitem__(self, name):
+    return types.SimpleNamespace(value=getattr(self, name))
+
+
+def test_generator_continues_a_batch_as_each_alone_and_streams_the_same(
+  monkeypatch, capsys
+):
   config = small(**ALIBI)  # By chance, it does not end its text.
   _, params = setup.init(config)
   generator = generate.Generator(config, params)
   prompts = ["And God said, ", "Let"]
   texts = generator(prompts, max_tokens=32, temperature=0)
   assert len(texts[0]) == 32
+  options = {"max_tokens": 32, "temperature": 0, "prompt": prompts}
+  files = {"workdir": "", "step": None, "prompts": None, "out": None}
+  monkeypatch.setattr(generate.Generator, "load", lambda *_: generator)
+  generate.run(Given(**vars(generate.Options()) | options | files))
+  assert capsys.readouterr().out == (
+    f"--- prompt 1 of 2 ---\n{prompts[0]}{texts[0]}\n\n"
+    f"--- prompt 2 of 2 ---\n{prompts[1]}{texts[1]}\n\n"
+  )
   alone = [generator([x], max_tokens=32, temperature=0)[0] for x in prompts]
   assert texts == alone
   pieces = list(generator.stream(prompts[0], max_tokens=32, temperature=0))
