@@ -262,9 +262,14 @@ def _one_line(error, argv):
   """Says what is wrong with the command line, and which name is nearest."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   if isinstance(error, OSError):
-    known = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
+    known = sorted(
+      str(path)
+      for path in pathlib.Path("configs").glob("*.py")
+      if "\ndef get_config(" in path.read_text()
+    )
     there = f"; there are {', '.join(known)}" if known else ""
-    return f"--config cannot be read: {lines[-1]}{there}"
+    why = re.sub(r".*\[Errno \d+\] ", "", lines[-1])
+    return f"--config cannot be read: {why}{there}"
   if missing := re.search(r"--(\w+) must have a value other than", str(error)):
     return f"--{missing[1]}=... is missing; --help says what it may be"
   if twice := re.search(r"flag --config=(.*?): already defined", str(error)):
@@ -279,18 +284,27 @@ def _one_line(error, argv):
     return f"{wrong[1]}; {wrong[2]}"
   said = [line for line in lines if line.startswith("ValueError: ")]
   if said:  # a config's function said it about its argument
-    return said[-1].removeprefix("ValueError: ")
+    # A config that is made from another one passes its argument on. The error
+    # then names the file of the other one.
+    file = _config_file(argv).partition(":")[0]
+    text = said[-1].removeprefix("ValueError: ")
+    return re.sub(r"^configs/\w+\.py:", f"{file}:", text)
   if isinstance(error, (AttributeError, LookupError)):
     return _unknown_field(argv) or "; ".join(lines)
   # If a config's function has a bug, its trace shows where.
   return str(error) if "Traceback" in str(error) else "; ".join(lines)
 
 
+def _config_file(argv):
+  """The value of --config."""
+  words = "\n".join(argv[1:])
+  return re.search(r"^--?config[=\n](.*)$", words, re.MULTILINE)[1]
+
+
 def _unknown_field(argv):
   """Names the field that the command line sets and the config lacks."""
   words = "\n".join(argv[1:])
-  file = re.search(r"^--?config[=\n](.*)$", words, re.MULTILINE)
-  config = flags.FLAGS["config"].parser.parse(file[1])
+  config = flags.FLAGS["config"].parser.parse(_config_file(argv))
   for path in re.findall(r"^--?config\.([\w.]+)", words, re.MULTILINE):
     node, above = config, "config"
     for key in path.split("."):

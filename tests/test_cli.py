@@ -26,7 +26,7 @@ VIT = "--config=configs/vit.py:runlocal"
 @pytest.mark.parametrize(
   ("words", "said"),
   [
-    (["--config=configs/vti.py"], "there are configs/byol.py, "),
+    (["--config=configs/vti.py"], "byol_sigmoid.py, configs/finetune"),
     (
       [VIT, "--config.total_steps=1e3"],
       "--config.total_steps=1e3; must be a whole number",

@@ -373,10 +373,13 @@ def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
       ["--config=configs/vit.py", "--config.atn.kind=relu"],
       "config.attn.kind?",
     ),
-    (["--config=configs/vit.py", "--config.model.width=abc"], "'abc'"),
+    (
+      ["--config=configs/vit.py", "--config.model.width=abc"],
+      "width=abc; must",
+    ),
     (["--config=configs/vit.py", "--config.attn.kind=x"], "config.attn.kind"),
     (["--config=configs/no.py"], "configs/no.py"),
-    (["--config=configs/vit.py:b"], "imagenet"),
+    (["--config=configs/vit_sigmoid.py:b"], "vit_sigmoid.py:b: unknown 'b'"),
     (
       ["--config=configs/vit.py:runlocal", "--config=configs/lm.py"],
       "--config=configs/lm.py; --config=configs/vit.py:runlocal is given too",
