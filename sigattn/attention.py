@@ -112,25 +112,29 @@ def dot_product_attention(
       keys for each example, (B, S), is given as mask[:, None, None, :].
     kind: one of KINDS.
     logit_bias: b. A float, or an array (), (N,) or (B, N), which has a
-      gradient. None: as in the table. Softmax refuses it, because it cancels b.
+      gradient. None: as in the table. One number for each example, (B,), is
+      given as logit_bias[:, None] broadcast to (B, N), because an array of one
+      axis is (N,), also where B = N. Softmax refuses it, because it cancels b.
     query_logit_bias: b_i, (T,), (N, T) or (B, N, T), where B and N may be 1.
       One number for each query, with a gradient: a threshold that grows with
       the position, or one half of a forget gate (2503.02130). Softmax refuses
       it, because it cancels b_i.
     key_logit_bias: b_j, (S,), (N, S) or (B, N, S). One number for each key,
-      with a gradient; -inf hides a key. One number for each key of each
-      example, (B, S), is given as key_logit_bias[:, None, :].
+      with a gradient; -inf hides a key. N may be 1: one number for each key of
+      each example, (B, S), is given as key_logit_bias[:, None, :]. An array of
+      two axes is (N, S), also where B = N.
     n: the key length that b and ReLU's divisor are made for. None: S, padding
       included. A model passes its own longest length, so that training and
       evaluation at another length agree. Softmax ignores it.
     normalize: divides the weights of a row by their sum over the keys that it
-      sees. The sum needs no maximum and no rescaling. With it b becomes a soft
-      clip: a row of sigmoid is softmax of logits that are clipped softly at -b,
-      and becomes plain softmax as b falls. Weights below float32's smallest
-      normal number (logits below -87) count as 0. A row whose logits are all
-      near -87 loses precision. A row is zero if all its logits are below -87,
-      or if it sees no key. Softmax refuses it, because its rows are normalised
-      already, and silu refuses it, because its weights may be negative.
+      sees. The sum needs no maximum and no rescaling. Let u be a logit without
+      b, so that phi gets z = u + b. Then b becomes a soft clip: a row of
+      sigmoid is softmax of u that is clipped softly at -b, and becomes softmax
+      of u as b falls. Weights below float32's smallest normal number (z below
+      -87) count as 0. A row whose z are all near -87 loses precision. A row is
+      zero if all its z are below -87, or if it sees no key. Softmax refuses it,
+      because its rows are normalised already, and silu refuses it, because its
+      weights may be negative.
     alibi_slopes: a number, (N,) or (B, N): subtracts slope * |i - j| from the
       logit of query i and key j (2108.12409), where i counts from query_offset
       on. A negative slope favours far keys. Unlike softmax, sigmoid does not
@@ -164,7 +168,9 @@ def dot_product_attention(
     return_residual: also returns what the rows were divided by. With softmax
       it is jax.nn's log-sum-exp. With `normalize` it is the sum s of a row's
       weights, by which results for shards of the keys can be joined:
-      sum_i s_i out_i / sum_i s_i. It is refused without either.
+      sum_i s_i out_i / sum_i s_i, where the sum of s_i is not 0. All shards
+      need the same n or logit_bias: the default n is the length of the shard.
+      docs/operation.md has an example. It is refused without either.
 
   Returns:
     An array with the shape and dtype of query; with return_residual also
@@ -384,7 +390,7 @@ def _refuse_traced(name, x):
   """Refuses what a program is compiled for, if it is not known yet."""
   if any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(x)):
     raise ValueError(
-      f"{name}={x}; must be a Python value, not a traced array: bind it by "
+      f"{name}={x}; must be a Python value, not a traced array: bind it with "
       f"functools.partial, or give jax.jit static_argnames={name!r}"
     )
 
