@@ -637,6 +637,14 @@ def test_exact_names_make_splits(names, wanted, tmp_path, monkeypatch):
   assert bool(like_a_split) == any("not as a split" in x for x in said)
 
 
+def test_the_file_that_makes_a_split_is_named(tmp_path):
+  for name in ("a.txt", "b.txt", "test.txt"):
+    (tmp_path / name).write_text("a text")
+  said = r"choose from \['test'\].*test\.txt is named as a split; .*train_0"
+  with pytest.raises(ValueError, match=said):
+    setup.validate_config(make(**{"data.source": str(tmp_path)}))
+
+
 def test_the_hub_is_not_told_of_local_files(tmp_path, monkeypatch):
   told = []
   monkeypatch.setattr(
