@@ -666,7 +666,9 @@ def _number(name, x):
   """x as a finite float."""
   try:
     # float() would also take "128" and True.
-    number = math.nan if isinstance(x, (str, bytes, bool)) else float(x)
+    number = (
+      math.nan if isinstance(x, (str, bytes, bool, np.bool_)) else float(x)
+    )
   except (TypeError, ValueError):
     number = math.nan
   if not math.isfinite(number):

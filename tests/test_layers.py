@@ -549,6 +549,29 @@ def test_stack_hands_masks_to_every_layer():
 
 
 @pytest.mark.parametrize(
+  ("shape", "place", "said"),
+  [
+    ((T, D), None, r"x_BTD\.shape=\(5, 8\); must be .*give x_BTD\[None\]"),
+    ((B, T, 7), None, r"x_BTD\.shape=\(2, 5, 7\); must be \(B, T, 8\)$"),
+    ((B, T, D), 3, "place=3; must be None without a cache"),
+  ],
+)
+def test_a_senseless_call_is_refused(shape, place, said):
+  with pytest.raises(ValueError, match=said):
+    make_attention(is_causal=True)(jnp.zeros(shape), place=place)
+
+
+@pytest.mark.parametrize("name", ["mask", "seq_lengths", "segment_ids"])
+def test_a_mask_that_decoding_would_ignore_is_refused(name):
+  slots = jnp.zeros((B, 4, N, D // N))
+  options = dict(cache=layers.Cache(slots, slots), place=3)
+  shape = dict(mask=(1, 1, 1, 4), seq_lengths=(B,), segment_ids=(B, 1))[name]
+  options[name] = jnp.ones(shape, bool if name == "mask" else int)
+  with pytest.raises(ValueError, match=f"{name} of shape .* with `place`"):
+    make_attention(is_causal=True)(jnp.zeros((B, 1, D)), **options)
+
+
+@pytest.mark.parametrize(
   ("make", "said"),
   [
     (lambda: make_attention(kind="gelu"), "kind='gelu'; choose"),
@@ -575,26 +598,3 @@ def test_stack_hands_masks_to_every_layer():
 def test_senseless_argument_is_refused(make, said):
   with pytest.raises(ValueError, match=said):
     make()
-
-
-@pytest.mark.parametrize(
-  ("shape", "place", "said"),
-  [
-    ((T, D), None, r"x_BTD\.shape=\(5, 8\); must be .*give x_BTD\[None\]"),
-    ((B, T, 7), None, r"x_BTD\.shape=\(2, 5, 7\); must be \(B, T, 8\)$"),
-    ((B, T, D), 3, "place=3; must be None without a cache"),
-  ],
-)
-def test_a_senseless_call_is_refused(shape, place, said):
-  with pytest.raises(ValueError, match=said):
-    make_attention(is_causal=True)(jnp.zeros(shape), place=place)
-
-
-@pytest.mark.parametrize("name", ["mask", "seq_lengths", "segment_ids"])
-def test_a_mask_that_decoding_would_ignore_is_refused(name):
-  slots = jnp.zeros((B, 4, N, D // N))
-  options = dict(cache=layers.Cache(slots, slots), place=3)
-  shape = dict(mask=(1, 1, 1, 4), seq_lengths=(B,), segment_ids=(B, 1))[name]
-  options[name] = jnp.ones(shape, bool if name == "mask" else int)
-  with pytest.raises(ValueError, match=f"{name} of shape .* with `place`"):
-    make_attention(is_causal=True)(jnp.zeros((B, 1, D)), **options)
