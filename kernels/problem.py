@@ -155,9 +155,10 @@ class Problem:
 
 def not_implemented(kind: str, file: str) -> ValueError:
   """The error of a file that lacks a branch for a kind of ACTIVATIONS."""
+  is_kernel = file.startswith(("kernels/triton/", "kernels/mosaic/"))
   return ValueError(
-    f"{kind=} is not implemented in {file}; {HOW_TO_ADD} says what it needs."
-    " Until then another implementation may have it, such as 'xla'"
+    f"{kind=} is not implemented in {file}; {HOW_TO_ADD} says what it needs"
+    + ". Until then give implementation='xla'" * is_kernel
   )
 
 

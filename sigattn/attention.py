@@ -117,25 +117,29 @@ def dot_product_attention(
       keys for each example, (B, S), is given as mask[:, None, None, :].
     kind: one of KINDS.
     logit_bias: b. A float, or an array (), (N,) or (B, N), which has a
-      gradient. None: as in the table. Softmax refuses it, because it cancels b.
+      gradient. None: as in the table. One number for each example, (B,), is
+      given as logit_bias[:, None] broadcast to (B, N), because an array of one
+      axis is (N,), also where B = N. Softmax refuses it, because it cancels b.
     query_logit_bias: b_i, (T,), (N, T) or (B, N, T), where B and N may be 1.
       One number for each query, with a gradient: a threshold that grows with
       the position, or one half of a forget gate (2503.02130). Softmax refuses
       it, because it cancels b_i.
     key_logit_bias: b_j, (S,), (N, S) or (B, N, S). One number for each key,
-      with a gradient; -inf hides a key. One number for each key of each
-      example, (B, S), is given as key_logit_bias[:, None, :].
+      with a gradient; -inf hides a key. N may be 1: one number for each key of
+      each example, (B, S), is given as key_logit_bias[:, None, :]. An array of
+      two axes is (N, S), also where B = N.
     n: the key length that b and ReLU's divisor are made for. None: S, padding
       included. A model passes its own longest length, so that training and
       evaluation at another length agree. Softmax ignores it.
     normalize: divides the weights of a row by their sum over the keys that it
-      sees. The sum needs no maximum and no rescaling. With it b becomes a soft
-      clip: a row of sigmoid is softmax of logits that are clipped softly at -b,
-      and becomes plain softmax as b falls. Weights below float32's smallest
-      normal number (logits below -87) count as 0. A row whose logits are all
-      near -87 loses precision. A row is zero if all its logits are below -87,
-      or if it sees no key. Softmax refuses it, because its rows are normalised
-      already, and silu refuses it, because its weights may be negative.
+      sees. The sum needs no maximum and no rescaling. Let u be a logit without
+      b, so that phi gets z = u + b. Then b becomes a soft clip: a row of
+      sigmoid is softmax of u that is clipped softly at -b, and becomes softmax
+      of u as b falls. Weights below float32's smallest normal number (z below
+      -87) count as 0. A row whose z are all near -87 loses precision. A row is
+      zero if all its z are below -87, or if it sees no key. Softmax refuses it,
+      because its rows are normalised already, and silu refuses it, because its
+      weights may be negative.
     alibi_slopes: a number, (N,) or (B, N): subtracts slope * |i - j| from the
       logit of query i and key j (2108.12409), where i counts from query_offset
       on. A negative slope favours far keys. Unlike softmax, sigmoid does not
@@ -169,7 +173,9 @@ def dot_product_attention(
     return_residual: also returns what the rows were divided by. With softmax
       it is jax.nn's log-sum-exp. With `normalize` it is the sum s of a row's
       weights, by which results for shards of the keys can be joined:
-      sum_i s_i out_i / sum_i s_i. It is refused without either.
+      sum_i s_i out_i / sum_i s_i, where the sum of s_i is not 0. All shards
+      need the same n or logit_bias: the default n is the length of the shard.
+      docs/operation.md has an example. It is refused without either.
 
   Returns:
     An array with the shape and dtype of query; with return_residual also
@@ -179,6 +185,8 @@ def dot_product_attention(
     ValueError: for arguments that make no sense.
     NotImplementedError: if the named implementation cannot compute this.
   """
+  normalize, is_causal = flags(normalize=normalize, is_causal=is_causal)
+  (return_residual,) = flags(return_residual=return_residual)
   validate_kind(kind, implementation, normalize)
   if return_residual and kind != "softmax" and not normalize:
     raise ValueError(
@@ -186,7 +194,8 @@ def dot_product_attention(
       f"{normalize=}: give False, or normalize=True"
     )
   depends_on_position(query_offset, is_causal, local_window_size, alibi_slopes)
-  query, key, value = (jnp.asarray(x) for x in (query, key, value))
+  query, key = as_array("query", query), as_array("key", key)
+  value = as_array("value", value)
   shape = query.shape
   if query.ndim == 3:
     query, key, value = (_unsqueeze(x, 4) for x in (query, key, value))
@@ -285,7 +294,8 @@ def attention_weights(
   Raises:
     ValueError: as dot_product_attention; and for arrays without a batch axis.
   """
-  query, key = jnp.asarray(query), jnp.asarray(key)
+  normalize, is_causal = flags(normalize=normalize, is_causal=is_causal)
+  query, key = as_array("query", query), as_array("key", key)
   for name, x in (("query", query), ("key", key)):
     if x.ndim != 4:
       raise ValueError(
@@ -365,8 +375,10 @@ def depends_on_position(
   """Whether an argument uses the positions of the queries.
 
   Raises:
-    ValueError: for an offset that would have no effect.
+    ValueError: for an offset that would have no effect, and for a window that
+      is traced.
   """
+  _refuse_traced("local_window_size", local_window_size)
   sides = local_window_size
   sides = sides if isinstance(sides, (tuple, list)) else (sides,)
   if is_causal or alibi_slopes is not None or any(x is not None for x in sides):
@@ -377,6 +389,38 @@ def depends_on_position(
       "local_window_size or alibi_slopes: a decoding step needs is_causal=True"
     )
   return False
+
+
+def flags(**arguments: Any) -> list[bool]:
+  """The arguments as bools. Raises ValueError for anything else."""
+  return [_flag(name, x) for name, x in arguments.items()]
+
+
+def _flag(name, x):
+  _refuse_traced(name, x)
+  is_array = isinstance(x, (np.ndarray, jax.Array))
+  if is_array and x.dtype == bool and x.shape == ():
+    return bool(x)
+  if not isinstance(x, (bool, np.bool_)):
+    raise ValueError(f"{name}={x!r}; must be True or False")
+  return bool(x)
+
+
+def _refuse_traced(name, x):
+  """Refuses what a program is compiled for, if it is not known yet."""
+  if any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(x)):
+    raise ValueError(
+      f"{name}={x}; must be a Python value, not a traced array: bind it with "
+      f"functools.partial, or give jax.jit static_argnames={name!r}"
+    )
+
+
+def as_array(name: str, x: ArrayLike) -> jax.Array:
+  """jnp.asarray(x). Raises ValueError for what is no array of numbers."""
+  try:
+    return jnp.asarray(x)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{name}={x!r}; must be an array of numbers") from error
 
 
 def problem_of(*arrays: Any, kind: str, **options: Any) -> Problem:
@@ -641,7 +685,10 @@ def _with_scale(scale, query, *, keep=False):
 def _number(name, x):
   """x as a finite float."""
   try:
-    number = float(x)
+    # float() would also take "128" and True.
+    number = (
+      math.nan if isinstance(x, (str, bytes, bool, np.bool_)) else float(x)
+    )
   except (TypeError, ValueError):
     number = math.nan
   if not math.isfinite(number):
@@ -655,8 +702,7 @@ def _length(n, key):
     return key.shape[1]
   if n is None:
     return float(key.shape[1] or 1)  # Without keys there is nothing to divide.
-  if isinstance(n, jax.core.Tracer):
-    raise ValueError(f"n={n}; must be a number, not a traced array")
+  _refuse_traced("n", n)
   number = _number("n", n)
   if not number > 0:
     raise ValueError(f"{n=}; must be > 0")
@@ -685,14 +731,18 @@ def _operands(
   for name, most in sizes.items():
     _check_lengths(name, integers.get(name), most)
   return dispatch.Operands(
-    bias=_fitted("bias", _float(bias), logits),
+    bias=_fitted("bias", _float("bias", bias), logits),
     mask=_fitted("mask", mask, logits),
-    alibi_slopes=_per_head("alibi_slopes", _float(alibi_slopes), heads),
+    alibi_slopes=_per_head(
+      "alibi_slopes", _float("alibi_slopes", alibi_slopes), heads
+    ),
     query_logit_bias=_fitted(
-      "query_logit_bias", _float(query_logit_bias), (*heads, length)
+      "query_logit_bias",
+      _float("query_logit_bias", query_logit_bias),
+      (*heads, length),
     ),
     key_logit_bias=_fitted(
-      "key_logit_bias", _float(key_logit_bias), (*heads, keys)
+      "key_logit_bias", _float("key_logit_bias", key_logit_bias), (*heads, keys)
     ),
     **{
       name: _unsqueeze(_int32(name, x), 1 if name.endswith("lengths") else 2)
@@ -705,7 +755,7 @@ def _fitted(name, x, full):
   """x with leading axes of 1, so that it broadcasts to `full`."""
   if x is None:
     return None
-  x = jnp.asarray(x)
+  x = as_array(name, x)
   shape = (1,) * (len(full) - x.ndim) + x.shape
   if fits(shape, full, getattr(FREE_AXES, name)):
     return x.reshape(shape)
@@ -729,6 +779,9 @@ def _check_lengths(name, x, most):
   unknown = x is None or isinstance(x, jax.Array) or symbolic(most)
   if unknown or not np.size(x):
     return
+  x = np.asarray(x)
+  if not np.issubdtype(x.dtype, np.integer):
+    return  # _int32 refuses them.
   least, longest = np.min(x), np.max(x)
   if not 0 <= least <= longest <= most:
     raise ValueError(
@@ -740,7 +793,7 @@ def _with_offset(operands, offset, batch):
   """(operands, query_offset); an offset that is an array joins the operands."""
   if offset is None or _is_int(offset):
     return operands, None if offset is None else int(offset)
-  array = jnp.asarray(offset)
+  array = as_array("query_offset", offset)
   if jnp.issubdtype(array.dtype, jnp.integer):
     array = _int32("query_offset", offset)
   if array.shape not in ((), (batch,)) or not jnp.issubdtype(
@@ -753,11 +806,11 @@ def _with_offset(operands, offset, batch):
   return operands._replace(query_offset=array), None
 
 
-def _float(x):
+def _float(name, x):
   """x as an array; whole numbers become float32."""
   if x is None:
     return None
-  x = jnp.asarray(x)
+  x = as_array(name, x)
   return x.astype("float32") if jnp.issubdtype(x.dtype, jnp.integer) else x
 
 
@@ -854,8 +907,11 @@ def _bias_and_divisor(query, operands, kind, logit_bias, n):
     logit_bias = -jnp.log(jnp.asarray(n).astype("float32"))
   elif logit_bias is None:
     logit_bias = default_logit_bias(kind, n)
-  if not isinstance(logit_bias, (int, float, np.number)):
-    array = _per_head("logit_bias", _float(logit_bias), _heads(query))
+  is_number = isinstance(logit_bias, (int, float, np.number))
+  if not is_number or isinstance(logit_bias, bool):
+    array = _per_head(
+      "logit_bias", _float("logit_bias", logit_bias), _heads(query)
+    )
     operands, logit_bias = operands._replace(logit_bias=array), None
   normalizer = 1.0 if kind in ("sigmoid", "softmax") else n
   return operands, dict(logit_bias=logit_bias, normalizer=normalizer)

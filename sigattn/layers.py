@@ -122,8 +122,9 @@ class SelfAttention(nnx.Module):
 
   Raises:
     ValueError: for an unknown choice; if num_heads does not divide width, or
-      num_kv_heads does not divide num_heads; for a logit bias with softmax; and
-      for row_power without is_causal or with a window.
+      num_kv_heads does not divide num_heads; for a logit bias with softmax; for
+      row_power without is_causal or with a window; for a dtype that is no
+      float; and for a `rotate` that is no function.
   """
 
   def __init__(
@@ -155,6 +156,12 @@ class SelfAttention(nnx.Module):
     _choose("kind", kind, attention.KINDS)
     _choose("qk_norm", qk_norm, QK_NORMS)
     _check_logit_bias(kind, logit_bias, learn_logit_bias)
+    _check_dtype(dtype)
+    if rotate is not None and not callable(rotate):
+      raise ValueError(
+        f"{rotate=}; must be None or a function of x_BTNH, such as "
+        "sigattn.positions.rope"
+      )
     if kind == "softmax" and normalize:
       raise ValueError(
         f"{normalize=}; must be False where {kind=}: set config.attn.normalize="
@@ -217,12 +224,25 @@ class SelfAttention(nnx.Module):
     cache: a Cache of S slots. Without `place` the tokens fill its first T slots
     and see only each other. `place` is the slot of the first token, an int32
     scalar, or (B,), one for each row. It needs is_causal. A token then sees the
-    slots up to its own, as far as the window reaches; tokens beyond slot S are
-    not kept; and mask, seq_lengths and segment_ids have no effect.
+    slots up to its own, as far as the window reaches, and tokens beyond slot S
+    are not kept. mask, seq_lengths and segment_ids are refused with it, because
+    they would have no effect.
     page_table: int32 (B, M), for a paged cache: slot s of a row is token s % L
     of the page with the number page_table[row, s // L]. S is M L; tokens beyond
     S are written to the last page of the row's table.
+
+    Raises ValueError for an input of another shape, for arguments that would
+    have no effect, and for row_power without `positions`.
     """
+    self._check_input(x_BTD)
+    _check_cache(
+      cache,
+      place,
+      page_table,
+      mask=mask,
+      seq_lengths=seq_lengths,
+      segment_ids=segment_ids,
+    )
     q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
     if self.has_qk_norm:
       q_BTNH = normalize(self.query_norm, q_BTNH)
@@ -268,6 +288,14 @@ class SelfAttention(nnx.Module):
     self.query_key_value = Product(*parts, axis=-2)
     self.out = Product(self.out)
     del self.query, self.key, self.value
+
+  def _check_input(self, x_BTD):
+    width, shape = self.num_heads * self.head_width, jnp.shape(x_BTD)
+    if len(shape) != 3 or shape[2] != width:
+      raise ValueError(
+        f"x_BTD.shape={shape}; must be (B, T, {width})"
+        + " (give x_BTD[None])" * (len(shape) == 2 and shape[1] == width)
+      )
 
   def _project(self, x_BTD):
     """(query, key, value), before norms and rotation."""
@@ -442,6 +470,28 @@ def _check_heads(width, num_heads, num_kv_heads):
     raise ValueError(f"{num_kv_heads=}; must divide {num_heads=}")
 
 
+def _check_dtype(dtype):
+  try:
+    is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+  except TypeError:
+    is_float = False
+  if not is_float:
+    raise ValueError(f"{dtype=}; must be a float, such as 'bfloat16'")
+
+
+def _check_cache(cache, place, page_table, **masks):
+  """Refuses what would have no effect without a cache, or with `place`."""
+  for name, x in (("place", place), ("page_table", page_table)):
+    if cache is None and x is not None:
+      raise ValueError(f"{name}={x}; must be None without a cache")
+  for name, x in masks.items():
+    if place is not None and x is not None:
+      raise ValueError(
+        f"{name} of shape {jnp.shape(x)} with `place`; must be None, because a "
+        "token then sees every slot of the cache up to its own"
+      )
+
+
 def _check_logit_bias(kind, logit_bias, learn_logit_bias):
   if kind == "softmax" and logit_bias is not None:
     raise ValueError(f"{logit_bias=}; softmax does not change with it")
@@ -476,6 +526,7 @@ class Mlp(nnx.Module):
     rngs: nnx.Rngs,
   ) -> None:
     _choose("kind", kind, MLPS)
+    _check_dtype(dtype)
     self.kind = kind
     linear = functools.partial(
       nnx.Linear,

@@ -80,9 +80,18 @@ def paged_attention(
     ValueError: for arguments that make no sense.
     NotImplementedError: if the named implementation cannot compute this.
   """
-  query, keys, values, table, lengths = map(
-    jnp.asarray,
-    (query_BTNH, key_pages_PLKH, value_pages_PLKH, page_table_BM, lengths_B),
+  query, keys, values, table, lengths = (
+    attention.as_array(name, x)
+    for name, x in dict(
+      query_BTNH=query_BTNH,
+      key_pages_PLKH=key_pages_PLKH,
+      value_pages_PLKH=value_pages_PLKH,
+      page_table_BM=page_table_BM,
+      lengths_B=lengths_B,
+    ).items()
+  )
+  normalize, is_causal = attention.flags(
+    normalize=normalize, is_causal=is_causal
   )
   attention.validate_kind(kind, implementation, normalize)
   _validate(query, keys, values, table, lengths)

@@ -96,6 +96,9 @@ def ring_attention(
       would balance nothing.
   """
   parts = lax.axis_size(axis_name)
+  normalize, is_causal = attention.flags(
+    normalize=normalize, is_causal=is_causal
+  )
   _validate(query, key, kind, exchange, order, is_causal, local_window_size)
   if not (scale is None or isinstance(scale, (int, float, np.number))):
     raise ValueError(

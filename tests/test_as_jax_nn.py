@@ -26,6 +26,9 @@ LISTED = [
   (dict(local_window_size=True), False),
   (dict(scale=float("nan")), False),
   (dict(scale=float("inf")), False),
+  (dict(scale="1"), False),
+  (dict(is_causal="no"), False),
+  (dict(return_residual=1), False),
   (dict(bias=np.ones((2, 1, 3, 5), bool)), False),
   (dict(bias=np.ones((2, 1, 3, 5), complex)), False),
   (dict(query=np.ones((2, 3, 4, 4), int), key=np.ones((2, 5, 2, 4), int),
@@ -115,7 +118,6 @@ def spoil(rng, arguments, shape):
     dict(local_window_size=1.5),
     dict(local_window_size="1"),
     dict(implementation="mosaic"),
-    dict(scale="1"),
   ]
   del h
   return arguments | wrong[rng.integers(len(wrong))]

@@ -879,6 +879,21 @@ BAD = [
   (dict(logit_bias=float("nan")), "logit_bias=nan; must be finite"),
   (dict(logit_bias=Z(3)), r"logit_bias.shape=\(3,\); must be \(4,\)"),
   (dict(alibi_slopes=Z(3)), "alibi_slopes.shape"),
+  (dict(logit_bias="x"), "logit_bias='x'; must be an array of numbers"),
+  (dict(logit_bias=True), "logit_bias.dtype=bool; must be a float"),
+  (dict(alibi_slopes="x"), "alibi_slopes='x'; must be an array of numbers"),
+  (dict(mask="x"), "mask='x'; must be an array of numbers"),
+  (dict(is_causal=True, query_offset="x"), "query_offset='x'; must be an"),
+  (dict(value=None), "value=None; must be an array of numbers"),
+  (dict(key="x"), "key='x'; must be an array of numbers"),
+  (dict(query_seq_lengths="x"), "query_seq_lengths.dtype=str32; must be an"),
+  (dict(normalize="yes"), "normalize='yes'; must be True or False"),
+  (dict(is_causal="no"), "is_causal='no'; must be True or False"),
+  (dict(is_causal=Z(1, bool)), r"is_causal=array\(.*; must be True or False"),
+  (dict(return_residual=1), "return_residual=1; must be True or False"),
+  (dict(n="128"), "n='128'; must be a finite number"),
+  (dict(n=True), "n=True; must be a finite number"),
+  (dict(scale="1"), "scale='1'; must be a finite number"),
   (dict(n=0), "n=0; must be > 0"),
   (dict(scale=float("inf")), "scale=inf; must be a finite number"),
   (dict(scale=jnp.ones(2)), "scale=.*must be a finite number"),
@@ -918,6 +933,33 @@ def test_bad_arguments_are_refused_by_name(change, message):
   arguments = dict(query=query, key=key, value=value) | change
   with pytest.raises(ValueError, match=message):
     dot_product_attention(**arguments)
+
+
+@pytest.mark.parametrize("array", [np.bool_, np.asarray, jnp.asarray])
+def test_a_bool_may_be_an_array(array):
+  arrays = draw()
+  found = dot_product_attention(*arrays, is_causal=array(True))
+  wanted = dot_product_attention(*arrays, is_causal=True)
+  np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+  "static",
+  [
+    dict(is_causal=True),
+    dict(normalize=True),
+    dict(return_residual=True),
+    dict(n=128),
+    dict(local_window_size=(3, 0)),
+  ],
+  ids=str,
+)
+def test_a_traced_argument_that_must_be_known_is_refused(static):
+  """The program is compiled for these; jax itself refuses traced strings."""
+  [name] = static
+  said = f"{name}=.*; must be a Python value.* static_argnames='{name}'"
+  with pytest.raises(ValueError, match=said):
+    jax.jit(dot_product_attention)(*draw(), **static)
 
 
 @pytest.mark.parametrize("causal", [False, True])

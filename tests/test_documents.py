@@ -187,6 +187,24 @@ def test_the_decoding_step_of_the_example_is_its_row_of_the_whole():
   np.testing.assert_allclose(names["step"], wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_the_joined_shards_of_the_example_are_the_whole():
+  names = run_examples("docs/operation.md")
+  arrays = [names[x] for x in ("query", "key", "value")]
+  wanted = sigattn.dot_product_attention(
+    *arrays, normalize=True, is_causal=True
+  )
+  np.testing.assert_allclose(names["joined"], wanted, rtol=1e-4, atol=1e-5)
+  wanted = sigattn.dot_product_attention(*arrays, kind="softmax")
+  found = names["joined_softmax"]
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_both_masks_of_keys_in_the_example_are_the_same():
+  names = run_examples("docs/operation.md")
+  wanted, found = names["masked"], names["biased"]
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_the_decoding_of_flax_in_the_example_is_a_row_of_the_whole():
   names = run_examples("docs/jax_nn.md")
   wanted = names["whole"][:, 2:3]

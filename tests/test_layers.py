@@ -549,6 +549,29 @@ def test_stack_hands_masks_to_every_layer():
 
 
 @pytest.mark.parametrize(
+  ("shape", "place", "said"),
+  [
+    ((T, D), None, r"x_BTD\.shape=\(5, 8\); must be .*give x_BTD\[None\]"),
+    ((B, T, 7), None, r"x_BTD\.shape=\(2, 5, 7\); must be \(B, T, 8\)$"),
+    ((B, T, D), 3, "place=3; must be None without a cache"),
+  ],
+)
+def test_a_senseless_call_is_refused(shape, place, said):
+  with pytest.raises(ValueError, match=said):
+    make_attention(is_causal=True)(jnp.zeros(shape), place=place)
+
+
+@pytest.mark.parametrize("name", ["mask", "seq_lengths", "segment_ids"])
+def test_a_mask_that_decoding_would_ignore_is_refused(name):
+  slots = jnp.zeros((B, 4, N, D // N))
+  options = dict(cache=layers.Cache(slots, slots), place=3)
+  shape = dict(mask=(1, 1, 1, 4), seq_lengths=(B,), segment_ids=(B, 1))[name]
+  options[name] = jnp.ones(shape, bool if name == "mask" else int)
+  with pytest.raises(ValueError, match=f"{name} of shape .* with `place`"):
+    make_attention(is_causal=True)(jnp.zeros((B, 1, D)), **options)
+
+
+@pytest.mark.parametrize(
   ("make", "said"),
   [
     (lambda: make_attention(kind="gelu"), "kind='gelu'; choose"),
@@ -565,6 +588,9 @@ def test_stack_hands_masks_to_every_layer():
     ),
     (lambda: make_attention(row_power=1.0), "row_power=1.0; must be 0"),
     (lambda: layers.Mlp(D, F, "relu", rngs=nnx.Rngs(0)), "kind='relu'; choose"),
+    (lambda: make_attention(dtype="bf16"), "dtype='bf16'; must be a float"),
+    (lambda: make_attention(dtype=int), "dtype=<class 'int'>; must be a float"),
+    (lambda: make_attention(rotate="rope"), "rotate='rope'; must be None or"),
     (lambda: make_block(nnx.Rngs(0), norm="both"), "norm='both'; choose"),
     (lambda: make_block(nnx.Rngs(0), norm_kind="l"), "norm_kind='l'; choose"),
   ],

@@ -111,6 +111,8 @@ X = np.zeros
     (dict(kind="softplus"), "kind='softplus'; choose from"),
     (dict(kind="softmax", logit_bias=1.0), "logit_bias=1.0 with kind='soft"),
     (dict(implementation="cudnn"), "implementation='cudnn'; .* choose from"),
+    (dict(is_causal="no"), "is_causal='no'; must be True or False"),
+    (dict(page_table_BM=None), "page_table_BM=None; must be an array of"),
     (dict(local_window_size=-1), "local_window_size=-1; must be"),
   ],
 )  # fmt: skip

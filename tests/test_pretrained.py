@@ -286,6 +286,7 @@ def test_the_error_has_all_flags_of_an_image_model(tmp_path):
     json.dumps({"image_mean": [0.5, 0.5, 0.4], "image_std": [0.5, 0.5, 0.6]})
   )
   config = vit_sigmoid.get_config("runlocal")
+  config.model.num_heads = 4
   config.init_from = str(folder)
   with pytest.raises(ValueError, match="whose model needs") as caught:
     setup.validate_config(config)
@@ -293,8 +294,24 @@ def test_the_error_has_all_flags_of_an_image_model(tmp_path):
   assert "--config.data.mean=(0.5, 0.5, 0.4)" in words
   assert "--config.data.std=(0.5, 0.5, 0.6)" in words
   assert words[-1] == "--config.data.num_classes=3"
+  # None means as many heads of keys as the flags give to the queries.
+  assert "--config.model.num_heads=2" in words
+  assert not [x for x in words if "num_kv_heads" in x]
   with pytest.raises(ValueError, match=r"use configs/vit_sigmoid\.py"):
     setup.validate_config(make("llama", init_from=str(folder)))
+
+
+def test_an_unknown_normalisation_is_asked_for():
+  """The reference was saved without a preprocessor."""
+  config = vit_sigmoid.get_config("runlocal")
+  config.init_from = str(REFERENCES / "vit")
+  said = r"Also give --config\.data\.mean and .*\.std, 3 numbers each"
+  with pytest.raises(ValueError, match=said):
+    setup.validate_config(config)
+  config.data.update(mean=(0.5,) * 3, std=(0.5,) * 3)
+  with pytest.raises(ValueError, match=r"needs: ") as caught:
+    setup.validate_config(config)
+  assert "Also give" not in str(caught.value)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

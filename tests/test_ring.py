@@ -60,6 +60,7 @@ def test_a_ring_of_gpus_equals_one_gpu(form, normalize):
       r"local_window_size=3; .* give 'contiguous'",
     ),
     (dict(order="zigzag", is_causal=True, tokens=3), "T must be even"),
+    (dict(normalize="yes"), "normalize='yes'; must be True or False"),
     (dict(scale=jnp.ones(())), "scale=.*; must be a number here"),
     (dict(keys=5), r"key\.shape=\(1, 5, 2, 8\); must be"),
   ],

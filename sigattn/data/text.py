@@ -123,8 +123,21 @@ def _sources_have_the_splits(config):
       raise ValueError(
         f"config.data.{origin.split_key}={origin.split!r}; choose from "
         f"{sorted(known)}, the splits of config.data.{origin.key}="
-        f"{origin.source!r}"
+        f"{origin.source!r}{_named_as_splits(origin)}"
       )
+
+
+def _named_as_splits(origin):
+  """Says which file's name is the reason for the splits of a folder."""
+  if origin.source in EMBEDDED or token_files.is_folder(origin.source):
+    return ""
+  by_split = text_files.find(origin.source, origin.key)
+  [kinds, *_] = by_split.values()
+  [[path, *_], *_] = kinds.values()
+  return (
+    f", because {path} is named as a split; name the other files as the split "
+    f"{origin.split!r} ({origin.split}_0.txt, or a folder {origin.split})"
+  )
 
 
 def _one_text_has_the_rows(config):

@@ -6,9 +6,16 @@
   .txt            one document, or with config.data.lines one per line
 
 Texts are UTF-8. Each file may be compressed (.gz, .bz2, .xz). A folder may hold
-files of all kinds. The names of its files and folders say which split a file
-belongs to, as in `datasets`: train, validation or test. If no name says it, all
-are in train.
+files of all kinds. A file belongs to a split if it is in a folder with the name
+of the split, or has that name itself, with or without a number:
+
+  train.txt, train_3.jsonl, train-00000-of-00010.parquet, train/mine.txt
+
+The names are those in SPLITS. A shard may also have words before the split
+(c4-train.00000-of-01024.json.gz), and in a folder `data` any word is a split
+(data/train_sft-00000-of-00003.parquet). If no file belongs to a split, all are
+in train. Otherwise only those that do are read. `datasets` would also take
+training.txt and my-test-2.txt for splits; here a warning names such files.
 """
 
 import bz2
@@ -22,6 +29,7 @@ import json
 import logging
 import lzma
 import pathlib
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -37,6 +45,21 @@ _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _COMPRESSED = tuple(_OPEN)
 # The column that says why a document is no text; empty if it is.
 WHY = "why it is no text"
+
+SPLITS = {
+  "train": "train", "validation": "validation", "valid": "validation",
+  "val": "validation", "dev": "validation", "test": "test",
+}  # fmt: skip
+_SHARD = r"\d+-of-\d+.*"
+_SPLIT = re.compile(
+  rf"({'|'.join(SPLITS)})([-_. ]?\d*|[-_.]{_SHARD})"
+  rf"|.*[-_.]({'|'.join(SPLITS)})[-_.]{_SHARD}"
+)
+_IN_DATA = re.compile(rf"(\w+)-{_SHARD}")
+_LIKE_A_SPLIT = re.compile(
+  r"(.*[-_. \d])?(train(ing)?|valid(ation)?|val|dev|test(ing)?|eval(uation)?)"
+  r"([-_. \d].*)?"
+)
 
 # {split: {suffix: paths}}
 Files = Mapping[str, Mapping[str, Sequence[str]]]
@@ -69,21 +92,19 @@ def find(source: str, key: str = "source") -> Files | None:
 def _in_folder(path, source, key):
   from datasets import data_files
 
-  base = glob.escape(str(path))
-  files, read = {}, set()
-  try:
-    patterns = data_files.get_data_patterns(base)
+  try:  # without hidden files, and without config.json and the like
+    found = data_files.resolve_pattern("**", glob.escape(str(path)))
   except FileNotFoundError:
-    patterns = {}
-  for split, names in patterns.items():
-    found = set()
-    for name in names:
-      with contextlib.suppress(FileNotFoundError):  # another of them has files
-        found.update(data_files.resolve_pattern(name, base))
-    for file in sorted(found):
-      if kind := suffix(pathlib.Path(file)):
-        files.setdefault(str(split), {}).setdefault(kind, []).append(file)
-        read.add(pathlib.Path(file))
+    found = []
+  texts = [x for x in sorted(map(pathlib.Path, found)) if suffix(x)]
+  split_of = {file: _split(file.relative_to(path)) for file in texts}
+  if not any(split_of.values()):
+    _warn_of_names(texts, path, source, key)
+    split_of = dict.fromkeys(texts, "train")
+  files, read = {}, [file for file in texts if split_of[file]]
+  for file in read:
+    by_kind = files.setdefault(split_of[file], {})
+    by_kind.setdefault(suffix(file), []).append(str(file))
   if not files:
     raise ValueError(
       f"config.data.{key}={source!r}; holds no file whose name ends in one of "
@@ -103,6 +124,37 @@ def _in_folder(path, source, key):
       f"{', '.join(others[:10])}"
     )
   return files
+
+
+def _split(file):
+  """The split that a path in a folder of texts names; None if none."""
+  for folder in file.parts[:-1]:
+    if folder in SPLITS:
+      return SPLITS[folder]
+  stem = file.name
+  for ending in (*_COMPRESSED, *SUFFIXES):
+    stem = stem.removesuffix(ending)
+  if match := _SPLIT.fullmatch(stem):
+    return SPLITS[match[1] or match[3]]
+  match = _IN_DATA.fullmatch(stem)
+  return match[1] if match and file.parent.name == "data" else None
+
+
+def _warn_of_names(texts, path, source, key):
+  """Warns of names that look like those of splits, but are none."""
+  names = [str(x.relative_to(path)) for x in texts]
+  names = [
+    name
+    for name in names
+    if any(map(_LIKE_A_SPLIT.fullmatch, pathlib.Path(name).parts))
+  ]
+  if names:
+    warn_once(
+      f"config.data.{key}={source!r}: {', '.join(names[:10])} "
+      f"{'is' if len(names) == 1 else 'are'} read as all other files, and not "
+      "as a split: only files and folders with the names "
+      f"{', '.join(SPLITS)} are splits, such as test.txt"
+    )
 
 
 @functools.lru_cache(maxsize=64)

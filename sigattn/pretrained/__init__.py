@@ -42,6 +42,8 @@ def _init_from_has_the_shape(config):
       f"configs/{file}.py"
     )
   given = _ours(config, wanted)
+  if config.attn.num_kv_heads is None:  # as many as the heads it will have
+    given["attn.num_kv_heads"] = wanted["model.num_heads"]
   flags = {path: x for path, x in wanted.items() if given[path] != x}
   classes = flags.pop("data.num_classes", None)  # a new head may differ
   # Another tokenizer.json may be a copy of theirs.
@@ -60,7 +62,21 @@ def _init_from_has_the_shape(config):
       f" and, to keep its head of {classes} classes, "
       f"--config.data.num_classes={classes}"
     )
-  raise ValueError(message)
+  raise ValueError(message + _unknown_normalisation(config, wanted))
+
+
+def _unknown_normalisation(config, wanted):
+  """A sentence, if the folder and the config lack a mean for the channels."""
+  channels = wanted.get("data.channels")
+  if channels is None or "data.mean" in wanted:
+    return ""
+  if len(config.data.mean) == len(config.data.std) == channels:
+    return ""
+  return (
+    f". Also give --config.data.mean and --config.data.std, {channels} numbers "
+    "each, with which the model was trained: the folder does not have them "
+    "(image_mean and image_std of its preprocessor_config.json)"
+  )
 
 
 def is_run(folder: str) -> bool:

@@ -608,6 +608,51 @@ def test_a_folder_of_all_kinds_is_read_whole(tmp_path, monkeypatch):
     np.testing.assert_array_equal(next(data)["token"], batch["token"])
 
 
+@pytest.mark.parametrize(
+  ("names", "wanted"),
+  [
+    ("a.txt training.txt", {"train": "a.txt training.txt"}),
+    ("a.txt evaluation.txt", {"train": "a.txt evaluation.txt"}),
+    ("my_test.txt test-drive.txt", {"train": "my_test.txt test-drive.txt"}),
+    ("a.txt latest.txt", {"train": "a.txt latest.txt"}),
+    ("train.txt test.txt.gz a.txt", {"train": "train.txt", "test":
+     "test.txt.gz"}),
+    ("train_0.jsonl train_1.jsonl valid.json", {"train":
+     "train_0.jsonl train_1.jsonl", "validation": "valid.json"}),
+    ("train-00000-of-00002-0a1b.parquet test/x/a.txt", {"train":
+     "train-00000-of-00002-0a1b.parquet", "test": "test/x/a.txt"}),
+    ("c4-train.00000-of-01024.json.gz", {"train":
+     "c4-train.00000-of-01024.json.gz"}),
+    ("data/train_sft-00000-of-00003.parquet", {"train_sft":
+     "data/train_sft-00000-of-00003.parquet"}),
+  ],
+)  # fmt: skip
+def test_exact_names_make_splits(names, wanted, tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr(text_files, "warn_once", said.append)
+  for name in names.split():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+  found = {
+    split: {x for paths in kinds.values() for x in paths}
+    for split, kinds in text_files.find(str(tmp_path)).items()
+  }
+  assert found == {
+    split: {str(tmp_path / x) for x in paths.split()}
+    for split, paths in wanted.items()
+  }
+  like_a_split = re.search(r"training|evaluation|my_test", names)
+  assert bool(like_a_split) == any("not as a split" in x for x in said)
+
+
+def test_the_file_that_makes_a_split_is_named(tmp_path):
+  for name in ("a.txt", "b.txt", "test.txt"):
+    (tmp_path / name).write_text("a text")
+  said = r"choose from \['test'\].*test\.txt is named as a split; .*train_0"
+  with pytest.raises(ValueError, match=said):
+    setup.validate_config(make(**{"data.source": str(tmp_path)}))
+
+
 def test_the_hub_is_not_told_of_local_files(tmp_path, monkeypatch):
   told = []
   monkeypatch.setattr(

@@ -70,7 +70,8 @@ def assert_float32(case, bound):
   actual = run_or_skip(arrays, options, cotangent)
   assert actual.keys() == expected.keys()
   for name, value in expected.items():
-    assert error(actual[name], value) < bound, name
+    found = error(actual[name], value)
+    assert found < bound, f"{name}: {found:.1e}, must be below {bound:.1e}"
 
 
 def assert_tangents(case, bound, dtype="float32"):
@@ -155,7 +156,8 @@ def assert_16_bit(case, dtype):
   for name, value in expected.items():
     # Gradients of operands are float32, but may have the error of 16 bits.
     allowed = error(plain[name], value) if name in plain else unit
-    assert error(actual[name], value) <= 2 * allowed + 0.2 * unit, name
+    found, bound = error(actual[name], value), 2 * allowed + 0.2 * unit
+    assert found <= bound, f"{name}: {found:.1e}, must be at most {bound:.1e}"
 
 
 def assert_nan_in_padding_leaks_nowhere(name, width=8, dtype="float32"):
