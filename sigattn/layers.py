@@ -156,7 +156,7 @@ class SelfAttention(nnx.Module):
     _choose("kind", kind, attention.KINDS)
     _choose("qk_norm", qk_norm, QK_NORMS)
     _check_logit_bias(kind, logit_bias, learn_logit_bias)
-    _check_dtype(dtype)
+    _validate_dtype(dtype)
     if rotate is not None and not callable(rotate):
       raise ValueError(
         f"{rotate=}; must be None or a function of x_BTNH, such as "
@@ -234,8 +234,8 @@ class SelfAttention(nnx.Module):
     Raises ValueError for an input of another shape, for arguments that would
     have no effect, and for row_power without `positions`.
     """
-    self._check_input(x_BTD)
-    _check_cache(
+    self._validate_input(x_BTD)
+    _validate_cache(
       cache,
       place,
       page_table,
@@ -289,7 +289,7 @@ class SelfAttention(nnx.Module):
     self.out = Product(self.out)
     del self.query, self.key, self.value
 
-  def _check_input(self, x_BTD):
+  def _validate_input(self, x_BTD):
     width, shape = self.num_heads * self.head_width, jnp.shape(x_BTD)
     if len(shape) != 3 or shape[2] != width:
       raise ValueError(
@@ -470,7 +470,7 @@ def _check_heads(width, num_heads, num_kv_heads):
     raise ValueError(f"{num_kv_heads=}; must divide {num_heads=}")
 
 
-def _check_dtype(dtype):
+def _validate_dtype(dtype):
   try:
     is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
   except TypeError:
@@ -479,7 +479,7 @@ def _check_dtype(dtype):
     raise ValueError(f"{dtype=}; must be a float, such as 'bfloat16'")
 
 
-def _check_cache(cache, place, page_table, **masks):
+def _validate_cache(cache, place, page_table, **masks):
   """Refuses what would have no effect without a cache, or with `place`."""
   for name, x in (("place", place), ("page_table", page_table)):
     if cache is None and x is not None:
@@ -526,7 +526,7 @@ class Mlp(nnx.Module):
     rngs: nnx.Rngs,
   ) -> None:
     _choose("kind", kind, MLPS)
-    _check_dtype(dtype)
+    _validate_dtype(dtype)
     self.kind = kind
     linear = functools.partial(
       nnx.Linear,
