@@ -78,7 +78,7 @@ def _run_of_init_from_fits(config):
     raise ValueError(
       f"config.init_from={folder!r}: {difference}; "
       f"--config.data.tokenizer={os.path.join(folder, 'tokenizer.json')} uses "
-      "its tokenizer"
+      "its tokenizer, for texts that have only characters which it knows"
     )
 
 
