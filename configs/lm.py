@@ -86,9 +86,9 @@ def _base():
     num_heads=4,
     mlp_dim=344,  # 8/3 of the width, as in the published models
     # sincos (added), rope or none; ALiBi is attn.alibi. With ALiBi alone,
-    # sigmoid has a larger loss than softmax; RoPE closes the gap. With RoPE
-    # alone, a model fails on texts longer than its training rows
-    # (benchmarks/NOTES.md).
+    # plain sigmoid has a larger loss than softmax; RoPE narrows the gap. With
+    # RoPE alone, sigmoid fails on texts longer than its training rows, unless
+    # b is -14 and rows are normalised (docs/science.md).
     positions="rope",
     rope_base=10_000.0,  # of RoPE's wavelengths
     rope_share=1.0,  # of a head's features that RoPE turns

@@ -279,7 +279,8 @@ def validate_resumable(
     raise ValueError(
       f"{workdir=} cannot be resumed: {difference}. Give it the files that it "
       "began with, under their old names; --config.data.source=... may name "
-      "another place of them. To train on other data, choose another workdir"
+      "another place of them. To train on other data, choose another workdir; "
+      f"there --config.init_from={workdir} starts from this run's parameters"
     )
   keeps = _keeps(config)
   if keeps and (difference := keeps.difference(config, workdir)):
