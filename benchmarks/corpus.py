@@ -1,10 +1,13 @@
 r"""Builds the corpus of configs/lm_85m.py: real text and code, as tokens.
 
+  apt-get update
   pip install datasketch==2.0.0 inscriptis==2.7.6
   python -m benchmarks.corpus --out=corpus
 
 This downloads the packages of the tables below from the registries that pip and
-apt are configured for (Debian bookworm and PyPI; 1.1 GB), and writes
+apt are configured for (Debian bookworm with its security updates, and PyPI;
+1.1 GB). Debian removes a version when it publishes the next one: then take the
+version from https://snapshot.debian.org. The command writes
 
   corpus/text/SPLIT.jsonl  the documents: {"text", "path", "kind"}
   corpus/tokens/           what a training run reads: tokenizer.json and

@@ -69,5 +69,5 @@ def get_config(arg=None):
 
 
 def sweep_lr():
-  for lr in (1.5e-3, 4e-3, 1e-2):
+  for lr in (6e-4, 1.5e-3, 4e-3, 1e-2):
     yield {"optim.lr": lr}
