@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from sigattn import tasks
 from sigattn.analysis import plots
-from sigattn.training import evaluate, mesh, setup
+from sigattn.training import evaluate, mesh, run_dir, setup
 
 _MOST_POINTS = 2000
 _MOST_IMAGES = 12
@@ -26,10 +26,11 @@ def draw(
 ) -> list[pathlib.Path]:
   """Writes features.png and, for a task that draws images, drawings.png.
 
-  features.png shows the first 2,000 images of the split by the first two
-  principal components of their features, in the colour of their class.
-  drawings.png has a column for each of 12 images. Returns the paths. Raises
-  ValueError for a task without `represent`.
+  For another split than config.data.eval_split the names are
+  features_SPLIT.png and drawings_SPLIT.png. features.png shows the first 2,000
+  images of the split by the first two principal components of their features,
+  in the colour of their class. drawings.png has a column for each of 12 images.
+  Returns the paths. Raises ValueError for a task without `represent`.
   """
   task = tasks.get(config.task)
   batches = _first(tasks.eval_batches(config, split), _MOST_POINTS)
@@ -40,10 +41,13 @@ def draw(
     f"principal component {i} ({share:.0%} of the variance)"
     for i, share in enumerate(share_2, 1)
   )
-  paths = [pathlib.Path(folder) / "features.png"]
+  of_split = "" if split == config.data.eval_split else f"_{split}"
+  paths = [
+    pathlib.Path(folder) / f"{run_dir.folder_name(name + of_split)}.png"
+    for name in ("features", "drawings")[: 1 + hasattr(task, "drawings")]
+  ]
   plots.classes(xy_M2, data["target"][real_M], (first, second), paths[0])
   if hasattr(task, "drawings"):
-    paths.append(pathlib.Path(folder) / "drawings.png")
     static = setup.graphdef(config, devices)
     drawn = jax.jit(
       lambda params, batch: task.drawings(

@@ -283,6 +283,11 @@ def test_features_and_what_mae_draws_are_drawn(untrained_mae, tmp_path):
   assert [path.name for path in paths] == ["features.png", "drawings.png"]
   for path in paths:
     assert Image.open(path).size > (100, 100)
+  # Pictures of another split do not overwrite those of the run's own.
+  paths = features.draw(config, params, "train", mesh.make(), tmp_path)
+  assert [path.name for path in paths] == [
+    "features_train.png", "drawings_train.png",
+  ]  # fmt: skip
 
 
 def test_eval_fine_tunes(byol_run, monkeypatch):
