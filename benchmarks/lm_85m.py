@@ -25,6 +25,10 @@ machine. --archive packs the small files of all runs: config, metrics,
 measurements and the output, which is in RUNS/NAME.log. If a run fails, the
 others go on, and the next command tries it again.
 
+Runs that share a card (--share) are slower each, but compile and measure while
+others train. A run needs 26 GiB. Set XLA_PYTHON_CLIENT_PREALLOCATE=false then.
+Their rows have no tokens_per_second and seconds_per_step.
+
 A row holds form, lr, seed, short (whether it is a run of 1.), tokens,
 validation_loss, test_loss, tokens_per_second, seconds_per_step, commit,
 device, diverged_at (the update at which a loss was not finite, or null),
@@ -129,7 +133,7 @@ def best_rate(rows, form):
   return min(short, key=lambda x: x["validation_loss"], default={}).get("lr")
 
 
-def choose(runs, rows, seconds, updates):
+def choose(runs, rows, seconds, updates, share=1):
   """The first Run that ends within `seconds`, or the first one if none does.
 
   rows: those of the file of results. A run whose form has no row is assumed to
@@ -138,22 +142,29 @@ def choose(runs, rows, seconds, updates):
   in_time = (
     run
     for run in runs
-    if expected_seconds(run, rows, updates.get(run, 0)) <= seconds
+    if expected_seconds(run, rows, updates.get(run, 0), share) <= seconds
   )
   return next(in_time, runs[0])
 
 
-def expected_seconds(run, rows, updates):
-  """How long a run still takes; 0 if its form's speed is not known yet."""
+def expected_seconds(run, rows, updates, share=1):
+  """How long a run still takes; 0 if its form's speed is not known yet.
+
+  share: how many runs share a card.
+  """
   from configs import lm_85m
 
-  speeds = [x["tokens_per_second"] for x in rows if x["form"] == run.form]
-  if not speeds or not speeds[-1]:
+  speeds = [
+    x["tokens_per_second"]
+    for x in rows
+    if x["form"] == run.form and x["tokens_per_second"]
+  ]
+  if not speeds:
     return 0.0
   config = lm_85m.get_config(run.form)
   left = (SHORT_STEPS if run.short else config.total_steps) - updates
   tokens = max(left, 0) * config.batch_size * config.data.length
-  return START + tokens / speeds[-1] + (0 if run.short else MEASURE)
+  return START + share * tokens / speeds[-1] + (0 if run.short else MEASURE)
 
 
 # The loop.
@@ -185,7 +196,7 @@ class Queue:
           return None
         if runs:
           done = {run: updates(self._options.runs / run.name) for run in runs}
-          run = choose(runs, rows, left, done)
+          run = choose(runs, rows, left, done, self._options.share)
           self._busy.add(run)
           return run
         self._changed.wait(left - START)
@@ -212,11 +223,9 @@ def main(words=None):
   options.runs.mkdir(parents=True, exist_ok=True)
   end = time.monotonic() + options.seconds
   queue = Queue(options, lm_85m.FORMS, rates, end)
-  with concurrent.futures.ThreadPoolExecutor(options.cards) as pool:
-    done = [
-      pool.submit(work, queue, card, options, end)
-      for card in range(options.cards)
-    ]
+  workers = [*range(options.cards)] * options.share
+  with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+    done = [pool.submit(work, queue, card, options, end) for card in workers]
   if options.archive:
     pack(options.runs, options.archive)
   for future in done:
@@ -235,7 +244,8 @@ def parse(words):
   )
   add = parser.add_argument
   add("--seconds", type=float, default=540, help="when to stop")
-  add("--cards", type=int, default=1, help="GPUs, each with a run of its own")
+  add("--cards", type=int, default=1, help="GPUs")
+  add("--share", type=int, default=1, help="runs on a GPU at the same time")
   add("--runs", type=pathlib.Path, default=pathlib.Path("runs/lm_85m"))
   add("--results", type=pathlib.Path, default=RESULTS)
   add("--archive", type=pathlib.Path, help="a .tar.xz to write")
@@ -248,6 +258,8 @@ def parse(words):
 
 def cards(options):
   """The name of each of the first --cards GPUs of this machine."""
+  if options.share < 1:
+    raise ValueError(f"--share={options.share}; must be at least 1")
   if options.local:
     return ["cpu"] * options.cards
   words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -285,9 +297,7 @@ def work(queue, card, options, end):
       row, failed = train(run, card, options, end), False
       said = "the time is over"
       if row:
-        said = (
-          f"loss {row['validation_loss']}, {row['tokens_per_second']:.0f}/s"
-        )
+        said = f"loss {row['validation_loss']}"
     except subprocess.CalledProcessError as error:
       said = f"failed with exit code {error.returncode}: {error.output}"
     finally:
@@ -394,12 +404,13 @@ def record(run, folder, options, device):
     json.loads(bad.read_text())[-1]["step"] if bad.exists() else None
   )
   done = last and diverged_at is None
+  alone = options.share == 1
   return dataclasses.asdict(run) | {
     "tokens": steps * config.batch_size * config.data.length,
     "validation_loss": last["loss"] if done else None,
     "test_loss": measured.get("test_loss"),
-    "tokens_per_second": rate * config.data.length,
-    "seconds_per_step": config.batch_size / rate if rate else None,
+    "tokens_per_second": rate * config.data.length if alone else None,
+    "seconds_per_step": config.batch_size / rate if alone and rate else None,
     "commit": options.commit,
     "device": device,
     "diverged_at": diverged_at,

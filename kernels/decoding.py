@@ -61,7 +61,7 @@ def has_few_queries(problem: Problem) -> bool:
 
 # Cached, so that each problem is logged once for each device.
 @functools.lru_cache(maxsize=4096)
-def _reason(problem, implementation, otherwise, _):
+def _reason(problem, implementation, otherwise, card):
   is_softmax, most = problem.kind == "softmax", decode.MOST_QUERIES
   reason = triton.unsupported(problem)
   if not reason and problem.shapes.query_segment_ids is not None:
@@ -73,7 +73,7 @@ def _reason(problem, implementation, otherwise, _):
   if not reason and is_softmax and not implementation:
     reason = f"fewer than {least} keys" * (problem.key_len < least)
   how = f"{otherwise}; not triton: {reason}" if reason else "triton"
-  if few or not reason:
+  if (few or not reason) and card.capability is not None:
     _logger.info("decoding attention %s by %s", problem, how)
   return reason
 

@@ -146,7 +146,9 @@ def weights(
 def choose(problem: Problem, implementation: str | None = None) -> str:
   """The name of the implementation that will compute the problem.
 
-  The choice, and why others were rejected, is logged once per problem.
+  The choice, and why others were rejected, is logged once per problem. On a
+  machine without an NVIDIA GPU, where the choice is always the same, it is
+  logged once.
 
   Raises:
     ValueError: for an unknown name.
@@ -162,17 +164,31 @@ def choose(problem: Problem, implementation: str | None = None) -> str:
 
 # Cached, so that each problem is logged once for each device.
 @functools.lru_cache(maxsize=4096)
-def _choose(problem, implementation, _):
+def _choose(problem, implementation, card):
   declined = {}
   for name in [implementation] if implementation else _fastest_first(problem):
     reason = _module(name).unsupported(problem)
     if not reason:
-      others = "".join(f"; not {k}: {why}" for k, why in declined.items())
-      _logger.info("attention %s by %s%s", problem, name, others)
+      if declined and card.capability is None:
+        _log_portable(name, card.kind)
+      else:
+        _log(problem, name, declined)
       return name
     declined[name] = reason
   reasons = "; ".join(f"{name}: {why}" for name, why in declined.items())
   raise NotImplementedError(f"attention {problem}: {reasons}; {ADVICE}")
+
+
+def _log(problem, name, declined):
+  reasons = "".join(
+    f"; not {x}: {declined[x]}" for x in IMPLEMENTATIONS if x in declined
+  )
+  _logger.info("attention %s by %s%s", problem, name, reasons)
+
+
+@functools.cache
+def _log_portable(name, kind):
+  _logger.info("attention by %s: %s is no NVIDIA GPU", name, kind)
 
 
 def _fastest_first(problem):

@@ -325,7 +325,8 @@ def _check_operands(p, operands):
     Operands._fields, p.shapes, full_shapes, FREE_AXES, strict=True
   ):
     if shape is not None and not fits(shape, full, axes or ()):
-      raise ValueError(f"{name}.shape={shape}; must broadcast to {full}")
+      be = "broadcast to" if axes else "be"
+      raise ValueError(f"{name}.shape={shape}; must {be} {full}")
   if operands.mask is not None and operands.mask.dtype != bool:
     raise ValueError(
       f"mask.dtype={operands.mask.dtype.name}; must be bool (use bias for "

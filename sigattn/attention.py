@@ -13,6 +13,9 @@ Shapes: B batch, T queries, S keys, N heads, K key-value heads (K divides N),
 H head width.
 """
 
+# So that help() shows ArrayLike instead of all types that it stands for.
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
@@ -107,9 +110,9 @@ def dot_product_attention(
     query: (B, T, N, H) or (T, N, H); float16, bfloat16, float32 or float64.
     key, value: (B, S, K, H) or (S, K, H), of the query's dtype. With a query of
       16 or 32 bits, both may be float8_e4m3fn: a cache in 8 bits, see
-      `saturated`. The result is that of keys and values that were cast to the
-      query's dtype. The decode kernel casts them after it has read them; all
-      other implementations get a copy that was cast before.
+      sigattn.attention.saturated. The result is that of keys and values that
+      were cast to the query's dtype. The decode kernel casts them after it has
+      read them; all other implementations get a copy that was cast before.
     bias: (B, N, T, S), axes of 1 broadcast; is added to the logits. A bias that
       broadcasts over queries or over keys costs the kernels no more than
       query_logit_bias and key_logit_bias do; any other takes the portable form.
@@ -147,7 +150,8 @@ def dot_product_attention(
     scale: multiplies q k^T; None: 1 / sqrt(H). A traced scale has a gradient.
       It multiplies the query in float32, and the product is rounded to the
       query's dtype. With softmax by xla it multiplies the logits, as in jax.nn.
-    is_causal: query i sees the keys j <= i.
+    is_causal: query i sees the keys j <= i. A decoding step needs query_offset
+      too: without it its one query is query 0, as in jax.nn, and sees key 0.
     query_offset: an integer or (B,) integers, the position of the first query
       among the keys, for is_causal, local_window_size and alibi_slopes alike:
       the queries are i = query_offset .. query_offset + T - 1, the keys are
@@ -166,10 +170,10 @@ def dot_product_attention(
       sequences packed into one row; a query sees the keys of its own id.
     local_window_size: w or (left, right): query i sees i - left to i + right;
       None: all keys on that side.
-    implementation: a name of implementations(kind); None: the fastest one that
-      supports the problem. "triton" with softmax is the decode kernel, for at
-      most 16 queries, where a row that sees no key is zero. On a GPU, None
-      takes it for at most 16 queries against 128 keys or more.
+    implementation: a name of sigattn.attention.implementations(kind); None: the
+      fastest one that supports the problem. "triton" with softmax is the decode
+      kernel, for at most 16 queries, where a row that sees no key is zero. On a
+      GPU, None takes it for at most 16 queries against 128 keys or more.
     return_residual: also returns what the rows were divided by. With softmax
       it is jax.nn's log-sum-exp. With `normalize` it is the sum s of a row's
       weights, by which results for shards of the keys can be joined:
@@ -285,11 +289,12 @@ def attention_weights(
   query_offset: ArrayLike | None = None,
   **operands: ArrayLike | None,
 ) -> Weights:
-  """The Weights A, for inspection: dot_product_attention's output is A v.
+  """The weights A, for inspection: dot_product_attention's output is A v.
 
-  All weights are in memory at once. The arguments are those of
-  dot_product_attention, with a batch axis; operands: its arrays, from `bias` to
-  `key_value_segment_ids`.
+  Returns a named tuple with the fields weights_BNTS, which is A, logits_BNTS
+  and visible_BNTS. All weights are in memory at once. The arguments are those
+  of dot_product_attention, with a batch axis; operands: its arrays, from `bias`
+  to `key_value_segment_ids`.
 
   Raises:
     ValueError: as dot_product_attention; and for arrays without a batch axis.
@@ -727,6 +732,13 @@ def _operands(
     )
   heads, length, keys = _heads(query), query.shape[1], key.shape[1]
   logits = *heads, length, keys
+  batch = query.shape[0]
+  full = {
+    "query_seq_lengths": (batch,),
+    "key_value_seq_lengths": (batch,),
+    "query_segment_ids": (batch, length),
+    "key_value_segment_ids": (batch, keys),
+  }
   sizes = {"query_seq_lengths": length, "key_value_seq_lengths": keys}
   for name, most in sizes.items():
     _check_lengths(name, integers.get(name), most)
@@ -745,10 +757,20 @@ def _operands(
       "key_logit_bias", _float("key_logit_bias", key_logit_bias), (*heads, keys)
     ),
     **{
-      name: _unsqueeze(_int32(name, x), 1 if name.endswith("lengths") else 2)
+      name: _of_each_row(name, _int32(name, x), full[name])
       for name, x in integers.items()
     },
   )
+
+
+def _of_each_row(name, x, full):
+  """x of the shape `full`, whose first axis it lacks in a call without B."""
+  if x is None:
+    return None
+  shape = (1,) * (len(full) - x.ndim) + x.shape
+  if not fits(shape, full, ()):
+    raise ValueError(f"{name}.shape={x.shape}; must be {full}")
+  return x.reshape(shape)
 
 
 def _fitted(name, x, full):

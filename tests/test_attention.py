@@ -816,8 +816,12 @@ def test_cudnn_without_a_gpu_is_refused_as_other_implementations_are():
     dot_product_attention(x, x, x, kind="softmax", implementation="cudnn")
 
 
-def test_the_log_says_what_computes_a_softmax_of_few_queries(caplog):
+def test_the_log_says_what_computes_a_softmax_of_few_queries(
+  caplog, monkeypatch
+):
   """Other softmax is not decoding, and jax.nn always computes it."""
+  old = decoding.device.Device("Tesla V100", 70)
+  monkeypatch.setattr(decoding.device, "current", lambda: old)
   decoding._reason.cache_clear()
   caplog.set_level(logging.INFO, "sigattn.kernels")
   x = jnp.ones((1, 17, 2, 4))

@@ -217,8 +217,9 @@ def save(
   length = getattr(config.model, "max_length", 0)
   described = FAMILIES[name].describe(found, length)
   (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-  safetensors.numpy.save_file(
-    tensors, folder / "model.safetensors", metadata={"format": "pt"}
+  # safetensors' own save_file makes a file that only its owner may read.
+  (folder / "model.safetensors").write_bytes(
+    safetensors.numpy.save(tensors, metadata={"format": "pt"})
   )
 
 

@@ -37,6 +37,12 @@ def start(config: ConfigDict, state: State) -> State:
     what, loaded, fresh = pretrained.start(config, params)
   count = len(jax.tree.leaves(loaded)) - len(fresh)
   metrics.log(f"started from {config.init_from}: {what}, {count} arrays")
+  optim = config.optim
+  metrics.log(
+    f"the learning rate rises to config.optim.lr={optim.lr:g} within "
+    f"{optim.warmup_steps} updates: fine-tuning usually needs a smaller one "
+    "than training from random parameters"
+  )
   if fresh:
     metrics.log(f"with their initial values: {', '.join(fresh)}")
   params = jax.tree.map(

@@ -58,6 +58,10 @@ def test_a_run_that_cannot_end_waits_while_another_one_can():
   whole = [Run(form, 1e-3, 0, False) for form in ("sigmoid", "softmax")]
   seconds = [lm_85m.expected_seconds(run, rows, 0) for run in whole]
   assert np.allclose(np.array(seconds) - 130, [500, 250], rtol=1e-3)
+  shared = [lm_85m.expected_seconds(run, rows, 0, 2) for run in whole]
+  assert np.allclose(np.array(shared) - 130, [1000, 500], rtol=1e-3)
+  rows.append(rows[0] | {"tokens_per_second": None})  # it shared a card
+  assert lm_85m.expected_seconds(whole[1], rows, 0) == seconds[1]
   assert lm_85m.choose(whole, rows, 700, {}) == whole[0]
   assert lm_85m.choose(whole, rows, 400, {}) == whole[1]
   assert lm_85m.choose(whole, rows, 400, {whole[0]: 1500}) == whole[0]
@@ -65,7 +69,7 @@ def test_a_run_that_cannot_end_waits_while_another_one_can():
 
 
 def test_cards_share_the_runs(tmp_path, monkeypatch, capsys):
-  """On two cards, the first run of a form lasts as long as all others."""
+  """Of two at a time, the first run of a form lasts as long as all others."""
   runs, others = [], threading.Event()
 
   def train(run, card, options, end):
@@ -82,7 +86,7 @@ def test_cards_share_the_runs(tmp_path, monkeypatch, capsys):
   rates = [x["optim.lr"] for x in configs.sweep_lr()]
   monkeypatch.setattr(lm_85m, "train", train)
   words = [
-    "--local", "--cards=2", f"--runs={tmp_path}/runs", "--commit=abc",
+    "--local", "--share=2", f"--runs={tmp_path}/runs", "--commit=abc",
     f"--results={tmp_path}/rows.json",
   ]  # fmt: skip
   failed = "failed: whole_sigmoid_0.0006_[01], whole_sigmoid_0.0006_[01]"
@@ -110,6 +114,8 @@ def test_more_cards_than_there_are_are_refused(monkeypatch):
   )
   with pytest.raises(ValueError, match="--cards=2; must be from 1 to 1"):
     lm_85m.main(["--cards=2"])
+  with pytest.raises(ValueError, match="--share=0; must be at least 1"):
+    lm_85m.main(["--share=0"])
 
 
 def test_curves_keep_what_a_mean_would_hide():

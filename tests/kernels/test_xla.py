@@ -256,6 +256,8 @@ def test_the_choice_and_its_reasons(monkeypatch, caplog):
   )
   modules = {"fast": _Declining, "xla": xla}
   monkeypatch.setattr(dispatch, "_module", modules.get)
+  card = dispatch.device.Device("NVIDIA A100", 80)
+  monkeypatch.setattr(dispatch.device, "current", lambda: card)
   dispatch._choose.cache_clear()
   caplog.set_level(logging.INFO, "sigattn.kernels")
   assert dispatch.choose(problem(is_causal=True)) == "fast"
@@ -271,6 +273,16 @@ def test_the_choice_and_its_reasons(monkeypatch, caplog):
   with pytest.raises(ValueError, match=r"implementation='slow'.*'fast', 'xla'"):
     dispatch.choose(problem(), "slow")
   dispatch._choose.cache_clear()
+
+
+def test_a_machine_without_a_gpu_says_so_once(caplog):
+  dispatch._choose.cache_clear()
+  dispatch._log_portable.cache_clear()
+  caplog.set_level(logging.INFO, "sigattn.kernels")
+  for causal in (False, True):
+    assert dispatch.choose(problem(is_causal=causal)) == "xla"
+  [record] = caplog.records
+  assert record.getMessage() == "attention by xla: cpu is no NVIDIA GPU"
 
 
 @pytest.mark.parametrize(
