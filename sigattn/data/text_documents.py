@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
-from absl import logging as absl_logging
 
 from sigattn.data import hub, text_files
 
@@ -68,10 +67,11 @@ class Progress:
 class Corrupt:
   """Names documents that are not text, and ends a run with too many of them.
 
-  The number of documents of a stream is not known. So the share refers to the
-  documents read so far, and at first to the first `at_least`. In a run of
-  several processes, each process counts the documents that it reads. A resumed
-  run counts from 0.
+  The number of documents of a stream is not known before its end. Until then
+  the share refers to the documents read so far, and at first to the first
+  `at_least`; at the end of an epoch, to those of the epoch. One document may
+  always be corrupt, unless max_share is 0. In a run of several processes, each
+  process counts the documents that it reads. A resumed run counts from 0.
   """
 
   def __init__(self, max_share: float = 0.0, at_least: int = 0) -> None:
@@ -86,19 +86,26 @@ class Corrupt:
     if not self._max_share:
       hint = (
         "; config.data.max_corrupt_share is the share of documents that may be "
-        "no text, and are skipped"
+        "no text, and are skipped: --config.data.max_corrupt_share=0.1"
       )
       raise ValueError(why + hint * bool(self._at_least))
     self._why[row] = why
-    count = len(self._why)
-    most = int(self._max_share * max(self._read, self._at_least))
-    if count > most:
+    self._validate_share(max(self._read, self._at_least))
+    text_files.warn_once(f"skipped: {why}")
+
+  def end(self, count: int) -> None:
+    """count: how many documents an epoch had that has ended."""
+    self._validate_share(count)
+
+  def _validate_share(self, count):
+    """Raises ValueError if too many of the first `count` documents are bad."""
+    corrupt, most = len(self._why), max(int(self._max_share * count), 1)
+    if corrupt > most:
       raise ValueError(
-        f"{count} documents are corrupt, of the first "
-        f"{max(self._read, self._at_least)}; config.data.max_corrupt_share="
-        f"{self._max_share} allows {most}: " + "; ".join(self._why.values())
+        f"{corrupt} documents are corrupt, of the first {count}; "
+        f"config.data.max_corrupt_share={self._max_share} allows {most}: "
+        + "; ".join(self._why.values())
       )
-    absl_logging.warning("skipped (%d of at most %d): %s", count, most, why)
 
 
 class Documents(grain.IterDataset):
@@ -168,6 +175,8 @@ class DocumentIterator(grain.DatasetIterator):
         if is_in:
           self._any = True
           return document
+    if self._corrupt is not None:
+      self._corrupt.end(self._row)
     if not self._any:
       raise ValueError(_no_documents(self._origin))
     if not self._in_training:
@@ -232,9 +241,11 @@ class DocumentIterator(grain.DatasetIterator):
       return document
     if self._corrupt is not None:
       shown = repr(example)
+      # If the split is made here, a document has the same number in each split.
+      part = "" if self._origin.held_out else f"split {self._origin.split!r}, "
       self._corrupt.add(
         row,
-        f"{source!r}, split {self._origin.split!r}, document {row}: config."
+        f"{source!r}, {part}document {row}: config."
         f"data.text_column={column!r} must be text, not {document!r:.100}: "
         f"{shown if len(shown) <= 300 else shown[:300] + '...'}",
       )

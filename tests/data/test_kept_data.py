@@ -30,7 +30,7 @@ def test_changed_texts_are_refused_and_moved_ones_go_on(
     goes_on(run, make(name, **values))
   (texts / "0.txt").write_text("0: the mat sat on the cat")  # the same alphabet
   (texts / "1.txt").rename(texts / "1b.txt")
-  (texts / "notes.md").write_text("is not read")
+  (texts / "notes.pdf").write_text("is not read")
   said = (
     r"config\.data\.source='my/texts' is not what the run began with: "
     r"1 changed \('0\.txt'\), 1 missing \('1\.txt'\), 1 new \('1b\.txt'\)"
