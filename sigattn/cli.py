@@ -150,7 +150,7 @@ def _step_flag():
 
 def _source_flag():
   flags.DEFINE_string(
-    "source", None, "Where the run's data are now, if they were moved."
+    "source", None, "Other data, or the place to which the run's were moved."
   )
 
 

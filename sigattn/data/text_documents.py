@@ -25,6 +25,9 @@ EMBEDDED = {"kjv": "kjv.txt.xz"}
 # text decides, so that a document that occurs twice is not in both splits. If
 # that is no document, or all, the one with the smallest checksum is held out.
 _HELD_OUT_EVERY = 20
+# The split that is all of a source without splits of its own. Only other data
+# than those of a run are evaluated by it, see run_dir.with_data.
+WHOLE = "all"
 _SECONDS_BETWEEN_MESSAGES = 5
 
 
@@ -180,14 +183,14 @@ class DocumentIterator(grain.DatasetIterator):
     if not self._any:
       raise ValueError(_no_documents(self._origin))
     if not self._in_training:
-      self._say_what_is_held_out()
+      self._say_what_is_evaluated()
       raise StopIteration
     self._begin(self._epoch + 1)
     return None
 
   def _is_in(self, document):
     """Whether the document belongs to the split, if splits are made here."""
-    if not self._origin.held_out:
+    if not self._origin.held_out or self._origin.split == WHOLE:
       return True
     if self._is_held_out is None:
       self._is_held_out = _held_out(self._origin)
@@ -198,13 +201,18 @@ class DocumentIterator(grain.DatasetIterator):
     documents, characters = self._counts[is_in]
     self._counts[is_in] = documents + 1, characters + len(document)
 
-  def _say_what_is_held_out(self):
-    if not self._origin.held_out or self._origin.split != "test":
-      return
+  def _say_what_is_evaluated(self):
     (documents, characters), (others, rest) = (
       self._counts[True],
       self._counts[False],
     )
+    if self._origin.split == WHOLE:
+      text_files.inform_once(
+        f"{self._origin.source!r}: {documents} of {documents} documents are "
+        "evaluated"
+      )
+    if not self._origin.held_out or self._origin.split != "test":
+      return
     text_files.inform_once(
       f"{self._origin.source!r}: {documents} of {documents + others} documents "
       f"are held out, {characters / (characters + rest):.1%} of the characters"
@@ -289,7 +297,7 @@ def _checksum(document):
 
 def _no_documents(origin):
   message = f"{origin}: contains no documents"
-  if origin.held_out:
+  if origin.held_out and origin.split != WHOLE:
     message += (
       ": a source without a test split holds out about every "
       f"{_HELD_OUT_EVERY}th document, and at least one, so it must have two "
@@ -310,8 +318,8 @@ def _open(origin):
   source, split = origin.source, origin.split
   files = text_files.find(source, origin.key)
   if files is not None:
-    own = origin.held_out or hub.local(source).is_file()
-    part = files["train" if own else split]
+    has_one = origin.held_out or split == WHOLE or hub.local(source).is_file()
+    part = files["train" if has_one else split]
     return text_files.open_files(part, origin.column, origin.lines)
   if not hub.is_hub_name(source):
     raise hub.unknown_source(source, EMBEDDED, "file or ", origin.key)
