@@ -130,11 +130,11 @@ def _warn_of_unread(path, read, texts, source, key):
   """Names the files of a folder that are not read, by the cause."""
   others = {x for x in path.rglob("*") if x.is_file()} - set(read)
   by_cause = {
-    f"their names end in none of {', '.join(SUFFIXES)}": {
+    f"with another ending than {', '.join(SUFFIXES)}": {
       x for x in others if not suffix(x)
     },
-    "they belong to no split, and other files do": others & set(texts),
-    "they are hidden, or describe a data set": {
+    "in no split, where the names of others make splits": others & set(texts),
+    "that are hidden, or describe a data set": {
       x for x in others - set(texts) if suffix(x)
     },
   }
@@ -143,11 +143,11 @@ def _warn_of_unread(path, read, texts, source, key):
     names = sorted(str(x.relative_to(path)) for x in paths)
     if names:
       shown = ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
-      parts.append(f"{len(names)} because {cause}: {shown}")
+      parts.append(f"{len(names)} {cause}: {shown}")
   if parts:
     warn_once(
-      f"config.data.{key}={source!r}: of the folder's files, some are not "
-      f"read, {'; '.join(parts)}"
+      f"config.data.{key}={source!r}: these files of the folder are not read: "
+      f"{'; '.join(parts)}"
     )
 
 

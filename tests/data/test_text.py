@@ -625,10 +625,9 @@ def test_the_log_says_why_files_are_not_read(tmp_path, monkeypatch):
   origin = text_documents.Origin(str(tmp_path), "test")
   assert list(text_documents.Documents(origin, False)) == ["test.md"]
   for part in (
-    "1 because their names end in none of .json, .jsonl, .md, .parquet, .txt: "
-    "b.pdf",
-    "1 because they belong to no split, and other files do: a.md",
-    "2 because they are hidden, or describe a data set: .c.txt, README.md",
+    "1 with another ending than .json, .jsonl, .md, .parquet, .txt: b.pdf",
+    "1 in no split, where the names of others make splits: a.md",
+    "2 that are hidden, or describe a data set: .c.txt, README.md",
   ):
     assert part in said[0]
 
