@@ -21,6 +21,7 @@ from sigattn.training import (
   checkpoint,
   mesh,
   metrics,
+  process,
   run_dir,
   setup,
   step,
@@ -500,3 +501,15 @@ def test_a_checkpoint_of_an_older_format_is_refused(
     checkpoint.load(tmp_path)
   with pytest.raises(ValueError, match="holds a run of format 1"):
     train(small(total_steps=3), tmp_path)
+
+
+def test_a_stop_that_comes_twice_is_one_and_a_later_one_ends_at_once(
+  monkeypatch,
+):
+  with process.stop_signals() as stop:
+    for _ in range(2):
+      signal.raise_signal(signal.SIGTERM)
+    assert stop.at(1)
+    monkeypatch.setattr(process, "_SECONDS_OF_ONE_STOP", 0)
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
