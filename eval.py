@@ -4,9 +4,11 @@
 
 or, in a notebook: `from eval import evaluate; evaluate(workdir)`. The numbers
 are also written to eval.json in the run's folder, or to eval_SPLIT.json with
---split=SPLIT. --length_factors=1,16 evaluates a language model, or one of the
-synthetic tasks, at 1 and 16 times the training length. For runs that learn
-features of images there are also
+--split=SPLIT. --source=PLACE evaluates the run's data at another place, or
+other data, whose numbers are written to eval_PLACE.json. If other texts have no
+splits of their own, all of them are evaluated. --length_factors=1,16 evaluates
+a language model, or one of the synthetic tasks, at 1 and 16 times the training
+length. For runs that learn features of images there are also
 
   --eval=linear_probe   a linear classifier on frozen features
   --eval=finetune       supervised training from the run: configs/finetune.py
@@ -17,13 +19,16 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from absl import flags
+from ml_collections import ConfigDict
 
 from configs import finetune as finetune_config
 from sigattn import cli, tasks
 from sigattn.analysis import features, report
+from sigattn.data import kept_data
 from sigattn.training import (
   checkpoint,
   files,
@@ -46,31 +51,31 @@ def evaluate(
 ) -> dict[str, Any]:
   """Evaluates a run's checkpoint. Returns a dict of metrics.
 
-  The dict is also written to workdir/eval.json, or to eval_SPLIT.json for
-  another split than that of the config. If the task has further evaluations,
-  for example at other lengths, `variants` has the metrics of each by its name.
-  If the folder is read-only, a message says so.
+  The dict is also written to workdir/eval.json, to eval_SPLIT.json for another
+  split than that of the config, or to eval_SOURCE.json for other data. If the
+  task has further evaluations, for example at other lengths, `variants` has the
+  metrics of each by its name. If the folder is read-only, a message says so.
 
   split: a split of the data, by default config.data.eval_split. step: a number,
-  "best", or None for the newest. source: where the evaluated data are now, if
-  they are no longer where the run read them; a message says so if the files are
-  other ones. length_factors: in place of config.eval.length_factors. Raises
-  ValueError if there is no such run, step, split or source, and for
+  "best", or None for the newest. source: where the evaluated data are, if they
+  are not where the run read them; a message says so if they are other data,
+  see run_dir.with_data. length_factors: in place of config.eval.length_factors.
+  Raises ValueError if there is no such run, step, split or source, and for
   length_factors if the task has no other lengths.
   """
-  config, params, step, devices = _load(workdir, step, source)
-  split = split or config.data.eval_split
+  run = _load(workdir, split, step, source)
+  config = run.config
   if length_factors is not None:
     _set_lengths(config, tuple(length_factors))
 
-  def run(config):
-    batches = tasks.eval_batches(config, split)
-    return evaluation.evaluator(config, devices)(params, batches)
+  def measure(config):
+    batches = tasks.eval_batches(config, run.split)
+    return evaluation.evaluator(config, run.devices)(run.params, batches)
 
-  results = {"step": step, "split": split, **run(config)}
+  results = run.what | measure(config)
   if variants := evaluation.variants(config):
-    results["variants"] = {name: run(x) for name, x in variants.items()}
-  return _written(workdir, "eval", config, results)
+    results["variants"] = {name: measure(x) for name, x in variants.items()}
+  return _written(workdir, "eval" + run.suffix, results)
 
 
 def linear_probe(
@@ -81,19 +86,19 @@ def linear_probe(
 ) -> dict[str, Any]:
   """The accuracy of a linear classifier on a run's frozen features.
 
-  It is also written to workdir/linear_probe.json, or linear_probe_SPLIT.json.
-  `random_encoder` is the same for the parameters with which the run started.
-  Arguments and errors are those of `evaluate`; see sigattn.training.probe.
+  It is also written to workdir/linear_probe.json, or to linear_probe_SPLIT.json
+  or linear_probe_SOURCE.json as in `evaluate`. `random_encoder` is the same for
+  the parameters with which the run started. Arguments and errors are those of
+  `evaluate`; see sigattn.training.probe.
   """
-  config, params, step, devices = _load(workdir, step, source)
-  split = split or config.data.eval_split
+  run = _load(workdir, split, step, source)
+  config, split, devices = run.config, run.split, run.devices
   results = {
-    "step": step,
-    "split": split,
-    **probe.linear_probe(config, params, split, devices),
+    **run.what,
+    **probe.linear_probe(config, run.params, split, devices),
     "random_encoder": probe.random_encoder(config, split, devices),
   }
-  return _written(workdir, "linear_probe", config, results)
+  return _written(workdir, "linear_probe" + run.suffix, results)
 
 
 def finetune(workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -118,19 +123,44 @@ def pictures(
 ) -> list[pathlib.Path]:
   """Draws the pictures of sigattn.analysis.features into the run's folder.
 
-  Returns the paths. Arguments and errors are those of `evaluate`.
+  Returns the paths, whose names end in the split or the source where the
+  numbers of `evaluate` have a file of their own. Arguments and errors are those
+  of `evaluate`.
   """
-  config, params, _, devices = _load(workdir, step, source)
-  split = split or config.data.eval_split
-  return features.draw(config, params, split, devices, workdir)
+  run = _load(workdir, split, step, source)
+  return features.draw(
+    run.config, run.params, run.split, run.devices, workdir, run.suffix
+  )
 
 
-def _load(workdir, step, source):
+class _Run(NamedTuple):
+  """A run that is evaluated.
+
+  what: the step, the split and the source, with which the results begin.
+  suffix: what the names of its files end in, "" for the run's own data.
+  """
+
+  config: ConfigDict
+  params: Any
+  split: str
+  devices: jax.sharding.Mesh
+  what: dict[str, int | str]
+  suffix: str
+
+
+def _load(workdir, split, step, source):
   saved = run_dir.load_config(workdir)
-  config = run_dir.with_data(saved, workdir, source)
+  config, is_other = run_dir.with_data(saved, workdir, source, split)
   devices = mesh.for_evaluation(config)
   _, params, step = checkpoint.load(workdir, step, devices)
-  return config, params, step, devices
+  own = config.data.eval_split
+  split = split or own
+  what = {"step": step, "split": split}
+  if name := kept_data.names(config).get(kept_data.evaluated_key(config)):
+    what["source"] = name
+  others = [source] * is_other + [split] * (split != own)
+  suffix = "".join(f"_{x}" for x in others)
+  return _Run(config, params, split, devices, what, suffix)
 
 
 def _set_lengths(config, factors):
@@ -143,14 +173,9 @@ def _set_lengths(config, factors):
   setup.validate_fields(config)
 
 
-def _written(workdir, name, config, results):
-  """Writes the results of the run's own split to name.json, and returns them.
-
-  Those of another split have a file of their own.
-  """
-  if results["split"] != config.data.eval_split:
-    name = run_dir.folder_name(f"{name}_{results['split']}")
-  path = pathlib.Path(workdir) / f"{name}.json"
+def _written(workdir, name, results):
+  """Writes the results to a file of this name, and returns them."""
+  path = pathlib.Path(workdir) / f"{run_dir.folder_name(name)}.json"
   with metrics.saying_what_is_not_written():
     files.write_json(path, results)
     metrics.log(f"results: {path}")

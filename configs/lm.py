@@ -75,7 +75,8 @@ def _base():
     shuffle_window=10_000,
     # The share of a stream's documents that may be no text. Each is skipped,
     # with its number in the log; 0 ends the run at the first. It is a share of
-    # the documents read so far, but of at least shuffle_window documents.
+    # the documents read so far, but of at least shuffle_window documents before
+    # the first epoch ends; one document may always be corrupt.
     max_corrupt_share=0.0,
     packing_window=128,  # rows that a stream's documents fill at the same time
     num_workers=0,  # processes that cut an embedded text; must be 0 for streams

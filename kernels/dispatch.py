@@ -71,7 +71,7 @@ def attention(
     key, value: (B, S, K, H), K dividing N. In 8 bits they are cast to the
       query's dtype first.
     operands: arrays that change the logits or decide what is visible.
-    kind: sigmoid, relu, relu2 (the square of relu) or silu (z sigmoid(z)).
+    kind: one of problem.ACTIVATIONS; attention.py has their formulas.
     scale: a float.
     logit_bias: a float, or None if operands.logit_bias holds an array.
     normalizer: a float.

@@ -141,8 +141,8 @@ def dot_product_attention(
       of u as b falls. Weights below float32's smallest normal number (z below
       -87) count as 0. A row whose z are all near -87 loses precision. A row is
       zero if all its z are below -87, or if it sees no key. Softmax refuses it,
-      because its rows are normalised already, and silu refuses it, because its
-      weights may be negative.
+      because its rows are normalised already, and so do kinds whose weights may
+      be negative.
     alibi_slopes: a number, (N,) or (B, N): subtracts slope * |i - j| from the
       logit of query i and key j (2108.12409), where i counts from query_offset
       on. A negative slope favours far keys. Unlike softmax, sigmoid does not

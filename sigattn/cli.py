@@ -150,7 +150,7 @@ def _step_flag():
 
 def _source_flag():
   flags.DEFINE_string(
-    "source", None, "Where the run's data are now, if they were moved."
+    "source", None, "Other data, or the place to which the run's were moved."
   )
 
 
@@ -211,6 +211,23 @@ def keep_compiled() -> None:
   jax.config.update("jax_compilation_cache_max_size", _MOST_COMPILED)
 
 
+class _Plain(logging.logging.Formatter):
+  """Writes a message of absl as "warning: ...", without date and place."""
+
+  def formatMessage(self, record):
+    return f"{record.levelname.lower()}: {record.message}"
+
+
+def _write_plain_warnings():
+  """Lets absl write plain lines to sys.stderr.
+
+  It then looks up sys.stderr for each line, so that the line is written above
+  a progress bar.
+  """
+  logging.get_absl_handler().setFormatter(_Plain())
+  flags.FLAGS.logtostderr = True
+
+
 def start(
   run: Callable[..., Any],
   define_flags: Callable[[], None] = lambda: None,
@@ -237,6 +254,7 @@ def start(
       raise app.UsageError(f"name the {words}")
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)
+    _write_plain_warnings()
     keep_compiled()
     return run(flags.FLAGS, *([given] if words is not None else []))
 

@@ -15,6 +15,7 @@ import itertools
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -102,6 +103,30 @@ def _run_of(config, delta, root):
   return delta, run, workdir
 
 
+def _run_process(words):
+  """Runs a process: its exit code, and whether it or this one was stopped.
+
+  Ctrl-C reaches both. SIGTERM may reach only this one, which passes it on. The
+  run then saves its state and ends with 130; see process.stop_signals.
+  """
+  process, stopped = subprocess.Popen(words), False
+
+  def pass_on(number, _):
+    nonlocal stopped
+    stopped = True
+    if number == signal.SIGTERM:
+      process.terminate()
+
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  old = {number: signal.signal(number, pass_on) for number in numbers}
+  try:
+    code = process.wait()
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
+  return code, stopped or code == 130
+
+
 def define_flags() -> None:
   """Defines the flags of `python -m sigattn sweep`, except --config."""
   flags.DEFINE_list(
@@ -138,9 +163,14 @@ def run(flag_values: flags.FlagValues) -> None:
       metrics.log(f"run {index}/{len(runs)}: {workdir} is finished")
       continue
     metrics.log(f"run {index}/{len(runs)}: {shlex.join(words)}")
-    code = subprocess.run(words, check=False).returncode
-    if code == 130:  # the run was stopped by Ctrl-C and has saved its state
-      sys.exit(code)
+    code, stopped = _run_process(words)
+    if stopped:
+      done = [run_dir.done(folder, x.total_steps) for _, x, folder in runs]
+      metrics.log(
+        f"the sweep has stopped: {sum(done)} of {len(runs)} runs are finished; "
+        "the same command goes on with the others"
+      )
+      sys.exit(130)
     if code:
       failed.append(workdir)
   if not flag_values.dry_run:

@@ -46,3 +46,13 @@ def test_a_wrong_command_line_is_answered_by_what_is_right(words, said):
   assert done.returncode == 1
   assert said in done.stderr
   assert "Traceback" not in done.stderr
+
+
+def test_a_warning_is_one_plain_line():
+  script = "from absl import logging\nfrom sigattn import cli\n"
+  script += "cli.start(lambda given: logging.warning('%d files', 3))"
+  done = subprocess.run(
+    [sys.executable, "-c", script],
+    cwd=ROOT, capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  assert done.stderr == "warning: 3 files\n"

@@ -1,12 +1,18 @@
 """Sweeps: their product, the commands, skipped runs, and the table."""
 
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import threading
+import time
+import types
 
 import pytest
 
+from configs import vit_sigmoid
 from sigattn import sweep
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -85,3 +91,46 @@ def sweep_kind():
   assert (root / "sweep.png").stat().st_size > 10_000
   again = run(*words)
   assert again.stdout.count("is finished") == 2
+
+
+class Given(types.SimpleNamespace):
+  """The values of flags, and the flag of the config."""
+
+  def __getitem__(self, name):
+    return types.SimpleNamespace(config_filename=CONFIG, override_values={})
+
+
+def test_a_stopped_sweep_says_how_many_runs_are_finished(
+  tmp_path, monkeypatch, capsys
+):
+  """SIGTERM reaches only the sweep, which passes it on to the run."""
+  ready = tmp_path / "ready"
+  script = (
+    "import pathlib, signal, sys, time\n"
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
+    f"pathlib.Path({str(ready)!r}).touch()\n"
+    "time.sleep(60)\n"
+  )
+  monkeypatch.setattr(
+    sweep, "command", lambda *_: [sys.executable, "-c", script]
+  )
+
+  def stop():
+    while not ready.exists():
+      time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  # It would stay for the tests that follow in this process.
+  monkeypatch.setattr(sweep.metrics, "set_up_logs", lambda: None)
+  thread = threading.Thread(target=stop)
+  thread.start()
+  given = Given(
+    config=vit_sigmoid.get_config("runlocal"),
+    sweep=["seed"],
+    root=str(tmp_path),
+    dry_run=False,
+  )
+  with pytest.raises(SystemExit, match="130"):
+    sweep.run(given)
+  thread.join()
+  assert "0 of 3 runs are finished; the same command" in capsys.readouterr().out

@@ -94,7 +94,7 @@ def draw(
   Raises:
     ValueError: if there is no such run, step, example or source.
   """
-  config = run_dir.with_data(run_dir.load_config(workdir), workdir, source)
+  config, _ = run_dir.with_data(run_dir.load_config(workdir), workdir, source)
   _, params, step = checkpoint.load(workdir, step)
   task, batch = tasks.get(config.task), example(config, index)
   figures = {}

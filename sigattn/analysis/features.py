@@ -23,14 +23,16 @@ def draw(
   split: str,
   devices: jax.sharding.Mesh,
   folder: str | os.PathLike[str],
+  suffix: str = "",
 ) -> list[pathlib.Path]:
   """Writes features.png and, for a task that draws images, drawings.png.
 
-  For another split than config.data.eval_split the names are
-  features_SPLIT.png and drawings_SPLIT.png. features.png shows the first 2,000
-  images of the split by the first two principal components of their features,
-  in the colour of their class. drawings.png has a column for each of 12 images.
-  Returns the paths. Raises ValueError for a task without `represent`.
+  suffix: what is added to both names, before .png. features.png shows the first
+  2,000 images of the split by the first two principal components of their
+  features, in the colour of their class. drawings.png has a column for each of
+  12 images. Returns the paths.
+
+  Raises ValueError for a task without `represent`.
   """
   task = tasks.get(config.task)
   batches = _first(tasks.eval_batches(config, split), _MOST_POINTS)
@@ -41,9 +43,8 @@ def draw(
     f"principal component {i} ({share:.0%} of the variance)"
     for i, share in enumerate(share_2, 1)
   )
-  of_split = "" if split == config.data.eval_split else f"_{split}"
   paths = [
-    pathlib.Path(folder) / f"{run_dir.folder_name(name + of_split)}.png"
+    pathlib.Path(folder) / f"{run_dir.folder_name(name + suffix)}.png"
     for name in ("features", "drawings")[: 1 + hasattr(task, "drawings")]
   ]
   plots.classes(xy_M2, data["target"][real_M], (first, second), paths[0])

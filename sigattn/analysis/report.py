@@ -57,7 +57,7 @@ def evaluation_tables(
   columns = {
     name: [_format_value(row.get(name)) for row in rows.values()]
     for name in names
-    if name != "split"
+    if name not in ("split", "source")
   }
   return _fitting({"": [*rows]}, columns, title=title)
 

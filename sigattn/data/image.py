@@ -113,12 +113,23 @@ RULES = (
 )
 
 
-def _validate_num_classes(config, num_classes):
+def _validate_num_classes(config, num_classes, also=""):
+  """also: what else is wrong with the config, for the error."""
   if config.data.num_classes != num_classes:
     raise ValueError(
       f"config.data.num_classes={config.data.num_classes!r}; must be "
-      f"{num_classes}, the number of classes in {config.data.source}"
+      f"{num_classes}, the number of classes in {config.data.source}{also}"
     )
+
+
+def _why_batch_size_is_wrong(config, split, count):
+  """What is wrong with the size of the batches of a split of this length."""
+  if split == config.data.train_split:
+    try:
+      loader.validate_batch_size(config, count, f"{split!r}")
+    except ValueError as error:
+      return f"; {error}"
+  return ""
 
 
 def _splits_and_classes(source):
@@ -309,7 +320,9 @@ class _Decoded(Source):
     self._max_pixels = config.data.max_pixels
     self._num_classes = config.data.num_classes
     names = _class_names(config, features[label], label)
-    _validate_num_classes(config, len(names))
+    # To open a source may take seconds, so both errors are named at once.
+    also = _why_batch_size_is_wrong(config, split, len(table))
+    _validate_num_classes(config, len(names), also)
     self._labels = _labels(table[label][:], names)
     self._warn_of_missing(names)
     # The images stay encoded here. Pillow decodes them in grain's workers, so

@@ -173,6 +173,28 @@ def difference(
   return ""
 
 
+def has_files_of_run(
+  source: types.ModuleType,
+  config: ConfigDict,
+  workdir: str | os.PathLike[str],
+  key: str,
+) -> bool:
+  """Whether a source has a file of the same contents as one of the run.
+
+  source: as in `write`. config: names the source. key: that of `names`. False
+  if the run keeps no checksum of each file.
+  """
+  kept, name = (_read(workdir) or {}).get(key), names(config)[key]
+  if kept is None or not _is_local(source, name, key):
+    return False
+  found = _checksum(source, name, key)
+  ours, theirs = (
+    {hashed for size, hashed in x.get("each", {}).values() if size and hashed}
+    for x in (found, kept)
+  )
+  return bool(ours & theirs)
+
+
 def _shares(config):
   return [share for _, share in config.data.get("mixture", ())]
 

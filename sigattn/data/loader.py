@@ -132,7 +132,8 @@ class ExampleSource:
       raise error
     raise CorruptExampleError(
       f"{error}; config.data.max_corrupt_share is the share of examples that "
-      "may be unreadable, and are skipped"
+      "may be unreadable, and are skipped: "
+      "--config.data.max_corrupt_share=0.1"
     ) from error
 
   def marks(self, indices_B: np.ndarray, read_B: np.ndarray) -> Batch:

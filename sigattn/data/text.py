@@ -21,7 +21,9 @@ A stream of documents is a local file of JSON or parquet, a local folder (see
 text_files), a data set of the Hugging Face Hub (owner/name or
 owner/name:subset), or a .txt with config.data.lines=True. If a local stream is
 both trained on and evaluated, and has only the split train, about every
-twentieth document is in its test split, and at least one.
+twentieth document is in its test split, and at least one. If other data than
+those of a run are evaluated, the split WHOLE has all documents of such a
+source, or the whole of one text.
 """
 
 import functools
@@ -55,6 +57,7 @@ from sigattn.validate import (
 )
 
 EMBEDDED = text_documents.EMBEDDED
+WHOLE = text_documents.WHOLE
 _SPLITS = ("train", "test")  # of a stream from which documents are held out
 # The end of one text is its test split. A part of the same length before it,
 # the end of the train split, is its validation split.
@@ -239,9 +242,7 @@ def _is_held_out(config, source):
   trained = [name for name, _ in _mixture(config)]
   if source not in trained or source != _eval_source(config):
     return False
-  if source in EMBEDDED or token_files.is_folder(source):
-    return False
-  return set(text_files.find(source) or ()) == {"train"}
+  return source not in EMBEDDED and not has_splits(source)
 
 
 def _eval_source(config):
@@ -266,6 +267,16 @@ def _eval_source(config):
 
 def _mixture(config):
   return config.data.mixture or ((config.data.source, 1.0),)
+
+
+def has_splits(source: str) -> bool:
+  """Whether a source has splits of its own; those of the Hub have."""
+  if source in EMBEDDED:
+    return False
+  if token_files.is_folder(source):
+    return True
+  files = text_files.find(source)
+  return files is None or set(files) != {"train"}
 
 
 def _splits(origin):
@@ -336,6 +347,11 @@ def _part(config, split):
   If the text is only trained on, its train split is the whole text.
   """
   source, content = config.data.source, _whole(config.data.source)
+  if split == WHOLE:
+    text_files.inform_once(
+      f"{source!r}: all {len(content)} characters are evaluated"
+    )
+    return content
   hub.validate_split(source, split, _TEXT_SPLITS)
   if _eval_source(config) != source:
     return content
@@ -560,8 +576,12 @@ class Stream:
     ]
 
   def _eval_origin(self):
-    config = self._config
-    return _origin(config, _eval_source(config), "eval_split", self._split)
+    config, split = self._config, self._split
+    origin = _origin(config, _eval_source(config), "eval_split", split)
+    known = _splits(origin)
+    if split != WHOLE and known is not None:
+      hub.validate_split(origin.source, split, known)
+    return origin
 
   def _corrupt_of(self, origin):
     data = self._config.data

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
-from absl import logging as absl_logging
 
 from sigattn.data import hub, text_files
 
@@ -26,6 +25,9 @@ EMBEDDED = {"kjv": "kjv.txt.xz"}
 # text decides, so that a document that occurs twice is not in both splits. If
 # that is no document, or all, the one with the smallest checksum is held out.
 _HELD_OUT_EVERY = 20
+# The split that is all of a source without splits of its own. Only other data
+# than those of a run are evaluated by it, see run_dir.with_data.
+WHOLE = "all"
 _SECONDS_BETWEEN_MESSAGES = 5
 
 
@@ -68,10 +70,11 @@ class Progress:
 class Corrupt:
   """Names documents that are not text, and ends a run with too many of them.
 
-  The number of documents of a stream is not known. So the share refers to the
-  documents read so far, and at first to the first `at_least`. In a run of
-  several processes, each process counts the documents that it reads. A resumed
-  run counts from 0.
+  The number of documents of a stream is not known before its end. Until then
+  the share refers to the documents read so far, and at first to the first
+  `at_least`; at the end of an epoch, to those of the epoch. One document may
+  always be corrupt, unless max_share is 0. In a run of several processes, each
+  process counts the documents that it reads. A resumed run counts from 0.
   """
 
   def __init__(self, max_share: float = 0.0, at_least: int = 0) -> None:
@@ -86,19 +89,26 @@ class Corrupt:
     if not self._max_share:
       hint = (
         "; config.data.max_corrupt_share is the share of documents that may be "
-        "no text, and are skipped"
+        "no text, and are skipped: --config.data.max_corrupt_share=0.1"
       )
       raise ValueError(why + hint * bool(self._at_least))
     self._why[row] = why
-    count = len(self._why)
-    most = int(self._max_share * max(self._read, self._at_least))
-    if count > most:
+    self._validate_share(max(self._read, self._at_least))
+    text_files.warn_once(f"skipped: {why}")
+
+  def end(self, count: int) -> None:
+    """count: how many documents an epoch had that has ended."""
+    self._validate_share(count)
+
+  def _validate_share(self, count):
+    """Raises ValueError if too many of the first `count` documents are bad."""
+    corrupt, most = len(self._why), max(int(self._max_share * count), 1)
+    if corrupt > most:
       raise ValueError(
-        f"{count} documents are corrupt, of the first "
-        f"{max(self._read, self._at_least)}; config.data.max_corrupt_share="
-        f"{self._max_share} allows {most}: " + "; ".join(self._why.values())
+        f"{corrupt} documents are corrupt, of the first {count}; "
+        f"config.data.max_corrupt_share={self._max_share} allows {most}: "
+        + "; ".join(self._why.values())
       )
-    absl_logging.warning("skipped (%d of at most %d): %s", count, most, why)
 
 
 class Documents(grain.IterDataset):
@@ -168,17 +178,19 @@ class DocumentIterator(grain.DatasetIterator):
         if is_in:
           self._any = True
           return document
+    if self._corrupt is not None:
+      self._corrupt.end(self._row)
     if not self._any:
       raise ValueError(_no_documents(self._origin))
     if not self._in_training:
-      self._say_what_is_held_out()
+      self._say_what_is_evaluated()
       raise StopIteration
     self._begin(self._epoch + 1)
     return None
 
   def _is_in(self, document):
     """Whether the document belongs to the split, if splits are made here."""
-    if not self._origin.held_out:
+    if not self._origin.held_out or self._origin.split == WHOLE:
       return True
     if self._is_held_out is None:
       self._is_held_out = _held_out(self._origin)
@@ -189,13 +201,18 @@ class DocumentIterator(grain.DatasetIterator):
     documents, characters = self._counts[is_in]
     self._counts[is_in] = documents + 1, characters + len(document)
 
-  def _say_what_is_held_out(self):
-    if not self._origin.held_out or self._origin.split != "test":
-      return
+  def _say_what_is_evaluated(self):
     (documents, characters), (others, rest) = (
       self._counts[True],
       self._counts[False],
     )
+    if self._origin.split == WHOLE:
+      text_files.inform_once(
+        f"{self._origin.source!r}: {documents} of {documents} documents are "
+        "evaluated"
+      )
+    if not self._origin.held_out or self._origin.split != "test":
+      return
     text_files.inform_once(
       f"{self._origin.source!r}: {documents} of {documents + others} documents "
       f"are held out, {characters / (characters + rest):.1%} of the characters"
@@ -232,9 +249,11 @@ class DocumentIterator(grain.DatasetIterator):
       return document
     if self._corrupt is not None:
       shown = repr(example)
+      # If the split is made here, a document has the same number in each split.
+      part = "" if self._origin.held_out else f"split {self._origin.split!r}, "
       self._corrupt.add(
         row,
-        f"{source!r}, split {self._origin.split!r}, document {row}: config."
+        f"{source!r}, {part}document {row}: config."
         f"data.text_column={column!r} must be text, not {document!r:.100}: "
         f"{shown if len(shown) <= 300 else shown[:300] + '...'}",
       )
@@ -278,7 +297,7 @@ def _checksum(document):
 
 def _no_documents(origin):
   message = f"{origin}: contains no documents"
-  if origin.held_out:
+  if origin.held_out and origin.split != WHOLE:
     message += (
       ": a source without a test split holds out about every "
       f"{_HELD_OUT_EVERY}th document, and at least one, so it must have two "
@@ -299,8 +318,8 @@ def _open(origin):
   source, split = origin.source, origin.split
   files = text_files.find(source, origin.key)
   if files is not None:
-    own = origin.held_out or hub.local(source).is_file()
-    part = files["train" if own else split]
+    has_one = origin.held_out or split == WHOLE or hub.local(source).is_file()
+    part = files["train" if has_one else split]
     return text_files.open_files(part, origin.column, origin.lines)
   if not hub.is_hub_name(source):
     raise hub.unknown_source(source, EMBEDDED, "file or ", origin.key)

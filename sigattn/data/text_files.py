@@ -3,7 +3,7 @@
   .jsonl          a document per line, an object with a column of text
   .json           the same, or one array of such objects
   .parquet        a document per row
-  .txt            one document, or with config.data.lines one per line
+  .txt, .md       one document, or with config.data.lines one per line
 
 Texts are UTF-8. Each file may be compressed (.gz, .bz2, .xz). A folder may hold
 files of all kinds. A file belongs to a split if it is in a folder with the name
@@ -40,7 +40,8 @@ from sigattn.data import hub
 
 _logger = logging.getLogger(__name__)
 
-SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
+SUFFIXES = (".json", ".jsonl", ".md", ".parquet", ".txt")
+_READ_AS = {".md": ".txt"}
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _COMPRESSED = tuple(_OPEN)
 # The column that says why a document is no text; empty if it is.
@@ -61,14 +62,19 @@ _LIKE_A_SPLIT = re.compile(
   r"([-_. \d].*)?"
 )
 
+_SHOWN = 10  # names of files in a warning
+
 # {split: {suffix: paths}}
 Files = Mapping[str, Mapping[str, Sequence[str]]]
 
 
 def suffix(path: pathlib.Path) -> str | None:
-  """The suffix of a file's name that is in SUFFIXES; None for other names."""
-  suffixes = [x for x in path.suffixes if x not in _COMPRESSED]
-  return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+  """The suffix in SUFFIXES as which a file is read; None for other names.
+
+  A file .md is read as .txt is.
+  """
+  [*_, last] = ["", *(x for x in path.suffixes if x not in _COMPRESSED)]
+  return _READ_AS.get(last, last) if last in SUFFIXES else None
 
 
 def find(source: str, key: str = "source") -> Files | None:
@@ -116,14 +122,33 @@ def _in_folder(path, source, key):
         f"config.data.{key}={source!r}; must not hold runs, and {file} is of "
         "one: move its folder"
       )
-  others = [x for x in path.rglob("*") if x.is_file() and x not in read]
-  if others := sorted(str(x.relative_to(path)) for x in others):
-    warn_once(
-      f"config.data.{key}={source!r}: {len(others)} files of the folder are "
-      f"not read, because they belong to no split or are of another kind: "
-      f"{', '.join(others[:10])}"
-    )
+  _warn_of_unread(path, read, texts, source, key)
   return files
+
+
+def _warn_of_unread(path, read, texts, source, key):
+  """Names the files of a folder that are not read, by the cause."""
+  others = {x for x in path.rglob("*") if x.is_file()} - set(read)
+  by_cause = {
+    f"with another ending than {', '.join(SUFFIXES)}": {
+      x for x in others if not suffix(x)
+    },
+    "in no split, where the names of others make splits": others & set(texts),
+    "that are hidden, or describe a data set": {
+      x for x in others - set(texts) if suffix(x)
+    },
+  }
+  parts = []
+  for cause, paths in by_cause.items():
+    names = sorted(str(x.relative_to(path)) for x in paths)
+    if names:
+      shown = ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
+      parts.append(f"{len(names)} {cause}: {shown}")
+  if parts:
+    warn_once(
+      f"config.data.{key}={source!r}: these files of the folder are not read: "
+      f"{'; '.join(parts)}"
+    )
 
 
 def _split(file):
@@ -150,16 +175,16 @@ def _warn_of_names(texts, path, source, key):
   ]
   if names:
     warn_once(
-      f"config.data.{key}={source!r}: {', '.join(names[:10])} "
+      f"config.data.{key}={source!r}: {', '.join(names[:_SHOWN])} "
       f"{'is' if len(names) == 1 else 'are'} read as all other files, and not "
       "as a split: only files and folders with the names "
       f"{', '.join(SPLITS)} are splits, such as test.txt"
     )
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4096)
 def warn_once(message: str) -> None:
-  """Warns only once, although each epoch reads the files again."""
+  """Warns only once, although the files are read again and again."""
   absl_logging.warning("%s", message)
 
 

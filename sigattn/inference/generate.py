@@ -166,13 +166,18 @@ class Generator:
     return [x.text for x in sorted(done)]
 
   def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-    """Yields the continuation of one prompt, piece by piece.
+    """Returns an iterator of the continuation of one prompt, in pieces.
 
-    The arguments and errors are those of __call__.
+    The arguments and errors are those of __call__. Errors are raised, and
+    warnings given, before the first piece is asked for.
     """
     options = Options(**options)
+    news = self._continued(self.encode([prompt]), options)
+    return self._pieces(news, options)
+
+  def _pieces(self, news, options):
     ids, yielded = [], 0
-    for new in self._continued(self.encode([prompt]), options):
+    for new in news:
       ids += new.ids
       decoded = self._cut(ids, options.stops).text
       # A character may consist of several tokens. Its first bytes decode to
@@ -292,7 +297,7 @@ def _keys(seed, first, count):
 def define_flags() -> None:
   """Defines the flags of `python -m sigattn generate`, except shared ones."""
   flags.DEFINE_multi_string(
-    "prompt", [""], "The text to continue; repeat the flag for several texts."
+    "prompt", [""], "The text to continue; an empty one begins a new text"
   )
   flags.DEFINE_string(
     "prompts",
@@ -306,9 +311,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer("max_tokens", 256, "Maximum number of new tokens.")
   flags.DEFINE_integer("rows", 32, "Prompts to continue at the same time.")
-  flags.DEFINE_multi_string(
-    "stop", [], "A text ends before this string; repeat the flag for several."
-  )
+  flags.DEFINE_multi_string("stop", [], "A text ends before this string")
   flags.DEFINE_enum(
     "context",
     "full",
@@ -361,9 +364,10 @@ def run(flag_values: flags.FlagValues) -> None:
       print(f"--- prompt {i} of {len(prompts)} ---", flush=True)
       print(f"{prompt}{continuation}\n", flush=True)
     return
-  generator.encode(prompts)  # raises before anything is printed
+  # This may raise or warn, so it comes before anything is printed.
+  pieces = generator.stream(prompts[0], **options)
   print(prompts[0], end="", flush=True)
-  for piece in generator.stream(prompts[0], **options):
+  for piece in pieces:
     print(piece, end="", flush=True)
   print()
 

@@ -132,7 +132,7 @@ def _object(where, line):
   # A lone surrogate has no encoding, and lists may be nested too deeply.
   except (ValueError, RecursionError) as error:
     raise ValueError(
-      f"{where}: {_EXAMPLE}, but is no JSON in UTF-8: {error}"
+      f"{where}: {_EXAMPLE}, but is not a line of JSON in UTF-8: {error}"
     ) from error
   if not isinstance(row, dict):
     raise ValueError(f"{where}: {_EXAMPLE}")

@@ -168,7 +168,7 @@ def last_evaluation(lines: Sequence[Line], split: str) -> Line | None:
 
 
 class Mean:
-  """Means of metrics over the steps since `take` was last called."""
+  """Means of metrics over the steps since `reset` was last called."""
 
   def __init__(
     self, count: int = 0, sums: Mapping[str, float] | None = None
@@ -187,11 +187,13 @@ class Mean:
     for name, value in metrics.items():
       self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
-  def take(self) -> dict[str, float]:
-    """Returns the means and resets them."""
-    means = {name: value / self._count for name, value in self._sums.items()}
-    self.__init__()
-    return means
+  def means(self) -> dict[str, float]:
+    """Returns the means."""
+    return {name: value / self._count for name, value in self._sums.items()}
+
+  def reset(self) -> None:
+    """Forgets all steps."""
+    self._count, self._sums = 0, {}
 
 
 class Progress:
@@ -354,14 +356,17 @@ class StepLog:
     else:
       self._skip_or_raise(step, values, jax.device_get(norms))
     self._progress.step(step, values, examples)
-    if due(step, self._config.log.every_steps):
-      means = self._mean.take()
-      means["per_second"] = self._progress.rate()
+    is_due = due(step, self._config.log.every_steps)
+    if is_due or step == self._config.total_steps:
+      means = self._mean.means() | {"per_second": self._progress.rate()}
       if self._skipped:
         means["skipped"] = self._skipped
-        self._skipped = 0
       self._writer.write(step, "train", means)
       self._progress.line("train", means)
+    # A run that is made longer later has the same means as one run.
+    if is_due:
+      self._mean.reset()
+      self._skipped = 0
 
   def _skip_or_raise(self, step, values, norms):
     """Saves and prints what is known about a step that is not finite.
@@ -451,7 +456,8 @@ def _is_news(record):
 
 class _Console(logging.Handler):
   def emit(self, record: logging.LogRecord) -> None:
-    log(record.getMessage())
+    is_warning = record.levelno >= logging.WARNING
+    log("warning: " * is_warning + record.getMessage())
 
 
 def set_up_logs() -> None:

@@ -20,6 +20,7 @@ from sigattn.training import metrics
 # an ended process from a slow one by its steps. But its heartbeats come from a
 # thread of their own, and stop when it ends.
 _HEARTBEAT_SECONDS = 30
+_SECONDS_OF_ONE_STOP = 1
 
 
 def define_flags() -> None:
@@ -132,19 +133,26 @@ class _Stop:
 def stop_signals() -> Iterator[_Stop]:
   """Yields an object whose `at(step)` is True after Ctrl-C or SIGTERM.
 
-  A second signal has its usual effect and ends the process at once. Only the
-  main thread receives signals, so in other threads `at` is never True.
+  A second signal has its usual effect and ends the process at once, unless it
+  comes within a second: a signal to all processes of a sweep reaches the run
+  twice, because the sweep passes it on. Only the main thread receives signals,
+  so in other threads `at` is never True.
   """
   stop = _Stop()
   if threading.current_thread() is not threading.main_thread():
     yield stop
     return
-  old = {}
+  old, first = {}, None
 
   def handle(number, _):
-    metrics.log("stopping after this step; repeat the signal to stop at once")
-    stop.set()
-    signal.signal(number, old[number])
+    nonlocal first
+    if first is None:
+      first = time.monotonic()
+      metrics.log("stopping after this step; repeat the signal to stop at once")
+      stop.set()
+    elif time.monotonic() - first > _SECONDS_OF_ONE_STOP:
+      signal.signal(number, old[number])
+      signal.raise_signal(number)
 
   # With several processes, JAX itself receives SIGTERM.
   is_alone = jax.process_count() == 1

@@ -318,14 +318,19 @@ def with_data(
   config: ConfigDict,
   workdir: str | os.PathLike[str],
   source: str | None = None,
-) -> ConfigDict:
-  """The config of a run with which its data are evaluated.
+  split: str | None = None,
+) -> tuple[ConfigDict, bool]:
+  """The config with which data are evaluated, and whether `source` is another.
 
-  If they are not what the run began with, a message says so.
+  If the data are not what the run began with, a message says so. If `source`
+  has no file of the run and no splits of its own, all of it is evaluated, and
+  config.data.eval_split names this split. A source with files of the run keeps
+  the run's split, because the rest may have been trained on.
 
   config: that of load_config. source: where the evaluated data are; by default
-  where the run read them. Raises ValueError if they are not there, and if they
-  have other classes than the run, by whose numbers they would be counted.
+  where the run read them. split: what is evaluated, by default
+  config.data.eval_split. Raises ValueError if the data are not there, and if
+  they have other classes than the run, by whose numbers they would be counted.
   """
   module, key = _source(config), kept_data.evaluated_key(config)
   if source is None and key in kept_data.missing(module, config, workdir):
@@ -339,9 +344,22 @@ def with_data(
   keeps = _keeps(config)
   if keeps and (why := keeps.difference(new, workdir)):
     raise ValueError(f"{workdir=} cannot be evaluated on these data: {why}")
-  if why := kept_data.difference(module, new, config, workdir, key):
-    metrics.log(f"{why}. What is there now is evaluated")
-  return new
+  why = kept_data.difference(module, new, config, workdir, key)
+  is_other = bool(why) and source is not None
+  if (
+    is_other
+    and split is None
+    and hasattr(module, "has_splits")
+    and not module.has_splits(source)
+    and not kept_data.has_files_of_run(module, new, workdir, key)
+  ):
+    new = new.copy_and_resolve_references().unlock()
+    new.data.eval_split = module.WHOLE
+    new = new.lock()
+  if why:
+    part = split or new.data.eval_split
+    metrics.log(f"{why}. What is there now is evaluated, the split {part!r}")
+  return new, is_other
 
 
 def _source(config):

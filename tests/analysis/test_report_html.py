@@ -50,6 +50,21 @@ def runs(tmp_path):
   return tmp_path
 
 
+def test_a_label_names_what_distinguishes(tmp_path):
+  for kind, every in (("sigmoid", 3), ("softmax", 7)):
+    write_run(tmp_path / kind, kind, 0, 0.1, log={"every_steps": every})
+  runs = report_html.find([tmp_path])
+  labels = {"attn.kind=sigmoid", "attn.kind=softmax"}
+  assert {*report_html.by_config(runs)} == labels
+  write_run(tmp_path / "more", "softmax", 0, 0.1, log={"every_steps": 9})
+  runs = report_html.find([tmp_path])
+  assert {*report_html.by_config(runs)} == {
+    "attn.kind=sigmoid,log.every_steps=3",
+    "attn.kind=softmax,log.every_steps=7",
+    "attn.kind=softmax,log.every_steps=9",
+  }
+
+
 class Tables(html.parser.HTMLParser):
   """The cells of each table, and every tag with its attributes."""
 

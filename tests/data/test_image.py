@@ -285,6 +285,12 @@ def test_example_without_a_class_is_refused(tmp_path):
 
 
 def test_number_of_classes_is_compared(folder):
+  # The folder has to be read for this, so another error is named at once.
+  expect_refusal(
+    local(folder, batch_size=99, **{"data.num_classes": 3}),
+    r"num_classes=3; must be 2, .*; config\.batch_size=99; must be at most 8",
+  )
+  # `datasets` knows it from now on.
   expect_refusal(
     local(folder, **{"data.num_classes": 3}), r"num_classes=3; must be 2"
   )

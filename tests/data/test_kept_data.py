@@ -30,7 +30,7 @@ def test_changed_texts_are_refused_and_moved_ones_go_on(
     goes_on(run, make(name, **values))
   (texts / "0.txt").write_text("0: the mat sat on the cat")  # the same alphabet
   (texts / "1.txt").rename(texts / "1b.txt")
-  (texts / "notes.md").write_text("is not read")
+  (texts / "notes.pdf").write_text("is not read")
   said = (
     r"config\.data\.source='my/texts' is not what the run began with: "
     r"1 changed \('0\.txt'\), 1 missing \('1\.txt'\), 1 new \('1b\.txt'\)"
@@ -66,6 +66,54 @@ def test_changed_texts_are_refused_and_moved_ones_go_on(
   ):
     evaluate(run)
   assert "What is there now is evaluated" in capsys.readouterr().out
+
+
+def test_other_texts_are_evaluated_whole(run, texts, tmp_path, caplog, capsys):
+  """Only data with files of the run keep the part that is held out."""
+  caplog.set_level("INFO", "sigattn.data")
+  own = evaluate(run, source=str(texts))
+  assert (own["split"], own["source"]) == ("test", str(texts))
+  before = (run / "eval.json").read_text()
+  assert json.loads(before) == own
+  one, many = tmp_path / "one", tmp_path / "many"
+  for folder, count in ((one, 1), (many, 30)):
+    folder.mkdir()
+    for i in range(count):
+      (folder / f"{i}.txt").write_text(f"{i}: a mat sat on the cats")
+  file = tmp_path / "a.txt"
+  file.write_text("the cat sat on the mat " * 20)
+  for source, said in (
+    (one, "1 of 1 documents are evaluated"),
+    (many, "30 of 30 documents are evaluated"),
+    (file, "all 460 characters are evaluated"),
+  ):
+    results = evaluate(run, source=str(source))
+    assert (results["split"], results["source"]) == ("all", str(source))
+    assert "is evaluated, the split 'all'" in capsys.readouterr().out
+    assert f"{str(source)!r}: {said}" in caplog.text
+    [path] = run.glob(f"eval_*-{source.name}.json")
+    assert json.loads(path.read_text()) == results
+  assert (run / "eval.json").read_text() == before
+  # A split that is asked for is made as for the run's own data.
+  evaluate(run, "train", source=str(many))
+  assert "is evaluated, the split 'train'" in capsys.readouterr().out
+  # Some of these documents were trained on.
+  (texts / "0.txt").write_text("0: the mat sat on the cat")
+  results = evaluate(run, source=str(texts))
+  assert results["split"] == "test"
+  assert "is evaluated, the split 'test'" in capsys.readouterr().out
+  assert (run / "eval.json").read_text() == before
+
+
+def test_other_texts_with_splits_of_their_own_keep_them(run, tmp_path):
+  for split in ("train", "dev"):
+    (tmp_path / f"{split}.jsonl").write_text('{"text": "the cat sat"}')
+  with pytest.raises(ValueError, match=r"split='test' .*'train', 'validation'"):
+    evaluate(run, source=str(tmp_path))
+  results = evaluate(run, "validation", source=str(tmp_path))
+  assert results["split"] == "validation"
+  [path] = run.glob("eval_*_validation*.json")
+  assert json.loads(path.read_text()) == results
 
 
 def mixed(texts, share):

@@ -266,7 +266,7 @@ def test_documents_that_are_no_text_are_skipped_up_to_the_share(
 ):
   skipped = []
   monkeypatch.setattr(
-    text_documents.absl_logging,
+    text_files.absl_logging,
     "warning",
     lambda line, *args: skipped.append(line % args),
   )
@@ -287,10 +287,12 @@ def test_documents_that_are_no_text_are_skipped_up_to_the_share(
 
   share = {"data.max_corrupt_share": 0.2}
   np.testing.assert_equal(take(path, **share), take(good))
-  # The log names each once, although there are several epochs.
+  # The log names each once, although there are several epochs and a split that
+  # is made of the same documents.
+  list(tasks.eval_batches(make(**{"data.source": path, **share}), "test"))
   assert len(skipped) == 2
-  assert re.search("skipped .1 of at most 1.: .*document 4: ", skipped[0])
-  assert re.search("skipped .2 of at most 2.: .*document 10: ", skipped[1])
+  assert re.search("skipped: .*document 4: ", skipped[0])
+  assert re.search("skipped: .*document 10: ", skipped[1])
   # With another training source, the whole of this one is evaluated.
   sources = {"data.source": "x/y", "data.eval_source": path, **share, **values}
   config = make(**sources)
@@ -303,7 +305,12 @@ def test_documents_that_are_no_text_are_skipped_up_to_the_share(
   )
   with pytest.raises(ValueError, match=f"{said}.*; .* document 10: "):
     take(path, **{"data.max_corrupt_share": 0.1, "data.shuffle_window": 10})
-  with pytest.raises(ValueError, match="document 4: .*must be text, not None"):
+  # At the end of an epoch the share is that of its documents.
+  few = {"data.max_corrupt_share": 0.05, "data.shuffle_window": 1000}
+  with pytest.raises(ValueError, match="of the first 22; .*=0.05 allows 1: "):
+    take(path, **few)
+  said = "must be text, not None.* --config.data.max_corrupt_share=0.1"
+  with pytest.raises(ValueError, match=f"document 4: .*{said}"):
     take(path)
 
 
@@ -486,15 +493,15 @@ def test_files_that_are_not_utf_8_are_named_and_skipped(tmp_path, monkeypatch):
   (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xe9"}\n')
   skipped = []
   monkeypatch.setattr(
-    text_documents.absl_logging, "warning", lambda *x: skipped.append(x[-1])
+    text_files.absl_logging, "warning", lambda *x: skipped.append(x[-1])
   )
   origin = text_documents.Origin(str(tmp_path), "train")
   corrupt = text_documents.Corrupt(max_share=0.5, at_least=4)
   found = list(text_documents.DocumentIterator(origin, False, corrupt))
   assert found == ["naïve cat 0", "naïve cat 1", "naïve cat 3", "one"]
   assert [x.partition(": is no")[0] for x in skipped] == [
-    f"{tmp_path / '2.txt'}: byte 3, 0xe9",
-    f"{tmp_path / 'a.jsonl'}: line 2, 0xe9",
+    f"skipped: {tmp_path / '2.txt'}: byte 3, 0xe9",
+    f"skipped: {tmp_path / 'a.jsonl'}: line 2, 0xe9",
   ]
   for call in (
     lambda: list(text.documents(str(tmp_path), "train", "text")),
@@ -571,6 +578,7 @@ def test_a_folder_of_all_kinds_is_read_whole(tmp_path, monkeypatch):
   (folder / "a.txt").write_text("first\nsecond")
   (folder / "b.txt.gz").write_bytes(gzip.compress(b"third"))
   (folder / "c.pdf").write_text("no text")
+  (folder / "g.md").write_text("# eighth")
   mixed = [
     {"body": "fourth", "id": 1},
     {"body": "fifth", "id": "x", "more": {}},
@@ -588,7 +596,7 @@ def test_a_folder_of_all_kinds_is_read_whole(tmp_path, monkeypatch):
   config.data.eval_source = str(folder)
   config.data.eval_split = "train"
   expected = {
-    "first\nsecond", "third", "fourth", "fifth", "sixth", "seventh",
+    "first\nsecond", "third", "fourth", "fifth", "sixth", "seventh", "# eighth",
   }  # fmt: skip
   read = {
     x
@@ -606,6 +614,22 @@ def test_a_folder_of_all_kinds_is_read_whole(tmp_path, monkeypatch):
   data.set_state(states[3])
   for batch in batches[3:]:
     np.testing.assert_array_equal(next(data)["token"], batch["token"])
+
+
+def test_the_log_says_why_files_are_not_read(tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr(text_files, "warn_once", said.append)
+  for name in ("train.txt", "test.md", "a.md", "b.pdf", "README.md", ".c.txt"):
+    (tmp_path / name).write_text(name)
+  assert list(text_files.find(str(tmp_path))) == ["test", "train"]
+  origin = text_documents.Origin(str(tmp_path), "test")
+  assert list(text_documents.Documents(origin, False)) == ["test.md"]
+  for part in (
+    "1 with another ending than .json, .jsonl, .md, .parquet, .txt: b.pdf",
+    "1 in no split, where the names of others make splits: a.md",
+    "2 that are hidden, or describe a data set: .c.txt, README.md",
+  ):
+    assert part in said[0]
 
 
 @pytest.mark.parametrize(

@@ -185,8 +185,8 @@ def test_a_file_that_was_stopped_goes_on_with_the_same_texts(
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ("{'prompt': 1}", "no JSON"),
-    ("", "no JSON"),
+    ("{'prompt': 1}", "not a line of JSON"),
+    ("", "not a line of JSON"),
     ("[1]", "must be an object such as"),
     ('{"text": "a"}', 'no field "prompt"'),
     ('{"prompt": 3}', "prompt=3; must be a string"),

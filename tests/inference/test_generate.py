@@ -128,6 +128,15 @@ def test_generator_continues_a_batch_as_each_alone_and_streams_the_same(
     f"--- prompt 1 of 2 ---\n{prompts[0]}{texts[0]}\n\n"
     f"--- prompt 2 of 2 ---\n{prompts[1]}{texts[1]}\n\n"
   )
+  # A warning comes before the text, not inside of it.
+  monkeypatch.setattr(
+    generate.logging, "warning", lambda line, *args: print(line % args)
+  )
+  options |= {"max_tokens": config.data.length, "prompt": prompts[:1]}
+  generate.run(Given(**vars(generate.Options()) | options | files))
+  warning, text, *_ = capsys.readouterr().out.splitlines()
+  assert warning.startswith("texts may grow to ")
+  assert text.startswith(prompts[0].rstrip())
   alone = [generator([x], max_tokens=32, temperature=0)[0] for x in prompts]
   assert texts == alone
   pieces = list(generator.stream(prompts[0], max_tokens=32, temperature=0))

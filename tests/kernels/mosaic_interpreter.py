@@ -30,7 +30,9 @@ from sigattn.kernels import batching_and_sharding, device, dispatch
 from sigattn.kernels.mosaic import host, reduce, registers, tiles
 from tests.kernels import cases, compare
 
-CASES = cases.CASES + cases.BLOCKS + cases.SMALL_WEIGHTS
+CASES = [
+  *cases.CASES, *cases.BLOCKS, *cases.SMALL_WEIGHTS, *cases.HIDDEN_KEYS,
+]  # fmt: skip
 
 
 def _let_products_read_registers():

@@ -26,7 +26,7 @@ from tests.kernels import cases, compare
 if jax.default_backend() != "gpu":
   pytest.skip("needs a GPU", allow_module_level=True)
 
-CASES = cases.CASES + cases.BLOCKS + cases.ARBITRARY
+CASES = cases.CASES + cases.BLOCKS + cases.ARBITRARY + cases.HIDDEN_KEYS
 # The head widths of cases with many blocks.
 WIDTHS = {
   "mosaic": (32, 64, 96, 128, 192, 256),

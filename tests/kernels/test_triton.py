@@ -65,7 +65,9 @@ def block_size(case):
   return 32 if max(queries, keys) >= 150 and window >= 64 else 16
 
 
-@pytest.mark.parametrize("case", cases.CASES + cases.BLOCKS, ids=str)
+@pytest.mark.parametrize(
+  "case", cases.CASES + cases.BLOCKS + cases.HIDDEN_KEYS, ids=str
+)
 def test_interpreted_output_and_gradients(case, interpreter, monkeypatch):
   set_blocks(monkeypatch, block_size(case))
   arrays, options, cotangent = cases.draw(case)

@@ -284,7 +284,9 @@ def test_features_and_what_mae_draws_are_drawn(untrained_mae, tmp_path):
   for path in paths:
     assert Image.open(path).size > (100, 100)
   # Pictures of another split do not overwrite those of the run's own.
-  paths = features.draw(config, params, "train", mesh.make(), tmp_path)
+  paths = features.draw(
+    config, params, "train", mesh.make(), tmp_path, "_train"
+  )
   assert [path.name for path in paths] == [
     "features_train.png", "drawings_train.png",
   ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Metrics: the files, the means over steps, and the steps that are logged."""
 
 import pytest
+from ml_collections import ConfigDict
 
 from sigattn.training import metrics
 from tests.training.events import events
@@ -11,13 +12,14 @@ def test_due_is_every_so_many_steps_and_never_for_0():
   assert not any(metrics.due(step, 0) for step in range(7))
 
 
-def test_mean_starts_again_after_take():
+def test_mean_starts_again_after_reset():
   mean = metrics.Mean()
   mean.add({"loss": 1.0})
   mean.add({"loss": 3.0})
-  assert mean.take() == {"loss": 2.0}
+  assert mean.means() == {"loss": 2.0}
+  mean.reset()
   mean.add({"loss": 5.0})
-  assert mean.take() == {"loss": 5.0}
+  assert mean.means() == {"loss": 5.0}
 
 
 def test_resumed_writer_drops_the_lines_after_its_start(tmp_path):
@@ -87,3 +89,19 @@ def test_last_evaluation_is_of_the_split(split, step):
   ]
   assert metrics.last_evaluation(lines, split)["step"] == step
   assert metrics.last_evaluation(lines, "val") is None
+
+
+@pytest.mark.parametrize("total", [4, 5])
+def test_the_last_step_has_a_line_wherever_it_falls(total, tmp_path):
+  """A line is the mean over the steps since the line before it."""
+  config = ConfigDict({"total_steps": total, "log": {"every_steps": 2}})
+  with metrics.Writer(tmp_path, tensorboard=False) as writer:
+    progress = metrics.Progress(0, total, "images")
+    log = metrics.StepLog(config, writer, progress)
+    for step in range(1, total + 1):
+      values = {"loss": float(step), "grad_norm": 1.0, "lr": 1.0}
+      log.step(step, values, 1)
+    log.finish()
+  assert [(x["step"], x["loss"]) for x in metrics.read(tmp_path)] == [
+    (2, 1.5), (4, 3.5), (5, 5.0),
+  ][: total - 2]  # fmt: skip
