@@ -77,6 +77,8 @@ def _unsupported_block(block):
     return "linear layers with a bias"
   if attn.row_power:
     return "row_power"
+  if attn.has_forget_gate:
+    return "a forget gate"
   if (
     attn.rotate is not None
     and getattr(attn.rotate, "func", None) is not positions.rope

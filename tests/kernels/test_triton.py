@@ -245,6 +245,13 @@ PAGED = (
     dict(kind="relu", alibi_slopes=np.ones(4, np.float32), query_offset=30),
     "float32",
   ),
+  (
+    dict(
+      query_logit_bias=-np.ones(3, np.float32),
+      key_logit_bias=np.linspace(-1, 1, 80, dtype="float32"),
+    ),
+    "float32",
+  ),
 )  # fmt: skip
 
 
