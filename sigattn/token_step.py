@@ -164,7 +164,7 @@ def _attend(attn, heads_BF, cache, arrived, place_B, page_table, positions_B1):
     problem,
     _new(attn, arrived, positions_B1),
     heads_BF.reshape(len(heads_BF), 1, heads, attn.head_width),
-    *cache,
+    *cache[:2],
     operands,
     page_table,
   )
