@@ -785,6 +785,10 @@ def test_sums_are_computed_only_for_what_is_differentiated(
   assert of_keys["SUMS"] == ("keys" in sums)
 
 
+def test_a_forget_gate_in_16_bits_has_an_exact_gradient(interpreter):
+  compare.assert_a_gate_in_16_bits_has_an_exact_gradient("float16")
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_second_derivatives_behind_the_kernels(normalize, interpreter):
   case = cases.Case("second", batch=1, queries=4, heads=2, width=4)
