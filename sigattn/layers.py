@@ -262,11 +262,6 @@ class SelfAttention(nnx.Module):
       segment_ids=segment_ids,
     )
     q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
-    c_BTN = None
-    if self.has_forget_gate:
-      c_BTN = self.forget_gate(x_BTD) + _forgotten_before(
-        cache, place, page_table
-      )
     if self.has_qk_norm:
       q_BTNH = normalize(self.query_norm, q_BTNH)
       k_BTKH = normalize(self.key_norm, k_BTKH)
@@ -274,6 +269,11 @@ class SelfAttention(nnx.Module):
       where = {} if positions is None else {"positions": positions}
       q_BTNH = self.rotate(q_BTNH, **where)
       k_BTKH = self.rotate(k_BTKH, **where)
+    c_BTN = None
+    if self.has_forget_gate:
+      c_BTN = self.forget_gate(x_BTD) + _forgotten_before(
+        cache, place, page_table
+      )
     if cache is not None:
       dtype = cache.key_BSKH.dtype
       k_BTKH, v_BTKH = (attention.saturated(x, dtype) for x in (k_BTKH, v_BTKH))
