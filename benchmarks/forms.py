@@ -12,18 +12,15 @@ each row, which return_residual returns:
 The others take the logits from sigattn.attention_weights, and store all of them
 in memory.
 
+The forms with a forget gate (2503.02130) set config.attn.forget_gate.
+
 A form may also change the layers, which then have additional parameters:
 
-  forget gate   log f_j + ... + log f_i is added to the logit of query i and key
-                j - 1, where f = sigmoid(W x) for each head (2503.02130). The
-                sum is a number for each query plus a number for each key. The
-                kernels accept both.
   output gate   the output of a head is multiplied by sigmoid(W x) (2505.06708)
   alternating   every other layer sees only the last 128 keys, with RoPE; the
                 other layers see all keys, without positions
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -100,6 +97,18 @@ class _Changed(layers.SelfAttention):
   built model.
   """
 
+  def __call__(self, x_BTD, **options):
+    before = self.attention_fn, self.rotate
+    self.change(x_BTD)
+    try:
+      return super().__call__(x_BTD, **options)
+    finally:
+      self.attention_fn, self.rotate = before
+
+
+class OutputGate(_Changed):
+  """Multiplies a head's output by a gate."""
+
   def extend(self, rngs: nnx.Rngs) -> None:
     depth, width, num_heads, _ = self.query.kernel.shape
     normal = nnx.initializers.normal(width**-0.5)
@@ -109,35 +118,10 @@ class _Changed(layers.SelfAttention):
     # Gates are nearly open at the start.
     self.gate_bias = nnx.Param(jnp.full((depth, num_heads), 3.0))
 
-  def __call__(self, x_BTD, **options):
-    before = self.attention_fn, self.rotate
-    self.change(x_BTD)
-    try:
-      return super().__call__(x_BTD, **options)
-    finally:
-      self.attention_fn, self.rotate = before
-
-  def _gate(self, x_BTD):
+  def change(self, x_BTD):
     product_BTN = x_BTD @ self.gate_kernel[...].astype(x_BTD.dtype)
-    return product_BTN.astype(jnp.float32) + self.gate_bias[...]
-
-
-class ForgetGate(_Changed):
-  """Lowers the logit of a key with each token between it and the query."""
-
-  def change(self, x_BTD):
-    total_BNT = jax.nn.log_sigmoid(self._gate(x_BTD)).cumsum(1).swapaxes(1, 2)
-    vectors = {"key_logit_bias": -total_BNT}
-    if self.kind != "softmax":  # softmax cancels a term that all keys share
-      vectors["query_logit_bias"] = total_BNT
-    self.attention_fn = functools.partial(self.attention_fn, **vectors)
-
-
-class OutputGate(_Changed):
-  """Multiplies a head's output by a gate."""
-
-  def change(self, x_BTD):
-    gate_BTN, attend = jax.nn.sigmoid(self._gate(x_BTD)), self.attention_fn
+    logit_BTN = product_BTN.astype(jnp.float32) + self.gate_bias[...]
+    gate_BTN, attend = jax.nn.sigmoid(logit_BTN), self.attention_fn
 
     def gated(*arrays, **options):
       out_BTNH = attend(*arrays, **options)
@@ -210,12 +194,11 @@ _KINDS = {
   "sigmoid": {"attn.kind": "sigmoid"},
   "normalised": _normalized(),
 }
-_LAYERS = {
-  "forget gate": ForgetGate,
-  "output gate": OutputGate,
-  "alternating": Alternating,
-}
+_LAYERS = {"output gate": OutputGate, "alternating": Alternating}
 LAYER_FORMS = {
+  f"{kind}, forget gate": Form(changes | {"attn.forget_gate": True})
+  for kind, changes in _KINDS.items()
+} | {
   f"{kind}, {name}": Form(changes, layer=layer)
   for name, layer in _LAYERS.items()
   for kind, changes in _KINDS.items()

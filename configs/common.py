@@ -40,6 +40,9 @@ def base():
     # raised to this power. Only for causal tasks. 0 turns it off; 0.5 and 1 are
     # ablations.
     row_power=0.0,
+    # Let each head forget: a trained gate of each token lowers the logits of
+    # all keys before it (2503.02130). Only for causal tasks.
+    forget_gate=False,
     # None chooses the fastest one that supports the problem.
     implementation=config_dict.placeholder(str),
   )

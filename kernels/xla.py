@@ -27,6 +27,8 @@ left of that sum. So it is left out:
 
   sum_j dz = ds s - sum_j p^2 ((do v^T - do . out) / s + ds)
 
+differentiation.paired says where this is not done.
+
 Inside, arrays are grouped: q_BTKGH, k_BSKH, and logits z_BKGTS.
 """
 
@@ -259,7 +261,7 @@ def _backward(trained, problem, query, key, value, operands, rows, cotangents):
       return _add_gradients(grads, problem, operands, block, of_block, *inputs)
 
     grads = _over_keys(add, grads, problem, start, stop)
-  if problem.normalize:
+  if problem.normalize and not differentiation.paired(trained):
     share_BNT = numerics.row_share(problem, sums, d_sums)
     shares = dict(logit_bias=share_BNT.sum(-1), query_logit_bias=share_BNT)
     grads = _add_sums(grads, shares, {})
@@ -279,7 +281,7 @@ def _add_gradients(
   dz_bias = None
   if rows is not None:
     dp_BKGTS = rows.inverse * dp_BKGTS - rows.shift
-    if problem.kind == "sigmoid":
+    if problem.kind == "sigmoid" and not differentiation.paired(_given(grads)):
       dz_bias = _only(visible, -p_BKGTS * p_BKGTS * dp_BKGTS)
     p_BKGTS *= rows.inverse
   # Mask after both factors are multiplied, so that a hidden NaN has no effect.
@@ -305,6 +307,11 @@ def _add_gradients(
   return _add_operand_gradients(
     grads, problem, operands, block, dz_BNTS, of_bias_BNTS
   )
+
+
+def _given(grads):
+  """The names of the operands that are differentiated."""
+  return [name for name in FLOATS if getattr(grads, name) is not None]
 
 
 def _add_operand_gradients(

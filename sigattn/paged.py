@@ -28,6 +28,8 @@ def paged_attention(
   *,
   kind: str = "sigmoid",
   logit_bias: ArrayLike | None = None,
+  query_logit_bias: ArrayLike | None = None,
+  key_logit_bias: ArrayLike | None = None,
   n: float | None = None,
   normalize: bool = False,
   alibi_slopes: ArrayLike | None = None,
@@ -40,7 +42,8 @@ def paged_attention(
   """dot_product_attention from a few new tokens to keys that lie in pages.
 
     k_j = key_pages[page_table[row, j // L], j % L],   v_j in the same way
-    out_i = sum_j phi(scale q_i k_j + alibi + b) v_j,  j < lengths[row]
+    out_i = sum_j phi(scale q_i k_j + alibi + b + b_i + b_j) v_j,
+                                                       j < lengths[row]
 
   The queries are the last T tokens of a row. Their keys and values are in the
   pages already. Shapes: P pages of L tokens each, at most M pages for a row,
@@ -63,6 +66,8 @@ def paged_attention(
       its first query, may have any value.
     lengths_B: integers, the number of tokens of each row, at most S. If it is
       0, the row of the output is zero, except with softmax.
+    key_logit_bias: b_j, with S in the order of a row's tokens; it does not lie
+      in pages. Numbers at and beyond the row's length have no effect.
     n: the length that b and ReLU's divisor are made for; None: S.
     is_causal: a query sees no token behind its own. True by default, unlike in
       dot_product_attention.
@@ -108,6 +113,7 @@ def paged_attention(
   query, operands, numbers = attention.prepare(
     query, whole, kind=kind, logit_bias=logit_bias, n=n, scale=scale,
     query_offset=query_offset, alibi_slopes=alibi_slopes,
+    query_logit_bias=query_logit_bias, key_logit_bias=key_logit_bias,
     key_value_seq_lengths=lengths,
   )  # fmt: skip
   problem = attention.problem_of(

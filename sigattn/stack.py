@@ -70,6 +70,7 @@ FIELDS = {
   "attn.alibi": flag(),
   "attn.num_kv_heads": whole(low=1, high=2**17, optional=True),
   "attn.row_power": real(low=0, high=4),
+  "attn.forget_gate": flag(),
   "attn.window": whole(low=0, high=2**30, optional=True),
   "attn.implementation": text(optional=True),
 }
@@ -113,10 +114,13 @@ def _implementation_runs_here(config):
   def attend(query, key):
     bias = {"logit_bias": heads} if attn.learn_logit_bias else {}
     slopes = {"alibi_slopes": heads} if attn.alibi else {}
+    gate = {}
+    if attn.forget_gate:
+      gate = {"key_logit_bias": jnp.zeros((model.num_heads, key.shape[1]))}
     return attention.dot_product_attention(
       query, key, key, kind=attn.kind, implementation=attn.implementation,
       normalize=attn.normalize, local_window_size=attn.window, **bias,
-      **slopes,
+      **slopes, **gate,
     )  # fmt: skip
 
   def shape(heads):
@@ -167,12 +171,13 @@ def _no_second_normalization(config):
 
 
 def not_causal(config: ConfigDict) -> None:
-  """Refuses row scaling; a rule of tasks whose attention is not causal."""
-  if config.attn.row_power:
-    raise ValueError(
-      f"config.attn.row_power={config.attn.row_power!r}; must be 0 where "
-      f"attention is not causal, as in config.task={config.task!r}"
-    )
+  """Refuses row scaling and forget gates, which need causal attention."""
+  for name, off in {"row_power": 0, "forget_gate": False}.items():
+    if config.attn[name]:
+      raise ValueError(
+        f"config.attn.{name}={config.attn[name]!r}; must be {off} where "
+        f"attention is not causal, as in config.task={config.task!r}"
+      )
 
 
 def multiple_for_positions(factors: dict[str, int]) -> validate.Rule:
@@ -244,6 +249,7 @@ def make(
       is_causal=is_causal,
       rotate=rotate,
       row_power=attn.row_power,
+      forget_gate=attn.forget_gate,
       window=attn.window,
       implementation=attn.implementation,
       rngs=rngs,

@@ -77,6 +77,8 @@ def _unsupported_block(block):
     return "linear layers with a bias"
   if attn.row_power:
     return "row_power"
+  if attn.has_forget_gate:
+    return "a forget gate"
   if (
     attn.rotate is not None
     and getattr(attn.rotate, "func", None) is not positions.rope
@@ -162,7 +164,7 @@ def _attend(attn, heads_BF, cache, arrived, place_B, page_table, positions_B1):
     problem,
     _new(attn, arrived, positions_B1),
     heads_BF.reshape(len(heads_BF), 1, heads, attn.head_width),
-    *cache,
+    *cache[:2],
     operands,
     page_table,
   )

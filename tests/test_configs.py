@@ -102,6 +102,7 @@ BAD = [
   ("attn.qk_norm", "layer"),
   ("attn.logit_bias", float("nan")),
   ("attn.row_power", 1.0),
+  ("attn.forget_gate", True),
   ("attn.num_kv_heads", 4),
   ("attn.implementation", "cuda"),
   ("model.width", 97),

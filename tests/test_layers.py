@@ -70,7 +70,7 @@ def numpy_norm(p, x):
   return x + p.get("bias", 0.0)
 
 
-def numpy_attention(p, x_BTD, alibi=False):
+def numpy_attention(p, x_BTD, alibi=False, kind="sigmoid"):
   q, k, v = (
     np.einsum("BTD,DNH->BTNH", x_BTD, p[name]["kernel"]) + p[name]["bias"]
     for name in ("query", "key", "value")
@@ -81,7 +81,15 @@ def numpy_attention(p, x_BTD, alibi=False):
   if alibi:
     distance = abs(np.arange(T)[:, None] - np.arange(T))
     logits -= np.array([2.0**-4, 2.0**-8])[:, None, None] * distance
+  if "forget_gate" in p:  # only for causal layers
+    open_BTN = 1 / (1 + np.exp(-numpy_linear(p["forget_gate"], x_BTD)))
+    for i in range(T):
+      for j in range(i + 1):
+        logits[:, :, i, j] += np.log(open_BTN[:, j + 1 : i + 1]).sum(1)
+    logits += np.triu(np.full((T, T), -np.inf), 1)
   weights = 1 / (1 + np.exp(-(logits - math.log(LONGEST))))
+  if kind == "softmax":
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   out = np.einsum("BNTS,BSNH->BTNH", weights, v)
   return np.einsum("BTNH,NHD->BTD", out, p["out"]["kernel"]) + p["out"]["bias"]
 
@@ -155,6 +163,35 @@ def test_attention_is_its_formula(qk_norm, alibi):
   layer = fill(lambda: make_attention(qk_norm=qk_norm, alibi=alibi))
   expected = numpy_attention(params(layer), np.asarray(inputs()), alibi)
   np.testing.assert_allclose(layer(inputs()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_a_forget_gate_is_its_formula(kind):
+  layer = fill(
+    lambda: make_attention(forget_gate=True, is_causal=True, kind=kind)
+  )
+  x_BTD = np.asarray(inputs())
+  expected = numpy_attention(params(layer), x_BTD, kind=kind)
+  np.testing.assert_allclose(layer(x_BTD), expected, rtol=1e-4, atol=1e-5)
+  # The sum runs on over the segments, but a token sees only its own one.
+  ids = jnp.array([[0] * 2 + [1] * (T - 2)] * B)
+  tail = layer(x_BTD[:, 2:])
+  packed = layer(x_BTD, segment_ids=ids)[:, 2:]
+  np.testing.assert_allclose(packed, tail, rtol=1e-5, atol=1e-6)
+  graphdef, state = nnx.split(layer)
+
+  def total(state):
+    return (nnx.merge(graphdef, state)(x_BTD) ** 2).sum()
+
+  for part in jax.tree.leaves(jax.grad(total)(state).forget_gate):
+    assert (abs(part) > 1e-6).all()
+
+
+def test_initial_gates_are_nearly_open_and_sums_are_float32():
+  gate = layers.ForgetGate(D, N, dtype="bfloat16", rngs=nnx.Rngs(0))
+  c_1TN = gate(jnp.zeros((1, 2048, D), "bfloat16"))
+  expected = -math.log1p(math.exp(-3)) * np.arange(1, 2049)
+  np.testing.assert_allclose(c_1TN[0, :, 0], expected, rtol=1e-5)
 
 
 def test_row_scaling_divides_by_a_power_of_the_keys_seen():
@@ -587,6 +624,7 @@ def test_a_mask_that_decoding_would_ignore_is_refused(name):
       "learn_logit_bias=True",
     ),
     (lambda: make_attention(row_power=1.0), "row_power=1.0; must be 0"),
+    (lambda: make_attention(forget_gate=True), "forget_gate=True; must be F"),
     (lambda: layers.Mlp(D, F, "relu", rngs=nnx.Rngs(0)), "kind='relu'; choose"),
     (lambda: make_attention(dtype="bf16"), "dtype='bf16'; must be a float"),
     (lambda: make_attention(dtype=int), "dtype=<class 'int'>; must be a float"),
@@ -600,6 +638,16 @@ def test_senseless_argument_is_refused(make, said):
     make()
 
 
+@pytest.mark.parametrize("forget_gate", [True, False])
+def test_a_cache_of_another_layer_is_refused(forget_gate):
+  slots = jnp.zeros((B, 4, N, D // N))
+  sums = None if forget_gate else slots[..., 0]
+  layer = make_attention(is_causal=True, forget_gate=forget_gate)
+  said = rf"cache\.forgotten_BSN=.* where forget_gate={forget_gate}"
+  with pytest.raises(ValueError, match=re.compile(said, re.DOTALL)):
+    layer(jnp.zeros((B, 1, D)), cache=layers.Cache(slots, slots, sums))
+
+
 def test_a_cache_in_8_bits_saturates_and_keeps_nan():
   """Numbers up to 464 are rounded to 448; astype makes larger ones NaN."""
   attn = fill(
@@ -610,7 +658,7 @@ def test_a_cache_in_8_bits_saturates_and_keeps_nan():
   empty = jnp.zeros((1, 5, N, H), "float8_e4m3fn")
   _, cache = compiled(attn, x_BTD, cache=layers.Cache(empty, empty))
   exact = attn.key(x_BTD), attn.value(x_BTD)
-  for found, wanted in zip(cache, exact, strict=True):
+  for found, wanted in zip(cache[:2], exact, strict=True):
     found = found.astype("float32")
     np.testing.assert_allclose(found[:, 0], wanted[:, 0], rtol=2**-4)
     np.testing.assert_array_equal(found[:, 1], 448 * jnp.sign(wanted[:, 1]))

@@ -36,6 +36,20 @@ def test_pages_change_no_bit(options):
   assert np.asarray(found[0]).any()
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_logit_vectors_are_not_in_pages(kind):
+  arrays, whole = draw_paged([40, 64, 5])
+  draw = np.random.default_rng(1).standard_normal
+  vectors = dict(key_logit_bias=draw((3, 4, whole.shape[2]), "float32"))
+  if kind == "sigmoid":
+    vectors["query_logit_bias"] = draw((3, 4, 3), "float32")
+  wanted = contiguous(arrays, np.nan_to_num(whole), kind=kind, **vectors)
+  found = sigattn.paged_attention(*arrays, kind=kind, **vectors)
+  np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+  plain = sigattn.paged_attention(*arrays, kind=kind)
+  assert not np.allclose(found, plain, atol=1e-3)
+
+
 def test_pages_in_8_bits_are_cast_when_they_are_gathered():
   arrays, _ = draw_paged([40, 64, 0, 5])
   query, *pages, table, lengths = arrays

@@ -171,6 +171,11 @@ def test_a_softmax_model_goes_on_with_sigmoid_and_is_saved(tmp_path, capsys):
     match=r"is llama, but config\.attn\.kind='sigmoid', not 'softmax'\. ",
   ):
     pretrained.save(config, state.params, tmp_path / "out")
+  gated = make("llama", **{"attn.forget_gate": True})
+  with pytest.raises(ValueError, match=r"attn\.forget_gate=True, not False$"):
+    pretrained.save(gated, state.params, tmp_path / "out")
+  with pytest.raises(ValueError, match=r"forget_gate=True; must be False for"):
+    setup.validate_config(gated)
   assert not (tmp_path / "out").exists()
 
 

@@ -140,7 +140,7 @@ def _backward(wanted, problem, query, key, value, operands, d_out, *rows):
     problem, d_out, rows = _in_rows(problem, d_out, *rows)
     if wanted.rows:  # Keys beyond the last one would add to the sums of rows.
       problem, operands = _with_lengths(problem, operands)
-      form = dataclasses.replace(form, end=True)
+      form = dataclasses.replace(form, end=True, paired=wanted.paired)
   problem, operands, query, key, value, d_out, *rows = _aligned(
     problem, operands, query, key, value, d_out.astype(query.dtype), *rows
   )

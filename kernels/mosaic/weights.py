@@ -45,6 +45,7 @@ class Form:
   offset: int  # added to row - column in ALiBi's distances
   weight_scale: float  # factor of weights before they are rounded to 16 bits
   dz_scale: float  # the same for gradients of logits
+  paired: bool = False  # see differentiation.paired
 
   @property
   def tanh(self) -> bool:
@@ -189,9 +190,9 @@ def row_gradient(
   """The terms whose sum over the keys is the gradient of a query's logit bias.
 
   They are dz, but -p^2 dp for normalised sigmoid, where dz nearly cancels; see
-  xla.py.
+  xla.py and differentiation.paired.
   """
-  if is_normalized and form.kind == "sigmoid":
+  if is_normalized and form.kind == "sigmoid" and not form.paired:
     return -(p * p) * dp
   return dz
 

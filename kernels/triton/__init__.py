@@ -203,7 +203,7 @@ def backward_q(
   )
   return _call(
     "backward_q", problem, precision, tile, (*arrays, *extra), outs,
-    SUMS=wanted.rows, SLOPE_SUMS=wanted.slopes,
+    SUMS=wanted.rows + wanted.paired, SLOPE_SUMS=wanted.slopes,
   )  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def backward_q(
   With SUMS d_rows_i = SUM_SCALE sum_j dz_ij, (B, N, T). With SLOPE_SUMS each
   program writes d_slope = -SUM_SCALE sum dz |i + offset - j|, (B, N, blocks of
   queries). With NORMALIZE the rows of sigmoid sum -p^2 (do v^T / s - shift),
-  see xla.py.
+  see xla.py, unless SUMS is 2 (differentiation.paired).
   """
   batch, head, first = _place(T, N, BLOCK_Q, RIGHT is not None)
   bias, slope = _per_head(
@@ -263,7 +263,9 @@ def _backward_q_block(
         RIGHT, SEGMENTS,
       )  # fmt: skip
   if SUMS:
-    if NORMALIZE and (ACTIVATION == "tanh" or ACTIVATION == "exp"):
+    if (
+      NORMALIZE and SUMS != 2 and (ACTIVATION == "tanh" or ACTIVATION == "exp")
+    ):
       # In the units of dz, for both forms of the sigmoid.
       sum_dz -= tl.sum(p * p * dp, 1) * D_Z_SCALE
     else:

@@ -51,7 +51,7 @@ QUANTITIES = {
   "projection_norm": "|A V W_out|, a head's part of the output, without bias",
   "row_sum_mean": "mean sum of a row of A; 1 for softmax",
   "row_sum_max": "largest sum of a row of A",
-  "logit_max": "largest logit z = q k / sqrt(H) + b + ALiBi of a visible pair",
+  "logit_max": "largest logit z of a visible pair: q k / sqrt(H) and biases",
   "logit_std": "standard deviation of z over the visible pairs",
   "entropy": "mean entropy of a row of A divided by its sum, in nats",
   "saturated": "fraction of the weights that no longer follow their logit",
@@ -270,6 +270,9 @@ def statistics(
   applied_BNTS = apply_row_scale(attn, computed.weights_BNTS, positions)
   weights_BNTS = jnp.where(counted_BNTS, applied_BNTS, 0)
   z_BNTS = computed.logits_BNTS
+  if attn.has_forget_gate and attn.kind == "softmax":
+    # The layer passes only -c_j, because softmax cancels c_i.
+    z_BNTS -= options["key_logit_bias"][..., None]
   counted_BNT, sums_BNT = counted_BNTS.any(-1), weights_BNTS.sum(-1)
   values = _values(attn, value, weights_BNTS)
   norm_BN = {

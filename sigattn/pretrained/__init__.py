@@ -243,7 +243,8 @@ _REQUIRED = {
 }  # fmt: skip
 _REQUIRED_OF_ALL = {
   "attn.kind": ("softmax",), "attn.qk_norm": ("none",), "attn.alibi": (False,),
-  "attn.row_power": (0.0,), "model.norm": ("pre",),
+  "attn.row_power": (0.0,), "attn.forget_gate": (False,),
+  "model.norm": ("pre",),
   "model.layer_scale": (None,),
 }  # fmt: skip
 

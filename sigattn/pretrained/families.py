@@ -152,6 +152,7 @@ _PLAIN = {
   "model.layer_scale": None,
   "attn.qk_norm": "none",
   "attn.alibi": False,
+  "attn.forget_gate": False,
 }
 
 

@@ -45,6 +45,8 @@ PARAMETERS = (
   (r".*attn/(query|key|value)/bias", ("tensor", None)),
   (r".*attn/out/kernel", ("tensor", None, "fsdp")),  # N, H, D
   (r".*attn/logit_bias", ("tensor",)),
+  (r".*attn/forget_gate/kernel", ("fsdp", "tensor")),  # D, N
+  (r".*attn/forget_gate/bias", ("tensor",)),
   (r".*mlp/(gate|up)/kernel", ("fsdp", "tensor")),  # D, F
   (r".*mlp/(gate|up)/bias", ("tensor",)),
   (r".*mlp/down/kernel", ("tensor", "fsdp")),  # F, D

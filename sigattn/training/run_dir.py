@@ -39,7 +39,7 @@ from sigattn.training import files, metrics, saved, setup
 # FORMAT increases whenever config keys, parameter paths or the files that a run
 # needs change. A run of an older version is then refused with a clear message,
 # not with a missing key.
-FORMAT = 4
+FORMAT = 5
 
 # Config keys, or their prefixes, that may change when a run is resumed.
 _CHANGEABLE = (

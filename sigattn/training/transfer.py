@@ -18,8 +18,9 @@ from sigattn import tasks
 from sigattn.pretrained import flatten, nested
 from sigattn.validate import value_at
 
-# Fields that change the model, but not the shape of any parameter.
-_SAME = ("model.mlp", "model.norm", "model.positions")
+# Fields that change the model, although the run may have all parameters that
+# ours needs, in the same shapes.
+_SAME = ("model.mlp", "model.norm", "model.positions", "attn.forget_gate")
 
 
 def names(

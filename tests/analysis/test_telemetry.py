@@ -171,6 +171,28 @@ def test_weights_times_values_are_the_attention(kind, name):
   assert not computed.weights_BNTS[~computed.visible_BNTS].any()
 
 
+def test_logits_of_a_forget_gate_do_not_grow_with_the_position():
+  """Softmax gets only half of the gate, the numbers of the keys."""
+  query, key, value = arrays()
+  c_BNT = -100.0 * jnp.ones((BATCH, HEADS, LENGTH)).cumsum(2)
+  found = {}
+  for kind in ("sigmoid", "softmax"):
+    attn = layers.SelfAttention(
+      WIDTH, HEADS, num_kv_heads=KV_HEADS, max_length=N, kind=kind,
+      is_causal=True, forget_gate=True, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    vectors = attn._decay(*[c_BNT.swapaxes(1, 2)] * 2)
+    bias = {"logit_bias": 0.0} if kind == "sigmoid" else {}
+    found[kind] = telemetry.statistics(
+      attn, query, key, value, real_BT=jnp.asarray(REAL), kind=kind,
+      is_causal=True, **vectors, **bias,
+    )  # fmt: skip
+  for name in ("logit_max", "logit_std"):
+    np.testing.assert_allclose(
+      found["softmax"][name], found["sigmoid"][name], rtol=1e-4
+    )
+
+
 def test_softmax_weights_refuse_a_bias():
   query, key, _ = arrays()
   with pytest.raises(ValueError, match="softmax cancels"):
@@ -219,9 +241,16 @@ def test_collect_sees_the_arguments_of_every_layer():
     np.testing.assert_allclose(v_LBTNH[i], v_BTNH, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_have_the_factor_that_the_layer_puts_on_its_rows():
+@pytest.mark.parametrize(
+  "values",
+  [
+    dict(row_power=0.5),
+    dict(kind="softmax", normalize=False, forget_gate=True),
+  ],
+)
+def test_weights_are_those_that_the_layer_applies(values):
   config = lm_sigmoid.get_config("runlocal")
-  config.attn.row_power = 0.5
+  config.attn.update(values)
   config.model.norm = "pre"  # then attention adds exactly A V W_out
   _, params = setup.init(config)
   token = np.random.default_rng(0).integers(1, 50, (2, 13))

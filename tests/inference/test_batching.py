@@ -16,7 +16,7 @@ from sigattn.data import text
 from sigattn.inference import engine, generate, pages, prompt_file
 from sigattn.tasks import lm
 from sigattn.training import setup
-from tests.tasks.small_lm import ALIBI, SINES, small
+from tests.tasks.small_lm import ALIBI, GATE, SINES, small
 from train import train
 
 PROMPTS = [
@@ -78,8 +78,8 @@ def test_long_prompts_are_read_into_a_row_part_by_part(generator, monkeypatch):
 
 @pytest.mark.parametrize(
   "values",
-  [ALIBI, SINES, {"attn.alibi": False}],
-  ids=["alibi", "sines", "rope"],
+  [ALIBI, SINES, {"attn.alibi": False}, {"attn.alibi": False} | GATE],
+  ids=["alibi", "sines", "rope", "gate"],
 )
 def test_a_window_shows_the_model_no_more_than_it_was_trained_on(values):
   generator, after = make(**values)
@@ -244,7 +244,9 @@ def test_a_run_is_loaded_into_little_memory_and_continues_a_file(
 COMMON = "In the beginning God created the heaven and the earth. " * 2
 
 
-def test_pages_give_the_texts_that_slots_give(generator):
+@pytest.mark.parametrize("values", [ALIBI, ALIBI | GATE], ids=["", "gate"])
+def test_pages_give_the_texts_that_slots_give(values):
+  generator, _ = make(**values)
   prompts = [COMMON + "And", "Let", COMMON[:70] + "zz", COMMON + "And"]
   options = {"max_tokens": 20, "temperature": 0, "stop": list("aeou")}
   expected = generator(prompts, **options)

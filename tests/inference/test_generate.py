@@ -12,6 +12,7 @@ from sigattn.kernels.problem import FLOAT8
 from sigattn.training import setup
 from tests.tasks.small_lm import (
   ALIBI,
+  GATE,
   SINES,
   V,
   compiled,
@@ -43,6 +44,9 @@ NEOX = {
     ("softmax", {"attn.window": 3}),
     ("silu", {}),
     ("sigmoid", NEOX),
+    ("softmax", GATE | {"attn.num_kv_heads": 1, "attn.window": 7}),
+    ("sigmoid", GATE | ALIBI | {"attn.normalize": True}),
+    ("relu", GATE | SINES),
   ],
 )
 def test_decoding_equals_the_full_forward_pass(kind, values):

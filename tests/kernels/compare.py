@@ -160,6 +160,28 @@ def assert_16_bit(case, dtype):
     assert found <= bound, f"{name}: {found:.1e}, must be at most {bound:.1e}"
 
 
+def assert_a_gate_in_16_bits_has_an_exact_gradient(dtype):
+  """The errors of the rows must not add up over the tokens of a forget gate."""
+  rng = np.random.default_rng(0)
+  *qkv, cotangent = rng.standard_normal((4, 1, 64, 2, 16), "float32")
+  qkv = [jnp.asarray(x, dtype) for x in qkv]
+  logits_NT = rng.standard_normal((2, 64), "float32")
+
+  def gradient(dtype):
+    def loss(bias):
+      total_NT = jax.nn.log_sigmoid(logits_NT + bias).cumsum(1)
+      out = attention.dot_product_attention(
+        *(x.astype(dtype) for x in qkv), normalize=True, is_causal=True,
+        query_logit_bias=total_NT, key_logit_bias=-total_NT,
+      )  # fmt: skip
+      return (out * cotangent).sum()
+
+    return jax.jit(jax.grad(loss))(jnp.zeros((2, 1)))
+
+  found = error(gradient(dtype), gradient("float32"))
+  assert found < jnp.finfo(dtype).eps, found
+
+
 def assert_nan_in_padding_leaks_nowhere(name, width=8, dtype="float32"):
   (case,) = [c for c in cases.CASES if c.name == name]
   case = dataclasses.replace(case, width=width)

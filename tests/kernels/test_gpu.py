@@ -265,9 +265,12 @@ def test_decoding_from_8_bits(kind, width, dtype, implementation):
   place = dict(
     key_value_seq_lengths=lengths, is_causal=True, query_offset=lengths - 2
   )
-  wide = [x.astype("float32") for x in arrays]
+  query, key, value = (x.astype("float32") for x in arrays)
   with jax.default_matmul_precision("highest"):
-    wanted = decoded(wide, options | place | {"implementation": "xla"})
+    weights = sigattn.attention_weights(query, key, **options, **place)
+    wanted = jnp.einsum(
+      "bnts,bsnh->btnh", weights.weights_BNTS, jnp.repeat(value, 4, axis=2)
+    )
   found = decoded(arrays, options | place | {"implementation": "triton"})
   unit = float(jnp.finfo(dtype).eps)
   assert compare.error(found, wanted) <= (4e-6 if dtype == "float32" else unit)

@@ -247,6 +247,13 @@ PAGED = (
     dict(kind="relu", alibi_slopes=np.ones(4, np.float32), query_offset=30),
     "float32",
   ),
+  (
+    dict(
+      query_logit_bias=-np.ones(3, np.float32),
+      key_logit_bias=np.linspace(-1, 1, 80, dtype="float32"),
+    ),
+    "float32",
+  ),
 )  # fmt: skip
 
 
@@ -778,6 +785,10 @@ def test_sums_are_computed_only_for_what_is_differentiated(
   assert of_queries["SUMS"] == ("rows" in sums)
   assert of_queries["SLOPE_SUMS"] == ("slopes" in sums)
   assert of_keys["SUMS"] == ("keys" in sums)
+
+
+def test_a_forget_gate_in_16_bits_has_an_exact_gradient(interpreter):
+  compare.assert_a_gate_in_16_bits_has_an_exact_gradient("float16")
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -73,6 +73,10 @@ def test_the_gradient_of_a_query_bias_does_not_cancel(case):
   compare.assert_16_bit(case, "bfloat16")
 
 
+def test_a_forget_gate_in_16_bits_has_an_exact_gradient():
+  compare.assert_a_gate_in_16_bits_has_an_exact_gradient("bfloat16")
+
+
 @pytest.mark.parametrize("case", cases.SMALL_WEIGHTS, ids=str)
 def test_row_sums_have_a_gradient(case, use):
   """It reaches b and b_i by numerics.row_share."""

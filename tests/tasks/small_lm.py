@@ -14,6 +14,7 @@ SINES = {
   "model.positions": "sincos", "attn.alibi": False, "attn.row_power": 0.5,
 }  # fmt: skip
 SOFTMAX = {"attn.kind": "softmax"}
+GATE = {"attn.forget_gate": True}
 
 
 def small(depth=1, **values):

@@ -19,6 +19,7 @@ def config(**values):
       "model.num_heads": 8,
       "attn.num_kv_heads": 8,
       "attn.learn_logit_bias": True,
+      "attn.forget_gate": True,
       **values,
     }
   )
