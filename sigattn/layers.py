@@ -699,25 +699,33 @@ def _gelu_erf(x):
   return jax.nn.gelu(x, approximate=False)
 
 
+_GELU_DOUBLE, _GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+
+
 @jax.custom_jvp
 def _gelu_tanh(x):
-  return jax.nn.gelu(x)
+  """x s(u), u = 2 c (x + a x^3), with the logistic function s.
+
+  c = sqrt(2 / pi) and a = 0.044715. It is x (1 + tanh(u / 2)) / 2, as in
+  jax.nn, but a GPU computes s in fewer instructions than tanh. In 16 bits,
+  jax.nn's form and the derivative that JAX finds are rounded after each
+  operation. This one is computed in float32 and rounded once.
+  """
+  y = x.astype(jnp.float32)
+  return (y * _gelu_gate(y)).astype(x.dtype)
+
+
+def _gelu_gate(y):
+  return jax.nn.sigmoid(_GELU_DOUBLE * y * (1 + _GELU_CUBIC * y * y))
 
 
 @_gelu_tanh.defjvp
 def _gelu_tanh_jvp(primals, tangents):
-  """The derivative of x s(u) is s + x s (1 - s) u', u = 2 c (x + a x^3).
-
-  s is the logistic function, c = sqrt(2 / pi) and a = 0.044715. In 16 bits, the
-  derivative that JAX finds is rounded after each operation. This one is
-  computed in float32 and rounded once.
-  """
+  """The derivative of x s(u) is s + x s (1 - s) u'."""
   (x,), (dx,) = primals, tangents
-  double, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
   y = x.astype(jnp.float32)
-  square = y * y
-  gate = jax.nn.sigmoid(double * y * (1 + cubic * square))
-  slope = double * (1 + 3 * cubic * square)
+  gate = _gelu_gate(y)
+  slope = _GELU_DOUBLE * (1 + 3 * _GELU_CUBIC * y * y)
   derivative = gate * (1 + y * (1 - gate) * slope)
   return _gelu_tanh(x), dx * derivative.astype(x.dtype)
 
