@@ -86,8 +86,10 @@ class Backbone(nnx.Module):
     images_BHWC: normalised, see `normalize`. rng: for dropout and drop path;
     None turns both off. Raises ValueError for images of another size.
     """
-    x_BTD = self.encode(self.tokens(images_BHWC), rng)
-    return x_BTD[:, 0] if self.pool == "class" else x_BTD.mean(1)
+    x_BTD = self.encoder(self.tokens(images_BHWC), rng)
+    if self.pool == "class":
+      x_BTD = x_BTD[:, :1]  # The norm need not read the other tokens.
+    return self._normalized(x_BTD).mean(1)
 
   def tokens(self, images_BHWC: jax.Array) -> jax.Array:
     """The tokens that the encoder gets (B, T, D): patches with positions."""
@@ -96,7 +98,9 @@ class Backbone(nnx.Module):
 
   def encode(self, x_BTD: jax.Array, rng: jax.Array | None = None) -> jax.Array:
     """Applies the encoder and the last norm to tokens, float32 (B, T, D)."""
-    x_BTD = self.encoder(x_BTD, rng)
+    return self._normalized(self.encoder(x_BTD, rng))
+
+  def _normalized(self, x_BTD):
     if self.has_norm:
       x_BTD = layers.normalize(self.norm, x_BTD)
     # The pool and the heads are cheap, so they compute in float32.

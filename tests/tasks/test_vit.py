@@ -174,6 +174,16 @@ def test_fixed_table_is_added_to_the_patches_alone():
     np.testing.assert_array_equal(added[1:], vit._fixed_table(name, (2, 2), 16))
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_features_are_the_pooled_tokens(norm):
+  for pool in ("mean", "class"):
+    model = fill(small(**{"model.pool": pool, "model.norm": norm}))
+    x_BTD = compiled(lambda m, x: m.encode(m.tokens(x)), model, images())
+    pooled_BD = x_BTD[:, 0] if pool == "class" else x_BTD.mean(1)
+    found_BD = compiled(lambda m, x: m.features(x), model, images())
+    np.testing.assert_allclose(found_BD, pooled_BD, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("pool", "tokens"), [("mean", 4), ("class", 5)])
 def test_n_is_the_token_count(pool, tokens):
   config = small(**{"model.pool": pool})
