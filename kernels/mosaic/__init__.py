@@ -12,7 +12,7 @@
   vectors         logit vectors, in the product of the scores
   weights         from scores to weights
   pipeline        launch, shared memory, products
-  registers       masks, distances and tanh in registers
+  registers       masks, distances and sigmoid in registers
   reduce          additions to global memory
 
 The forward pass saves only query, key and value. There are two backward passes.

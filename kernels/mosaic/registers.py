@@ -1,4 +1,4 @@
-"""Instructions on a tile in registers: masks, distances, tanh, sums of rows.
+"""Instructions on a tile in registers: masks, distances, sigmoid, row sums.
 
 The tensor cores (wgmma) leave a tile of 64 rows spread over a warpgroup, which
 has 4 warps of 32 threads. This is the layout of such a fragment:
@@ -318,6 +318,22 @@ def tanh(
   return _in_registers(compute, x, *numbers)
 
 
+def sigmoid(x: jax.Array) -> jax.Array:
+  """1 / (1 + 2^x), which keeps the relative precision of small weights.
+
+  2^x and the inverse are one instruction each. In the usual form of a division
+  the compiler adds four more, which scale numbers above 2^126, because their
+  inverses are denormal. Here these inverses are 0.
+
+  x: (64, columns) float32, in Layout.WGMMA.
+  """
+
+  def compute(x):
+    return _map(lambda number, *_: _sigmoid_of_number(number), x)
+
+  return _in_registers(compute, x)
+
+
 def _in_registers(compute: Callable, x: jax.Array, *numbers: Any) -> jax.Array:
   """Applies compute(x, *numbers) in MLIR; the result has the shape of x.
 
@@ -400,7 +416,7 @@ def _row_and_column():
   return arith.addi(row, arith.muli(warp, number(16))), column
 
 
-# Assembly for tanh.
+# Assembly for tanh and for the sigmoid.
 
 
 def _code_of_copy():
@@ -457,6 +473,15 @@ def _tanh_of_number(number, scale, waiting, first, column):
     ir.F32Type.get(), operands,
     f"{{ .reg .f32 z; {argument} tanh.approx.f32 $0, z; }}",
     "=f" + ",f" * len(operands),
+  )  # fmt: skip
+
+
+def _sigmoid_of_number(number):
+  return _assembly(
+    ir.F32Type.get(), [number],
+    "{ .reg .f32 z; ex2.approx.ftz.f32 z, $1; add.rn.ftz.f32 z, z, 0f3F800000;"
+    " rcp.approx.ftz.f32 $0, z; }",
+    "=f,f",
   )  # fmt: skip
 
 

@@ -358,5 +358,5 @@ def weights(
     raise not_implemented(form.kind, "kernels/mosaic/weights.py")
   if form.tanh and in_output_unit:
     return 1 + z, None
-  p = 0.5 * z + 0.5 if form.tanh else 1 / (1 + jnp.exp2(z))
+  p = 0.5 * z + 0.5 if form.tanh else registers.sigmoid(z)
   return p, lambda: p - p * p

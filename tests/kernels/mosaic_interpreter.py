@@ -84,6 +84,11 @@ def _tanh(x, scale, bias, slope=0.0, offset=0):
   return jnp.tanh(scale * x + _plane(x, bias, slope, offset))
 
 
+def _sigmoid(x):
+  """registers.sigmoid in plain JAX."""
+  return 1 / (1 + jnp.exp2(x))
+
+
 def _columns_less_rows(x):
   row, column = (lax.broadcasted_iota(jnp.int32, x.shape, i) for i in (0, 1))
   return column - row
@@ -130,7 +135,7 @@ def _pretend(backward):
     if backward == "fused"
   }
   reduce.add = _add
-  registers.tanh = _tanh
+  registers.tanh, registers.sigmoid = _tanh, _sigmoid
   registers.hide, registers.distance = _hide, _distance
   registers.plane, registers.hide_from = _plane, _hide_from
   registers.add_to_rows = _add_to_rows
