@@ -136,7 +136,7 @@ def _split_backward(
   )
 
 
-def paired(trained: Container[str]) -> bool:
+def paired(problem: Problem, trained: Container[str]) -> bool:
   """Whether the sums of dz over rows and over columns must fit each other.
 
   The gradient of a forget gate is a sum of differences between both, over all
@@ -144,12 +144,13 @@ def paired(trained: Container[str]) -> bool:
   rounded. It cancels in the differences only if both sums are of the same dz.
   If the more exact sum of a row were taken, the errors of all later rows would
   add up: after 1,024 tokens the gradient of the gate's bias would be wrong by
-  13 %, instead of 0.3 %. A logit_bias needs the more exact sum.
+  13 %, instead of 0.3 %. A logit_bias needs the more exact sum, and so does a
+  query's bias alone.
 
   trained: the names of the operands that are differentiated.
   """
-  both = "query_logit_bias" in trained and "key_logit_bias" in trained
-  return both and "logit_bias" not in trained
+  is_needed = "query_logit_bias" in trained and "logit_bias" not in trained
+  return problem.paired and is_needed
 
 
 def _wanted(problem, trained):
@@ -160,7 +161,7 @@ def _wanted(problem, trained):
     rows="query_logit_bias" in trained or (of_all and problem.normalize),
     keys="key_logit_bias" in trained or (of_all and not problem.normalize),
     slopes="alibi_slopes" in trained,
-    paired=paired(trained),
+    paired=paired(problem, trained),
   )
 
 

@@ -60,6 +60,7 @@ def attention(
   is_causal: bool = False,
   local_window_size: int | tuple[int | None, int | None] | None = None,
   query_offset: int | None = None,
+  paired: bool = False,
   implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """out = activation(scale q k^T + bias + logit_bias + alibi) v / normalizer.
@@ -83,6 +84,8 @@ def attention(
     query_offset: an int, the position of the first query among the keys: i
       begins there. None if operands.query_offset is an array, or if it is not
       given; then i begins at 0, and for ALiBi at S - T.
+    paired: whether both logit vectors are those of one gate, see
+      differentiation.paired.
     implementation: a name of IMPLEMENTATIONS. None: the first that supports
       the problem.
 
@@ -103,6 +106,7 @@ def attention(
     normalize=normalize,
     is_causal=is_causal,
     query_offset=query_offset,
+    paired=paired,
   )
   problem = make_problem(
     query, key, value, operands, window=local_window_size, **options

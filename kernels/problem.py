@@ -86,6 +86,7 @@ class Problem:
   window: tuple[int | None, int | None] | None
   query_offset: int | None  # None: not given, or an array of the operands
   shapes: Operands  # the shape of each operand, or None
+  paired: bool = False  # both logit vectors are one gate's, see differentiation
 
   @property
   def bounds(self) -> tuple[int | None, int | None]:
@@ -176,6 +177,7 @@ def make_problem(
   is_causal: bool,
   window: int | tuple[int | None, int | None] | None,
   query_offset: int | None = None,
+  paired: bool = False,
 ) -> Problem:
   """The Problem of these arrays.
 
@@ -192,6 +194,7 @@ def make_problem(
     window: w or (left, right), numbers of keys beside a query. None: all.
     query_offset: the position of the first query among the keys; None if it is
       not given, or an array, operands.query_offset.
+    paired: whether both logit vectors are those of one gate.
 
   Raises:
     ValueError: for arguments that make no sense. It names the value and the
@@ -218,6 +221,7 @@ def make_problem(
     window=_window(window, query.shape[1] + key.shape[1]),
     query_offset=_offset(query_offset),
     shapes=Operands(*(x if x is None else x.shape for x in operands)),
+    paired=bool(paired),
   )
   _check_operands(problem, operands)
   _check_numbers(problem)

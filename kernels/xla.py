@@ -261,7 +261,7 @@ def _backward(trained, problem, query, key, value, operands, rows, cotangents):
       return _add_gradients(grads, problem, operands, block, of_block, *inputs)
 
     grads = _over_keys(add, grads, problem, start, stop)
-  if problem.normalize and not differentiation.paired(trained):
+  if problem.normalize and not differentiation.paired(problem, trained):
     share_BNT = numerics.row_share(problem, sums, d_sums)
     shares = dict(logit_bias=share_BNT.sum(-1), query_logit_bias=share_BNT)
     grads = _add_sums(grads, shares, {})
@@ -281,7 +281,8 @@ def _add_gradients(
   dz_bias = None
   if rows is not None:
     dp_BKGTS = rows.inverse * dp_BKGTS - rows.shift
-    if problem.kind == "sigmoid" and not differentiation.paired(_given(grads)):
+    is_paired = differentiation.paired(problem, _given(grads))
+    if problem.kind == "sigmoid" and not is_paired:
       dz_bias = _only(visible, -p_BKGTS * p_BKGTS * dp_BKGTS)
     p_BKGTS *= rows.inverse
   # Mask after both factors are multiplied, so that a hidden NaN has no effect.

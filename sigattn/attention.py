@@ -67,6 +67,7 @@ def dot_product_attention(
   logit_bias: ArrayLike | None = None,
   query_logit_bias: ArrayLike | None = None,
   key_logit_bias: ArrayLike | None = None,
+  paired_biases: bool = False,
   n: float | None = None,
   normalize: bool = False,
   alibi_slopes: ArrayLike | None = None,
@@ -131,6 +132,11 @@ def dot_product_attention(
       with a gradient; -inf hides a key. N may be 1: one number for each key of
       each example, (B, S), is given as key_logit_bias[:, None, :]. An array of
       two axes is (N, S), also where B = N.
+    paired_biases: set it if query_logit_bias and key_logit_bias are c_i and
+      -c_j of one gate. In 16 bits with `normalize`, the gradient of c, which is
+      the difference of both gradients, is then exact where it is summed over
+      tokens. Without it, each of the two gradients alone is as exact as it can
+      be. It is refused without both arrays.
     n: the key length that b and ReLU's divisor are made for. None: S, padding
       included. A model passes its own longest length, so that training and
       evaluation at another length agree. Softmax ignores it.
@@ -191,6 +197,12 @@ def dot_product_attention(
   """
   normalize, is_causal = flags(normalize=normalize, is_causal=is_causal)
   (return_residual,) = flags(return_residual=return_residual)
+  (paired_biases,) = flags(paired_biases=paired_biases)
+  if paired_biases and (query_logit_bias is None or key_logit_bias is None):
+    raise ValueError(
+      f"{paired_biases=}; needs query_logit_bias and key_logit_bias: give "
+      "False, or both"
+    )
   validate_kind(kind, implementation, normalize)
   if return_residual and kind != "softmax" and not normalize:
     raise ValueError(
@@ -246,7 +258,8 @@ def dot_product_attention(
     out, residual = _pointwise(
       query, key, value, operands, kind=kind, logit_bias=logit_bias,
       n=_length(n, key), normalize=normalize, scale=scale,
-      implementation=implementation, return_residual=return_residual, **masks,
+      implementation=implementation, return_residual=return_residual,
+      paired=paired_biases, **masks,
     )  # fmt: skip
   out = out.reshape(shape)
   return (out, residual.reshape(shape[:-1])) if return_residual else out

@@ -291,6 +291,7 @@ class SelfAttention(nnx.Module):
         query_segment_ids=segment_ids,
         key_value_segment_ids=segment_ids,
         **self._decay(c_BTN, c_BTN),
+        **self._paired(c_BTN),
       )
     elif page_table is None:
       out_BTNH = self._attend(
@@ -403,6 +404,11 @@ class SelfAttention(nnx.Module):
     if self.kind != "softmax":  # It cancels what all keys of a row share.
       vectors["query_logit_bias"] = c_BTN.swapaxes(1, 2)
     return vectors
+
+  def _paired(self, c_BTN):
+    """The option with which the gradient of the gate is exact."""
+    is_paired = c_BTN is not None and self.kind != "softmax"
+    return {"paired_biases": True} if is_paired else {}
 
   def options(self) -> dict[str, Any]:
     """The options of every call of dot_product_attention."""

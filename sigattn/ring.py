@@ -42,6 +42,7 @@ def ring_attention(
   logit_bias: ArrayLike | None = None,
   query_logit_bias: jax.Array | None = None,
   key_logit_bias: jax.Array | None = None,
+  paired_biases: bool = False,
   n: float | None = None,
   normalize: bool = False,
   alibi_slopes: ArrayLike | None = None,
@@ -114,6 +115,7 @@ def ring_attention(
     normalize=normalize,
     scale=scale,
     implementation=implementation,
+    paired_biases=paired_biases,
   )
   if logit_bias is None or isinstance(logit_bias, (int, float, np.number)):
     options["logit_bias"], logit_bias = logit_bias, None

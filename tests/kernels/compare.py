@@ -173,6 +173,7 @@ def assert_a_gate_in_16_bits_has_an_exact_gradient(dtype):
       out = attention.dot_product_attention(
         *(x.astype(dtype) for x in qkv), normalize=True, is_causal=True,
         query_logit_bias=total_NT, key_logit_bias=-total_NT,
+        paired_biases=True,
       )  # fmt: skip
       return (out * cotangent).sum()
 
