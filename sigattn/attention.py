@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
+import inspect
 import math
 import sys
 from typing import Any, NamedTuple
@@ -544,8 +546,10 @@ def flax_attention_fn(
       other known numbers than 0 and 1; and for one query against a masked
       cache with is_causal, local_window_size or alibi_slopes but without
       query_offset, because jax.nn would put the query at key 0.
+    TypeError: for an option that dot_product_attention does not have.
   """
   del dropout_rng, broadcast_dropout, force_fp32_for_softmax
+  _refuse_unknown(options)
   if dropout_rate and not deterministic:
     raise ValueError(
       f"{dropout_rate=}; attention weights are not dropped here: give 0, or "
@@ -578,6 +582,18 @@ def flax_attention_fn(
       _sow_weights(module, lead, query, key, bias=bias, mask=mask, **options)
     out = dot_product_attention(query, key, value, bias, mask, **options)
   return out.reshape(shape)
+
+
+def _refuse_unknown(options):
+  """Refuses names that functools.partial has bound, by this function's name."""
+  known = inspect.signature(dot_product_attention).parameters
+  for name in options:
+    if name not in known:
+      close = difflib.get_close_matches(name, known, 1)
+      raise TypeError(
+        f"flax_attention_fn() got an unexpected keyword argument {name!r}"
+        + (f": did you mean {close[0]!r}?" if close else "")
+      )
 
 
 def _refuse_unknown_place(query, key, mask, options):

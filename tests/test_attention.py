@@ -840,6 +840,21 @@ def test_one_slope_is_that_of_every_head():
   close(found, dot_product_attention(*arrays, alibi_slopes=np.full(4, 0.5)))
 
 
+def test_the_adapter_names_a_misspelt_option():
+  x = jnp.ones((1, 3, 2, 4))
+  attend = functools.partial(sigattn.flax_attention_fn, normalise=True)
+  with pytest.raises(TypeError, match=r"flax_attention_fn\(\).*'normalize'\?"):
+    attend(x, x, x)
+
+
+def test_paired_biases_need_both():
+  x = jnp.ones((1, 3, 2, 4))
+  with pytest.raises(ValueError, match="paired_biases=True; needs"):
+    dot_product_attention(
+      x, x, x, paired_biases=True, key_logit_bias=jnp.ones(3)
+    )
+
+
 def test_the_adapter_refuses_to_return_two_arrays():
   x = jnp.ones((1, 3, 2, 4))
   with pytest.raises(ValueError, match="return_residual=True; Flax's layers"):
