@@ -185,6 +185,9 @@ def test_the_decoding_step_of_the_example_is_its_row_of_the_whole():
   names = run_examples("docs/operation.md")
   wanted = names["out"][:, 5:6]
   np.testing.assert_allclose(names["step"], wanted, rtol=1e-5, atol=1e-6)
+  wanted = names["out"][names["rows"], names["places"]][:, None]
+  found = names["step_of_rows"]
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_joined_shards_of_the_example_are_the_whole():
@@ -267,7 +270,7 @@ def test_the_readmes_losses_of_85_million_parameters_are_those_of_the_file():
   losses = {}
   for row in json.loads(file.read_text())["rows"]:
     if not row["short"]:
-      losses.setdefault(row["form"], []).append(row["validation_loss"])
+      losses.setdefault(row["form"], []).append(row["test_loss"])
   softmax, sigmoid, normalized, low = (
     f"{statistics.mean(losses[form]):.3f}" for form in lm_85m.FORMS
   )
