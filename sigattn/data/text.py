@@ -359,7 +359,13 @@ def _part(config, split):
   hub.validate_split(source, split, _TEXT_SPLITS)
   if _eval_source(config) != source:
     return content
-  return _cut(content, split)
+  part = _cut(content, split)
+  if split != config.data.train_split:
+    text_files.inform_once(
+      f"{source!r}: the split {split!r} is {len(part)} of {len(content)} "
+      "characters"
+    )
+  return part
 
 
 def _cut(content, split):

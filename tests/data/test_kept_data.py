@@ -97,11 +97,22 @@ def test_other_texts_are_evaluated_whole(run, texts, tmp_path, caplog, capsys):
   # A split that is asked for is made as for the run's own data.
   evaluate(run, "train", source=str(many))
   assert "is evaluated, the split 'train'" in capsys.readouterr().out
+  assert "files of the run" not in caplog.text
   # Some of these documents were trained on.
   (texts / "0.txt").write_text("0: the mat sat on the cat")
   results = evaluate(run, source=str(texts))
   assert results["split"] == "test"
   assert "is evaluated, the split 'test'" in capsys.readouterr().out
+  kept = len(list(texts.glob("*.txt"))) - 1
+  assert f"{kept} files of source={str(texts)!r} are files of" in caplog.text
+  assert "may contain what the run was trained on" in caplog.text
+  # One text of the run is cut, and the log says how much of it is evaluated.
+  part = texts / "1.txt"
+  evaluate(run, "train_without_validation", source=str(part))
+  assert f"1 files of source={str(part)!r} are files of" in caplog.text
+  size = len(part.read_text())
+  said = f"'train_without_validation' is {size - 2} of {size} characters"
+  assert said in caplog.text
   assert (run / "eval.json").read_text() == before
 
 
