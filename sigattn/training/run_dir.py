@@ -306,6 +306,14 @@ def validated(
       config = keeps.resumed(config, workdir)
     missing = kept_data.missing(_source(config), config, workdir)
     for key, name in missing.items():
+      theirs = kept_data.names(read_config(workdir)).get(key)
+      if theirs not in (None, name):
+        flag = f"--config.data.{key.partition('[')[0]}"
+        raise ValueError(
+          f"config.data.{key}={name!r}; the run in {workdir=} has {theirs!r}. "
+          f"Repeat all flags with which it began, also {flag}; if its data "
+          f"were moved, {flag}=... must name their new place"
+        )
       raise ValueError(
         f"config.data.{key}={name!r}; there is no such file or folder any "
         f"more. If the data of {workdir=} were moved, name their new place: "

@@ -45,8 +45,12 @@ def test_changed_texts_are_refused_and_moved_ones_go_on(
   (texts / "0.txt").write_text("0: the cat sat on the mat")
   (texts / "1b.txt").rename(texts / "1.txt")
   place = texts.rename(run.parent / "elsewhere")
-  for name in ("my/texts", str(texts)):
-    with pytest.raises(ValueError, match=r"any more.*--config\.data\.source="):
+  with pytest.raises(ValueError, match=r"any more.*--config\.data\.source="):
+    train(make(run_dir.read_config(run).data.source, **values), run)
+  # The flag was forgotten, or names a place that does not exist.
+  for name in ("kjv", "my/texts"):
+    said = rf"source='{name}'; the run .* has '.*texts'\. Repeat all flags"
+    with pytest.raises(ValueError, match=said):
       train(make(name, **values), run)
   with pytest.raises(ValueError, match="any more: --source="):
     evaluate(run)
