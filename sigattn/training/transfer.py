@@ -88,22 +88,18 @@ def _differing(config, their_config, paths):
   found = {}
   for path in paths:
     try:
-      ours, theirs = _value(config, path), _value(their_config, path)
+      ours, theirs = value_at(config, path), value_at(their_config, path)
     except ValueError:
       continue  # One of the tasks has no such field.
+    if path == "attn.num_kv_heads":
+      # None means as many as the heads, which will be theirs.
+      heads = value_at(their_config, "model.num_heads")
+      ours, theirs = (heads if x is None else x for x in (ours, theirs))
     if path == "model.layer_scale" and None not in (ours, theirs):
       continue  # It is only the initial value of parameters.
     if ours != theirs:
       found[path] = theirs
   return found
-
-
-def _value(config, path):
-  """A value of the config; None is replaced by what it means for shapes."""
-  value = value_at(config, path)
-  if path == "attn.num_kv_heads" and value is None:
-    return value_at(config, "model.num_heads")
-  return value
 
 
 def _needs_flags(config, flags):

@@ -12,7 +12,7 @@ def test_another_size_is_refused_with_the_flags_to_add(texts, run):
   depth = config.model.depth
   config.model.update(depth=depth + 1)
   config.attn.update(forget_gate=True, qk_norm="none")
-  with pytest.raises(ValueError) as caught:
+  with pytest.raises(ValueError, match="which needs: --config") as caught:
     setup.validate_config(config)
   for flag in (
     f"--config.model.depth={depth}",
@@ -25,7 +25,13 @@ def test_another_size_is_refused_with_the_flags_to_add(texts, run):
   said = rf"config\.model\.depth={depth + 1}; must be {depth} as in the run of"
   with pytest.raises(ValueError, match=said):
     setup.validate_config(config)
-  config.model.depth = depth
+  # The heads of keys follow the heads unless they are given.
+  heads = config.model.num_heads
+  config.model.update(depth=depth, num_heads=2 * heads)
+  said = f"which needs: --config.model.num_heads={heads}$"
+  with pytest.raises(ValueError, match=said):
+    setup.validate_config(config)
+  config.model.num_heads = heads
   setup.validate_config(config)
 
 
