@@ -71,7 +71,8 @@ def _base():
     vocab_size=config_dict.placeholder(int),
     length=256,  # tokens per row that are predicted
     # Documents of a stream that are shuffled together. There are fewer at the
-    # end of an epoch, and if they have more than 67 million characters.
+    # end of an epoch, and if they have more than 67 million characters. The
+    # rows of about 8 million characters of these are then shuffled again.
     shuffle_window=10_000,
     # The share of a stream's documents that may be no text. Each is skipped,
     # with its number in the log; 0 ends the run at the first. It is a share of

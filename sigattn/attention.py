@@ -165,7 +165,9 @@ def dot_product_attention(
       the queries are i = query_offset .. query_offset + T - 1, the keys are
       j = 0 .. S - 1. A decoding step writes the key and the value of its token
       into slot `pos` of the cache, and passes query_offset=pos. Queries that
-      lie before all keys have a negative offset. An array may be traced. Each
+      lie before all keys have a negative offset. Queries may also lie beyond
+      all keys (an offset of S or more), if the keys are only an earlier part of
+      the text; is_causal then hides no key. An array may be traced. Each
       Python number is compiled into a program of its own. None: i begins at 0
       for is_causal and local_window_size, as in jax.nn, but at S - T for
       alibi_slopes, so that the last query and the last key have distance 0.
@@ -173,7 +175,8 @@ def dot_product_attention(
       effect.
     query_seq_lengths, key_value_seq_lengths: (B,) integers, from 0 to T and
       from 0 to S. Tokens beyond a length are not seen and get no gradient; they
-      may contain NaN.
+      may contain NaN. Other lengths are refused in lists and NumPy arrays, but
+      not in jax arrays: reading their numbers would wait for the device.
     query_segment_ids, key_value_segment_ids: (B, T) and (B, S) integers, of
       sequences packed into one row; a query sees the keys of its own id.
     local_window_size: w or (left, right): query i sees i - left to i + right;
@@ -908,9 +911,10 @@ def validate_kind(
   if kind not in KINDS:
     raise ValueError(f"{kind=}; choose from {KINDS}")
   if implementation not in (None, *implementations(kind)):
+    why = ", because cuDNN computes softmax only"
     raise ValueError(
       f"{implementation=}; with {kind=} choose from "
-      f"{(None, *implementations(kind))}"
+      f"{(None, *implementations(kind))}{why * (implementation == 'cudnn')}"
     )
   _validate_normalize(kind, normalize)
 

@@ -872,6 +872,7 @@ BAD = [
   (dict(kind="sigmiod"), "kind='sigmiod'; choose from"),
   (dict(implementation="mosiac"), "implementation='mosiac'.*'xla'"),
   (dict(kind="softmax", implementation="mosaic"), "'xla', 'cudnn'"),
+  (dict(implementation="cudnn"), "'cudnn'.*'xla'.*computes softmax only"),
   (dict(kind="softmax", logit_bias=-1.0), "logit_bias=-1.0"),
   (dict(kind="softmax", normalize=True), "normalize=True with kind='softmax'"),
   *(
@@ -952,6 +953,17 @@ def test_bad_arguments_are_refused_by_name(change, message):
   arguments = dict(query=query, key=key, value=value) | change
   with pytest.raises(ValueError, match=message):
     dot_product_attention(**arguments)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_causal_queries_beyond_all_keys_see_all_of_them(kind):
+  """The keys may be a part of the text that ends before the queries."""
+  arrays = draw()
+  expected = dot_product_attention(*arrays, kind=kind)
+  found = dot_product_attention(
+    *arrays, kind=kind, is_causal=True, query_offset=300
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("array", [np.bool_, np.asarray, jnp.asarray])

@@ -155,7 +155,7 @@ def test_a_softmax_model_goes_on_with_sigmoid_and_is_saved(tmp_path, capsys):
   )  # fmt: skip
   state = train(config, tmp_path / "run")
   said = capsys.readouterr().out
-  assert f"{REFERENCES / 'llama'}: llama, 12 arrays" in said
+  assert f"{REFERENCES / 'llama'}: llama, 12 of 13 arrays" in said
   assert "initial values: stack/blocks/attn/logit_bias" in said
   first = metrics.read(tmp_path / "run")[0]
   assert (first["step"], first["split"]) == (0, "test")

@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import types
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
@@ -173,26 +174,23 @@ def difference(
   return ""
 
 
-def has_files_of_run(
+def files_of_run(
   source: types.ModuleType,
   config: ConfigDict,
   workdir: str | os.PathLike[str],
   key: str,
-) -> bool:
-  """Whether a source has a file of the same contents as one of the run.
+) -> list[str]:
+  """The files of a source that have the contents of one of the run's.
 
-  source: as in `write`. config: names the source. key: that of `names`. False
+  source: as in `write`. config: names the source. key: that of `names`. Empty
   if the run keeps no checksum of each file.
   """
   kept, name = (_read(workdir) or {}).get(key), names(config)[key]
   if kept is None or not _is_local(source, name, key):
-    return False
-  found = _checksum(source, name, key)
-  ours, theirs = (
-    {hashed for size, hashed in x.get("each", {}).values() if size and hashed}
-    for x in (found, kept)
-  )
-  return bool(ours & theirs)
+    return []
+  theirs = {hashed for _, hashed in kept.get("each", {}).values() if hashed}
+  found = _checksum(source, name, key).get("each", {})
+  return [x for x, (size, hashed) in found.items() if size and hashed in theirs]
 
 
 def _shares(config):
@@ -242,11 +240,12 @@ def _what_differs(found, kept):
     ("new", ours.keys() - both),
   )
   return ", ".join(
-    f"{len(files)} {word} ({_shown(files)})" for word, files in parts if files
+    f"{len(files)} {word} ({shown(files)})" for word, files in parts if files
   )
 
 
-def _shown(files):
+def shown(files: Iterable[str]) -> str:
+  """The first few names of files, for a message."""
   shown = ", ".join(map(repr, sorted(files)[:_SHOWN]))
   return shown + ", ..." * (len(files) > _SHOWN)
 

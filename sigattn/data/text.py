@@ -72,6 +72,10 @@ _CHARACTERS_AT_ONCE = 2**20
 # A shuffle window is in memory, so it ends at this size, however few documents
 # it has.
 _WINDOW_CHARACTERS = 2**26
+# The characters of a window whose pieces are shuffled together. The tokens of
+# that many characters are in memory, and are made before the first of them is
+# used.
+_SHUFFLED_CHARACTERS = 2**23
 LARGEST_VOCABULARY = 2**22
 
 
@@ -355,7 +359,13 @@ def _part(config, split):
   hub.validate_split(source, split, _TEXT_SPLITS)
   if _eval_source(config) != source:
     return content
-  return _cut(content, split)
+  part = _cut(content, split)
+  if split != config.data.train_split:
+    text_files.inform_once(
+      f"{source!r}: the split {split!r} is {len(part)} of {len(content)} "
+      "characters"
+    )
+  return part
 
 
 def _cut(content, split):
@@ -593,8 +603,10 @@ class Stream:
   def train_batches(self, config: ConfigDict) -> Iterator[loader.Batch]:
     """Yields batches without end; each process reads its own documents.
 
-    config.data.shuffle_window documents of a source are shuffled at a time. The
-    sources of a mixture alternate, by their shares of the rows.
+    config.data.shuffle_window documents of a source are shuffled at a time, and
+    then the pieces of up to a row into which they are cut, so that the rows of
+    a long document are spread over those of others. The sources of a mixture
+    alternate, by their shares of the rows.
     """
     mixture = _mixture(self._config)
     rows = [self._rows(x, train=True) for x in self._train_origins()]
@@ -624,7 +636,7 @@ class Stream:
     """A dataset of rows {"token", "segment"}, each (L + 1,)."""
     data, seed = self._config.data, self._config.seed
     pieces = grain.experimental.FlatMapIterDataset(
-      _Groups(
+      _Blocks(
         origin,
         data.shuffle_window if train else None,
         seed,
@@ -665,7 +677,7 @@ class _Pieces(grain.experimental.FlatMapTransform):
   """Cuts texts into pieces of up to L + 1 tokens that overlap by one token.
 
   So every token of a document is a target exactly once. The first one is
-  predicted from `end`.
+  predicted from `end`. The pieces of a block are shuffled in training.
   """
 
   max_fan_out = 2**31
@@ -673,18 +685,32 @@ class _Pieces(grain.experimental.FlatMapTransform):
   def __init__(self, tokenizer, length):
     self._tokenizer, self._length = tokenizer, length
 
-  def flat_map(self, texts):
+  def flat_map(self, block):
     end = np.array([self._tokenizer.end], np.int32)
     pieces = []
-    for ids in self._tokenizer.encode(texts):
-      ids = np.concatenate([end, ids, end])
-      for start in range(0, len(ids) - 1, self._length):
-        pieces.append({"token": ids[start : start + self._length + 1]})
-    return pieces
+    for texts in _grouped(block.texts, _CHARACTERS_AT_ONCE, _ENCODED_AT_ONCE):
+      for ids in self._tokenizer.encode(texts):
+        ids = np.concatenate([end, ids, end])
+        for start in range(0, len(ids) - 1, self._length):
+          pieces.append({"token": ids[start : start + self._length + 1]})
+    if block.seed is None:
+      return pieces
+    order = np.random.default_rng(block.seed).permutation(len(pieces))
+    return [pieces[i] for i in order]
 
 
-class _Groups(grain.IterDataset):
-  """A dataset of lists of texts, each of which is encoded by one call.
+class _Block:
+  """Texts, whose pieces are shuffled with the seed unless that is None.
+
+  This is not a tuple, because grain would look for arrays in one.
+  """
+
+  def __init__(self, texts, seed):
+    self.texts, self.seed = texts, seed
+
+
+class _Blocks(grain.IterDataset):
+  """A dataset of blocks, each of which follows another in a stream of texts.
 
   window: the number of documents that are shuffled together; None: all come
   once, in order. corrupt: as in DocumentIterator.
@@ -700,11 +726,11 @@ class _Groups(grain.IterDataset):
     documents = text_documents.DocumentIterator(
       self._origin, in_training, self._corrupt
     )
-    return _GroupIterator(self._origin, documents, self._window, self._seed)
+    return _BlockIterator(self._origin, documents, self._window, self._seed)
 
 
-class _GroupIterator(grain.DatasetIterator):
-  """Iterates over _Groups.
+class _BlockIterator(grain.DatasetIterator):
+  """Iterates over _Blocks.
 
   A window ends when the epoch ends, however few documents it has, or when it
   holds too much text. The state is that of the documents at the beginning of
@@ -716,13 +742,13 @@ class _GroupIterator(grain.DatasetIterator):
     self._origin, self._documents = origin, documents
     self._size, self._seed = window, seed
     self._window, self._start = -1, documents.get_state()
-    self._groups, self._place = [], 0
+    self._blocks, self._place = [], 0
 
   def __next__(self):
-    while self._place == len(self._groups):
+    while self._place >= len(self._blocks):
       self._fill()
     self._place += 1
-    return self._groups[self._place - 1]
+    return self._blocks[self._place - 1]
 
   def get_state(self):
     return {"start": self._start, "window": self._window, "place": self._place}
@@ -730,7 +756,7 @@ class _GroupIterator(grain.DatasetIterator):
   def set_state(self, state):
     self._documents.set_state(state["start"])
     self._start, self._window = state["start"], state["window"] - 1
-    self._groups, self._place = [], 0
+    self._blocks, self._place = [], 0
     if state["window"] >= 0:
       self._fill()
       self._place = state["place"]
@@ -742,11 +768,17 @@ class _GroupIterator(grain.DatasetIterator):
     self._window += 1
     if self._size is None:
       texts = self._read(_ENCODED_AT_ONCE, _CHARACTERS_AT_ONCE)
+      self._blocks = [_Block(texts, None)]
     else:
       texts = self._read(self._size, _WINDOW_CHARACTERS)
       rng = np.random.default_rng((self._seed, self._window))
       texts = [texts[i] for i in rng.permutation(len(texts))]
-    self._groups, self._place = _grouped(texts), 0
+      self._blocks = [
+        # From 1 on, because a last 0 would give the seed of the texts' order.
+        _Block(x, (self._seed, self._window, number))
+        for number, x in enumerate(_grouped(texts, _SHUFFLED_CHARACTERS), 1)
+      ]
+    self._place = 0
 
   def _read(self, count, characters):
     texts, size = [], 0
@@ -765,11 +797,14 @@ class _GroupIterator(grain.DatasetIterator):
     return texts
 
 
-def _grouped(texts):
-  """Groups consecutive texts into lists that one call should encode."""
-  groups, size = [], _CHARACTERS_AT_ONCE
+def _grouped(texts, characters, count=None):
+  """Groups consecutive texts into lists.
+
+  A list ends as soon as it has that many characters, or `count` texts.
+  """
+  groups, size = [], characters
   for document in texts:
-    if size >= _CHARACTERS_AT_ONCE or len(groups[-1]) == _ENCODED_AT_ONCE:
+    if size >= characters or len(groups[-1]) == count:
       groups.append([])
       size = 0
     groups[-1].append(document)

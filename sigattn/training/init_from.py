@@ -18,25 +18,32 @@ def start(config: ConfigDict, state: State) -> State:
   config.init_from is a folder with a model of transformers or timm, or the
   folder of one of our runs. From a run it takes the newest checkpoint. If that
   run evaluated an average of its parameters, it takes the average. The log says
-  what was loaded.
+  how many arrays were loaded, which keep their initial values, and how the
+  attention differs from that of the run.
 
   state: the initial state. Raises ValueError as pretrained.start and
   checkpoint.load do.
   """
   if config.init_from is None:
     return state
-  params = jax.device_get(state.params)
+  params, changed = jax.device_get(state.params), ""
   if pretrained.is_run(config.init_from):
     theirs, their_params, step = checkpoint.load(config.init_from)
     what = f"the run of {theirs.task} at step {step}"
+    changed = transfer.attention_differs(config, theirs)
     loaded, fresh = transfer.take(
       config, params, theirs, jax.device_get(their_params)
     )
   else:
     _warn_of_the_tokenizer(config)
     what, loaded, fresh = pretrained.start(config, params)
-  count = len(jax.tree.leaves(loaded)) - len(fresh)
-  metrics.log(f"started from {config.init_from}: {what}, {count} arrays")
+  total = len(jax.tree.leaves(loaded))
+  metrics.log(
+    f"started from {config.init_from}: {what}, {total - len(fresh)} of {total} "
+    "arrays" + "; none keeps its initial value" * (not fresh)
+  )
+  if changed:
+    metrics.log(f"the attention is not that of the run: {changed}")
   optim = config.optim
   metrics.log(
     f"the learning rate rises to config.optim.lr={optim.lr:g} within "

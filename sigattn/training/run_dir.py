@@ -30,6 +30,7 @@ from typing import Any, Self
 
 import filelock
 import jax
+from absl import logging
 from ml_collections import ConfigDict
 
 from sigattn import tasks
@@ -305,6 +306,14 @@ def validated(
       config = keeps.resumed(config, workdir)
     missing = kept_data.missing(_source(config), config, workdir)
     for key, name in missing.items():
+      theirs = kept_data.names(read_config(workdir)).get(key)
+      if theirs not in (None, name):
+        flag = f"--config.data.{key.partition('[')[0]}"
+        raise ValueError(
+          f"config.data.{key}={name!r}; the run in {workdir=} has {theirs!r}. "
+          f"Repeat all flags with which it began, also {flag}; if its data "
+          f"were moved, {flag}=... must name their new place"
+        )
       raise ValueError(
         f"config.data.{key}={name!r}; there is no such file or folder any "
         f"more. If the data of {workdir=} were moved, name their new place: "
@@ -324,8 +333,9 @@ def with_data(
 
   If the data are not what the run began with, a message says so. If `source`
   has no file of the run and no splits of its own, all of it is evaluated, and
-  config.data.eval_split names this split. A source with files of the run keeps
-  the run's split, because the rest may have been trained on.
+  config.data.eval_split names this split. If it has files of the run, a split
+  is made as for a run on `source`, and a warning says that this split may
+  contain what the run was trained on.
 
   config: that of load_config. source: where the evaluated data are; by default
   where the run read them. split: what is evaluated, by default
@@ -346,19 +356,25 @@ def with_data(
     raise ValueError(f"{workdir=} cannot be evaluated on these data: {why}")
   why = kept_data.difference(module, new, config, workdir, key)
   is_other = bool(why) and source is not None
+  shared = []
   if (
-    is_other
-    and split is None
-    and hasattr(module, "has_splits")
-    and not module.has_splits(source)
-    and not kept_data.has_files_of_run(module, new, workdir, key)
+    is_other and hasattr(module, "has_splits") and not module.has_splits(source)
   ):
-    new = new.copy_and_resolve_references().unlock()
-    new.data.eval_split = module.WHOLE
-    new = new.lock()
+    shared = kept_data.files_of_run(module, new, workdir, key)
+    if split is None and not shared:
+      new = new.copy_and_resolve_references().unlock()
+      new.data.eval_split = module.WHOLE
+      new = new.lock()
+  part = split or new.data.eval_split
   if why:
-    part = split or new.data.eval_split
     metrics.log(f"{why}. What is there now is evaluated, the split {part!r}")
+  if shared:
+    logging.warning(
+      "%d files of source=%r are files of the run (%s). The split %r is made "
+      "of this source alone, so it may contain what the run was trained on. To "
+      "evaluate what the run held out, leave source out",
+      len(shared), source, kept_data.shown(shared), part,
+    )  # fmt: skip
   return new, is_other
 
 

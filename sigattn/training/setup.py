@@ -71,10 +71,15 @@ def _run_of_init_from_fits(config):
   keeps = getattr(tasks.get(theirs.task), "KEEPS", None)
   if keeps:
     theirs = keeps.used(theirs, folder)
+  # A run may begin from one with other classes. Another tokenizer is refused
+  # before the shape of its table is compared.
+  if keeps is kept_tokenizer and theirs.task == config.task:
+    _validate_tokenizer_of_run(config, folder)
   transfer.names(config, shapes(config), theirs, shapes(theirs))
-  if keeps is not kept_tokenizer:
-    return  # A run may begin from one with other classes.
-  if difference := keeps.difference(config, folder):
+
+
+def _validate_tokenizer_of_run(config, folder):
+  if difference := kept_tokenizer.difference(config, folder):
     raise ValueError(
       f"config.init_from={folder!r}: {difference}; "
       f"--config.data.tokenizer={os.path.join(folder, 'tokenizer.json')} uses "

@@ -7,6 +7,7 @@ positions is resized if the numbers of patches differ.
 """
 
 import math
+import shlex
 from typing import Any
 
 import jax
@@ -21,6 +22,14 @@ from sigattn.validate import value_at
 # Fields that change the model, although the run may have all parameters that
 # ours needs, in the same shapes.
 _SAME = ("model.mlp", "model.norm", "model.positions", "attn.forget_gate")
+# Fields that decide which parameters there are, and in which shapes.
+_SHAPES = (
+  "model.width", "model.depth", "model.num_heads", "model.mlp_dim",
+  "model.patch_size", "model.pool", "model.use_bias", "model.tied",
+  "model.norm_kind", "model.parallel", "model.layer_scale", "data.channels",
+  "data.vocab_size", "attn.num_kv_heads", "attn.qk_norm",
+  "attn.learn_logit_bias",
+)  # fmt: skip
 
 
 def names(
@@ -29,7 +38,8 @@ def names(
   """The paths of the parameters that are taken, "embed/kernel" and so on.
 
   params, theirs: the parameters of both configs, or their shapes. Raises
-  ValueError for a run whose parameters do not fit.
+  ValueError for a run whose parameters do not fit; the message has the flags
+  that make them fit.
   """
   where = f"config.init_from={config.init_from!r}"
   encoder = getattr(tasks.get(config.task), "ENCODER", None)
@@ -40,12 +50,9 @@ def names(
       f"{where}; is a run of the task {their_config.task!r}, from which "
       f"config.task={config.task!r} cannot start"
     )
-  for path in _SAME:
-    if _value(config, path) != _value(their_config, path):
-      raise ValueError(
-        f"config.{path}={_value(config, path)!r}; must be "
-        f"{_value(their_config, path)!r} as in the run of {where}"
-      )
+  flags = _differing(config, their_config, (*_SAME, *_SHAPES))
+  if any(path in flags for path in _SAME):
+    raise _needs_flags(config, flags)
   ours, theirs = flatten(params), flatten(theirs)
   taken = set()
   for path, x in ours.items():
@@ -56,6 +63,8 @@ def names(
     if their is not None and _fits(path, x.shape, their.shape, encoder):
       taken.add(path)
     elif top != "head" or not encoder:
+      if flags:
+        raise _needs_flags(config, flags)
       has = "lacks it" if their is None else f"has the shape {their.shape}"
       raise ValueError(
         f"{where}; the parameter {path} has the shape {x.shape} by "
@@ -65,11 +74,41 @@ def names(
   return taken
 
 
-def _value(config, path):
-  try:
-    return value_at(config, path)
-  except ValueError:
-    return None  # The task has no such field.
+def attention_differs(config: ConfigDict, their_config: ConfigDict) -> str:
+  """The fields of config.attn in which a run differs from ours; "" if none."""
+  paths = [f"attn.{key}" for key in config.attn if key != "implementation"]
+  return ", ".join(
+    f"config.{path}={value_at(config, path)!r} in place of {theirs!r}"
+    for path, theirs in _differing(config, their_config, paths).items()
+  )
+
+
+def _differing(config, their_config, paths):
+  """{path: the value of their config}, of fields that both tasks have."""
+  found = {}
+  for path in paths:
+    try:
+      ours, theirs = value_at(config, path), value_at(their_config, path)
+    except ValueError:
+      continue  # One of the tasks has no such field.
+    if path == "attn.num_kv_heads":
+      # None means as many as the heads, which will be theirs.
+      heads = value_at(their_config, "model.num_heads")
+      ours, theirs = (heads if x is None else x for x in (ours, theirs))
+    if path == "model.layer_scale" and None not in (ours, theirs):
+      continue  # It is only the initial value of parameters.
+    if ours != theirs:
+      found[path] = theirs
+  return found
+
+
+def _needs_flags(config, flags):
+  path = next(iter(flags))
+  return ValueError(
+    f"config.{path}={value_at(config, path)!r}; must be {flags[path]!r} as in "
+    f"the run of config.init_from={config.init_from!r}, which needs: "
+    + " ".join(shlex.quote(f"--config.{x}={y}") for x, y in flags.items())
+  )
 
 
 def _fits(path, shape, their_shape, encoder):

@@ -45,8 +45,12 @@ def test_changed_texts_are_refused_and_moved_ones_go_on(
   (texts / "0.txt").write_text("0: the cat sat on the mat")
   (texts / "1b.txt").rename(texts / "1.txt")
   place = texts.rename(run.parent / "elsewhere")
-  for name in ("my/texts", str(texts)):
-    with pytest.raises(ValueError, match=r"any more.*--config\.data\.source="):
+  with pytest.raises(ValueError, match=r"any more.*--config\.data\.source="):
+    train(make(run_dir.read_config(run).data.source, **values), run)
+  # The flag was forgotten, or names a place that does not exist.
+  for name in ("kjv", "my/texts"):
+    said = rf"source='{name}'; the run .* has '.*texts'\. Repeat all flags"
+    with pytest.raises(ValueError, match=said):
       train(make(name, **values), run)
   with pytest.raises(ValueError, match="any more: --source="):
     evaluate(run)
@@ -97,11 +101,22 @@ def test_other_texts_are_evaluated_whole(run, texts, tmp_path, caplog, capsys):
   # A split that is asked for is made as for the run's own data.
   evaluate(run, "train", source=str(many))
   assert "is evaluated, the split 'train'" in capsys.readouterr().out
+  assert "files of the run" not in caplog.text
   # Some of these documents were trained on.
   (texts / "0.txt").write_text("0: the mat sat on the cat")
   results = evaluate(run, source=str(texts))
   assert results["split"] == "test"
   assert "is evaluated, the split 'test'" in capsys.readouterr().out
+  kept = len(list(texts.glob("*.txt"))) - 1
+  assert f"{kept} files of source={str(texts)!r} are files of" in caplog.text
+  assert "may contain what the run was trained on" in caplog.text
+  # One text of the run is cut, and the log says how much of it is evaluated.
+  part = texts / "1.txt"
+  evaluate(run, "train_without_validation", source=str(part))
+  assert f"1 files of source={str(part)!r} are files of" in caplog.text
+  size = len(part.read_text())
+  said = f"'train_without_validation' is {size - 2} of {size} characters"
+  assert said in caplog.text
   assert (run / "eval.json").read_text() == before
 
 

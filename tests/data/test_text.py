@@ -244,6 +244,33 @@ def test_stopped_and_resumed_stream_is_the_same(name, tmp_path):
   assert (first != other).any()
 
 
+def test_the_rows_of_long_documents_are_spread(tmp_path, monkeypatch):
+  """Otherwise batches would come from one document, and training be worse."""
+  folder = tmp_path / "texts"
+  folder.mkdir()
+  for letter in "abcdef":
+    (folder / f"{letter}.txt").write_text(letter * 4000)  # 250 rows of 16
+  config = make(**{
+    "data.source": str(folder), "data.eval_source": str(folder),
+    "data.shuffle_window": 100, "data.packing_window": 4, "batch_size": 16,
+  })  # fmt: skip
+  fewest = {}
+  for characters in (text._SHUFFLED_CHARACTERS, 1):
+    monkeypatch.setattr(text, "_SHUFFLED_CHARACTERS", characters)
+    data = tasks.train_batches(config)
+    states, rows = [], []
+    for _ in range(70):
+      states.append(json.loads(json.dumps(data.get_state())))
+      rows.append(next(data)["token"])
+    of_a_batch = [len(np.unique(x[(x >= 0) & (x < 256)])) for x in rows]
+    fewest[characters] = min(of_a_batch)
+    for start in (20, 60):
+      again = tasks.train_batches(config)
+      again.set_state(states[start])
+      np.testing.assert_array_equal(next(again)["token"], rows[start])
+  assert list(fewest.values()) == [4, 1]
+
+
 def test_every_document_comes_once_an_epoch(tmp_path):
   texts = documents(23)
   path = write(tmp_path / "a.jsonl", texts)
@@ -413,14 +440,15 @@ def test_a_shuffle_window_ends_when_it_holds_much_text(tmp_path, monkeypatch):
   texts = documents(40)
   path = write(tmp_path / "a.jsonl", texts)
   monkeypatch.setattr(text, "_WINDOW_CHARACTERS", 100)
-  groups = iter(
-    text._Groups(text_documents.Origin(path, "train"), 10_000, seed=0)
+  blocks = iter(
+    text._Blocks(text_documents.Origin(path, "train"), 10_000, seed=0)
   )
   pieces = []
   while len(pieces) < len(texts):
-    group = next(groups)
-    assert sum(map(len, group)) < 100 + 60  # the last one may exceed the bound
-    pieces += group
+    texts_of_block = next(blocks).texts
+    # The last one may exceed the bound.
+    assert sum(map(len, texts_of_block)) < 100 + 60
+    pieces += texts_of_block
   assert sorted(pieces) == sorted(texts)
   assert pieces != texts
 
@@ -432,7 +460,7 @@ def test_filling_a_window_shows_progress(tmp_path, monkeypatch):
     text_documents._logger, "info", lambda line, *args: said.append(line % args)
   )
   path = write(tmp_path / "a.jsonl", documents(3))
-  next(iter(text._Groups(text_documents.Origin(path, "train"), 10, seed=0)))
+  next(iter(text._Blocks(text_documents.Origin(path, "train"), 10, seed=0)))
   assert "a.jsonl" in said[-1]
   assert "3 of 10 documents" in said[-1]
 

@@ -235,7 +235,10 @@ def test_an_encoder_starts_supervised_training_at_another_size(byol_run, data):
   np.testing.assert_allclose(actual, expected, atol=1e-5)
   wider = small(vit_sigmoid, data, init_from=str(folder))
   wider.model.update(width=32)
-  with pytest.raises(ValueError, match=r"config\.init_from=.*the parameter"):
+  with pytest.raises(
+    ValueError,
+    match=r"config\.model\.width=32; must be 16 .*: --config\.model\.width=16",
+  ):
     setup.validate_config(wider)
 
 
