@@ -305,6 +305,7 @@ def attention_weights(
   is_causal: bool = False,
   local_window_size: int | tuple[int | None, int | None] | None = None,
   query_offset: ArrayLike | None = None,
+  paired_biases: bool = False,
   **operands: ArrayLike | None,
 ) -> Weights:
   """The weights A, for inspection: dot_product_attention's output is A v.
@@ -312,12 +313,14 @@ def attention_weights(
   Returns a named tuple with the fields weights_BNTS, which is A, logits_BNTS
   and visible_BNTS. All weights are in memory at once. The arguments are those
   of dot_product_attention, with a batch axis; operands: its arrays, from `bias`
-  to `key_value_segment_ids`.
+  to `key_value_segment_ids`. paired_biases has no effect, because it concerns
+  gradients alone.
 
   Raises:
     ValueError: as dot_product_attention; and for arrays without a batch axis.
   """
   normalize, is_causal = flags(normalize=normalize, is_causal=is_causal)
+  flags(paired_biases=paired_biases)
   query, key = as_array("query", query), as_array("key", key)
   for name, x in (("query", query), ("key", key)):
     if x.ndim != 4:

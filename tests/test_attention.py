@@ -849,6 +849,8 @@ def test_the_adapter_names_a_misspelt_option():
 
 def test_paired_biases_need_both():
   x = jnp.ones((1, 3, 2, 4))
+  vectors = dict(query_logit_bias=jnp.ones(3), key_logit_bias=-jnp.ones(3))
+  sigattn.attention_weights(x, x, paired_biases=True, **vectors)
   with pytest.raises(ValueError, match="paired_biases=True; needs"):
     dot_product_attention(
       x, x, x, paired_biases=True, key_logit_bias=jnp.ones(3)

@@ -506,6 +506,8 @@ def test_a_checkpoint_of_an_older_format_is_refused(
 def test_a_stop_that_comes_twice_is_one_and_a_later_one_ends_at_once(
   monkeypatch,
 ):
+  # A shell starts what runs in the background with this signal ignored.
+  old = signal.signal(signal.SIGINT, signal.default_int_handler)
   with process.stop_signals() as stop:
     for _ in range(2):
       signal.raise_signal(signal.SIGTERM)
@@ -513,3 +515,4 @@ def test_a_stop_that_comes_twice_is_one_and_a_later_one_ends_at_once(
     monkeypatch.setattr(process, "_SECONDS_OF_ONE_STOP", 0)
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
+  signal.signal(signal.SIGINT, old)
