@@ -6,8 +6,8 @@ r"""Builds the corpus of configs/lm_85m.py: real text and code, as tokens.
 
 This downloads the packages of the tables below from the registries that pip and
 apt are configured for (Debian bookworm with its security updates, and PyPI;
-1.1 GB). Debian removes a version when it publishes the next one: then take the
-version from https://snapshot.debian.org. The command writes
+1.1 GB). Debian removes a version when it publishes the next one, but keeps it
+in its archive of snapshots. The command writes
 
   corpus/text/SPLIT.jsonl  the documents: {"text", "path", "kind"}
   corpus/tokens/           what a training run reads: tokenizer.json and

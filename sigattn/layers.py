@@ -717,8 +717,12 @@ def _gelu_tanh(x):
   jax.nn's form and the derivative that JAX finds are rounded after each
   operation. This one is computed in float32 and rounded once.
   """
-  y = x.astype(jnp.float32)
+  y = _at_least_float32(x)
   return (y * _gelu_gate(y)).astype(x.dtype)
+
+
+def _at_least_float32(x):
+  return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
 def _gelu_gate(y):
@@ -729,7 +733,7 @@ def _gelu_gate(y):
 def _gelu_tanh_jvp(primals, tangents):
   """The derivative of x s(u) is s + x s (1 - s) u'."""
   (x,), (dx,) = primals, tangents
-  y = x.astype(jnp.float32)
+  y = _at_least_float32(x)
   gate = _gelu_gate(y)
   slope = _GELU_DOUBLE * (1 + 3 * _GELU_CUBIC * y * y)
   derivative = gate * (1 + y * (1 - gate) * slope)

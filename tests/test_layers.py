@@ -127,6 +127,20 @@ def test_gelu_in_bfloat16_is_rounded_once():
   np.testing.assert_allclose(found, exact, rtol=1.01 * 2**-8)
 
 
+def test_gelu_of_float64_stays_float64():
+  x = np.linspace(-6, 6, 97)
+  inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+  slope = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
+  tanh = np.tanh(inner)
+  with jax.enable_x64(True):
+    found, tangent = jax.jvp(
+      layers._gelu_tanh, (jnp.asarray(x),), (jnp.ones(97),)
+    )
+  np.testing.assert_allclose(found, x * (1 + tanh) / 2, atol=1e-14)
+  wanted = (1 + tanh) / 2 + x * (1 - tanh**2) * slope / 2
+  np.testing.assert_allclose(tangent, wanted, atol=1e-14)
+
+
 @pytest.mark.parametrize("kind", ["gelu", "gelu_exact"])
 def test_an_mlp_in_bfloat16_keeps_one_hidden_array(kind):
   """Its gradient is that of gelu, recomputed from the output of W_up."""

@@ -83,6 +83,8 @@ def test_saved_models_are_theirs_bit_for_bit(name, tmp_path):
     for folder in (tmp_path / "saved", REFERENCES / name)
   )
   assert ours.keys() == theirs.keys()
+  modes = {path.stat().st_mode for path in (tmp_path / "saved").iterdir()}
+  assert len(modes) == 1  # whoever reads the config reads the tensors
   for key, tensor in theirs.items():
     np.testing.assert_array_equal(ours[key], tensor, err_msg=key)
   # The saved config has the same values when it is loaded.

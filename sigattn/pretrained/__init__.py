@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -217,10 +218,10 @@ def save(
   length = getattr(config.model, "max_length", 0)
   described = FAMILIES[name].describe(found, length)
   (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-  # safetensors' own save_file makes a file that only its owner may read.
-  (folder / "model.safetensors").write_bytes(
-    safetensors.numpy.save(tensors, metadata={"format": "pt"})
-  )
+  path = folder / "model.safetensors"
+  safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+  # Without this, only the owner of the file may read it.
+  shutil.copymode(folder / "config.json", path)
 
 
 # The values that a config must have to be one of their models.
