@@ -86,9 +86,10 @@ def of_kernels(
     forward: as in Passes.
     backward: (Sums, problem, query, key, value, operands, d_out, *rows) ->
       (dq, dk, dv), followed by the sums of dz that Sums names. The gradients of
-      operands are computed from these. rows: with problem.normalize the inverse
-      and the shift of each row, (B, T, N) float32 each: dz = phi'(z) (inverse
-      do v^T - shift), dv = (inverse p)^T do.
+      operands are computed from these. rows: with problem.normalize the
+      results of forward and the cotangent of the second, see
+      numerics.inverse_and_shift. Then dz = phi'(z) (inverse do v^T - shift),
+      dv = (inverse p)^T do.
   """
   return Passes(
     _Function(_split_forward, forward), _Function(_split_backward, backward)
@@ -117,9 +118,8 @@ def _split_backward(
   wanted = _wanted(problem, trained)
   d_out, share = cotangents[0], None
   if problem.normalize:
-    (out, sums), d_sums = rows, cotangents[1]
-    inverse = numerics.inverse(sums)
-    rows = inverse, numerics.shift(out, inverse, d_out, d_sums)
+    (_, sums), d_sums = rows, cotangents[1]
+    rows = *rows, d_sums
     share = numerics.row_share(problem, sums, d_sums)
   results = batching_and_sharding.over_devices(
     functools.partial(backward, wanted), (*_GRADIENTS, *wanted.axes),

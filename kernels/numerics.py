@@ -108,19 +108,20 @@ def inverse(sums: jax.Array) -> jax.Array:
   return jnp.where(sums > 0, 1 / jnp.where(sums > 0, sums, 1), 0)
 
 
-def shift(
-  out: jax.Array, inverse: jax.Array, d_out: jax.Array, d_sums: jax.Array
-) -> jax.Array:
-  """do . out / s - ds of each row, (B, T, N): float32.
+def inverse_and_shift(
+  out: jax.Array, sums: jax.Array, d_sums: jax.Array, d_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """(1 / s, do . out / s - ds) of each row, (B, T, N) float32 each.
 
   The gradient of the logits of a normalised row, out = p v / s, is
   phi'(z) (do v^T / s - shift), where ds is the cotangent of the sum s.
 
-  out, d_out: (B, T, N, H). inverse: 1 / s. inverse, d_sums: (B, T, N).
+  out, d_out: (B, T, N, H). sums, d_sums: s and ds, (B, T, N).
   """
   dtype = wide(out.dtype)
   product = (d_out.astype(dtype) * out.astype(dtype)).sum(-1)
-  return product * inverse - d_sums
+  inverse_of_sums = inverse(sums)
+  return inverse_of_sums, product * inverse_of_sums - d_sums
 
 
 def row_share(

@@ -224,9 +224,8 @@ def _rows(problem, rows, d_out, d_sums):
     x_BTKG = x_BTN.reshape(batch, length, *_heads(problem))
     return jnp.moveaxis(x_BTKG, 1, 3)
 
-  inverse = numerics.inverse(sums)
-  shift = numerics.shift(out, inverse, d_out, d_sums)
-  return _Rows(by_head(inverse), by_head(shift))
+  of_rows = numerics.inverse_and_shift(out, sums, d_sums, d_out)
+  return _Rows(*map(by_head, of_rows))
 
 
 def _backward(trained, problem, query, key, value, operands, rows, cotangents):

@@ -9,12 +9,13 @@ Normalised rows, out = p v / s with s the sums of the rows of p, need more:
             add to s, so they are hidden (Form.end), unless another mask hides
             them.
   backward  dz = phi'(z) (inverse do v^T - shift), dv = (inverse p)^T do, where
-            inverse = 1 / s and shift is as in numerics.shift. In bfloat16 with
-            sigmoid, do is multiplied by the inverse before the kernels, so that
-            they read one number a row, the shift. In float16 the product could
-            leave the range: a row of weights of e^-16 has a sum of 1e-6. With
-            relu the sums may be close to 0, and the rounded product would not
-            be exact enough. In these cases the kernels read the inverse too.
+            inverse = 1 / s and shift is as in numerics.inverse_and_shift. In
+            bfloat16 with sigmoid, normalized.py multiplies do by the inverse
+            before the kernels, so that they read one number a row, the shift.
+            In float16 the product could leave the range: a row of weights of
+            e^-16 has a sum of 1e-6. With relu the sums may be close to 0, and
+            the rounded product would not be exact enough. In these cases the
+            kernels read the inverse too.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from sigattn.kernels.mosaic import (
   dq,
   forward,
   fused_backward,
+  normalized,
   reduce,
   tiles,
   vectors,
@@ -132,12 +134,11 @@ def _forward_aligned(form, problem, query, key, value, operands):
 def _backward(wanted, problem, query, key, value, operands, d_out, *rows):
   """(dq, dk, dv), and the sums of dz that are wanted, see differentiation.Sums.
 
-  rows: inverse and shift, (B, T, N), of normalised rows.
+  rows: of normalised rows, as in differentiation.of_kernels.
   """
   lengths, form = (problem.query_len, problem.key_len), _form(problem)
   if problem.normalize:
     form = _form_of_normalized(form, problem)
-    problem, d_out, rows = _in_rows(problem, d_out, *rows)
     if wanted.rows:  # Keys beyond the last one would add to the sums of rows.
       problem, operands = _with_lengths(problem, operands)
       form = dataclasses.replace(form, end=True, paired=wanted.paired)
@@ -148,13 +149,15 @@ def _backward(wanted, problem, query, key, value, operands, d_out, *rows):
     _without_padding(x, operands.query_seq_lengths)
     for x in (query, d_out, *rows)
   )
+  if problem.normalize:
+    problem, d_out, rows = _in_rows(problem, d_out, *rows)
   key, value = (
     _without_padding(x, operands.key_value_seq_lengths) for x in (key, value)
   )
   fused = _takes_fused_backward(form, problem, wanted)
   backward = _fused_backward if fused else _two_kernel_backward
   d_query, row_sums, dk, dv, *sums = backward(
-    wanted, form, problem, operands, query, key, value, d_out, *_stack(rows)
+    wanted, form, problem, operands, query, key, value, d_out, *rows
   )
   if problem.normalize:
     sums = [
@@ -167,18 +170,21 @@ def _backward(wanted, problem, query, key, value, operands, d_out, *rows):
   )  # fmt: skip
 
 
-def _in_rows(problem, d_out, inverse, shift):
-  """(problem, d_out, [shift] or [shift, inverse]), as the kernels need them.
+def _in_rows(problem, d_out, out, sums, d_sums):
+  """(problem, d_out, [rows]), as the kernels need them.
 
-  The normalizer of the weights becomes a part of the rows.
+  rows: (B, N, 1 or 2, T and the rest of a tile), the shift and perhaps the
+  inverse. The normalizer of the weights becomes a part of them.
   """
-  inverse, shift = (x / problem.normalizer for x in (inverse, shift))
-  rows = [shift]
+  normalizer = problem.normalizer
+  problem = dataclasses.replace(problem, normalizer=1.0)
   if _reads_inverse(problem):
-    rows.append(inverse)
-  else:
-    d_out = (d_out * inverse[..., None]).astype(d_out.dtype)
-  return dataclasses.replace(problem, normalizer=1.0), d_out, rows
+    inverse, shift = numerics.inverse_and_shift(out, sums, d_sums, d_out)
+    of_rows = jnp.stack([shift, inverse]) / normalizer
+    return problem, d_out, [jnp.moveaxis(of_rows, (1, 3), (0, 1))]
+  d_out, products = normalized.divide(out, d_out, sums, normalizer)
+  d_sums = _pad_to(jnp.moveaxis(d_sums, 1, 2), products.shape[-1])
+  return problem, d_out, [(products - d_sums / normalizer)[:, :, None]]
 
 
 def _reads_inverse(problem):
@@ -197,13 +203,6 @@ def _form_of_normalized(form, problem):
   return dataclasses.replace(
     form, weight_scale=2.0**14, dz_scale=2.0 ** min(max(lift, 0), 12)
   )
-
-
-def _stack(rows):
-  """[rows], with the axes of pipeline.Gmem.rows; [] without rows."""
-  if not rows:
-    return []
-  return [jnp.moveaxis(jnp.stack(rows), (1, 3), (0, 1))]
 
 
 def _of_keys(dz_sums, count, lengths):
@@ -261,8 +260,8 @@ def _fused_backward(wanted, form, problem, operands, query, *arrays):
   )
   if row_sums is not None:
     row_sums = row_sums.sum(0)
-  d_query = reduce.in_rows(dq_sums)[:, : query.shape[1]]
-  return [(d_query * scales["dk"]).astype(query.dtype), row_sums, *rest]
+  d_query = reduce.in_rows(dq_sums, query.shape[1], scales["dk"], query.dtype)
+  return [d_query, row_sums, *rest]
 
 
 def _two_kernel_backward(wanted, form, problem, operands, *arrays):
@@ -499,5 +498,11 @@ def _pad_ids(ids, multiple):
 def _pad_rows(rows, multiple):
   if rows is None:
     return None
-  pad = -rows.shape[-1] % multiple
-  return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, pad)))
+  length = pl.cdiv(rows.shape[-1], multiple) * multiple
+  return _pad_to(rows, length)
+
+
+def _pad_to(x, length):
+  """x with zeros at the end of its last axis, up to this length."""
+  rest = length - x.shape[-1]
+  return jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, rest)])

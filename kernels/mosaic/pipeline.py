@@ -104,14 +104,47 @@ def launch(
     num_threads=tile.warpgroups + 1,
     thread_name="warpgroup",
     scratch_types=scratch,
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True,
-      lowering_semantics=plgpu.LoweringSemantics.Lane,
-      unsafe_no_auto_barriers=not automatic_barriers,
-      reduction_scratch_bytes=0,  # Sums over rows need no shared memory.
-    ),
+    compiler_params=_parameters(automatic_barriers),
   )
   return lambda inputs: run(*(inputs[name] for name in names))
+
+
+def one_warpgroup(
+  name: str,
+  kernel: Callable[..., None],
+  programs: int,
+  outputs: Sequence[jax.ShapeDtypeStruct],
+  scratch: Sequence[Any],
+) -> Callable[..., list[jax.Array]]:
+  """A function of arrays that runs a kernel whose programs do one thing each.
+
+  There are more programs than multiprocessors, and each has one warpgroup.
+
+  Args:
+    name: what profilers call it.
+    kernel: takes a Ref for each array, output and element of scratch.
+    programs: their number; the kernel finds its own by the name "program".
+    outputs: the types of the results.
+    scratch: the contents of shared memory, barriers included.
+  """
+  return plgpu.kernel(
+    kernel,
+    out_type=list(outputs),
+    grid=(programs,),
+    grid_names=("program",),
+    kernel_name=name,
+    scratch_types=list(scratch),
+    compiler_params=_parameters(automatic_barriers=True),
+  )
+
+
+def _parameters(automatic_barriers):
+  return plgpu.CompilerParams(
+    approx_math=True,
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+    unsafe_no_auto_barriers=not automatic_barriers,
+    reduction_scratch_bytes=0,  # Sums over rows need no shared memory.
+  )
 
 
 def by_role(
@@ -151,17 +184,25 @@ def smem_blocks(
 
   It is tiled and swizzled as the tensor cores and the copy engine require.
   """
-  bits = jnp.finfo(dtype).bits
   # A product reads as many rows of a block at once as the swizzle is wide.
-  swizzle = plgpu.find_swizzle(math.gcd(width, tile.streamed) * bits)
-  return plgpu.SMEM(
-    (count, rows, width),
-    dtype,
-    transforms=(
-      plgpu.TilingTransform((8, 8 * swizzle // bits)),
-      plgpu.SwizzleTransform(swizzle),
-    ),
+  columns = math.gcd(width, tile.streamed)
+  return _swizzled((count, rows, width), columns, dtype)
+
+
+def smem_for_copies(*shape: int, dtype: jnp.dtype) -> Any:
+  """Shared memory for blocks (..., rows, width) that no product reads."""
+  return _swizzled(shape, shape[-1], dtype)
+
+
+def _swizzled(shape, columns, dtype):
+  """Shared memory whose swizzle is at most as wide as `columns` numbers."""
+  bits = jnp.finfo(dtype).bits
+  swizzle = plgpu.find_swizzle(columns * bits)
+  transforms = (
+    plgpu.TilingTransform((8, 8 * swizzle // bits)),
+    plgpu.SwizzleTransform(swizzle),
   )
+  return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 class Ring:

@@ -10,21 +10,26 @@ added").
 
   total = zeros(B, T, N, H)  # in that order: (B, N, T / 64, H / 64, 8, 128, 4)
   add(tile, total_ref.at[b, n, t, h])  # in a kernel
-  in_rows(total)  # (B, T, N, H)
+  in_rows(total, T, scale, dtype)  # (B, T, N, H)
 """
 
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith
+from jax.extend.mlir.dialects import arith, vector
 from jaxlib.mlir.dialects import llvm
 
+from sigattn.kernels.mosaic.pipeline import one_warpgroup, smem_for_copies
 from sigattn.kernels.mosaic.registers import WARPGROUP
+from sigattn.kernels.mosaic.schedule import div, rem
 
 SIDE = 64  # rows and columns of a tile
 _ORDER = {"j": 8, "w": 4, "r": 8, "c": 4, "i": 2, "k": 2}  # see registers.py
@@ -36,12 +41,35 @@ def zeros(batch: int, length: int, heads: int, width: int) -> jax.Array:
   return jnp.zeros((batch, heads, *tiles, 8, WARPGROUP, 4), jnp.float32)
 
 
-def in_rows(total: jax.Array) -> jax.Array:
-  """The sums as an array (B, T, N, H)."""
+def in_rows(
+  total: jax.Array, length: int, scale: float, dtype: jnp.dtype
+) -> jax.Array:
+  """scale times the sums, as an array (B, length, N, H) of 16-bit numbers."""
   batch, heads, tall, wide = total.shape[:4]
-  total = total.reshape(batch, heads, tall, wide, *_ORDER.values())
-  total = jnp.einsum("bnthjwrcik->btwirnhjck", total)
-  return total.reshape(batch, tall * SIDE, heads, wide * SIDE)
+
+  def kernel(total, out, smem):
+    program = lax.axis_index("program")
+    place, head = div(program, heads), rem(program, heads)
+    example, row = div(place, tall), rem(place, tall)
+    rows = pl.ds(row * SIDE, SIDE)
+    for column in range(wide):
+      tile = load(total.at[example, head, row, column]) * scale
+      smem.at[column][...] = tile.astype(dtype)
+    plgpu.commit_smem()
+    for column in range(wide):
+      columns = pl.ds(column * SIDE, SIDE)
+      plgpu.copy_smem_to_gmem(
+        smem.at[column], out.at[example, rows, head, columns]
+      )
+    plgpu.wait_smem_to_gmem(0)
+
+  shape = batch, length, heads, wide * SIDE
+  run = one_warpgroup(
+    "sigattn_in_rows", kernel, batch * tall * heads,
+    [jax.ShapeDtypeStruct(shape, dtype)],
+    [smem_for_copies(wide, SIDE, SIDE, dtype=dtype)],
+  )  # fmt: skip
+  return run(total)[0]
 
 
 def add(tile: jax.Array, total: Any) -> None:
@@ -52,12 +80,8 @@ def add(tile: jax.Array, total: Any) -> None:
 
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
   def reduce(_, tile, total):
-    i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
-    thread = arith.remui(mgpu.thread_idx(), mgpu.c(WARPGROUP, i32))
-    place = arith.addi(
-      llvm.ptrtoint(i64, utils.memref_ptr(total)),
-      arith.muli(arith.extui(i64, thread), mgpu.c(16, i64)),
-    )
+    i32 = ir.IntegerType.get_signless(32)
+    place = _place(total)
     pairs = tile.registers.reshape(_ORDER["j"], _ORDER["i"])  # of the k
     for j, of_rows in enumerate(pairs):
       numbers = [
@@ -75,3 +99,52 @@ def add(tile: jax.Array, total: Any) -> None:
       )
 
   reduce(tile, total)
+
+
+def load(total: Any) -> jax.Array:
+  """The sums of a tile, (64, 64) float32 in Layout.WGMMA.
+
+  total: as in `add`.
+  """
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(),),
+    return_type=plgpu.ShapeDtypeStruct(
+      (SIDE, SIDE), jnp.float32, plgpu.Layout.WGMMA
+    ),
+  )
+  def inline(_, total):
+    f32 = ir.F32Type.get()
+    quad, pair = (ir.VectorType.get((n,), f32) for n in (4, 2))
+    pointer = ir.Type.parse("!llvm.ptr<1>")
+    layout = plgpu.Layout.WGMMA.to_mgpu()
+    registers = np.empty(layout.registers_shape((SIDE, SIDE)), object)
+    place = _place(total)
+    flat = []
+    for j in range(_ORDER["j"]):
+      offset = mgpu.c(j * WARPGROUP * 16, ir.IntegerType.get_signless(64))
+      address = llvm.inttoptr(pointer, arith.addi(place, offset))
+      numbers = llvm.load(quad, address, alignment=16)
+      for i in range(_ORDER["i"]):
+        both = [
+          vector.extract(numbers, [], [_ORDER["k"] * i + k])
+          for k in range(_ORDER["k"])
+        ]
+        flat.append(vector.from_elements(pair, both))
+    for index, place in enumerate(np.ndindex(registers.shape)):
+      registers[place] = flat[index]
+    return mgpu.FragmentedArray(
+      _registers=registers, _layout=layout, _is_signed=None
+    )
+
+  return inline(total)
+
+
+def _place(total):
+  """The address of this thread's first four numbers of a tile, an i64."""
+  i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+  thread = arith.remui(mgpu.thread_idx(), mgpu.c(WARPGROUP, i32))
+  return arith.addi(
+    llvm.ptrtoint(i64, utils.memref_ptr(total)),
+    arith.muli(arith.extui(i64, thread), mgpu.c(16, i64)),
+  )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from sigattn.kernels import (
   device,
   differentiation,
+  numerics,
   vectors,
   xla,
 )
@@ -141,6 +142,8 @@ def _backward(
   precision, wanted, problem, query, key, value, operands, d_out, *rows
 ):
   """(dq, dk, dv), and the sums of dz that are wanted."""
+  if problem.normalize:
+    rows = numerics.inverse_and_shift(*rows, d_out)
   arrays = query, key, value, operands, d_out.astype(query.dtype), *rows
   d_q, d_rows, d_slopes = backward_q(
     problem, precision, _tile(problem, "backward_q"), wanted, *arrays

@@ -74,6 +74,12 @@ def _add(tile, total):
   total[...] += rows_and_columns.transpose(3, 0, 2, 4, 1, 5).reshape(8, 128, 4)
 
 
+def _load(total):
+  """reduce.load in plain JAX."""
+  j_w_r_c_i_k = total[...].reshape(8, 4, 8, 4, 2, 2)
+  return j_w_r_c_i_k.transpose(1, 4, 2, 0, 3, 5).reshape(64, 64)
+
+
 def _plane(x, first, slope, offset):
   """registers.plane in plain JAX."""
   return first + slope * (offset - _columns_less_rows(x)).astype(jnp.float32)
@@ -134,7 +140,7 @@ def _pretend(backward):
     for width, x in tiles.FUSED_BACKWARD.items()
     if backward == "fused"
   }
-  reduce.add = _add
+  reduce.add, reduce.load = _add, _load
   registers.tanh, registers.sigmoid = _tanh, _sigmoid
   registers.hide, registers.distance = _hide, _distance
   registers.plane, registers.hide_from = _plane, _hide_from

@@ -159,7 +159,7 @@ def _assert_lowered(problem, has_slopes):
   shape = problem.batch, problem.query_len, problem.num_heads, width
   x = jax.ShapeDtypeStruct(shape, problem.dtype)
   row = jax.ShapeDtypeStruct(shape[:3], "float32")
-  rows = [row, row] if problem.normalize else []
+  rows = [x, row, row] if problem.normalize else []
 
   def both(query, key, value, slopes, d_out, *rows):
     inputs = query, key, value, Operands(alibi_slopes=slopes)
@@ -171,11 +171,10 @@ def _assert_lowered(problem, has_slopes):
   traced = jax.jit(both).trace(x, x, x, slopes, x, *rows)
   lowered = traced.lower(lowering_platforms=("cuda",))
   # There is one kernel for the output, and one for dk and dv, or two for wide
-  # heads. Another computes dq, unless the kernel of the keys adds it.
-  count = 2 + (width > tiles.WIDEST_DK_AND_DV)
-  form = host._form(problem)
-  wanted = Sums(slopes=has_slopes)
-  count += not host._takes_fused_backward(form, problem, wanted)
+  # heads. Another computes dq, or rounds what the kernel of the keys added. One
+  # more divides do by the sums of normalised rows.
+  count = 3 + (width > tiles.WIDEST_DK_AND_DV)
+  count += problem.normalize and not host._reads_inverse(problem)
   assert lowered.as_text().count("custom_call @mosaic_gpu") == count
 
 

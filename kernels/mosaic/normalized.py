@@ -1,0 +1,90 @@
+"""What the backward pass needs of normalised rows, in one pass over memory.
+
+A program reads 64 rows of do and of the output, and writes
+
+  do / s            in 16 bits
+  do . out / s      one float32 a row
+
+where s is the sum of a row's weights. XLA computed these in four kernels, which
+read do twice: 86 us for 16,384 rows of 16 heads of width 128 on an H200, and
+this kernel takes 49 (benchmarks/NOTES.md, "Around the fused backward pass").
+"""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from sigattn.kernels import numerics
+from sigattn.kernels.mosaic import registers, weights
+from sigattn.kernels.mosaic.pipeline import (
+  one_warpgroup,
+  smem_for_copies,
+  store,
+)
+from sigattn.kernels.mosaic.schedule import div, rem
+
+_ROWS = 64  # of a program
+
+
+def divide(
+  out: jax.Array, d_out: jax.Array, sums: jax.Array, normalizer: float
+) -> tuple[jax.Array, jax.Array]:
+  """(d_out / (normalizer s), d_out . out / (normalizer s)); 0 where s is 0.
+
+  Args:
+    out, d_out: (B, T, N, H), in 16 bits.
+    sums: s, (B, T, N) float32.
+    normalizer: a number.
+
+  Returns:
+    An array like d_out, and (B, N, T and the rest of a block) float32. The rest
+    is 0.
+  """
+  batch, length, heads, width = out.shape
+  blocks = pl.cdiv(length, _ROWS)
+  rest = blocks * _ROWS - length
+  sums = jnp.pad(sums, ((0, 0), (0, rest), (0, 0)))
+
+  def kernel(
+    out, d_out, sums, divided, products, out_smem, d_out_smem, products_smem,
+    full,
+  ):  # fmt: skip
+    # Programs that run at the same time have the heads of the same tokens,
+    # which are neighbours in memory.
+    program = lax.axis_index("program")
+    place, head = div(program, heads), rem(program, heads)
+    example, first = div(place, blocks), rem(place, blocks) * _ROWS
+    rows = pl.ds(first, _ROWS)
+    at = example, rows, head
+    plgpu.copy_gmem_to_smem(out.at[at], out_smem, full)
+    plgpu.copy_gmem_to_smem(d_out.at[at], d_out_smem, full)
+    s = plgpu.load(sums.at[at], layout=weights.ROW, optimized=False)
+    inverse = numerics.inverse(s) * (1 / normalizer)
+    plgpu.barrier_wait(full)
+    do = d_out_smem[...].astype(jnp.float32)
+    product = registers.add_to_rows(
+      weights.zeros(_ROWS), do * out_smem[...].astype(jnp.float32)
+    )
+    product = registers.sum_of_threads(product) * inverse
+    do = do * lax.broadcast_in_dim(inverse, do.shape, [0])
+    store(do.astype(d_out.dtype), d_out_smem, divided.at[at])
+    store(product, products_smem, products.at[example, head, rows])
+    plgpu.wait_smem_to_gmem(0)
+
+  block = smem_for_copies(_ROWS, width, dtype=out.dtype)
+  run = one_warpgroup(
+    "sigattn_rows",
+    kernel,
+    batch * blocks * heads,
+    [
+      jax.ShapeDtypeStruct(out.shape, out.dtype),
+      jax.ShapeDtypeStruct((batch, heads, blocks * _ROWS), jnp.float32),
+    ],
+    [
+      block, block, plgpu.SMEM((_ROWS,), jnp.float32),
+      plgpu.Barrier(num_arrivals=2),
+    ],
+  )  # fmt: skip
+  return run(out, d_out, sums)
