@@ -19,9 +19,10 @@ def exact_sigmoid(problem: Problem) -> bool:
   """Whether a 16-bit kernel must keep the relative precision of small weights.
 
   With the hardware's tanh, sigmoid(z) = 0.5 + 0.5 tanh(z / 2) costs one slow
-  operation; 1 / (1 + exp(-z)) costs two. But near -1 a float32 tanh has steps
-  of 6e-8. If the weights are about e^b, their sum over a row loses this share
-  on average (V = 1, measured on an H200):
+  operation; 1 / (1 + exp(-z)) costs two, or one and a half with the polynomial
+  of mosaic/registers.py. But near -1 a float32 tanh has steps of 6e-8. If the
+  weights are about e^b, their sum over a row loses this share on average
+  (V = 1, measured on an H200):
 
     b     -9.7  -11.1  -13.9  -16     rounding a bfloat16 output
     loss  4e-4  6e-4   5e-3   1.2e-1  1.4e-3

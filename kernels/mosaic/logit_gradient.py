@@ -160,6 +160,7 @@ def _weigh(step, s):
     )  # fmt: skip
 
   p, derivative = weights.weights(
-    context.form, s, head.bias, head.slope, place, ids, step.masked
-  )
+    context.form, s, head.bias, head.slope, place, ids, step.masked,
+    polynomial=context.tile.polynomial,
+  )  # fmt: skip
   return p, derivative, place

@@ -151,7 +151,8 @@ class Queries:
       context.form, s, self.bias, self.slope,
       weights.Place(self.place, start, of_queries=True), ids, masked,
       end=None if self.end is None else self.end - start,
-      paced=context.tile.paced, in_output_unit=context.do_smem is None,
+      paced=context.tile.paced, polynomial=context.tile.polynomial,
+      in_output_unit=context.do_smem is None,
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ from jaxlib.mlir.dialects import llvm
 WARPGROUP = 128  # threads
 _SPLAT = plgpu.Layout.WG_SPLAT(())
 _ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for each row
-_PACE = 4  # number of pairs whose tanh is computed at a time
+_PACE = 4  # number of pairs whose weights are computed at a time
 
 
 def hide(
@@ -294,6 +294,49 @@ def tanh(
     bias, slope: numbers or float32 scalars; without a slope it is 0.
     offset: int32.
   """
+  return _paced(["tanh.approx.f32 $0, z;"], x, scale, bias, slope, offset)
+
+
+def paced_sigmoid(
+  x: jax.Array,
+  polynomial: bool,
+  scale: float,
+  bias: float | jax.Array,
+  slope: float | jax.Array | None = None,
+  offset: int | jax.Array | None = None,
+) -> jax.Array:
+  """sigmoid of scale x + bias + slope (row + offset - column), paced as tanh.
+
+  The sigmoid is that of `sigmoid`, and the other arguments are those of `tanh`.
+  """
+  codes = [f"ex2.approx.ftz.f32 z, z; {x}" for x in _INVERSES[polynomial]]
+  return _paced(codes, x, scale, bias, slope, offset)
+
+
+def sigmoid(x: jax.Array, polynomial: bool) -> jax.Array:
+  """1 / (1 + 2^x), which keeps the relative precision of small weights.
+
+  2^x and the inverse are one instruction each of the special-function unit,
+  which computes 16 numbers a clock. The other units of a multiprocessor compute
+  64 or 128. With `polynomial` these compute half of the inverses, with a
+  relative error of 3.3e-5.
+
+  x: (64, columns) float32, in Layout.WGMMA.
+  """
+  codes = _INVERSES[polynomial]
+
+  def compute(x):
+    def one(number, _, column):
+      code = codes[column % len(codes)]
+      return _run(f"ex2.approx.ftz.f32 z, $1; {code}", [number])
+
+    return _map(one, x)
+
+  return _in_registers(compute, x)
+
+
+def _paced(codes, x, scale, bias, slope, offset):
+  """Results of the codes, by turns of columns, for the arguments of `tanh`."""
   numbers = [bias]
   if slope is not None:
     numbers = _plane_scalars(bias, slope, offset)
@@ -303,35 +346,19 @@ def tanh(
     bias, firsts = numbers[0], None
     if len(numbers) > 1:
       bias, firsts = numbers[1], _first_on_plane(*numbers)
-    # The number that depends on a tanh: the bias, or the slope of a plane.
+    # The number that depends on a result: the bias, or the slope of a plane.
     waiting, first = bias, None
     turned = np.empty_like(x.registers)
     for index, (place, pair) in enumerate(np.ndenumerate(x.registers)):
       if index and index % _PACE == 0:
         waiting = _wait(bias, first, copy)
-      both = _tanh_of_pair(pair, index, scale, waiting, firsts)
+      both = _pair(codes, pair, index, scale, waiting, firsts)
       if index % _PACE == 0:
         first = both[0]
       turned[place] = vector.from_elements(pair.type, both)
     return _fragment(turned, x.layout)
 
   return _in_registers(compute, x, *numbers)
-
-
-def sigmoid(x: jax.Array) -> jax.Array:
-  """1 / (1 + 2^x), which keeps the relative precision of small weights.
-
-  2^x and the inverse are one instruction each. In the usual form of a division
-  the compiler adds four more, which scale numbers above 2^126, because their
-  inverses are denormal. Here these inverses are 0.
-
-  x: (64, columns) float32, in Layout.WGMMA.
-  """
-
-  def compute(x):
-    return _map(lambda number, *_: _sigmoid_of_number(number), x)
-
-  return _in_registers(compute, x)
 
 
 def _in_registers(compute: Callable, x: jax.Array, *numbers: Any) -> jax.Array:
@@ -416,7 +443,7 @@ def _row_and_column():
   return arith.addi(row, arith.muli(warp, number(16))), column
 
 
-# Assembly for tanh and for the sigmoid.
+# Assembly for tanh and the sigmoid.
 
 
 def _code_of_copy():
@@ -444,12 +471,13 @@ def _wait(bias, first, copy):
   )
 
 
-def _tanh_of_pair(pair, index, scale, waiting, firsts):
-  """tanh of the two numbers of a pair, number `index` of the fragment."""
+def _pair(codes, pair, index, scale, waiting, firsts):
+  """The results for the two numbers of a pair, number `index` of a fragment."""
   i32 = ir.IntegerType.get_signless(32)
   j, i = divmod(index, 2)
   return [
-    _tanh_of_number(
+    _number(
+      codes[k % len(codes)],
       llvm.extractelement(pair, mgpu.c(k, i32)),
       scale,
       waiting,
@@ -460,7 +488,7 @@ def _tanh_of_pair(pair, index, scale, waiting, firsts):
   ]
 
 
-def _tanh_of_number(number, scale, waiting, first, column):
+def _number(code, number, scale, waiting, first, column):
   operands = [number, waiting]
   argument = f"fma.rn.f32 z, $1, {_float(scale)}, $2;"
   if first is not None:
@@ -469,19 +497,14 @@ def _tanh_of_number(number, scale, waiting, first, column):
       f"fma.rn.f32 z, $2, {_float(-column)}, $3;"
       f" fma.rn.f32 z, $1, {_float(scale)}, z;"
     )
+  return _run(f"{argument} {code}", operands)
+
+
+def _run(code, operands):
+  """The float32 that the code assigns to $0. The operands are $1, $2, ..."""
   return _assembly(
-    ir.F32Type.get(), operands,
-    f"{{ .reg .f32 z; {argument} tanh.approx.f32 $0, z; }}",
+    ir.F32Type.get(), operands, f"{{ .reg .f32 z; {code} }}",
     "=f" + ",f" * len(operands),
-  )  # fmt: skip
-
-
-def _sigmoid_of_number(number):
-  return _assembly(
-    ir.F32Type.get(), [number],
-    "{ .reg .f32 z; ex2.approx.ftz.f32 z, $1; add.rn.ftz.f32 z, z, 0f3F800000;"
-    " rcp.approx.ftz.f32 $0, z; }",
-    "=f,f",
   )  # fmt: skip
 
 
@@ -492,3 +515,40 @@ def _assembly(*arguments):
 def _float(x):
   """A float32 as PTX writes it."""
   return f"0f{struct.unpack('<I', struct.pack('<f', x))[0]:08X}"
+
+
+# 1 / (1 + z) for z = 2^x has two forms. In the usual form of a division the
+# compiler scales numbers above 2^126, because their inverses are denormal; that
+# takes four instructions. In _DIVISION these inverses are 0.
+#
+# _POLYNOMIAL has no division. The bits of a positive float32, read as an
+# integer, are nearly a linear function of its logarithm. So _MAGIC minus the
+# bits of d = 1 + z gives the bits of a number r near 1 / d. If _MAGIC is
+# (254 - c) 2^23 with 0 < c < 1, the product y = d r lies between
+# m - h = 1 - c / 2 and m + h = (3 - c)^2 / 8. Then r ((y - v)^2 + a) is the
+# inverse, with the relative error
+#
+#   y ((y - v)^2 + a) - 1 = y^3 - 2 v y^2 + (v^2 + a) y - 1.
+#
+# Of all cubic polynomials that begin with y^3, Chebyshev's has the smallest
+# maximum between m - h and m + h, which is h^3 / 4. This is the one if
+# v = 3 m / 2, a = 3 (m^2 - h^2) / 4 and m^3 - 3 m h^2 / 4 = 1. The last
+# equation determines c = 0.0999742. Then m = 1.0006408, h = 0.0506279, and the
+# error is 3.25e-5. The derivative p - p^2 of a weight p near 1 has this as an
+# absolute error. That is small beside 1/4, its value for weights of 1/2.
+#
+# d is at most the number with the bits _MAGIC. There r is 0, so that a hidden
+# pair, z = inf, has the weight 0. min.NaN keeps a d that is not a number.
+_MAGIC = 0x7EF3340C
+_V, _A = 1.5009612, 0.7490391
+_DIVISION = "add.rn.ftz.f32 z, z, 0f3F800000; rcp.approx.ftz.f32 $0, z;"
+_POLYNOMIAL = (
+  "add.rn.ftz.f32 z, z, 0f3F800000;"
+  f" min.NaN.ftz.f32 z, z, 0f{_MAGIC:08X};"
+  f" .reg .b32 r; mov.b32 r, z; sub.s32 r, {_MAGIC}, r;"
+  f" fma.rn.ftz.f32 z, z, r, {_float(-_V)};"
+  f" fma.rn.ftz.f32 z, z, z, {_float(_A)};"
+  " mul.rn.ftz.f32 $0, r, z;"
+)
+# The codes of consecutive columns, by turns, without and with the polynomial.
+_INVERSES = (_DIVISION,), (_POLYNOMIAL, _DIVISION)

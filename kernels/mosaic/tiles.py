@@ -20,7 +20,12 @@ class QueryTile:
   warpgroups: int  # compute warpgroups; one more feeds them
   registers: int  # per compute thread; at most 512 over all warpgroups
   overlap: bool = False  # start a step's second product with the next's first
-  paced: bool = False  # compute tanh in small groups, see registers.tanh
+  paced: bool = False  # compute weights in small groups, see registers.tanh
+  # Compute every second inverse of the exact sigmoid by a polynomial, which
+  # spares the special-function unit (registers.sigmoid). This is faster at head
+  # width 64. At 128 the forward pass is slower, and other widths were not
+  # measured (benchmarks/NOTES.md, "The exact sigmoid on an H200").
+  polynomial: bool = False
 
   of_queries: ClassVar[bool] = True  # Queries are stationary.
 
@@ -44,6 +49,7 @@ class KeyTile:
   stages: int  # as in QueryTile
   warpgroups: int
   registers: int
+  polynomial: bool = False  # as in QueryTile
 
   of_queries: ClassVar[bool] = False
 
@@ -75,9 +81,9 @@ TILES = {
     KeyTile(64, 64, 2, 2, 240),
   ),
   64: Tiles(
-    QueryTile(64, 64, 4, 4, 112, paced=True),
-    QueryTile(64, 128, 2, 2, 240),
-    KeyTile(64, 64, 2, 2, 240),
+    QueryTile(64, 64, 4, 4, 112, paced=True, polynomial=True),
+    QueryTile(64, 128, 2, 2, 240, polynomial=True),
+    KeyTile(64, 64, 2, 2, 240, polynomial=True),
   ),
   96: Tiles(
     QueryTile(64, 128, 2, 2, 240, overlap=True),
@@ -104,7 +110,7 @@ TILES = {
 
 # The tiles of the forward pass without masks, ALiBi, lengths and segments, from
 # LONG keys on. There most blocks are full, and all are computed alike.
-LONG_TILES = {64: QueryTile(64, 192, 2, 3, 160, paced=True)}
+LONG_TILES = {64: QueryTile(64, 192, 2, 3, 160, paced=True, polynomial=True)}
 LONG = 8192
 
 
@@ -120,7 +126,10 @@ class FusedBackward:
 
 FUSED_BACKWARD = {
   64: FusedBackward(
-    KeyTile(64, 128, 3, 2, 240), open=1024, masked=1024, stages_with_vectors=3
+    KeyTile(64, 128, 3, 2, 240, polynomial=True),
+    open=1024,
+    masked=1024,
+    stages_with_vectors=3,
   ),
   128: FusedBackward(
     KeyTile(64, 64, 3, 2, 240), open=1024, masked=2048, stages_with_vectors=2

@@ -34,7 +34,7 @@ class Form:
   """The mathematics, as far as the kernels need to know it."""
 
   kind: str
-  exact: bool  # sigmoid by exp2 and a division; else by the hardware's tanh
+  exact: bool  # sigmoid by exp2 and an inverse; else by the hardware's tanh
   scale: float
   logit_bias: float | None  # None: it is in Gmem.scalars
   alibi: bool
@@ -229,6 +229,7 @@ class _Logits:
   end: jax.Array | None  # the first column that is hidden
   masked: bool | jax.Array
   paced: bool
+  polynomial: bool
 
   def hide(self, x, hidden):
     """x, or `hidden` where a pair is not visible."""
@@ -264,7 +265,7 @@ class _Logits:
     return jnp.tanh(z) if self.form.tanh else z
 
   def one_sided(self, x, _=None, sign=1.0):
-    """tanh of the logits, or the logits, if all distances have one sign.
+    """What `compute` returns, if all distances have one sign.
 
     A distance is then sign (row + apart - column). Without ALiBi there are no
     distances.
@@ -274,7 +275,10 @@ class _Logits:
       slope = -self.unit * sign * self.slope
       plane = slope, self.place.apart(self.form.offset)
     if self.paced:
-      return registers.tanh(x, self.scale, self.bias, *plane)
+      line = self.scale, self.bias, *plane
+      if self.form.tanh:
+        return registers.tanh(x, *line)
+      return registers.paced_sigmoid(x, self.polynomial, *line)
     if self.form.alibi:
       return self.activate(
         x * self.scale + registers.plane(x, self.bias, *plane)
@@ -285,11 +289,15 @@ class _Logits:
     """The same if a distance is an absolute value."""
     far = self.place.distance(x, self.form.offset)
     z = x * self.scale + self.bias - (self.unit * self.slope) * far
-    return jnp.tanh(z) if self.paced else self.activate(z)
+    if not self.paced:
+      return self.activate(z)
+    if self.form.tanh:
+      return jnp.tanh(z)
+    return registers.sigmoid(z, self.polynomial)
 
   def compute(self, s):
-    """tanh of the logits, or the logits if the form has no tanh."""
-    # A paced tanh is computed directly from the scores, so scores are masked.
+    """tanh or the paced sigmoid of the logits; the logits of other forms."""
+    # A paced form is computed directly from the scores, so scores are masked.
     x = self.hide(s, -math.inf) if self.paced else s
     form, place = self.form, self.place
     sign = place.side(form)
@@ -317,6 +325,7 @@ def weights(
   *,
   end: jax.Array | None = None,
   paced: bool = False,
+  polynomial: bool = False,
   in_output_unit: bool = False,
 ) -> tuple[jax.Array, Callable[[], jax.Array] | None]:
   """(phi(z), phi') of the logits z = scale s + bias - slope distance.
@@ -333,17 +342,19 @@ def weights(
       kernel branches.
     end: the first column that is beyond the length of its sequence; None if
       such columns are not hidden.
-    paced: whether tanh is computed in small groups (registers.tanh).
+    paced: whether the sigmoid is computed in small groups (registers.tanh).
+    polynomial: whether half of the exact sigmoid's inverses are computed by a
+      polynomial (registers.sigmoid).
     in_output_unit: returns weights in Form.output_unit, and no phi'.
   """
   unit = {"sigmoid": -_LOG2_E if form.exact else 0.5, "silu": 0.5}.get(
     form.kind, 1.0
   )
-  paced = paced and form.tanh and form.scale > 0
+  paced = paced and form.kind == "sigmoid" and form.scale > 0
   z = _Logits(
     form=form, place=place, unit=unit, scale=unit * form.scale,
     bias=unit * bias, slope=slope, load_ids=ids, end=end, masked=masked,
-    paced=paced,
+    paced=paced, polynomial=polynomial,
   ).compute(s)  # fmt: skip
   if form.kind == "relu":
     return jnp.maximum(z, 0.0), lambda: jnp.where(z > 0, 1.0, 0.0)
@@ -358,5 +369,7 @@ def weights(
     raise not_implemented(form.kind, "kernels/mosaic/weights.py")
   if form.tanh and in_output_unit:
     return 1 + z, None
-  p = 0.5 * z + 0.5 if form.tanh else registers.sigmoid(z)
+  if form.exact and not paced:
+    z = registers.sigmoid(z, polynomial)
+  p = 0.5 * z + 0.5 if form.tanh else z
   return p, lambda: p - p * p

@@ -28,7 +28,7 @@ from jax._src.state import types
 
 from sigattn.kernels import batching_and_sharding, device, dispatch
 from sigattn.kernels.mosaic import host, reduce, registers, tiles
-from tests.kernels import cases, compare
+from tests.kernels import cases, compare, ptx
 
 CASES = [
   *cases.CASES, *cases.BLOCKS, *cases.SMALL_WEIGHTS, *cases.HIDDEN_KEYS,
@@ -90,9 +90,17 @@ def _tanh(x, scale, bias, slope=0.0, offset=0):
   return jnp.tanh(scale * x + _plane(x, bias, slope, offset))
 
 
-def _sigmoid(x):
-  """registers.sigmoid in plain JAX."""
-  return 1 / (1 + jnp.exp2(x))
+def _sigmoid(x, polynomial):
+  """registers.sigmoid, with its assembly for the inverses."""
+  codes = registers._INVERSES[polynomial]
+  column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+  results = [ptx.run(code, jnp.exp2(x)) for code in codes]
+  return lax.select_n(column % len(codes), *results)
+
+
+def _paced_sigmoid(x, polynomial, scale, bias, slope=0.0, offset=0):
+  """registers.paced_sigmoid in plain JAX."""
+  return _sigmoid(scale * x + _plane(x, bias, slope, offset), polynomial)
 
 
 def _columns_less_rows(x):
@@ -142,6 +150,7 @@ def _pretend(backward):
   }
   reduce.add, reduce.load = _add, _load
   registers.tanh, registers.sigmoid = _tanh, _sigmoid
+  registers.paced_sigmoid = _paced_sigmoid
   registers.hide, registers.distance = _hide, _distance
   registers.plane, registers.hide_from = _plane, _hide_from
   registers.add_to_rows = _add_to_rows

@@ -14,9 +14,16 @@ import sigattn
 from benchmarks import tune_triton
 from sigattn.kernels import device, mosaic
 from sigattn.kernels.differentiation import Sums
-from sigattn.kernels.mosaic import blocks, dkv, host, tiles, weights
+from sigattn.kernels.mosaic import (
+  blocks,
+  dkv,
+  host,
+  registers,
+  tiles,
+  weights,
+)
 from sigattn.kernels.problem import Operands
-from tests.kernels import cases, compare
+from tests.kernels import cases, compare, ptx
 
 if jax.default_backend() != "cpu":
   pytest.skip("the kernels are not interpreted here", allow_module_level=True)
@@ -72,6 +79,26 @@ def test_interpreted_output_and_gradients(width, form):
     timeout=250,
     check=True,
   )
+
+
+@pytest.mark.parametrize(
+  ("code", "bound"),
+  [(registers._DIVISION, 3e-7), (registers._POLYNOMIAL, 3.3e-5)],
+)
+def test_the_inverse_of_the_exact_sigmoid(code, bound):
+  """1 / (1 + z) keeps its relative precision for all weights down to e^-80."""
+  z = np.exp(np.linspace(-20, 80, 2**21, dtype=np.float32))
+  error = ptx.run(code, z) * (1 + np.float64(z)) - 1
+  assert np.abs(error).max() < bound
+
+
+@pytest.mark.parametrize("code", registers._INVERSES[True])
+def test_the_exact_sigmoid_of_extreme_logits(code):
+  """Hidden pairs have weight 0, and a number that is none remains so."""
+  z = np.float32([np.inf, 2.0**127, 0, np.nan])
+  actual = ptx.run(code, z)
+  assert not actual[:2].any()
+  np.testing.assert_allclose(actual[2:], [1, np.nan], rtol=3.3e-5)
 
 
 @pytest.mark.parametrize("has_slopes", [False, True])
