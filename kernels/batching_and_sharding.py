@@ -125,13 +125,13 @@ def fold(
   return x.reshape(size * batch, *x.shape[2:])
 
 
-def unfold(x: jax.Array, size: int, batch: int, aval: Any) -> jax.Array:
-  """Turns (size batch, ...) into (size, *aval.shape).
+def unfold(x: jax.Array, size: int, batch: int, own: int) -> jax.Array:
+  """Turns (size batch, ...) into (size, own, ...).
 
-  If the batch of aval is 1, the result is a sum over the batch.
+  own: the batch, or 1 for a sum over it.
   """
   x = x.reshape(size, batch, *x.shape[1:])
-  return x.sum(1, keepdims=True) if x.shape[1:] != aval.shape else x
+  return x if own == batch else x.sum(1, keepdims=True)
 
 
 # shard_map.

@@ -8,30 +8,31 @@ the sum of each row; a policy of jax.checkpoint can keep both by the name
 
 jax.custom_vjp refuses forward mode, so there are three primitives:
 
-  _Attention   the forward pass, whose derivative is _Tangent
-  _Tangent     the derivative along tangents of its inputs, in the portable
-               form; linear in them, and its transpose is _Pullback
-  _Pullback    the backward pass, whose derivative is that of the portable form
+  attention   the forward pass, whose derivative is the tangent
+  tangent     the derivative along tangents of its inputs, in the portable
+              form; linear in them, and its transpose is the pullback
+  pullback    the backward pass, whose derivative is that of the portable form
 
-jax.checkpoint, jax.linearize and scans differentiate _Attention forwards and
-then transpose the tangent. They reach the fused backward pass because the
-tangent is a primitive with a transpose of its own. The transpose of the
-portable form would not reach it.
+JAX differentiates `attention` forwards and then transposes the tangent. It
+reaches the fused backward pass because the tangent is a primitive with a
+transpose of its own. The transpose of the portable form would not reach it.
 
-jax.experimental.hijax may change with a release of jax. Only this module uses
-it.
+The primitives of jax.experimental.hijax would take less code. But a program
+that contains one is expanded again in Python at every call: a training step
+with 300 arrays took 6 ms longer on a CPU.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import hijax
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
 
-from sigattn.kernels import batching_and_sharding, numerics
+from sigattn.kernels import batching_and_sharding, device, numerics
 from sigattn.kernels.batching_and_sharding import varying
 from sigattn.kernels.problem import FLOATS, Operands, Problem
 
@@ -208,248 +209,287 @@ def attention(
   # The primitives need all arrays to be of one sort. The transpose of this step
   # adds up the gradients of arrays that devices share.
   arrays = [varying(x, arrays) for x in arrays]
-  avals = tuple(map(jax.typeof, arrays))
-  result = _Attention(passes, portable, problem, avals)(*arrays)
-  return result if problem.normalize else result[0]
+  result = _attention(_Call(passes, portable, problem), *arrays)
+  return tuple(result) if problem.normalize else result[0]
 
 
-def _inputs(problem, arrays):
-  """(query, key, value, operands), from the arrays that are present."""
-  query, key, value, *rest = arrays
-  rest = iter(rest)
-  shapes = problem.shapes
-  operands = Operands(*(None if x is None else next(rest) for x in shapes))
-  return query, key, value, operands
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  """The parameters of a primitive.
+
+  The arguments of all three begin with the arrays that are present: query, key,
+  value and operands. If rows are normalised, the results of the forward pass
+  follow in those of the tangent and the pullback.
+
+  given: which of the arrays have tangents, or need cotangents.
+  """
+
+  passes: Passes
+  portable: Passes
+  problem: Problem
+  given: tuple[bool, ...] = ()
+
+  @property
+  def names(self) -> list[str]:
+    """The names of the arrays that are present."""
+    shapes = self.problem.shapes._asdict().items()
+    present = (name for name, shape in shapes if shape is not None)
+    return ["query", "key", "value", *present]
+
+  @property
+  def results(self) -> tuple[str, ...]:
+    """The axes of the results of the forward pass."""
+    return ("BTNH", "BTN") if self.problem.normalize else ("BTNH",)
+
+  @property
+  def rows(self) -> tuple[str, ...]:
+    """The axes of the results that the backward pass needs."""
+    return self.results if self.problem.normalize else ()
+
+  @property
+  def wanted(self) -> list[str]:
+    """The names of the arrays that are given."""
+    return _chosen(self.names, self.given)
+
+  def split(self, arguments: Sequence) -> tuple[Sequence, Sequence, Sequence]:
+    """(arrays, rows, the rest)."""
+    end = len(self.names)
+    last = end + len(self.rows)
+    return arguments[:end], arguments[end:last], arguments[last:]
+
+  def inputs(self, arrays: Sequence) -> tuple:
+    """(query, key, value, operands)."""
+    query, key, value, *rest = arrays
+    rest = iter(rest)
+    shapes = self.problem.shapes
+    operands = Operands(*(None if x is None else next(rest) for x in shapes))
+    return query, key, value, operands
 
 
-def _names(problem):
-  """The names of the arrays that are present."""
-  shapes = problem.shapes._asdict().items()
-  return ["query", "key", "value", *(k for k, x in shapes if x is not None)]
+# What the primitives compute. `plain` is what JAX can differentiate.
 
 
-def _result_avals(problem, avals):
+def _forward(passes, call, arrays):
+  results = passes.forward(call.problem, *call.inputs(arrays))
+  return _marked(results, arrays)
+
+
+def _compute_attention(call, *arrays):
+  return _forward(call.passes, call, arrays)
+
+
+def _compute_tangent(call, *arguments):
+  arrays, _, tangents = call.split(arguments)
+
+  def forward(*chosen):
+    full = _with(arrays, call.given, chosen)
+    return _forward(call.portable, call, full)
+
+  return jax.jvp(forward, tuple(_chosen(arrays, call.given)), tangents)[1]
+
+
+def _types_of_tangents(call, avals):
   query = avals[0]
-  if not problem.normalize:
-    return (query,)
+  if not call.problem.normalize:
+    return [query]
 
   def row(x):
     return x[..., 0].astype(numerics.wide(x.dtype))
 
-  return query, *jax.make_jaxpr(row)(query).out_avals
+  return [query, *jax.make_jaxpr(row)(query).out_avals]
 
 
-def _name(results):
-  return tuple(checkpoint_name(x, "attention") for x in results)
+def _backward(passes, call, arguments):
+  arrays, rows, cotangents = call.split(arguments)
+  trained = tuple(x for x in call.wanted if x in FLOATS)
+  *found, operands = passes.backward(
+    trained, call.problem, *call.inputs(arrays), rows, cotangents
+  )
+  found = dict(zip(("query", "key", "value"), found, strict=True))
+  found |= operands._asdict()
+  return _marked([found[name] for name in call.wanted], arrays)
+
+
+def _compute_pullback(call, *arguments):
+  return _backward(call.passes, call, arguments)
+
+
+def _plain_pullback(call, *arguments):
+  return _backward(call.portable, call, arguments)
+
+
+# Their derivatives.
+
+
+def _differentiate_attention(primals, tangents, call, body):
+  del body
+  results = _attention(call, *primals)
+  results = [checkpoint_name(x, "attention") for x in results]
+  given = tuple(not _is_zero(x) for x in tangents)
+  if not any(given):
+    zeros = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
+    return results, zeros
+  rows = results if call.rows else ()
+  call = dataclasses.replace(call, given=given)
+  tangents = _chosen(tangents, given)
+  return results, _tangent(call, *primals, *rows, *tangents)
+
+
+def _transpose_tangent(cotangents, *arguments, call, body):
+  del body
+  arrays, rows, tangents = call.split(arguments)
+  cotangents = map(ad.instantiate_zeros, cotangents)
+  found = _pullback(call, *arrays, *rows, *cotangents)
+  of_tangents = [
+    gradient if ad.is_undefined_primal(x) else None
+    for gradient, x in zip(found, tangents, strict=True)
+  ]
+  return [None] * (len(arrays) + len(rows)) + of_tangents
+
+
+def _differentiate_plainly(function, plain, primals, tangents, call, body):
+  """Differentiates what `plain` computes, along the tangents that are not 0."""
+  del body
+  given = [not _is_zero(x) for x in tangents]
+
+  def of_given(*chosen):
+    return plain(call, *_with(primals, given, chosen))
+
+  along = jax.jvp(
+    of_given, tuple(_chosen(primals, given)), tuple(_chosen(tangents, given))
+  )[1]
+  return function(call, *primals), along
 
 
 def _is_zero(x):
-  return isinstance(x, hijax.Zero)
+  return isinstance(x, ad.Zero)
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Static:
-  value: Any
+# The primitives.
 
 
-class _Primitive(hijax.HiPrim):
-  """What the three primitives have in common.
+class _Operation:
+  """A primitive, called with a _Call and its arguments.
 
-  Their arguments begin with the arrays that are present: query, key, value and
-  operands. given: which of these have tangents, or need cotangents.
+  The primitive has a jaxpr of what it computes, `body`, in which JAX looks for
+  operations that it has to treat specially, such as those of kernels.
 
-  A subclass has these methods:
-    names    the names of its arguments; after the arrays, their axes instead
-    results  the types of what it returns
-    expand   computes the results
-    plain    computes the results so that JAX can differentiate them
+  Args:
+    name: of the primitive.
+    compute: (call, *arguments) -> the results.
+    types: (call, types of the arguments) -> types of the results. If it is
+      given, there is no body, and `compute` runs only when it is compiled.
+    names: of the arguments of a call; after the arrays, their axes instead.
+    apart: the names of arrays that need one result for each vmapped example.
+    batches: (call, batches of the arguments) -> batches of the results. That of
+      the gradient of an array that examples share is 1.
   """
 
-  def __init__(self, passes, portable, problem, avals, given=()):
-    self.params = dict(
-      passes=passes, portable=portable, problem=problem, avals=avals,
-      given=given,
-    )  # fmt: skip
-    self.problem, self.given = problem, given
-    self.arrays = 3 + sum(x is not None for x in problem.shapes)
-    self.in_avals = avals
-    self.out_aval = self.results(avals)
-    super().__init__()
+  def __init__(
+    self,
+    name: str,
+    compute: Callable[..., Sequence[jax.Array]],
+    names: Callable[[_Call], list[str]],
+    types: Callable[[_Call, Sequence], list] | None = None,
+    apart: Callable[[_Call], Iterable[str]] = lambda call: (),
+    batches: Callable[[_Call, list[int]], list[int]] = lambda call, _: (
+      [call.problem.batch] * len(call.results)
+    ),
+  ):
+    self.compute, self.names, self.types = compute, names, types
+    self.apart, self.batches = apart, batches
+    self.primitive = Primitive(f"sigattn_{name}")
+    self.primitive.multiple_results = True
+    # The layers of a model call the same function, which is lowered once.
+    self._jit = functools.lru_cache(maxsize=4096)(self._jit)
+    self.primitive.def_impl(
+      lambda *arguments, call, body: self._jitted(call)(*arguments)
+    )
+    self.primitive.def_abstract_eval(
+      lambda *avals, call, body: body.out_avals if body else types(call, avals)
+    )
+    mlir.register_lowering(self.primitive, mlir.lower_fun(self._run))
+    batching.primitive_batchers[self.primitive] = self._fold
 
-  lin, linearized = hijax.linearize_from_jvp
-  vjp_fwd, vjp_bwd_retval = hijax.vjp_from_jvp
+  def __call__(self, call: _Call, *arguments: jax.Array) -> list[jax.Array]:
+    """The results."""
+    body = None
+    if self.types is None:
+      body = jax.make_jaxpr(self._jitted(call))(*map(jax.typeof, arguments))
+    return self.primitive.bind(*arguments, call=call, body=body)
 
-  def jvp(self, primals, tangents):
-    return self(*primals), _along(self.plain, primals, tangents)
+  def _run(self, *arguments, call, body):
+    run = jaxpr_as_fun(body) if body else self._jitted(call)
+    return run(*arguments)
 
-  def batch(self, axis, args, dims):
-    """Folds the vmapped axis into the batch."""
-    if all(dim is None for dim in dims):
-      return self(*args), (None,) * len(self.out_aval)
-    names = self.names()
+  def _jitted(self, call):
+    # A trace depends on the device, because each has kernels of its own.
+    return self._jit(call, device.current())
+
+  def _jit(self, call, _):
+    def run(*arguments):
+      return self.compute(call, *arguments)
+
+    run.__name__ = self.primitive.name
+    return jax.jit(run)
+
+  def _fold(self, arguments, dims, call, body):
+    """The rule of vmap: folds the vmapped axis into the batch."""
+    del body
+    names = self.names(call)
     # Whether an operand needs a batch. A tangent has the shape of its operand,
     # so both need it if one of them does.
     whole = {}
     for name, dim in zip(names, dims, strict=True):
       whole[name] = whole.get(name, False) or dim is not None
-    whole |= dict.fromkeys(self.apart(), True)
-    size, batch = axis.size, self.problem.batch
+    whole |= dict.fromkeys(self.apart(call), True)
+    mapped = list(zip(arguments, dims, strict=True))
+    size = next(x.shape[dim] for x, dim in mapped if dim is not None)
+    batch = call.problem.batch
     folded = [
-      batching_and_sharding.fold(
-        name, x, dim, size, batch, whole[name]
-      )
-      for name, x, dim in zip(names, args, dims, strict=True)
-    ]  # fmt: skip
-    problem = batching_and_sharding.resized(
-      self.problem, *_inputs(self.problem, folded[: self.arrays])
-    )
-    same = type(self)(
-      self.passes, self.portable, problem, tuple(map(jax.typeof, folded)),
-      self.given,
-    )  # fmt: skip
-    results = [
-      batching_and_sharding.unfold(x, size, batch, aval)
-      for x, aval in zip(same(*folded), self.out_aval, strict=True)
+      batching_and_sharding.fold(name, x, dim, size, batch, whole[name])
+      for name, (x, dim) in zip(names, mapped, strict=True)
     ]
-    return tuple(results), (0,) * len(results)
-
-  def apart(self):
-    """The names of arrays that need one result for each vmapped example."""
-    return ()
-
-
-class _Attention(_Primitive):
-  def names(self):
-    return _names(self.problem)
-
-  def results(self, avals):
-    return _result_avals(self.problem, avals)
-
-  def expand(self, *arrays):
-    results = self.passes.forward(self.problem, *_inputs(self.problem, arrays))
-    return _marked(results, arrays)
-
-  def jvp(self, primals, tangents):
-    results = _name(self(*primals))
-    given = tuple(not _is_zero(x) for x in tangents)
-    if not any(given):
-      return results, tuple(hijax.Zero(x) for x in self.out_aval)
-    rows = results if self.problem.normalize else ()
-    arguments = *primals, *rows, *(x for x in tangents if not _is_zero(x))
-    tangent = _Tangent(
-      self.passes, self.portable, self.problem,
-      tuple(map(jax.typeof, arguments)), given,
-    )  # fmt: skip
-    return results, tangent(*arguments)
-
-  # jax.grad takes this path. The path through the tangent would compute the
-  # results once more.
-  def vjp_fwd(self, given, *arrays):
-    results = _name(self(*arrays))
-    rows = results if self.problem.normalize else ()
-    return results, (_Static(tuple(given)), arrays, rows)
-
-  def vjp_bwd_retval(self, saved, cotangents):
-    given, arrays, rows = saved
-    found = iter(_pull_back(self, given.value, arrays, rows, cotangents))
-    return tuple(
-      next(found) if wanted else hijax.Zero(aval.to_ct_aval())
-      for wanted, aval in zip(given.value, self.in_avals, strict=True)
-    )
+    arrays, *_ = call.split(folded)
+    problem = batching_and_sharding.resized(call.problem, *call.inputs(arrays))
+    results = self(dataclasses.replace(call, problem=problem), *folded)
+    own = self.batches(call, [x.shape[dim == 0] for x, dim in mapped])
+    results = [
+      batching_and_sharding.unfold(x, size, batch, of_one)
+      for x, of_one in zip(results, own, strict=True)
+    ]
+    return results, [0] * len(results)
 
 
-class _Tangent(_Primitive):
-  """The derivative. Arguments: arrays, rows if normalised, given tangents."""
-
-  def names(self):
-    names = _names(self.problem)
-    rows = ("BTNH", "BTN") if self.problem.normalize else ()
-    return [*names, *rows, *_chosen(names, self.given)]
-
-  def results(self, avals):
-    return _result_avals(self.problem, avals)
-
-  def plain(self, *arguments):
-    arrays = arguments[: self.arrays]
-    tangents = arguments[len(arguments) - sum(self.given) :]
-
-    def forward(*chosen):
-      full = _with(arrays, self.given, chosen)
-      return _marked(
-        self.portable.forward(self.problem, *_inputs(self.problem, full)), full
-      )
-
-    return jax.jvp(forward, _chosen(arrays, self.given), tuple(tangents))[1]
-
-  expand = plain
-
-  def transpose(self, cotangents, *arguments):
-    count = len(arguments) - sum(self.given)
-    arrays, rows = arguments[: self.arrays], arguments[self.arrays : count]
-    found = _pull_back(self, self.given, arrays, rows, cotangents)
-    for total, x in zip(arguments[count:], found, strict=True):
-      if isinstance(total, hijax.GradAccum):
-        total.accum(x)
+_attention = _Operation(
+  "attention", _compute_attention, names=lambda call: call.names
+)
+_tangent = _Operation(
+  "tangent",
+  _compute_tangent,
+  names=lambda call: [*call.names, *call.rows, *call.wanted],
+  # The portable form is not even traced if the tangent is only transposed.
+  types=_types_of_tangents,
+)
+_pullback = _Operation(
+  "pullback",
+  _compute_pullback,
+  names=lambda call: [*call.names, *call.rows, *call.results],
+  apart=lambda call: [x for x in call.wanted if x in FLOATS],
+  batches=lambda call, found: _chosen(found[: len(call.names)], call.given),
+)
+ad.primitive_jvps[_attention.primitive] = _differentiate_attention
+ad.primitive_jvps[_tangent.primitive] = functools.partial(
+  _differentiate_plainly, _tangent, _compute_tangent
+)
+ad.primitive_jvps[_pullback.primitive] = functools.partial(
+  _differentiate_plainly, _pullback, _plain_pullback
+)
+ad.primitive_transposes[_tangent.primitive] = _transpose_tangent
 
 
-class _Pullback(_Primitive):
-  """The backward pass. Arguments: arrays, rows if normalised, cotangents."""
-
-  def names(self):
-    results = ("BTNH", "BTN") if self.problem.normalize else ("BTNH",)
-    twice = 1 + self.problem.normalize
-    return [*_names(self.problem), *results * twice]
-
-  def apart(self):
-    return [x for x in _chosen(_names(self.problem), self.given) if x in FLOATS]
-
-  def results(self, avals):
-    return tuple(_chosen(avals[: self.arrays], self.given))
-
-  def run(self, passes, *arguments):
-    arrays, rest = arguments[: self.arrays], arguments[self.arrays :]
-    rows, cotangents = (), rest
-    if self.problem.normalize:
-      rows, cotangents = rest[:2], rest[2:]
-    names = _chosen(_names(self.problem), self.given)
-    trained = tuple(x for x in names if x in FLOATS)
-    *found, operands = passes.backward(
-      trained, self.problem, *_inputs(self.problem, arrays), rows, cotangents
-    )
-    found = dict(zip(("query", "key", "value"), found, strict=True))
-    found |= operands._asdict()
-    return _marked([found[name] for name in names], arrays)
-
-  def expand(self, *arguments):
-    return self.run(self.passes, *arguments)
-
-  def plain(self, *arguments):
-    return self.run(self.portable, *arguments)
-
-
-def _pull_back(primitive, given, arrays, rows, cotangents):
-  """The cotangents of the arrays that are given."""
-  cotangents = [hijax.instantiate_zeros(x) for x in cotangents]
-  arguments = *arrays, *rows, *cotangents
-  return _Pullback(
-    primitive.passes, primitive.portable, primitive.problem,
-    tuple(map(jax.typeof, arguments)), given,
-  )(*arguments)  # fmt: skip
-
-
-def _along(function, primals, tangents):
-  """The derivative of a function along the tangents that are not zero."""
-  given = [not _is_zero(x) for x in tangents]
-
-  def of_given(*chosen):
-    return function(*_with(primals, given, chosen))
-
-  return jax.jvp(of_given, _chosen(primals, given), _chosen(tangents, given))[1]
-
-
-def _chosen(items: Sequence, given: Sequence[bool]) -> tuple:
-  return tuple(x for x, chosen in zip(items, given, strict=True) if chosen)
+def _chosen(items: Iterable, given: Sequence[bool]) -> list:
+  return [x for x, chosen in zip(items, given, strict=True) if chosen]
 
 
 def _with(items, given, chosen):

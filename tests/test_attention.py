@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import sys
 
 import flax.linen
 import jax
@@ -1056,3 +1057,21 @@ def test_residual_of_softmax_is_that_of_jax_nn():
   found = dot_product_attention(query, key, value, kind="softmax", **options)
   for x, y in zip(found, wanted, strict=True):
     np.testing.assert_array_equal(x, y)
+
+
+def test_a_call_of_a_compiled_program_runs_no_python():
+  """As with jax.nn: a training step would pay it for each of its arrays."""
+  x = jnp.ones((1, 8, 2, 4))
+  ours = jax.jit(lambda x: sigattn.dot_product_attention(x, x, x))
+  plain = jax.jit(lambda x: x + 1)
+
+  def python_calls(function):
+    for _ in range(3):
+      function(x)
+    seen = []
+    sys.setprofile(lambda frame, event, _: seen.append(event))
+    function(x)
+    sys.setprofile(None)
+    return seen.count("call")
+
+  assert python_calls(ours) == python_calls(plain)

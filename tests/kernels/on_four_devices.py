@@ -20,7 +20,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sigattn import attention
-from sigattn.kernels import batching_and_sharding, device, triton, xla
+from sigattn.kernels import (
+  batching_and_sharding,
+  device,
+  numerics,
+  triton,
+  xla,
+)
 from sigattn.kernels.problem import Operands
 
 
@@ -60,7 +66,7 @@ def backward(
   (_, sums), pull_back = jax.vjp(plain, *arrays)
   d_sums = jnp.zeros_like(sums)
   if rows:
-    inverse, shift = rows
+    inverse, shift = numerics.inverse_and_shift(*rows, d_out)
     d_out, d_sums = d_out * inverse[..., None], -shift
   *grads, d_operands = pull_back((d_out, d_sums))
   found = {

@@ -232,8 +232,9 @@ def test_older_cards_cast_8_bits_first(interpreter, started, monkeypatch):
   query = np.ones((1, 1, 2, 8), np.float32)
   key = compare.rounded(np.ones((1, 128, 2, 8)) / 3)
   found = output((query, key, key), {})
+  # The kernel is the same, so it is traced once.
   wanted = output((query, *2 * [key.astype("float32")]), {})
-  assert [name for name, _ in started] == ["decode"] * 2
+  assert [name for name, _ in started] == ["decode"]
   np.testing.assert_array_equal(found, wanted)
   reason = "triton: float8_e4m3fn needs a GPU since Ada .8.9., device is A10"
   with pytest.raises(NotImplementedError, match=reason):
