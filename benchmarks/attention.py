@@ -99,30 +99,16 @@ def commit():
 def cells(lengths, widths):
   """The problem sizes of a GPU's table."""
   table = [
-    Cell(
-      width,
-      length,
-      max(TOKENS // length, 1),
-      CHANNELS // width,
-      causal,
-      repeats=_repeats(length),
-    )
+    Cell(width, length, max(TOKENS // length, 1), CHANNELS // width, causal)
     for width in widths
     for length in lengths
     for causal in (False, True)
   ]
   if 64 in widths:
-    table.append(Cell(64, 196, 256, 12, False, repeats=_repeats(196)))
+    table.append(Cell(64, 196, 256, 12, False))
   if 128 in widths:  # Last, because TritonSigmoid tunes for minutes here.
-    table += [
-      Cell(128, 2048, 8, 16, False, part, _repeats(2048))
-      for part in (0.25, 0.5)
-    ]
+    table += [Cell(128, 2048, 8, 16, False, part) for part in (0.25, 0.5)]
   return table
-
-
-def _repeats(length):
-  return min(8, max(1, 8192 // length))
 
 
 def _matmul_tflops():
@@ -203,7 +189,7 @@ def speed(cell, field, prepared):
     for (baseline, direction), call in calls.items():
       with _reported(baseline, cell):
         time = milliseconds(call, baseline.wait, repeats=1)
-        rounds[baseline, direction].append(time / cell.repeats)
+        rounds[baseline, direction].append(time)
   times = {key: statistics.median(x) for key, x in rounds.items() if x}
   for (baseline, direction), time in times.items():
     softmax = [t for (r, d), t in times.items() if r.softmax and d == direction]
@@ -238,7 +224,7 @@ def _gpu(lengths, widths, field, save):
   result = {
     "matmul_tflops": round(ceiling, 1),
     "method": f"all in turn, {_ROUNDS} times; medians of host timings of up to"
-    " 200 programs in a row, each of up to 8 calls",
+    " 200 calls in a row",
   }
   result["memory"] = list(_memory_on_gpu(widths, field))
   print("memory of a forward and backward pass, full, 16,384 tokens:")

@@ -31,9 +31,6 @@ class Cell:
   heads: int
   causal: bool
   padding: float = 0.0  # share of the tokens that are padding
-  # A call repeats its pass this often. To start a program takes the host longer
-  # than a short kernel runs.
-  repeats: int = 1
 
   @property
   def shape(self):
@@ -96,38 +93,26 @@ def _jax_calls(attend, cell, *extra):
   """
   *inputs, d_out = _inputs(cell)
   inputs += extra
-  _, pullback = jax.vjp(jax.jit(attend), *inputs)
-  # A call with the pullback itself would flatten it every time.
+  forward = jax.jit(attend)
+  _, pullback = jax.vjp(forward, *inputs)
+  # A call with the pullback itself would flatten it every time, which can take
+  # longer than a short kernel runs.
   saved, structure = jax.tree.flatten(pullback)
 
-  def backward(d_out, *saved):
+  @jax.jit
+  def backward(saved, d_out):
     return jax.tree.unflatten(structure, saved)(d_out)
 
+  @jax.jit
   def both(d_out, *inputs):
     out, pullback = jax.vjp(attend, *inputs)
     return out, pullback(d_out)
 
-  repeated = functools.partial(_repeated, times=cell.repeats)
   return {
-    "forward": functools.partial(repeated(attend), *inputs),
-    "backward": functools.partial(repeated(backward), d_out, *saved),
-    "both": functools.partial(repeated(both), d_out, *inputs),
+    "forward": functools.partial(forward, *inputs),
+    "backward": functools.partial(backward, saved, d_out),
+    "both": functools.partial(both, d_out, *inputs),
   }
-
-
-def _repeated(function, times):
-  """A program that calls a function of arrays `times` in a row."""
-
-  @jax.jit
-  def program(*arrays):
-    results = []
-    for _ in range(times):
-      results.append(function(*arrays))
-      # Otherwise XLA would see that all calls are the same, and make one.
-      arrays = jax.lax.optimization_barrier(arrays)
-    return results
-
-  return program
 
 
 def _ours(
@@ -208,13 +193,7 @@ def _torch_calls(attend, cell):
     out = attend(*inputs)
     return out, torch.autograd.grad(out, inputs, d_out)
 
-  def repeated(function):
-    for _ in range(cell.repeats):
-      last = function()
-    return last
-
-  passes = {"forward": forward, "backward": backward, "both": both}
-  return {name: functools.partial(repeated, x) for name, x in passes.items()}
+  return {"forward": forward, "backward": backward, "both": both}
 
 
 def _torch_wait(_):
@@ -359,7 +338,7 @@ def memory(baseline, cell):
 def _jax_memory(calls):
   both = calls["both"]
   needs = both.func.lower(*both.args).compile().memory_analysis()
-  _, *saved = calls["backward"].args
+  saved, _ = calls["backward"].args
   saved = sum(x.nbytes for x in saved)
   return saved, needs.temp_size_in_bytes + needs.output_size_in_bytes
 
