@@ -64,19 +64,41 @@ def float16_scales(problem: Problem, headroom: int) -> tuple[float, float]:
   Normal numbers begin at 2^-14 = e^-9.7, and sigmoid's weights are at most 1.
   So weight_scale is 2^14. The size of dz = phi'(z) (do v^T) depends on do v^T.
   Typical weights are about e^b. For them dz_scale makes dz about 2^-headroom
-  times do v^T; it is at most 2^12. Typical weights of normalised rows are about
-  1 / S. Squares of relu leave the range from 256 on, so they are divided by the
-  normalizer at once.
+  times do v^T; it is at most 2^12. Squares of relu leave the range from 256 on,
+  so they are divided by the normalizer at once.
+
+  The forward pass takes these scales with normalised rows, too, because it
+  divides by their sums after the products. The backward pass divides before
+  them, and takes scales_of_shares.
   """
   if problem.dtype == "float16" and problem.kind == "sigmoid":
     bias = problem.logit_bias
-    if bias is None or problem.normalize:
+    if bias is None:
       bias = -math.log(problem.key_len)
-    lift = min(max(round(-bias / math.log(2)) - headroom, 0), 12)
-    return 2.0**14, 2.0**lift
+    return 2.0**14, _dz_scale(-bias / math.log(2), headroom)
   if problem.dtype == "float16" and problem.kind == "relu2":
     return 2.0 ** -max(round(math.log2(problem.normalizer)), 0), 1.0
   return 1.0, 1.0
+
+
+def scales_of_shares(problem: Problem, headroom: int) -> tuple[float, float]:
+  """float16_scales of the backward pass of normalised rows.
+
+  That pass rounds the shares phi / sum phi and the gradients dz = phi'
+  (do v^T - do . out) / sum phi. Whatever the kind, a share is at most 1, and
+  typically about 1 / S. The sum s of a row is that of phi / n, where n is the
+  normalizer. So the implementations divide 1 / s and the shift by n. Otherwise
+  shares and dz would be n times as large, and the share of the only key in a
+  row, n, may exceed 65,504.
+  """
+  if problem.dtype != "float16":
+    return 1.0, 1.0
+  return 2.0**14, _dz_scale(math.log2(problem.key_len), headroom)
+
+
+def _dz_scale(bits, headroom):
+  """The dz_scale if typical weights are 2^-bits."""
+  return 2.0 ** min(max(round(bits) - headroom, 0), 12)
 
 
 def wide(dtype: DTypeLike) -> jnp.dtype:

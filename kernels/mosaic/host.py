@@ -19,7 +19,6 @@ Normalised rows, out = p v / s with s the sums of the rows of p, need more:
 """
 
 import dataclasses
-import math
 import os
 
 import jax
@@ -138,7 +137,10 @@ def _backward(wanted, problem, query, key, value, operands, d_out, *rows):
   """
   lengths, form = (problem.query_len, problem.key_len), _form(problem)
   if problem.normalize:
-    form = _form_of_normalized(form, problem)
+    weight_scale, dz_scale = numerics.scales_of_shares(problem, _HEADROOM)
+    form = dataclasses.replace(
+      form, weight_scale=weight_scale, dz_scale=dz_scale
+    )
     if wanted.rows:  # Keys beyond the last one would add to the sums of rows.
       problem, operands = _with_lengths(problem, operands)
       form = dataclasses.replace(form, end=True, paired=wanted.paired)
@@ -190,19 +192,6 @@ def _in_rows(problem, d_out, out, sums, d_sums):
 def _reads_inverse(problem):
   """Whether the kernels multiply by the inverse; see the top of the file."""
   return problem.dtype == "float16" or problem.kind != "sigmoid"
-
-
-def _form_of_normalized(form, problem):
-  """The form with float16 scales for normalised weights.
-
-  These are at most 1, and typically about 1 / S.
-  """
-  if problem.dtype != "float16":
-    return form
-  lift = round(math.log2(problem.key_len)) - _HEADROOM
-  return dataclasses.replace(
-    form, weight_scale=2.0**14, dz_scale=2.0 ** min(max(lift, 0), 12)
-  )
 
 
 def _of_keys(dz_sums, count, lengths):

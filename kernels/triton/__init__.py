@@ -9,6 +9,7 @@ gives the same numbers. decode.py has a forward kernel for a few queries against
 many keys, as in decoding.
 """
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -143,7 +144,11 @@ def _backward(
 ):
   """(dq, dk, dv), and the sums of dz that are wanted."""
   if problem.normalize:
-    rows = numerics.inverse_and_shift(*rows, d_out)
+    # The normalizer becomes a part of the rows, see numerics.scales_of_shares.
+    rows = [
+      x / problem.normalizer for x in numerics.inverse_and_shift(*rows, d_out)
+    ]
+    problem = dataclasses.replace(problem, normalizer=1.0)
   arrays = query, key, value, operands, d_out.astype(query.dtype), *rows
   d_q, d_rows, d_slopes = backward_q(
     problem, precision, _tile(problem, "backward_q"), wanted, *arrays

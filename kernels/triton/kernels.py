@@ -15,7 +15,8 @@ normalised rows need a mask, because a key of zeros has a weight too.
 
 With NORMALIZE the rows are divided by their sums s: out = p v / s. The backward
 pass is given 1 / s and the shift, do . out / s - ds, of each row, and computes
-dz = phi'(z) (do v^T / s - shift) and dv = (p / s)^T do.
+dz = phi'(z) (do v^T / s - shift) and dv = (p / s)^T do. The normalizer of the
+weights is already a part of 1 / s and of the shift (numerics.scales_of_shares).
 
 Arrays: q, out (B, T, N, H), k, v (B, S, K, H). Everything that is known at
 compile time is a constexpr, lengths and strides included.

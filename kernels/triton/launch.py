@@ -138,7 +138,7 @@ def common(direction: str, problem: Problem, precision: str) -> dict[str, Any]:
   activation, shapes = _activation(direction, problem), problem.shapes
   if activation not in kernels.UNITS:
     raise not_implemented(activation, "kernels/triton/kernels.py, UNITS")
-  scales = _scales(activation, problem)
+  scales = _scales(direction, activation, problem)
   left, right = problem.bounds
 
   def stride(shape):
@@ -184,11 +184,13 @@ def strides(problem: Problem, shape: tuple[int, ...] | None) -> int | None:
   return 2 * (heads if batch > 1 else 0) + (1 if heads > 1 else 0)
 
 
-def _scales(activation, problem):
+def _scales(direction, activation, problem):
   """The constant factors that the kernels apply to their sums."""
+  of_shares = problem.normalize and direction.startswith("backward")
+  scales = numerics.scales_of_shares if of_shares else numerics.float16_scales
   # dz of tanh is four times that of sigmoid, so the headroom has two bits more
   # than Mosaic's. Values of do v^T up to 64 may meet a saturated weight.
-  p_scale, d_z_scale = numerics.float16_scales(problem, headroom=11)
+  p_scale, d_z_scale = scales(problem, headroom=11)
   # The constant factors that kernels._weights leaves in.
   of_weights = {"tanh": 2.0}.get(activation, 1.0)
   of_derivatives = {"tanh": 4.0, "silu": 2.0, "relu2": 0.5}.get(activation, 1.0)

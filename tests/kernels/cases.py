@@ -27,6 +27,7 @@ class Case:
   logit_bias: float | None = None
   bias_per_head: tuple[str, ...] | None = None  # axes of a logit_bias array
   scale: float | None = None
+  n: int | None = None  # the length that b and the divisor are made for
   normalize: bool = False
   causal: bool = False
   window: tuple[int, int] | None = None
@@ -225,6 +226,22 @@ SMALL_WEIGHTS = [
   if kind not in SIGNED
 ]  # fmt: skip
 
+# In float16 the backward pass of normalised rows must stay below 65,504 also if
+# one key has nearly the whole weight of a row, if n is far above the number of
+# keys, or if all weights are small. The last two change nothing in a normalised
+# row of relu, except that they could leave the range.
+WIDE_RANGE = [
+  *(
+    Case(
+      f"peaked_{kind}", batch=1, queries=40, keys=200, heads=2, kind=kind,
+      normalize=True, logit_bias=-10.0, scale=2.0, query_bias=(0, 1),
+    )
+    for kind in ACTIVATIONS if kind not in SIGNED
+  ),
+  Case("relu_of_long_n", kind="relu", normalize=True, n=2**20),
+  Case("relu_of_small_scale", kind="relu", normalize=True, scale=1e-4),
+]  # fmt: skip
+
 # In the kernels of Triton a mask of keys is a logit of -inf.
 HIDDEN_KEYS = [
   Case(f"{kind}_hidden_keys", kind=kind, mask=(0, 3)) for kind in ACTIVATIONS
@@ -281,6 +298,8 @@ def draw(case, dtype="float32", seed=0):
     is_causal=case.causal,
     local_window_size=case.window,
   )
+  if case.n:
+    options["n"] = case.n
   if case.normalize:
     options["normalize"] = True
   logits = (b, n, t, s)
@@ -386,20 +405,22 @@ def exact(case, arrays, options, cotangent):
   if case.alibi:
     slopes = options["alibi_slopes"].astype(np.float64)
     z = z - slopes[:, None, None] * distance(case, options)
-  offset = options["logit_bias"]
+  offset, length = options["logit_bias"], case.n or s
   if offset is None:
-    offset = -math.log(s) if case.kind == "sigmoid" else 0.0
+    offset = -math.log(length) if case.kind == "sigmoid" else 0.0
   z = z + np.asarray(offset, np.float64).reshape(*np.shape(offset), 1, 1)
   if case.kind == "sigmoid":
     p = np.exp(-np.logaddexp(0, -z))  # does not overflow
     derivative = p / (1 + np.exp(z))
   elif case.kind == "relu":
-    p, derivative = np.maximum(z, 0) / s, (z > 0) / s
+    p, derivative = np.maximum(z, 0) / length, (z > 0) / length
   elif case.kind == "silu":
     half = np.exp(-np.logaddexp(0, -z))
-    p, derivative = z * half / s, (half + z * half / (1 + np.exp(z))) / s
+    p = z * half / length
+    derivative = (half + z * half / (1 + np.exp(z))) / length
   elif case.kind == "relu2":
-    p, derivative = np.maximum(z, 0) ** 2 / s, 2 * np.maximum(z, 0) / s
+    p = np.maximum(z, 0) ** 2 / length
+    derivative = 2 * np.maximum(z, 0) / length
   else:
     raise not_implemented(case.kind, "tests/kernels/cases.py")
   seen = visible(case, options)

@@ -113,15 +113,16 @@ def plain_16_bit(case, arrays, options, cotangent):
   seen = jnp.asarray(cases.visible(case, options))
   b, t, s, n, kv, h = case.shape
   scale = h**-0.5 if case.scale is None else case.scale
+  length = case.n or s
   activation = {
     "sigmoid": jax.nn.sigmoid,
-    "relu": lambda z: jax.nn.relu(z) / s,
-    "relu2": lambda z: jax.nn.relu(z) ** 2 / s,
-    "silu": lambda z: jax.nn.silu(z) / s,
+    "relu": lambda z: jax.nn.relu(z) / length,
+    "relu2": lambda z: jax.nn.relu(z) ** 2 / length,
+    "silu": lambda z: jax.nn.silu(z) / length,
   }[case.kind]
   offset = options["logit_bias"]
   if offset is None:
-    offset = -np.log(s) if case.kind == "sigmoid" else 0.0
+    offset = -np.log(length) if case.kind == "sigmoid" else 0.0
   extra = np.zeros((b, n, t, s), np.float32)
   extra += np.asarray(offset).reshape(*np.shape(offset), 1, 1)
   if case.bias:

@@ -31,7 +31,8 @@ from sigattn.kernels.mosaic import host, reduce, registers, tiles
 from tests.kernels import cases, compare, ptx
 
 CASES = [
-  *cases.CASES, *cases.BLOCKS, *cases.SMALL_WEIGHTS, *cases.HIDDEN_KEYS,
+  *cases.CASES, *cases.BLOCKS, *cases.SMALL_WEIGHTS, *cases.WIDE_RANGE,
+  *cases.HIDDEN_KEYS,
 ]  # fmt: skip
 
 

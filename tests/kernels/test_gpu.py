@@ -73,6 +73,13 @@ def test_16_bit_of_many_blocks(case, dtype, implementation):
   compare.assert_16_bit(larger(case, 13, implementation), dtype)
 
 
+@pytest.mark.parametrize("case", cases.WIDE_RANGE, ids=str)
+def test_float16_of_normalized_rows(case, implementation):
+  if implementation == "mosaic":
+    case = dataclasses.replace(case, width=64)
+  compare.assert_16_bit(case, "float16")
+
+
 @pytest.mark.parametrize("width", tiles.FUSED_BACKWARD)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_16_bit_of_what_long_sequences_take(

@@ -108,9 +108,10 @@ def test_interpreted_float16(bias, width, interpreter):
   compare.assert_16_bit(case, "float16")
 
 
-@pytest.mark.parametrize("case", cases.SMALL_WEIGHTS, ids=str)
-def test_interpreted_gradient_of_a_query_bias(case, interpreter):
-  """In float16, because the interpreter has no bfloat16."""
+@pytest.mark.parametrize(
+  "case", cases.SMALL_WEIGHTS + cases.WIDE_RANGE, ids=str
+)
+def test_interpreted_float16_of_normalized_rows(case, interpreter):
   compare.assert_16_bit(case, "float16")
 
 
