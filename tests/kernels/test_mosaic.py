@@ -45,7 +45,7 @@ INTERPRETED = {
   (64, "fused"): [
     "all_but_dense", "grouped", "blocks_alibi", "normalized_causal",
     "blocks_normalized", "normalized_low", "blocks_vectors", "blocks_offsets",
-    "blocks_silu",
+    "blocks_silu", "relu_of_long_n.float16",
   ],
   (128, "fused"): [
     "vit_197", "blocks_causal", "blocks_normalized_window",
