@@ -26,7 +26,12 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 )
 from jax._src.state import types
 
-from sigattn.kernels import batching_and_sharding, device, dispatch
+from sigattn.kernels import (
+  batching_and_sharding,
+  device,
+  differentiation,
+  dispatch,
+)
 from sigattn.kernels.mosaic import host, reduce, registers, tiles
 from tests.kernels import cases, compare, ptx
 
@@ -163,7 +168,12 @@ def _pretend(backward):
     )
     for width, of_width in tiles.TILES.items()
   }
-  # custom_partitioning does not accept the interpreter's effects.
+  # The interpreter's effects become those of the primitives.
+  for operation in (differentiation._attention, differentiation._pullback):
+    operation.primitive.def_effectful_abstract_eval(
+      lambda *_, call, body: (body.out_avals, body.effects)
+    )
+  # custom_partitioning does not accept these effects.
   batching_and_sharding.over_devices = lambda compute, _, *arguments: compute(
     *arguments
   )
