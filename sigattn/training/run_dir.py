@@ -448,7 +448,7 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
         f"{workdir=}: {there} ({path.name}: {reason}){_runs_below(workdir)}"
       ) from error
     metrics.log(f"{path}: {reason}; its copy in {copy} is used")
-  validate_format(contents.get("format", 1), workdir)
+  validate_format(contents["format"], workdir)
   return ConfigDict(contents["config"]).lock()
 
 

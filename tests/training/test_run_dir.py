@@ -128,9 +128,12 @@ def test_folder_without_a_run_or_of_another_format_is_refused(tmp_path):
   begin(tmp_path, make_config())
   path = tmp_path / "config.json"
   contents = json.loads(path.read_text())
-  del contents["format"]  # the first version wrote none
-  path.write_text(json.dumps(contents))
+  path.write_text(json.dumps(contents | {"format": 1}))
   with pytest.raises(ValueError, match="a run of format 1, this version reads"):
+    run_dir.read_config(tmp_path)
+  del contents["format"]
+  path.write_text(json.dumps(contents))
+  with pytest.raises(ValueError, match="it has no format, so it is not that"):
     run_dir.read_config(tmp_path)
 
 
