@@ -131,6 +131,8 @@ class RunDir:
     try:
       if not _holds_run(folder):
         _write_kept(self._config, folder)
+      elif kept_data.damage(folder):
+        kept_data.write(_source(self._config), self._config, folder)
       files.write_json(folder / "config.json", contents(self._config))
     except OSError as error:
       raise _not_writable(folder, error) from error

@@ -72,6 +72,30 @@ def test_changed_texts_are_refused_and_moved_ones_go_on(
   assert "What is there now is evaluated" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"garbage", b'{"source": 3}', None])
+def test_damaged_checksums_are_named_and_written_anew(
+  content, texts, run, monkeypatch, caplog
+):
+  monkeypatch.chdir(run.parent)
+  file = run / "data.json"
+  file.unlink() if content is None else file.write_bytes(content)
+  config = make("my/texts", **{"eval.length_factors": ()})
+  said = f"{file}: " + ("No such file" if content is None else "unreadable: ")
+  evaluate(run)
+  assert said in caplog.text
+  caplog.clear()
+  goes_on(run, config)
+  assert said in caplog.text
+  assert "the run began with is not known" in caplog.text
+  caplog.clear()
+  # From here on, changes are noticed again.
+  goes_on(run, config)
+  assert not caplog.text
+  (texts / "0.txt").write_text("0: the mat sat on the cat")
+  with pytest.raises(ValueError, match=r"1 changed \('0\.txt'\)"):
+    goes_on(run, config)
+
+
 def written(run):
   """The results of other data. A long path is cut in the name of a file."""
   return [json.loads(path.read_text()) for path in run.glob("eval_*.json")]
