@@ -167,14 +167,15 @@ def refusing(name: str, debug: bool = False) -> Iterator[None]:
   """Ends the program with status 1 and one line, if an error is not a bug.
 
   Such errors are a ValueError for bad input, an OSError for a file that cannot
-  be read or written, and a FloatingPointError for a loss that is not finite.
+  be read or written, a FloatingPointError for a loss that is not finite, and a
+  MemoryError for a run that does not fit into memory.
 
   name: of the program, with which the line begins. debug: raises the error, so
   that Python shows its trace.
   """
   try:
     yield
-  except (ValueError, FloatingPointError, OSError) as error:
+  except (ValueError, FloatingPointError, MemoryError, OSError) as error:
     if debug:
       raise
     text = str(error)

@@ -130,6 +130,7 @@ class RunDir:
       return  # the first process writes it
     try:
       if not _holds_run(folder):
+        _remove_start(folder, self._config)
         _write_kept(self._config, folder)
       elif kept_data.damage(folder):
         kept_data.write(_source(self._config), self._config, folder)
@@ -266,6 +267,7 @@ def validate_resumable(
 ) -> None:
   """Raises ValueError if the folder holds a run that `config` cannot resume.
 
+  A run that has neither a checkpoint nor a finished step may be replaced.
   The config of the run may differ only in values that may change when a run is
   resumed, such as total_steps. The message names the keys that differ. What the
   task keeps with the run, its tokenizer or the names of its classes, must not
@@ -392,8 +394,42 @@ def _write_kept(config, folder):
 
 
 def _holds_run(workdir):
+  """Whether the folder holds a run, or a config.json that is not that of a run.
+
+  A run without a checkpoint and without a line of a finished step does not
+  count: it may be replaced by one with another config.
+  """
   folder = pathlib.Path(workdir)
-  return (folder / "config.json").exists() or bool(saved.steps(workdir))
+  if saved.steps(workdir):
+    return True
+  path = folder / "config.json"
+  if not path.exists():
+    return False
+  if (folder / "DONE.json").exists() or (folder / "damaged").exists():
+    return True
+  try:
+    saved.read_config(path)
+  except (OSError, ValueError):
+    return True
+  return any(line["step"] for line in metrics.read(workdir))
+
+
+def _remove_start(folder, config):
+  """Removes what a run that has not finished a step has left in the folder."""
+  if not (folder / "config.json").exists():
+    return
+  metrics.log(f"{folder}: its run has not finished a step, and begins anew")
+  given = pathlib.Path(str(config.data.get("tokenizer"))).resolve()
+  for name in _OF_A_START:
+    for path in folder.glob(name):
+      if path.resolve() != given:
+        path.unlink()
+
+
+_OF_A_START = (
+  "metrics.jsonl", "non_finite.json", "events.out.tfevents.*",
+  "tokenizer.json", "classes.json",
+)  # fmt: skip
 
 
 def _keeps(config):

@@ -9,15 +9,20 @@ from sigattn.data import kept_classes
 from sigattn.training import run_dir
 from tests.data import idx, pictures
 from tests.data.test_kept_tokenizer import forget, make
+from tests.training.test_run_dir import finish_a_step
 from train import train
 
 
 def goes_on(run, config):
-  """Begins a run or raises what train would; it does not train."""
+  """Begins a run or raises what train would; it does not train.
+
+  A line of metrics stands for the first step, without which it may be replaced.
+  """
   forget()
   config = run_dir.validated(config, run)
   with run_dir.RunDir(run, config) as folder:
     folder.begin()
+  finish_a_step(run)
 
 
 def test_changed_texts_are_refused_and_moved_ones_go_on(
