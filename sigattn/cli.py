@@ -105,11 +105,15 @@ class _ValueParser(flags.ArgumentParser):
 
 def _config_flag():
   from ml_collections import config_flags
+  from ml_collections.config_flags import tuple_parser
 
   for kind, parser, wanted in (
     (int, flags.IntegerParser(), "a whole number"),
     (float, flags.FloatParser(), "a number"),
     (str, flags.ArgumentParser(), "a text"),
+    # Of a flag that is given twice, the last value counts, as for numbers.
+    # With its own parser, ml_collections would join the tuples.
+    (tuple, tuple_parser.TupleParser(), "values in brackets, such as (1, 2)"),
   ):
     config_flags.register_flag_parser_for_type(
       kind, _ValueParser(parser, wanted)

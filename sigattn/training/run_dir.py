@@ -24,6 +24,7 @@ import os
 import pathlib
 import re
 import socket
+import tempfile
 import types
 from collections.abc import Mapping
 from typing import Any, Self
@@ -262,6 +263,21 @@ def validate_place(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
       )
 
 
+def validate_writable(workdir: str | os.PathLike[str]) -> None:
+  """Raises ValueError if nothing can be written in the folder of a run.
+
+  It writes an empty folder, in the folder or the nearest one above that exists,
+  and removes it.
+  """
+  folder = pathlib.Path(workdir).absolute()
+  there = next(x for x in (folder, *folder.parents) if x.exists())
+  try:
+    with tempfile.TemporaryDirectory(dir=there):
+      pass
+  except OSError as error:
+    raise _not_writable(pathlib.Path(workdir), error) from error
+
+
 def validate_resumable(
   workdir: str | os.PathLike[str], config: ConfigDict
 ) -> None:
@@ -370,6 +386,10 @@ def with_data(
       new.data.eval_split = module.WHOLE
       new = new.lock()
   part = split or new.data.eval_split
+  if why and split is not None:
+    module.open_source(
+      new, split
+    )  # refuses an unknown split before the message
   if why:
     metrics.log(f"{why}. What is there now is evaluated, the split {part!r}")
   if shared:

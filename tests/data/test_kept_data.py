@@ -153,13 +153,20 @@ def test_other_texts_are_evaluated_whole(run, texts, tmp_path, caplog, capsys):
   assert (run / "eval.json").read_text() == before
 
 
-def test_other_texts_with_splits_of_their_own_keep_them(run, tmp_path):
+def test_other_texts_with_splits_of_their_own_keep_them(run, tmp_path, capsys):
   for split in ("train", "dev"):
     (tmp_path / f"{split}.jsonl").write_text('{"text": "the cat sat"}')
   with pytest.raises(ValueError, match=r"split='test' .*'train', 'validation'"):
     evaluate(run, source=str(tmp_path))
+  # What is refused is not announced.
+  capsys.readouterr()
+  with pytest.raises(ValueError, match=r"split='../x' "):
+    evaluate(run, "../x", source=str(tmp_path))
+  assert "is evaluated" not in capsys.readouterr().out
   results = evaluate(run, "validation", source=str(tmp_path))
   assert results["split"] == "validation"
+  said = capsys.readouterr().out
+  assert said.count("What is there now is evaluated, the split 'vali") == 1
   assert written(run) == [results]
 
 

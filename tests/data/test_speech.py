@@ -195,6 +195,15 @@ def test_recordings_without_a_test_split_get_one(tmp_path):
     setup.validate_config(config)
 
 
+def test_a_missing_recording_is_named_as_missing(tmp_path):
+  put(tmp_path / "test", a=0.5)
+  table = "file_name,text\ntest/a.flac,a\ntest/b.flac,b\n"
+  (tmp_path / "metadata.csv").write_text(table)
+  said = r"row 1, path='test/b\.flac': there is no file '.*/test/b\.flac'"
+  with pytest.raises(ValueError, match=said):
+    data.open_source(small(**{"data.source": str(tmp_path)}), "test")
+
+
 def test_metadata_may_not_name_files_elsewhere(tmp_path):
   put(tmp_path, secret=0.5)
   folder = tmp_path / "folder"

@@ -118,8 +118,8 @@ def test_scores_equal_the_plain_forward_pass(trained, tmp_path):
     ("--tasks=hellasvag", "--tasks=hellasvag; is no task .*mean hellaswag"),
     ("--tasks=", "--tasks=; is no task"),
     ("--include_path=/no", "--include_path=/no; there is no such folder"),
-    ("--limit=-1", "--limit=-1:  -1 is not a positive integer"),
-    ("--num_fewshot=-1", "--num_fewshot=-1:  -1 is not a non-negative integer"),
+    ("--limit=-1", "--limit=-1: -1 is not a positive integer"),
+    ("--num_fewshot=-1", "--num_fewshot=-1: -1 is not a non-negative integer"),
   ],
 )
 def test_wrong_flags_are_refused_in_one_line(word, said):
