@@ -271,7 +271,8 @@ def start(
         _ = "config" in shared and flags.FLAGS.config.is_locked
       # ml_collections raises all of these for a wrong key or value.
       except (
-        flags.Error, AttributeError, LookupError, OSError, TypeError, ValueError
+        flags.Error, AttributeError, LookupError, OSError, SyntaxError,
+        TypeError, ValueError,
       ) as error:  # fmt: skip
         if isinstance(error, BrokenPipeError):
           raise
@@ -293,6 +294,11 @@ def _one_line(error, argv):
     there = f"; there are {', '.join(known)}" if known else ""
     why = re.sub(r".*\[Errno \d+\] ", "", lines[-1])
     return f"--config cannot be read: {why}{there}"
+  if isinstance(error, SyntaxError):
+    return (
+      f"--config={_config_file(argv)}; must be a config in Python, such as "
+      f"configs/vit_sigmoid.py: {error}"
+    )
   if missing := re.search(r"--(\w+) must have a value other than", str(error)):
     return f"--{missing[1]}=... is missing; --help says what it may be"
   if twice := re.search(r"flag --config=(.*?): already defined", str(error)):

@@ -27,6 +27,7 @@ VIT = "--config=configs/vit.py:runlocal"
   ("words", "said"),
   [
     (["--config=configs/vti.py"], "byol_sigmoid.py, configs/finetune"),
+    (["--config=README.md"], "--config=README.md; must be a config in Python"),
     (
       [VIT, "--config.total_steps=1e3"],
       "--config.total_steps=1e3; must be a whole number",
