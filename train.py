@@ -43,13 +43,14 @@ def train(
   is written. Ctrl-C or SIGTERM ends the run after the current step; its state
   is saved and returned. Raises ValueError for a bad config before any work
   starts; FloatingPointError if the loss or the gradient is not finite, unless
-  config.optim.non_finite skips such steps; and OSError if the folder can no
-  longer be written.
+  config.optim.non_finite skips such steps; MemoryError if the run does not fit
+  into the memory; and OSError if the folder can no longer be written.
   """
   config = run_dir.validated(config, workdir)
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
     folder = enter(run_dir.RunDir(workdir, config))
+    enter(process.saying_what_to_lower(config))
     split, total = config.data.eval_split, config.total_steps
     data = enter(contextlib.closing(tasks.train_batches(config)))
     eval_batches = tasks.eval_batches(config, split)

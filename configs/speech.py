@@ -60,8 +60,9 @@ def _base():
     # of one bucket. batch_size is the batch size of the last bucket; that of a
     # shorter one is larger by the quotient of their lengths, rounded down.
     bucket_seconds=(1.25, 2.5, 5.0, 15.0),
-    # The share of a split's recordings that may be corrupt. Each is skipped,
-    # with its name in the log; 0 ends the run at the first.
+    # The share of a split's recordings that may be corrupt, or too short for
+    # their transcripts. Each is skipped, with its name in the log; 0 ends the
+    # run at the first.
     max_corrupt_share=0.0,
     num_workers=0,  # processes that decode and resample; 0 uses threads
   )

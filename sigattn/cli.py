@@ -105,11 +105,15 @@ class _ValueParser(flags.ArgumentParser):
 
 def _config_flag():
   from ml_collections import config_flags
+  from ml_collections.config_flags import tuple_parser
 
   for kind, parser, wanted in (
     (int, flags.IntegerParser(), "a whole number"),
     (float, flags.FloatParser(), "a number"),
     (str, flags.ArgumentParser(), "a text"),
+    # Of a flag that is given twice, the last value counts, as for numbers.
+    # With its own parser, ml_collections would join the tuples.
+    (tuple, tuple_parser.TupleParser(), "values in brackets, such as (1, 2)"),
   ):
     config_flags.register_flag_parser_for_type(
       kind, _ValueParser(parser, wanted)
@@ -167,14 +171,15 @@ def refusing(name: str, debug: bool = False) -> Iterator[None]:
   """Ends the program with status 1 and one line, if an error is not a bug.
 
   Such errors are a ValueError for bad input, an OSError for a file that cannot
-  be read or written, and a FloatingPointError for a loss that is not finite.
+  be read or written, a FloatingPointError for a loss that is not finite, and a
+  MemoryError for a run that does not fit into memory.
 
   name: of the program, with which the line begins. debug: raises the error, so
   that Python shows its trace.
   """
   try:
     yield
-  except (ValueError, FloatingPointError, OSError) as error:
+  except (ValueError, FloatingPointError, MemoryError, OSError) as error:
     if debug:
       raise
     text = str(error)
@@ -266,7 +271,8 @@ def start(
         _ = "config" in shared and flags.FLAGS.config.is_locked
       # ml_collections raises all of these for a wrong key or value.
       except (
-        flags.Error, AttributeError, LookupError, OSError, TypeError, ValueError
+        flags.Error, AttributeError, LookupError, OSError, SyntaxError,
+        TypeError, ValueError,
       ) as error:  # fmt: skip
         if isinstance(error, BrokenPipeError):
           raise
@@ -288,6 +294,11 @@ def _one_line(error, argv):
     there = f"; there are {', '.join(known)}" if known else ""
     why = re.sub(r".*\[Errno \d+\] ", "", lines[-1])
     return f"--config cannot be read: {why}{there}"
+  if isinstance(error, SyntaxError):
+    return (
+      f"--config={_config_file(argv)}; must be a config in Python, such as "
+      f"configs/vit_sigmoid.py: {error}"
+    )
   if missing := re.search(r"--(\w+) must have a value other than", str(error)):
     return f"--{missing[1]}=... is missing; --help says what it may be"
   if twice := re.search(r"flag --config=(.*?): already defined", str(error)):

@@ -39,7 +39,7 @@ def deltas(
     names: of its sweeps; "lr" is the name of its generator sweep_lr.
 
   Raises:
-    ValueError: for an unknown sweep, or two sweeps that set the same key.
+    ValueError: for no sweep, an unknown one, or two that set the same key.
   """
   path = str(config_file).partition(":")[0]
   spec = importlib.util.spec_from_file_location("swept_config", path)
@@ -47,6 +47,8 @@ def deltas(
   spec.loader.exec_module(module)
   prefix = "sweep_"
   known = [n.removeprefix(prefix) for n in dir(module) if n.startswith(prefix)]
+  if not names:
+    raise ValueError(f"--sweep=; name at least one of {sorted(known)}")
   if unknown := [name for name in names if name not in known]:
     raise ValueError(f"--sweep={unknown[0]!r}; {path} has {sorted(known)}")
   merged = []
@@ -87,8 +89,8 @@ def command(
 def _run_of(config, delta, root):
   """(delta, config, folder) of one run.
 
-  Raises ValueError if the config is wrong, if the folder may not hold the run,
-  and if it holds an unfinished run of another config.
+  Raises ValueError if the config is wrong, if the folder may not hold the run
+  or cannot be written, and if it holds an unfinished run of another config.
   """
   workdir = f"{root}/{run_dir.folder_name(run_dir.name(delta))}"
   run = copy.deepcopy(config)
@@ -100,6 +102,7 @@ def _run_of(config, delta, root):
   run_dir.validate_place(workdir, run)
   if not run_dir.done(workdir, run.total_steps):
     run_dir.validate_resumable(workdir, run)
+    run_dir.validate_writable(workdir)
   return delta, run, workdir
 
 

@@ -27,9 +27,14 @@ VIT = "--config=configs/vit.py:runlocal"
   ("words", "said"),
   [
     (["--config=configs/vti.py"], "byol_sigmoid.py, configs/finetune"),
+    (["--config=README.md"], "--config=README.md; must be a config in Python"),
     (
       [VIT, "--config.total_steps=1e3"],
       "--config.total_steps=1e3; must be a whole number",
+    ),
+    (
+      ["--config=configs/lm.py:runlocal", "--config.eval.length_factors=(2,"],
+      "--config.eval.length_factors=(2,; must be values in brackets, such as",
     ),
     # None is a value. If it is a wrong one, the config says so.
     (
@@ -46,6 +51,25 @@ def test_a_wrong_command_line_is_answered_by_what_is_right(words, said):
   assert done.returncode == 1
   assert said in done.stderr
   assert "Traceback" not in done.stderr
+
+
+TWICE = """
+from sigattn import cli
+
+def show(given):
+  print(given.config.eval.length_factors, given["config"].override_values)
+
+cli.start(show, shared=("config",))
+"""
+
+
+def test_of_a_tuple_that_is_given_twice_the_last_counts():
+  words = [f"--config.eval.length_factors={x}" for x in ("(2, 4)", "(3,)")]
+  done = subprocess.run(
+    [sys.executable, "-c", TWICE, "--config=configs/lm.py:runlocal", *words],
+    cwd=ROOT, capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  assert done.stdout == "(3,) {'eval.length_factors': (3,)}\n"
 
 
 def test_a_warning_is_one_plain_line():

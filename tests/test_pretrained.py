@@ -170,9 +170,13 @@ def test_a_softmax_model_goes_on_with_sigmoid_and_is_saved(tmp_path, capsys):
   assert int(train(config, tmp_path / "run").step) == 2
   with pytest.raises(
     ValueError,
-    match=r"is llama, but config\.attn\.kind='sigmoid', not 'softmax'\. ",
+    match=r"is llama, but config\.attn\.kind='sigmoid', not 'softmax'\. .*"
+    r"use `python -m sigattn generate`, .* or eval\.py on the run$",
   ):
     pretrained.save(config, state.params, tmp_path / "out")
+  image = make("vit", **{"attn.kind": "sigmoid"})
+  with pytest.raises(ValueError, match=r"attention; use eval\.py on the run$"):
+    pretrained.save(image, {}, tmp_path / "out")
   gated = make("llama", **{"attn.forget_gate": True})
   with pytest.raises(ValueError, match=r"attn\.forget_gate=True, not False$"):
     pretrained.save(gated, state.params, tmp_path / "out")
@@ -187,6 +191,10 @@ def write_tokenizer(path):
   vocabulary = {name: i for i, name in enumerate(names)}
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
   tokenizer.save(str(path))
+
+
+def files(folder):
+  return [x for x in pathlib.Path(folder).rglob("*") if x.is_file()]
 
 
 def test_a_run_is_exported_and_read_again(tmp_path):
@@ -212,6 +220,17 @@ def test_a_run_is_exported_and_read_again(tmp_path):
   again = started(config)
   _, params, _ = checkpoint.load(tmp_path / "run")
   jax.tree.map(np.testing.assert_array_equal, again, jax.device_get(params))
+  # What is there is not overwritten: neither a model nor a run.
+  for folder in (out, str(tmp_path / "run")):
+    before = {x: x.read_bytes() for x in files(folder)}
+    code, said = command(
+      "-m", "sigattn", "export", f"--workdir={tmp_path / 'run'}",
+      f"--out={folder}",
+    )  # fmt: skip
+    assert code == 1
+    assert said.startswith(f"sigattn export: --out={folder!r}: has ")
+    assert said.endswith("delete it or name another folder\n")
+    assert {x: x.read_bytes() for x in files(folder)} == before
   # Characters have other ids than the tokenizer of the folder.
   config.data.tokenizer = "characters"
   with pytest.raises(ValueError, match=rf"tokenizer={out}/tokenizer\.json$"):

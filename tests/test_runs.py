@@ -287,7 +287,14 @@ def test_what_training_does_not_need_does_not_block_it(harm, run, capsys):
   assert evaluate(run)["step"] == 4
 
 
-@pytest.mark.parametrize("harm", [empty, truncate, pathlib.Path.unlink])
+def overwrite(path):
+  """Puts the config of a model of transformers in its place."""
+  path.write_text('{"model_type": "llama"}')
+
+
+@pytest.mark.parametrize(
+  "harm", [empty, truncate, overwrite, pathlib.Path.unlink]
+)
 def test_lost_config_does_not_let_another_config_in(harm, run, capsys):
   harm(run / "config.json")
   with pytest.raises(ValueError, match=r"config\.seed=0, this one has 1"):

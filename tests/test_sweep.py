@@ -39,6 +39,8 @@ def test_error_for_an_unknown_sweep_names_the_known_ones():
     sweep.deltas(CONFIG, ["sed"])
   with pytest.raises(ValueError, match="two sweeps set the same key"):
     sweep.deltas(CONFIG, ["seed", "seed"])
+  with pytest.raises(ValueError, match=r"--sweep=; name .*'attn', 'lr', 'seed"):
+    sweep.deltas(CONFIG, [])
 
 
 def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path):
@@ -67,6 +69,17 @@ def test_dry_run_refuses_a_root_that_the_runs_would_refuse(tmp_path):
   )  # fmt: skip
   assert refused.returncode == 1
   assert "runs/seed=0'; must not be in config.data.source=" in refused.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["--dry_run"]])
+def test_a_root_that_cannot_be_written_is_refused_before_the_runs(words):
+  refused = run(
+    f"--config={CONFIG}:runlocal", "--sweep=seed", "--root=/proc/no", *words
+  )
+  assert refused.returncode == 1
+  assert refused.stderr.startswith("sigattn sweep: workdir='/proc/no/seed=0' ")
+  assert "cannot be written" in refused.stderr
+  assert not refused.stdout
 
 
 def test_sweep_trains_compares_and_skips_finished_runs(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,6 +231,32 @@ def test_a_run_is_resumed_with_another_length_but_not_another_config(
   assert int(train(small(total_steps=1, **other), tmp_path).step) == 2
   said = capsys.readouterr().out
   assert "total_steps=1 and the run has done 2 updates" in said
+
+
+def test_a_run_that_does_not_fit_may_begin_anew_with_another_config(
+  tmp_path, monkeypatch, few_images, capsys
+):
+  jitted = step.jitted
+  petabytes = jax.jit(lambda *_: jax.numpy.ones((2**25, 2**25)))
+  monkeypatch.setattr(step, "jitted", lambda update: petabytes)
+  said = (
+    r"lower config\.batch_size=8, or raise config\.optim\.accumulate=1 "
+    r"\(RESOURCE_EXHAUSTED: Out of memory"
+  )
+  with pytest.raises(MemoryError, match=said):
+    train(small(), tmp_path)
+  assert (tmp_path / "config.json").exists()
+  monkeypatch.setattr(step, "jitted", jitted)
+  capsys.readouterr()
+  assert int(train(small("softmax"), tmp_path).step) == 2
+  said = "its run has not finished a step, and begins anew"
+  assert said in capsys.readouterr().out
+  assert run_dir.read_config(tmp_path).attn.kind == "softmax"
+  # A run with a finished step stays, even without a checkpoint.
+  shutil.rmtree(tmp_path / "checkpoints")
+  (tmp_path / "DONE.json").unlink()
+  with pytest.raises(ValueError, match=r"config\.attn\.kind='softmax'"):
+    train(small(), tmp_path)
 
 
 def test_what_a_run_leaves(tmp_path):
@@ -473,7 +500,7 @@ def test_a_run_of_an_older_format_is_refused_by_name(
   path = tmp_path / "config.json"
   content = json.loads(path.read_text())
   assert content["format"] == run_dir.FORMAT
-  path.write_text(json.dumps(content["config"]))  # as it was in format 1
+  path.write_text(json.dumps(content | {"format": 1}))
   words = ["--config=configs/vit_sigmoid.py:runlocal"]
   done = subprocess.run(
     [sys.executable, program, *words[: program == "train.py"],

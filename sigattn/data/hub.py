@@ -83,7 +83,7 @@ def file_of(source: str, path: str) -> pathlib.Path:
   A row of a foreign table may name any file of this machine. A file is opened
   only if it is in the source's own folder, to which relative paths refer, or
   where `datasets` keeps what it has downloaded. Raises ValueError for other
-  files.
+  files, and FileNotFoundError if there is no such file.
   """
   import datasets
 
@@ -103,6 +103,9 @@ def file_of(source: str, path: str) -> pathlib.Path:
     raise ValueError(
       f"the file {str(path)!r} lies outside of the source's folder"
     )
+  if not path.exists():
+    # libsndfile says of such a file only "System error".
+    raise FileNotFoundError(f"there is no file {str(path)!r}")
   return path
 
 

@@ -21,6 +21,7 @@ import pathlib
 import types
 from collections.abc import Iterable
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from sigattn.data import hub
@@ -120,14 +121,19 @@ def _hash(path, count):
   return digest.hexdigest()
 
 
+def damage(workdir: str | os.PathLike[str]) -> str:
+  """Why a run's data.json cannot be read; "" if it can."""
+  return _read(workdir)[1]
+
+
 def _read(workdir):
-  """The contents of a run's data.json; None if it is lost or damaged."""
+  """(the contents of a run's data.json, why they cannot be read or "")."""
   try:
     kept = json.loads((pathlib.Path(workdir) / FILE).read_bytes())
     _ = [(x["files"], x["bytes"], x["sha256"]) for x in kept.values()]
-  except (OSError, ValueError, AttributeError, KeyError, TypeError):
-    return None
-  return kept
+  except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    return {}, getattr(error, "strerror", None) or f"unreadable: {error}"
+  return kept, ""
 
 
 def missing(
@@ -137,7 +143,7 @@ def missing(
 
   source: as in `write`. Without data.json there is none.
   """
-  kept = _read(workdir) or {}
+  kept, _ = _read(workdir)
   return {
     key: name
     for key, name in names(config).items()
@@ -155,15 +161,23 @@ def difference(
   """How the data of `config` differ from those of the run in the folder.
 
   "" if they do not differ. A source may have another name if its files are the
-  same. source: as in `write`. old: the config of the run. only: a key of
-  `names`, if the other sources do not matter. Raises ValueError for a file that
-  cannot be read.
+  same. If data.json is lost or damaged, only the names are compared, and a
+  warning says so. source: as in `write`. old: the config of the run. only: a
+  key of `names`, if the other sources do not matter. Raises ValueError for a
+  file that cannot be read.
   """
   ours, theirs = names(config), names(old)
   if ours.keys() != theirs.keys() or _shares(config) != _shares(old):
     [key] = [x for x in KEYS if _flat(config, x) != _flat(old, x)][:1]
     return _other_name(key, _flat(old, key), _flat(config, key))
-  kept = _read(workdir) or {}
+  kept, why_not = _read(workdir)
+  if why_not and any(
+    _is_local(source, name, key) for key, name in ours.items()
+  ):
+    logging.warning(
+      "%s: %s; whether the data are those that the run began with is not known",
+      pathlib.Path(workdir) / FILE, why_not,
+    )  # fmt: skip
   for key in ours if only is None else ours.keys() & {only}:
     name = ours[key]
     if key not in kept or not _is_local(source, name, key):
@@ -185,7 +199,7 @@ def files_of_run(
   source: as in `write`. config: names the source. key: that of `names`. Empty
   if the run keeps no checksum of each file.
   """
-  kept, name = (_read(workdir) or {}).get(key), names(config)[key]
+  kept, name = _read(workdir)[0].get(key), names(config)[key]
   if kept is None or not _is_local(source, name, key):
     return []
   theirs = {hashed for _, hashed in kept.get("each", {}).values() if hashed}

@@ -446,9 +446,10 @@ class _Buckets:
       if len(indices)
     ]
     if not pairs:
+      corrupt = len(source.unreadable)
       raise ValueError(
-        f"config.data.bucket_seconds={seconds!r}; every recording is "
-        "longer, so none is left"
+        f"config.data.bucket_seconds={seconds!r}; no recording is left: of "
+        f"{len(source)}, {corrupt} are corrupt and the others are longer"
       )
     self._buckets, self._sizes = zip(*pairs, strict=True)
     self._process = _process()

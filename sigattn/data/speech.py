@@ -19,6 +19,7 @@ from sigattn import extras
 
 extras.require("speech")
 
+import jax
 import numpy as np
 import pyarrow.parquet
 import scipy.signal
@@ -26,7 +27,7 @@ import soundfile
 from absl import logging
 from ml_collections import ConfigDict
 
-from sigattn.data import hub, loader, speech_files
+from sigattn.data import hub, loader, log_mel, speech_files
 from sigattn.validate import Field, real, sequence, text, whole
 
 # 535 prompts of one speaker, 18.6 minutes; licence and credit are beside the
@@ -189,6 +190,39 @@ def encode(text: str, alphabet: str) -> np.ndarray:
 def spell(indices: Iterable[int], alphabet: str) -> str:
   """Returns the text of indices, which must not contain the blank."""
   return "".join(alphabet[i - 1] for i in indices)
+
+
+def frames(
+  config: ConfigDict, samples: int | np.ndarray | jax.Array
+) -> int | np.ndarray | jax.Array:
+  """Returns the number of log-mel frames of recordings.
+
+  It is below 1 for a recording that is shorter than a window. samples: the
+  lengths at config.data.sample_rate, an int or an array.
+  """
+  if config.model.features == "whisper":
+    return log_mel.whisper_frames(samples)
+  return log_mel.frames(samples, config.data.sample_rate)
+
+
+def tokens(config: ConfigDict, samples: int | np.ndarray) -> np.ndarray:
+  """Returns the number of tokens that the convolutions make of the frames.
+
+  A recording that is shorter than a window counts as one frame. samples: as in
+  `frames`.
+  """
+  tokens = np.maximum(frames(config, samples), 1)
+  for _, stride in config.model.convolutions:
+    tokens = -(-tokens // stride)
+  return tokens
+
+
+def needed_tokens(target_U: np.ndarray) -> int:
+  """Returns how many tokens CTC needs for a target.
+
+  They are one for each character, and a blank between two equal ones.
+  """
+  return len(target_U) + int((target_U[1:] == target_U[:-1]).sum())
 
 
 def read(
@@ -364,19 +398,21 @@ class Source(loader.ExampleSource):
   ):
     data, self._rows, self.in_memory = config.data, rows, in_memory
     self._rate, self._speeds = data.sample_rate, tuple(config.augment.speeds)
+    self._tokens = functools.partial(tokens, config)
     self._source = data.source
     self._origin = f"config.data.source={data.source!r}, split {split!r}"
     self._texts = [transcript(text, data.alphabet) for text in rows.texts]
     self._targets = [encode(text, data.alphabet) for text in self._texts]
     self._seconds = np.array(rows.seconds, np.float64)
+    self.max_corrupt = int(data.max_corrupt_share * len(self._texts))
+    self.unreadable = rows.unreadable | self._too_short()
+    # This sorts behind all buckets.
+    self._seconds[list(self.unreadable)] = math.nan
     self._max_seconds = np.array(data.bucket_seconds)
     self._bucket = np.searchsorted(self._max_seconds, self._seconds)
     self.buckets = [
       np.flatnonzero(self._bucket == b) for b in range(len(self._max_seconds))
     ]
-    self.unreadable = rows.unreadable
-    self.max_corrupt = int(data.max_corrupt_share * len(self._texts))
-    # The length of an unreadable recording is NaN, which sorts behind all.
     num_too_long = int((self._bucket == len(self._max_seconds)).sum())
     if num_too_long := num_too_long - len(self.unreadable):
       logging.warning(
@@ -388,6 +424,42 @@ class Source(loader.ExampleSource):
 
   def __len__(self) -> int:
     return len(self._texts)
+
+  def _too_short(self):
+    """{index: why} of recordings that are too short for their transcripts.
+
+    Their lengths are those of their headers. Raises CorruptExampleError if no
+    recording may be corrupt.
+    """
+    samples = {
+      i: math.ceil(seconds * self._rate)
+      for i, seconds in enumerate(self._seconds.tolist())
+      if not math.isnan(seconds)
+    }
+    tokens = self._tokens(np.array([*samples.values()], np.int64))
+    needed = [needed_tokens(self._targets[i]) for i in samples]
+    places = np.array([*samples], np.int64)[tokens < needed].tolist()
+    if places and not self.max_corrupt:
+      raise loader.CorruptExampleError(
+        f"{len(places)} of {len(self)} recordings are too short for their "
+        f"transcripts. The first is {self._why_too_short(places[0], samples)}. "
+        "Correct the transcripts, use smaller strides in "
+        "config.model.convolutions, or let config.data.max_corrupt_share, the "
+        "share of recordings that may be skipped, be large enough"
+      )
+    return {i: self._why_too_short(i, samples) for i in places}
+
+  def _why_too_short(self, i, samples):
+    """The message for a recording. samples: {i: its length}."""
+    target_U = self._targets[i]
+    why = (
+      f"the recording has {self._tokens(samples[i])} tokens, and CTC needs "
+      f"{needed_tokens(target_U)} for the {len(target_U)} characters of the "
+      "transcript"
+    )
+    return loader.why_unreadable(
+      self._origin, i, self._rows[i], ValueError(why)
+    )
 
   def train(
     self, indices_B: np.ndarray, rng: np.random.Generator
@@ -430,9 +502,19 @@ class Source(loader.ExampleSource):
       why = loader.why_unreadable(self._origin, i, encoded, error)
       raise loader.CorruptExampleError(why) from error
 
-  def _not_longer(self, i, speed, samples):
-    """_at_speed; raises if the recording is longer than its header says."""
+  def _usable(self, i, speed, samples):
+    """_at_speed, or at the recorded speed if it is else too short.
+
+    Raises CorruptExampleError if the recording is longer than its header says,
+    or too short for its transcript.
+    """
     audio_S = self._at_speed(i, speed)
+    if self._tokens(len(audio_S)) < needed_tokens(self._targets[i]):
+      if speed > 1:
+        return self._usable(i, 1.0, samples)
+      raise loader.CorruptExampleError(
+        self._why_too_short(i, {i: len(audio_S)})
+      )
     if len(audio_S) > samples:
       raise loader.CorruptExampleError(
         f"{self._origin}, row {i}: the recording is longer than the "
@@ -445,7 +527,7 @@ class Source(loader.ExampleSource):
       return self.unreadable[index]
     seconds = self._max_seconds[self._bucket[index]]
     try:
-      self._not_longer(index, 1.0, math.ceil(seconds * self._rate) + 1)
+      self._usable(index, 1.0, math.ceil(seconds * self._rate) + 1)
     except loader.CorruptExampleError as error:
       return str(error)
     return f"{self._origin}, row {index}: was readable at the second attempt"
@@ -463,7 +545,7 @@ class Source(loader.ExampleSource):
       others = (int(rows[(after + j) % len(rows)]) for j in range(len(rows)))
       read, audio_S = self.first_readable(
         itertools.chain([i], others),
-        lambda i, speed=speed: self._not_longer(i, speed, samples),
+        lambda i, speed=speed: self._usable(i, speed, samples),
       )
       read_B.append(read)
       audio.append(audio_S)

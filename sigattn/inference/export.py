@@ -27,6 +27,7 @@ def define_flags() -> None:
 def run(options: flags.FlagValues) -> None:
   """Loads the run's checkpoint and saves its model."""
   metrics.set_up_logs()
+  pretrained.validate_new(options.out, "--out")
   config, params, step = checkpoint.load(options.workdir, options.step)
   pretrained.save(config, params, options.out)
   print(f"{options.out}: the model of step {step}")

@@ -9,6 +9,7 @@ folder. In a notebook:
   lm_eval.simple_evaluate(HarnessLM(Generator.load(workdir)), tasks=[...])
 """
 
+import difflib
 import itertools
 import pathlib
 from collections.abc import Sequence
@@ -219,9 +220,11 @@ def define_flags() -> None:
   """Defines the flags of `python -m sigattn lm_eval`, except shared ones."""
   flags.DEFINE_list("tasks", None, "Names of the harness's tasks.")
   flags.DEFINE_integer(
-    "num_fewshot", None, "Number of examples in the context."
+    "num_fewshot", None, "Number of examples in the context.", 0
   )
-  flags.DEFINE_integer("limit", None, "Use only the first examples of a task.")
+  flags.DEFINE_integer(
+    "limit", None, "Use only the first examples of a task.", 1
+  )
   flags.DEFINE_integer("batch_size", 16, "Texts per batch.")
   flags.DEFINE_integer(
     "max_length", None, "In tokens; by default config.data.length."
@@ -230,9 +233,27 @@ def define_flags() -> None:
   flags.mark_flag_as_required("tasks")
 
 
+def _task_manager(names, include_path):
+  """The harness's tasks. Raises ValueError for a task or a folder unknown."""
+  if include_path is not None and not pathlib.Path(include_path).is_dir():
+    raise ValueError(f"--include_path={include_path}; there is no such folder")
+  manager = lm_eval.tasks.TaskManager(include_path=include_path)
+  known = manager.all_tasks
+  for name in names or [""]:
+    if name not in known and not pathlib.Path(name).expanduser().is_file():
+      near = ", ".join(difflib.get_close_matches(name, known, 3))
+      hint = f"did you mean {near}?" if near else "--include_path adds your own"
+      raise ValueError(
+        f"--tasks={name}; is no task of lm-evaluation-harness and no file; "
+        f"{hint}"
+      )
+  return manager
+
+
 def run(flag_values: flags.FlagValues) -> None:
   """Prints the harness's table and writes its numbers to lm_eval.json."""
   metrics.set_up_logs()
+  manager = _task_manager(flag_values.tasks, flag_values.include_path)
   generator, step = Generator.load_step(flag_values.workdir, flag_values.step)
   model = HarnessLM(
     generator,
@@ -244,9 +265,7 @@ def run(flag_values: flags.FlagValues) -> None:
     tasks=flag_values.tasks,
     num_fewshot=flag_values.num_fewshot,
     limit=flag_values.limit,
-    task_manager=lm_eval.tasks.TaskManager(
-      include_path=flag_values.include_path
-    ),
+    task_manager=manager,
   )
   print(lm_eval.utils.make_table(results))
   with metrics.saying_what_is_not_written():

@@ -201,10 +201,12 @@ def save(
   """Writes a model as transformers' config.json and model.safetensors.
 
   It creates the folder. Before anything is written, it raises ValueError for a
-  model that is no Llama, GPT-NeoX or ViT of transformers.
+  model that is no Llama, GPT-NeoX or ViT of transformers, and for a folder that
+  validate_new refuses.
   """
   import safetensors.numpy
 
+  validate_new(folder)
   name, family, found = _fitting(config)
   flat = flatten(params)
   if "data.vocab_size" in found:  # None if it follows from the tokenizer
@@ -222,6 +224,26 @@ def save(
   safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
   # Without this, only the owner of the file may read it.
   shutil.copymode(folder / "config.json", path)
+
+
+# What the folder of a model or of a run contains.
+_OF_MODELS = ("config.json", "tokenizer.json", "*.safetensors", "checkpoints")
+
+
+def validate_new(
+  folder: str | os.PathLike[str], argument: str = "folder"
+) -> None:
+  """Raises ValueError for a folder that contains a model or a run.
+
+  argument: what names the folder, for the error.
+  """
+  path = pathlib.Path(folder)
+  found = sorted({x.name for name in _OF_MODELS for x in path.glob(name)})
+  if found:
+    raise ValueError(
+      f"{argument}={str(folder)!r}: has {', '.join(found)}, so it contains a "
+      "model or a run; delete it or name another folder"
+    )
 
 
 # The values that a config must have to be one of their models.
@@ -280,9 +302,13 @@ def _fitting(config):
     f"is {nearest}, but {', '.join(reasons[nearest])}"
   )
   if config.attn.kind != "softmax":
+    tools = ["eval.py"]
+    if config.task == "lm":
+      commands = "`python -m sigattn generate`, `python -m sigattn lm_eval`"
+      tools.insert(0, commands)
     message += (
-      f". transformers has no {config.attn.kind} attention; use `python -m "
-      "sigattn generate`, `python -m sigattn lm_eval` or eval.py on the run"
+      f". transformers has no {config.attn.kind} attention; use "
+      f"{' or '.join(tools)} on the run"
     )
   raise ValueError(message)
 

@@ -151,12 +151,9 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> AcousticModel:
   """
   model, data = config.model, config.data
   samples = int(data.bucket_seconds[-1] * data.sample_rate)
-  max_length = _frames(config, samples)
-  for _, stride in model.convolutions:
-    max_length = -(-max_length // stride)
   encoder = stack.make(
     config,
-    max_length=max_length,
+    max_length=int(recordings.tokens(config, samples)),
     rotate=_rotate if model.positions == "rope" else None,
     rngs=rngs,
   )
@@ -204,7 +201,7 @@ def log_mel_of(
   frame. batch: "audio" and "samples", as in `loss`.
   """
   bins = config.model.mel_bins
-  frames_B = jnp.maximum(_frames(config, batch["samples"]), 1)
+  frames_B = jnp.maximum(recordings.frames(config, batch["samples"]), 1)
   if config.model.features == "whisper":
     x_BTM = log_mel.whisper(batch["audio"], bins)
     valid_BT = log_mel.valid(frames_B, x_BTM.shape[1])
@@ -213,16 +210,10 @@ def log_mel_of(
   return log_mel.normalize(x_BTM, frames_B), frames_B
 
 
-def _frames(config, samples):
-  if config.model.features == "whisper":
-    return log_mel.whisper_frames(samples)
-  return log_mel.frames(samples, config.data.sample_rate)
-
-
 def tick_labels(config: ConfigDict, batch: loader.Batch) -> list[str]:
   """Returns the second at which each token of a batch of one begins."""
   stride = math.prod(stride for _, stride in config.model.convolutions)
-  frames = _frames(config, int(batch["samples"][0]))
+  frames = recordings.frames(config, int(batch["samples"][0]))
   starts = range(0, frames, stride)
   return [f"{start * log_mel.HOP_MS / 1000:.2f}" for start in starts]
 
@@ -236,7 +227,9 @@ def loss(
   """CTC's -log p(text | audio) with SpecAugment, in nats per character.
 
   batch: "audio" (B, S) float32 in [-1, 1], "samples" (B,), "target" (B, U)
-  int32, "characters" (B,). Returns (loss, {"loss"}).
+  int32, "characters" (B,). An utterance with too few tokens for its target
+  would count with a loss of 0; recordings.Source leaves such utterances out.
+  Returns (loss, {"loss"}).
   """
   augment_rng, model_rng = jax.random.split(rng)
   x_BTM, frames_B = log_mel_of(config, batch)

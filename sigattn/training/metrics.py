@@ -139,9 +139,12 @@ def read(workdir: str | os.PathLike[str]) -> list[Line]:
       broken.append((number, text))
   if broken:
     number, text = broken[0]
+    count = (
+      "1 line that is" if len(broken) == 1 else f"{len(broken)} lines that are"
+    )
     log(
-      f"{path}: left out {len(broken)} lines that are not metrics; the first "
-      f"is line {number}: {text[:60]!r}"
+      f"{path}: left out {count} not metrics; the first is line {number}: "
+      f"{text[:60]!r}"
     )
   return lines
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import jax
 from absl import flags
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from sigattn.training import metrics
 
@@ -105,6 +106,24 @@ def ending_together() -> Iterator[None]:
       flush=True,
     )
     os._exit(1)
+
+
+@contextlib.contextmanager
+def saying_what_to_lower(config: ConfigDict) -> Iterator[None]:
+  """Raises MemoryError, with advice, if the memory of a device is exhausted."""
+  try:
+    yield
+  except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    [first, *_] = str(error).splitlines() or [""]
+    if "RESOURCE_EXHAUSTED" not in first and not isinstance(error, MemoryError):
+      raise
+    lower = f"config.batch_size={config.batch_size}"
+    if "length" in config.data:
+      lower += f" or config.data.length={config.data.length}"
+    raise MemoryError(
+      f"the run does not fit into memory: lower {lower}, or raise "
+      f"config.optim.accumulate={config.optim.accumulate} ({first})"
+    ) from error
 
 
 class _Stop:

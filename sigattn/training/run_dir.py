@@ -24,6 +24,7 @@ import os
 import pathlib
 import re
 import socket
+import tempfile
 import types
 from collections.abc import Mapping
 from typing import Any, Self
@@ -130,7 +131,10 @@ class RunDir:
       return  # the first process writes it
     try:
       if not _holds_run(folder):
+        _remove_start(folder, self._config)
         _write_kept(self._config, folder)
+      elif kept_data.damage(folder):
+        kept_data.write(_source(self._config), self._config, folder)
       files.write_json(folder / "config.json", contents(self._config))
     except OSError as error:
       raise _not_writable(folder, error) from error
@@ -259,11 +263,27 @@ def validate_place(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
       )
 
 
+def validate_writable(workdir: str | os.PathLike[str]) -> None:
+  """Raises ValueError if nothing can be written in the folder of a run.
+
+  It writes an empty folder, in the folder or the nearest one above that exists,
+  and removes it.
+  """
+  folder = pathlib.Path(workdir).absolute()
+  there = next(x for x in (folder, *folder.parents) if x.exists())
+  try:
+    with tempfile.TemporaryDirectory(dir=there):
+      pass
+  except OSError as error:
+    raise _not_writable(pathlib.Path(workdir), error) from error
+
+
 def validate_resumable(
   workdir: str | os.PathLike[str], config: ConfigDict
 ) -> None:
   """Raises ValueError if the folder holds a run that `config` cannot resume.
 
+  A run that has neither a checkpoint nor a finished step may be replaced.
   The config of the run may differ only in values that may change when a run is
   resumed, such as total_steps. The message names the keys that differ. What the
   task keeps with the run, its tokenizer or the names of its classes, must not
@@ -366,6 +386,10 @@ def with_data(
       new.data.eval_split = module.WHOLE
       new = new.lock()
   part = split or new.data.eval_split
+  if why and split is not None:
+    module.open_source(
+      new, split
+    )  # refuses an unknown split before the message
   if why:
     metrics.log(f"{why}. What is there now is evaluated, the split {part!r}")
   if shared:
@@ -390,8 +414,42 @@ def _write_kept(config, folder):
 
 
 def _holds_run(workdir):
+  """Whether the folder holds a run, or a config.json that is not that of a run.
+
+  A run without a checkpoint and without a line of a finished step does not
+  count: it may be replaced by one with another config.
+  """
   folder = pathlib.Path(workdir)
-  return (folder / "config.json").exists() or bool(saved.steps(workdir))
+  if saved.steps(workdir):
+    return True
+  path = folder / "config.json"
+  if not path.exists():
+    return False
+  if (folder / "DONE.json").exists() or (folder / "damaged").exists():
+    return True
+  try:
+    saved.read_config(path)
+  except (OSError, ValueError):
+    return True
+  return any(line["step"] for line in metrics.read(workdir))
+
+
+def _remove_start(folder, config):
+  """Removes what a run that has not finished a step has left in the folder."""
+  if not (folder / "config.json").exists():
+    return
+  metrics.log(f"{folder}: its run has not finished a step, and begins anew")
+  given = pathlib.Path(str(config.data.get("tokenizer"))).resolve()
+  for name in _OF_A_START:
+    for path in folder.glob(name):
+      if path.resolve() != given:
+        path.unlink()
+
+
+_OF_A_START = (
+  "metrics.jsonl", "non_finite.json", "events.out.tfevents.*",
+  "tokenizer.json", "classes.json",
+)  # fmt: skip
 
 
 def _keeps(config):
@@ -448,7 +506,7 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
         f"{workdir=}: {there} ({path.name}: {reason}){_runs_below(workdir)}"
       ) from error
     metrics.log(f"{path}: {reason}; its copy in {copy} is used")
-  validate_format(contents.get("format", 1), workdir)
+  validate_format(contents["format"], workdir)
   return ConfigDict(contents["config"]).lock()
 
 

@@ -129,6 +129,8 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     raise ValueError("not a JSON object")
   if not contents:
     raise ValueError("it is empty")
-  if "format" in contents and not isinstance(contents.get("config"), dict):
+  if "format" not in contents:
+    raise ValueError("it has no format, so it is not that of a run")
+  if not isinstance(contents.get("config"), dict):
     raise ValueError("it has no config")
   return contents

@@ -9,15 +9,20 @@ from sigattn.data import kept_classes
 from sigattn.training import run_dir
 from tests.data import idx, pictures
 from tests.data.test_kept_tokenizer import forget, make
+from tests.training.test_run_dir import finish_a_step
 from train import train
 
 
 def goes_on(run, config):
-  """Begins a run or raises what train would; it does not train."""
+  """Begins a run or raises what train would; it does not train.
+
+  A line of metrics stands for the first step, without which it may be replaced.
+  """
   forget()
   config = run_dir.validated(config, run)
   with run_dir.RunDir(run, config) as folder:
     folder.begin()
+  finish_a_step(run)
 
 
 def test_changed_texts_are_refused_and_moved_ones_go_on(
@@ -72,6 +77,30 @@ def test_changed_texts_are_refused_and_moved_ones_go_on(
   assert "What is there now is evaluated" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"garbage", b'{"source": 3}', None])
+def test_damaged_checksums_are_named_and_written_anew(
+  content, texts, run, monkeypatch, caplog
+):
+  monkeypatch.chdir(run.parent)
+  file = run / "data.json"
+  file.unlink() if content is None else file.write_bytes(content)
+  config = make("my/texts", **{"eval.length_factors": ()})
+  said = f"{file}: " + ("No such file" if content is None else "unreadable: ")
+  evaluate(run)
+  assert said in caplog.text
+  caplog.clear()
+  goes_on(run, config)
+  assert said in caplog.text
+  assert "the run began with is not known" in caplog.text
+  caplog.clear()
+  # From here on, changes are noticed again.
+  goes_on(run, config)
+  assert not caplog.text
+  (texts / "0.txt").write_text("0: the mat sat on the cat")
+  with pytest.raises(ValueError, match=r"1 changed \('0\.txt'\)"):
+    goes_on(run, config)
+
+
 def written(run):
   """The results of other data. A long path is cut in the name of a file."""
   return [json.loads(path.read_text()) for path in run.glob("eval_*.json")]
@@ -124,13 +153,20 @@ def test_other_texts_are_evaluated_whole(run, texts, tmp_path, caplog, capsys):
   assert (run / "eval.json").read_text() == before
 
 
-def test_other_texts_with_splits_of_their_own_keep_them(run, tmp_path):
+def test_other_texts_with_splits_of_their_own_keep_them(run, tmp_path, capsys):
   for split in ("train", "dev"):
     (tmp_path / f"{split}.jsonl").write_text('{"text": "the cat sat"}')
   with pytest.raises(ValueError, match=r"split='test' .*'train', 'validation'"):
     evaluate(run, source=str(tmp_path))
+  # What is refused is not announced.
+  capsys.readouterr()
+  with pytest.raises(ValueError, match=r"split='../x' "):
+    evaluate(run, "../x", source=str(tmp_path))
+  assert "is evaluated" not in capsys.readouterr().out
   results = evaluate(run, "validation", source=str(tmp_path))
   assert results["split"] == "validation"
+  said = capsys.readouterr().out
+  assert said.count("What is there now is evaluated, the split 'vali") == 1
   assert written(run) == [results]
 
 

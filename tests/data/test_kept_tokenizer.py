@@ -8,6 +8,7 @@ from configs import lm
 from sigattn.data import text, train_tokenizer
 from sigattn.inference.generate import Generator
 from sigattn.training import run_dir, setup
+from tests.training.test_run_dir import finish_a_step
 from train import train
 
 
@@ -80,6 +81,7 @@ def test_the_file_of_a_tokenizer_is_kept(tmp_path):
   assert text.vocab_size(lm.get_config()) == 64
   assert text.vocab_size(lm.get_config("85m")) == 32768
   begin(run, config)
+  finish_a_step(run)
   begin(run, config)
   moved = bpe.rename(tmp_path / "moved.json")
   begin(run, run_dir.validated(make(source, moved), run))

@@ -1,6 +1,10 @@
 """The harness's scores of a small local task equal those of the plain model."""
 
 import json
+import pathlib
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +21,8 @@ lm_eval = pytest.importorskip(
 )
 
 from lm_eval.api.instance import Instance  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 QUESTIONS = [
   ("And God said, Let there be", [" light", " darkness", " q"], 0),
@@ -104,6 +110,27 @@ def test_scores_equal_the_plain_forward_pass(trained, tmp_path):
   for sample in results["samples"]["local_choice"]:
     log_probs = [x[0][0] for x in sample["resps"]]
     np.testing.assert_allclose(log_probs, scores[sample["doc_id"]], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("word", "said"),
+  [
+    ("--tasks=hellasvag", "--tasks=hellasvag; is no task .*mean hellaswag"),
+    ("--tasks=", "--tasks=; is no task"),
+    ("--include_path=/no", "--include_path=/no; there is no such folder"),
+    ("--limit=-1", "--limit=-1: -1 is not a positive integer"),
+    ("--num_fewshot=-1", "--num_fewshot=-1: -1 is not a non-negative integer"),
+  ],
+)
+def test_wrong_flags_are_refused_in_one_line(word, said):
+  words = ["sigattn", "lm_eval", "--workdir=/no", "--tasks=piqa", word]
+  done = subprocess.run(
+    [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True,
+    check=False,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert "Traceback" not in done.stderr
+  assert re.search(said, done.stderr.splitlines()[-1])
 
 
 def instance(kind, *args):

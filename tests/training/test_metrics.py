@@ -59,7 +59,9 @@ def test_broken_line_is_left_out_and_reported(broken, tmp_path, capsys):
   path.write_bytes(b"\n".join(lines))
   assert [line["step"] for line in metrics.read(tmp_path)] == [1, 3]
   [said] = capsys.readouterr().out.splitlines()
-  assert f"{path}: left out 1 lines" in said
+  assert (
+    f"{path}: left out 1 line that is not metrics; the first is line" in said
+  )
   assert "line 2" in said
   with metrics.Writer(tmp_path, start=1, tensorboard=False):
     pass

@@ -36,6 +36,33 @@ def begin(workdir, config):
     folder.begin()
 
 
+def finish_a_step(workdir):
+  """Writes a line of metrics, without which a run may be replaced."""
+  (workdir / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
+
+
+def test_a_run_without_a_finished_step_is_replaced(tmp_path, capsys):
+  begin(tmp_path, make_config())
+  line = '{"step": 0, "split": "test", "loss": 1.0}\n'
+  (tmp_path / "metrics.jsonl").write_text(line)
+  begin(tmp_path, make_config(seed=1))
+  assert run_dir.read_config(tmp_path).seed == 1
+  assert not (tmp_path / "metrics.jsonl").exists()
+  assert "and begins anew" in capsys.readouterr().out
+  finish_a_step(tmp_path)
+  with pytest.raises(ValueError, match=r"config\.seed=1, this one has 2"):
+    begin(tmp_path, make_config(seed=2))
+
+
+def test_a_config_of_others_is_not_replaced(tmp_path):
+  """It may be that of a model of transformers."""
+  content = '{"model_type": "llama"}'
+  (tmp_path / "config.json").write_text(content)
+  with pytest.raises(ValueError, match="it has no format, so it is not that"):
+    begin(tmp_path, make_config())
+  assert (tmp_path / "config.json").read_text() == content
+
+
 def test_default_folder_of_any_values_is_one_that_can_be_restored():
   values = ["[1]", "((7, 3),)", r"((.*\\w?, 1.0),)", "a\nb", "x" * 300, "", "ü"]
   paths = [
@@ -80,6 +107,7 @@ def test_config_is_read_back_and_only_some_values_may_change(tmp_path):
   longer = make_config(total_steps=7)
   begin(tmp_path, longer)
   assert run_dir.read_config(tmp_path).total_steps == 7
+  finish_a_step(tmp_path)
   said = (
     r"config\.dtype='float32', this one has 'bfloat16'; "
     r"config\.seed=0, this one has 1\. Give the values"
@@ -128,9 +156,12 @@ def test_folder_without_a_run_or_of_another_format_is_refused(tmp_path):
   begin(tmp_path, make_config())
   path = tmp_path / "config.json"
   contents = json.loads(path.read_text())
-  del contents["format"]  # the first version wrote none
-  path.write_text(json.dumps(contents))
+  path.write_text(json.dumps(contents | {"format": 1}))
   with pytest.raises(ValueError, match="a run of format 1, this version reads"):
+    run_dir.read_config(tmp_path)
+  del contents["format"]
+  path.write_text(json.dumps(contents))
+  with pytest.raises(ValueError, match="it has no format, so it is not that"):
     run_dir.read_config(tmp_path)
 
 
