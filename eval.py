@@ -156,7 +156,8 @@ def _load(workdir, split, step, source):
   own = config.data.eval_split
   split = split or own
   what = {"step": step, "split": split}
-  if name := kept_data.names(config).get(kept_data.evaluated_key(config)):
+  key = kept_data.evaluated_key(config, split)
+  if name := kept_data.names(config).get(key):
     what["source"] = name
   others = [source] * is_other + [split] * (split != own)
   suffix = "".join(f"_{x}" for x in others)

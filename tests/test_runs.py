@@ -261,6 +261,7 @@ def test_run_whose_checkpoints_are_all_damaged_is_refused(run):
   for step in (1, 2, 3):
     empty(array(run, step))
   said = "all checkpoints are damaged .step 3: params/.* is not what was saved"
+  said += ".*Restore these files from a copy, or delete the folder to begin"
   with pytest.raises(ValueError, match=said):
     train(small(total_steps=4, **KEPT), run)
   with pytest.raises(ValueError, match=said):

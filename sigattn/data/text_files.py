@@ -46,6 +46,7 @@ _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _COMPRESSED = tuple(_OPEN)
 # The column that says why a document is no text; empty if it is.
 WHY = "why it is no text"
+_PLACE = "its file and line"  # a column of texts
 
 SPLITS = {
   "train": "train", "validation": "validation", "valid": "validation",
@@ -217,7 +218,7 @@ def open_files(
     string = datasets.Value("string")
     return datasets.IterableDataset.from_generator(
       _texts,
-      datasets.Features({column: string, WHY: string}),
+      datasets.Features({column: string, WHY: string, _PLACE: string}),
       {"paths": list(paths), "column": column, "lines": lines},
     )
 
@@ -239,13 +240,14 @@ def open_files(
 
 
 def _texts(paths, column, lines):
-  """Yields {column: text or None, WHY: why it is None}, of a file or a line."""
+  """Yields {column: text or None, WHY: why it is None} of a file or a line."""
   for path in paths:
     opener = _OPEN.get(pathlib.Path(path).suffix, open)
     decoded = _decoded_lines if lines else _decoded
     with opener(path, "rb") as file:
-      for text, why in decoded(file, path):
-        yield {column: text, WHY: why and f"{path}: {why}"}
+      for number, (text, why) in enumerate(decoded(file, path), 1):
+        place = f"{path}: line {number}" if lines else path
+        yield {column: text, WHY: why and f"{path}: {why}", _PLACE: place}
 
 
 @contextlib.contextmanager
@@ -301,7 +303,7 @@ def examples(kind: str, rows: Iterator[dict[str, Any]]) -> Iterator[Any]:
   """The documents of an opened file, usually dicts of columns.
 
   kind: the suffix. A line of a .jsonl may hold another JSON value, which is
-  then yielded. A line that is not JSON is yielded as a string.
+  then yielded. A line that is not JSON is no text.
   """
   if kind != ".jsonl":
     yield from rows
@@ -313,5 +315,7 @@ def examples(kind: str, rows: Iterator[dict[str, Any]]) -> Iterator[Any]:
     elif line.strip():
       try:
         yield json.loads(line)
-      except ValueError:
-        yield line
+      except ValueError as error:
+        shown = line if len(line) <= 300 else line[:300] + "..."
+        why = f"{row[_PLACE]} is not JSON: {getattr(error, 'msg', error)}"
+        yield {WHY: f"{why}: {shown!r}"}

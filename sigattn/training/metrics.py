@@ -74,7 +74,7 @@ class Writer:
 
     If a killed run has already written the line, it is not written again.
 
-    split: "train", "telemetry", or the name of the evaluated split.
+    split: "train", "telemetry", or the evaluation_name of the evaluated split.
     """
     if self._file is None or (step, split) in self._written:
       return
@@ -162,8 +162,19 @@ def _is_line(line):
   )
 
 
+def evaluation_name(split: str) -> str:
+  """The name of an evaluated split in metrics.jsonl.
+
+  It differs from the names of the lines that training writes.
+  """
+  return f"{split} (evaluated)" if split in ("train", "telemetry") else split
+
+
 def last_evaluation(lines: Sequence[Line], split: str) -> Line | None:
-  """The last line of `split`, or None if the run was not evaluated on it."""
+  """The last line of `split`, or None if there is none.
+
+  split: as in the lines. That of an evaluation is evaluation_name(split).
+  """
   return next((x for x in reversed(lines) if x["split"] == split), None)
 
 
@@ -412,8 +423,9 @@ class StepLog:
     self, step: int, split: str, results: Mapping[str, float]
   ) -> None:
     """Writes and prints the results of an evaluation."""
-    self._writer.write(step, split, results)
-    self._progress.line(split, results, permanent=True)
+    name = evaluation_name(split)
+    self._writer.write(step, name, results)
+    self._progress.line(name, results, permanent=True)
 
 
 def _numbers(values):

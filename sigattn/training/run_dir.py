@@ -342,13 +342,13 @@ def with_data(
   config.data.eval_split. Raises ValueError if the data are not there, and if
   they have other classes than the run, by whose numbers they would be counted.
   """
-  module, key = _source(config), kept_data.evaluated_key(config)
+  module, key = _source(config), kept_data.evaluated_key(config, split)
   if source is None and key in kept_data.missing(module, config, workdir):
     raise ValueError(
       f"config.data.{key}={config.data[key]!r}; there is no such file or "
       "folder any more: --source=... says where the data of the run are now"
     )
-  new = config if source is None else kept_data.moved(config, source)
+  new = config if source is None else kept_data.moved(config, source, split)
   if source is not None and not kept_data.may_be(module, source):
     raise ValueError(f"{source=}; there is no such file or folder")
   keeps = _keeps(config)
