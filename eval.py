@@ -159,7 +159,8 @@ def _load(workdir, split, step, source):
   key = kept_data.evaluated_key(config, split)
   if name := kept_data.names(config).get(key):
     what["source"] = name
-  others = [source] * is_other + [split] * (split != own)
+  others = [run_dir.place_name(source)] if is_other else []
+  others += [split] * (split != own)
   suffix = "".join(f"_{x}" for x in others)
   return _Run(config, params, split, devices, what, suffix)
 

@@ -23,7 +23,8 @@ owner/name:subset), or a .txt with config.data.lines=True. If a local stream is
 both trained on and evaluated, and has only the split train, about every
 twentieth document is in its test split, and at least one. If other data than
 those of a run are evaluated, the split WHOLE has all documents of such a
-source, or the whole of one text.
+source, or the whole of one text. If config.data.eval_source is such a source,
+or one text, config.data.eval_split is the name of all of it.
 """
 
 import functools
@@ -174,6 +175,8 @@ def _one_text_has_the_rows(config):
     raise ValueError(
       f"config.data.length={data.length!r}; must be less than {count}, "
       f"the {unit} of {data.train_split!r} of {data.source}"
+      + ": give a longer text"
+      * (count < 3)
     )
   rows = _num_rows(count, data.length)
   of = f"{data.source} in rows of config.data.length={data.length!r}"
@@ -473,12 +476,12 @@ def open_source(config: ConfigDict, split: str) -> "_OneText | Stream":
     return Stream(config, split)
   other = _eval_source(config)
   if token_files.is_folder(config.data.source):
-    return _OneText(config, _read_tokens(config, split))
+    return _OneText(config, _read_tokens(config, split), split)
   if other == config.data.source or _is_trained_on(config, split):
-    return _OneText(config, _encoded(config, _part(config, split)))
+    return _OneText(config, _encoded(config, _part(config, split)), split)
   if _is_text(other, config.data.lines):
     hub.validate_split(other, split, _evaluated_splits(config))
-    return _OneText(config, _encoded(config, _evaluated_text(other)))
+    return _OneText(config, _encoded(config, _evaluated_text(other)), split)
   return Stream(config, split)
 
 
@@ -557,7 +560,12 @@ class _OneText(loader.ExampleSource):
 
   in_memory = True
 
-  def __init__(self, config, token_S):
+  def __init__(self, config, token_S, split):
+    if len(token_S) < 2:
+      raise ValueError(
+        f"{split=} of a text has {len(token_S)} tokens; must have 2 or more, "
+        "since the first one is not predicted: give a longer text"
+      )
     self._length, self._tokens = config.data.length, token_S
 
   def __len__(self):

@@ -64,6 +64,7 @@ _LIKE_A_SPLIT = re.compile(
 )
 
 _SHOWN = 10  # names of files in a warning
+_FEW = 3  # names that look like those of splits
 
 # {split: {suffix: paths}}
 Files = Mapping[str, Mapping[str, Sequence[str]]]
@@ -176,9 +177,10 @@ def _warn_of_names(texts, path, source, key):
   ]
   if names:
     warn_once(
-      f"config.data.{key}={source!r}: {', '.join(names[:_SHOWN])} "
-      f"{'is' if len(names) == 1 else 'are'} read as all other files, and not "
-      "as a split: only files and folders with the names "
+      f"config.data.{key}={source!r}: {', '.join(names[:_FEW])}"
+      f"{' and others' * (len(names) > _FEW)} "
+      f"{'is' if len(names) == 1 else 'are'} read like all other files, and "
+      "not as a split: only files and folders with the names "
       f"{', '.join(SPLITS)} are splits, such as test.txt"
     )
 

@@ -54,6 +54,7 @@ class Writer:
       tensorboard: whether to write event files too.
     """
     self._file = self._board = None
+    self._open_board = lambda: None
     if workdir is None or jax.process_index():
       return  # all processes have the same metrics
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
@@ -67,7 +68,7 @@ class Writer:
     with files.naming(self._path):
       self._file = self._path.open("ab", buffering=0)
     if tensorboard:
-      self._board = events.EventFile(workdir, start)
+      self._open_board = lambda: events.EventFile(workdir, start)
 
   def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
     """Writes one line. Raises OSError, with the path, if it cannot.
@@ -83,6 +84,8 @@ class Writer:
       if not os.fstat(self._file.fileno()).st_nlink:
         raise FileNotFoundError(errno.ENOENT, "it was deleted during the run")
       files.append(self._file, _as_text(line).encode())
+    # A finished run that is started again writes nothing, and leaves no file.
+    self._board = self._board or self._open_board()
     if self._board is not None:
       self._board.write(step, {f"{split}/{k}": v for k, v in metrics.items()})
 

@@ -539,8 +539,25 @@ def folder_name(text: str) -> str:
   safe = safe.encode()[:_LONGEST_NAME].decode(errors="ignore")
   if safe == plain:
     return safe
-  digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
-  return f"{safe}-{digest[:8]}"
+  return f"{safe}-{_digest(text)}"
+
+
+def place_name(place: str) -> str:
+  """The name of a source as a part of the name of a file: / becomes -.
+
+  A / at the start and folders named . or .. are left out. A hash of the place
+  is then added, so that different places have different names.
+  """
+  plain = place.replace("/", "-")
+  short = "-".join(part for part in place.split("/") if part.strip("."))
+  if short == plain:
+    return plain
+  return f"{short}-{_digest(place)}".lstrip("-")
+
+
+def _digest(text):
+  digest = hashlib.sha256(text.encode(errors="surrogateescape"))
+  return digest.hexdigest()[:8]
 
 
 _SAFE = str.maketrans("[]*?\\", "()---")

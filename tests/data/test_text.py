@@ -583,6 +583,21 @@ def test_splits_of_a_run_on_one_text_with_an_eval_source(tmp_path, caplog):
     setup.validate_config(config)
 
 
+def test_a_text_whose_end_is_one_character_is_refused(tmp_path):
+  path, run = tmp_path / "a.txt", tmp_path / "run"
+  path.write_text("a cat sat on a mat")  # 18 characters, of which 1 is held out
+  config = make(**{"data.source": str(path), "batch_size": 1})
+  with pytest.raises(
+    ValueError, match=r"split='test' .* 1 tokens; must have 2"
+  ):
+    train(config, run)
+  assert not run.exists()
+  path.write_text("abc")
+  text._whole.cache_clear()
+  with pytest.raises(ValueError, match="length=16; .* 2, .*: give a longer te"):
+    train(config, run)
+
+
 def test_the_only_texts_are_named_if_they_are_not_utf_8(tmp_path):
   for i in range(3):
     (tmp_path / f"{i}.txt").write_bytes(f"café {i}".encode("latin1"))
