@@ -156,9 +156,11 @@ def _load(workdir, split, step, source):
   own = config.data.eval_split
   split = split or own
   what = {"step": step, "split": split}
-  if name := kept_data.names(config).get(kept_data.evaluated_key(config)):
+  key = kept_data.evaluated_key(config, split)
+  if name := kept_data.names(config).get(key):
     what["source"] = name
-  others = [source] * is_other + [split] * (split != own)
+  others = [run_dir.place_name(source)] if is_other else []
+  others += [split] * (split != own)
   suffix = "".join(f"_{x}" for x in others)
   return _Run(config, params, split, devices, what, suffix)
 

@@ -1,5 +1,19 @@
-"""`python -m sigattn COMMAND ...`; see sigattn/cli.py."""
+"""`python -m sigattn COMMAND ...` and the script `sigattn`; see cli.py."""
 
-from sigattn import cli
+import sys
 
-cli.main()
+from sigattn import extras
+
+
+def main() -> None:
+  """Runs the command. Missing packages end the program with one line."""
+  try:
+    from sigattn import cli  # It needs packages that may be missing.
+
+    cli.main()
+  except extras.MissingPackagesError as error:
+    sys.exit(f"sigattn: {error}")
+
+
+if __name__ == "__main__":
+  main()

@@ -317,8 +317,13 @@ def attention_weights(
   gradients alone.
 
   Raises:
+    TypeError: for an argument of another name.
     ValueError: as dot_product_attention; and for arrays without a batch axis.
   """
+  own = inspect.signature(attention_weights).parameters.keys() - {"operands"}
+  _refuse_unknown(
+    "attention_weights", operands, [*own, *dispatch.Operands._fields]
+  )
   normalize, is_causal = flags(normalize=normalize, is_causal=is_causal)
   flags(paired_biases=paired_biases)
   query, key = as_array("query", query), as_array("key", key)
@@ -555,7 +560,8 @@ def flax_attention_fn(
     TypeError: for an option that dot_product_attention does not have.
   """
   del dropout_rng, broadcast_dropout, force_fp32_for_softmax
-  _refuse_unknown(options)
+  known = inspect.signature(dot_product_attention).parameters
+  _refuse_unknown("flax_attention_fn", options, known)
   if dropout_rate and not deterministic:
     raise ValueError(
       f"{dropout_rate=}; attention weights are not dropped here: give 0, or "
@@ -590,14 +596,16 @@ def flax_attention_fn(
   return out.reshape(shape)
 
 
-def _refuse_unknown(options):
-  """Refuses names that functools.partial has bound, by this function's name."""
-  known = inspect.signature(dot_product_attention).parameters
+def _refuse_unknown(function, options, known):
+  """Refuses names that are not known, by the name of the function."""
   for name in options:
     if name not in known:
-      close = difflib.get_close_matches(name, known, 1)
+      close = difflib.get_close_matches(name, known)
+      # A whole word that is right says more than a letter: key_seq_lengths.
+      word = name.partition("_")[0]
+      close.sort(key=lambda x: x.partition("_")[0] != word)
       raise TypeError(
-        f"flax_attention_fn() got an unexpected keyword argument {name!r}"
+        f"{function}() got an unexpected keyword argument {name!r}"
         + (f": did you mean {close[0]!r}?" if close else "")
       )
 

@@ -21,8 +21,12 @@ PACKAGES = {
 }  # fmt: skip
 
 
+class MissingPackagesError(ImportError):
+  """The packages of an extra are not installed."""
+
+
 def require(extra: str) -> None:
-  """Raises ImportError that names the extra if one of its packages is missing.
+  """Raises MissingPackagesError, which names the extra, unless it is installed.
 
   extra: a key of PACKAGES.
   """
@@ -30,7 +34,7 @@ def require(extra: str) -> None:
     name for name in PACKAGES[extra] if importlib.util.find_spec(name) is None
   ]
   if missing:
-    raise ImportError(
+    raise MissingPackagesError(
       f"this part of sigattn needs {', '.join(missing)}: "
       f"pip install 'sigattn[{extra}]', or in a checkout "
       f"pip install '.[{extra}]'"

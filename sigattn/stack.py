@@ -145,6 +145,21 @@ def _no_bias_with_softmax(config):
       )
 
 
+# exp(x) is rounded to 0 in float32 where x is below -87, and the logits of a
+# row may lie a little below the bias.
+_LEAST_BIAS_OF_NORMALIZED_ROWS = -80
+
+
+def _bias_leaves_rows_to_normalize(config):
+  attn, least = config.attn, _LEAST_BIAS_OF_NORMALIZED_ROWS
+  if attn.normalize and (attn.logit_bias or 0) < least:
+    raise ValueError(
+      f"config.attn.logit_bias={attn.logit_bias!r}; must be at least {least} "
+      "with config.attn.normalize=True, because below it all weights of a row "
+      "are rounded to 0"
+    )
+
+
 def _no_second_division(config):
   if config.attn.normalize and config.attn.row_power:
     raise ValueError(
@@ -210,6 +225,7 @@ RULES = (
   _implementation_of_kind,
   _no_bias_with_softmax,
   _no_second_normalization,
+  _bias_leaves_rows_to_normalize,
   _no_second_division,
   _no_row_power_in_a_window,
   _implementation_runs_here,

@@ -473,6 +473,13 @@ def test_sown_weights_are_those_of_the_operation(library):
     state = state["intermediates"]
     [sown] = state["attention_weights"]
     [query], [key] = (state[k]["__call__"] for k in ("query", "key"))
+  for name, value, said in (
+    ("normalise", True, "'normalise': did you mean 'normalize'"),
+    ("key_seq_lengths", [1], "'key_seq_lengths': did you mean 'key_value_seq"),
+    ("implementation", "xla", r"attention_weights\(\) got .*'implementation'"),
+  ):
+    with pytest.raises(TypeError, match=said):
+      sigattn.attention_weights(query, key, **{name: value})
   weights = sigattn.attention_weights(query, key, kind="relu", n=5)
   close(sown, weights.weights_BNTS)
 

@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -18,6 +19,27 @@ def test_the_commands_are_listed_with_what_they_do(capsys):
   assert all(f"  {name}" in said for name in cli.COMMANDS)
   with pytest.raises(SystemExit, match="'generat'; did you mean generate"):
     cli.main(["sigattn", "generat"])
+
+
+@pytest.mark.parametrize("words", [["sigattn"], ["sigattn", "generate"]])
+def test_a_plain_installation_says_in_one_line_what_is_missing(words):
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  module, _, function = project["scripts"]["sigattn"].partition(":")
+  code = f"""
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda x, *y: None if x == "optax" else found(x, *y)
+sys.argv = {words}
+from {module} import {function}
+{function}()
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 1
+  [line] = done.stderr.splitlines()
+  assert line.startswith("sigattn: this part of sigattn needs optax: pip")
 
 
 VIT = "--config=configs/vit.py:runlocal"

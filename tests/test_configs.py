@@ -185,6 +185,18 @@ def test_normalized_rows_refuse_a_second_division():
     setup.validate_config(config)
 
 
+def test_normalized_rows_refuse_a_bias_whose_weights_are_zero():
+  config = lm_sigmoid.get_config()
+  config.attn.update(normalize=True, logit_bias=-81.0)
+  said = r"config\.attn\.logit_bias=-81\.0; must be at least -80"
+  with pytest.raises(ValueError, match=said):
+    setup.validate_config(config)
+  for right in ({"logit_bias": -80.0}, {"normalize": False}):
+    config = lm_sigmoid.get_config()
+    config.attn.update(**{"normalize": True, "logit_bias": -81.0} | right)
+    setup.validate_config(config)
+
+
 def test_a_window_refuses_row_power():
   config = lm_sigmoid.get_config()
   config.attn.update(window=8, row_power=1.0, normalize=False)

@@ -101,6 +101,18 @@ def test_the_batch_drawn_at_the_start_is_the_first_of_the_run(tmp_path):
 # The folder.
 
 
+def test_evaluations_on_the_training_split_have_a_name_of_their_own(
+  tmp_path, capsys
+):
+  train(small(**{"data.eval_split": "train"}), tmp_path)
+  lines = metrics.read(tmp_path)
+  names = [line["split"] for line in lines if line["step"] == 2]
+  assert sorted(names) == ["train", "train (evaluated)"]
+  [run] = report_html.find([tmp_path])
+  assert run.evaluation["split"] == "train (evaluated)"
+  assert "evaluations on train" in capsys.readouterr().out
+
+
 def test_second_of_two_runs_in_one_folder_is_refused(tmp_path):
   words = ["--config.total_steps=100000", "--config.eval.every_steps=0"]
   both = [command(tmp_path / "run", *words) for _ in range(2)]
@@ -261,6 +273,7 @@ def test_run_whose_checkpoints_are_all_damaged_is_refused(run):
   for step in (1, 2, 3):
     empty(array(run, step))
   said = "all checkpoints are damaged .step 3: params/.* is not what was saved"
+  said += ".*Restore these files from a copy, or delete the folder to begin"
   with pytest.raises(ValueError, match=said):
     train(small(total_steps=4, **KEPT), run)
   with pytest.raises(ValueError, match=said):

@@ -50,7 +50,7 @@ ARROWS["inference"] = _ABOVE_TRAINING
 ARROWS["analysis"] = _ABOVE_TRAINING
 ARROWS["sweep"] = {"training", "analysis", "cli"}  # cli: only as a program
 ARROWS["cli"] = {"extras"}  # its commands are imported by name
-ARROWS["__main__"] = {"cli"}
+ARROWS["__main__"] = {"cli", "extras"}
 # The layers are imported by name.
 ARROWS["__init__"] = {"attention", "paged", "ring"}
 

@@ -206,6 +206,7 @@ def test_finished_run_is_read_back_not_trained_again(
   )
   equal(first, again)
   assert (tmp_path / "metrics.jsonl").read_text() == before
+  assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
 
 
 def test_run_killed_between_its_last_checkpoint_and_its_end_is_completed(
@@ -348,6 +349,21 @@ def test_best_checkpoint_is_kept_beside_the_newest(
   assert checkpoint.load(tmp_path, "best")[2] == 4
   assert checkpoint.load(tmp_path)[2] == 6
   assert "metrics" not in caplog.text  # Orbax warns if it finds no metrics
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, ["3"]), (2, ["2", "3"])])
+def test_two_kept_checkpoints_leave_a_spare(keep, kept, tmp_path, monkeypatch):
+  """Also if the newest is the best."""
+  accuracies = iter([0.1, 0.2, 0.3])
+  monkeypatch.setattr(
+    evaluation,
+    "evaluator",
+    lambda *_: lambda *_: {"loss": 1.0, "accuracy": next(accuracies)},
+  )
+  values = {"eval.every_steps": 1, "ckpt.every_steps": 1, "ckpt.keep": keep}
+  train(small(total_steps=3, **values), tmp_path)
+  folder = tmp_path / "checkpoints"
+  assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == kept
 
 
 def test_accumulated_gradient_equals_the_whole_batchs():

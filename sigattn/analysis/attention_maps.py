@@ -86,7 +86,8 @@ def draw(
     index: the number of the example, from 0.
     step: a number, "best", or None for the newest.
     tokens: the number of tokens to draw, except for images.
-    source: where the held-out data are, see run_dir.with_data.
+    source: where the held-out data are, see run_dir.with_data. The names of
+      the files of other data end in it.
 
   Returns:
     The paths of the PNG files.
@@ -94,7 +95,10 @@ def draw(
   Raises:
     ValueError: if there is no such run, step, example or source.
   """
-  config, _ = run_dir.with_data(run_dir.load_config(workdir), workdir, source)
+  saved = run_dir.load_config(workdir)
+  config, is_other = run_dir.with_data(saved, workdir, source)
+  # The run's own data keep their pictures.
+  place = f"_{run_dir.place_name(source)}" if is_other else ""
   _, params, step = checkpoint.load(workdir, step)
   task, batch = tasks.get(config.task), example(config, index)
   figures = {}
@@ -120,8 +124,8 @@ def draw(
   folder.mkdir(exist_ok=True)
   paths = []
   for name, figure in figures.items():
-    name = name.replace("/", "_")
-    paths.append(folder / f"example{index}_{name}.png")
+    name = f"example{index}_{name.replace('/', '_')}{place}"
+    paths.append(folder / f"{run_dir.folder_name(name)}.png")
     plots.save(figure, paths[-1], "png")
   return paths
 

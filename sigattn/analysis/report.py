@@ -29,9 +29,9 @@ def finish(
     best_metric: the metric that decides which evaluation is the best.
     best_mode: "max" or "min", which values of best_metric are better.
   """
-  lines = metrics.read(workdir)
+  lines, name = metrics.read(workdir), metrics.evaluation_name(split)
   evals = [
-    line for line in lines if line["split"] == split and best_metric in line
+    line for line in lines if line["split"] == name and best_metric in line
   ]
   if not evals:
     return
@@ -118,7 +118,7 @@ def sweep(
     root: the folder of the sweep.
     config: the config that all runs share; its data.eval_split is reported.
   """
-  split, groups = config.data.eval_split, {}
+  split, groups = metrics.evaluation_name(config.data.eval_split), {}
   shown = {}  # {label: the same on a line for each value}
   for delta, workdir in runs:
     lines = metrics.read(workdir)

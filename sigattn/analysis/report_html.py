@@ -14,6 +14,7 @@ is the standard deviation of n runs and t is the 97.5 % quantile of the t
 distribution with n - 1 degrees of freedom.
 """
 
+import collections
 import hashlib
 import html
 import io
@@ -38,7 +39,9 @@ _FINAL = (
   "runs of a group, and the 95 % confidence interval of the mean by Student's "
   "t distribution with n - 1 degrees of freedom for n runs. It is wide for few "
   "runs: of two, it reaches 9 sd to either side of the mean. Runs that have "
-  "made fewer steps than others of their group are left out."
+  "made fewer steps than others of their group are left out. If two runs of a "
+  "group have the same seed, they are not independent: sd and interval are "
+  "then left out."
 )
 _CURVES = (
   "Line: mean over the runs of a group. Band: their range. Thick lines: "
@@ -69,7 +72,8 @@ class Run(NamedTuple):
   def evaluation(self) -> metrics.Line | None:
     """The last evaluation on the run's own held-out split, or None."""
     split = self.config.get("data.eval_split")
-    return metrics.last_evaluation(self.lines, split)
+    name = metrics.evaluation_name(split)
+    return metrics.last_evaluation(self.lines, name)
 
 
 def find(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
@@ -274,18 +278,28 @@ def _final_table(groups):
   rows_by_metric = {}
   for label, runs in groups.items():
     step = max((run.evaluation or {"step": -1})["step"] for run in runs)
-    last = [
-      run.evaluation
-      for run in runs
-      if run.evaluation and run.evaluation["step"] == step
+    counted = [
+      run for run in runs if run.evaluation and run.evaluation["step"] == step
     ]
+    last = [run.evaluation for run in counted]
+    seeds = collections.Counter(run.config.get("seed") for run in counted)
+    twice = {seed for seed, times in seeds.items() if times > 1}
+    if twice:
+      metrics.log(
+        f"{label}: several runs have the seed {', '.join(map(str, twice))}, so "
+        "they are not independent; sd and interval are left out"
+      )
     count = (
       f"{len(last)} of {len(runs)}" if len(last) < len(runs) else len(runs)
     )
     for name in last[0] if last else ():
       if name not in ("step", "split"):
-        row = [label, step, count, *interval([line[name] for line in last])]
-        rows_by_metric.setdefault(name, []).append(row)
+        spread = interval([line[name] for line in last])
+        if twice:
+          spread = spread[0], None, None, None
+        rows_by_metric.setdefault(name, []).append(
+          [label, step, count, *spread]
+        )
   columns = ["metric", "group", "step", "runs", "mean", "sd", "95 % from", "to"]
   rows = [[name, *row] for name, rows in rows_by_metric.items() for row in rows]
   return columns, rows

@@ -44,9 +44,17 @@ def names(config: ConfigDict) -> dict[str, str]:
   return {key: name for key, name in found.items() if name}
 
 
-def evaluated_key(config: ConfigDict) -> str:
-  """The key of `names` whose source is evaluated."""
-  return "eval_source" if config.data.get("eval_source") else "source"
+def evaluated_key(config: ConfigDict, split: str | None = None) -> str:
+  """The key of `names` whose source is evaluated.
+
+  split: what is evaluated, by default config.data.eval_split. The split that a
+  run trains on is that of config.data.source.
+  """
+  data = config.data
+  if not data.get("eval_source"):
+    return "source"
+  is_trained_on = split == data.train_split != data.eval_split
+  return "source" if is_trained_on and not data.mixture else "eval_source"
 
 
 def write(
@@ -264,18 +272,22 @@ def shown(files: Iterable[str]) -> str:
   return shown + ", ..." * (len(files) > _SHOWN)
 
 
-def moved(config: ConfigDict, place: str) -> ConfigDict:
+def moved(
+  config: ConfigDict, place: str, split: str | None = None
+) -> ConfigDict:
   """The config with the evaluated source at another place, locked.
 
   A source that is both trained on and evaluated keeps its held-out part. place:
-  the new name of the source. Raises ValueError for a task without data.
+  the new name of the source. split: as in evaluated_key. Raises ValueError for
+  a task without data.
   """
-  if evaluated_key(config) not in names(config):
+  key = evaluated_key(config, split)
+  if key not in names(config):
     raise ValueError(
       f"source={place!r}; must be left out: the task {config.task!r} reads no "
       "data"
     )
-  old = names(config)[evaluated_key(config)]
+  old = names(config)[key]
   config = config.copy_and_resolve_references().unlock()
   data = config.data
   for key in ("source", "eval_source"):

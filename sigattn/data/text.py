@@ -23,7 +23,8 @@ owner/name:subset), or a .txt with config.data.lines=True. If a local stream is
 both trained on and evaluated, and has only the split train, about every
 twentieth document is in its test split, and at least one. If other data than
 those of a run are evaluated, the split WHOLE has all documents of such a
-source, or the whole of one text.
+source, or the whole of one text. If config.data.eval_source is such a source,
+or one text, config.data.eval_split is the name of all of it.
 """
 
 import functools
@@ -157,6 +158,13 @@ def _one_text_has_the_rows(config):
     raise ValueError(
       f"config.data.train_split={data.train_split!r}; must be 'train'"
     )
+  elif (
+    data.train_split == data.eval_split and _eval_source(config) != data.source
+  ):
+    raise ValueError(
+      f"config.data.eval_split={data.eval_split!r}; must not be "
+      "config.data.train_split with a config.data.eval_source: 'test', say"
+    )
   else:
     if _eval_source(config) == data.source:
       hub.validate_no_validation_in_training(data)
@@ -167,6 +175,8 @@ def _one_text_has_the_rows(config):
     raise ValueError(
       f"config.data.length={data.length!r}; must be less than {count}, "
       f"the {unit} of {data.train_split!r} of {data.source}"
+      + ": give a longer text"
+      * (count < 3)
     )
   rows = _num_rows(count, data.length)
   of = f"{data.source} in rows of config.data.length={data.length!r}"
@@ -303,8 +313,12 @@ def _splits(origin):
     return None
   if origin.held_out:
     return _TEXT_SPLITS if _is_text(source, origin.lines) else _SPLITS
-  # A single file is the split that the config says.
-  return (origin.split,) if hub.local(source).is_file() else tuple(files)
+  # A single file is the split that the config says. So is a folder without
+  # splits of its own that is only evaluated.
+  is_whole = hub.local(source).is_file() or (
+    key == "eval_source" and set(files) == {"train"}
+  )
+  return (origin.split,) if is_whole else tuple(files)
 
 
 # One text.
@@ -350,12 +364,10 @@ def _part(config, split):
 
   If the text is only trained on, its train split is the whole text.
   """
-  source, content = config.data.source, _whole(config.data.source)
+  source = config.data.source
   if split == WHOLE:
-    text_files.inform_once(
-      f"{source!r}: all {len(content)} characters are evaluated"
-    )
-    return content
+    return _evaluated_text(source)
+  content = _whole(source)
   hub.validate_split(source, split, _TEXT_SPLITS)
   if _eval_source(config) != source:
     return content
@@ -366,6 +378,14 @@ def _part(config, split):
       "characters"
     )
   return part
+
+
+def _evaluated_text(source):
+  content = _whole(source)
+  text_files.inform_once(
+    f"{source!r}: all {len(content)} characters are evaluated"
+  )
+  return content
 
 
 def _cut(content, split):
@@ -454,14 +474,31 @@ def open_source(config: ConfigDict, split: str) -> "_OneText | Stream":
   """
   if not _is_one_text(config):
     return Stream(config, split)
-  other = config.data.eval_source
+  other = _eval_source(config)
   if token_files.is_folder(config.data.source):
-    return _OneText(config, _read_tokens(config, split))
-  if split != config.data.eval_split or other in (None, config.data.source):
-    return _OneText(config, _encoded(config, _part(config, split)))
+    return _OneText(config, _read_tokens(config, split), split)
+  if other == config.data.source or _is_trained_on(config, split):
+    return _OneText(config, _encoded(config, _part(config, split)), split)
   if _is_text(other, config.data.lines):
-    return _OneText(config, _encoded(config, _whole(other)))
+    hub.validate_split(other, split, _evaluated_splits(config))
+    return _OneText(config, _encoded(config, _evaluated_text(other)), split)
   return Stream(config, split)
+
+
+def _is_trained_on(config, split):
+  """Whether a split is the one that a run trains on and does not evaluate."""
+  return split == config.data.train_split != config.data.eval_split
+
+
+def _evaluated_splits(config):
+  """The splits that can be evaluated; None if only the Hub knows them."""
+  data = config.data
+  origin = _origin(config, _eval_source(config), "eval_split")
+  if (known := _splits(origin)) is None:
+    return None
+  # The train split of a mixture is that of several sources.
+  trained = [] if data.mixture or origin.held_out else [data.train_split]
+  return dict.fromkeys([*known, *trained])
 
 
 def files(source: str, key: str = "source") -> list[pathlib.Path]:
@@ -523,7 +560,12 @@ class _OneText(loader.ExampleSource):
 
   in_memory = True
 
-  def __init__(self, config, token_S):
+  def __init__(self, config, token_S, split):
+    if len(token_S) < 2:
+      raise ValueError(
+        f"{split=} of a text has {len(token_S)} tokens; must have 2 or more, "
+        "since the first one is not predicted: give a longer text"
+      )
     self._length, self._tokens = config.data.length, token_S
 
   def __len__(self):
@@ -586,12 +628,21 @@ class Stream:
     ]
 
   def _eval_origin(self):
-    config, split = self._config, self._split
-    origin = _origin(config, _eval_source(config), "eval_split", split)
-    known = _splits(origin)
+    config, split, source = (
+      self._config,
+      self._split,
+      _eval_source(self._config),
+    )
+    known = _evaluated_splits(config)
     if split != WHOLE and known is not None:
-      hub.validate_split(origin.source, split, known)
-    return origin
+      hub.validate_split(source, split, known)
+    if (
+      source != config.data.source
+      and not config.data.mixture
+      and _is_trained_on(config, split)
+    ):
+      return self._train_origins()[0]
+    return _origin(config, source, "eval_split", split)
 
   def _corrupt_of(self, origin):
     data = self._config.data

@@ -29,6 +29,7 @@ _HELD_OUT_EVERY = 20
 # than those of a run are evaluated by it, see run_dir.with_data.
 WHOLE = "all"
 _SECONDS_BETWEEN_MESSAGES = 5
+_SHOWN = 3  # documents that an error names
 
 
 class Origin(NamedTuple):
@@ -145,6 +146,7 @@ class DocumentIterator(grain.DatasetIterator):
     self._corrupt = corrupt
     self._is_held_out = None  # a function, made when a document is there
     self._counts = {True: (0, 0), False: (0, 0)}  # see _count
+    self._no_text = {}  # {document: why it is no text}, of the first few
     self._parts = []  # (kind of the files, stream, its state at the beginning)
     with hub.reading(origin):
       for kind, stream in _open(origin):
@@ -181,7 +183,7 @@ class DocumentIterator(grain.DatasetIterator):
     if self._corrupt is not None:
       self._corrupt.end(self._row)
     if not self._any:
-      raise ValueError(_no_documents(self._origin))
+      raise ValueError(_no_documents(self._origin, self._no_text))
     if not self._in_training:
       self._say_what_is_evaluated()
       raise StopIteration
@@ -206,7 +208,7 @@ class DocumentIterator(grain.DatasetIterator):
       self._counts[True],
       self._counts[False],
     )
-    if self._origin.split == WHOLE:
+    if self._origin.split == WHOLE or _is_evaluated_whole(self._origin):
       text_files.inform_once(
         f"{self._origin.source!r}: {documents} of {documents} documents are "
         "evaluated"
@@ -236,8 +238,7 @@ class DocumentIterator(grain.DatasetIterator):
     self._row += 1
     is_object = isinstance(example, dict)  # a line of JSON may be anything
     if is_object and (why := example.get(text_files.WHY)):
-      if self._corrupt is not None:
-        self._corrupt.add(row, why)
+      self._skip(row, why)
       return None
     if row == 0 and is_object and column not in example:
       raise ValueError(
@@ -247,17 +248,27 @@ class DocumentIterator(grain.DatasetIterator):
     document = example.get(column) if is_object else None
     if isinstance(document, str):
       return document
-    if self._corrupt is not None:
-      shown = repr(example)
-      # If the split is made here, a document has the same number in each split.
-      part = "" if self._origin.held_out else f"split {self._origin.split!r}, "
-      self._corrupt.add(
-        row,
-        f"{source!r}, {part}document {row}: config."
-        f"data.text_column={column!r} must be text, not {document!r:.100}: "
-        f"{shown if len(shown) <= 300 else shown[:300] + '...'}",
-      )
+    shown = repr(example)
+    # If the split is made here, a document has the same number in each split.
+    part = "" if self._origin.held_out else f"split {self._origin.split!r}, "
+    wrong = (
+      f"config.data.text_column={column!r} must be text, not {document!r:.100}"
+      if is_object
+      else f"must be an object with config.data.text_column={column!r}, not"
+    )
+    self._skip(
+      row,
+      f"{source!r}, {part}document {row}: {wrong}: "
+      f"{shown if len(shown) <= 300 else shown[:300] + '...'}",
+    )
     return None
+
+  def _skip(self, row, why):
+    """Notes that a document is no text."""
+    if len(self._no_text) < _SHOWN:
+      self._no_text[row] = why
+    if self._corrupt is not None:
+      self._corrupt.add(row, why)
 
   def get_state(self) -> dict[str, Any]:
     place = self._place
@@ -295,7 +306,15 @@ def _checksum(document):
   return zlib.crc32(document.encode())
 
 
-def _no_documents(origin):
+def _is_evaluated_whole(origin):
+  """Whether the source is only evaluated, and has no splits of its own."""
+  if origin.key != "eval_source" or origin.held_out:
+    return False
+  return set(text_files.find(origin.source, origin.key) or ()) == {"train"}
+
+
+def _no_documents(origin, no_text):
+  """no_text: the first reasons why a document is no text."""
   message = f"{origin}: contains no documents"
   if origin.held_out and origin.split != WHOLE:
     message += (
@@ -303,6 +322,8 @@ def _no_documents(origin):
       f"{_HELD_OUT_EVERY}th document, and at least one, so it must have two "
       "that differ; give more documents, or config.data.eval_source"
     )
+  if no_text:
+    message += f". Documents that are no text: {'; '.join(no_text.values())}"
   return message
 
 
@@ -318,8 +339,8 @@ def _open(origin):
   source, split = origin.source, origin.split
   files = text_files.find(source, origin.key)
   if files is not None:
-    has_one = origin.held_out or split == WHOLE or hub.local(source).is_file()
-    part = files["train" if has_one else split]
+    # Without splits, all is the split that the config says.
+    part = files["train"] if set(files) == {"train"} else files[split]
     return text_files.open_files(part, origin.column, origin.lines)
   if not hub.is_hub_name(source):
     raise hub.unknown_source(source, EMBEDDED, "file or ", origin.key)

@@ -46,6 +46,7 @@ _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _COMPRESSED = tuple(_OPEN)
 # The column that says why a document is no text; empty if it is.
 WHY = "why it is no text"
+_PLACE = "its file and line"  # a column of texts
 
 SPLITS = {
   "train": "train", "validation": "validation", "valid": "validation",
@@ -63,6 +64,7 @@ _LIKE_A_SPLIT = re.compile(
 )
 
 _SHOWN = 10  # names of files in a warning
+_FEW = 3  # names that look like those of splits
 
 # {split: {suffix: paths}}
 Files = Mapping[str, Mapping[str, Sequence[str]]]
@@ -175,9 +177,10 @@ def _warn_of_names(texts, path, source, key):
   ]
   if names:
     warn_once(
-      f"config.data.{key}={source!r}: {', '.join(names[:_SHOWN])} "
-      f"{'is' if len(names) == 1 else 'are'} read as all other files, and not "
-      "as a split: only files and folders with the names "
+      f"config.data.{key}={source!r}: {', '.join(names[:_FEW])}"
+      f"{' and others' * (len(names) > _FEW)} "
+      f"{'is' if len(names) == 1 else 'are'} read like all other files, and "
+      "not as a split: only files and folders with the names "
       f"{', '.join(SPLITS)} are splits, such as test.txt"
     )
 
@@ -217,7 +220,7 @@ def open_files(
     string = datasets.Value("string")
     return datasets.IterableDataset.from_generator(
       _texts,
-      datasets.Features({column: string, WHY: string}),
+      datasets.Features({column: string, WHY: string, _PLACE: string}),
       {"paths": list(paths), "column": column, "lines": lines},
     )
 
@@ -239,13 +242,14 @@ def open_files(
 
 
 def _texts(paths, column, lines):
-  """Yields {column: text or None, WHY: why it is None}, of a file or a line."""
+  """Yields {column: text or None, WHY: why it is None} of a file or a line."""
   for path in paths:
     opener = _OPEN.get(pathlib.Path(path).suffix, open)
     decoded = _decoded_lines if lines else _decoded
     with opener(path, "rb") as file:
-      for text, why in decoded(file, path):
-        yield {column: text, WHY: why and f"{path}: {why}"}
+      for number, (text, why) in enumerate(decoded(file, path), 1):
+        place = f"{path}: line {number}" if lines else path
+        yield {column: text, WHY: why and f"{path}: {why}", _PLACE: place}
 
 
 @contextlib.contextmanager
@@ -301,7 +305,7 @@ def examples(kind: str, rows: Iterator[dict[str, Any]]) -> Iterator[Any]:
   """The documents of an opened file, usually dicts of columns.
 
   kind: the suffix. A line of a .jsonl may hold another JSON value, which is
-  then yielded. A line that is not JSON is yielded as a string.
+  then yielded. A line that is not JSON is no text.
   """
   if kind != ".jsonl":
     yield from rows
@@ -313,5 +317,7 @@ def examples(kind: str, rows: Iterator[dict[str, Any]]) -> Iterator[Any]:
     elif line.strip():
       try:
         yield json.loads(line)
-      except ValueError:
-        yield line
+      except ValueError as error:
+        shown = line if len(line) <= 300 else line[:300] + "..."
+        why = f"{row[_PLACE]} is not JSON: {getattr(error, 'msg', error)}"
+        yield {WHY: f"{why}: {shown!r}"}

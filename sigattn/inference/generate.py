@@ -20,6 +20,7 @@ however long the text becomes.
 
 import bisect
 import dataclasses
+import numbers
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
@@ -87,10 +88,12 @@ class Options:
   def validate(self) -> None:
     """Raises ValueError for a value out of range."""
     self.sampling.validate()
-    if self.max_tokens < 0:
-      raise ValueError(f"max_tokens={self.max_tokens!r}; must be >= 0")
-    if self.rows < 1:
-      raise ValueError(f"rows={self.rows!r}; must be >= 1")
+    for name, least in (("max_tokens", 0), ("rows", 1), ("seed", None)):
+      value = getattr(self, name)
+      is_whole = isinstance(value, numbers.Integral)
+      if not is_whole or (least is not None and value < least):
+        at_least = "" if least is None else f" >= {least}"
+        raise ValueError(f"{name}={value!r}; must be a whole number{at_least}")
     choices = dict(context=CONTEXTS, cache=CACHES, cache_dtype=CACHE_DTYPES)
     for name, names in choices.items():
       if getattr(self, name) not in names:
@@ -162,7 +165,9 @@ class Generator:
       ValueError: for a value out of range, or a prompt that the tokenizer
         cannot encode.
     """
-    done = self.each(self.encode(prompts), Options(**options))
+    options = Options(**options)
+    options.validate()
+    done = self.each(self.encode(prompts), options)
     return [x.text for x in sorted(done)]
 
   def stream(self, prompt: str, **options: Any) -> Iterator[str]:
@@ -211,8 +216,17 @@ class Generator:
   def encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
     """The tokens of each prompt, after the token that starts a text.
 
-    Raises ValueError for a prompt that the tokenizer cannot encode.
+    Raises ValueError for a prompt that the tokenizer cannot encode, and for a
+    string in place of a list.
     """
+    if isinstance(prompts, str):
+      raise ValueError(
+        f"prompts={prompts!r}; must be a list of prompts: give [prompt], or "
+        "call `stream`, which takes one prompt"
+      )
+    for x in prompts:
+      if not isinstance(x, str):
+        raise ValueError(f"prompts: {x!r}; must be a string")
     start = np.array([self.tokenizer.start], np.int32)
     return [
       np.concatenate([start, x]) for x in self.tokenizer.encode(list(prompts))

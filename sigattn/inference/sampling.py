@@ -1,5 +1,6 @@
 """How the next token is drawn from the logits."""
 
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -21,12 +22,13 @@ class Sampling(NamedTuple):
 
   def validate(self) -> None:
     """Raises ValueError for a value out of range."""
-    if not 0 <= self.temperature < float("inf"):
-      raise ValueError(f"temperature={self.temperature!r}; must be >= 0")
-    if self.top_k < 0:
-      raise ValueError(f"top_k={self.top_k!r}; must be >= 0")
-    if not 0 < self.top_p <= 1:
-      raise ValueError(f"top_p={self.top_p!r}; must be > 0 and <= 1")
+    x = self.temperature
+    if not isinstance(x, numbers.Real) or not 0 <= x < float("inf"):
+      raise ValueError(f"temperature={x!r}; must be a number >= 0")
+    if not isinstance(self.top_k, numbers.Integral) or self.top_k < 0:
+      raise ValueError(f"top_k={self.top_k!r}; must be a whole number >= 0")
+    if not isinstance(self.top_p, numbers.Real) or not 0 < self.top_p <= 1:
+      raise ValueError(f"top_p={self.top_p!r}; must be a number > 0 and <= 1")
 
 
 def sample(

@@ -18,8 +18,8 @@ def start(config: ConfigDict, state: State) -> State:
   config.init_from is a folder with a model of transformers or timm, or the
   folder of one of our runs. From a run it takes the newest checkpoint. If that
   run evaluated an average of its parameters, it takes the average. The log says
-  how many arrays were loaded, which keep their initial values, and how the
-  attention differs from that of the run.
+  how many arrays were loaded, which keep their initial values, and which fields
+  of attention and model differ from those of the run.
 
   state: the initial state. Raises ValueError as pretrained.start and
   checkpoint.load do.
@@ -30,7 +30,7 @@ def start(config: ConfigDict, state: State) -> State:
   if pretrained.is_run(config.init_from):
     theirs, their_params, step = checkpoint.load(config.init_from)
     what = f"the run of {theirs.task} at step {step}"
-    changed = transfer.attention_differs(config, theirs)
+    changed = transfer.differs(config, theirs)
     loaded, fresh = transfer.take(
       config, params, theirs, jax.device_get(their_params)
     )
@@ -43,7 +43,7 @@ def start(config: ConfigDict, state: State) -> State:
     "arrays" + "; none keeps its initial value" * (not fresh)
   )
   if changed:
-    metrics.log(f"the attention is not that of the run: {changed}")
+    metrics.log(f"the model does not compute what the run did: {changed}")
   optim = config.optim
   metrics.log(
     f"the learning rate rises to config.optim.lr={optim.lr:g} within "

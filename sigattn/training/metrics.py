@@ -54,6 +54,7 @@ class Writer:
       tensorboard: whether to write event files too.
     """
     self._file = self._board = None
+    self._open_board = lambda: None
     if workdir is None or jax.process_index():
       return  # all processes have the same metrics
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
@@ -67,14 +68,14 @@ class Writer:
     with files.naming(self._path):
       self._file = self._path.open("ab", buffering=0)
     if tensorboard:
-      self._board = events.EventFile(workdir, start)
+      self._open_board = lambda: events.EventFile(workdir, start)
 
   def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
     """Writes one line. Raises OSError, with the path, if it cannot.
 
     If a killed run has already written the line, it is not written again.
 
-    split: "train", "telemetry", or the name of the evaluated split.
+    split: "train", "telemetry", or the evaluation_name of the evaluated split.
     """
     if self._file is None or (step, split) in self._written:
       return
@@ -83,6 +84,8 @@ class Writer:
       if not os.fstat(self._file.fileno()).st_nlink:
         raise FileNotFoundError(errno.ENOENT, "it was deleted during the run")
       files.append(self._file, _as_text(line).encode())
+    # A finished run that is started again writes nothing, and leaves no file.
+    self._board = self._board or self._open_board()
     if self._board is not None:
       self._board.write(step, {f"{split}/{k}": v for k, v in metrics.items()})
 
@@ -165,8 +168,19 @@ def _is_line(line):
   )
 
 
+def evaluation_name(split: str) -> str:
+  """The name of an evaluated split in metrics.jsonl.
+
+  It differs from the names of the lines that training writes.
+  """
+  return f"{split} (evaluated)" if split in ("train", "telemetry") else split
+
+
 def last_evaluation(lines: Sequence[Line], split: str) -> Line | None:
-  """The last line of `split`, or None if the run was not evaluated on it."""
+  """The last line of `split`, or None if there is none.
+
+  split: as in the lines. That of an evaluation is evaluation_name(split).
+  """
   return next((x for x in reversed(lines) if x["split"] == split), None)
 
 
@@ -415,8 +429,9 @@ class StepLog:
     self, step: int, split: str, results: Mapping[str, float]
   ) -> None:
     """Writes and prints the results of an evaluation."""
-    self._writer.write(step, split, results)
-    self._progress.line(split, results, permanent=True)
+    name = evaluation_name(split)
+    self._writer.write(step, name, results)
+    self._progress.line(name, results, permanent=True)
 
 
 def _numbers(values):

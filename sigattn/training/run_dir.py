@@ -362,13 +362,13 @@ def with_data(
   config.data.eval_split. Raises ValueError if the data are not there, and if
   they have other classes than the run, by whose numbers they would be counted.
   """
-  module, key = _source(config), kept_data.evaluated_key(config)
+  module, key = _source(config), kept_data.evaluated_key(config, split)
   if source is None and key in kept_data.missing(module, config, workdir):
     raise ValueError(
       f"config.data.{key}={config.data[key]!r}; there is no such file or "
       "folder any more: --source=... says where the data of the run are now"
     )
-  new = config if source is None else kept_data.moved(config, source)
+  new = config if source is None else kept_data.moved(config, source, split)
   if source is not None and not kept_data.may_be(module, source):
     raise ValueError(f"{source=}; there is no such file or folder")
   keeps = _keeps(config)
@@ -597,8 +597,25 @@ def folder_name(text: str) -> str:
   safe = safe.encode()[:_LONGEST_NAME].decode(errors="ignore")
   if safe == plain:
     return safe
-  digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
-  return f"{safe}-{digest[:8]}"
+  return f"{safe}-{_digest(text)}"
+
+
+def place_name(place: str) -> str:
+  """The name of a source as a part of the name of a file: / becomes -.
+
+  A / at the start and folders named . or .. are left out. A hash of the place
+  is then added, so that different places have different names.
+  """
+  plain = place.replace("/", "-")
+  short = "-".join(part for part in place.split("/") if part.strip("."))
+  if short == plain:
+    return plain
+  return f"{short}-{_digest(place)}".lstrip("-")
+
+
+def _digest(text):
+  digest = hashlib.sha256(text.encode(errors="surrogateescape"))
+  return digest.hexdigest()[:8]
 
 
 _SAFE = str.maketrans("[]*?\\", "()---")

@@ -73,7 +73,8 @@ def newest_whole(
   if damaged:
     reasons = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
     raise ValueError(
-      f"workdir={str(workdir)!r}: all checkpoints are damaged ({reasons})"
+      f"workdir={str(workdir)!r}: all checkpoints are damaged ({reasons}). "
+      "Restore these files from a copy, or delete the folder to begin again"
     )
   return None, {}
 

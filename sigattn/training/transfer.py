@@ -22,6 +22,11 @@ from sigattn.validate import value_at
 # Fields that change the model, although the run may have all parameters that
 # ours needs, in the same shapes.
 _SAME = ("model.mlp", "model.norm", "model.positions", "attn.forget_gate")
+# Fields that change what the same parameters compute.
+_FUNCTION = (
+  "model.rope_base", "model.rope_share", "model.logit_cap",
+  "model.norm_epsilon",
+)  # fmt: skip
 # Fields that decide which parameters there are, and in which shapes.
 _SHAPES = (
   "model.width", "model.depth", "model.num_heads", "model.mlp_dim",
@@ -74,9 +79,14 @@ def names(
   return taken
 
 
-def attention_differs(config: ConfigDict, their_config: ConfigDict) -> str:
-  """The fields of config.attn in which a run differs from ours; "" if none."""
+def differs(config: ConfigDict, their_config: ConfigDict) -> str:
+  """The fields in which a run computes another function; "" if none.
+
+  The fields of config.attn and _FUNCTION may differ, since they need no other
+  parameters.
+  """
   paths = [f"attn.{key}" for key in config.attn if key != "implementation"]
+  paths += _FUNCTION
   return ", ".join(
     f"config.{path}={value_at(config, path)!r} in place of {theirs!r}"
     for path, theirs in _differing(config, their_config, paths).items()

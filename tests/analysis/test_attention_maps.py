@@ -82,6 +82,16 @@ def test_draw_writes_one_map_per_layer(tmp_path, monkeypatch):
   paths = attention_maps.draw(tmp_path, 1, tokens=5)
   names = [f"example1_stack_layer{i}.png" for i in range(2)]
   assert [path.name for path in paths] == names
+  other = tmp_path / "other.txt"
+  other.write_text("In the beginning " * 99)
+  monkeypatch.chdir(tmp_path)
+  others = attention_maps.draw(tmp_path, 1, tokens=5, source="other.txt")
+  assert [path.name for path in others] == [
+    f"example1_stack_layer{i}_other.txt.png" for i in range(2)
+  ]
+  assert all(path.exists() for path in paths)
+  drawn[:2], drawn[2:] = drawn[2:], drawn[:2]
+  del drawn[:2]
   assert Image.open(paths[0]).size[0] > 100
   weights_NTS, tick_labels, title = drawn[1]
   assert len(tick_labels) == 5

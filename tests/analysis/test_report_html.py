@@ -176,6 +176,16 @@ def test_run_that_is_behind_its_group_is_left_out(runs):
   ]  # fmt: skip
 
 
+def test_runs_of_one_seed_give_no_interval(runs, capsys):
+  write_run(runs / "copy", "sigmoid", 1, 0.2)
+  path = report_html.write([runs])
+  _, final = Tables(path.read_text()).tables
+  assert final[3][:5] == ["accuracy", "attn.kind=sigmoid", "4", "3", "0.6667"]
+  assert final[3][5:] == ["", "", ""]
+  said = capsys.readouterr().out
+  assert "attn.kind=sigmoid: several runs have the seed 1, so they are" in said
+
+
 def test_folder_without_runs_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"empty: holds no run"):
     report_html.write([tmp_path / "empty"])

@@ -40,6 +40,7 @@ def test_the_log_says_what_was_taken_and_how_attention_differs(
 ):
   config = make(texts, init_from=str(run))
   config.attn.kind = "sigmoid"
+  config.model.update(rope_base=500.0, logit_cap=30.0, norm_epsilon=1e-3)
   train(config, tmp_path / "new")
   said = capsys.readouterr().out
   [line] = [x for x in said.splitlines() if x.startswith("started from")]
@@ -47,3 +48,6 @@ def test_the_log_says_what_was_taken_and_how_attention_differs(
   assert taken == total
   assert line.endswith("arrays; none keeps its initial value")
   assert "config.attn.kind='sigmoid' in place of 'softmax'" in said
+  assert "config.model.rope_base=500.0 in place of 10000.0" in said
+  assert "config.model.logit_cap=30.0 in place of None" in said
+  assert "config.model.norm_epsilon=0.001 in place of " in said

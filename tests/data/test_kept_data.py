@@ -170,6 +170,40 @@ def test_other_texts_with_splits_of_their_own_keep_them(run, tmp_path, capsys):
   assert written(run) == [results]
 
 
+def test_the_trained_texts_of_a_run_with_others_to_evaluate(texts, tmp_path):
+  """Their split is named, evaluated and moved as that of config.data.source."""
+  held_out, run = tmp_path / "good.jsonl", tmp_path / "run"
+  held_out.write_text('{"text": "the cat sat"}\n')
+  train(make(texts, "bytes", **{"data.eval_source": str(held_out)}), run)
+  own = evaluate(run)
+  assert own["source"] == str(held_out)
+  results = evaluate(run, "train")
+  assert results["source"] == str(texts)
+  assert results["loss"] != own["loss"]
+  moved = evaluate(run, "train", source=str(texts.rename(tmp_path / "moved")))
+  assert moved["loss"] == results["loss"]
+  with pytest.raises(ValueError, match="split='foo' .*'test', 'train'"):
+    evaluate(run, "foo")
+  assert not (run / "eval_foo.json").exists()
+
+
+def test_names_of_results_of_other_data(run, tmp_path, monkeypatch):
+  (tmp_path / "here").mkdir()
+  monkeypatch.chdir(tmp_path / "here")
+  text = "the cat sat on the mat " * 20
+  (tmp_path / "two.txt").write_text(text)
+  (tmp_path / "here" / "two.txt").write_text(text * 2)
+  names = set()
+  for source in ("two.txt", "../two.txt", str(tmp_path / "two.txt")):
+    before = {*run.iterdir()}
+    evaluate(run, source=source)
+    [path] = {*run.iterdir()} - before
+    names.add(path.name)
+    assert json.loads(path.read_text())["source"] == source
+  assert "eval_two.txt.json" in names
+  assert not [x for x in names if x.startswith("eval_-") or ".." in x]
+
+
 def mixed(texts, share):
   values = {"mixture": ((str(texts), share),), "eval_source": str(texts)}
   return make("", "bytes", **{f"data.{x}": y for x, y in values.items()})

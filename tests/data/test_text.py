@@ -406,9 +406,23 @@ def test_sources_that_cannot_be_read_are_named(tmp_path):
   (tmp_path / "b.jsonl").write_text("not json\n")
   config = make(**{"data.source": str(tmp_path / "b.jsonl")})
   with pytest.raises(
-    ValueError, match=r"b\.jsonl'.*document 0.*must be text.*'not json"
+    ValueError,
+    match=r"b\.jsonl: line 1 is not JSON: Expecting value: 'not json'",
   ):
     next(tasks.train_batches(config))
+
+
+def test_a_broken_line_is_named_by_its_number(tmp_path):
+  lines = [json.dumps({"text": x}) for x in documents(30)]
+  path = tmp_path / "a.jsonl"
+  for bad, said in (
+    ('{"text": "broken', r"a\.jsonl: line 32 is not JSON: Unterminated string"),
+    ("[1, 2]", r"document 30: must be an object with .*='text', not: \[1, 2\]"),
+  ):
+    path.write_text("\n".join([lines[0], "", *lines[1:], bad]))
+    config = make(**{"data.source": "kjv/x", "data.eval_source": str(path)})
+    with pytest.raises(ValueError, match=said):
+      rows_of(tasks.eval_batches(config, "test"))
 
 
 # Other people's texts.
@@ -512,6 +526,95 @@ def test_another_text_can_be_evaluated(tmp_path):
     rows = rows_of(tasks.eval_batches(config, "test"))
     ids = rows[-1]["token"]
     assert text.tokenizer(config).decode(ids[ids >= 0]).endswith(last)
+
+
+def test_splits_of_a_run_with_an_eval_source(tmp_path, caplog):
+  """`train` is the split of the source, and no other name is made up."""
+  caplog.set_level("INFO", "sigattn.data")
+  many, plain = tmp_path / "many", tmp_path / "plain"
+  for folder in (many, plain):
+    folder.mkdir()
+  trained, held_out = documents(9), [f"held {i}" for i in range(6)]
+  good = write(tmp_path / "good.jsonl", held_out)
+  sources = [write(many / "a.jsonl", trained), str(many)]
+  for i, x in enumerate(held_out):
+    (plain / f"{i}.txt").write_text(x)
+  for source in sources:
+    for other in (good, str(plain)):
+      caplog.clear()
+      text_files.inform_once.cache_clear()
+      config = make(**{"data.source": source, "data.eval_source": other})
+      config.data.length = 64
+      setup.validate_config(config)
+      found = {
+        split: {
+          x for _, x in texts_of(rows_of(tasks.eval_batches(config, split)))
+        }
+        for split in ("train", "test")
+      }
+      assert found == {"train": {*trained}, "test": {*held_out}}
+      said = f"{other!r}: 6 of 6 documents are evaluated"
+      assert caplog.messages.count(said) == 1
+      with pytest.raises(ValueError, match=r"split='foo' .*'test', 'train'"):
+        tasks.eval_batches(config, "foo")
+
+
+def test_splits_of_a_run_on_one_text_with_an_eval_source(tmp_path, caplog):
+  caplog.set_level("INFO", "sigattn.data")
+  for name, content in (("a.txt", "abcd" * 30), ("b.txt", "bad cab " * 10)):
+    (tmp_path / name).write_text(content)
+  one, other = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
+  for held_out in (other, write(tmp_path / "b.jsonl", ["bad cab"])):
+    config = make(**{"data.source": one, "data.eval_source": held_out})
+    config.update_from_flattened_dict({"data.length": 119, "batch_size": 1})
+    [row] = rows_of(tasks.eval_batches(config, "train"))
+    assert tokenizers.Bytes().decode(row["token"]) == "abcd" * 30
+    for wrong in ("foo", "validation"):
+      with pytest.raises(
+        ValueError, match=f"split='{wrong}' of '.*b.*'test', "
+      ):
+        tasks.eval_batches(config, wrong)
+  rows_of(tasks.eval_batches(make(**{
+    "data.source": one, "data.eval_source": other,
+  }), "test"))  # fmt: skip
+  assert f"{other!r}: all 80 characters are evaluated" in caplog.text
+  config.data.eval_split = "train"  # it would be trained on what it evaluates
+  with pytest.raises(ValueError, match=r"eval_split='train'; must not be"):
+    setup.validate_config(config)
+
+
+def test_a_text_whose_end_is_one_character_is_refused(tmp_path):
+  path, run = tmp_path / "a.txt", tmp_path / "run"
+  path.write_text("a cat sat on a mat")  # 18 characters, of which 1 is held out
+  config = make(**{"data.source": str(path), "batch_size": 1})
+  with pytest.raises(
+    ValueError, match=r"split='test' .* 1 tokens; must have 2"
+  ):
+    train(config, run)
+  assert not run.exists()
+  path.write_text("abc")
+  text._whole.cache_clear()
+  with pytest.raises(ValueError, match="length=16; .* 2, .*: give a longer te"):
+    train(config, run)
+
+
+def test_the_only_texts_are_named_if_they_are_not_utf_8(tmp_path):
+  for i in range(3):
+    (tmp_path / f"{i}.txt").write_bytes(f"café {i}".encode("latin1"))
+  named = r"0\.txt: byte 3, 0xe9: is no text in UTF-8.*1\.txt: byte 3"
+  for share in (0.0, 0.5):
+    config = make(**{
+      "data.source": str(tmp_path), "data.max_corrupt_share": share,
+      "data.tokenizer": "characters",
+    })  # fmt: skip
+    with pytest.raises(ValueError, match=named):
+      setup.validate_config(config)
+  (tmp_path / "0.txt").write_text("good")
+  (tmp_path / "2.txt").unlink()
+  with pytest.raises(
+    ValueError, match=r"two that differ.*1\.txt: byte 3, 0xe9"
+  ):
+    setup.validate_config(config)
 
 
 def test_files_that_are_not_utf_8_are_named_and_skipped(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Generating text: the cache against the full forward pass, and sampling."""
 
+import re
 import types
 
 import jax
@@ -150,6 +151,17 @@ def test_generator_continues_a_batch_as_each_alone_and_streams_the_same(
   assert drawn[0] == drawn[1] != drawn[2]
   with pytest.raises(ValueError, match=r"temperature=-1"):
     generator(prompts, temperature=-1)
+  for wrong in ({"temperature": "x"}, {"max_tokens": 1.5}, {"top_p": None}):
+    [[name, value]] = wrong.items()
+    said = "; must be a (whole )?number"
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}") + said):
+      generator(prompts, **wrong)
+  with pytest.raises(
+    ValueError, match="prompts='a'; must be a list of prompts"
+  ):
+    generator("a")
+  with pytest.raises(ValueError, match="prompts: 3; must be a string"):
+    generator([3])
   with pytest.raises(ValueError, match="characters"):
     generator(["Ω"])
 
