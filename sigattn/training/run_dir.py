@@ -387,9 +387,8 @@ def with_data(
       new = new.lock()
   part = split or new.data.eval_split
   if why and split is not None:
-    module.open_source(
-      new, split
-    )  # refuses an unknown split before the message
+    # An unknown split is refused before the message.
+    module.open_source(new, split)
   if why:
     metrics.log(f"{why}. What is there now is evaluated, the split {part!r}")
   if shared:
