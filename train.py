@@ -135,8 +135,9 @@ def train(
 def _describe(config, state, devices, workdir, start):
   metrics.log(mesh.table(state.params))
   metrics.log(mesh.describe(state, devices))
+  kind = f"{'normalised ' * config.attn.normalize}{config.attn.kind}"
   metrics.log(
-    f"{config.task} with {config.attn.kind} attention: {config.total_steps} "
+    f"{config.task} with {kind} attention: {config.total_steps} "
     f"steps of {config.batch_size} on {devices.size} x "
     f"{jax.devices()[0].device_kind}, {config.dtype}"
   )

@@ -114,7 +114,7 @@ def _base():
 
 
 def _fashion_mnist():
-  """The embedded data set: three to five minutes on two CPU cores.
+  """The embedded data set: three to eight minutes on two CPU cores.
 
   Most choices were made on 8,000 other images of Fashion-MNIST's test set, with
   three layers for 23 epochs and four seeds per choice. A position table that is
