@@ -147,12 +147,13 @@ def _backward(wanted, problem, query, key, value, operands, d_out, *rows):
   problem, operands, query, key, value, d_out, *rows = _aligned(
     problem, operands, query, key, value, d_out.astype(query.dtype), *rows
   )
-  query, d_out, *rows = (
-    _without_padding(x, operands.query_seq_lengths)
-    for x in (query, d_out, *rows)
+  query, d_out = (
+    _without_padding(x, operands.query_seq_lengths) for x in (query, d_out)
   )
   if problem.normalize:
-    problem, d_out, rows = _in_rows(problem, d_out, *rows)
+    out, sums, d_sums = rows  # The first two are 0 in the padding.
+    d_sums = _without_padding(d_sums, operands.query_seq_lengths)
+    problem, d_out, rows = _in_rows(problem, d_out, out, sums, d_sums)
   key, value = (
     _without_padding(x, operands.key_value_seq_lengths) for x in (key, value)
   )
