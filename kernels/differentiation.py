@@ -368,6 +368,17 @@ def _is_zero(x):
 # The primitives.
 
 
+@functools.lru_cache(maxsize=4096)
+def _jit(compute, name, call, _):
+  """compute(call, ...). The layers of a model share it: it is lowered once."""
+
+  def run(*arguments):
+    return compute(call, *arguments)
+
+  run.__name__ = name
+  return jax.jit(run)
+
+
 class _Operation:
   """A primitive, called with a _Call and its arguments.
 
@@ -377,9 +388,9 @@ class _Operation:
   Args:
     name: of the primitive.
     compute: (call, *arguments) -> the results.
+    names: of the arguments of a call; after the arrays, their axes instead.
     types: (call, types of the arguments) -> types of the results. If it is
       given, there is no body, and `compute` runs only when it is compiled.
-    names: of the arguments of a call; after the arrays, their axes instead.
     apart: the names of arrays that need one result for each vmapped example.
     batches: (call, batches of the arguments) -> batches of the results. That of
       the gradient of an array that examples share is 1.
@@ -400,8 +411,6 @@ class _Operation:
     self.apart, self.batches = apart, batches
     self.primitive = Primitive(f"sigattn_{name}")
     self.primitive.multiple_results = True
-    # The layers of a model call the same function, which is lowered once.
-    self._jit = functools.lru_cache(maxsize=4096)(self._jit)
     self.primitive.def_impl(
       lambda *arguments, call, body: self._jitted(call)(*arguments)
     )
@@ -424,14 +433,7 @@ class _Operation:
 
   def _jitted(self, call):
     # A trace depends on the device, because each has kernels of its own.
-    return self._jit(call, device.current())
-
-  def _jit(self, call, _):
-    def run(*arguments):
-      return self.compute(call, *arguments)
-
-    run.__name__ = self.primitive.name
-    return jax.jit(run)
+    return _jit(self.compute, self.primitive.name, call, device.current())
 
   def _fold(self, arguments, dims, call, body):
     """The rule of vmap: folds the vmapped axis into the batch."""

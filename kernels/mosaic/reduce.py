@@ -28,7 +28,7 @@ from jax.extend.mlir.dialects import arith, vector
 from jaxlib.mlir.dialects import llvm
 
 from sigattn.kernels.mosaic.pipeline import one_warpgroup, smem_for_copies
-from sigattn.kernels.mosaic.registers import WARPGROUP
+from sigattn.kernels.mosaic.registers import WARPGROUP, fragment
 from sigattn.kernels.mosaic.schedule import div, rem
 
 SIDE = 64  # rows and columns of a tile
@@ -118,9 +118,7 @@ def load(total: Any) -> jax.Array:
     quad, pair = (ir.VectorType.get((n,), f32) for n in (4, 2))
     pointer = ir.Type.parse("!llvm.ptr<1>")
     layout = plgpu.Layout.WGMMA.to_mgpu()
-    registers = np.empty(layout.registers_shape((SIDE, SIDE)), object)
-    place = _place(total)
-    flat = []
+    place, pairs = _place(total), []
     for j in range(_ORDER["j"]):
       offset = mgpu.c(j * WARPGROUP * 16, ir.IntegerType.get_signless(64))
       address = llvm.inttoptr(pointer, arith.addi(place, offset))
@@ -130,12 +128,9 @@ def load(total: Any) -> jax.Array:
           vector.extract(numbers, [], [_ORDER["k"] * i + k])
           for k in range(_ORDER["k"])
         ]
-        flat.append(vector.from_elements(pair, both))
-    for index, place in enumerate(np.ndindex(registers.shape)):
-      registers[place] = flat[index]
-    return mgpu.FragmentedArray(
-      _registers=registers, _layout=layout, _is_signed=None
-    )
+        pairs.append(vector.from_elements(pair, both))
+    shape = layout.registers_shape((SIDE, SIDE))
+    return fragment(np.array(pairs, object).reshape(shape), layout)
 
   return inline(total)
 

@@ -356,7 +356,7 @@ def _paced(codes, x, scale, bias, slope, offset):
       if index % _PACE == 0:
         first = both[0]
       turned[place] = vector.from_elements(pair.type, both)
-    return _fragment(turned, x.layout)
+    return fragment(turned, x.layout)
 
   return _in_registers(compute, x, *numbers)
 
@@ -377,7 +377,8 @@ def _in_registers(compute: Callable, x: jax.Array, *numbers: Any) -> jax.Array:
   return inline(x, *numbers)
 
 
-def _fragment(registers, layout):
+def fragment(registers: np.ndarray, layout: Any) -> mgpu.FragmentedArray:
+  """A tile of float32 numbers that are in these registers."""
   return mgpu.FragmentedArray(
     _registers=registers, _layout=layout, _is_signed=None
   )
@@ -389,7 +390,7 @@ def _like(totals, sums):
   pairs = zip(np.ndenumerate(totals.registers), sums, strict=True)
   for (place, register), number in pairs:
     registers[place] = vector.from_elements(register.type, [number])
-  return _fragment(registers, totals.layout)
+  return fragment(registers, totals.layout)
 
 
 def _map(function, x):
@@ -401,7 +402,7 @@ def _map(function, x):
       function(vector.extract(pair, [], [k]), i, 8 * j + k) for k in range(2)
     ]
     registers[place] = vector.from_elements(pair.type, numbers)
-  return _fragment(registers, x.layout)
+  return fragment(registers, x.layout)
 
 
 def _plane_scalars(first, slope, offset):
