@@ -3,6 +3,7 @@
 The kernel is in decode_kernel.py.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -80,6 +81,18 @@ def tile(problem: Problem, paged: bool = False) -> Tile:
   # Products of float32 need many registers, which spill with four warps.
   warps = 8 if wide and width >= 128 else 4
   return Tile(rows, block_kv, splits, warps, stages, True)
+
+
+def in_float16(problem: Problem) -> bool:
+  """Whether the products of bfloat16 queries are computed in float16.
+
+  This is faster if the keys are in 8 bits, see decode_kernel.py, and float16
+  holds numbers of 8 bits exactly. A query beyond 65,504 becomes 65,504. Only
+  the weights of sigmoid and softmax, at most 1, are sure to be in range.
+  """
+  kinds = "sigmoid", "softmax"
+  eight_bits = problem.key_dtype == FLOAT8 and problem.dtype == "bfloat16"
+  return eight_bits and problem.kind in kinds
 
 
 def counters(problem: Problem, tile: Tile) -> jax.Array:
@@ -191,6 +204,9 @@ def constants(
   rows = min(_power_of_two(problem.query_len * group), tile.rows)
   # As many shares are added at a time as fit in 32 registers of a thread.
   chunk = max(tile.num_warps * 32 * 32 // (rows * width), 1)
+  half = in_float16(problem)
+  if half:  # The weights are scaled as in float16.
+    problem = dataclasses.replace(problem, dtype="float16")
   return launch.common("decode", problem, precision) | dict(
     PAGE=page,
     ROWS=tile.rows,
@@ -204,6 +220,7 @@ def constants(
     NEW=new is not None,
     QK_EPSILON=epsilon,
     TURNED=0 if cos is None else 2 * cos.shape[1],
+    HALF=half,
   )
 
 

@@ -34,7 +34,9 @@ reads that slot. Before that, query and key are normalised by RMSNorm over the
 head if QK_EPSILON is given, and rotated by RoPE if TURNED is not 0.
 
 k and v may be in 8 bits. Each tile is converted to the dtype of q after it was
-loaded, and a new token is rounded to 8 bits when it is written.
+loaded, and a new token is rounded to 8 bits when it is written. With HALF the
+products are in float16 instead, although q is in bfloat16: one instruction
+converts two numbers of 8 bits to float16, and none converts them to bfloat16.
 
 Arrays: q, out (B, T, N, H), with NEW q (B, 1, N + 2 K, H); k, v (B, S, K, H),
 or with PAGE (pages, PAGE, K, H); pages (B, S / PAGE); q_scale, k_scale (H,);
@@ -75,7 +77,7 @@ def decode(
   Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr,
   Q_LENGTHS: tl.constexpr, K_LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
   NORMALIZE: tl.constexpr, NEW: tl.constexpr, QK_EPSILON: tl.constexpr,
-  TURNED: tl.constexpr,
+  TURNED: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
   """out_i = OUT_SCALE sum_j p_ij v_j, for ROWS rows and a share of their keys.
 
@@ -106,7 +108,7 @@ def decode(
       batch, kv_head, head, i, q_len, offset, start, stop, T, S, N, K, H,
       BLOCK_H, PAGE, ROWS, BLOCK_KV, ACTIVATION, SCALE, BIAS, P_SCALE,
       PRECISION, LEFT, RIGHT, OFFSET, BIAS_STRIDE, SLOPE_STRIDE, Q_BIAS, K_BIAS,
-      NORMALIZE, NEW, QK_EPSILON, TURNED,
+      NORMALIZE, NEW, QK_EPSILON, TURNED, HALF,
     )  # fmt: skip
     row = (tl.cast(batch, tl.int64) * T + i) * N + head
     acc = tl.where(i[:, None] < q_len, acc, 0.0) * OUT_SCALE
@@ -254,6 +256,7 @@ def _attend(
   OFFSET: tl.constexpr, BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
   Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
   NEW: tl.constexpr, QK_EPSILON: tl.constexpr, TURNED: tl.constexpr,
+  HALF: tl.constexpr,
 ):  # fmt: skip
   """(sum_j p_ij v_j, sum_j p_ij, peak) over the keys start .. stop - 1."""
   columns = tl.arange(0, BLOCK_H)[None, :]
@@ -263,6 +266,9 @@ def _attend(
   q_tile = _heads(
     q, q_scale, cos, sin, batch, row, is_row, H, BLOCK_H, QK_EPSILON, TURNED
   )
+  if HALF:
+    wide = tl.clamp(q_tile.to(tl.float32), -65504, 65504, tl.PropagateNan.ALL)
+    q_tile = wide.to(tl.float16)
   bias, slope = _of_rows(
     logit_bias, slopes, q_bias, batch, head, i, is_row, T, N, ROWS, ACTIVATION,
     BIAS, BIAS_STRIDE, SLOPE_STRIDE, Q_BIAS,
