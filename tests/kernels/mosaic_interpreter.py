@@ -24,7 +24,7 @@ from jax._src.pallas.mosaic_gpu.interpret import (
   jaxpr_interpret,
   shared_memory,
 )
-from jax._src.state import types
+from jax._src.state import primitives, types
 
 from sigattn.kernels import (
   batching_and_sharding,
@@ -32,7 +32,13 @@ from sigattn.kernels import (
   differentiation,
   dispatch,
 )
-from sigattn.kernels.mosaic import host, reduce, registers, tiles
+from sigattn.kernels.mosaic import (
+  host,
+  logit_gradient,
+  reduce,
+  registers,
+  tiles,
+)
 from tests.kernels import cases, compare, ptx
 
 CASES = [
@@ -84,6 +90,11 @@ def _load(total):
   """reduce.load in plain JAX."""
   j_w_r_c_i_k = total[...].reshape(8, 4, 8, 4, 2, 2)
   return j_w_r_c_i_k.transpose(1, 4, 2, 0, 3, 5).reshape(64, 64)
+
+
+def _preset(accumulator, value):
+  """pipeline.preset by a primitive that the interpreter knows."""
+  primitives.ref_set(accumulator, None, value)
 
 
 def _plane(x, first, slope, offset):
@@ -155,6 +166,7 @@ def _pretend(backward):
     if backward == "fused"
   }
   reduce.add, reduce.load = _add, _load
+  logit_gradient.preset = _preset
   registers.tanh, registers.sigmoid = _tanh, _sigmoid
   registers.paced_sigmoid = _paced_sigmoid
   registers.hide, registers.distance = _hide, _distance
