@@ -86,12 +86,9 @@ def run(
   return [*(totals.get(name) for name in names), *results]
 
 
-def zeros(query: jax.Array, tile: KeyTile) -> jax.Array:
-  """The sums of dq before anything is added. query: (B, T, N, H)."""
-  # Blocks may reach beyond the sequence.
-  batch, length, heads, width = query.shape
-  length = pl.cdiv(length, tile.block_q) * tile.block_q
-  return reduce.zeros(batch, length, heads, width)
+def rows_of_dq(length: int, tile: KeyTile) -> int:
+  """The rows of the sums of dq. Blocks may reach beyond `length` queries."""
+  return pl.cdiv(length, tile.block_q) * tile.block_q
 
 
 def _accumulate(head, totals):

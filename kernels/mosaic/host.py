@@ -19,6 +19,7 @@ Normalised rows, out = p v / s with s the sums of the rows of p, need more:
 """
 
 import dataclasses
+import functools
 import os
 
 import jax
@@ -114,8 +115,11 @@ def _forward_aligned(form, problem, query, key, value, operands):
   plain = not (
     form.masked or form.alibi or problem.masked_by_data or problem.normalize
   )
-  if plain and problem.key_len >= tiles.LONG:
+  if problem.key_len < tiles.LONG:
+    tile = dataclasses.replace(tile, cluster=1)
+  elif plain:
     tile = tiles.LONG_TILES.get(problem.head_dim, tile)
+  tile = _without_cluster(problem, tile)
   key, value = (
     _without_padding(x, operands.key_value_seq_lengths) for x in (key, value)
   )
@@ -128,6 +132,16 @@ def _forward_aligned(form, problem, query, key, value, operands):
   else:
     scales = (1 / (unit * form.weight_scale),)
   return forward.run(form, tile, schedule, inputs, *scales)
+
+
+def _without_cluster(problem, tile):
+  """The tile; without a cluster if data say which blocks a tile sees.
+
+  Then neighbouring tiles may see other blocks.
+  """
+  if problem.masked_by_data:
+    return dataclasses.replace(tile, cluster=1)
+  return tile
 
 
 def _backward(wanted, problem, query, key, value, operands, d_out, *rows):
@@ -150,15 +164,19 @@ def _backward(wanted, problem, query, key, value, operands, d_out, *rows):
   query, d_out = (
     _without_padding(x, operands.query_seq_lengths) for x in (query, d_out)
   )
+  fused, dq_sums = _takes_fused_backward(form, problem, wanted), None
   if problem.normalize:
     out, sums, d_sums = rows  # The first two are 0 in the padding.
     d_sums = _without_padding(d_sums, operands.query_seq_lengths)
-    problem, d_out, rows = _in_rows(problem, d_out, out, sums, d_sums)
+    problem, d_out, rows, dq_sums = _in_rows(
+      problem, d_out, out, sums, d_sums, fused
+    )
   key, value = (
     _without_padding(x, operands.key_value_seq_lengths) for x in (key, value)
   )
-  fused = _takes_fused_backward(form, problem, wanted)
-  backward = _fused_backward if fused else _two_kernel_backward
+  backward = _two_kernel_backward
+  if fused:
+    backward = functools.partial(_fused_backward, dq_sums)
   d_query, row_sums, dk, dv, *sums = backward(
     wanted, form, problem, operands, query, key, value, d_out, *rows
   )
@@ -173,21 +191,28 @@ def _backward(wanted, problem, query, key, value, operands, d_out, *rows):
   )  # fmt: skip
 
 
-def _in_rows(problem, d_out, out, sums, d_sums):
-  """(problem, d_out, [rows]), as the kernels need them.
+def _in_rows(problem, d_out, out, sums, d_sums, fused):
+  """(problem, d_out, [rows], dq_sums), as the kernels need them.
 
-  rows: (B, N, 1 or 2, T and the rest of a tile), the shift and perhaps the
-  inverse. The normalizer of the weights becomes a part of them.
+  rows: (B, N, 1 or 2, T and the rest of a tile), minus the shift and perhaps
+  the inverse. The normalizer of the weights becomes a part of them. dq_sums:
+  zeros for the fused backward pass, or None.
   """
   normalizer = problem.normalizer
   problem = dataclasses.replace(problem, normalizer=1.0)
   if _reads_inverse(problem):
     inverse, shift = numerics.inverse_and_shift(out, sums, d_sums, d_out)
-    of_rows = jnp.stack([shift, inverse]) / normalizer
-    return problem, d_out, [jnp.moveaxis(of_rows, (1, 3), (0, 1))]
-  d_out, products = normalized.divide(out, d_out, sums, normalizer)
+    of_rows = jnp.stack([-shift, inverse]) / normalizer
+    return problem, d_out, [jnp.moveaxis(of_rows, (1, 3), (0, 1))], None
+  count = 0
+  if fused:
+    tile = tiles.FUSED_BACKWARD[problem.head_dim].tile
+    count = fused_backward.rows_of_dq(problem.query_len, tile)
+  d_out, products, dq_sums = normalized.divide(
+    out, d_out, sums, normalizer, count
+  )
   d_sums = _pad_to(jnp.moveaxis(d_sums, 1, 2), products.shape[-1])
-  return problem, d_out, [(products - d_sums / normalizer)[:, :, None]]
+  return problem, d_out, [(d_sums / normalizer - products)[:, :, None]], dq_sums
 
 
 def _reads_inverse(problem):
@@ -229,10 +254,13 @@ def _takes_fused_backward(form, problem, wanted):
   return problem.key_len >= (fused.masked if form.masked else fused.open)
 
 
-def _fused_backward(wanted, form, problem, operands, query, *arrays):
-  """[dq, sums of rows or None, dk, dv], and the sums of keys if wanted."""
+def _fused_backward(dq_sums, wanted, form, problem, operands, query, *arrays):
+  """[dq, sums of rows or None, dk, dv], and the sums of keys if wanted.
+
+  dq_sums: zeros as in fused_backward.run, or None.
+  """
   of_width = tiles.FUSED_BACKWARD[problem.head_dim]
-  tile = of_width.tile
+  tile = _without_cluster(problem, of_width.tile)
   if _has_vectors(problem):
     tile = dataclasses.replace(tile, stages=of_width.stages_with_vectors)
   row_sums = None
@@ -240,9 +268,13 @@ def _fused_backward(wanted, form, problem, operands, query, *arrays):
     length = pl.cdiv(problem.query_len, tile.block_q) * tile.block_q
     shape = tile.warpgroups, problem.batch, problem.num_heads, length
     row_sums = jnp.zeros(shape, jnp.float32)
+  if dq_sums is None:
+    batch, length, heads, width = query.shape
+    length = fused_backward.rows_of_dq(length, tile)
+    dq_sums = reduce.zeros(batch, length, heads, width)
   schedule, inputs = _arguments(
-    form, tile, problem, operands, query, *arrays,
-    dq_sums=fused_backward.zeros(query, tile), row_sums=row_sums,
+    form, tile, problem, operands, query, *arrays, dq_sums=dq_sums,
+    row_sums=row_sums,
   )  # fmt: skip
   scales = _scales(form, problem)
   dq_sums, row_sums, *rest = fused_backward.run(
@@ -455,8 +487,9 @@ def _schedule(problem, tile):
     costs = 1 + blocks.count_visible(
       count, rows, before, after, tile.streamed, others
     )
+  clusters = programs // tile.cluster
   return Schedule(
-    count, problem.batch * heads, programs, tile.of_queries, costs
+    count, problem.batch * heads, clusters, tile.of_queries, costs
   )
 
 

@@ -56,7 +56,9 @@ from sigattn.kernels.mosaic.pipeline import (
   Ring,
   accumulator,
   by_role,
+  free_barrier,
   launch,
+  place_in_cluster,
   smem_blocks,
   store,
   zero_padding,
@@ -164,7 +166,8 @@ class Context:
       tile.block_q, self.sizes.query_len,
     )  # fmt: skip
     steps = self.variant.steps.make(*blocks)
-    return batch, head, index * tile.stationary, steps
+    first = index * tile.stationary + place_in_cluster(tile)
+    return batch, head, first, steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +234,10 @@ def build(
   # The fused kernel has no registers for the addresses of two slots: with them
   # it spilled 264 bytes at head width 128, and with hides_slots it spills 40.
   ring = functools.partial(
-    Ring, stages=tile.stages, hides_slots=fused and tile.stages == 2
+    Ring,
+    stages=tile.stages,
+    hides_slots=fused and tile.stages == 2,
+    shared=tile.cluster > 1,
   )
 
   def kernel(gmem, *smem):
@@ -285,7 +291,7 @@ def _scratch(tile, key, inputs, num_sums, fused):
   do_full = plgpu.Barrier(
     num_barriers=tile.stages, num_arrivals=2 if kinds else 1
   )
-  free = plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
+  free = free_barrier(tile)
   by_all = plgpu.Barrier(num_arrivals=tile.warpgroups)
   return [
     stationary, stationary, streamed, streamed,

@@ -26,6 +26,7 @@ from sigattn.kernels.mosaic.key_tiles import Head
 from sigattn.kernels.mosaic.pipeline import (
   accumulator,
   at_step,
+  preset,
   read,
   zero_padding,
 )
@@ -66,27 +67,34 @@ def compute(
   )  # fmt: skip
   context.queries.wait(c)
   context.d_outs.wait(c)
+  total = accumulator(context.tile.block_kv, context.tile.block_q)
   return pl.run_scoped(
-    functools.partial(_start_scores, step, totals), _scores_accumulator(context)
-  )
+    functools.partial(_start, step, totals),
+    total, None if head.dk is None else total,
+  )  # fmt: skip
 
 
-def _scores_accumulator(context):
-  return accumulator(context.tile.block_kv, context.tile.block_q)
-
-
-def _start_scores(step, totals, s_ref):
+def _start(step, totals, s_ref, dp_ref):
+  """Starts the scores, and returns what `compute` returns."""
+  context = step.head.context
+  rows = context.smem.rows
+  is_preset = (
+    context.tile.preset and dp_ref is not None
+    and rows is not None and rows.shape[1] == 1
+  )  # fmt: skip
+  if is_preset:  # The tensor cores add dp to -shift.
+    [shift] = _load_rows(step)
+    preset(dp_ref, lax.broadcast_in_dim(shift, dp_ref.shape, [1]))
   plgpu.wgmma(s_ref, step.keys, step.q.transpose((1, 0)))
   if step.columns is not None:
     vectors.add(s_ref, step.head.vector, step.columns)
-  has_dk = step.head.dk is not None
-  return pl.run_scoped(
-    functools.partial(_finish, step, totals, s_ref),
-    _scores_accumulator(step.head.context) if has_dk else None,
-  )
+  # Otherwise the numbers are loaded where they are needed, because there are no
+  # registers to keep them.
+  load_rows = list if is_preset else functools.partial(_load_rows, step)
+  return _finish(step, totals, s_ref, dp_ref, load_rows)
 
 
-def _finish(step, totals, s_ref, dp_ref):
+def _finish(step, totals, s_ref, dp_ref, load_rows):
   """Weights, the product for dv, and dz."""
   head, context = step.head, step.head.context
   form = context.form
@@ -94,7 +102,6 @@ def _finish(step, totals, s_ref, dp_ref):
     plgpu.wgmma(dp_ref, step.values, step.d_out.transpose((1, 0)))
   s = read(s_ref, int(head.dk is not None))
   p, derivative, place = _weigh(step, s)
-  load_rows = functools.partial(_load_rows, step)
   if head.dv is not None:
     scaled = p
     for inverse in load_rows()[1:]:

@@ -12,6 +12,12 @@ blocks into a ring of slots in shared memory, as far ahead as there are slots:
 
 While one warpgroup stores its result, the others compute, and the blocks of the
 next tile are on their way.
+
+Two programs may form a cluster (cluster = 2 in tiles.py). They compute
+neighbouring tiles of one head, and see the same blocks. Each of them loads one
+half of a block, and the copy engine writes it to the shared memory of both. So
+each block is read half as often from the second-level cache. Both wait until
+the slot is free in both.
 """
 
 import dataclasses
@@ -25,9 +31,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from sigattn.kernels.mosaic import registers
 from sigattn.kernels.mosaic.schedule import Schedule, rem
 from sigattn.kernels.mosaic.tiles import KeyTile, QueryTile
 
+_CLUSTER = "cluster"  # the axis of the programs of a cluster
 _MEMORY_REGISTERS = 24  # registers of a thread of the memory warpgroup
 
 
@@ -100,6 +108,8 @@ def launch(
     out_type=list(outputs.values()),
     grid=(schedule.programs,),
     grid_names=("program",),
+    cluster=(tile.cluster,) if tile.cluster > 1 else (),
+    cluster_names=(_CLUSTER,) if tile.cluster > 1 else (),
     kernel_name=name,
     num_threads=tile.warpgroups + 1,
     thread_name="warpgroup",
@@ -215,15 +225,17 @@ class Ring:
     free: Any,
     stages: int,
     hides_slots: bool = False,
+    shared: bool = False,
   ):
     """smem: (stages, rows, width). full, free: a barrier for each slot.
 
     hides_slots: whether to keep the compiler from computing the addresses of
     the slots before the loop over steps, see at_step. With two slots it does
-    that.
+    that. shared: whether the programs of a cluster fill their rings together.
     """
     self._smem, self._full, self._free = smem, full, free
     self._stages, self._hides_slots = stages, hides_slots
+    self._axes = _CLUSTER if shared else None
 
   def _slot(self, step):
     slot = rem(step, self._stages)
@@ -237,7 +249,10 @@ class Ring:
     def _():
       plgpu.barrier_wait(self._free.at[slot])
 
-    plgpu.copy_gmem_to_smem(source, self._smem.at[slot], self._full.at[slot])
+    plgpu.copy_gmem_to_smem(
+      source, self._smem.at[slot], self._full.at[slot],
+      collective_axes=self._axes,
+    )  # fmt: skip
 
   def fill_too(self, step: jax.Array, source: Any, smem: Any) -> None:
     """Memory warpgroup, after `fill`: copies the step's block of another array.
@@ -271,6 +286,34 @@ class Ring:
     """Compute warpgroup: signals that it no longer needs the block."""
     plgpu.barrier_arrive(self._free.at[self._slot(step)])
 
+  def skip(self, step: jax.Array) -> None:
+    """Compute warpgroup: waits for a block that it does not need."""
+    self.wait(step)
+    if self._axes:
+      # One thread arrives for the warpgroup. Usually a product comes before it,
+      # for which the warps wait for each other.
+      registers.meet()
+    self.release(step)
+
+
+def free_barrier(tile: QueryTile | KeyTile) -> Any:
+  """A barrier for each slot of a Ring, at which compute warpgroups arrive.
+
+  Those of all programs of a cluster arrive at the barriers of each program,
+  because each of them writes to the slots of all.
+  """
+  arguments = dict(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
+  if tile.cluster == 1:
+    return plgpu.Barrier(**arguments)
+  return plgpu.ClusterBarrier(collective_axes=(_CLUSTER,), **arguments)
+
+
+def place_in_cluster(tile: QueryTile | KeyTile) -> int | jax.Array:
+  """This program's first row, counted from the first one of its cluster."""
+  if tile.cluster == 1:
+    return 0
+  return lax.axis_index(_CLUSTER) * tile.of_program
+
 
 def store(value: jax.Array, smem: Any, destination: Any) -> None:
   """Starts to write a tile to global memory through smem.
@@ -289,6 +332,14 @@ def store(value: jax.Array, smem: Any, destination: Any) -> None:
 def accumulator(*shape: int) -> Any:
   """float32 registers to which the tensor cores add."""
   return plgpu.ACC(shape, jnp.float32)
+
+
+def preset(accumulator: Any, value: jax.Array) -> None:
+  """Sets an accumulator to the value to which products will be added.
+
+  Call it before products start: otherwise the compiler waits for their end.
+  """
+  accumulator[...] = value
 
 
 def read(accumulator: Any, in_flight: int) -> jax.Array:

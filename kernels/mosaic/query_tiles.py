@@ -49,7 +49,9 @@ from sigattn.kernels.mosaic.pipeline import (
   Ring,
   accumulator,
   by_role,
+  free_barrier,
   launch,
+  place_in_cluster,
   smem_blocks,
   store,
   zero_padding,
@@ -97,7 +99,8 @@ class Context:
       gmem.plan, batch, index, tile.stationary, form.left, form.right,
       tile.block_kv, self.key_len,
     )  # fmt: skip
-    return batch, head, index * tile.stationary, Steps.make(*blocks)
+    first = index * tile.stationary + place_in_cluster(tile)
+    return batch, head, first, Steps.make(*blocks)
 
   def slot(self, i: jax.Array) -> jax.Array:
     """The slot of the queries of the i-th tile, and then of its output."""
@@ -195,8 +198,8 @@ def run(
       sum_scale=sum_scale, divides=divides, accumulate=accumulate, gmem=gmem,
       q_smem=q_smem, do_smem=do_smem, sums_smem=sums_smem,
       columns_smem=columns_smem, q_full=q_full,
-      keys=Ring(k_smem, k_full, k_free, tile.stages),
-      values=Ring(v_smem, v_full, v_free, tile.stages),
+      keys=Ring(k_smem, k_full, k_free, tile.stages, shared=tile.cluster > 1),
+      values=Ring(v_smem, v_full, v_free, tile.stages, shared=tile.cluster > 1),
       warpgroup=lax.axis_index("warpgroup"),
       tiles=schedule.count(gmem.table),
     )  # fmt: skip
@@ -238,7 +241,7 @@ def _scratch(tile, width, dtype, has_d_out, has_sums, has_vectors):
     num_barriers=tile.stages, num_arrivals=2 if has_vectors else 1
   )
   full = plgpu.Barrier(num_barriers=tile.stages)
-  free = plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
+  free = free_barrier(tile)
   return [
     blocks(2 * tile.warpgroups, tile.block_q),
     blocks(tile.warpgroups, tile.block_q) if has_d_out else None,
@@ -359,8 +362,7 @@ def loops(
 
   def skip(e, _):
     for ring in (context.keys, context.values):
-      ring.wait(queries.count + e)
-      ring.release(queries.count + e)
+      ring.skip(queries.count + e)
 
   def run(first, last, sums, masked):
     return lax.fori_loop(first, last, lambda e, x: step(e, x, masked), sums)

@@ -41,6 +41,12 @@ def zeros(batch: int, length: int, heads: int, width: int) -> jax.Array:
   return jnp.zeros((batch, heads, *tiles, 8, WARPGROUP, 4), jnp.float32)
 
 
+def in_tiles(x: jax.Array) -> jax.Array:
+  """x, (B, N, T / 64, 64 H), in the shape of `zeros`."""
+  wide = x.shape[-1] // SIDE**2
+  return x.reshape(*x.shape[:3], wide, 8, WARPGROUP, 4)
+
+
 def in_rows(
   total: jax.Array, length: int, scale: float, dtype: jnp.dtype
 ) -> jax.Array:

@@ -26,13 +26,19 @@ class QueryTile:
   # width 64. At 128 the forward pass is slower, and other widths were not
   # measured (benchmarks/NOTES.md, "The exact sigmoid on an H200").
   polynomial: bool = False
+  cluster: int = 1  # programs that share streamed blocks, see pipeline.py
 
   of_queries: ClassVar[bool] = True  # Queries are stationary.
 
   @property
-  def stationary(self) -> int:
-    """Queries of all compute warpgroups together."""
+  def of_program(self) -> int:
+    """Queries of all compute warpgroups of a program together."""
     return self.block_q * self.warpgroups
+
+  @property
+  def stationary(self) -> int:
+    """Queries of all programs of a cluster together."""
+    return self.of_program * self.cluster
 
   @property
   def streamed(self) -> int:
@@ -50,13 +56,22 @@ class KeyTile:
   warpgroups: int
   registers: int
   polynomial: bool = False  # as in QueryTile
+  cluster: int = 1  # as in QueryTile
+  # Start the products do v^T of normalised rows at -shift. With the registers
+  # of head width 64 this is slower.
+  preset: bool = False
 
   of_queries: ClassVar[bool] = False
 
   @property
-  def stationary(self) -> int:
-    """Keys of all compute warpgroups together."""
+  def of_program(self) -> int:
+    """Keys of all compute warpgroups of a program together."""
     return self.block_kv * self.warpgroups
+
+  @property
+  def stationary(self) -> int:
+    """Keys of all programs of a cluster together."""
+    return self.of_program * self.cluster
 
   @property
   def streamed(self) -> int:
@@ -91,7 +106,7 @@ TILES = {
     KeyTile(64, 64, 2, 2, 240),
   ),
   128: Tiles(
-    QueryTile(64, 128, 2, 2, 240, overlap=True),
+    QueryTile(64, 128, 2, 2, 240, overlap=True, cluster=2),
     QueryTile(64, 128, 2, 2, 240),
     KeyTile(64, 64, 2, 2, 240),
     dq_with_vectors=QueryTile(64, 64, 2, 2, 240),
@@ -109,7 +124,8 @@ TILES = {
 }
 
 # The tiles of the forward pass without masks, ALiBi, lengths and segments, from
-# LONG keys on. There most blocks are full, and all are computed alike.
+# LONG keys on. There most blocks are full, and all are computed alike. Clusters
+# of the forward pass also begin at LONG keys; with fewer they gain nothing.
 LONG_TILES = {64: QueryTile(64, 192, 2, 3, 160, paced=True, polynomial=True)}
 LONG = 8192
 
@@ -132,7 +148,10 @@ FUSED_BACKWARD = {
     stages_with_vectors=3,
   ),
   128: FusedBackward(
-    KeyTile(64, 64, 3, 2, 240), open=1024, masked=2048, stages_with_vectors=2
+    KeyTile(64, 64, 3, 2, 240, cluster=2, preset=True),
+    open=1024,
+    masked=2048,
+    stages_with_vectors=2,
   ),
 }
 

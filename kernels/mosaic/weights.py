@@ -200,14 +200,14 @@ def row_gradient(
 def of_normalized(dp: jax.Array, rows: list[jax.Array], axis: int) -> jax.Array:
   """inverse dp - shift; dp if the rows are not normalised.
 
-  rows: [shift], [shift, inverse] or []. axis: the axis of queries in dp.
+  rows: [-shift], [-shift, inverse] or []. axis: the axis of queries in dp.
   """
   if not rows:
     return dp
   shift, *inverse = (lax.broadcast_in_dim(x, dp.shape, [axis]) for x in rows)
   for x in inverse:
     dp = x * dp
-  return dp - shift
+  return dp + shift
 
 
 def to_16_bits(x: jax.Array, factor: float, dtype: jnp.dtype) -> jax.Array:

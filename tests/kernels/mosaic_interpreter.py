@@ -2,13 +2,16 @@
 
   python -m tests.kernels.mosaic_interpreter 64 two_kernels all_but_dense ...
   python -m tests.kernels.mosaic_interpreter 64 fused all_but_dense ...
+  python -m tests.kernels.mosaic_interpreter 64 clusters all_but_dense ...
 
-The second argument chooses the backward pass. The dtype is bfloat16; a case
+The second argument chooses the backward pass. "clusters" are two kernels, and
+the programs of all passes form clusters of two. The dtype is bfloat16; a case
 that is called "CASE.float16" is run in float16. The program prints the error of
 each output and gradient. It exits with 1 if an error is more than twice that of
 plain code in 16 bits. A kernel with a missing arrival at a barrier hangs, so
 set a time limit. The interpreter needs a thread for each warpgroup. A small
-machine has no more than three threads, so here two warpgroups compute.
+machine has no more than three threads, so here two warpgroups compute, and one
+in each program of a cluster.
 """
 
 import dataclasses
@@ -24,7 +27,7 @@ from jax._src.pallas.mosaic_gpu.interpret import (
   jaxpr_interpret,
   shared_memory,
 )
-from jax._src.state import types
+from jax._src.state import primitives, types
 
 from sigattn.kernels import (
   batching_and_sharding,
@@ -32,7 +35,13 @@ from sigattn.kernels import (
   differentiation,
   dispatch,
 )
-from sigattn.kernels.mosaic import host, reduce, registers, tiles
+from sigattn.kernels.mosaic import (
+  host,
+  logit_gradient,
+  reduce,
+  registers,
+  tiles,
+)
 from tests.kernels import cases, compare, ptx
 
 CASES = [
@@ -84,6 +93,11 @@ def _load(total):
   """reduce.load in plain JAX."""
   j_w_r_c_i_k = total[...].reshape(8, 4, 8, 4, 2, 2)
   return j_w_r_c_i_k.transpose(1, 4, 2, 0, 3, 5).reshape(64, 64)
+
+
+def _preset(accumulator, value):
+  """pipeline.preset by a primitive that the interpreter knows."""
+  primitives.ref_set(accumulator, None, value)
 
 
 def _plane(x, first, slope, offset):
@@ -145,16 +159,22 @@ def _distance(x, offset):
 
 
 def _pretend(backward):
-  """Simulates an H100 with three multiprocessors, or one if dq is added."""
+  """Simulates an H100 with three multiprocessors, or one if dq is added.
+
+  The interpreter's additions are not atomic.
+  """
   dispatch.IMPLEMENTATIONS = {"mosaic": "sigattn.kernels.mosaic"}
   device.current = lambda: device.Device("NVIDIA H100", 90)
-  host._programs = lambda: 3 if backward == "two_kernels" else 1
+  host._programs = lambda: 1 if backward == "fused" else 3
   tiles.FUSED_BACKWARD = {
-    width: dataclasses.replace(x, open=0, masked=0)
+    width: dataclasses.replace(
+      x, open=0, masked=0, tile=dataclasses.replace(x.tile, cluster=1)
+    )
     for width, x in tiles.FUSED_BACKWARD.items()
     if backward == "fused"
   }
   reduce.add, reduce.load = _add, _load
+  logit_gradient.preset = _preset
   registers.tanh, registers.sigmoid = _tanh, _sigmoid
   registers.paced_sigmoid = _paced_sigmoid
   registers.hide, registers.distance = _hide, _distance
@@ -162,9 +182,14 @@ def _pretend(backward):
   registers.add_to_rows = _add_to_rows
   registers.add_columns = _add_columns
   registers.sum_of_threads = lambda totals: totals
+  registers.meet = lambda: None  # A warpgroup is one thread here.
+  of_all = dict(warpgroups=2, cluster=1)
+  if backward == "clusters":
+    tiles.LONG, tiles.LONG_TILES = 0, {}
+    of_all = dict(warpgroups=1, cluster=2)
   tiles.TILES = {
     width: tiles.Tiles(
-      *(x and dataclasses.replace(x, warpgroups=2) for x in of_width)
+      *(x and dataclasses.replace(x, **of_all) for x in of_width)
     )
     for width, of_width in tiles.TILES.items()
   }

@@ -85,6 +85,7 @@ def test_float16_of_normalized_rows(case, implementation):
 def test_16_bit_of_what_long_sequences_take(
   case, width, implementation, monkeypatch
 ):
+  """At width 128 programs form clusters, and a cluster may lack its second."""
   if implementation != "mosaic":
     pytest.skip("Triton has one backward pass")
   monkeypatch.setattr(tiles, "LONG", 0)

@@ -42,6 +42,7 @@ INTERPRETED = {
     "blocks_window", "blocks_normalized_cross", "query_vector",
     "offset_behind",
   ],
+  (128, "clusters"): ["blocks_normalized_causal", "blocks_narrow_window"],
   (64, "fused"): [
     "all_but_dense", "grouped", "blocks_alibi", "normalized_causal",
     "blocks_normalized", "normalized_low", "blocks_vectors", "blocks_offsets",
@@ -109,7 +110,8 @@ def test_the_exact_sigmoid_of_extreme_logits(code):
     (width, 4096, is_causal)
     for width in tiles.FUSED_BACKWARD
     for is_causal in (False, True)
-  ],
+  ]
+  + [(width, tiles.LONG, True) for width in tiles.FUSED_BACKWARD],
 )
 def test_tiles_are_lowered_for_cuda(width, length, is_causal, has_slopes):
   problem = tune_triton.example(width, "bfloat16", length, is_causal=is_causal)
