@@ -44,7 +44,7 @@ from sigattn.kernels import dispatch
 HEADS, WIDTH = 4, 64  # of the table for a CPU
 LENGTHS = tuple(1024 * 2**i for i in range(6))  # a GPU's table omits the last
 TOKENS, CHANNELS = 16384, 2048  # B n and N H of a GPU's table
-_ROUNDS = 9
+_ROUNDS, _SETTLE = 5, 0.1  # seconds
 _FOLDER = pathlib.Path(__file__).parent / "results"
 
 
@@ -174,6 +174,7 @@ def speed(cell, field, prepared):
   """Yields a row for each baseline of `field` and each pass.
 
   They are timed in turn, so that a card that throttles slows all of them alike.
+  Every second round has the opposite order.
   """
   calls = {}
   for baseline in _able(field, cell):
@@ -185,10 +186,10 @@ def speed(cell, field, prepared):
         baseline.wait(by_pass[direction]())
       calls |= {(baseline, name): call for name, call in by_pass.items()}
   rounds = {key: [] for key in calls}
-  for _ in range(_ROUNDS):
-    for (baseline, direction), call in calls.items():
+  for turn in range(_ROUNDS):
+    for (baseline, direction), call in list(calls.items())[:: (-1) ** turn]:
       with _reported(baseline, cell):
-        time = milliseconds(call, baseline.wait, repeats=1)
+        time = milliseconds(call, baseline.wait, repeats=1, settle=_SETTLE)
         rounds[baseline, direction].append(time)
   times = {key: statistics.median(x) for key, x in rounds.items() if x}
   for (baseline, direction), time in times.items():
@@ -223,8 +224,9 @@ def _gpu(lengths, widths, field, save):
   )  # fmt: skip
   result = {
     "matmul_tflops": round(ceiling, 1),
-    "method": f"all in turn, {_ROUNDS} times; medians of host timings of up to"
-    " 200 calls in a row",
+    "method": f"all in turn, {_ROUNDS} times, in every second round from the"
+    " last to the first; medians of host timings of up to 200 calls in a row,"
+    f" after the same call has run for {_SETTLE} seconds",
   }
   result["memory"] = list(_memory_on_gpu(widths, field))
   print("memory of a forward and backward pass, full, 16,384 tokens:")
