@@ -56,9 +56,7 @@ def divide(
   rest = blocks * _ROWS - length
   sums = jnp.pad(sums, ((0, 0), (0, rest), (0, 0)))
 
-  def kernel(
-    out, d_out, sums, divided, products, *others
-  ):  # fmt: skip
+  def kernel(out, d_out, sums, divided, products, *others):
     *dq, out_smem, d_out_smem, products_smem, full = others
     # Programs that run at the same time have the heads of the same tokens,
     # which are neighbours in memory.
