@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,7 @@ def _fork(words, environment, files):
     os.dup2(file.fileno(), number)
   os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
   os.environ |= environment
+  signal.alarm(120)  # A command that waits for ever fails its test.
   tempfile.tempdir = None  # It is read again from the environment.
   if words[0] == "-m":
     sys.argv = words[1:]
