@@ -278,11 +278,12 @@ _PUBLISHED = 1024, 4096, 16384  # tokens of the README's rows
 def speedups(names):
   """Yields the rows of the README's table of speed, as Markdown.
 
-  names: of files of a GPU in benchmarks/results/. A cell is the speed-up over
-  the fastest softmax of the same file, without a mask / with a causal mask.
+  names: of files of a GPU, as result_path takes them. A cell is the speed-up
+  over the fastest softmax of the same file, without a mask / with a causal
+  mask.
   """
   for name in names:
-    result = json.loads((_FOLDER / f"{name}.json").read_text())
+    result = json.loads(result_path(name).read_text())
     rows, card = result["rows"], result["device"].split()[1]
     for place in sorted({(r["head_dim"], r["seq_len"]) for r in rows}):
       if place[1] in _PUBLISHED:
@@ -376,6 +377,12 @@ def _cpu(lengths):
   }
 
 
+def result_path(name):
+  """The file of a result. name: as in write."""
+  is_path = name.endswith(".json")
+  return pathlib.Path(name) if is_path else _FOLDER / f"{name}.json"
+
+
 def write(name, device, measurements):
   """Writes a file of results and returns its path.
 
@@ -390,8 +397,7 @@ def write(name, device, measurements):
     "commit": commit(),
     "jax": jax.__version__,
   }
-  is_path = name.endswith(".json")
-  path = pathlib.Path(name) if is_path else _FOLDER / f"{name}.json"
+  path = result_path(name)
   path.parent.mkdir(exist_ok=True)
   path.write_text(json.dumps(result | measurements, indent=1) + "\n")
   return path
@@ -416,10 +422,13 @@ def main():
   )
   parser.add_argument(
     "--table", nargs="+", metavar="NAME",
-    help="only print the README's rows of these files",
+    help="only print the README's rows of these files, named as for --out",
   )  # fmt: skip
   arguments = parser.parse_args()
   if arguments.table:
+    for name in arguments.table:
+      if not result_path(name).is_file():
+        parser.error(f"--table {name}: there is no file {result_path(name)}")
     print(*speedups(arguments.table), sep="\n")
     return
   chosen = set()

@@ -308,7 +308,6 @@ def candidates(tile: decode.Tile, cell: Cell) -> list[decode.Tile]:
   found = {tile}
   for count in {1, *splits}:
     found.add(tile._replace(splits=count))
-    found.add(tile._replace(splits=count, last_adds=False))
     found.add(tile._replace(splits=count, num_stages=4))
     found.add(tile._replace(splits=count, block_kv=32, num_warps=2))
     found.add(tile._replace(splits=count, block_kv=128, num_warps=4))

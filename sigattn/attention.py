@@ -94,8 +94,8 @@ def dot_product_attention(
   silu      z sigmoid(z) / n 0              2402.17152 (HSTU)
 
   The arguments of jax.nn.dot_product_attention have the same meaning here.
-  A row that sees no key is zero, except with softmax. docs/jax_nn.md lists
-  where the arguments differ from those of jax.nn.
+  A row that sees no key is zero. With softmax it is so only in the decode
+  kernel. docs/jax_nn.md lists where the arguments differ from those of jax.nn.
 
   The table says what computes a derivative. Reverse mode is jax.grad, vjp and
   jacrev; forward mode is jvp, jacfwd and linearize; second order is one of them
@@ -310,8 +310,8 @@ def attention_weights(
 ) -> Weights:
   """The weights A, for inspection: dot_product_attention's output is A v.
 
-  Returns a named tuple with the fields weights_BNTS, which is A, logits_BNTS
-  and visible_BNTS. All weights are in memory at once. The arguments are those
+  Returns the named tuple (logits_BNTS, weights_BNTS, visible_BNTS), whose
+  weights_BNTS is A. All weights are in memory at once. The arguments are those
   of dot_product_attention, with a batch axis; operands: its arrays, from `bias`
   to `key_value_segment_ids`. paired_biases has no effect, because it concerns
   gradients alone.

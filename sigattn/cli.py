@@ -266,7 +266,7 @@ def start(
   def parse(argv):
     with refusing(name):
       try:
-        rest = flags.FLAGS(argv)
+        rest = _parsed(argv)
         # A config file that cannot be read fails when it is first used.
         _ = "config" in shared and flags.FLAGS.config.is_locked
       # ml_collections raises all of these for a wrong key or value.
@@ -280,6 +280,18 @@ def start(
     return rest
 
   app.run(main, flags_parser=parse)
+
+
+def _parsed(argv):
+  """Parses the flags, and returns the words beside them.
+
+  absl prints what --help asks for while it parses, and ends the program with
+  status 1, as if something were wrong.
+  """
+  try:
+    return flags.FLAGS(argv)
+  except SystemExit as end:
+    sys.exit(0 if end.code == 1 else end.code)
 
 
 def _one_line(error, argv):

@@ -65,7 +65,7 @@ def paged_attention(
       query sees. So numbers beyond the row's length, and before the window of
       its first query, may have any value.
     lengths_B: integers, the number of tokens of each row, at most S. If it is
-      0, the row of the output is zero, except with softmax.
+      0, the row of the output is zero, with softmax only in the decode kernel.
     key_logit_bias: b_j, with S in the order of a row's tokens; it does not lie
       in pages. Numbers at and beyond the row's length have no effect.
     n: the length that b and ReLU's divisor are made for; None: S.

@@ -61,11 +61,20 @@ def ring_attention(
   device with the whole sequence of P T tokens. Arguments that are not listed
   here are those of attention.dot_product_attention.
 
-    attend = functools.partial(sigattn.ring_attention, axis_name="sequence")
+    mesh = Mesh(np.array(jax.devices()), ("sequence",))
     split = PartitionSpec(None, "sequence")
-    out = jax.shard_map(
-      attend, mesh=mesh, in_specs=(split,) * 3, out_specs=split
-    )(q, k, v)
+    z = functools.partial(sigattn.zigzag, axis_name="sequence")
+
+    def attend(q, k, v):
+      out = sigattn.ring_attention(
+        z(q), z(k), z(v), axis_name="sequence", is_causal=True, order="zigzag"
+      )
+      return z(out, inverse=True)
+
+    ring = jax.shard_map(attend, mesh=mesh, in_specs=split, out_specs=split)
+    out = jax.jit(ring)(q, k, v)
+
+  Without jax.jit, jax.shard_map of jax 0.11.2 raises NotImplementedError.
 
   Args:
     query: (B, T, N, H), this device's part of the tokens.
@@ -79,8 +88,9 @@ def ring_attention(
     order: which tokens a device has. contiguous: device i has the tokens i T to
       (i + 1) T - 1. zigzag: the sequence is cut into 2 P chunks, and device i
       has the chunks i and 2 P - 1 - i, so that all devices have the same work
-      under a causal mask. The function `zigzag` converts an array to this order
-      and back.
+      under a causal mask. All arrays with tokens must then be in this order
+      already: contiguous ones give a wrong result without an error. The
+      function `zigzag` converts an array to this order and back.
     kind: one of attention.KINDS except softmax.
     query_logit_bias, key_logit_bias: (T,), (N, T) or (B, N, T), of this
       device's tokens.

@@ -6,7 +6,7 @@ A sweep is a generator in the config file, beside get_config: sweep_lr yields
 {"optim.lr": 1e-3} and so on. Several sweeps are multiplied: every combination
 is a run. Each run is a process of train.py with its own folder. Finished runs
 are skipped, and interrupted runs are resumed. --config.a.b=value applies to
-every run. --dry_run only prints the commands.
+every run. --dry_run validates everything, and only prints the commands.
 """
 
 import copy

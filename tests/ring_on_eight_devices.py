@@ -2,11 +2,15 @@
 
 test_ring.py runs this in its own process, because the other tests have one
 device. It prints the errors that it finds. Arguments: names of CASES; without
-names it runs all.
+names it runs all. It always runs the examples of docs/scaling.md and of the
+docstring.
 """
 
 import functools
+import inspect
 import os
+import pathlib
+import re
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -182,9 +186,27 @@ def check(name):
       raise SystemExit(f"{name}: {key} differs by {error} of its largest")
 
 
+def check_examples():
+  """The example of the document, and then that of the docstring."""
+  document = pathlib.Path(__file__).parents[1] / "docs" / "scaling.md"
+  [code] = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+  text = inspect.getdoc(sigattn.ring_attention)
+  [docstring] = re.findall(r"\n\n((?:  .*\n|\n)+  out = .*\n)", text)
+  names = {}
+  for example in code, inspect.cleandoc(docstring):
+    names.pop("out", None)
+    exec(example, names)
+    wanted = sigattn.dot_product_attention(
+      *(names[x] for x in "qkv"), is_causal=True
+    )
+    if not np.abs(names["out"] - wanted).max() < 1e-5:
+      raise SystemExit(f"this example gives a wrong result:\n{example}")
+
+
 if __name__ == "__main__":
   for name in sys.argv[1:] or CASES:
     check(name)
+  check_examples()
   # Long sequences use the loop over blocks of keys.
   xla._TILE, xla._MIN_BLOCK = 2**6, 2
   check("window both ways")

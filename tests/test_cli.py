@@ -43,6 +43,19 @@ from {module} import {function}
   assert line.startswith("sigattn: this part of sigattn needs optax: pip")
 
 
+@pytest.mark.parametrize(
+  "words", [["-m", "sigattn", "generate"], ["train.py"]], ids=str
+)
+@pytest.mark.parametrize("flag", ["--help", "--helpfull"])
+def test_help_is_no_error(words, flag):
+  done = subprocess.run(
+    [sys.executable, *words, flag],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "--workdir" in done.stdout
+
+
 VIT = "--config=configs/vit.py:runlocal"
 
 

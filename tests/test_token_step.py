@@ -110,7 +110,7 @@ def test_it_computes_what_the_stack_does(
     monkeypatch.setattr(device, "current", lambda: device.Device("any", card))
   elif card == 86:
     pytest.skip("needs an older card")
-  small_tile = decode.Tile(16, 16, 3, 4, 2, last_adds=True)
+  small_tile = decode.Tile(16, 16, 3, 4, 2)
   monkeypatch.setattr(decode, "tile", lambda *_, **__: small_tile)
   length_B = np.array([69, 4, 126], np.int32)[:rows]
   table_BM = None

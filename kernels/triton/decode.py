@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sigattn.kernels import numerics
 from sigattn.kernels.problem import FLOAT8, Operands, Problem
 from sigattn.kernels.triton import launch, tiles
 
@@ -17,7 +16,7 @@ MOST_QUERIES = 16  # With more, a tile of queries of one head is full enough.
 LEAST_KEYS = 128  # Fewer are not worth dividing.
 # The programs that keep an H100 busy: four on each of its 132 multiprocessors.
 _PROGRAMS = 4 * 132
-_LEAST_SHARE = 128  # keys of a program, when they are divided
+_LEAST_SHARE = 128  # slots of the cache for each program
 
 
 class Tile(NamedTuple):
@@ -28,7 +27,6 @@ class Tile(NamedTuple):
   splits: int  # programs that share the keys of an example
   num_warps: int
   num_stages: int  # steps whose keys are loaded ahead
-  last_adds: bool  # the last of those programs adds the shares; else XLA does
 
 
 class New(NamedTuple):
@@ -80,7 +78,7 @@ def tile(problem: Problem, paged: bool = False) -> Tile:
     stages = 2 * stages - 1
   # Products of float32 need many registers, which spill with four warps.
   warps = 8 if wide and width >= 128 else 4
-  return Tile(rows, block_kv, splits, warps, stages, True)
+  return Tile(rows, block_kv, splits, warps, stages)
 
 
 def in_float16(problem: Problem) -> bool:
@@ -137,15 +135,14 @@ def forward(
 
   extends = new is not None
   page = None if pages is None else key.shape[1]
-  splits, apart = tile.splits, tile.splits > 1 and not tile.last_adds
+  splits = tile.splits
   shares = (splits,) if splits > 1 else ()
   rows = problem.batch, problem.query_len, problem.num_heads
   heads, softmax = (*rows, problem.head_dim), problem.kind == "softmax"
   before = New(launch.unread()) if new is None else new
-  counts = splits > 1 and tile.last_adds
   shapes = [
-    ((1,) if apart else heads, query.dtype),
-    (rows if problem.normalize and not apart else (1,), "float32"),
+    (heads, query.dtype),
+    (rows if problem.normalize else (1,), "float32"),
     ((*shares, *heads) if shares else (1,), "float32"),
     ((*shares, *rows) if shares and problem.normalize else (1,), "float32"),
     ((*shares, *rows) if shares and softmax else (1,), "float32"),
@@ -170,21 +167,11 @@ def forward(
     tile,
     problem.batch * cells(problem, tile.rows) * splits,
     constants(problem, precision, tile, page, new),
-    zeroed=(5,) if counts and not extends else (),
+    zeroed=(5,) if shares and not extends else (),
     aliases={1: 6, 2: 7, 3: 5} if extends else {},
   )
-  out, sums, shares, share_sums, share_peaks, arrived, key, value = results
-  changed = (key, value, arrived) if extends else ()
-  if not apart:
-    return out, sums, *changed
-  if softmax:  # The peaks are exponents of 2.
-    factor = jnp.exp2(share_peaks - share_peaks.max(0, keepdims=True))
-    shares, share_sums = shares * factor[..., None], share_sums * factor
-  out = shares.sum(0)
-  if problem.normalize:
-    sums = share_sums.sum(0)
-    out *= numerics.inverse(sums)[..., None]
-  return out.astype(query.dtype), sums, *changed
+  out, sums, _, _, _, arrived, key, value = results
+  return (out, sums, key, value, arrived) if extends else (out, sums)
 
 
 def constants(
@@ -216,7 +203,6 @@ def constants(
     ALL_ROWS=problem.batch * problem.query_len * problem.num_heads,
     ADDED_ROWS=rows,
     CHUNK=min(chunk, _power_of_two(tile.splits)),
-    LAST_ADDS=tile.last_adds,
     NEW=new is not None,
     QK_EPSILON=epsilon,
     TURNED=0 if cos is None else 2 * cos.shape[1],

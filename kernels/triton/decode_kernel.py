@@ -11,11 +11,10 @@ example, and loads no others. So the time depends on the keys that are seen, and
 not on the size of the cache.
 
 If one program has all keys of a head, nothing has to be added. Otherwise each
-program writes its share in float32. With LAST_ADDS, the program that arrives
-last adds the shares in the order of the keys, so that every run gives the same
-bits. Without LAST_ADDS, the caller adds them. The programs that have arrived
-are counted in `arrived`, which is zero before and after. With NEW, `arrived` is
-the same array as `zeros`.
+program writes its share in float32. The program that arrives last adds the
+shares in the order of the keys, so that every run gives the same bits. The
+programs that have arrived are counted in `arrived`, which is zero before and
+after. With NEW, `arrived` is the same array as `zeros`.
 
 Softmax needs another number, the peak: the largest logit of a row. It keeps the
 weights exp(z - peak) in range. It grows from step to step and differs between
@@ -29,9 +28,11 @@ and the bits of the result are the same.
 With NEW, each row has one token, which is new. q contains its query heads,
 followed by its key heads and value heads, which the cache does not contain yet.
 The program whose share ends with the new token writes them into the cache,
-k_out and v_out (which are k and v), before it reads its keys. No other program
-reads that slot. Before that, query and key are normalised by RMSNorm over the
-head if QK_EPSILON is given, and rotated by RoPE if TURNED is not 0.
+k_out and v_out (which are k and v), before it reads its keys. No program with
+other keys reads that slot. If N / K exceeds ROWS, several programs have the
+same keys. Each of them then writes the slot, with the same bits, and reads what
+it wrote. Before that, query and key are normalised by RMSNorm over the head if
+QK_EPSILON is given, and rotated by RoPE if TURNED is not 0.
 
 k and v may be in 8 bits. Each tile is converted to the dtype of q after it was
 loaded, and a new token is rounded to 8 bits when it is written. With HALF the
@@ -68,8 +69,8 @@ def decode(
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
   H: tl.constexpr, BLOCK_H: tl.constexpr, PAGE: tl.constexpr,
   ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, SPLITS: tl.constexpr,
-  CELLS: tl.constexpr, ALL_ROWS: tl.constexpr,
-  ADDED_ROWS: tl.constexpr, CHUNK: tl.constexpr, LAST_ADDS: tl.constexpr,
+  CELLS: tl.constexpr, ALL_ROWS: tl.constexpr, ADDED_ROWS: tl.constexpr,
+  CHUNK: tl.constexpr,
   ACTIVATION: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
   P_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr, PRECISION: tl.constexpr,
   LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr,
@@ -92,10 +93,9 @@ def decode(
   low, high = _seen(q_len, k_len, offset, LEFT, RIGHT)
   blocks = tl.cdiv(max(high - low, 0), BLOCK_KV)
   used = max(min(blocks, SPLITS), 1)  # programs that have keys
-  if split < used or not LAST_ADDS:
-    share = min(split, used)
-    start = low + blocks * share // used * BLOCK_KV
-    stop = min(low + blocks * min(share + 1, used) // used * BLOCK_KV, high)
+  if split < used:
+    start = low + blocks * split // used * BLOCK_KV
+    stop = min(low + blocks * (split + 1) // used * BLOCK_KV, high)
     if NEW:
       k, v = k_out, v_out
       if (start <= offset) & (offset < stop):
@@ -113,13 +113,10 @@ def decode(
     row = (tl.cast(batch, tl.int64) * T + i) * N + head
     acc = tl.where(i[:, None] < q_len, acc, 0.0) * OUT_SCALE
     total = tl.where(i < q_len, total, 0.0) * OUT_SCALE
-    if SPLITS == 1:
+    # Triton leaves out what follows a condition that it knows, but not what
+    # follows `SPLITS == 1 or used == 1`.
+    if SPLITS == 1:  # noqa: SIM114
       _finish(out, sums, acc, total, row, i < T, H, BLOCK_H, NORMALIZE)
-    elif not LAST_ADDS:
-      _store_share(
-        shares, share_sums, share_peaks, acc, total, peak,
-        split * ALL_ROWS + row, i < T, H, BLOCK_H, NORMALIZE, ACTIVATION,
-      )  # fmt: skip
     elif used == 1:
       _finish(out, sums, acc, total, row, i < T, H, BLOCK_H, NORMALIZE)
     else:

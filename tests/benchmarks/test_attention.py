@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -64,6 +65,8 @@ def test_a_row_for_each_baseline_and_pass_that_can(field):
       "--baselines FA3: no part of sigattn mosaic,",
     ),
     (["--plot", "x.json"], "--plot x.json: there is no such file"),
+    (["--table", "x.json"], "--table x.json: there is no file x.json"),
+    (["--table", "no"], "--table no: there is no file "),
   ],
 )
 def test_what_it_refuses(arguments, said, monkeypatch, capsys):
@@ -71,6 +74,17 @@ def test_what_it_refuses(arguments, said, monkeypatch, capsys):
   with pytest.raises(SystemExit):
     attention.main()
   assert said in capsys.readouterr().err
+
+
+def test_a_table_is_named_or_has_a_path(tmp_path, monkeypatch, capsys):
+  name = "kernels_h100_64"
+  copy = tmp_path / "copy.json"
+  shutil.copy(attention.result_path(name), copy)
+  monkeypatch.setattr("sys.argv", ["bench", "--table", name, str(copy)])
+  attention.main()
+  rows = capsys.readouterr().out.splitlines()
+  assert len(rows) == 6
+  assert rows[:3] == rows[3:]
 
 
 def test_a_baseline_that_fails_is_named_and_left_out(field, capsys):

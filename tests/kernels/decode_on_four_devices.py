@@ -98,7 +98,7 @@ if __name__ == "__main__":
   device.current = lambda: device.Device("NVIDIA H100", 90)
   launch.start, triton._PACKAGES = triton_interpreter.start, {}
   decode.LEAST_KEYS = 1
-  decode.tile = lambda *_, **__: decode.Tile(16, 16, 2, 4, 2, True)
+  decode.tile = lambda *_, **__: decode.Tile(16, 16, 2, 4, 2)
   check_all(is_manual=True)
   decode.forward = plain_decode
   jax.clear_caches()

@@ -154,19 +154,17 @@ def test_decoding(case, dtype, implementation):
   assert compare.error(out, expected) <= bound
 
 
-@pytest.mark.parametrize("last_adds", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_decoding_gives_the_same_bits_at_every_run(
-  last_adds, normalize, implementation, monkeypatch
+  normalize, implementation, monkeypatch
 ):
   """A program that added up before all shares were there would change them."""
   if implementation != "triton":
     pytest.skip("only Triton has a decode kernel")
   tile = decode.tile
   monkeypatch.setattr(
-    decode, "tile",
-    lambda p, **x: tile(p, **x)._replace(splits=23, last_adds=last_adds),
-  )  # fmt: skip
+    decode, "tile", lambda p, **x: tile(p, **x)._replace(splits=23)
+  )
   rng = np.random.default_rng(0)
   shapes = (8, 1, 16, 64), (8, 4001, 8, 64), (8, 4001, 8, 64)
   query, key, value = (
@@ -226,20 +224,18 @@ def test_pages_change_no_bit(length, dtype, normalize, implementation):
   assert np.asarray(found, np.float32)[[0, 1, 3, 4]].any((1, 2, 3)).all()
 
 
-@pytest.mark.parametrize("last_adds", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("queries", [1, 16])
 @pytest.mark.parametrize("width", [64, 128])
 def test_softmax_of_a_few_queries(
-  width, queries, dtype, last_adds, implementation, monkeypatch
+  width, queries, dtype, implementation, monkeypatch
 ):
   if implementation != "triton":
     pytest.skip("only Triton has a decode kernel")
   tile = decode.tile
   monkeypatch.setattr(
-    decode, "tile",
-    lambda p, **x: tile(p, **x)._replace(splits=7, last_adds=last_adds),
-  )  # fmt: skip
+    decode, "tile", lambda p, **x: tile(p, **x)._replace(splits=7)
+  )
   rng = np.random.default_rng(0)
   shapes = (3, queries, 8, width), (3, 3001, 2, width), (3, 3001, 2, width)
   arrays = [jnp.asarray(rng.standard_normal(x), dtype) for x in shapes]

@@ -119,11 +119,11 @@ def test_interpreted_float16_of_normalized_rows(case, interpreter):
 def decoding(monkeypatch):
   """Lets the decode kernel take every problem.
 
-  It is a function of splits and last_adds.
+  It is a function of splits.
   """
 
-  def use(splits, last_adds=True):
-    small = decode.Tile(16, 16, splits, 4, 2, last_adds)
+  def use(splits):
+    small = decode.Tile(16, 16, splits, 4, 2)
     monkeypatch.setattr(decode, "tile", lambda *_, **__: small)
 
   monkeypatch.setattr(decode, "MOST_QUERIES", 99)
@@ -147,13 +147,11 @@ DECODED = (
 )  # fmt: skip
 
 
-# The last of several programs adds up their shares of a row, or XLA does.
-@pytest.mark.parametrize(
-  ("splits", "last_adds"), [(1, True), (3, True), (3, False)]
-)
+# The last of several programs adds up their shares of a row.
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("name", DECODED)
-def test_interpreted_decoding(name, splits, last_adds, interpreter, decoding):
-  decoding(splits, last_adds)
+def test_interpreted_decoding(name, splits, interpreter, decoding):
+  decoding(splits)
   (case,) = [c for c in cases.CASES + cases.BLOCKS if c.name == name]
   arrays, options, cotangent = cases.draw(case)
   expected = cases.exact(case, arrays, options, cotangent)["out"]
@@ -191,13 +189,12 @@ def test_decoding_loads_no_keys_that_are_not_seen(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("last_adds", [True, False])
 @pytest.mark.parametrize("kind", ["sigmoid", "normalized", "softmax"])
 def test_interpreted_decoding_from_8_bits(
-  kind, last_adds, dtype, interpreter, decoding, started
+  kind, dtype, interpreter, decoding, started
 ):
   """The kernel reads the rounded keys and values, and adds no other error."""
-  decoding(3, last_adds)
+  decoding(3)
   rng = np.random.default_rng(0)
   query = rng.standard_normal((2, 3, 4, 8)).astype(dtype)
   key, value = compare.rounded(
@@ -334,13 +331,11 @@ SOFTMAX = {
 }
 
 
-@pytest.mark.parametrize(
-  ("splits", "last_adds"), [(1, True), (3, True), (3, False)]
-)
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("name", SOFTMAX)
-def test_interpreted_softmax(name, splits, last_adds, interpreter, decoding):
+def test_interpreted_softmax(name, splits, interpreter, decoding):
   """The decode kernel computes a few queries as jax.nn does."""
-  decoding(splits, last_adds)
+  decoding(splits)
   rng = np.random.default_rng(0)
   query = 3 * rng.standard_normal((2, 3, 2, 8), np.float32)
   key, value = rng.standard_normal((2, 2, 150, 1, 8), np.float32)
