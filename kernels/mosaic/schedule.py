@@ -19,8 +19,9 @@ class Schedule:
   that has the least work so far. The lightest quarter of every head comes at
   the very end and fills the gaps. With 2,048 tiles of a causal mask on 132
   programs, the busiest program has 1.00 to 1.01 times its share. If tiles were
-  dealt out in turns, it would have 1.03 times its share, or 1.54 times if a
-  head has nearly as many tiles as there are programs.
+  dealt out to and fro (every second round from the last program to the first),
+  it would have 1.03 times its share, or 1.54 times if a head has nearly as many
+  tiles as there are programs. With clusters, a program here is a cluster.
   """
 
   def __init__(
