@@ -73,6 +73,22 @@ def test_loaded_models_compute_what_theirs_do(name):
   np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=2e-5)
 
 
+def test_a_share_of_rope_is_that_of_gpt_neox_alone(tmp_path):
+  """transformers' Llama ignores it, and GPT-NeoX rotates 0.25 by default."""
+  rope = {"rope_theta": 5e5, "rope_type": "default"}
+  folder = altered(
+    tmp_path, rope_parameters=rope | {"partial_rotary_factor": 0.5}
+  )
+  expected = np.load(REFERENCES / "llama" / "expected.npz")
+  config = make("llama", **pretrained.values(folder))
+  config.init_from = str(folder)
+  logits = loaded(config)(jnp.asarray(expected["token"]))
+  np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=2e-5)
+  del rope["rope_type"]
+  neox = altered(tmp_path, "gpt_neox", rope_parameters=rope)
+  assert pretrained.values(neox)["model.rope_share"] == 0.25
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "vit"])
 def test_saved_models_are_theirs_bit_for_bit(name, tmp_path):
   config = make(name)
@@ -245,10 +261,10 @@ def test_another_number_of_classes_gets_a_new_head():
   assert params["position"].any()
 
 
-def altered(tmp_path, **changes):
-  """The reference llama with other settings in its config."""
-  folder = tmp_path / "llama"
-  shutil.copytree(REFERENCES / "llama", folder)
+def altered(tmp_path, name="llama", **changes):
+  """A reference with other settings in its config."""
+  folder = tmp_path / name
+  shutil.copytree(REFERENCES / name, folder)
   path = folder / "config.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | changes))
   return folder
@@ -265,6 +281,25 @@ def altered(tmp_path, **changes):
       {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
       r"rope_type='llama3'; must be one of \['default'\]",
     ),
+    (
+      {"rope_scaling": {"type": "linear", "factor": 2.0}},
+      r"rope_type='linear'; must be one of \['default'\]",
+    ),
+    (
+      {"quantization_config": {"quant_method": "fp8"}},
+      r"quantization_config=.*'fp8'.*; must be null: save",
+    ),
+    ({"model_type": []}, r"json: model_type=\[\]; must be a string"),
+    ({"hidden_size": "64"}, r"hidden_size='64'; must be a whole number >= 1$"),
+    ({"num_attention_heads": 0}, r"num_attention_heads=0; must be a whole"),
+    ({"num_attention_heads": None}, r"num_attention_heads=None; must be a who"),
+    ({"num_attention_heads": [4]}, r"num_attention_heads=\[4\]; must be a who"),
+    ({"rope_parameters": 1.5}, r"json: rope_parameters=1\.5; must be an obj"),
+    (
+      {"rope_parameters": {"rope_theta": "1"}},
+      r"init_from=.*: rope_parameters\.rope_theta='1'; must be a finite number",
+    ),
+    ({"tie_word_embeddings": "no"}, r"tie_word_embeddings='no'; must be True"),
     ({"num_hidden_layers": 3}, r"disagree: .* no tensor 'model\.layers\.2"),
     (
       {"num_hidden_layers": 1},
