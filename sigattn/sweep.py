@@ -99,7 +99,6 @@ def _run_of(config, delta, root):
   except (KeyError, TypeError) as error:
     raise ValueError(f"sweep {delta}: {error}") from error
   run = run_dir.validated(run, workdir)
-  run_dir.validate_place(workdir, run)
   if not run_dir.done(workdir, run.total_steps):
     run_dir.validate_resumable(workdir, run)
     run_dir.validate_writable(workdir)
@@ -152,7 +151,11 @@ def run(flag_values: flags.FlagValues) -> None:
   metrics.set_up_logs()
   flag = flag_values["config"]
   file, config = flag.config_filename, flag_values.config
-  root = flag_values.root or run_dir.default(file, flag.override_values)
+  root = flag_values.root
+  if root is None:
+    root = run_dir.default(file, flag.override_values)
+  if not root or pathlib.Path(root).is_file():
+    raise ValueError(f"--root={root}; must be a folder, in which the runs are")
   runs = [
     _run_of(config, delta, root) for delta in deltas(file, flag_values.sweep)
   ]

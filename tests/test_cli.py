@@ -1,6 +1,7 @@
 """The command line: what it lists, and what it says about wrong words."""
 
 import pathlib
+import signal
 import subprocess
 import sys
 import tomllib
@@ -73,6 +74,69 @@ def test_a_wrong_command_line_is_answered_by_what_is_right(words, said):
   assert done.returncode == 1
   assert said in done.stderr
   assert "Traceback" not in done.stderr
+  assert len(done.stderr.splitlines()) == 1
+
+
+WRONG = {
+  "foo": "train.py: only flags are allowed, not ['foo']; --help lists them",
+  "--config.attn=3": "attn=3; is a group of fields: --config.attn.FIELD=VALUE",
+  "--normalize": "'normalize'; did you mean --config.attn.normalize?",
+  "--workdir=": "train.py: workdir=''; must be a folder",
+  "--workdir=README.md/a": "'README.md/a' cannot be written: Not a directory",
+  "--config.attn.implementation=triton": "here: attention softmax",
+}
+EACH = f"""
+import os, sys
+import train
+from sigattn import cli
+
+for word in {[*WRONG]}:
+  if not os.fork():
+    sys.argv = ["train.py", {VIT!r}, word]
+    cli.start(train._main, train._define_flags, ("config",))
+  os.wait()
+"""
+
+
+def test_each_wrong_word_is_answered_in_one_line():
+  done = subprocess.run(
+    [sys.executable, "-c", EACH],
+    cwd=ROOT, capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  lines = done.stderr.splitlines()
+  assert len(lines) == len(WRONG), done.stderr
+  for line, said in zip(lines, WRONG.values(), strict=True):
+    assert said in line
+  assert line.endswith(
+    "give --config.attn.implementation=None, which lets the library choose"
+  )
+
+
+STOPPED = """
+import os, signal
+from sigattn import cli
+
+cli.start(lambda given: os.kill(os.getpid(), signal.SIGINT))
+"""
+
+
+def test_ctrl_c_ends_a_program_with_one_line():
+  done = subprocess.run(
+    [sys.executable, "-c", STOPPED],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert (done.returncode, done.stderr) == (130, "-c: stopped\n")
+  # During the imports it ends without a trace.
+  for program in ("train.py", "eval.py"):
+    run = subprocess.Popen(
+      [sys.executable, "-X", "importtime", program, "--config=no"],
+      cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    said = iter(run.stderr)
+    assert any("jax" in line for line in said)
+    run.send_signal(signal.SIGINT)
+    assert "Traceback" not in "".join(said)
+    assert run.wait(60) == -signal.SIGINT
 
 
 TWICE = """

@@ -71,6 +71,17 @@ def test_dry_run_refuses_a_root_that_the_runs_would_refuse(tmp_path):
   assert "runs/seed=0'; must not be in config.data.source=" in refused.stderr
 
 
+def test_a_wrong_root_is_named_in_one_line():
+  for word, said in (
+    ("--workdir=x", "flag 'workdir'; did you mean --root, the folder of all"),
+    ("--root=README.md", "--root=README.md; must be a folder, in which the"),
+  ):
+    refused = run(f"--config={CONFIG}:runlocal", "--sweep=seed", word)
+    assert refused.returncode == 1
+    assert said in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("words", [[], ["--dry_run"]])
 def test_a_root_that_cannot_be_written_is_refused_before_the_runs(words):
   refused = run(

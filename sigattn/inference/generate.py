@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 from sigattn.data import text
 from sigattn.inference import batching, engine, prompt_file
 from sigattn.inference.sampling import Sampling
-from sigattn.training import checkpoint
+from sigattn.training import checkpoint, process
 
 CONTEXTS = ("full", "window")
 CACHES = ("contiguous", "paged")
@@ -363,6 +363,14 @@ def run(flag_values: flags.FlagValues) -> None:
   names = [field.name for field in dataclasses.fields(Options)]
   options = {name: flag_values[name].value for name in names}
   Options(**options).validate()
+  lower = (
+    f"lower --rows={options['rows']}, --max_tokens={options['max_tokens']}"
+  )
+  with process.saying_what_to_lower(f"{lower} or the length of the prompts"):
+    _run(flag_values, options)
+
+
+def _run(flag_values, options):
   workdir, step = flag_values.workdir, flag_values.step
   if flag_values.prompts is not None or flag_values.out is not None:
     _continue_file(flag_values, Options(**options))
