@@ -547,6 +547,17 @@ def documents(
   )
 
 
+def _warn_of_few(config, split, tokens):
+  """Warns of an evaluation of fewer tokens than a row of training has."""
+  # In an evaluation at another length, data.length is that length.
+  length = min(config.data.length, config.model.max_length)
+  if tokens < length:
+    text_files.warn_once(
+      f"the split {split!r} has {tokens} tokens, fewer than a row of "
+      f"config.data.length={length}: {text_documents.FEW}"
+    )
+
+
 def _num_rows(tokens, length):
   return -(-(tokens - 1) // length)
 
@@ -566,6 +577,8 @@ class _OneText(loader.ExampleSource):
         f"{split=} of a text has {len(token_S)} tokens; must have 2 or more, "
         "since the first one is not predicted: give a longer text"
       )
+    if split != config.data.train_split:
+      _warn_of_few(config, split, len(token_S))
     self._length, self._tokens = config.data.length, token_S
 
   def __len__(self):
@@ -681,7 +694,12 @@ class Stream:
   def eval_rows(self) -> Iterator[loader.Batch]:
     """Yields the rows that are evaluated, each {"token", "segment"}."""
     rows = self._rows(self._eval_origin(), train=False)
-    return itertools.islice(rows, self._config.eval.rows)
+    count = 0
+    for row in itertools.islice(rows, self._config.eval.rows):
+      yield row
+      count += 1
+    if count == 1:
+      _warn_of_few(self._config, self._split, int((row["token"] >= 0).sum()))
 
   def _rows(self, origin, train):
     """A dataset of rows {"token", "segment"}, each (L + 1,)."""

@@ -301,23 +301,26 @@ def _no_utf8(byte):
   )
 
 
-def examples(kind: str, rows: Iterator[dict[str, Any]]) -> Iterator[Any]:
+def examples(
+  kind: str, rows: Iterator[dict[str, Any]]
+) -> Iterator[tuple[str, Any]]:
   """The documents of an opened file, usually dicts of columns.
 
-  kind: the suffix. A line of a .jsonl may hold another JSON value, which is
-  then yielded. A line that is not JSON is no text.
+  Each comes with its place, "FILE: line 3", which is "" if only the builder of
+  `datasets` knows it. kind: the suffix. A line of a .jsonl may hold another
+  JSON value, which is then yielded. A line that is not JSON is no text.
   """
   if kind != ".jsonl":
-    yield from rows
+    yield from ((row.get(_PLACE, ""), row) for row in rows)
     return
   for row in rows:
-    line = row["text"]
+    line, place = row["text"], row[_PLACE]
     if line is None:
-      yield row
+      yield place, row
     elif line.strip():
       try:
-        yield json.loads(line)
+        yield place, json.loads(line)
       except ValueError as error:
         shown = line if len(line) <= 300 else line[:300] + "..."
-        why = f"{row[_PLACE]} is not JSON: {getattr(error, 'msg', error)}"
-        yield {WHY: f"{why}: {shown!r}"}
+        why = f"{place} is not JSON: {getattr(error, 'msg', error)}"
+        yield place, {WHY: f"{why}: {shown!r}"}
