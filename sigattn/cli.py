@@ -13,7 +13,7 @@ import pathlib
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sigattn import extras
@@ -373,16 +373,24 @@ def _unknown_field(argv):
   """Names the field that the command line sets and the config lacks."""
   words = "\n".join(argv[1:])
   config = flags.FLAGS["config"].parser.parse(_config_file(argv))
-  for path in re.findall(r"^--?config\.([\w.]+)", words, re.MULTILINE):
-    node, above = config, "config"
-    for key in path.split("."):
-      keys = list(node.keys()) if hasattr(node, "keys") else []
-      if key not in keys:
-        near = difflib.get_close_matches(key, keys, 1)
-        near = _with_leaf(config, path) or [f"{above}.{x}" for x in near]
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{above} has no field {key!r}{hint}"
-      node, above = node[key], f"{above}.{key}"
+  paths = re.findall(r"^--?config\.([\w.]+)", words, re.MULTILINE)
+  return next(filter(None, (unknown_field(config, x) for x in paths)), "")
+
+
+def unknown_field(config: Mapping[str, Any], path: str) -> str:
+  """Says that a config has no field at a path, and which is nearest.
+
+  Returns "" if it has one.
+  """
+  node, above = config, "config"
+  for key in path.split("."):
+    keys = list(node.keys()) if hasattr(node, "keys") else []
+    if key not in keys:
+      near = difflib.get_close_matches(key, keys, 1)
+      near = _with_leaf(config, path) or [f"{above}.{x}" for x in near]
+      hint = f"; did you mean {near[0]}?" if near else ""
+      return f"{above} has no field {key!r}{hint}"
+    node, above = node[key], f"{above}.{key}"
   return ""
 
 

@@ -21,7 +21,14 @@ import tokenizers
 
 from configs import lm_sigmoid, vit, vit_sigmoid
 from sigattn import pretrained
-from sigattn.training import checkpoint, metrics, setup
+from sigattn.training import (
+  checkpoint,
+  init_from,
+  mesh,
+  metrics,
+  setup,
+  step,
+)
 from train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -362,7 +369,7 @@ def test_the_error_has_all_flags_of_an_image_model(tmp_path):
     setup.validate_config(make("llama", init_from=str(folder)))
 
 
-def test_an_unknown_normalisation_is_asked_for():
+def test_an_unknown_normalisation_is_asked_for(caplog):
   """The reference was saved without a preprocessor."""
   config = vit_sigmoid.get_config("runlocal")
   config.init_from = str(REFERENCES / "vit")
@@ -373,6 +380,12 @@ def test_an_unknown_normalisation_is_asked_for():
   with pytest.raises(ValueError, match=r"needs: ") as caught:
     setup.validate_config(config)
   assert "Also give" not in str(caught.value)
+  # If the number of channels fits, the values of the config are named.
+  config = make("vit")
+  config.data.update(mean=(0.5, 0.4, 0.3), std=(0.5,) * 3)
+  state = step.init(config, mesh.make())[0]
+  init_from.start(config, state)
+  assert "'--config.data.mean=(0.5, 0.4, 0.3)'" in caplog.text
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

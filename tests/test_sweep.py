@@ -117,6 +117,18 @@ def sweep_kind():
   assert again.stdout.count("is finished") == 2
 
 
+def test_a_sweep_refuses_flags_that_it_overrides_and_unknown_fields():
+  config = vit_sigmoid.get_config("runlocal")
+  runs = [{"attn.normalize": False}, {"attn.normalize": True}]
+  sweep._validate_flags({"optim.lr": 1.0}, runs, config)
+  said = r"--config\.attn\.normalize=True; the sweep sets this field itself"
+  with pytest.raises(ValueError, match=said):
+    sweep._validate_flags({"attn.normalize": True}, runs, config)
+  said = "no field 'normalise'; did you mean config.attn.normalize"
+  with pytest.raises(ValueError, match=said):
+    sweep._validate_flags({}, [{"attn.normalise": True}], config)
+
+
 class Given(types.SimpleNamespace):
   """The values of flags, and the flag of the config."""
 

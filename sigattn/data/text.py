@@ -525,12 +525,18 @@ def _encoded(config, content):
 
 
 def documents(
-  source: str, split: str, column: str, lines: bool = False
+  source: str,
+  split: str,
+  column: str,
+  lines: bool = False,
+  max_corrupt_share: float = 0.0,
+  at_least: int = 0,
 ) -> Iterable[str]:
   """Returns an iterable of the texts of a source.
 
-  source: as in config.data.source. column, lines: as in config.data.text_column
-  and config.data.lines. Raises ValueError if the source has no such split.
+  source: as in config.data.source. column, lines, max_corrupt_share: as in
+  config.data.text_column and so on. at_least: as in text_documents.Corrupt.
+  Raises ValueError if the source has no such split.
   """
   if _is_text(source, lines):
     hub.validate_split(source, split, _TEXT_SPLITS)
@@ -542,9 +548,8 @@ def documents(
   known = _splits(origin)
   if known is not None:
     hub.validate_split(source, split, known)
-  return text_documents.Documents(
-    origin, in_training=False, corrupt=text_documents.Corrupt()
-  )
+  corrupt = text_documents.Corrupt(max_corrupt_share, at_least)
+  return text_documents.Documents(origin, in_training=False, corrupt=corrupt)
 
 
 def _warn_of_few(config, split, tokens):

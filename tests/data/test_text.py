@@ -166,6 +166,24 @@ def test_the_file_of_a_new_tokenizer_is_tried_first(out, said, tmp_path):
   assert (tmp_path / "a.txt").read_text() == "mine"
 
 
+def test_corrupt_texts_of_a_new_tokenizer_are_skipped_up_to_the_share(tmp_path):
+  for i, content in enumerate(documents(6)):
+    (tmp_path / f"{i}.txt").write_text(content)
+  (tmp_path / "6.txt").write_bytes(b"\xff")
+  options = types.SimpleNamespace(
+    source=str(tmp_path), split="train", column="text", lines=False, size=270,
+    documents=100, max_corrupt_share=0.0, out=str(tmp_path / "out"),
+  )  # fmt: skip
+  with pytest.raises(ValueError, match=r"6\.txt: .* --max_corrupt_share=0\.1$"):
+    train_tokenizer.run(options)
+  options.max_corrupt_share = 0.2
+  train_tokenizer.run(options)
+  assert (tmp_path / "out").is_file()
+  options.source, options.out = "/no/source", str(tmp_path / "other")
+  with pytest.raises(ValueError, match="^--source='/no/source'; there is no"):
+    train_tokenizer.run(options)
+
+
 def test_an_id_beyond_the_vocabulary_is_refused_before_arrays_are_made(
   tmp_path,
 ):
