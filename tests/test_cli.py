@@ -6,9 +6,11 @@ import subprocess
 import sys
 import tomllib
 
+import jax
 import pytest
 
 from sigattn import cli
+from sigattn.training import process
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -110,6 +112,16 @@ def test_each_wrong_word_is_answered_in_one_line():
   assert line.endswith(
     "give --config.attn.implementation=None, which lets the library choose"
   )
+
+
+def test_exhausted_memory_is_one_line_that_says_what_to_lower():
+  with (
+    pytest.raises(SystemExit, match=r"^a: .* memory: lower b \(RESOURCE_EXHA"),
+    cli.refusing("a"),
+    process.saying_what_to_lower("lower all"),
+    process.saying_what_to_lower("lower b"),
+  ):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
 
 
 STOPPED = """

@@ -118,6 +118,9 @@ def what_to_lower(config: ConfigDict) -> str:
   )
 
 
+_NO_ROOM = "the run does not fit into memory"
+
+
 @contextlib.contextmanager
 def saying_what_to_lower(advice: str) -> Iterator[None]:
   """Raises MemoryError, with advice, if the memory of a device is exhausted."""
@@ -127,9 +130,9 @@ def saying_what_to_lower(advice: str) -> Iterator[None]:
     [first, *_] = str(error).splitlines() or [""]
     if "RESOURCE_EXHAUSTED" not in first and not isinstance(error, MemoryError):
       raise
-    raise MemoryError(
-      f"the run does not fit into memory: {advice} ({first})"
-    ) from error
+    if first.startswith(_NO_ROOM):
+      raise  # It was said within a part of the program, which knows more.
+    raise MemoryError(f"{_NO_ROOM}: {advice} ({first})") from error
 
 
 class _Stop:

@@ -470,6 +470,15 @@ def test_blank_documents_and_a_small_held_out_part_are_named(tmp_path, caplog):
   assert texts_of(rows) == [(True, "a dog")]
 
 
+def test_a_warning_about_a_folder_is_given_once_for_both_keys(tmp_path, caplog):
+  (tmp_path / "a.csv").write_text("a,b")
+  write(tmp_path / "a.jsonl", ["a"])
+  for key in ("source", "eval_source"):
+    text_files.find(str(tmp_path), key)
+  [warning] = [x.getMessage() for x in caplog.records]
+  assert warning.startswith(f"'{tmp_path}': these files of the folder are not")
+
+
 # Other people's texts.
 
 
