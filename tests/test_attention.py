@@ -639,6 +639,7 @@ def test_export_with_an_open_batch_and_lengths(options, kind):
   if options.get("normalize") and cannot_normalize(kind):
     pytest.skip("these are refused")
 
+  @jax.jit
   def gradients(*arrays):
     def loss(*arrays):
       return (dot_product_attention(*arrays, kind=kind, **options) ** 2).sum()
@@ -647,7 +648,7 @@ def test_export_with_an_open_batch_and_lengths(options, kind):
 
   b, t, s = jax.export.symbolic_shape("b, t, s")
   of_keys = jax.ShapeDtypeStruct((b, s, 2, 8), "float32")
-  exported = jax.export.export(jax.jit(gradients))(
+  exported = jax.export.export(gradients)(
     jax.ShapeDtypeStruct((b, t, 4, 8), "float32"), of_keys, of_keys
   )
   for queries, keys in ((6, 9), (4, 4)):

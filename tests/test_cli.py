@@ -11,6 +11,7 @@ import pytest
 
 from sigattn import cli
 from sigattn.training import process
+from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -69,10 +70,7 @@ VIT = "--config=configs/vit.py:runlocal"
   ],
 )
 def test_a_wrong_command_line_is_answered_by_what_is_right(words, said):
-  done = subprocess.run(
-    [sys.executable, "train.py", *words],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  done = commands.forked("train.py", *words)
   assert done.returncode == 1
   assert said in done.stderr
   assert "Traceback" not in done.stderr

@@ -59,6 +59,8 @@ TABLES = {name: setup.tables(name)[0] for name in CONFIGS}
 
 # Validation reads these parts; the step does not.
 UNREAD = ("eval.", "ckpt.", "log.", "telemetry.", "data.num_workers")
+# The model reads neither these nor the fields of the optimizer.
+NOT_OF_THE_MODEL = (*UNREAD, "optim.")
 
 NAN, INFINITY = math.nan, math.inf
 WRONG = [
@@ -124,14 +126,34 @@ def refused(config, path):
   return False
 
 
-def read_parts(config):
-  """The fields of a config that the step reads, as text."""
+def read_parts(config, unread=UNREAD):
+  """The fields of a config that are not `unread`, as text."""
   parts = {
     path: get(config, path)
     for path in leaves(config)
-    if not path.startswith(UNREAD)
+    if not path.startswith(unread)
   }
   return json.dumps(parts, sort_keys=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _model(parts):
+  del parts  # only the key of the cache; the config is an attribute
+  return BUILD(_model.config)
+
+
+BUILD = setup._abstract
+
+
+@pytest.fixture(autouse=True)
+def models_of_the_same_fields_are_built_once(monkeypatch):
+  """Each validation builds the shapes of a model, half of all the time."""
+
+  def build(config):
+    _model.config = config
+    return _model(read_parts(config, NOT_OF_THE_MODEL))
+
+  monkeypatch.setattr(setup, "_abstract", build)
 
 
 @functools.lru_cache(maxsize=8)

@@ -24,6 +24,7 @@ from sigattn.analysis import report, report_html
 from sigattn.training import checkpoint, files, mesh, metrics, replay, run_dir
 from sigattn.training import evaluate as evaluation
 from sigattn.training import saved as checkpoints
+from tests import commands
 from tests.training.events import events
 from train import train
 
@@ -403,11 +404,8 @@ def test_best_is_known_while_its_metrics_are_being_written(
 
 @pytest.mark.parametrize("flag", ["--split=test", "--length_factors=1,16"])
 def test_finetuning_refuses_what_it_would_not_read(flag, tmp_path):
-  done = subprocess.run(
-    [sys.executable, "eval.py", f"--workdir={tmp_path}", "--eval=finetune",
-     flag],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  words = f"--workdir={tmp_path}", "--eval=finetune", flag
+  done = commands.forked("eval.py", *words)
   assert done.returncode == 1
   assert done.stderr == (
     f"eval.py: {flag}; has no effect with --eval=finetune: leave it out\n"
@@ -415,10 +413,7 @@ def test_finetuning_refuses_what_it_would_not_read(flag, tmp_path):
 
 
 def test_bad_split_of_an_evaluation_is_one_line(run):
-  done = subprocess.run(
-    [sys.executable, "eval.py", f"--workdir={run}", "--split=nope"],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  done = commands.forked("eval.py", f"--workdir={run}", "--split=nope")
   assert done.returncode == 1
   assert done.stderr == (
     "eval.py: split='nope' of 'fashion_mnist'; choose from ['test', 'train', "

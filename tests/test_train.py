@@ -28,6 +28,7 @@ from sigattn.training import (
   step,
 )
 from sigattn.training import evaluate as evaluation
+from tests import commands
 from tests.training.events import events
 from train import train
 
@@ -432,11 +433,7 @@ def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
   ],
 )
 def test_command_line_refuses_without_a_trace_of_a_run(words, said, tmp_path):
-  done = subprocess.run(
-    [sys.executable, ROOT / "train.py", *words],
-    cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)},
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  done = commands.forked("train.py", *words, TMPDIR=str(tmp_path))
   assert done.returncode == 1
   assert said in done.stderr
   assert len(done.stderr.splitlines()) == 1
@@ -518,11 +515,9 @@ def test_a_run_of_an_older_format_is_refused_by_name(
   assert content["format"] == run_dir.FORMAT
   path.write_text(json.dumps(content | {"format": 1}))
   words = ["--config=configs/vit_sigmoid.py:runlocal"]
-  done = subprocess.run(
-    [sys.executable, program, *words[: program == "train.py"],
-     f"--workdir={tmp_path}"],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  done = commands.forked(
+    program, *words[: program == "train.py"], f"--workdir={tmp_path}"
+  )
   assert done.returncode == 1
   assert (
     f"holds a run of format 1, this version reads format {run_dir.FORMAT}"

@@ -6,6 +6,7 @@
   dkv             dk, dv              keys are stationary       key_tiles
   fused_backward  dq, dk, dv          keys are stationary       key_tiles
   logit_gradient  dz, for dkv and fused_backward
+  normalized      what backward passes need of normalised rows
   schedule        which tiles each program computes
   tiles           block sizes
   blocks          which blocks a tile sees

@@ -115,11 +115,10 @@ def _forward_aligned(form, problem, query, key, value, operands):
   plain = not (
     form.masked or form.alibi or problem.masked_by_data or problem.normalize
   )
-  if problem.key_len < tiles.LONG:
-    tile = dataclasses.replace(tile, cluster=1)
-  elif plain:
+  if plain and problem.key_len >= tiles.LONG:
     tile = tiles.LONG_TILES.get(problem.head_dim, tile)
-  tile = _without_cluster(problem, tile)
+  if problem.masked_by_data or problem.key_len < tiles.FORWARD_CLUSTERS:
+    tile = dataclasses.replace(tile, cluster=1)
   key, value = (
     _without_padding(x, operands.key_value_seq_lengths) for x in (key, value)
   )
@@ -132,16 +131,6 @@ def _forward_aligned(form, problem, query, key, value, operands):
   else:
     scales = (1 / (unit * form.weight_scale),)
   return forward.run(form, tile, schedule, inputs, *scales)
-
-
-def _without_cluster(problem, tile):
-  """The tile; without a cluster if data say which blocks a tile sees.
-
-  Then neighbouring tiles may see other blocks.
-  """
-  if problem.masked_by_data:
-    return dataclasses.replace(tile, cluster=1)
-  return tile
 
 
 def _backward(wanted, problem, query, key, value, operands, d_out, *rows):
@@ -194,9 +183,9 @@ def _backward(wanted, problem, query, key, value, operands, d_out, *rows):
 def _in_rows(problem, d_out, out, sums, d_sums, fused):
   """(problem, d_out, [rows], dq_sums), as the kernels need them.
 
-  rows: (B, N, 1 or 2, T and the rest of a tile), minus the shift and perhaps
-  the inverse. The normalizer of the weights becomes a part of them. dq_sums:
-  zeros for the fused backward pass, or None.
+  rows: (B, N, 1 or 2, T and the rest of a tile), [-shift] or [-shift, inverse].
+  The normalizer of the weights becomes a part of them. dq_sums: zeros for the
+  fused backward pass, or None.
   """
   normalizer = problem.normalizer
   problem = dataclasses.replace(problem, normalizer=1.0)
@@ -260,7 +249,9 @@ def _fused_backward(dq_sums, wanted, form, problem, operands, query, *arrays):
   dq_sums: zeros as in fused_backward.run, or None.
   """
   of_width = tiles.FUSED_BACKWARD[problem.head_dim]
-  tile = _without_cluster(problem, of_width.tile)
+  tile = of_width.tile
+  if not _has_clusters(form, problem):
+    tile = dataclasses.replace(tile, cluster=1)
   if _has_vectors(problem):
     tile = dataclasses.replace(tile, stages=of_width.stages_with_vectors)
   row_sums = None
@@ -284,6 +275,18 @@ def _fused_backward(dq_sums, wanted, form, problem, operands, query, *arrays):
     row_sums = row_sums.sum(0)
   d_query = reduce.in_rows(dq_sums, query.shape[1], scales["dk"], query.dtype)
   return [d_query, row_sums, *rest]
+
+
+def _has_clusters(form, problem):
+  """Whether programs of the fused backward pass may form clusters.
+
+  Both programs stream all blocks that either sees. If these depend on data,
+  they may be many more. Two numbers for each row are not read by products, see
+  pipeline.free_barrier.
+  """
+  two_numbers = problem.normalize and _reads_inverse(problem)
+  few = form.masked and problem.key_len < tiles.MASKED_CLUSTERS
+  return not (problem.masked_by_data or two_numbers or few)
 
 
 def _two_kernel_backward(wanted, form, problem, operands, *arrays):

@@ -27,7 +27,8 @@ queries.
     kv_free                     each compute warpgroup          memory
     q_full, do_full[stages]     copy engine (q: and columns,    all compute
                                 do: and rows)
-    q_free, do_free[stages]     each compute warpgroup          memory
+    q_free, do_free[stages]     each compute warpgroup (in a    memory
+                                cluster those of both programs)
     dz_written                  each compute warpgroup          memory
     dz_ready                    memory                          all compute
   Only fused_backward.py has the last two.

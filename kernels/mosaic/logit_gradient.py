@@ -83,8 +83,8 @@ def _start(step, totals, s_ref, dp_ref):
     and rows is not None and rows.shape[1] == 1
   )  # fmt: skip
   if is_preset:  # The tensor cores add dp to -shift.
-    [shift] = _load_rows(step)
-    preset(dp_ref, lax.broadcast_in_dim(shift, dp_ref.shape, [1]))
+    [minus_shift] = _load_rows(step)
+    preset(dp_ref, lax.broadcast_in_dim(minus_shift, dp_ref.shape, [1]))
   plgpu.wgmma(s_ref, step.keys, step.q.transpose((1, 0)))
   if step.columns is not None:
     vectors.add(s_ref, step.head.vector, step.columns)

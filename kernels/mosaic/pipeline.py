@@ -14,10 +14,10 @@ While one warpgroup stores its result, the others compute, and the blocks of the
 next tile are on their way.
 
 Two programs may form a cluster (cluster = 2 in tiles.py). They compute
-neighbouring tiles of one head, and see the same blocks. Each of them loads one
-half of a block, and the copy engine writes it to the shared memory of both. So
-each block is read half as often from the second-level cache. Both wait until
-the slot is free in both.
+neighbouring tiles of one head, and stream the same blocks. Each of them loads
+one half of a block, and the copy engine writes it to the shared memory of both.
+So each block is read half as often from the second-level cache. Before it loads
+its half, each program waits until the slot is free in both.
 """
 
 import dataclasses
@@ -31,7 +31,6 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from sigattn.kernels.mosaic import registers
 from sigattn.kernels.mosaic.schedule import Schedule, rem
 from sigattn.kernels.mosaic.tiles import KeyTile, QueryTile
 
@@ -57,7 +56,7 @@ class Gmem:
   key_ids: Any = None  # (B, S and the rest of a tile) int32
   query_lengths: Any = None  # (B,) int32
   key_lengths: Any = None  # (B,) int32
-  # (B, N, 1 or 2, T and the rest of a tile) float32: shift, and perhaps inverse
+  # (B, N, 1 or 2, T and the rest of a tile) float32, see weights.of_normalized
   rows: Any = None
   offsets: Any = None  # (B,) int32: query_offset
   parts: Any = None  # logit vectors of the stationary side, see vectors.py
@@ -89,7 +88,7 @@ def launch(
   Args:
     name: what profilers and the dumps of Mosaic call it.
     kernel: takes Gmem and a Ref for each element of scratch.
-    schedule, tile: how many programs and warpgroups there are.
+    schedule, tile: how many programs (or clusters) and warpgroups there are.
     inputs: names of Gmem and arrays; those that are None are left out.
     outputs: names of Gmem and the types of the results.
     scratch: the contents of shared memory, barriers included.
@@ -263,7 +262,11 @@ class Ring:
     plgpu.copy_gmem_to_smem(source, smem.at[slot], self._full.at[slot])
 
   def drain(self, count: jax.Array) -> None:
-    """Memory warpgroup: waits until the last of `count` blocks was used."""
+    """Memory warpgroup: waits until the last of `count` blocks were used.
+
+    In a cluster no program may end earlier. The other one still writes to its
+    slots, and arrives at its barriers.
+    """
 
     def last(step, _):
       plgpu.barrier_wait(self._free.at[self._slot(step)])
@@ -286,21 +289,15 @@ class Ring:
     """Compute warpgroup: signals that it no longer needs the block."""
     plgpu.barrier_arrive(self._free.at[self._slot(step)])
 
-  def skip(self, step: jax.Array) -> None:
-    """Compute warpgroup: waits for a block that it does not need."""
-    self.wait(step)
-    if self._axes:
-      # One thread arrives for the warpgroup. Usually a product comes before it,
-      # for which the warps wait for each other.
-      registers.meet()
-    self.release(step)
-
 
 def free_barrier(tile: QueryTile | KeyTile) -> Any:
   """A barrier for each slot of a Ring, at which compute warpgroups arrive.
 
-  Those of all programs of a cluster arrive at the barriers of each program,
-  because each of them writes to the slots of all.
+  Those of both programs of a cluster arrive at the barriers of each, because
+  each program writes to the slots of both. One thread then arrives for a whole
+  warpgroup. So products must be the only readers of a block, and the kernel
+  must wait for them before it releases the block: the warps of a warpgroup
+  start a product together, and CUTLASS relies on the same.
   """
   arguments = dict(num_barriers=tile.stages, num_arrivals=tile.warpgroups)
   if tile.cluster == 1:

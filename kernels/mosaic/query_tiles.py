@@ -19,7 +19,8 @@ streamed past all warpgroups.
   barriers                  who arrives                      who waits
     q_full[2 W]             copy engine: queries (and d_out) the warpgroup
     k_full, v_full[stages]  copy engine (k: and columns)     all compute
-    k_free, v_free[stages]  each compute warpgroup           memory
+    k_free, v_free[stages]  each compute warpgroup (in a     memory
+                            cluster those of both programs)
 
 A compute warpgroup loads its own queries. It loads those of the next tile while
 it computes this one.
@@ -362,7 +363,8 @@ def loops(
 
   def skip(e, _):
     for ring in (context.keys, context.values):
-      ring.skip(queries.count + e)
+      ring.wait(queries.count + e)
+      ring.release(queries.count + e)
 
   def run(first, last, sums, masked):
     return lax.fori_loop(first, last, lambda e, x: step(e, x, masked), sums)

@@ -57,11 +57,6 @@ _ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for each row
 _PACE = 4  # number of pairs whose weights are computed at a time
 
 
-def meet() -> None:
-  """The threads of the warpgroup wait for each other."""
-  plgpu.inline_mgpu()(lambda _: mgpu.warpgroup_barrier())()
-
-
 def hide(
   x: jax.Array, low: jax.Array | None, high: jax.Array | None, hidden: float
 ) -> jax.Array:

@@ -123,11 +123,18 @@ TILES = {
   ),
 }
 
-# The tiles of the forward pass without masks, ALiBi, lengths and segments, from
-# LONG keys on. There most blocks are full, and all are computed alike. Clusters
-# of the forward pass also begin at LONG keys; with fewer they gain nothing.
+# The tiles of the forward pass without masks, ALiBi, lengths, segments and
+# normalised rows, from LONG keys on. There most blocks are full, and all are
+# computed alike.
 LONG_TILES = {64: QueryTile(64, 192, 2, 3, 160, paced=True, polynomial=True)}
 LONG = 8192
+
+# The least number of keys from which programs form clusters, if `cluster` says
+# so. The forward pass gains nothing with fewer. With a mask one program of a
+# cluster computes blocks that only the other one sees. Below 4,096 keys, where
+# this was not measured, these are more than 3 % of its blocks
+# (benchmarks/NOTES.md, "Clusters").
+FORWARD_CLUSTERS, MASKED_CLUSTERS = 8192, 4096
 
 
 @dataclasses.dataclass(frozen=True)

@@ -204,10 +204,12 @@ def of_normalized(dp: jax.Array, rows: list[jax.Array], axis: int) -> jax.Array:
   """
   if not rows:
     return dp
-  shift, *inverse = (lax.broadcast_in_dim(x, dp.shape, [axis]) for x in rows)
+  minus_shift, *inverse = (
+    lax.broadcast_in_dim(x, dp.shape, [axis]) for x in rows
+  )
   for x in inverse:
     dp = x * dp
-  return dp + shift
+  return dp + minus_shift
 
 
 def to_16_bits(x: jax.Array, factor: float, dtype: jnp.dtype) -> jax.Array:

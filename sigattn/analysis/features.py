@@ -10,7 +10,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from sigattn import tasks
-from sigattn.analysis import plots
 from sigattn.training import evaluate, mesh, run_dir, setup
 
 _MOST_POINTS = 2000
@@ -34,6 +33,9 @@ def draw(
 
   Raises ValueError for a task without `represent`.
   """
+  # Every start of eval.py would wait 0.5 s for matplotlib.
+  from sigattn.analysis import plots
+
   task = tasks.get(config.task)
   batches = _first(tasks.eval_batches(config, split), _MOST_POINTS)
   data = jax.device_get(evaluate.represent(config, devices)(params, batches))

@@ -9,7 +9,6 @@ import rich.measure
 import rich.table
 from ml_collections import ConfigDict
 
-from sigattn.analysis import plots
 from sigattn.training import files, metrics, run_dir
 
 
@@ -40,9 +39,17 @@ def finish(
   title = f"{workdir}: evaluations on {split}"
   for table in evaluation_tables({"best": best, "last": evals[-1]}, title):
     metrics.log(table)
-  path = pathlib.Path(workdir) / "curves.png"
+  _draw({str(workdir): [lines]}, pathlib.Path(workdir) / "curves.png")
+
+
+def _draw(groups, path):
+  """Draws the curves of plots.curves and says where they are."""
+  # Every start of train.py and of its worker processes would wait 0.5 s for
+  # matplotlib.
+  from sigattn.analysis import plots
+
   with metrics.saying_what_is_not_written():
-    plots.curves({str(workdir): [lines]}, path)
+    plots.curves(groups, path)
     metrics.log(f"curves: {path}")
 
 
@@ -151,9 +158,7 @@ def sweep(
     metrics.log(table)
   with metrics.saying_what_is_not_written():
     files.write_json(pathlib.Path(root) / "sweep.json", rows)
-    path = pathlib.Path(root) / "sweep.png"
-    plots.curves(groups, path)
-    metrics.log(f"curves: {path}")
+    _draw(groups, pathlib.Path(root) / "sweep.png")
 
 
 def _spread(values):

@@ -154,19 +154,24 @@ def init(
   devices: the mesh over which parameters and attention are split; None for a
   single device.
   """
-  task = tasks.get(config.task)
-  shardings = devices and mesh.parameters(shapes(config), devices)
+  task, model = tasks.get(config.task), _abstract(config)
+  shardings = devices and mesh.parameters(_shapes(model), devices)
 
   @functools.partial(jax.jit, out_shardings=shardings)
   def params(key):
     return nnx.to_pure_dict(nnx.state(task.build(config, nnx.Rngs(key))))
 
-  return graphdef(config, devices), params(jax.random.key(config.seed))
+  static = _graphdef(model, config, devices)
+  return static, params(jax.random.key(config.seed))
 
 
 def shapes(config: ConfigDict) -> Any:
   """The shape of each parameter, a nested dict; nothing is allocated."""
-  return nnx.to_pure_dict(nnx.state(_abstract(config)))
+  return _shapes(_abstract(config))
+
+
+def _shapes(model):
+  return nnx.to_pure_dict(nnx.state(model))
 
 
 def _abstract(config):
@@ -181,7 +186,10 @@ def graphdef(
 
   devices: as in init.
   """
-  model = _abstract(config)
+  return _graphdef(_abstract(config), config, devices)
+
+
+def _graphdef(model, config, devices):
   if devices is not None and devices.size > 1:
     for _, module in nnx.iter_modules(model):
       if hasattr(module, "attention_fn"):

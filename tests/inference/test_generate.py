@@ -67,11 +67,16 @@ def test_decoding_equals_the_full_forward_pass(kind, values):
       last_B = jnp.clip(length_B - 1 - first, 0, part_BT.shape[1] - 1)
       logits_BV, cache = model.extend(part_BT, cache, first, last_B)
       logits_BTV.append(logits_BV)
-    after_BV = [jnp.stack([logits_BTV[2][0], logits_BTV[0][1]])]
-    for i in range(count):
-      logits_BV, cache = model.decode(forced_BT[:, i], cache, length_B + i)
-      after_BV.append(logits_BV)
-    return jnp.stack(after_BV, axis=1)
+    first_BV = jnp.stack([logits_BTV[2][0], logits_BTV[0][1]])
+
+    def decode(carry, token_B):
+      cache, length_B = carry
+      logits_BV, cache = model.decode(token_B, cache, length_B)
+      return (cache, length_B + 1), logits_BV
+
+    start = cache, jnp.asarray(length_B)
+    _, after_TBV = jax.lax.scan(decode, start, forced_BT.T)
+    return jnp.concatenate([first_BV[:, None], after_TBV.swapaxes(0, 1)], 1)
 
   logits_BTV = compiled(run, model, token_BT, forced_BT)
   for i, length in enumerate(length_B):

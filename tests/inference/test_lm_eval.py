@@ -1,7 +1,6 @@
 """The harness's scores of a small local task equal those of the plain model."""
 
 import json
-import pathlib
 import re
 import subprocess
 import sys
@@ -15,14 +14,13 @@ import pytest
 from configs import lm_sigmoid
 from sigattn.inference import generate
 from sigattn.training import setup
+from tests import commands
 
 lm_eval = pytest.importorskip(
   "lm_eval", reason="lm-eval is not installed (requirements.txt)"
 )
 
 from lm_eval.api.instance import Instance  # noqa: E402
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 QUESTIONS = [
   ("And God said, Let there be", [" light", " darkness", " q"], 0),
@@ -112,10 +110,12 @@ def test_scores_equal_the_plain_forward_pass(trained, tmp_path):
     np.testing.assert_allclose(log_probs, scores[sample["doc_id"]], rtol=1e-4)
 
 
+COMMAND = ("-m", "sigattn", "lm_eval", "--workdir=/no")
+
+
 @pytest.mark.parametrize(
   ("word", "said"),
   [
-    ("--tasks=hellasvag", "--tasks=hellasvag; is no task .*mean hellaswag"),
     ("--tasks=", "--tasks=; is no task"),
     ("--include_path=/no", "--include_path=/no; there is no such folder"),
     ("--limit=-1", "--limit=-1: -1 is not a positive integer"),
@@ -123,11 +123,20 @@ def test_scores_equal_the_plain_forward_pass(trained, tmp_path):
   ],
 )
 def test_wrong_flags_are_refused_in_one_line(word, said):
-  words = ["sigattn", "lm_eval", "--workdir=/no", "--tasks=piqa", word]
+  done = commands.forked(*COMMAND, "--tasks=piqa", word)
+  assert_refused_in_one_line(done, said)
+
+
+def test_a_misspelt_task_is_refused_by_the_nearest_one():
+  words = [sys.executable, *COMMAND, "--tasks=hellasvag"]
   done = subprocess.run(
-    [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True,
-    check=False,
-  )  # fmt: skip
+    words, cwd=commands.ROOT, capture_output=True, text=True, check=False
+  )
+  said = "--tasks=hellasvag; is no task .*mean hellaswag"
+  assert_refused_in_one_line(done, said)
+
+
+def assert_refused_in_one_line(done, said):
   assert done.returncode == 1
   assert "Traceback" not in done.stderr
   assert re.search(said, done.stderr.splitlines()[-1])

@@ -5,7 +5,9 @@
   python -m tests.kernels.mosaic_interpreter 64 clusters all_but_dense ...
 
 The second argument chooses the backward pass. "clusters" are two kernels, and
-the programs of all passes form clusters of two. The dtype is bfloat16; a case
+the programs of all passes form clusters of two. (The fused backward pass has
+clusters on a GPU alone, because the interpreter cannot add atomically.) The
+dtype is bfloat16; a case
 that is called "CASE.float16" is run in float16. The program prints the error of
 each output and gradient. It exits with 1 if an error is more than twice that of
 plain code in 16 bits. A kernel with a missing arrival at a barrier hangs, so
@@ -182,10 +184,9 @@ def _pretend(backward):
   registers.add_to_rows = _add_to_rows
   registers.add_columns = _add_columns
   registers.sum_of_threads = lambda totals: totals
-  registers.meet = lambda: None  # A warpgroup is one thread here.
   of_all = dict(warpgroups=2, cluster=1)
   if backward == "clusters":
-    tiles.LONG, tiles.LONG_TILES = 0, {}
+    tiles.FORWARD_CLUSTERS = 0
     of_all = dict(warpgroups=1, cluster=2)
   tiles.TILES = {
     width: tiles.Tiles(

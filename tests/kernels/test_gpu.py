@@ -88,7 +88,8 @@ def test_16_bit_of_what_long_sequences_take(
   """At width 128 programs form clusters, and a cluster may lack its second."""
   if implementation != "mosaic":
     pytest.skip("Triton has one backward pass")
-  monkeypatch.setattr(tiles, "LONG", 0)
+  for name in ("LONG", "FORWARD_CLUSTERS", "MASKED_CLUSTERS"):
+    monkeypatch.setattr(tiles, name, 0)
   everywhere = {
     width: dataclasses.replace(x, open=0, masked=0)
     for width, x in tiles.FUSED_BACKWARD.items()
