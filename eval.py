@@ -18,8 +18,12 @@ length. For runs that learn features of images there are also
 import json
 import os
 import pathlib
+import signal
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends it without a trace.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax
 from absl import flags
@@ -35,6 +39,7 @@ from sigattn.training import (
   mesh,
   metrics,
   probe,
+  process,
   run_dir,
   setup,
 )
@@ -222,7 +227,10 @@ def _factors(words):
 def _main(given):
   metrics.set_up_logs()
   where = (given.workdir, given.split, given.step, given.source)
-  with cli.refusing("eval.py"):
+  advice = "evaluate on a device with more memory"
+  if given.length_factors is not None:
+    advice = "give smaller --length_factors"
+  with cli.refusing("eval.py"), process.saying_what_to_lower(advice):
     if given.eval != "metrics":
       _refuse(given, "length_factors")
     if given.eval == "pictures":

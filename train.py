@@ -8,8 +8,12 @@ or, in a notebook: `from train import train; state = train(config)`.
 import contextlib
 import os
 import pathlib
+import signal
 import sys
 import time
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends it without a trace.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax
 from absl import flags
@@ -46,11 +50,13 @@ def train(
   config.optim.non_finite skips such steps; MemoryError if the run does not fit
   into the memory; and OSError if the folder can no longer be written.
   """
+  if workdir is not None:
+    run_dir.validate_writable(workdir)
   config = run_dir.validated(config, workdir)
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
     folder = enter(run_dir.RunDir(workdir, config))
-    enter(process.saying_what_to_lower(config))
+    enter(process.saying_what_to_lower(process.what_to_lower(config)))
     split, total = config.data.eval_split, config.total_steps
     data = enter(contextlib.closing(tasks.train_batches(config)))
     eval_batches = tasks.eval_batches(config, split)
@@ -164,9 +170,9 @@ def _define_flags():
 def _main(given):
   metrics.set_up_logs()
   config, flag = given.config, given["config"]
-  workdir = given.workdir or run_dir.default(
-    flag.config_filename, flag.override_values
-  )
+  workdir = given.workdir
+  if workdir is None:
+    workdir = run_dir.default(flag.config_filename, flag.override_values)
   process.use_most_of_the_gpu()
   with cli.refusing("train.py", given.debug):
     process.join(given.coordinator, given.processes, given.process)

@@ -832,6 +832,8 @@ def _fitted(name, x, full):
       (batch, lengths[1]): ":, None, None, :",
       (batch, *lengths): ":, None",
     }
+    # Or they have an axis for the heads, but not for the queries.
+    forms[batch, 1, lengths[1]] = ":, :, None"
   form = forms.get(x.shape)
   raise ValueError(
     f"{name}.shape={x.shape}; must broadcast to {full}"

@@ -11,8 +11,9 @@ import importlib
 import os
 import pathlib
 import re
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sigattn import extras
@@ -188,6 +189,21 @@ def refusing(name: str, debug: bool = False) -> Iterator[None]:
     sys.exit(f"{name}: {text}")
 
 
+@contextlib.contextmanager
+def stopping(name: str) -> Iterator[None]:
+  """Ends the program with status 130 and one line after Ctrl-C.
+
+  name: of the program, with which the line begins.
+  """
+  if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see train.py
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    yield
+  except KeyboardInterrupt:
+    print(f"{name}: stopped", file=sys.stderr)
+    sys.exit(130)
+
+
 # In bytes. The programs that were not used for the longest time are deleted.
 _MOST_COMPILED = 8 * 2**30
 
@@ -254,9 +270,11 @@ def start(
   def main(argv):
     given = argv[1:]
     if given and words is None:
-      raise app.UsageError(f"only flags are allowed, not {given}")
+      sys.exit(
+        f"{name}: only flags are allowed, not {given}; --help lists them"
+      )
     if words is not None and not given:
-      raise app.UsageError(f"name the {words}")
+      sys.exit(f"{name}: name the {words}")
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)
     _write_plain_warnings()
@@ -279,7 +297,8 @@ def start(
         raise ValueError(_one_line(error, argv)) from error
     return rest
 
-  app.run(main, flags_parser=parse)
+  with stopping(name):
+    app.run(main, flags_parser=parse)
 
 
 def _parsed(argv):
@@ -319,6 +338,15 @@ def _one_line(error, argv):
       f"--config={twice[1]}; --config={first} is given too: give one config. "
       "--config.FIELD=VALUE changes a field of it"
     )
+  if wrong := re.search(
+    r"flag (--config[\w.]*)=(.*): Failed .* is not a d", str(error)
+  ):
+    return (
+      f"{wrong[1]}={wrong[2]}; is a group of fields: {wrong[1]}.FIELD=VALUE"
+    )
+  if unknown := re.match(r"Unknown command line flag '(\w+)'", lines[0]):
+    other = _other_flag(unknown[1], argv)
+    return unknown[0] + other if other else "; ".join(lines)
   if wrong := re.search(r"flag (--[^:]+): .*Non-boolean", str(error)):
     return f"{wrong[1]}; must be true or false"
   if wrong := re.fullmatch(r"flag (--.*?): (must be .*)", str(error)):
@@ -336,6 +364,17 @@ def _one_line(error, argv):
   return str(error) if "Traceback" in str(error) else "; ".join(lines)
 
 
+def _other_flag(name, argv):
+  """Names the flag that someone may mean who gives an unknown one."""
+  if name == "workdir" and "root" in flags.FLAGS:
+    return "; did you mean --root, the folder of all runs?"
+  if "config" in flags.FLAGS:
+    config = flags.FLAGS["config"].parser.parse(_config_file(argv))
+    if paths := _with_leaf(config, name):
+      return f"; did you mean --{paths[0]}?"
+  return ""
+
+
 def _config_file(argv):
   """The value of --config."""
   words = "\n".join(argv[1:])
@@ -346,16 +385,24 @@ def _unknown_field(argv):
   """Names the field that the command line sets and the config lacks."""
   words = "\n".join(argv[1:])
   config = flags.FLAGS["config"].parser.parse(_config_file(argv))
-  for path in re.findall(r"^--?config\.([\w.]+)", words, re.MULTILINE):
-    node, above = config, "config"
-    for key in path.split("."):
-      keys = list(node.keys()) if hasattr(node, "keys") else []
-      if key not in keys:
-        near = difflib.get_close_matches(key, keys, 1)
-        near = _with_leaf(config, path) or [f"{above}.{x}" for x in near]
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{above} has no field {key!r}{hint}"
-      node, above = node[key], f"{above}.{key}"
+  paths = re.findall(r"^--?config\.([\w.]+)", words, re.MULTILINE)
+  return next(filter(None, (unknown_field(config, x) for x in paths)), "")
+
+
+def unknown_field(config: Mapping[str, Any], path: str) -> str:
+  """Says that a config has no field at a path, and which is nearest.
+
+  Returns "" if it has one.
+  """
+  node, above = config, "config"
+  for key in path.split("."):
+    keys = list(node.keys()) if hasattr(node, "keys") else []
+    if key not in keys:
+      near = difflib.get_close_matches(key, keys, 1)
+      near = _with_leaf(config, path) or [f"{above}.{x}" for x in near]
+      hint = f"; did you mean {near[0]}?" if near else ""
+      return f"{above} has no field {key!r}{hint}"
+    node, above = node[key], f"{above}.{key}"
   return ""
 
 
@@ -388,7 +435,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(f"sigattn: unknown command {argv[1]!r}; {hint}")
   name = argv[1]
   command = COMMANDS[name]
-  module = importlib.import_module(command.module)
+  with stopping(f"sigattn {name}"):
+    module = importlib.import_module(command.module)
   # What --help prints first.
   sys.modules["__main__"].__doc__ = module.__doc__
   sys.argv = [f"sigattn {name}", *argv[2:]]

@@ -129,9 +129,11 @@ def _implementation_runs_here(config):
   try:
     jax.eval_shape(attend, shape(model.num_heads), shape(kv_heads))
   except (NotImplementedError, RuntimeError, ValueError) as error:
+    why, *_ = str(error).split("; pass ")  # advice about an argument
     raise ValueError(
       f"config.attn.implementation={attn.implementation!r}; cannot compute "
-      f"this model here: {error}"
+      f"this model here: {why}; give --config.attn.implementation=None, which "
+      "lets the library choose"
     ) from error
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from absl import flags
 
 from sigattn.analysis import report
+from sigattn.cli import unknown_field
 from sigattn.training import metrics, run_dir
 
 _TRAIN = pathlib.Path(__file__).parent.parent / "train.py"
@@ -99,11 +100,22 @@ def _run_of(config, delta, root):
   except (KeyError, TypeError) as error:
     raise ValueError(f"sweep {delta}: {error}") from error
   run = run_dir.validated(run, workdir)
-  run_dir.validate_place(workdir, run)
   if not run_dir.done(workdir, run.total_steps):
     run_dir.validate_resumable(workdir, run)
     run_dir.validate_writable(workdir)
   return delta, run, workdir
+
+
+def _validate_flags(overrides, runs, config):
+  """Refuses a sweep's field that the config lacks or that a flag sets."""
+  for path in dict.fromkeys(key for delta in runs for key in delta):
+    if why := unknown_field(config, path):
+      raise ValueError(f"the sweep sets config.{path}: {why}")
+    if path in overrides:
+      raise ValueError(
+        f"--config.{path}={overrides[path]}; the sweep sets this field itself: "
+        "leave the flag out"
+      )
 
 
 def _run_process(words):
@@ -152,10 +164,14 @@ def run(flag_values: flags.FlagValues) -> None:
   metrics.set_up_logs()
   flag = flag_values["config"]
   file, config = flag.config_filename, flag_values.config
-  root = flag_values.root or run_dir.default(file, flag.override_values)
-  runs = [
-    _run_of(config, delta, root) for delta in deltas(file, flag_values.sweep)
-  ]
+  runs = deltas(file, flag_values.sweep)
+  _validate_flags(flag.override_values, runs, config)
+  root = flag_values.root
+  if root is None:
+    root = run_dir.default(file, flag.override_values)
+  if not root or pathlib.Path(root).is_file():
+    raise ValueError(f"--root={root}; must be a folder, in which the runs are")
+  runs = [_run_of(config, delta, root) for delta in runs]
   failed = []
   for index, (delta, run_config, workdir) in enumerate(runs, 1):
     words = command(file, flag.override_values | delta, workdir)

@@ -895,6 +895,7 @@ BAD = [
   (dict(key_logit_bias=Z((3, 9))), r"key_logit_bias.shape=\(3, 9\)"),
   (dict(key_logit_bias=Z((2, 9))), r"give key_logit_bias\[:, None, :\]"),
   (dict(mask=Z((2, 9), bool)), r"\(2, 9\);.*give mask\[:, None, None, :\]"),
+  (dict(mask=Z((2, 1, 9), bool)), r"\(2, 1, 9\);.*give mask\[:, :, None\]"),
   (dict(mask=Z((2, 6, 9), bool)), r"\(2, 6, 9\);.*give mask\[:, None\]"),
   (dict(bias="softmax"), "bias='softmax'; must be an array.*kind='softmax'"),
   (dict(query_offset=3), "query_offset=3; has no effect without is_causal"),

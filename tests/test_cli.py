@@ -1,13 +1,16 @@
 """The command line: what it lists, and what it says about wrong words."""
 
 import pathlib
+import signal
 import subprocess
 import sys
 import tomllib
 
+import jax
 import pytest
 
 from sigattn import cli
+from sigattn.training import process
 from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -84,6 +87,63 @@ def test_a_wrong_command_line_is_answered_by_what_is_right(words, said):
   assert done.returncode == 1
   assert said in done.stderr
   assert "Traceback" not in done.stderr
+  assert len(done.stderr.splitlines()) == 1
+
+
+WRONG = {
+  "foo": "train.py: only flags are allowed, not ['foo']; --help lists them",
+  "--config.attn=3": "attn=3; is a group of fields: --config.attn.FIELD=VALUE",
+  "--normalize": "'normalize'; did you mean --config.attn.normalize?",
+  "--workdir=": "train.py: workdir=''; must be a folder",
+  "--workdir=README.md/a": "'README.md/a' cannot be written: Not a directory",
+  "--config.attn.implementation=triton": "; give --config.attn.implementation="
+  "None, which lets the library choose",
+}
+
+
+@pytest.mark.parametrize("word", WRONG)
+def test_a_wrong_word_is_answered_in_one_line(word):
+  done = commands.forked("train.py", VIT, word)
+  assert done.returncode == 1
+  [line] = done.stderr.splitlines()
+  assert WRONG[word] in line
+
+
+def test_exhausted_memory_is_one_line_that_says_what_to_lower():
+  with (
+    pytest.raises(SystemExit, match=r"^a: .* memory: lower b \(RESOURCE_EXHA"),
+    cli.refusing("a"),
+    process.saying_what_to_lower("lower all"),
+    process.saying_what_to_lower("lower b"),
+  ):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
+
+
+STOPPED = """
+import os, signal
+from sigattn import cli
+
+cli.start(lambda given: os.kill(os.getpid(), signal.SIGINT))
+"""
+
+
+def test_ctrl_c_ends_a_program_with_one_line():
+  done = subprocess.run(
+    [sys.executable, "-c", STOPPED],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert (done.returncode, done.stderr) == (130, "-c: stopped\n")
+  # During the imports it ends without a trace.
+  for program in ("train.py", "eval.py"):
+    run = subprocess.Popen(
+      [sys.executable, "-X", "importtime", program, "--config=no"],
+      cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    said = iter(run.stderr)
+    assert any("jax" in line for line in said)
+    run.send_signal(signal.SIGINT)
+    assert "Traceback" not in "".join(said)
+    assert run.wait(60) == -signal.SIGINT
 
 
 TWICE = """

@@ -21,7 +21,14 @@ import tokenizers
 
 from configs import lm_sigmoid, vit, vit_sigmoid
 from sigattn import pretrained
-from sigattn.training import checkpoint, metrics, setup
+from sigattn.training import (
+  checkpoint,
+  init_from,
+  mesh,
+  metrics,
+  setup,
+  step,
+)
 from train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,6 +78,22 @@ def test_loaded_models_compute_what_theirs_do(name):
     logits = model(jnp.asarray(expected["image"].transpose(0, 2, 3, 1)))
   assert np.ptp(expected["logits"]) > 1
   np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=2e-5)
+
+
+def test_a_share_of_rope_is_that_of_gpt_neox_alone(tmp_path):
+  """transformers' Llama ignores it, and GPT-NeoX rotates 0.25 by default."""
+  rope = {"rope_theta": 5e5, "rope_type": "default"}
+  folder = altered(
+    tmp_path, rope_parameters=rope | {"partial_rotary_factor": 0.5}
+  )
+  expected = np.load(REFERENCES / "llama" / "expected.npz")
+  config = make("llama", **pretrained.values(folder))
+  config.init_from = str(folder)
+  logits = loaded(config)(jnp.asarray(expected["token"]))
+  np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=2e-5)
+  del rope["rope_type"]
+  neox = altered(tmp_path, "gpt_neox", rope_parameters=rope)
+  assert pretrained.values(neox)["model.rope_share"] == 0.25
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "vit"])
@@ -245,10 +268,10 @@ def test_another_number_of_classes_gets_a_new_head():
   assert params["position"].any()
 
 
-def altered(tmp_path, **changes):
-  """The reference llama with other settings in its config."""
-  folder = tmp_path / "llama"
-  shutil.copytree(REFERENCES / "llama", folder)
+def altered(tmp_path, name="llama", **changes):
+  """A reference with other settings in its config."""
+  folder = tmp_path / name
+  shutil.copytree(REFERENCES / name, folder)
   path = folder / "config.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | changes))
   return folder
@@ -265,6 +288,25 @@ def altered(tmp_path, **changes):
       {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
       r"rope_type='llama3'; must be one of \['default'\]",
     ),
+    (
+      {"rope_scaling": {"type": "linear", "factor": 2.0}},
+      r"rope_type='linear'; must be one of \['default'\]",
+    ),
+    (
+      {"quantization_config": {"quant_method": "fp8"}},
+      r"quantization_config=.*'fp8'.*; must be null: save",
+    ),
+    ({"model_type": []}, r"json: model_type=\[\]; must be a string"),
+    ({"hidden_size": "64"}, r"hidden_size='64'; must be a whole number >= 1$"),
+    ({"num_attention_heads": 0}, r"num_attention_heads=0; must be a whole"),
+    ({"num_attention_heads": None}, r"num_attention_heads=None; must be a who"),
+    ({"num_attention_heads": [4]}, r"num_attention_heads=\[4\]; must be a who"),
+    ({"rope_parameters": 1.5}, r"json: rope_parameters=1\.5; must be an obj"),
+    (
+      {"rope_parameters": {"rope_theta": "1"}},
+      r"init_from=.*: rope_parameters\.rope_theta='1'; must be a finite number",
+    ),
+    ({"tie_word_embeddings": "no"}, r"tie_word_embeddings='no'; must be True"),
     ({"num_hidden_layers": 3}, r"disagree: .* no tensor 'model\.layers\.2"),
     (
       {"num_hidden_layers": 1},
@@ -327,7 +369,7 @@ def test_the_error_has_all_flags_of_an_image_model(tmp_path):
     setup.validate_config(make("llama", init_from=str(folder)))
 
 
-def test_an_unknown_normalisation_is_asked_for():
+def test_an_unknown_normalisation_is_asked_for(caplog):
   """The reference was saved without a preprocessor."""
   config = vit_sigmoid.get_config("runlocal")
   config.init_from = str(REFERENCES / "vit")
@@ -338,6 +380,12 @@ def test_an_unknown_normalisation_is_asked_for():
   with pytest.raises(ValueError, match=r"needs: ") as caught:
     setup.validate_config(config)
   assert "Also give" not in str(caught.value)
+  # If the number of channels fits, the values of the config are named.
+  config = make("vit")
+  config.data.update(mean=(0.5, 0.4, 0.3), std=(0.5,) * 3)
+  state = step.init(config, mesh.make())[0]
+  init_from.start(config, state)
+  assert "'--config.data.mean=(0.5, 0.4, 0.3)'" in caplog.text
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -332,6 +332,15 @@ def edit_config(run, change):
   path.write_text(json.dumps(content))
 
 
+def test_who_uses_an_unfinished_run_is_told(run, caplog):
+  checkpoint.load(run)
+  assert "is not finished" not in caplog.text
+  edit_config(run, lambda config: config.update(total_steps=2000))
+  checkpoint.load(run, step=1)
+  said = f"the run in {run} is not finished: it has done 3 of 2000 steps"
+  assert said in caplog.text
+
+
 def without(*paths):
   def change(config):
     for path in paths:

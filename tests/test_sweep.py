@@ -71,6 +71,17 @@ def test_dry_run_refuses_a_root_that_the_runs_would_refuse(tmp_path):
   assert "runs/seed=0'; must not be in config.data.source=" in refused.stderr
 
 
+def test_a_wrong_root_is_named_in_one_line():
+  for word, said in (
+    ("--workdir=x", "flag 'workdir'; did you mean --root, the folder of all"),
+    ("--root=README.md", "--root=README.md; must be a folder, in which the"),
+  ):
+    refused = run(f"--config={CONFIG}:runlocal", "--sweep=seed", word)
+    assert refused.returncode == 1
+    assert said in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("words", [[], ["--dry_run"]])
 def test_a_root_that_cannot_be_written_is_refused_before_the_runs(words):
   refused = run(
@@ -104,6 +115,18 @@ def sweep_kind():
   assert (root / "sweep.png").stat().st_size > 10_000
   again = run(*words)
   assert again.stdout.count("is finished") == 2
+
+
+def test_a_sweep_refuses_flags_that_it_overrides_and_unknown_fields():
+  config = vit_sigmoid.get_config("runlocal")
+  runs = [{"attn.normalize": False}, {"attn.normalize": True}]
+  sweep._validate_flags({"optim.lr": 1.0}, runs, config)
+  said = r"--config\.attn\.normalize=True; the sweep sets this field itself"
+  with pytest.raises(ValueError, match=said):
+    sweep._validate_flags({"attn.normalize": True}, runs, config)
+  said = "no field 'normalise'; did you mean config.attn.normalize"
+  with pytest.raises(ValueError, match=said):
+    sweep._validate_flags({}, [{"attn.normalise": True}], config)
 
 
 class Given(types.SimpleNamespace):

@@ -38,7 +38,9 @@ def used(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
     return config
   if not (path := _path(workdir)).is_file():
     raise ValueError(
-      f"{workdir=}: has no {path.name}, the tokenizer of the run"
+      f"{workdir=}: has no {path.name}, the tokenizer of the run: restore it "
+      "from a copy, or run the command of the run with another --workdir, in "
+      "whose folder it writes the same file, and copy that"
     )
   config = config.copy_and_resolve_references()
   config.data.tokenizer = str(path)

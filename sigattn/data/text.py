@@ -525,12 +525,18 @@ def _encoded(config, content):
 
 
 def documents(
-  source: str, split: str, column: str, lines: bool = False
+  source: str,
+  split: str,
+  column: str,
+  lines: bool = False,
+  max_corrupt_share: float = 0.0,
+  at_least: int = 0,
 ) -> Iterable[str]:
   """Returns an iterable of the texts of a source.
 
-  source: as in config.data.source. column, lines: as in config.data.text_column
-  and config.data.lines. Raises ValueError if the source has no such split.
+  source: as in config.data.source. column, lines, max_corrupt_share: as in
+  config.data.text_column and so on. at_least: as in text_documents.Corrupt.
+  Raises ValueError if the source has no such split.
   """
   if _is_text(source, lines):
     hub.validate_split(source, split, _TEXT_SPLITS)
@@ -542,9 +548,19 @@ def documents(
   known = _splits(origin)
   if known is not None:
     hub.validate_split(source, split, known)
-  return text_documents.Documents(
-    origin, in_training=False, corrupt=text_documents.Corrupt()
-  )
+  corrupt = text_documents.Corrupt(max_corrupt_share, at_least)
+  return text_documents.Documents(origin, in_training=False, corrupt=corrupt)
+
+
+def _warn_of_few(config, split, tokens):
+  """Warns of an evaluation of fewer tokens than a row of training has."""
+  # In an evaluation at another length, data.length is that length.
+  length = min(config.data.length, config.model.max_length)
+  if tokens < length:
+    text_files.warn_once(
+      f"the split {split!r} has {tokens} tokens, fewer than a row of "
+      f"config.data.length={length}: {text_documents.FEW}"
+    )
 
 
 def _num_rows(tokens, length):
@@ -566,6 +582,8 @@ class _OneText(loader.ExampleSource):
         f"{split=} of a text has {len(token_S)} tokens; must have 2 or more, "
         "since the first one is not predicted: give a longer text"
       )
+    if split != config.data.train_split:
+      _warn_of_few(config, split, len(token_S))
     self._length, self._tokens = config.data.length, token_S
 
   def __len__(self):
@@ -681,7 +699,12 @@ class Stream:
   def eval_rows(self) -> Iterator[loader.Batch]:
     """Yields the rows that are evaluated, each {"token", "segment"}."""
     rows = self._rows(self._eval_origin(), train=False)
-    return itertools.islice(rows, self._config.eval.rows)
+    count = 0
+    for row in itertools.islice(rows, self._config.eval.rows):
+      yield row
+      count += 1
+    if count == 1:
+      _warn_of_few(self._config, self._split, int((row["token"] >= 0).sum()))
 
   def _rows(self, origin, train):
     """A dataset of rows {"token", "segment"}, each (L + 1,)."""

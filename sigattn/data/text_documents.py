@@ -28,6 +28,12 @@ _HELD_OUT_EVERY = 20
 # The split that is all of a source without splits of its own. Only other data
 # than those of a run are evaluated by it, see run_dir.with_data.
 WHOLE = "all"
+_LEAST_SHARE = 0.01  # of the characters: a smaller held-out part is warned of
+FEW = (
+  "results on so little text say little. To hold out more, name files of your "
+  "choice test (test.txt, test/a.txt) and the others train, or give "
+  "--config.data.eval_source"
+)
 _SECONDS_BETWEEN_MESSAGES = 5
 _SHOWN = 3  # documents that an error names
 
@@ -146,6 +152,7 @@ class DocumentIterator(grain.DatasetIterator):
     self._corrupt = corrupt
     self._is_held_out = None  # a function, made when a document is there
     self._counts = {True: (0, 0), False: (0, 0)}  # see _count
+    self._said_blank = False
     self._no_text = {}  # {document: why it is no text}, of the first few
     self._parts = []  # (kind of the files, stream, its state at the beginning)
     with hub.reading(origin):
@@ -171,10 +178,8 @@ class DocumentIterator(grain.DatasetIterator):
 
   def __next__(self) -> str | None:
     while (example := self._next()) is not None:
-      document = self._text(example)
-      # From empty texts a model would learn that a beginning is followed by
-      # nothing.
-      if document and document.strip():
+      document = self._text(*example)
+      if document is not None:
         is_in = self._is_in(document)
         self._count(is_in, document)
         if is_in:
@@ -215,10 +220,15 @@ class DocumentIterator(grain.DatasetIterator):
       )
     if not self._origin.held_out or self._origin.split != "test":
       return
-    text_files.inform_once(
+    share = characters / (characters + rest)
+    said = (
       f"{self._origin.source!r}: {documents} of {documents + others} documents "
-      f"are held out, {characters / (characters + rest):.1%} of the characters"
+      f"are held out, {share:.1%} of the characters"
     )
+    if share >= _LEAST_SHARE:
+      text_files.inform_once(said)
+    else:
+      text_files.warn_once(f"{said}: {FEW}")
 
   def _next(self):
     """The next example of this epoch, None at its end."""
@@ -232,10 +242,16 @@ class DocumentIterator(grain.DatasetIterator):
         self._epoch, self._part + 1, row=self._row, any_document=self._any
       )
 
-  def _text(self, example):
-    """The text of the next example; None if it is corrupt."""
+  def _text(self, place, example):
+    """The text of the next example; None if it is corrupt or blank.
+
+    place: its file and line, if they are known.
+    """
     row, column, source = self._row, self._origin.column, self._origin.source
     self._row += 1
+    # If the split is made here, a document has the same number in each split.
+    part = "" if self._origin.held_out else f"split {self._origin.split!r}, "
+    place = place or f"{source!r}, {part}document {row + 1}"
     is_object = isinstance(example, dict)  # a line of JSON may be anything
     if is_object and (why := example.get(text_files.WHY)):
       self._skip(row, why)
@@ -247,21 +263,41 @@ class DocumentIterator(grain.DatasetIterator):
       )
     document = example.get(column) if is_object else None
     if isinstance(document, str):
-      return document
+      return None if self._is_blank(document, place) else document
     shown = repr(example)
-    # If the split is made here, a document has the same number in each split.
-    part = "" if self._origin.held_out else f"split {self._origin.split!r}, "
-    wrong = (
-      f"config.data.text_column={column!r} must be text, not {document!r:.100}"
-      if is_object
-      else f"must be an object with config.data.text_column={column!r}, not"
-    )
+    if not is_object:
+      wrong = f"must be an object with config.data.text_column={column!r}, not"
+    elif column in example:
+      wrong = (
+        f"config.data.text_column={column!r} must be text, not "
+        f"{document!r:.100}"
+      )
+    else:
+      wrong = (
+        f"has no column config.data.text_column={column!r}, only "
+        f"{sorted(example)}"
+      )
     self._skip(
       row,
-      f"{source!r}, {part}document {row}: {wrong}: "
+      f"{place}: {wrong}: "
       f"{shown if len(shown) <= 300 else shown[:300] + '...'}",
     )
     return None
+
+  def _is_blank(self, document, place):
+    """Whether a text has only blanks and NULs; the first one is named.
+
+    From empty texts a model would learn that a beginning is followed by
+    nothing.
+    """
+    if any(x != "\0" and not x.isspace() for x in document):
+      return False
+    if not self._said_blank and not self._origin.lines:
+      self._said_blank = True
+      text_files.warn_once(
+        f"{place}: has only blanks or NULs; such documents are left out"
+      )
+    return True
 
   def _skip(self, row, why):
     """Notes that a document is no text."""

@@ -107,7 +107,7 @@ def _in_folder(path, source, key):
   texts = [x for x in sorted(map(pathlib.Path, found)) if suffix(x)]
   split_of = {file: _split(file.relative_to(path)) for file in texts}
   if not any(split_of.values()):
-    _warn_of_names(texts, path, source, key)
+    _warn_of_names(texts, path, source)
     split_of = dict.fromkeys(texts, "train")
   files, read = {}, [file for file in texts if split_of[file]]
   for file in read:
@@ -124,11 +124,11 @@ def _in_folder(path, source, key):
         f"config.data.{key}={source!r}; must not hold runs, and {file} is of "
         "one: move its folder"
       )
-  _warn_of_unread(path, read, texts, source, key)
+  _warn_of_unread(path, read, texts, source)
   return files
 
 
-def _warn_of_unread(path, read, texts, source, key):
+def _warn_of_unread(path, read, texts, source):
   """Names the files of a folder that are not read, by the cause."""
   others = {x for x in path.rglob("*") if x.is_file()} - set(read)
   by_cause = {
@@ -148,8 +148,7 @@ def _warn_of_unread(path, read, texts, source, key):
       parts.append(f"{len(names)} {cause}: {shown}")
   if parts:
     warn_once(
-      f"config.data.{key}={source!r}: these files of the folder are not read: "
-      f"{'; '.join(parts)}"
+      f"{source!r}: these files of the folder are not read: {'; '.join(parts)}"
     )
 
 
@@ -167,7 +166,7 @@ def _split(file):
   return match[1] if match and file.parent.name == "data" else None
 
 
-def _warn_of_names(texts, path, source, key):
+def _warn_of_names(texts, path, source):
   """Warns of names that look like those of splits, but are none."""
   names = [str(x.relative_to(path)) for x in texts]
   names = [
@@ -177,7 +176,7 @@ def _warn_of_names(texts, path, source, key):
   ]
   if names:
     warn_once(
-      f"config.data.{key}={source!r}: {', '.join(names[:_FEW])}"
+      f"{source!r}: {', '.join(names[:_FEW])}"
       f"{' and others' * (len(names) > _FEW)} "
       f"{'is' if len(names) == 1 else 'are'} read like all other files, and "
       "not as a split: only files and folders with the names "
@@ -301,23 +300,26 @@ def _no_utf8(byte):
   )
 
 
-def examples(kind: str, rows: Iterator[dict[str, Any]]) -> Iterator[Any]:
+def examples(
+  kind: str, rows: Iterator[dict[str, Any]]
+) -> Iterator[tuple[str, Any]]:
   """The documents of an opened file, usually dicts of columns.
 
-  kind: the suffix. A line of a .jsonl may hold another JSON value, which is
-  then yielded. A line that is not JSON is no text.
+  Each comes with its place, "FILE: line 3", which is "" if only the builder of
+  `datasets` knows it. kind: the suffix. A line of a .jsonl may hold another
+  JSON value, which is then yielded. A line that is not JSON is no text.
   """
   if kind != ".jsonl":
-    yield from rows
+    yield from ((row.get(_PLACE, ""), row) for row in rows)
     return
   for row in rows:
-    line = row["text"]
+    line, place = row["text"], row[_PLACE]
     if line is None:
-      yield row
+      yield place, row
     elif line.strip():
       try:
-        yield json.loads(line)
+        yield place, json.loads(line)
       except ValueError as error:
         shown = line if len(line) <= 300 else line[:300] + "..."
-        why = f"{row[_PLACE]} is not JSON: {getattr(error, 'msg', error)}"
-        yield {WHY: f"{why}: {shown!r}"}
+        why = f"{place} is not JSON: {getattr(error, 'msg', error)}"
+        yield place, {WHY: f"{why}: {shown!r}"}

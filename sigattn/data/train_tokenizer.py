@@ -7,6 +7,7 @@
 the model with --config.data.tokenizer=bpe.json to use the tokenizer.
 """
 
+import contextlib
 import itertools
 import os
 import pathlib
@@ -57,6 +58,13 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "documents", 1_000_000, "The largest number of documents to read."
   )
+  flags.DEFINE_float(
+    "max_corrupt_share",
+    0.0,
+    "The share of documents that may be no text, and are skipped.",
+    0.0,
+    1.0,
+  )
   flags.DEFINE_string("out", None, "The file to write, for example bpe.json.")
   flags.mark_flags_as_required(["source", "out"])
 
@@ -68,10 +76,12 @@ def run(options: flags.FlagValues) -> None:
       f"--size={options.size}; must be >= 257: 256 bytes and the end of text"
     )
   _validate_out(options.out)
-  texts = text.documents(
-    options.source, options.split, options.column, options.lines
-  )
-  tokenizer = train(itertools.islice(texts, options.documents), options.size)
+  with _naming_flags():
+    texts = text.documents(
+      options.source, options.split, options.column, options.lines,
+      options.max_corrupt_share, options.documents,
+    )  # fmt: skip
+    tokenizer = train(itertools.islice(texts, options.documents), options.size)
   tokenizer.save(options.out)
   count = tokenizer.get_vocab_size()
   print(
@@ -84,6 +94,26 @@ def run(options: flags.FlagValues) -> None:
       "pairs of tokens that occur twice; if the config sets a vocab_size, add "
       f"--config.data.vocab_size={count}"
     )
+
+
+# The flags here, by the names that they have in a model's config.
+_FLAGS = {
+  "config.data.source": "--source",
+  "config.data.text_column": "--column",
+  "config.data.max_corrupt_share": "--max_corrupt_share",
+}
+
+
+@contextlib.contextmanager
+def _naming_flags():
+  """Lets an error about the texts name the flags in place of config.data."""
+  try:
+    yield
+  except ValueError as error:
+    message = str(error)
+    for path, flag in _FLAGS.items():
+      message = message.replace(f"--{path}", flag).replace(path, flag)
+    raise ValueError(message) from error
 
 
 def _validate_out(out):

@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 from sigattn.data import text
 from sigattn.inference import batching, engine, prompt_file
 from sigattn.inference.sampling import Sampling
-from sigattn.training import checkpoint
+from sigattn.training import checkpoint, process
 
 CONTEXTS = ("full", "window")
 CACHES = ("contiguous", "paged")
@@ -88,7 +88,7 @@ class Options:
   def validate(self) -> None:
     """Raises ValueError for a value out of range."""
     self.sampling.validate()
-    for name, least in (("max_tokens", 0), ("rows", 1), ("seed", None)):
+    for name, least in (("max_tokens", 1), ("rows", 1), ("seed", None)):
       value = getattr(self, name)
       is_whole = isinstance(value, numbers.Integral)
       if not is_whole or (least is not None and value < least):
@@ -233,10 +233,10 @@ class Generator:
     ]
 
   def _continued(self, prompts, options, first=0):
-    """batching.continued with these options; max_tokens may be 0."""
+    """batching.continued with these options; there may be no prompts."""
     options.validate()
-    if not options.max_tokens or not prompts:
-      return [batching.New(i, [], True) for i in range(len(prompts))]
+    if not prompts:
+      return []
     is_window = options.context == "window"
     if not is_window:
       self._warn_beyond_training(prompts, options.max_tokens)
@@ -363,6 +363,14 @@ def run(flag_values: flags.FlagValues) -> None:
   names = [field.name for field in dataclasses.fields(Options)]
   options = {name: flag_values[name].value for name in names}
   Options(**options).validate()
+  lower = (
+    f"lower --rows={options['rows']}, --max_tokens={options['max_tokens']}"
+  )
+  with process.saying_what_to_lower(f"{lower} or the length of the prompts"):
+    _run(flag_values, options)
+
+
+def _run(flag_values, options):
   workdir, step = flag_values.workdir, flag_values.step
   if flag_values.prompts is not None or flag_values.out is not None:
     _continue_file(flag_values, Options(**options))
@@ -393,8 +401,12 @@ def _continue_file(flag_values, options):
   if flag_values["prompt"].present:
     raise ValueError("--prompt and --prompts are given; give one of them")
   work = prompt_file.PromptFile(flag_values.prompts, flag_values.out)
-  generator = Generator.load(flag_values.workdir, flag_values.step)
+  generator, step = Generator.load_step(flag_values.workdir, flag_values.step)
+  made_by = dataclasses.asdict(options) | {"stop": list(options.stops)}
+  for name in ("rows", "cache"):  # They do not change texts.
+    del made_by[name]
   work.run(
     generator.encode,
     lambda prompts, first: generator.each(prompts, options, first),
+    {"workdir": os.path.realpath(flag_values.workdir), "step": step, **made_by},
   )

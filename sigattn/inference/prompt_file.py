@@ -5,14 +5,17 @@ with two more fields: "text" is the continuation, and "tokens" is the number of
 tokens that were drawn for it. Results are written line by line in the order of
 the prompts, each as soon as all results before it are written. A run that was
 stopped goes on after the results in its file. It writes the same texts as it
-would have written without the stop.
+would have written without the stop. The file OUT.options.json beside the
+results OUT says what made them: the model, and the options that change texts.
+Results that something else made are not continued.
 """
 
 import json
 import os
+import pathlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Self
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
 
 import numpy as np
 import rich.progress
@@ -33,10 +36,13 @@ class PromptFile:
     Raises:
       ValueError: if a line is no JSON object, has no string "prompt" or already
         has a field of a result, or if a result belongs to another prompt. The
-        error names the line.
+        error names the line. Also if both are the same file, and if `out` is a
+        folder or in a folder that does not exist.
       OSError: if a file cannot be read.
     """
     self.path, self.out = path, out
+    self._options = f"{out}.options.json"
+    self._validate_out()
     self.rows = [_prompt(*line) for line in _lines(path)]
     if not self.rows:
       raise ValueError(f"{path}: has no line")
@@ -44,6 +50,41 @@ class PromptFile:
     self.done, self._bytes = 0, 0
     if os.path.exists(out):
       self._find_results()
+
+  def _validate_out(self):
+    out, folder = pathlib.Path(self.out), pathlib.Path(self.out).parent
+    why = ""
+    if not folder.is_dir():
+      why = f"there is no folder {str(folder)!r}"
+    elif out.is_dir():
+      why = "is a folder; name a file"
+    elif out.exists() and out.samefile(self.path):
+      why = "is the file of --prompts; name another file for the results"
+    if why:
+      raise ValueError(f"--out={self.out}: {why}")
+
+  def _validate_made_by(self, made_by):
+    """Raises ValueError if something else made the results that there are."""
+    if not self.done:
+      return
+    advice = f"delete {self.out}, or name another --out"
+    try:
+      with open(self._options, "rb") as file:
+        theirs = json.load(file)
+      changed = [key for key in made_by if made_by[key] != theirs[key]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"--out={self.out}: holds {self.done} results, but {self._options}, "
+        f"which says what made them, cannot be read: {advice}"
+      ) from error
+    if changed:
+      what = ", ".join(
+        f"{key}={theirs[key]!r} and not {made_by[key]!r}" for key in changed
+      )
+      raise ValueError(
+        f"--out={self.out}: its {self.done} results were made with {what} "
+        f"({self._options}): repeat the command that made them, {advice}"
+      )
 
   def _find_results(self):
     for where, line in _lines(self.out):
@@ -64,16 +105,21 @@ class PromptFile:
     self,
     encode: Callable[[list[str]], list[np.ndarray]],
     each: Callable[[list[np.ndarray], int], Iterator[tuple[int, str, int]]],
+    made_by: Mapping[str, Any],
   ) -> None:
     """Continues the prompts that have no result yet, and logs the speed.
 
-    encode, each: methods of a Generator. Raises ValueError for a prompt that
-    cannot be encoded, before anything is written. Raises OSError if the file of
+    encode, each: methods of a Generator. made_by: what decides the texts, as
+    values of JSON by name. Raises ValueError for a prompt that cannot be
+    encoded, and if something else made the results that there are, before
+    anything is written. Raises OSError if the file of
     results cannot be written. On Ctrl-C it logs how many results there are, and
     exits.
     """
+    self._validate_made_by(made_by)
     begun, total = self.done, len(self.rows)
     prompts = self._encoded(encode)
+    files.write_json(self._options, made_by)
     if begun:
       metrics.log(f"{self.out} holds {begun} of {total} results already")
     with _Progress(begun, total) as progress:

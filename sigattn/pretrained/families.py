@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sigattn.validate import Field, flag, real, text, whole
+
 
 class Entry(NamedTuple):
   """A tensor of theirs, and the parameters of ours that it holds.
@@ -156,6 +158,62 @@ _PLAIN = {
 }
 
 
+_OBJECT = Field(
+  lambda value: value is None or isinstance(value, Mapping), "must be an object"
+)
+_SIZE, _ABOVE_0 = whole(low=1), real(above=0)
+# What the settings of their configs may be, by their keys.
+_TYPES = {
+  "architecture": text(),
+  "hidden_act": text(),
+  "hidden_size": _SIZE,
+  "image_size": _SIZE,
+  "intermediate_size": _SIZE,
+  "head_dim": whole(low=1, optional=True),
+  "layer_norm_eps": _ABOVE_0,
+  "model_args": _OBJECT,
+  "model_type": text(),
+  "num_attention_heads": _SIZE,
+  "num_channels": _SIZE,
+  "num_heads": _SIZE,
+  "num_hidden_layers": _SIZE,
+  "num_key_value_heads": whole(low=1, optional=True),
+  "partial_rotary_factor": _ABOVE_0,
+  "patch_size": _SIZE,
+  "pretrained_cfg": _OBJECT,
+  "quantization_config": Field(
+    lambda value: value is None,
+    "must be null: save the model without quantization",
+  ),
+  "rms_norm_eps": _ABOVE_0,
+  "rope_parameters": _OBJECT,
+  "rope_scaling": _OBJECT,
+  "rope_theta": _ABOVE_0,
+  "rotary_emb_base": _ABOVE_0,
+  "rotary_pct": _ABOVE_0,
+  "tie_word_embeddings": flag(),
+  "use_parallel_residual": flag(),
+  "vocab_size": _SIZE,
+}
+_GROUPS = ("model_args", "rope_parameters", "rope_scaling")
+
+
+def validate_types(config: Mapping[str, Any], path: str = "") -> None:
+  """Raises ValueError for a setting of a config.json of another type.
+
+  path: of the settings in the file, for the error.
+  """
+  for key, field in _TYPES.items():
+    if key not in config:
+      continue
+    if not field.is_right(config[key]):
+      raise ValueError(
+        f"config.json: {path}{key}={config[key]!r:.100}; {field.wanted}"
+      )
+    if key in _GROUPS and config[key]:
+      validate_types(config[key], f"{path}{key}.")
+
+
 def _setting(config, key, right, default=None):
   """The value of a setting. Raises ValueError if our models do not have it."""
   value = config.get(key, default)
@@ -171,16 +229,16 @@ def _mlp(config, right):
 
 
 def _rope(config):
-  """RoPE's settings. transformers 5 has one dict, and 4 has single fields."""
-  rope = config.get("rope_parameters") or {}
-  scaling = config.get("rope_scaling") or {}
-  kind = (
-    rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type")
-  )
-  _setting({"rope_type": kind or "default"}, "rope_type", ("default",))
+  """RoPE's dict of transformers 5; its version 4 has single fields."""
+  rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+  kind = rope.get("rope_type") or rope.get("type") or "default"
+  _setting({"rope_type": kind}, "rope_type", ("default",))
+  return rope
+
+
+def _rope_base(config):
   base = config.get("rope_theta") or config.get("rotary_emb_base") or 10_000
-  share = rope.get("partial_rotary_factor", config.get("rotary_pct", 1.0))
-  return float(rope.get("rope_theta", base)), float(share)
+  return float(_rope(config).get("rope_theta", base))
 
 
 def _sizes(config):
@@ -204,7 +262,6 @@ def _is_tied(config, shapes, head):
 
 
 def _language(config, **values):
-  base, share = _rope(config)
   width, heads = config["hidden_size"], config["num_attention_heads"]
   if config.get("head_dim"):
     _setting(config, "head_dim", (width // heads,))
@@ -213,8 +270,7 @@ def _language(config, **values):
     "attn.row_power": 0.0,
     "data.vocab_size": config["vocab_size"],
     "model.positions": "rope",
-    "model.rope_base": base,
-    "model.rope_share": share,
+    "model.rope_base": _rope_base(config),
     "model.logit_cap": None,
     **values,
   }  # fmt: skip
@@ -231,6 +287,7 @@ def _llama_values(config, shapes):
       "model.norm_epsilon": config["rms_norm_eps"],
       "model.use_bias": False,
       "model.parallel": False,
+      "model.rope_share": 1.0,  # their Llama ignores partial_rotary_factor
       "model.tied": _is_tied(config, shapes, "lm_head.weight"),
     },
   )
@@ -295,6 +352,7 @@ def _llama_described(values, max_length):
 
 def _gpt_neox_values(config, shapes):
   _setting(config, "attention_bias", (True,), True)
+  share = config.get("rotary_pct", 0.25)
   return _language(
     config,
     **{
@@ -302,7 +360,10 @@ def _gpt_neox_values(config, shapes):
       "model.norm_kind": "layernorm",
       "model.norm_epsilon": config["layer_norm_eps"],
       "model.use_bias": True,
-      "model.parallel": config["use_parallel_residual"],
+      "model.parallel": config.get("use_parallel_residual", True),
+      "model.rope_share": float(
+        _rope(config).get("partial_rotary_factor", share)
+      ),
       "model.tied": _is_tied(config, shapes, "embed_out.weight"),
     },
   )

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sigattn.pretrained.families import FAMILIES, Family
+from sigattn.pretrained.families import FAMILIES, Family, validate_types
+from sigattn.validate import real
 
 
 class Tensors:
@@ -71,7 +72,8 @@ def read(folder: str) -> Model:
 
 def _read(folder):
   theirs = _config(folder)
-  is_timm = str(theirs.get("architecture", "")).startswith("vit_")
+  validate_types(theirs)
+  is_timm = theirs.get("architecture", "").startswith("vit_")
   kind = theirs.get("model_type", "timm" if is_timm else None)
   if kind not in FAMILIES:
     raise ValueError(
@@ -125,5 +127,10 @@ def _normalisation(folder, config, channels):
     found = theirs.get("mean"), theirs.get("std")
   if not all(isinstance(x, list) and len(x) == channels for x in found):
     return {}
+  if not all(real().is_right(value) for x in found for value in x):
+    raise ValueError(
+      f"the mean and the standard deviation of the images are {found}; must be "
+      "numbers"
+    )
   mean, std = (tuple(map(float, x)) for x in found)
   return {"data.mean": mean, "data.std": std}

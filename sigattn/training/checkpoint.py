@@ -427,6 +427,11 @@ def load(
       raise ValueError(
         f"{step=}: this checkpoint of {workdir} is damaged: {why}"
       )
+  if steps[-1] < config.total_steps:
+    absl_logging.warning(
+      "the run in %s is not finished: it has done %d of %d steps",
+      workdir, steps[-1], config.total_steps,
+    )  # fmt: skip
   with _manager(workdir) as manager:
     _validate_format(step, workdir)
     params = setup.shapes(config)

@@ -36,6 +36,7 @@ def start(config: ConfigDict, state: State) -> State:
     )
   else:
     _warn_of_the_tokenizer(config)
+    _warn_of_the_normalisation(config)
     what, loaded, fresh = pretrained.start(config, params)
   total = len(jax.tree.leaves(loaded))
   metrics.log(
@@ -43,7 +44,7 @@ def start(config: ConfigDict, state: State) -> State:
     "arrays" + "; none keeps its initial value" * (not fresh)
   )
   if changed:
-    metrics.log(f"the model does not compute what the run did: {changed}")
+    logging.warning("the model does not compute what the run did: %s", changed)
   optim = config.optim
   metrics.log(
     f"the learning rate rises to config.optim.lr={optim.lr:g} within "
@@ -57,6 +58,17 @@ def start(config: ConfigDict, state: State) -> State:
   )
   ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
   return state._replace(params=params, ema=ema)
+
+
+def _warn_of_the_normalisation(config):
+  found = pretrained.values(config.init_from)
+  if config.task == "vit" and "data.mean" not in found:
+    logging.warning(
+      "config.init_from says no mean and no standard deviation of its images: "
+      "these of the config must be those with which its model was trained: "
+      "'--config.data.mean=%s' '--config.data.std=%s'",
+      tuple(config.data.mean), tuple(config.data.std),
+    )  # fmt: skip
 
 
 def _warn_of_the_tokenizer(config):

@@ -108,8 +108,21 @@ def ending_together() -> Iterator[None]:
     os._exit(1)
 
 
+def what_to_lower(config: ConfigDict) -> str:
+  """The advice for a training run that does not fit into memory."""
+  lower = f"config.batch_size={config.batch_size}"
+  if "length" in config.data:
+    lower += f" or config.data.length={config.data.length}"
+  return (
+    f"lower {lower}, or raise config.optim.accumulate={config.optim.accumulate}"
+  )
+
+
+_NO_ROOM = "the run does not fit into memory"
+
+
 @contextlib.contextmanager
-def saying_what_to_lower(config: ConfigDict) -> Iterator[None]:
+def saying_what_to_lower(advice: str) -> Iterator[None]:
   """Raises MemoryError, with advice, if the memory of a device is exhausted."""
   try:
     yield
@@ -117,13 +130,9 @@ def saying_what_to_lower(config: ConfigDict) -> Iterator[None]:
     [first, *_] = str(error).splitlines() or [""]
     if "RESOURCE_EXHAUSTED" not in first and not isinstance(error, MemoryError):
       raise
-    lower = f"config.batch_size={config.batch_size}"
-    if "length" in config.data:
-      lower += f" or config.data.length={config.data.length}"
-    raise MemoryError(
-      f"the run does not fit into memory: lower {lower}, or raise "
-      f"config.optim.accumulate={config.optim.accumulate} ({first})"
-    ) from error
+    if first.startswith(_NO_ROOM):
+      raise  # It was said within a part of the program, which knows more.
+    raise MemoryError(f"{_NO_ROOM}: {advice} ({first})") from error
 
 
 class _Stop:

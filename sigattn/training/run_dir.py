@@ -317,11 +317,13 @@ def validated(
   """Validates a whole config; returns the one with which a run uses it.
 
   A run in `workdir` goes on with its own copy of a tokenizer whose file is
-  gone. Raises ValueError as setup.validate_config does, and for data that are
-  no longer where the run read them.
+  gone. Raises ValueError as validate_place and setup.validate_config do, and
+  for data that are no longer where the run read them.
   """
   setup.validate_fields(config)
-  if workdir and _holds_run(workdir):
+  if workdir is not None:
+    validate_place(workdir, config)
+  if workdir is not None and _holds_run(workdir):
     if keeps := _keeps(config):
       config = keeps.resumed(config, workdir)
     missing = kept_data.missing(_source(config), config, workdir)

@@ -57,7 +57,7 @@ def names(
     )
   flags = _differing(config, their_config, (*_SAME, *_SHAPES))
   if any(path in flags for path in _SAME):
-    raise _needs_flags(config, flags)
+    raise _needs_flags(config, flags, their_config)
   ours, theirs = flatten(params), flatten(theirs)
   taken = set()
   for path, x in ours.items():
@@ -69,7 +69,7 @@ def names(
       taken.add(path)
     elif top != "head" or not encoder:
       if flags:
-        raise _needs_flags(config, flags)
+        raise _needs_flags(config, flags, their_config)
       has = "lacks it" if their is None else f"has the shape {their.shape}"
       raise ValueError(
         f"{where}; the parameter {path} has the shape {x.shape} by "
@@ -85,12 +85,18 @@ def differs(config: ConfigDict, their_config: ConfigDict) -> str:
   The fields of config.attn and _FUNCTION may differ, since they need no other
   parameters.
   """
-  paths = [f"attn.{key}" for key in config.attn if key != "implementation"]
-  paths += _FUNCTION
   return ", ".join(
     f"config.{path}={value_at(config, path)!r} in place of {theirs!r}"
-    for path, theirs in _differing(config, their_config, paths).items()
+    for path, theirs in _differing(
+      config, their_config, _function(config)
+    ).items()
   )
+
+
+def _function(config):
+  """The fields in which a run may compute another function."""
+  attn = [f"attn.{key}" for key in config.attn if key != "implementation"]
+  return [*attn, *_FUNCTION]
 
 
 def _differing(config, their_config, paths):
@@ -112,13 +118,22 @@ def _differing(config, their_config, paths):
   return found
 
 
-def _needs_flags(config, flags):
+def _needs_flags(config, flags, their_config):
+  """flags: the values that the run needs, by path."""
   path = next(iter(flags))
-  return ValueError(
+  message = (
     f"config.{path}={value_at(config, path)!r}; must be {flags[path]!r} as in "
     f"the run of config.init_from={config.init_from!r}, which needs: "
-    + " ".join(shlex.quote(f"--config.{x}={y}") for x, y in flags.items())
+    + _as_flags(flags)
   )
+  others = _differing(config, their_config, _function(config))
+  if others := {x: y for x, y in others.items() if x not in flags}:
+    message += f"; to compute what the run does, add: {_as_flags(others)}"
+  return ValueError(message)
+
+
+def _as_flags(values):
+  return " ".join(shlex.quote(f"--config.{x}={y}") for x, y in values.items())
 
 
 def _fits(path, shape, their_shape, encoder):

@@ -11,9 +11,16 @@ def test_another_size_is_refused_with_the_flags_to_add(texts, run):
   config = make(texts, init_from=str(run))
   depth = config.model.depth
   config.model.update(depth=depth + 1)
-  config.attn.update(forget_gate=True, qk_norm="none")
+  config.attn.update(
+    forget_gate=True, qk_norm="none", alibi=not config.attn.alibi
+  )
   with pytest.raises(ValueError, match="which needs: --config") as caught:
     setup.validate_config(config)
+  said = str(caught.value)
+  assert said.endswith(
+    "to compute what the run does, add: --config.attn.alibi="
+    f"{not config.attn.alibi}"
+  )
   for flag in (
     f"--config.model.depth={depth}",
     "--config.attn.forget_gate=False",
@@ -21,7 +28,9 @@ def test_another_size_is_refused_with_the_flags_to_add(texts, run):
   ):
     assert flag in str(caught.value)
   # The gate alone would be refused too, and so would the depth alone.
-  config.attn.update(forget_gate=False, qk_norm="rmsnorm")
+  config.attn.update(
+    forget_gate=False, qk_norm="rmsnorm", alibi=not config.attn.alibi
+  )
   said = rf"config\.model\.depth={depth + 1}; must be {depth} as in the run of"
   with pytest.raises(ValueError, match=said):
     setup.validate_config(config)
@@ -36,7 +45,7 @@ def test_another_size_is_refused_with_the_flags_to_add(texts, run):
 
 
 def test_the_log_says_what_was_taken_and_how_attention_differs(
-  texts, run, tmp_path, capsys
+  texts, run, tmp_path, capsys, caplog
 ):
   config = make(texts, init_from=str(run))
   config.attn.kind = "sigmoid"
@@ -47,6 +56,8 @@ def test_the_log_says_what_was_taken_and_how_attention_differs(
   taken, total = line.split("step 2, ")[1].split(" arrays")[0].split(" of ")
   assert taken == total
   assert line.endswith("arrays; none keeps its initial value")
+  said = caplog.text
+  assert "WARNING" in said
   assert "config.attn.kind='sigmoid' in place of 'softmax'" in said
   assert "config.model.rope_base=500.0 in place of 10000.0" in said
   assert "config.model.logit_cap=30.0 in place of None" in said

@@ -166,6 +166,24 @@ def test_the_file_of_a_new_tokenizer_is_tried_first(out, said, tmp_path):
   assert (tmp_path / "a.txt").read_text() == "mine"
 
 
+def test_corrupt_texts_of_a_new_tokenizer_are_skipped_up_to_the_share(tmp_path):
+  for i, content in enumerate(documents(6)):
+    (tmp_path / f"{i}.txt").write_text(content)
+  (tmp_path / "6.txt").write_bytes(b"\xff")
+  options = types.SimpleNamespace(
+    source=str(tmp_path), split="train", column="text", lines=False, size=270,
+    documents=100, max_corrupt_share=0.0, out=str(tmp_path / "out"),
+  )  # fmt: skip
+  with pytest.raises(ValueError, match=r"6\.txt: .* --max_corrupt_share=0\.1$"):
+    train_tokenizer.run(options)
+  options.max_corrupt_share = 0.2
+  train_tokenizer.run(options)
+  assert (tmp_path / "out").is_file()
+  options.source, options.out = "/no/source", str(tmp_path / "other")
+  with pytest.raises(ValueError, match="^--source='/no/source'; there is no"):
+    train_tokenizer.run(options)
+
+
 def test_an_id_beyond_the_vocabulary_is_refused_before_arrays_are_made(
   tmp_path,
 ):
@@ -317,9 +335,16 @@ def test_documents_that_are_no_text_are_skipped_up_to_the_share(
   # The log names each once, although there are several epochs and a split that
   # is made of the same documents.
   list(tasks.eval_batches(make(**{"data.source": path, **share}), "test"))
+  skipped = [x for x in skipped if x.startswith("skipped")]
   assert len(skipped) == 2
-  assert re.search("skipped: .*document 4: ", skipped[0])
-  assert re.search("skipped: .*document 10: ", skipped[1])
+
+  def place(number):
+    return (
+      f"a.jsonl: line {number}" if "jsonl" in name else f"document {number}"
+    )
+
+  assert re.search(f"skipped: .*{place(5)}: ", skipped[0])
+  assert re.search(f"skipped: .*{place(11)}: ", skipped[1])
   # With another training source, the whole of this one is evaluated.
   sources = {"data.source": "x/y", "data.eval_source": path, **share, **values}
   config = make(**sources)
@@ -328,16 +353,16 @@ def test_documents_that_are_no_text_are_skipped_up_to_the_share(
   config.data.eval_source = good
   assert texts_of(rows) == texts_of(rows_of(tasks.eval_batches(config, "test")))
   said = (
-    "2 documents are corrupt, of the first 11; .* allows 1: .* document 4: "
+    f"2 documents are corrupt, of the first 11; .* allows 1: .*{place(5)}: "
   )
-  with pytest.raises(ValueError, match=f"{said}.*; .* document 10: "):
+  with pytest.raises(ValueError, match=f"{said}.*; .*{place(11)}: "):
     take(path, **{"data.max_corrupt_share": 0.1, "data.shuffle_window": 10})
   # At the end of an epoch the share is that of its documents.
   few = {"data.max_corrupt_share": 0.05, "data.shuffle_window": 1000}
   with pytest.raises(ValueError, match="of the first 22; .*=0.05 allows 1: "):
     take(path, **few)
   said = "must be text, not None.* --config.data.max_corrupt_share=0.1"
-  with pytest.raises(ValueError, match=f"document 4: .*{said}"):
+  with pytest.raises(ValueError, match=f"{place(5)}: .*{said}"):
     take(path)
 
 
@@ -417,12 +442,41 @@ def test_a_broken_line_is_named_by_its_number(tmp_path):
   path = tmp_path / "a.jsonl"
   for bad, said in (
     ('{"text": "broken', r"a\.jsonl: line 32 is not JSON: Unterminated string"),
-    ("[1, 2]", r"document 30: must be an object with .*='text', not: \[1, 2\]"),
+    ("[1, 2]", r"line 32: must be an object with .*='text', not: \[1, 2\]"),
+    ('{"a": 1}', r"line 32: has no column .*='text', only \['a'\]: "),
   ):
     path.write_text("\n".join([lines[0], "", *lines[1:], bad]))
     config = make(**{"data.source": "kjv/x", "data.eval_source": str(path)})
     with pytest.raises(ValueError, match=said):
       rows_of(tasks.eval_batches(config, "test"))
+
+
+def test_blank_documents_and_a_small_held_out_part_are_named(tmp_path, caplog):
+  for i, content in enumerate(["a cat " * 901, "a dog", " \n", "\0 \0\0"]):
+    (tmp_path / f"{i}.txt").write_text(content)
+  config = make(**{"data.source": str(tmp_path), "data.length": 16})
+  batches = tasks.eval_batches(config, "test")
+  rows = rows_of(batches)
+  warned = [x.getMessage() for x in caplog.records if x.levelname == "WARNING"]
+  blank, few, share = (
+    [x for x in warned if said in x]
+    for said in ("has only blanks or NULs", "fewer than a row", "are held out")
+  )
+  assert len(blank) == len(few) == len(share) == 1
+  assert blank[0].startswith(f"{tmp_path}/2.txt: ")
+  assert "has 7 tokens, fewer than a row of config.data.length=16: " in few[0]
+  assert "1 of 2 documents are held out, 0.1% of the characters: " in share[0]
+  assert "give --config.data.eval_source" in share[0]
+  assert texts_of(rows) == [(True, "a dog")]
+
+
+def test_a_warning_about_a_folder_is_given_once_for_both_keys(tmp_path, caplog):
+  (tmp_path / "a.csv").write_text("a,b")
+  write(tmp_path / "a.jsonl", ["a"])
+  for key in ("source", "eval_source"):
+    text_files.find(str(tmp_path), key)
+  [warning] = [x.getMessage() for x in caplog.records]
+  assert warning.startswith(f"'{tmp_path}': these files of the folder are not")
 
 
 # Other people's texts.
@@ -880,7 +934,7 @@ def test_a_missing_evaluation_ends_the_start_and_names_key_and_split(tmp_path):
   with pytest.raises(
     ValueError, match=r"eval_split='test'; .*\['train', 'validation'\]"
   ):
-    train(config, tmp_path / "run")
+    train(config, tmp_path.parent / "run")
   empty = write(tmp_path / "empty.jsonl", [])
   config = make(**{"data.source": path, "data.eval_source": empty})
   with pytest.raises(

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -154,7 +155,11 @@ def test_a_file_that_was_stopped_goes_on_with_the_same_texts(
   def each(prompts, first):
     return generator.each(prompts, options, first)
 
-  prompt_file.PromptFile(path, whole).run(generator.encode, each)
+  def run(out, each, **more):
+    made_by = {"workdir": "runs/a", "step": 3, **more}
+    prompt_file.PromptFile(path, out).run(generator.encode, each, made_by)
+
+  run(whole, each)
   texts = generator(PROMPTS, max_tokens=20, stop=tuple("aeou"))
   assert [x["text"] for x in lines(whole)] == texts
   assert [x["prompt"] for x in lines(whole)] == PROMPTS
@@ -167,16 +172,23 @@ def test_a_file_that_was_stopped_goes_on_with_the_same_texts(
     raise KeyboardInterrupt
 
   with pytest.raises(SystemExit):
-    prompt_file.PromptFile(path, out).run(generator.encode, stopped)
+    run(out, stopped)
   before = lines(out)
   assert 0 < len(before) < 5
   assert f"holds {len(before)} of 5" in capsys.readouterr().out
   with out.open("a") as file:
     file.write('{"prompt": "cut by a kill')
-  prompt_file.PromptFile(path, out).run(generator.encode, each)
+  with pytest.raises(
+    ValueError, match=r"were made with step=3 and not 4 \(.*options\.json\): re"
+  ):
+    run(out, each, step=4)
+  run(out, each)
   assert out.read_text() == whole.read_text()
-  prompt_file.PromptFile(path, out).run(generator.encode, each)
+  run(out, each)
   assert out.read_text() == whole.read_text()
+  pathlib.Path(f"{out}.options.json").unlink()
+  with pytest.raises(ValueError, match=r"options\.json, which says what made"):
+    run(out, each)
   path.write_text(path.read_text().replace("Let", "Led"))
   with pytest.raises(ValueError, match=r"out, line 2: .* another --out"):
     prompt_file.PromptFile(path, out)
@@ -201,7 +213,9 @@ def test_an_error_names_the_line_of_the_file(
   path, out = tmp_path / "in", tmp_path / "out"
   path.write_text('{"prompt": "Let"}\n' + line + "\n")
   with pytest.raises(ValueError, match=f"in, line 2: .*{message}"):
-    prompt_file.PromptFile(path, out).run(generator.encode, lambda *_: iter(()))
+    prompt_file.PromptFile(path, out).run(
+      generator.encode, lambda *_: iter(()), {}
+    )
   assert not out.exists()
 
 
@@ -239,6 +253,29 @@ def test_a_run_is_loaded_into_little_memory_and_continues_a_file(
     context="window", cache_dtype="float8_e4m3fn",
   )  # fmt: skip
   assert [x["text"] for x in lines(out)] == expected
+  refused = subprocess.run(
+    [
+      sys.executable, "-m", "sigattn", "generate",
+      f"--workdir={tmp_path / 'run'}", f"--prompts={path}", f"--out={out}",
+      "--max_tokens=9",
+    ],
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert refused.returncode == 1
+  [line] = refused.stderr.splitlines()
+  assert "5 results were made with max_tokens=40 and not 9, stop=[" in line
+
+
+def test_a_wrong_place_of_the_results_is_named(tmp_path):
+  path = tmp_path / "in"
+  path.write_text('{"prompt": "Let"}\n')
+  for out, said in (
+    (path, rf"--out={path}: is the file of --prompts; name another"),
+    (tmp_path, "is a folder; name a file"),
+    ("no/x", "--out=no/x: there is no folder 'no'"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      prompt_file.PromptFile(path, out)
 
 
 COMMON = "In the beginning God created the heaven and the earth. " * 2

@@ -156,6 +156,8 @@ def test_generator_continues_a_batch_as_each_alone_and_streams_the_same(
   assert drawn[0] == drawn[1] != drawn[2]
   with pytest.raises(ValueError, match=r"temperature=-1"):
     generator(prompts, temperature=-1)
+  with pytest.raises(ValueError, match=r"max_tokens=0; must be .* >= 1"):
+    generator(prompts, max_tokens=0)
   for wrong in ({"temperature": "x"}, {"max_tokens": 1.5}, {"top_p": None}):
     [[name, value]] = wrong.items()
     said = "; must be a (whole )?number"
