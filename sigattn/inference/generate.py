@@ -346,7 +346,7 @@ def define_flags() -> None:
     "The dtype of the stored keys and values, by default that of the "
     "activations. 8 bits take half of the memory of 16, and are less precise.",
   )
-  flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
+  flags.DEFINE_float("temperature", 1.0, "0 takes the most likely token.")
   flags.DEFINE_integer(
     "top_k", 0, "Draw from the k most likely tokens; 0 draws from all."
   )
