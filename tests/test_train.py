@@ -479,7 +479,10 @@ def test_what_is_compiled_is_kept_for_the_next_program(tmp_path, writable):
   cache = tmp_path / "cache"
   if not writable:
     cache.write_text("no folder")
-  env = os.environ | {"XDG_CACHE_HOME": str(cache)}
+  env = os.environ | {
+    "XDG_CACHE_HOME": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
   del env["JAX_COMPILATION_CACHE_DIR"]
   done = subprocess.run(
     [sys.executable, "-c", COMPILED], cwd=ROOT, env=env,

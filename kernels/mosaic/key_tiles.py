@@ -232,22 +232,14 @@ def build(
   sizes = Sizes.of(query, key)
 
   fused = variant.publish_dz is not None
-  # The fused kernel has no registers for the addresses of two slots: with them
-  # it spilled 264 bytes at head width 128, and with hides_slots it spills 40.
-  ring = functools.partial(
-    Ring,
-    stages=tile.stages,
-    hides_slots=fused and tile.stages == 2,
-    shared=tile.cluster > 1,
-  )
 
   def kernel(gmem, *smem):
     smem = Smem(*smem)
     context = Context(
       variant=variant, form=form, tile=tile, schedule=schedule, sizes=sizes,
       scales=scales, gmem=gmem, smem=smem,
-      queries=ring(smem.queries, smem.q_full, smem.q_free),
-      d_outs=ring(smem.d_outs, smem.do_full, smem.do_free),
+      queries=_ring(tile, fused, smem.queries, smem.q_full, smem.q_free),
+      d_outs=_ring(tile, fused, smem.d_outs, smem.do_full, smem.do_free),
       warpgroup=lax.axis_index("warpgroup"),
       tiles=schedule.count(gmem.table),
     )  # fmt: skip
@@ -270,6 +262,15 @@ def build(
     automatic_barriers=not fused,  # dz has barriers of its own.
   )  # fmt: skip
   return kernel, outputs
+
+
+def _ring(tile, fused, smem, full, free):
+  # The fused kernel has no registers for the addresses of two slots: with them
+  # it spilled 264 bytes at head width 128, and with hides_slots it spills 40.
+  return Ring(
+    smem, full, free, tile.stages, hides_slots=fused and tile.stages == 2,
+    shared=tile.cluster > 1,
+  )  # fmt: skip
 
 
 def _scratch(tile, key, inputs, num_sums, fused):

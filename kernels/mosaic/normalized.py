@@ -12,6 +12,8 @@ kernel takes 49 us without the zeros (benchmarks/NOTES.md, "Around the fused
 backward pass"), for which XLA took 40.
 """
 
+import functools
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -56,32 +58,6 @@ def divide(
   rest = blocks * _ROWS - length
   sums = jnp.pad(sums, ((0, 0), (0, rest), (0, 0)))
 
-  def kernel(out, d_out, sums, divided, products, *others):
-    *dq, out_smem, d_out_smem, products_smem, full = others
-    # Programs that run at the same time have the heads of the same tokens,
-    # which are neighbours in memory.
-    program = lax.axis_index("program")
-    place, head = div(program, heads), rem(program, heads)
-    example, first = div(place, blocks), rem(place, blocks) * _ROWS
-    rows = pl.ds(first, _ROWS)
-    at = example, rows, head
-    plgpu.copy_gmem_to_smem(out.at[at], out_smem, full)
-    plgpu.copy_gmem_to_smem(d_out.at[at], d_out_smem, full)
-    for ref in dq:
-      _set_to_zero(ref.at[example, head, rem(place, blocks)])
-    s = plgpu.load(sums.at[at], layout=weights.ROW, optimized=False)
-    inverse = numerics.inverse(s) * (1 / normalizer)
-    plgpu.barrier_wait(full)
-    do = d_out_smem[...].astype(jnp.float32)
-    product = registers.add_to_rows(
-      weights.zeros(_ROWS), do * out_smem[...].astype(jnp.float32)
-    )
-    product = registers.sum_of_threads(product) * inverse
-    do = do * lax.broadcast_in_dim(inverse, do.shape, [0])
-    store(do.astype(d_out.dtype), d_out_smem, divided.at[at])
-    store(product, products_smem, products.at[example, head, rows])
-    plgpu.wait_smem_to_gmem(0)
-
   dq = []
   if rows_of_dq:
     shape = batch, heads, blocks, _ROWS * width
@@ -89,7 +65,7 @@ def divide(
   block = smem_for_copies(_ROWS, width, dtype=out.dtype)
   run = one_warpgroup(
     "sigattn_rows",
-    kernel,
+    functools.partial(_kernel, blocks, normalizer),
     batch * blocks * heads,
     [
       jax.ShapeDtypeStruct(out.shape, out.dtype),
@@ -103,6 +79,34 @@ def divide(
   )  # fmt: skip
   divided, products, *dq = run(out, d_out, sums)
   return divided, products, reduce.in_tiles(dq[0]) if dq else None
+
+
+def _kernel(blocks, normalizer, out, d_out, sums, divided, products, *others):
+  """A program: 64 rows of a head."""
+  *dq, out_smem, d_out_smem, products_smem, full = others
+  # Programs that run at the same time have the heads of the same tokens, which
+  # are neighbours in memory.
+  program, heads = lax.axis_index("program"), out.shape[2]
+  place, head = div(program, heads), rem(program, heads)
+  example, block = div(place, blocks), rem(place, blocks)
+  rows = pl.ds(block * _ROWS, _ROWS)
+  at = example, rows, head
+  plgpu.copy_gmem_to_smem(out.at[at], out_smem, full)
+  plgpu.copy_gmem_to_smem(d_out.at[at], d_out_smem, full)
+  for ref in dq:
+    _set_to_zero(ref.at[example, head, block])
+  s = plgpu.load(sums.at[at], layout=weights.ROW, optimized=False)
+  inverse = numerics.inverse(s) * (1 / normalizer)
+  plgpu.barrier_wait(full)
+  do = d_out_smem[...].astype(jnp.float32)
+  product = registers.add_to_rows(
+    weights.zeros(_ROWS), do * out_smem[...].astype(jnp.float32)
+  )
+  product = registers.sum_of_threads(product) * inverse
+  do = do * lax.broadcast_in_dim(inverse, do.shape, [0])
+  store(do.astype(d_out.dtype), d_out_smem, divided.at[at])
+  store(product, products_smem, products.at[example, head, rows])
+  plgpu.wait_smem_to_gmem(0)
 
 
 def _set_to_zero(ref):
