@@ -267,10 +267,8 @@ def build(
 def _ring(tile, fused, smem, full, free):
   # The fused kernel has no registers for the addresses of two slots: with them
   # it spilled 264 bytes at head width 128, and with hides_slots it spills 40.
-  return Ring(
-    smem, full, free, tile.stages, hides_slots=fused and tile.stages == 2,
-    shared=tile.cluster > 1,
-  )  # fmt: skip
+  hides_slots = fused and tile.stages == 2
+  return Ring(smem, full, free, tile, hides_slots)
 
 
 def _scratch(tile, key, inputs, num_sums, fused):

@@ -222,19 +222,19 @@ class Ring:
     smem: Any,
     full: Any,
     free: Any,
-    stages: int,
+    tile: QueryTile | KeyTile,
     hides_slots: bool = False,
-    shared: bool = False,
   ):
     """smem: (stages, rows, width). full, free: a barrier for each slot.
 
     hides_slots: whether to keep the compiler from computing the addresses of
     the slots before the loop over steps, see at_step. With two slots it does
-    that. shared: whether the programs of a cluster fill their rings together.
+    that.
     """
     self._smem, self._full, self._free = smem, full, free
-    self._stages, self._hides_slots = stages, hides_slots
-    self._axes = _CLUSTER if shared else None
+    self._stages, self._hides_slots = tile.stages, hides_slots
+    # The programs of a cluster fill their rings together.
+    self._axes = _CLUSTER if tile.cluster > 1 else None
 
   def _slot(self, step):
     slot = rem(step, self._stages)
