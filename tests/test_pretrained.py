@@ -96,6 +96,14 @@ def test_a_share_of_rope_is_that_of_gpt_neox_alone(tmp_path):
   assert pretrained.values(neox)["model.rope_share"] == 0.25
 
 
+def test_a_setting_of_rope_that_is_null_is_as_if_it_were_not_given(tmp_path):
+  settings = "rope_theta", "rotary_emb_base", "rotary_pct"
+  null = dict.fromkeys((*settings, "partial_rotary_factor", "rope_parameters"))
+  values = pretrained.values(altered(tmp_path, "gpt_neox", **null))
+  assert values["model.rope_base"] == 10_000
+  assert values["model.rope_share"] == 0.25
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "vit"])
 def test_saved_models_are_theirs_bit_for_bit(name, tmp_path):
   config = make(name)

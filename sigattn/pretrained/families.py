@@ -162,6 +162,7 @@ _OBJECT = Field(
   lambda value: value is None or isinstance(value, Mapping), "must be an object"
 )
 _SIZE, _ABOVE_0 = whole(low=1), real(above=0)
+_ABOVE_0_OR_NULL = real(above=0, optional=True)
 # What the settings of their configs may be, by their keys.
 _TYPES = {
   "architecture": text(),
@@ -178,7 +179,7 @@ _TYPES = {
   "num_heads": _SIZE,
   "num_hidden_layers": _SIZE,
   "num_key_value_heads": whole(low=1, optional=True),
-  "partial_rotary_factor": _ABOVE_0,
+  "partial_rotary_factor": _ABOVE_0_OR_NULL,
   "patch_size": _SIZE,
   "pretrained_cfg": _OBJECT,
   "quantization_config": Field(
@@ -188,9 +189,9 @@ _TYPES = {
   "rms_norm_eps": _ABOVE_0,
   "rope_parameters": _OBJECT,
   "rope_scaling": _OBJECT,
-  "rope_theta": _ABOVE_0,
-  "rotary_emb_base": _ABOVE_0,
-  "rotary_pct": _ABOVE_0,
+  "rope_theta": _ABOVE_0_OR_NULL,
+  "rotary_emb_base": _ABOVE_0_OR_NULL,
+  "rotary_pct": _ABOVE_0_OR_NULL,
   "tie_word_embeddings": flag(),
   "use_parallel_residual": flag(),
   "vocab_size": _SIZE,
@@ -238,7 +239,7 @@ def _rope(config):
 
 def _rope_base(config):
   base = config.get("rope_theta") or config.get("rotary_emb_base") or 10_000
-  return float(_rope(config).get("rope_theta", base))
+  return float(_rope(config).get("rope_theta") or base)
 
 
 def _sizes(config):
@@ -352,7 +353,7 @@ def _llama_described(values, max_length):
 
 def _gpt_neox_values(config, shapes):
   _setting(config, "attention_bias", (True,), True)
-  share = config.get("rotary_pct", 0.25)
+  share = config.get("rotary_pct") or 0.25
   return _language(
     config,
     **{
@@ -362,7 +363,7 @@ def _gpt_neox_values(config, shapes):
       "model.use_bias": True,
       "model.parallel": config.get("use_parallel_residual", True),
       "model.rope_share": float(
-        _rope(config).get("partial_rotary_factor", share)
+        _rope(config).get("partial_rotary_factor") or share
       ),
       "model.tied": _is_tied(config, shapes, "embed_out.weight"),
     },
