@@ -157,7 +157,7 @@ FUSED_BACKWARD = {
   128: FusedBackward(
     KeyTile(64, 64, 3, 2, 240, cluster=2, preset=True),
     open=1024,
-    masked=2048,
+    masked=1024,
     stages_with_vectors=2,
   ),
 }
