@@ -58,9 +58,18 @@ _PACE = 4  # number of pairs whose weights are computed at a time
 
 
 def hide(
-  x: jax.Array, low: jax.Array | None, high: jax.Array | None, hidden: float
+  x: jax.Array,
+  low: jax.Array | None,
+  high: jax.Array | None,
+  hidden: float,
+  shares: bool,
 ) -> jax.Array:
   """x where row + low <= column <= row + high, else `hidden`.
+
+  Row i = 1 of a thread is eight rows below row i = 0, and sees what that sees
+  eight columns before. With `shares` each comparison serves both, so that there
+  are little more than half as many. Their results wait in registers, of which
+  some kernels have none left.
 
   x: (64, columns) float32, in Layout.WGMMA. low, high: int32 scalars; one of
   them may be None, for no bound.
@@ -76,6 +85,8 @@ def hide(
     limits = [_rows_minus_columns(bound) for bound in bounds]
 
     def one(value, i, column):
+      if shares:
+        i, column = 0, column - 8 * i
       column = mgpu.c(column, i32)
       seen = [
         arith.cmpi(predicate, limit[i], column)

@@ -246,7 +246,10 @@ class _Logits:
     form = self.form
     if form.left is not None or form.right is not None:
       low, high = self.place.bounds(form.left, form.right)
-      x = registers.hide(x, low, high, hidden)
+      # The fused backward pass has no registers left at head width 64, where
+      # its blocks have 128 queries.
+      shares = self.place.of_queries or x.shape[1] <= 64
+      x = registers.hide(x, low, high, hidden, shares)
     if self.end is not None:
       x = registers.hide_from(x, self.end, hidden)
     if form.segments:
