@@ -201,7 +201,7 @@ def _in_rows(problem, d_out, out, sums, d_sums, fused):
     out, d_out, sums, normalizer, count
   )
   d_sums = _pad_to(jnp.moveaxis(d_sums, 1, 2), products.shape[-1])
-  return problem, d_out, [(d_sums / normalizer - products)[:, :, None]], dq_sums
+  return problem, d_out, [(products + d_sums / normalizer)[:, :, None]], dq_sums
 
 
 def _reads_inverse(problem):

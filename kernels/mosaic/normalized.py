@@ -3,7 +3,7 @@
 A program reads 64 rows of do and of the output, and writes
 
   do / s            in 16 bits
-  do . out / s      one float32 a row
+  -do . out / s     one float32 a row
   zeros             to which the fused backward pass adds dq, if it follows
 
 where s is the sum of a row's weights. XLA computed these in four kernels, which
@@ -39,7 +39,7 @@ def divide(
   normalizer: float,
   rows_of_dq: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """(d_out / (normalizer s), d_out . out / (normalizer s), zeros).
+  """(d_out / (normalizer s), -d_out . out / (normalizer s), zeros).
 
   The first two are 0 where s is 0.
 
@@ -102,7 +102,7 @@ def _kernel(blocks, normalizer, out, d_out, sums, divided, products, *others):
   product = registers.add_to_rows(
     weights.zeros(_ROWS), do * out_smem[...].astype(jnp.float32)
   )
-  product = registers.sum_of_threads(product) * inverse
+  product = registers.sum_of_threads(product) * -inverse
   do = do * lax.broadcast_in_dim(inverse, do.shape, [0])
   store(do.astype(d_out.dtype), d_out_smem, divided.at[at])
   store(product, products_smem, products.at[example, head, rows])

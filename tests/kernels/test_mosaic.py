@@ -387,17 +387,23 @@ def test_gradients_of_slopes_are_summed_only_where_they_are_wanted(
 
 
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("length", [1024 * 2**i for i in range(7)])
+@pytest.mark.parametrize(
+  ("length", "tokens", "bound"),
+  [(1024 * 2**i, 16384, 1.03) for i in range(7)]
+  # Few heads: without a good order one program would have 1.5 times its share.
+  + [(2048, 4096, 1.04), (4096, 8192, 1.04), (16384, 4096, 1.04)],
+)
 @pytest.mark.parametrize("of_queries", [True, False])
 def test_no_program_gets_much_more_than_its_share(
-  width, length, of_queries, monkeypatch
+  width, length, tokens, bound, of_queries, monkeypatch
 ):
   """Every tile is assigned once, and the programs have similar work."""
   monkeypatch.setattr(host, "_programs", lambda: 132)
   problem = tune_triton.example(width, "bfloat16", length, is_causal=True)
+  hidden = 2048 if tokens == 16384 else 1024
   problem = dataclasses.replace(
-    problem, batch=max(16384 // length, 1), num_heads=2048 // width,
-    num_kv_heads=2048 // width,
+    problem, batch=max(tokens // length, 1), num_heads=hidden // width,
+    num_kv_heads=hidden // width,
   )  # fmt: skip
   of_width = tiles.TILES[width]
   tile = of_width.forward if of_queries else of_width.dkv
@@ -412,7 +418,7 @@ def test_no_program_gets_much_more_than_its_share(
   loads = np.array(
     [costs[of_one % count].sum() for of_one in tiles_of_programs]
   )
-  assert loads.max() < 1.03 * loads.mean()
+  assert loads.max() < bound * loads.mean()
 
 
 @pytest.mark.parametrize("bounds", [(None, 0), (70, None), (33, 5), (0, 0)])
