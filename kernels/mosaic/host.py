@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from sigattn.kernels import differentiation, numerics, xla
+from sigattn.kernels import device, differentiation, numerics, xla
 from sigattn.kernels.mosaic import (
   blocks,
   dkv,
@@ -240,7 +240,11 @@ def _takes_fused_backward(form, problem, wanted):
   fused = tiles.FUSED_BACKWARD.get(problem.head_dim)
   if deterministic or fused is None:
     return False
-  return problem.key_len >= (fused.masked if form.masked else fused.open)
+  least = fused.open
+  if form.masked:
+    on_h200 = device.current().kind.startswith("NVIDIA H200")
+    least = fused.masked_on_h200 if on_h200 else fused.masked
+  return problem.key_len >= least
 
 
 def _fused_backward(dq_sums, wanted, form, problem, operands, query, *arrays):
@@ -498,8 +502,8 @@ def _schedule(problem, tile):
 
 def _programs():
   """The number of programs that run at a time: one for each multiprocessor."""
-  device = jax.config.jax_default_device or jax.local_devices()[0]
-  return getattr(device, "core_count", None) or 132
+  card = jax.config.jax_default_device or jax.local_devices()[0]
+  return getattr(card, "core_count", None) or 132
 
 
 def _scalars(problem, operands):

@@ -91,7 +91,7 @@ def test_16_bit_of_what_long_sequences_take(
   for name in ("LONG", "FORWARD_CLUSTERS", "MASKED_CLUSTERS"):
     monkeypatch.setattr(tiles, name, 0)
   everywhere = {
-    width: dataclasses.replace(x, open=0, masked=0)
+    width: dataclasses.replace(x, open=0, masked=0, masked_on_h200=0)
     for width, x in tiles.FUSED_BACKWARD.items()
   }
   monkeypatch.setattr(tiles, "FUSED_BACKWARD", everywhere)

@@ -342,20 +342,25 @@ def test_asking_imports_nothing_that_changes_with_jax():
 
 
 @pytest.mark.parametrize(
-  ("width", "length", "is_causal", "fused"),
+  ("width", "length", "is_causal", "cards"),
   [
-    (64, 512, False, False), (64, 1024, False, True), (64, 1024, True, True),
-    (128, 512, False, False), (128, 1024, False, True),
-    (128, 1024, True, False), (128, 2048, True, True),
-    (96, 8192, False, False),
+    (64, 512, False, []), (64, 1024, False, ["H100", "H200"]),
+    (64, 1024, True, ["H100", "H200"]),
+    (128, 512, False, []), (128, 1024, False, ["H100", "H200"]),
+    (128, 1024, True, ["H200"]), (128, 2048, True, ["H100", "H200"]),
+    (96, 8192, False, []),
   ],
 )  # fmt: skip
+@pytest.mark.parametrize("card", ["H100", "H200"])
 def test_the_fused_backward_pass_is_taken_where_it_is_faster(
-  width, length, is_causal, fused, monkeypatch
+  width, length, is_causal, cards, card, monkeypatch
 ):
+  kind = {"H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200"}[card]
+  monkeypatch.setattr(device, "current", lambda: device.Device(kind, 90))
   problem = tune_triton.example(width, "bfloat16", length, is_causal=is_causal)
   form = host._form(problem)
   monkeypatch.delenv("XLA_FLAGS", raising=False)
+  fused = card in cards
   assert host._takes_fused_backward(form, problem, Sums()) == fused
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
   assert not host._takes_fused_backward(form, problem, Sums())
