@@ -171,7 +171,10 @@ def _pretend(backward):
   host._programs = lambda: 1 if backward == "fused" else 3
   tiles.FUSED_BACKWARD = {
     width: dataclasses.replace(
-      x, open=0, masked=0, masked_on_h200=0,
+      x,
+      open=0,
+      masked=0,
+      masked_on_h200=0,
       tile=dataclasses.replace(x.tile, cluster=1),
     )
     for width, x in tiles.FUSED_BACKWARD.items()
