@@ -143,9 +143,9 @@ class FusedBackward:
 
   With few keys, or half of them hidden, its sums of dq make the memory the
   limit. The memory of an H200 is 1.43 times as fast as that of an H100. With
-  1,024 keys and a causal mask at head width 128, the two kernels take 0.84 of
-  the fused one's time on an H100, and 1.08 on an H200 (benchmarks/NOTES.md,
-  "Short causal passes").
+  1,024 keys and a causal mask at head width 128, the two kernels take 0.84 to
+  0.86 of the fused one's time on an H100, and 1.06 to 1.09 on an H200
+  (benchmarks/NOTES.md, "Short causal passes").
   """
 
   tile: KeyTile
