@@ -66,10 +66,10 @@ def hide(
 ) -> jax.Array:
   """x where row + low <= column <= row + high, else `hidden`.
 
-  Row i = 1 of a thread is eight rows below row i = 0, and sees what that sees
-  eight columns before. With `shares` each comparison serves both, so that there
-  are little more than half as many. Their results wait in registers, of which
-  some kernels have none left.
+  A thread has rows r and r + 8, and row r + 8 sees a column if row r sees the
+  column eight before it. With `shares` one comparison serves both, so that
+  there are little more than half as many. Their results wait in registers, of
+  which some kernels have none left.
 
   x: (64, columns) float32, in Layout.WGMMA. low, high: int32 scalars; one of
   them may be None, for no bound.
