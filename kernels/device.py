@@ -11,6 +11,7 @@ class Device(NamedTuple):
 
   kind: str  # the maker's name, such as NVIDIA H200, or cpu
   capability: int | None  # 90 for compute capability 9.0; None: not NVIDIA's
+  cores: int | None = None  # multiprocessors; None: not known
 
 
 def current() -> Device:
@@ -26,4 +27,5 @@ def current() -> Device:
   version = str(getattr(device, "compute_capability", ""))
   digits = re.fullmatch(r"(\d+)\.(\d)", version)
   capability = int(digits[1] + digits[2]) if digits else None
-  return Device(device.device_kind, capability)
+  cores = getattr(device, "core_count", None)
+  return Device(device.device_kind, capability, cores)

@@ -117,7 +117,8 @@ def _forward_aligned(form, problem, query, key, value, operands):
   )
   if plain and problem.key_len >= tiles.LONG:
     tile = tiles.LONG_TILES.get(problem.head_dim, tile)
-  if problem.masked_by_data or problem.key_len < tiles.FORWARD_CLUSTERS:
+  few = problem.key_len < tiles.FORWARD_CLUSTERS
+  if few or not _may_form_clusters(problem, tile):
     tile = dataclasses.replace(tile, cluster=1)
   key, value = (
     _without_padding(x, operands.key_value_seq_lengths) for x in (key, value)
@@ -254,7 +255,10 @@ def _fused_backward(dq_sums, wanted, form, problem, operands, query, *arrays):
   """
   of_width = tiles.FUSED_BACKWARD[problem.head_dim]
   tile = of_width.tile
-  if not _has_clusters(form, problem):
+  # Two numbers for each row are not read by products, as pipeline.free_barrier
+  # asks for.
+  two_numbers = problem.normalize and _reads_inverse(problem)
+  if two_numbers or not _may_form_clusters(problem, tile):
     tile = dataclasses.replace(tile, cluster=1)
   if _has_vectors(problem):
     tile = dataclasses.replace(tile, stages=of_width.stages_with_vectors)
@@ -281,16 +285,18 @@ def _fused_backward(dq_sums, wanted, form, problem, operands, query, *arrays):
   return [d_query, row_sums, *rest]
 
 
-def _has_clusters(form, problem):
-  """Whether programs of the fused backward pass may form clusters.
+def _may_form_clusters(problem, tile):
+  """Whether programs that form clusters stream hardly more blocks than alone.
 
-  Both programs stream all blocks that either sees. If these depend on data,
-  they may be many more. Two numbers for each row are not read by products, see
-  pipeline.free_barrier.
+  The programs of a cluster stream all blocks that any of them sees, and a
+  program beyond the last row streams them too. If the blocks depend on data,
+  they may be many more.
   """
-  two_numbers = problem.normalize and _reads_inverse(problem)
-  few = form.masked and problem.key_len < tiles.MASKED_CLUSTERS
-  return not (problem.masked_by_data or two_numbers or few)
+  if problem.masked_by_data:
+    return False
+  alone = _blocks_of_tiles(problem, dataclasses.replace(tile, cluster=1)).sum()
+  together = _blocks_of_tiles(problem, tile).sum() * tile.cluster
+  return together <= tiles.MOST_BLOCKS * alone
 
 
 def _two_kernel_backward(wanted, form, problem, operands, *arrays):
@@ -478,32 +484,39 @@ def _vectors(problem, operands, tile):
 
 
 def _schedule(problem, tile):
-  heads, length, others = problem.num_heads, problem.query_len, problem.key_len
-  before, after = problem.bounds
-  if not tile.of_queries:
-    heads, length, others = problem.num_kv_heads, others, length
-    before, after = after, before
-  rows = tile.stationary
-  count = pl.cdiv(length, rows)
+  heads = problem.num_heads if tile.of_queries else problem.num_kv_heads
+  of_tiles = _blocks_of_tiles(problem, tile)
   programs, costs = _programs(), None
   # If work depends on data, there is one program for each tile, and the
   # hardware balances them.
   if problem.masked_by_data:
-    programs = count * problem.batch * heads
-  elif before is not None or after is not None:
-    costs = 1 + blocks.count_visible(
-      count, rows, before, after, tile.streamed, others
-    )
+    programs = len(of_tiles) * problem.batch * heads
+  elif problem.bounds != (None, None):
+    costs = 1 + of_tiles
   clusters = programs // tile.cluster
   return Schedule(
-    count, problem.batch * heads, clusters, tile.of_queries, costs
+    len(of_tiles), problem.batch * heads, clusters, tile.of_queries, costs
+  )
+
+
+def _blocks_of_tiles(problem, tile):
+  """(tiles,) the number of blocks that each tile of a head sees by positions.
+
+  With clusters these are tiles of a cluster.
+  """
+  length, others = problem.query_len, problem.key_len
+  before, after = problem.bounds
+  if not tile.of_queries:
+    length, others, before, after = others, length, after, before
+  rows = tile.stationary
+  return blocks.count_visible(
+    pl.cdiv(length, rows), rows, before, after, tile.streamed, others
   )
 
 
 def _programs():
   """The number of programs that run at a time: one for each multiprocessor."""
-  card = jax.config.jax_default_device or jax.local_devices()[0]
-  return getattr(card, "core_count", None) or 132
+  return device.current().cores or 132
 
 
 def _scalars(problem, operands):

@@ -129,12 +129,14 @@ TILES = {
 LONG_TILES = {64: QueryTile(64, 192, 2, 3, 160, paced=True, polynomial=True)}
 LONG = 8192
 
-# The least number of keys from which programs form clusters, if `cluster` says
-# so. The forward pass gains nothing with fewer. With a mask one program of a
-# cluster computes blocks that only the other one sees. Below 4,096 keys, where
-# this was not measured, these are more than 3 % of its blocks
-# (benchmarks/NOTES.md, "Clusters").
-FORWARD_CLUSTERS, MASKED_CLUSTERS = 8192, 4096
+# The least number of keys from which programs of the forward pass form
+# clusters, if `cluster` says so. It gained 2 to 5 % with 16,384 keys, and
+# nothing clear with 4,096 (benchmarks/NOTES.md, "Clusters").
+FORWARD_CLUSTERS = 8192
+# Programs form no clusters if they would stream more blocks than this times as
+# many as they do alone. A program also computes the blocks that only the other
+# one sees. With a causal mask these are 3 % of 4,096 keys and 6 % of 2,048.
+MOST_BLOCKS = 1.035
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +152,8 @@ class FusedBackward:
 
   tile: KeyTile
   open: float  # minimum key length without a mask
-  masked: float  # minimum key length with one
-  masked_on_h200: float  # the same on an H200
+  masked: float  # minimum key length with one, on all cards but an H200
+  masked_on_h200: float
   stages_with_vectors: int  # Vectors take shared memory: fewer blocks fit.
 
 

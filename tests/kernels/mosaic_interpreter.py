@@ -17,6 +17,7 @@ in each program of a cluster.
 """
 
 import dataclasses
+import math
 import sys
 
 import jax
@@ -191,7 +192,7 @@ def _pretend(backward):
   registers.sum_of_threads = lambda totals: totals
   of_all = dict(warpgroups=2, cluster=1)
   if backward == "clusters":
-    tiles.FORWARD_CLUSTERS = 0
+    tiles.FORWARD_CLUSTERS, tiles.MOST_BLOCKS = 0, math.inf
     of_all = dict(warpgroups=1, cluster=2)
   tiles.TILES = {
     width: tiles.Tiles(

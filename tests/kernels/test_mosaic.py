@@ -426,6 +426,46 @@ def test_no_program_gets_much_more_than_its_share(
   assert loads.max() < bound * loads.mean()
 
 
+@pytest.mark.parametrize(
+  ("queries", "keys", "options", "forward", "backward"),
+  [
+    (8192, 8192, {}, True, True),
+    (8192, 8192, {"is_causal": True}, True, True),
+    (4096, 4096, {"is_causal": True}, False, True),
+    (2048, 2048, {"is_causal": True}, False, False),
+    # Of the blocks that two tiles see, one tile alone sees many.
+    (8192, 8192, {"window": (255, 0)}, False, False),
+    # The second program of a cluster would have no rows.
+    (128, 8192, {}, False, True),
+    (8192, 1152, {}, False, False),
+  ],
+)
+def test_programs_form_clusters_where_they_see_the_same_blocks(
+  queries, keys, options, forward, backward, monkeypatch
+):
+  problem = tune_triton.example(128, "bfloat16", 1024, **options)
+  problem = dataclasses.replace(problem, query_len=queries, key_len=keys)
+  found = []
+
+  def run(form, tile, *_, **__):
+    found.append(tile.cluster == 2)
+    raise StopIteration
+
+  for module in (host.forward, host.fused_backward):
+    monkeypatch.setattr(module, "run", run)
+  query, key = (jnp.zeros((1, n, 1, 128), "bfloat16") for n in (queries, keys))
+  problem = dataclasses.replace(problem, batch=1, num_heads=1, num_kv_heads=1)
+  arrays = query, key, key, Operands()
+  with pytest.raises(StopIteration):
+    host._forward(problem, *arrays)
+  form = host._form(problem)
+  with pytest.raises(StopIteration):
+    host._fused_backward(
+      None, Sums(), form, problem, Operands(), query, key, key, query
+    )
+  assert found == [forward, backward]
+
+
 @pytest.mark.parametrize("bounds", [(None, 0), (70, None), (33, 5), (0, 0)])
 def test_blocks_seen_are_those_that_kernels_visit(bounds):
   count, rows, block, length = 9, 48, 32, 300
