@@ -25,7 +25,7 @@ XLA_FLAGS=--xla_gpu_deterministic_ops=true all lengths take the first one.
 tiles.FUSED_BACKWARD has the lengths from which the second one is taken. On an
 H100, at n = 8,192 without a mask, they ran at these TFLOP/s, counting five
 products: 512 and 607 at head width 128, 398 and 551 at 64
-(benchmarks/NOTES.md).
+(benchmarks/results/adds_h100.json).
 
 With problem.normalize the forward pass also returns, and saves, the sum of each
 row. host.py says how the backward pass uses it.
