@@ -19,7 +19,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from sigattn import cli, tasks
+from sigattn import cli, interrupt, tasks
 from sigattn.analysis import report, telemetry
 from sigattn.training import (
   checkpoint,
@@ -178,12 +178,13 @@ def _main(given):
     process.join(given.coordinator, given.processes, given.process)
     process.keep_freed_memory()
     if given.replay is not None:
-      values = replay.replay(workdir, given.replay)
+      values = replay.replay(workdir, given.replay, config)
       for table in report.variants_tables({f"step {given.replay}": values}):
         metrics.log(table)
       return
     try:
-      state = train(config, workdir)
+      with interrupt.unwrapped():
+        state = train(config, workdir)
     except KeyboardInterrupt:
       metrics.log(
         "stopped; the same command resumes the run"

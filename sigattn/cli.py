@@ -11,12 +11,11 @@ import importlib
 import os
 import pathlib
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sigattn import extras
+from sigattn import extras, interrupt
 
 extras.require("train")
 
@@ -193,15 +192,20 @@ def refusing(name: str, debug: bool = False) -> Iterator[None]:
 def stopping(name: str) -> Iterator[None]:
   """Ends the program with status 130 and one line after Ctrl-C.
 
+  It does not wait for what JAX still computes. If Python's usual end found such
+  a computation, the C++ library would abort the process.
+
   name: of the program, with which the line begins.
   """
-  if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see train.py
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+  interrupt.install()
   try:
-    yield
-  except KeyboardInterrupt:
-    print(f"{name}: stopped", file=sys.stderr)
-    sys.exit(130)
+    with interrupt.unwrapped():
+      yield
+  except KeyboardInterrupt as error:
+    why = str(error) or "stopped"
+    print(f"{name}: {why}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(130)
 
 
 # In bytes. The programs that were not used for the longest time are deleted.

@@ -180,7 +180,7 @@ def sequence(
 
   some = "" if empty else ", at least one"
   return Field(
-    is_right, f"must be a tuple of {wanted}{some} and at most {longest}"
+    is_right, f"must be a tuple of {wanted}{some} and at most {longest} of them"
   )
 
 

@@ -173,3 +173,38 @@ def test_a_warning_is_one_plain_line():
     cwd=ROOT, capture_output=True, text=True, check=True,
   )  # fmt: skip
   assert done.stderr == "warning: 3 files\n"
+
+
+LOST = """
+import os, signal, sys
+from sigattn import cli, interrupt
+
+
+class Collected:
+  def __del__(self):  # Python drops what is raised here.
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def main(given):
+  collected = Collected()
+  del collected
+  print(interrupt.received())
+  if "raise" in sys.argv[0]:
+    raise RuntimeError("MLIR: KeyboardInterrupt")
+  interrupt.check()
+
+
+cli.start(main)
+"""
+
+
+@pytest.mark.parametrize("name", ["check", "raise"])
+def test_ctrl_c_in_a_callback_is_not_lost(name):
+  program = f"import sys; sys.argv[0] = {name!r}\n{LOST}"
+  done = subprocess.run(
+    [sys.executable, "-c", program],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 130
+  assert done.stdout == "True\n"
+  assert done.stderr.endswith(f"{name}: stopped\n")

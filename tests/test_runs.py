@@ -718,3 +718,17 @@ def test_replay_is_a_flag_and_refuses_what_is_no_step(run):
   assert stderr == (
     f"train.py: step=4: the run in {run} has the steps 1 to 3\n"
   )
+
+
+def test_a_step_is_replayed_as_the_command_ran_it(tmp_path):
+  """The length of the run decides the learning rate."""
+  short = small(total_steps=3, **{"ckpt.every_steps": 1})
+  train(short, tmp_path)
+  rate = replay.replay(tmp_path, 3)["lr"]
+  longer = small(total_steps=9, **{"ckpt.every_steps": 1})
+  train(longer, tmp_path)
+  assert replay.replay(tmp_path, 3)["lr"] > rate
+  assert replay.replay(tmp_path, 3, short)["lr"] == rate
+  other = small(total_steps=3, **{"model.depth": 7})
+  with pytest.raises(ValueError, match="model.depth"):
+    replay.replay(tmp_path, 3, other)

@@ -20,6 +20,7 @@ ARROWS = {
   "attention": {"kernels"},
   "positions": set(),
   "extras": set(),
+  "interrupt": set(),  # Ctrl-C
   "layers": {"attention", "paged", "positions", "extras"},
   "validate": {"extras"},
   "stack": {"attention", "layers", "validate", "extras"},
@@ -44,12 +45,13 @@ ARROWS["token_step"] = {
 # Only training knows the mesh and the attention on a mesh.
 ARROWS["training"] = {
   "pretrained", "tasks", "data", "validate", "extras", "attention", "ring",
+  "interrupt",
 }  # fmt: skip
 _ABOVE_TRAINING = {"training", *ARROWS["training"], *ARROWS["tasks"]}
 ARROWS["inference"] = _ABOVE_TRAINING
 ARROWS["analysis"] = _ABOVE_TRAINING
 ARROWS["sweep"] = {"training", "analysis", "cli"}  # cli: only as a program
-ARROWS["cli"] = {"extras"}  # its commands are imported by name
+ARROWS["cli"] = {"extras", "interrupt"}  # its commands are imported by name
 ARROWS["__main__"] = {"cli", "extras"}
 # The layers are imported by name.
 ARROWS["__init__"] = {"attention", "paged", "ring"}

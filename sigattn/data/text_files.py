@@ -294,9 +294,11 @@ def _decoded_lines(file, path):
 
 
 def _no_utf8(byte):
+  # A text in UTF-16 begins with 0xff and 0xfe.
+  encoding = "UTF-16" if byte in (0xFE, 0xFF) else "LATIN1"
   return (
-    f"0x{byte:02x}: is no text in UTF-8; convert the file (iconv -f LATIN1 -t "
-    "UTF-8, say) or remove it"
+    f"0x{byte:02x}: is no text in UTF-8; convert the file (iconv -f {encoding} "
+    "-t UTF-8, say) or remove it"
   )
 
 

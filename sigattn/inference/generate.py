@@ -30,6 +30,7 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
+from sigattn import interrupt
 from sigattn.data import text
 from sigattn.inference import batching, engine, prompt_file
 from sigattn.inference.sampling import Sampling
@@ -389,9 +390,12 @@ def _run(flag_values, options):
   # This may raise or warn, so it comes before anything is printed.
   pieces = generator.stream(prompts[0], **options)
   print(prompts[0], end="", flush=True)
-  for piece in pieces:
-    print(piece, end="", flush=True)
-  print()
+  try:
+    for piece in pieces:
+      print(piece, end="", flush=True)
+      interrupt.check()
+  finally:  # What follows begins a line, also after Ctrl-C.
+    print(flush=True)
 
 
 def _continue_file(flag_values, options):

@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 import rich.progress
 
+from sigattn import interrupt
 from sigattn.training import files, metrics
 
 _RESULT = ("text", "tokens")  # the fields that a result adds
@@ -112,9 +113,8 @@ class PromptFile:
     encode, each: methods of a Generator. made_by: what decides the texts, as
     values of JSON by name. Raises ValueError for a prompt that cannot be
     encoded, and if something else made the results that there are, before
-    anything is written. Raises OSError if the file of
-    results cannot be written. On Ctrl-C it logs how many results there are, and
-    exits.
+    anything is written. Raises OSError if the file of results cannot be
+    written. On Ctrl-C its KeyboardInterrupt says how many results there are.
     """
     self._validate_made_by(made_by)
     begun, total = self.done, len(self.rows)
@@ -126,11 +126,10 @@ class PromptFile:
       try:
         self._write(progress.of(each(prompts, begun)))
       except KeyboardInterrupt:
-        metrics.log(
+        raise KeyboardInterrupt(
           f"stopped: {self.out} holds {self.done} of {total} results; the same "
           "command goes on from there"
-        )
-        raise SystemExit(130) from None
+        ) from None
     metrics.log(
       f"{self.out}: {total - begun} new texts, {progress.tokens:,} tokens, "
       f"{progress.rate()} (with the time to compile)"
@@ -154,6 +153,7 @@ class PromptFile:
     with files.naming(self.out), open(self.out, "ab", buffering=0) as file:
       file.truncate(self._bytes)
       for index, text, tokens in results:
+        interrupt.check()
         waiting[index] = {"text": text, "tokens": tokens}
         while self.done in waiting:
           row = self.rows[self.done] | waiting.pop(self.done)

@@ -15,6 +15,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from sigattn import interrupt
 from sigattn.training import metrics
 
 # When one process has ended, the others end after this time. They cannot tell
@@ -167,6 +168,8 @@ def stop_signals() -> Iterator[_Stop]:
   so in other threads `at` is never True.
   """
   stop = _Stop()
+  if interrupt.received():  # It was lost while the run was prepared.
+    stop.set()
   if threading.current_thread() is not threading.main_thread():
     yield stop
     return

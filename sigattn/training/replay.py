@@ -5,6 +5,7 @@ import os
 import traceback
 
 import jax
+from ml_collections import ConfigDict
 
 from sigattn import tasks
 from sigattn.data import kept_data
@@ -12,16 +13,23 @@ from sigattn.training import checkpoint, mesh, metrics, run_dir
 from sigattn.training import step as training_step
 
 
-def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
+def replay(
+  workdir: str | os.PathLike[str],
+  step: int,
+  config: ConfigDict | None = None,
+) -> dict[str, float]:
   """Runs a step of a run again, from the newest checkpoint before it.
 
-  The steps in between run as they did. The step itself runs under
+  The steps in between run as they did, if the config is that of the command
+  with which they ran: total_steps decides the learning rate, and may have
+  changed since. The step itself runs under
   jax_debug_nans: if a result is NaN, JAX runs it again operation by operation.
   Nothing is written.
 
   Args:
     workdir: the folder of the run.
     step: the number of the update, from 1.
+    config: one by which the run could go on; None for the last one that it had.
 
   Returns:
     The metrics of the step, and the norms of its gradient and of the parameters
@@ -29,14 +37,21 @@ def replay(workdir: str | os.PathLike[str], step: int) -> dict[str, float]:
     on.
 
   Raises:
-    ValueError: if there is no such run, or if the run has no such step.
+    ValueError: if there is no such run, if the config is none of it, or if the
+      run has no such step.
     FloatingPointError: for the first operation whose result is NaN; it names
       the line of the code.
   """
-  config = run_dir.load_config(workdir)
-  if not 1 <= step <= config.total_steps:
+  last = run_dir.load_config(workdir)
+  if config is None:
+    config = last
+  else:
+    config = run_dir.validated(config, workdir)
+    run_dir.validate_resumable(workdir, config)
+  total = max(last.total_steps, config.total_steps)
+  if not 1 <= step <= total:
     raise ValueError(
-      f"{step=}: the run in {workdir} has the steps 1 to {config.total_steps}"
+      f"{step=}: the run in {workdir} has the steps 1 to {total}"
     )
   source = tasks.get(config.task).SOURCE
   if why := kept_data.difference(source, config, config, workdir):

@@ -652,6 +652,15 @@ def test_a_text_whose_end_is_one_character_is_refused(tmp_path):
     train(config, run)
 
 
+def test_a_text_in_utf_16_is_to_be_converted_from_it(tmp_path):
+  (tmp_path / "a.txt").write_text("a cat sat on a mat", encoding="utf-16")
+  config = make(
+    **{"data.source": str(tmp_path), "data.tokenizer": "characters"}
+  )
+  with pytest.raises(ValueError, match="byte 0, 0xff: .*iconv -f UTF-16 -t"):
+    setup.validate_config(config)
+
+
 def test_the_only_texts_are_named_if_they_are_not_utf_8(tmp_path):
   for i in range(3):
     (tmp_path / f"{i}.txt").write_bytes(f"café {i}".encode("latin1"))
