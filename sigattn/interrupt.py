@@ -8,6 +8,7 @@ interrupted, and asks before it begins something long.
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ def install() -> None:
     signal.default_int_handler,
   ):
     signal.signal(signal.SIGINT, _handle)
+    sys.unraisablehook = _without_interrupts
 
 
 def received() -> bool:
@@ -46,6 +48,12 @@ def unwrapped() -> Iterator[None]:
     if _received:
       raise KeyboardInterrupt from error
     raise
+
+
+def _without_interrupts(dropped: Any) -> None:
+  """Python's note about a dropped exception, unless that is an interrupt."""
+  if not issubclass(dropped.exc_type, KeyboardInterrupt):
+    sys.__unraisablehook__(dropped)
 
 
 def _handle(number: int, frame: Any) -> None:

@@ -205,6 +205,5 @@ def test_ctrl_c_in_a_callback_is_not_lost(name):
     [sys.executable, "-c", program],
     cwd=ROOT, capture_output=True, text=True, check=False,
   )  # fmt: skip
-  assert done.returncode == 130
-  assert done.stdout == "True\n"
-  assert done.stderr.endswith(f"{name}: stopped\n")
+  found = done.returncode, done.stdout, done.stderr
+  assert found == (130, "True\n", f"{name}: stopped\n")
