@@ -20,10 +20,10 @@ class Schedule:
   second-level cache. Within a head the tile with the most work comes first.
 
   If tiles differ in work, a table assigns them: each tile goes to the program
-  that has the least work so far. At the end come the lightest quarter of all
-  heads, and before them the other tiles of the last heads. Both are in the
-  order of their work, whichever head they belong to, so that the lightest ones
-  fill the gaps. With clusters, a program here is a cluster.
+  that has the least work so far. At the end comes the lightest quarter of the
+  tiles of every head, and before it come the other tiles of the last heads.
+  Both are in the order of their work, whichever head they belong to, so that
+  the lightest ones fill the gaps. With clusters, a program here is a cluster.
   """
 
   def __init__(

@@ -153,7 +153,7 @@ class FusedBackward:
   tile: KeyTile
   open: float  # minimum key length without a mask
   masked: float  # minimum key length with one, on all cards but an H200
-  masked_on_h200: float
+  masked_on_h200: float  # the same on an H200
   stages_with_vectors: int  # Vectors take shared memory: fewer blocks fit.
 
 
