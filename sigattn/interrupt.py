@@ -7,9 +7,11 @@ interrupted, and asks before it begins something long.
 """
 
 import contextlib
+import functools
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _received = False
@@ -18,14 +20,15 @@ _received = False
 def install() -> None:
   """Handles Ctrl-C by KeyboardInterrupt, and remembers it.
 
-  A handler that a program has set itself remains.
+  A handler that a program has set itself remains. Only the main thread receives
+  signals, so elsewhere this does nothing.
   """
-  if signal.getsignal(signal.SIGINT) in (
-    signal.SIG_DFL,  # see train.py
-    signal.default_int_handler,
-  ):
+  usual = signal.SIG_DFL, signal.default_int_handler  # SIG_DFL: see train.py
+  is_main = threading.current_thread() is threading.main_thread()
+  if is_main and signal.getsignal(signal.SIGINT) in usual:
     signal.signal(signal.SIGINT, _handle)
-    sys.unraisablehook = _without_interrupts
+    tell = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_without_interrupts, tell)
 
 
 def received() -> bool:
@@ -50,10 +53,10 @@ def unwrapped() -> Iterator[None]:
     raise
 
 
-def _without_interrupts(dropped: Any) -> None:
-  """Python's note about a dropped exception, unless that is an interrupt."""
+def _without_interrupts(tell: Callable[[Any], None], dropped: Any) -> None:
+  """Tells of a dropped exception, unless it is an interrupt."""
   if not issubclass(dropped.exc_type, KeyboardInterrupt):
-    sys.__unraisablehook__(dropped)
+    tell(dropped)
 
 
 def _handle(number: int, frame: Any) -> None:
