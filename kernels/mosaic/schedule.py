@@ -10,7 +10,7 @@ from jax import lax
 
 # How many tiles of the last heads each program has, on average. With 1 the gaps
 # are wider, and with all heads fewer blocks would be found in the cache.
-_ROUNDS = 2
+_ROUNDS = 3
 
 
 class Schedule:
@@ -20,10 +20,9 @@ class Schedule:
   second-level cache. Within a head the tile with the most work comes first.
 
   If tiles differ in work, a table assigns them: each tile goes to the program
-  that has the least work so far. At the end comes the lightest quarter of the
-  tiles of every head, and before it come the other tiles of the last heads.
-  Both are in the order of their work, whichever head they belong to, so that
-  the lightest ones fill the gaps. With clusters, a program here is a cluster.
+  that has the least work so far. The tiles of the last heads are in the order
+  of their work, whichever head they belong to, so that the lightest ones fill
+  the gaps. With clusters, a program here is a cluster.
   """
 
   def __init__(
@@ -51,12 +50,10 @@ class Schedule:
 
   def _balanced(self, costs):
     heaviest_first = np.argsort(-costs, stable=True)
+    last = min(-(-_ROUNDS * self.programs // self._tiles), self._heads)
     heads = np.arange(self._heads) * self._tiles
     of_head = heads[:, None] + heaviest_first
-    quarter = max(self._tiles // 4, 1)
-    heavy, light = of_head[:, :-quarter], of_head[:, -quarter:]
-    last = min(-(-_ROUNDS * self.programs // self._tiles), self._heads)
-    order = [*heavy[:-last].flat, *heavy[-last:].T.flat, *light.T.flat]
+    order = [*of_head[:-last].flat, *of_head[-last:].T.flat]
     of_program = [[] for _ in range(self.programs)]
     loads = [(0, program) for program in range(self.programs)]  # a heap
     for position in order:
