@@ -90,6 +90,51 @@ def decode(
   q_len = _length(q_lengths, batch, T, Q_LENGTHS)
   k_len = _length(k_lengths, batch, S, K_LENGTHS)
   offset = _offset(offsets, batch, OFFSETS)
+  # These loads do not wait for the lengths and the offset.
+  HEADS: tl.constexpr = N + 2 * K if NEW else N
+  q_row = (tl.cast(batch, tl.int64) * T + i) * HEADS + head
+  q_tile = _heads(
+    q,
+    q_scale,
+    cos,
+    sin,
+    batch,
+    q_row,
+    i < q_len,
+    H,
+    BLOCK_H,
+    QK_EPSILON,
+    TURNED,
+  )
+  if NEW:
+    new_row = tl.cast(batch, tl.int64) * HEADS + N + kv_head
+    new_row += tl.zeros((1,), tl.int64)
+    new_key = _heads(
+      q,
+      k_scale,
+      cos,
+      sin,
+      batch,
+      new_row,
+      new_row >= 0,
+      H,
+      BLOCK_H,
+      QK_EPSILON,
+      TURNED,
+    )
+    new_value = _heads(
+      q,
+      k_scale,
+      cos,
+      sin,
+      batch,
+      new_row + K,
+      new_row >= 0,
+      H,
+      BLOCK_H,
+      None,
+      0,
+    )
   low, high = _seen(q_len, k_len, offset, LEFT, RIGHT)
   blocks = tl.cdiv(max(high - low, 0), BLOCK_KV)
   used = max(min(blocks, SPLITS), 1)  # programs that have keys
@@ -100,15 +145,15 @@ def decode(
       k, v = k_out, v_out
       if (start <= offset) & (offset < stop):
         _write(
-          q, k, v, pages, k_scale, cos, sin, batch, kv_head, offset, S, N, K, H,
-          BLOCK_H, PAGE, QK_EPSILON, TURNED,
+          new_key, new_value, k, v, pages, batch, kv_head, offset, S, K, H,
+          BLOCK_H, PAGE,
         )  # fmt: skip
     acc, total, peak = _attend(
-      q, k, v, pages, q_scale, cos, sin, logit_bias, slopes, q_bias, k_bias,
+      q_tile, k, v, pages, logit_bias, slopes, q_bias, k_bias,
       batch, kv_head, head, i, q_len, offset, start, stop, T, S, N, K, H,
       BLOCK_H, PAGE, ROWS, BLOCK_KV, ACTIVATION, SCALE, BIAS, P_SCALE,
       PRECISION, LEFT, RIGHT, OFFSET, BIAS_STRIDE, SLOPE_STRIDE, Q_BIAS, K_BIAS,
-      NORMALIZE, NEW, QK_EPSILON, TURNED, HALF,
+      NORMALIZE, HALF,
     )  # fmt: skip
     row = (tl.cast(batch, tl.int64) * T + i) * N + head
     acc = tl.where(i[:, None] < q_len, acc, 0.0) * OUT_SCALE
@@ -166,21 +211,12 @@ def _seen(q_len, k_len, offset, LEFT: tl.constexpr, RIGHT: tl.constexpr):
 
 @triton.jit
 def _write(
-  q, k, v, pages, k_scale, cos, sin, batch, kv_head, slot,
-  S: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
-  BLOCK_H: tl.constexpr, PAGE: tl.constexpr, QK_EPSILON: tl.constexpr,
-  TURNED: tl.constexpr,
+  key, value, k, v, pages, batch, kv_head, slot,
+  S: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
+  PAGE: tl.constexpr,
 ):  # fmt: skip
   """Writes the new key and value of a head into their slot."""
   columns = tl.arange(0, BLOCK_H)[None, :]
-  row = tl.cast(batch, tl.int64) * (N + 2 * K) + N + kv_head
-  row += tl.zeros((1,), tl.int64)
-  key = _heads(
-    q, k_scale, cos, sin, batch, row, row >= 0, H, BLOCK_H, QK_EPSILON, TURNED
-  )
-  value = _heads(
-    q, k_scale, cos, sin, batch, row + K, row >= 0, H, BLOCK_H, None, 0
-  )
   key_row = _key_rows(pages, batch, slot, slot + 1, S, PAGE)
   place = (key_row * K + kv_head) * H + columns
   tl.store(k + place, _saturated(key, k), mask=columns < H)
@@ -243,7 +279,7 @@ def _scaled(x, factor, scale, columns, H: tl.constexpr):
 
 @triton.jit
 def _attend(
-  q, k, v, pages, q_scale, cos, sin, logit_bias, slopes, q_bias, k_bias, batch,
+  q_tile, k, v, pages, logit_bias, slopes, q_bias, k_bias, batch,
   kv_head, head, i, q_len, offset, start, stop,
   T: tl.constexpr, S: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
   H: tl.constexpr, BLOCK_H: tl.constexpr, PAGE: tl.constexpr,
@@ -252,17 +288,11 @@ def _attend(
   PRECISION: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
   OFFSET: tl.constexpr, BIAS_STRIDE: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
   Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
-  NEW: tl.constexpr, QK_EPSILON: tl.constexpr, TURNED: tl.constexpr,
   HALF: tl.constexpr,
 ):  # fmt: skip
   """(sum_j p_ij v_j, sum_j p_ij, peak) over the keys start .. stop - 1."""
   columns = tl.arange(0, BLOCK_H)[None, :]
-  HEADS: tl.constexpr = N + 2 * K if NEW else N
-  row = (tl.cast(batch, tl.int64) * T + i) * HEADS + head
   is_row = i < q_len
-  q_tile = _heads(
-    q, q_scale, cos, sin, batch, row, is_row, H, BLOCK_H, QK_EPSILON, TURNED
-  )
   if HALF:
     wide = tl.clamp(q_tile.to(tl.float32), -65504, 65504, tl.PropagateNan.ALL)
     q_tile = wide.to(tl.float16)
