@@ -1,4 +1,4 @@
-"""One token of each row through a stack of layers, in five kernels a layer.
+"""One token of each row through a stack of layers, in few kernels.
 
 With few rows, a token takes the time to read all weights and to start the
 kernels. So this module computes the same as Stack with a cache, in as few
@@ -10,11 +10,15 @@ kernels as possible:
   gate, up            adding `out` to the stream, the product, and silu
   down                the product, which the next layer adds to the stream
 
+These are five kernels a layer. On Hopper GPUs one kernel computes all products
+between two calls of attention (kernels/products.py), and a layer takes two.
+
 It needs an NVIDIA GPU, and layers that `unsupported` accepts. Stack computes
 all other layers.
 """
 
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +29,10 @@ extras.require("layers")
 
 from flax import nnx
 
-from sigattn.kernels import decoding, triton
+from sigattn.kernels import decoding, products, triton
+from sigattn.kernels.products import Norm
 from sigattn.kernels.triton import decode, product
-from sigattn.kernels.triton.product import Norm, Stream
+from sigattn.kernels.triton.product import Stream
 
 _logger = logging.getLogger(__name__)
 
@@ -107,11 +112,59 @@ def step(
     stack.blocks[0].attn, x_BD.dtype, cache[0], place_B, page_table
   )
   arrived = triton.counters(problem, page_table is not None)
-  stream, filled = Stream(x_BD), []
-  for block, one in zip(stack.blocks, cache, strict=True):
+  stream, filled, blocks = Stream(x_BD), [], stack.blocks
+  following = [*blocks[1:], None]
+  weights = list(map(_weights, blocks, following))
+  if _joins_products(len(x_BD), weights):
+    return _by_joined_products(blocks, weights, x_BD, cache, arrived, *where)
+  for block, one in zip(blocks, cache, strict=True):
     stream, one, arrived = _block(block, stream, one, arrived, *where)
     filled.append(one)
   return stream, tuple(filled)
+
+
+def _joins_products(rows, weights):
+  """Whether one kernel computes all products between two calls of attention."""
+  reason = products.unsupported(rows, weights[0])
+  how = f"several kernels: {reason}" if reason else "one kernel"
+  _logger.info("products between two calls of attention by %s", how)
+  return not reason
+
+
+def _by_joined_products(blocks, weights, x_BD, cache, arrived, *where):
+  """`step` by products.run."""
+  first, filled = blocks[0], []
+  heads_BF, _, _ = _times(
+    first.attn.query_key_value, Stream(x_BD), _norm(first.attn_residual.norm_in)
+  )
+  counts = jnp.zeros((1,), jnp.int32)
+  for i, (block, one) in enumerate(zip(blocks, cache, strict=True)):
+    out_BF, one, arrived = _attend(block.attn, heads_BF, one, arrived, *where)
+    x_BD, heads_BF, counts = products.run(x_BD, out_BF, weights[i], counts, i)
+    filled.append(one)
+  return Stream(x_BD), tuple(filled)
+
+
+def _weights(block, following):
+  """What a token passes from the attention of a block to that of the next."""
+  mlp, next_FD, norm = block.mlp, None, None
+  if following is not None:
+    next_FD = _matrix(following.attn.query_key_value)
+    norm = _norm(following.attn_residual.norm_in)
+  return products.Weights(
+    _branch(
+      block.attn.out, block.attn_residual, _norm(block.mlp_residual.norm_in)
+    ),
+    _matrix(mlp.gate_up if mlp.kind == "swiglu" else mlp.up),
+    mlp.kind,
+    _branch(mlp.down, block.mlp_residual, norm),
+    next_FD,
+  )
+
+
+def _branch(linear, residual, norm_in):
+  norm_out = _norm(residual.norm_out) if residual.norm == "hybrid" else None
+  return products.Branch(_matrix(linear), norm_out, norm_in)
 
 
 def _block(block, stream, cache, arrived, *where):
@@ -142,11 +195,14 @@ def logits(
 
 
 def _times(linear, stream, norm=None, activation="none"):
-  """product.product with the matrix of a layers.Product, as (F, D)."""
+  """product.product with the matrix of a layers.Product."""
+  return product.product(stream, _matrix(linear), norm, activation)
+
+
+def _matrix(linear):
+  """The matrix of a layers.Product, (outputs, inputs)."""
   kernel = linear.kernel[...].astype(linear.dtype)
-  return product.product(
-    stream, kernel.reshape(-1, stream.x_BD.shape[1]), norm, activation
-  )
+  return kernel.reshape(-1, math.prod(kernel.shape[-linear.num_inputs :]))
 
 
 def _norm(module):

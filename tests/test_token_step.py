@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from sigattn.inference import pages
-from sigattn.kernels import device, triton
+from sigattn.kernels import device, products, triton
 from sigattn.kernels.triton import decode, launch, product
+from tests.kernels import product_cases
 from tests.tasks.small_lm import (
   ALIBI,
   GATE,
@@ -150,3 +151,62 @@ def test_it_computes_what_the_stack_does(
     actual,
     expected,
   )
+
+
+@pytest.mark.parametrize(
+  ("values", "rows"), [({}, 1), (LLAMA | {"model.mlp": "gelu"}, 3)]
+)
+def test_products_between_two_calls_of_attention(
+  values, rows, started, monkeypatch
+):
+  """They get the weights and norms of the right layers."""
+  calls = []
+
+  def plain(x_BD, y_BF, weights, counts, number):
+    calls.append(number)
+    return *product_cases.exact(x_BD, y_BF, weights), counts
+
+  monkeypatch.setattr(products, "run", plain)
+  monkeypatch.setattr(products, "unsupported", lambda *_: "")
+  _compare_with_stack({"model.norm": "hybrid", **values}, rows, 2e-4)
+  first = "product" if rows == 1 else "residual"
+  assert started == [first, *3 * ["decode"], first]
+  assert calls == [0, 1, 2]
+
+
+@pytest.mark.skipif(
+  device.current().capability != 90, reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("rows", [1, 3, 32])
+@pytest.mark.parametrize("values", [{}, LLAMA, SOFTMAX])
+def test_a_step_of_a_16_bit_model(values, rows, started):
+  """On a Hopper GPU one kernel computes what follows attention."""
+  large = {
+    "model.width": 256, "model.mlp_dim": 384, "model.num_heads": 4,
+    "dtype": "bfloat16",
+  }  # fmt: skip
+  _compare_with_stack(large | values, rows, 0.03)
+  first = "product" if rows == 1 else "residual"
+  assert started == [first, *3 * ["decode"], first]
+
+
+def _compare_with_stack(values, rows, tolerance):
+  """A step of three layers, by few kernels and by Stack."""
+  length_B = np.arange(rows, dtype=np.int32) * 3 % 100
+
+  def run(implementation):
+    config = small(depth=3, **values, **{"attn.implementation": implementation})
+    return compiled(step, make(config), tokens(rows), length_B)
+
+  def step(model, token_B, length_B):
+    model.prepare_to_generate()
+    cache = jax.tree.map(
+      lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype),
+      model.empty_cache(rows, 128),
+    )
+    return model.decode(token_B, cache, length_B)
+
+  for x, y in zip(
+    jax.tree.leaves(run(None)), jax.tree.leaves(run("xla")), strict=True
+  ):
+    assert product_cases.error(x, y.astype(jnp.float32)) < tolerance

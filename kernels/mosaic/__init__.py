@@ -15,6 +15,11 @@
   pipeline        launch, shared memory, products
   registers       masks, distances and sigmoid in registers
   reduce          additions to global memory
+  one_row         the products of a token between two calls of attention
+  few_rows        the same for up to 32 rows
+  units           what both share
+  row_registers   rows in registers, for both
+  grid            programs that wait for each other
 
 The forward pass saves only query, key and value. There are two backward passes.
 Short sequences take dkv and dq: seven matrix products, and the same bits in
@@ -54,12 +59,10 @@ _logger = logging.getLogger(__name__)
 def unsupported(problem: Problem) -> str:
   """Why these kernels cannot compute a problem; "" if they can.
 
-  This imports nothing that an untested version of jax may lack. It warns once a
-  process if the version of jax is the only reason.
+  This imports nothing that an untested version of jax may lack.
   """
-  card = device.current()
-  if card.capability != 90:
-    return f"needs a Hopper GPU (9.0), device is {card.kind}"
+  if device.current().capability != 90:
+    return unsupported_card()
   if problem.kind not in KINDS:
     return f"kind={problem.kind!r}; one of {KINDS}"
   if problem.dtype not in ("bfloat16", "float16"):
@@ -74,6 +77,17 @@ def unsupported(problem: Problem) -> str:
     return "symbolic sizes are not implemented"
   if 0 in (problem.batch, problem.query_len, problem.key_len):
     return "nothing to compute"
+  return unsupported_card()
+
+
+def unsupported_card() -> str:
+  """Why no kernel can run here, whatever the problem; "" if they can.
+
+  It warns once a process if the version of jax is the only reason.
+  """
+  card = device.current()
+  if card.capability != 90:
+    return f"needs a Hopper GPU (9.0), device is {card.kind}"
   if jax.__version__ not in TESTED_JAX:
     tested = ", ".join(TESTED_JAX)
     _warn_of_jax(jax.__version__, tested)

@@ -108,7 +108,7 @@ def hide_from(x: jax.Array, end: jax.Array, hidden: float) -> jax.Array:
 
   def cover(x, end):
     f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-    _, column = _row_and_column()
+    _, column = row_and_column()
     limit = arith.subi(end, column)
 
     def one(value, _, column):
@@ -436,12 +436,12 @@ def _first_on_plane(first, slope, offset):
 
 def _rows_minus_columns(offset):
   """[16 w + r + 8 i - 2 c + offset for i in (0, 1)] of this thread."""
-  row, column = _row_and_column()
+  row, column = row_and_column()
   first = arith.addi(arith.subi(row, column), offset)
   return first, arith.addi(first, mgpu.c(8, ir.IntegerType.get_signless(32)))
 
 
-def _row_and_column():
+def row_and_column() -> tuple[Any, Any]:
   """16 w + r and 2 c of this thread."""
   i32 = ir.IntegerType.get_signless(32)
 

@@ -9,16 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sigattn.kernels.products import Norm
 from sigattn.kernels.triton import launch
 
 ACTIVATIONS = ("none", "swiglu", "gelu", "gelu_exact")
-
-
-class Norm(NamedTuple):
-  """RMSNorm: x / sqrt(mean(x^2) + epsilon) * scale."""
-
-  scale_D: jax.Array
-  epsilon: float
 
 
 class Stream(NamedTuple):

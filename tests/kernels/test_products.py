@@ -1,0 +1,137 @@
+"""All products of a token between two calls of attention, in one kernel.
+
+On a GPU:
+  JAX_PLATFORMS=cuda python -m pytest tests/kernels/test_products.py
+"""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sigattn.kernels import device, products
+from tests.kernels import product_cases
+
+on_cpu = pytest.mark.skipif(
+  jax.default_backend() != "cpu", reason="the kernels are not interpreted here"
+)
+on_gpu = pytest.mark.skipif(
+  device.current().capability != 90, reason="needs a Hopper GPU"
+)
+HOPPER = device.Device("NVIDIA H200", 90, 132)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+  "case",
+  ["1 swiglu hybrid 1", "1 gelu pre 0", "8 swiglu pre 1", "3 none hybrid 0"],
+)
+def test_interpreted(case):
+  """It runs in its own process, because a missing arrival hangs.
+
+  The simulated devices give XLA a thread for each warpgroup.
+  """
+  devices = " --xla_force_host_platform_device_count=8"
+  subprocess.run(
+    [sys.executable, "-m", "tests.kernels.products_interpreter", *case.split()],
+    env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + devices},
+    timeout=120,
+    check=True,
+  )
+
+
+@on_cpu
+@pytest.mark.parametrize("rows", [1, 2, 8, 17, 32])
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    (128, 128, 384), (256, 384, 768), (768, 2048, 2304), (2048, 5632, 6144),
+    (4096, 11008, 12288),
+  ],
+)  # fmt: skip
+def test_lowered_for_a_gpu(rows, sizes, monkeypatch):
+  """Layouts are valid, shared memory suffices, and layers share a kernel."""
+  monkeypatch.setattr(device, "current", lambda: HOPPER)
+
+  @jax.jit
+  def two_layers(counts):
+    def array(*shape):
+      return jnp.zeros(shape, jnp.bfloat16)
+
+    x, y, weights = product_cases.build(
+      array, jnp.zeros, rows, "swiglu", "hybrid", True, sizes
+    )
+    assert not products.unsupported(rows, weights)
+    x, heads, counts = products.run(x, y, weights, counts, 0)
+    return products.run(x, heads[:, : x.shape[1]], weights, counts, 1)
+
+  counts = jax.ShapeDtypeStruct((1,), "int32")
+  lowered = two_layers.trace(counts).lower(lowering_platforms=("cuda",))
+  assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    ({}, ""),
+    ({"rows": 33}, "33 rows"),
+    ({"dtype": "float32"}, "float32"),
+    ({"activation": "gelu_exact"}, "gelu_exact"),
+    ({"sizes": (192, 384, 512)}, "multiple of 128"),
+    ({"sizes": (8192, 128, 128)}, "4096 features"),
+    ({"card": device.Device("NVIDIA A100", 80, 108)}, "Hopper"),
+  ],
+)
+def test_what_is_not_supported(change, reason, monkeypatch):
+  change = dict(change)
+  card = change.pop("card", HOPPER)
+  monkeypatch.setattr(device, "current", lambda: card)
+  options = dict(rows=2, activation="swiglu", norms="pre", has_next=True)
+  *_, weights = product_cases.draw(**options | change)
+  found = products.unsupported(change.get("rows", 2), weights)
+  assert reason in found
+  assert bool(found) == bool(reason)
+
+
+@on_gpu
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 17, 32])
+@pytest.mark.parametrize(
+  ("activation", "norms", "sizes", "dtype"),
+  [
+    ("swiglu", "hybrid", (2048, 5632, 6144), "bfloat16"),
+    ("swiglu", "pre", (768, 2048, 2304), "float16"),
+    ("gelu", "hybrid", (1024, 4096, 3072), "bfloat16"),
+    ("none", "pre", (128, 128, 384), "bfloat16"),
+    ("swiglu", "hybrid", (4096, 11008, 12288), "bfloat16"),
+  ],
+)
+def test_several_layers_on_a_gpu(rows, activation, norms, sizes, dtype):
+  """Programs meet in each of several calls, and all runs give the same bits."""
+  drawn = product_cases.draw(rows, activation, norms, True, sizes, dtype)
+  x_BD, y_BF, weights = drawn
+  assert not products.unsupported(rows, weights)
+  last = weights._replace(next_FD=None, mlp=weights.mlp._replace(norm_in=None))
+
+  @jax.jit
+  def several(x, y):
+    counts, found = jnp.zeros((1,), jnp.int32), []
+    for call in range(5):
+      of_call = last if call == 4 else weights
+      new, heads, counts = products.run(x, y, of_call, counts, call)
+      found.append((x, y, new, heads))
+      x, y = new, y if heads is None else heads[:, : x.shape[1]]
+    return found
+
+  found = several(x_BD, y_BF)
+  for call, (x, y, new, heads) in enumerate(found):
+    expected = product_cases.exact(x, y, last if call == 4 else weights)
+    assert product_cases.error(new, expected[0]) < 0.01
+    if call < 4:
+      assert product_cases.error(heads, expected[1]) < 0.01
+  for _ in range(20):
+    again = several(x_BD, y_BF)
+    jax.tree.map(np.testing.assert_array_equal, again, found)
