@@ -16,7 +16,8 @@ MOST_QUERIES = 16  # With more, a tile of queries of one head is full enough.
 LEAST_KEYS = 128  # Fewer are not worth dividing.
 # The programs that keep an H100 busy: four on each of its 132 multiprocessors.
 _PROGRAMS = 4 * 132
-_LEAST_SHARE = 128  # slots of the cache for each program
+# Slots of the cache for each program, at least, and with small blocks of keys.
+_LEAST_SHARE, _LEAST_SMALL_SHARE = 128, 64
 
 
 class Tile(NamedTuple):
@@ -67,10 +68,11 @@ def tile(problem: Problem, paged: bool = False) -> Tile:
   eight_bits = problem.key_dtype == FLOAT8
   # Small blocks leave room for more programs on a multiprocessor, which start
   # while others end. At width 64 they took 1 to 5 % off a whole step of 1B.
-  small = width <= 64 and not eight_bits
+  small = width <= 64 and not wide and not eight_bits
   block_kv = 32 if wide or width > 128 or small else 64
+  share = _LEAST_SMALL_SHARE if small else _LEAST_SHARE
   splits = -(-_PROGRAMS // (cells(problem, rows) * problem.batch))
-  splits = min(splits, -(-problem.key_len // _LEAST_SHARE))
+  splits = min(splits, -(-problem.key_len // share))
   stages = 2 if wide else 3
   if wide and width >= 128 and eight_bits:
     # A tile is converted in registers, and larger ones spill.
