@@ -20,8 +20,8 @@ products all programs wait for each other (mosaic/grid.py):
     ...                                   units of W_up, ...
 
 Weights depend on no other program. So while programs wait for each other, their
-memory warpgroups read on into their rings, which together hold 25 MB. The
-memory of an H200 takes 6 us for that.
+memory warpgroups read on into their rings, which together hold 17 to 28 MB. The
+memory of an H200 takes 4 to 7 us for that.
 
 mosaic/one_row.py and mosaic/few_rows.py have the two kernels.
 """
@@ -34,12 +34,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sigattn.kernels import mosaic
+from sigattn.kernels import device, mosaic
 
 ACTIVATIONS = ("none", "swiglu", "gelu")
 ROWS = 32  # at most
 # A warpgroup has a row in its registers. These are the largest rows that fit:
-# of the stream, and of the MLP's hidden layer.
+# of the stream, and of what W_out and W_down multiply.
 _WIDTH, _HIDDEN = 4096, 12288
 _SIDE = 128  # The sides of all matrices are multiples of it.
 
@@ -72,28 +72,33 @@ class Weights(NamedTuple):
   next_FD: jax.Array | None  # None after the last layer
 
 
-def unsupported(rows: int, weights: Weights) -> str:
+def unsupported(x_BD: jax.Array, weights: Weights) -> str:
   """The reason why `run` cannot take these arguments; "" if it can.
+
+  x_BD: the stream. The output of attention has its dtype.
 
   This imports nothing that an untested version of jax may lack.
   """
-  matrices = _matrices(weights)
-  dtypes = {str(x.dtype) for x in matrices}
+  rows, matrices = len(x_BD), _matrices(weights)
+  dtypes = {str(x.dtype) for x in (x_BD, *matrices)}
   if reason := mosaic.unsupported_card():
     return reason
   if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
     return f"products of {' and '.join(sorted(dtypes))} are not implemented"
   if weights.activation not in ACTIVATIONS:
     return f"the activation {weights.activation} is not implemented"
+  # With too many programs the last ones would not begin before the first end.
+  if device.current().cores is None:
+    return "the number of multiprocessors is not known"
   if _has_mps():
     return "with MPS another process may occupy a part of the GPU"
   if rows > ROWS:
     return f"{rows} rows; at most {ROWS} are implemented"
   if any(size % _SIDE for x in matrices for size in x.shape):
     return f"a side of a matrix is no multiple of {_SIDE}"
-  width, hidden = weights.mlp.weight_DF.shape
-  if width > _WIDTH or hidden > _HIDDEN:
-    return f"more than {_WIDTH} features, or {_HIDDEN} hidden ones"
+  width, inputs = (max(x.shape[i] for x in matrices[::2]) for i in (0, 1))
+  if width > _WIDTH or inputs > _HIDDEN:
+    return f"more than {_WIDTH} features, or {_HIDDEN} inputs of a product"
   return ""
 
 
@@ -107,6 +112,7 @@ def run(
   """(x, heads or None, counts), see the top of this file.
 
   All programs of a call run at the same time, because they wait for each other.
+  So two calls must not: one must depend on the results of the other.
 
   Args:
     x_BD: the stream before attention's output is added.

@@ -113,34 +113,34 @@ def step(
   )
   arrived = triton.counters(problem, page_table is not None)
   stream, filled, blocks = Stream(x_BD), [], stack.blocks
-  following = [*blocks[1:], None]
-  weights = list(map(_weights, blocks, following))
-  if _joins_products(len(x_BD), weights):
-    return _by_joined_products(blocks, weights, x_BD, cache, arrived, *where)
+  if _joins_products(x_BD, blocks):
+    return _by_joined_products(blocks, x_BD, cache, arrived, *where)
   for block, one in zip(blocks, cache, strict=True):
     stream, one, arrived = _block(block, stream, one, arrived, *where)
     filled.append(one)
   return stream, tuple(filled)
 
 
-def _joins_products(rows, weights):
+def _joins_products(x_BD, blocks):
   """Whether one kernel computes all products between two calls of attention."""
-  reason = products.unsupported(rows, weights[0])
+  reason = products.unsupported(x_BD, _weights(*[*blocks, None][:2]))
   how = f"several kernels: {reason}" if reason else "one kernel"
   _logger.info("products between two calls of attention by %s", how)
   return not reason
 
 
-def _by_joined_products(blocks, weights, x_BD, cache, arrived, *where):
+def _by_joined_products(blocks, x_BD, cache, arrived, *where):
   """`step` by products.run."""
   first, filled = blocks[0], []
   heads_BF, _, _ = _times(
     first.attn.query_key_value, Stream(x_BD), _norm(first.attn_residual.norm_in)
   )
   counts = jnp.zeros((1,), jnp.int32)
-  for i, (block, one) in enumerate(zip(blocks, cache, strict=True)):
+  layers = zip(blocks, [*blocks[1:], None], cache, strict=True)
+  for i, (block, following, one) in enumerate(layers):
     out_BF, one, arrived = _attend(block.attn, heads_BF, one, arrived, *where)
-    x_BD, heads_BF, counts = products.run(x_BD, out_BF, weights[i], counts, i)
+    weights = _weights(block, following)
+    x_BD, heads_BF, counts = products.run(x_BD, out_BF, weights, counts, i)
     filled.append(one)
   return Stream(x_BD), tuple(filled)
 

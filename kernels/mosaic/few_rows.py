@@ -36,8 +36,8 @@ _CHUNK = 128  # inputs of a step
 _AHEAD = 4  # steps of a warpgroup whose inputs are loaded ahead
 _PIECES = 8  # copies of a block of weights
 _PADDING = 8  # rows are padded to a multiple of it
-# What the beginning and end of a unit cost, and what adding up its parts costs,
-# in inputs of a unit.
+# What the beginning and end of a unit cost, and what it costs to add up its
+# parts, in multiples of the time that one input of a unit takes.
 _UNIT_COST, _PART_COST = 64, 32
 _MEETINGS = 5
 
@@ -123,16 +123,15 @@ def run(
 
   matrices: three or four. norms: behind and before the products, or None.
   """
-  programs, dtype = device.current().cores or 132, x_BD.dtype
+  programs, dtype = device.current().cores, x_BD.dtype
   cuts = [_Cut.of(i, x.shape, programs) for i, x in enumerate(matrices)]
   deals = units.Deal.of([cut.units for cut in cuts], programs)
   plan = _Plan(len(x_BD), cuts, deals, norms, activation, programs)
   inputs, outputs = _arrays(plan, x_BD, y_BF, matrices, calls)
   padded, per_slot = plan.padded, _CHUNK * dtype.itemsize
   for_inputs = WARPGROUPS * _AHEAD * padded * per_slot + 4 * _SIDE * padded
-  # A warpgroup has every second step, and always the same slots.
   stages = (units.SMEM - for_inputs) // (_SIDE * per_slot)
-  stages -= stages % WARPGROUPS
+  stages -= stages % WARPGROUPS  # So a warpgroup always has the same slots.
   blocks = functools.partial(pipeline.smem_for_copies, dtype=dtype)
   found, counts = units.launch(
     "sigattn_products_of_few_rows",
@@ -160,8 +159,9 @@ def run(
 def _arrays(plan, x_BD, y_BF, matrices, calls):
   """The arrays and the types of the results, by their names in the kernel."""
   [rows, width], dtype = x_BD.shape, x_BD.dtype
-  # The copy engine takes eight rows at a time. What is in the rows that do not
-  # exist is of no use and no harm.
+  # Mosaic copies from arrays with fewer than 8 rows, or with a multiple of 8.
+  # Nothing is written to the other rows of h and z. A product of such a row is
+  # a column that is not written either.
   stored = plan.padded if rows > _PADDING else rows
   arrivals = calls * (_MEETINGS * plan.programs)
   y_BF = jnp.pad(y_BF, ((0, stored - rows), (0, 0)))
@@ -262,7 +262,7 @@ class _Products(NamedTuple):
     deal, source = self.plan.deals[number], self.gmem[source]
     total = deal.count() * cut.steps
     # The steps of all products are counted together, and a warpgroup has every
-    # second. So it always has the same slots.
+    # second one.
     skipped = rem(before + self.warpgroup, WARPGROUPS)
     own = self._own(total, skipped)
 
@@ -272,8 +272,10 @@ class _Products(NamedTuple):
       unit, c = div(among_all, cut.steps), rem(among_all, cut.steps)
       _, part = cut.place(deal.unit(unit))
       slot = rem(mine + step, _AHEAD)
-      # Beyond the last row the copy engine writes zeros.
-      rows = pl.ds(jnp.minimum(unit, 0), self.inputs.shape[1])
+      # 0, in a form that JAX does not know. It refuses a constant slice that
+      # ends beyond the last row, where the copy engine writes zeros.
+      zero = jnp.minimum(unit, 0)
+      rows = pl.ds(zero, self.inputs.shape[1])
       plgpu.copy_gmem_to_smem(
         source.at[rows, cut.inputs_of(part, c)],
         self.inputs.at[slot],
@@ -287,6 +289,8 @@ class _Products(NamedTuple):
       plgpu.barrier_wait(self._arrival(slot))
       rows = plgpu.transpose_ref(self.inputs.at[slot], (1, 0))
       plgpu.wgmma(accumulator, self.ring.block(place), rows)
+      # One thread lets the next inputs overwrite these when it has waited. The
+      # warps start a product together, see pipeline.free_barrier.
       plgpu.wgmma_wait(0)
       self.ring.release(place)
       pl.when(step + _AHEAD < own)(functools.partial(load, step + _AHEAD))
@@ -336,7 +340,7 @@ class _Products(NamedTuple):
       write(both)
 
   def end(self, at):
-    """Waits until the last sums were taken."""
+    """Waits until the last sums were taken, as units.Ring.drain."""
 
     @pl.when((self.warpgroup == 1) & (at[0] > 0))
     def _():
@@ -352,7 +356,7 @@ class _Products(NamedTuple):
       row_registers.write_columns(sums, out.at[part, :, columns])
       return
     both = [sums]
-    if is_gated:
+    if is_gated:  # Rows i = 0 and i = 1 of the result are the same.
       both = [row_registers.of_one_i(sums, i) for i in range(2)]
     if number == 1:
       sums = units.activated(plan.activation, *both)

@@ -15,7 +15,7 @@ from jaxlib.mlir.dialects import llvm
 
 
 def arrive(count: Any) -> None:
-  """One thread adds 1 to a count, a Ref (1,) int32.
+  """One thread of the warpgroup adds 1 to a count, a Ref (1,) int32.
 
   Those who see the new count also see what this thread knows to be written.
   """

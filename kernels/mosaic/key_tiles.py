@@ -268,7 +268,7 @@ def _ring(tile, fused, smem, full, free):
   # The fused kernel has no registers for the addresses of two slots: with them
   # it spilled 264 bytes at head width 128, and with hides_slots it spills 40.
   hides_slots = fused and tile.stages == 2
-  return Ring(smem, full, free, tile, hides_slots)
+  return Ring(smem, full, free, tile.stages, tile.cluster, hides_slots)
 
 
 def _scratch(tile, key, inputs, num_sums, fused):

@@ -2,8 +2,8 @@
 
 A unit has 16 outputs (with swiglu 8 of gate and 8 of up) and all inputs, so
 that no partial sums go through memory. Each compute warpgroup has half of the
-outputs. A thread has the same inputs of all of them: four neighbours of every
-512. Every program computes the row between two products for itself, and its
+outputs. A thread has the same inputs of all of them, see row_registers.strided.
+Every program computes the row between two products for itself, and its
 threads have it in registers as the next product needs it. So programs meet
 three times:
 
@@ -48,7 +48,7 @@ def run(
 
   matrices: three or four. norms: behind and before the products, or None.
   """
-  programs = device.current().cores or 132
+  programs = device.current().cores
   dtype = x_1D.dtype
   chunk = math.gcd(_CHUNK, *(x.shape[1] for x in matrices))
   block = min(chunk, _BLOCK)
@@ -252,6 +252,8 @@ def _product(plan, gmem, ring, sums, number, h, out, step):
       w, following = following, block(step + c + 1) if c + 1 < steps else None
       total = row_registers.add_products(total, w, h[c])
       ring.release(step + c)
+    # By turns, because threads may still read the sums of the unit before.
+    # Between products they meet.
     found = row_registers.sums_of_rows(total, sums.at[rem(i, 2)], parts)
     z = units.activated(plan.activation, *found) if number == 1 else found[0]
     size = _MINE // parts

@@ -199,7 +199,10 @@ def smem_blocks(
 
 
 def smem_for_copies(*shape: int, dtype: jnp.dtype) -> Any:
-  """Shared memory for blocks (..., rows, width) that no product reads."""
+  """Shared memory for blocks (..., rows, width), with the widest swizzle.
+
+  A product may read a block if its other factor has the same swizzle.
+  """
   return _swizzled(shape, shape[-1], dtype)
 
 
@@ -222,19 +225,20 @@ class Ring:
     smem: Any,
     full: Any,
     free: Any,
-    tile: QueryTile | KeyTile,
+    stages: int,
+    cluster: int = 1,
     hides_slots: bool = False,
   ):
     """smem: (stages, rows, width). full, free: a barrier for each slot.
 
+    cluster: the number of programs that fill their rings together.
     hides_slots: whether to keep the compiler from computing the addresses of
     the slots before the loop over steps, see at_step. With two slots it does
     that.
     """
     self._smem, self._full, self._free = smem, full, free
-    self._stages, self._hides_slots = tile.stages, hides_slots
-    # The programs of a cluster fill their rings together.
-    self._axes = _CLUSTER if tile.cluster > 1 else None
+    self._stages, self._hides_slots = stages, hides_slots
+    self._axes = _CLUSTER if cluster > 1 else None
 
   def _slot(self, step):
     slot = rem(step, self._stages)

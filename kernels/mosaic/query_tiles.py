@@ -199,8 +199,8 @@ def run(
       sum_scale=sum_scale, divides=divides, accumulate=accumulate, gmem=gmem,
       q_smem=q_smem, do_smem=do_smem, sums_smem=sums_smem,
       columns_smem=columns_smem, q_full=q_full,
-      keys=Ring(k_smem, k_full, k_free, tile),
-      values=Ring(v_smem, v_full, v_free, tile),
+      keys=Ring(k_smem, k_full, k_free, tile.stages, tile.cluster),
+      values=Ring(v_smem, v_full, v_free, tile.stages, tile.cluster),
       warpgroup=lax.axis_index("warpgroup"),
       tiles=schedule.count(gmem.table),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """What one_row.py and few_rows.py share: units, their weights, and meetings.
 
-A unit is a part of a product. Units are dealt out to the programs, from one
-product to the next, so that all programs read nearly the same number of bytes.
+A unit is a part of a product. Units are dealt out to the programs by turns, and
+each product goes on where the one before stopped.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ MOST_BARRIERS = 32  # that Mosaic has in an array
 # The bytes that a program has asked for and that have not arrived, at most. It
 # is just enough to keep the memory busy. With more, everything else that the
 # programs send to memory waits in a queue behind them: with 96 KB, programs
-# took up to 6 us to meet, and with 48 KB 2 to 4.
+# took up to 6 us to meet, and with 48 KB up to 4.
 _BYTES_IN_FLIGHT = 48 * 1024
 _MEMORY_REGISTERS, _COMPUTE_REGISTERS = 40, 216
 
@@ -67,10 +67,7 @@ class Ring(pipeline.Ring):
     self.stages = smem.shape[0]
     of_slot = smem.size // self.stages * smem.dtype.itemsize
     self._in_flight = _BYTES_IN_FLIGHT // of_slot
-    super().__init__(smem, full, free, self)
-
-  stages: int
-  cluster = 1
+    super().__init__(smem, full, free, self.stages)
 
   def slot(self, step: jax.Array) -> tuple[Any, Any]:
     """Memory warpgroup: waits for a free slot; returns it and its barrier."""
@@ -87,7 +84,11 @@ class Ring(pipeline.Ring):
     return self._smem.at[slot], self._full.at[slot]
 
   def drain(self, count: jax.Array) -> None:
-    """Memory warpgroup: waits until the last of `count` blocks were used."""
+    """Memory warpgroup: waits until the last of `count` blocks were used.
+
+    Only Pallas's interpreter needs it. It requires that whoever waits at a
+    barrier sees all of its phases.
+    """
     first = jnp.maximum(count - self._in_flight, 0)
     lax.fori_loop(first, count, lambda step, _: self.wait(step), None)
     super().drain(count)

@@ -90,7 +90,8 @@ def decode(
   q_len = _length(q_lengths, batch, T, Q_LENGTHS)
   k_len = _length(k_lengths, batch, S, K_LENGTHS)
   offset = _offset(offsets, batch, OFFSETS)
-  # These loads do not wait for the lengths and the offset.
+  # These loads do not wait for the offset and the lengths of keys. So every
+  # program prepares the new key, although only one writes it.
   HEADS: tl.constexpr = N + 2 * K if NEW else N
   q_row = (tl.cast(batch, tl.int64) * T + i) * HEADS + head
   q_tile = _heads(

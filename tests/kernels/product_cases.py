@@ -20,15 +20,17 @@ def draw(rows, activation, norms, has_next, sizes=SMALL, dtype="bfloat16"):
     return jnp.asarray(1 + normal(size, np.float32) / 9)
 
   x, y, weights = build(array, scale, rows, activation, norms, has_next, sizes)
-  return x * sizes[0] ** 0.5, y * sizes[0] ** 0.5, weights
+  return x * x.shape[1] ** 0.5, y * y.shape[1] ** 0.5, weights
 
 
 def build(array, scale, rows, activation, norms, has_next, sizes):
   """(x, y, weights) of the arrays that array(*shape) and scale(size) return.
 
-  norms: "pre" or "hybrid", see layers.Residual.
+  norms: "pre" or "hybrid", see layers.Residual. sizes: of the stream, of the
+  hidden layer, of query, key and value, and of attention's output if it is not
+  that of the stream.
   """
-  width, hidden, heads = sizes
+  width, hidden, heads, attended = (*sizes, sizes[0])[:4]
 
   def norm(exists=True):
     return products.Norm(scale(width), 1e-5) if exists else None
@@ -39,21 +41,17 @@ def build(array, scale, rows, activation, norms, has_next, sizes):
     )
 
   weights = products.Weights(
-    branch(width),
+    branch(attended),
     array(hidden * (1 + (activation == "swiglu")), width),
     activation,
     branch(hidden, has_next),
     array(heads, width) if has_next else None,
   )
-  return array(rows, width), array(rows, width), weights
+  return array(rows, width), array(rows, attended), weights
 
 
-def exact(x_BD, y_BF, weights, rounded=lambda x: x):
-  """(x, heads) in float32.
-
-  rounded: is applied where the kernels round: to the results of products, to
-  the stream, and to normalised rows.
-  """
+def exact(x_BD, y_BF, weights):
+  """(x, heads) in float32, without rounding between the products."""
   x_BD, y_BF = (x.astype(jnp.float32) for x in (x_BD, y_BF))
 
   def times(x, matrix):
@@ -63,11 +61,10 @@ def exact(x_BD, y_BF, weights, rounded=lambda x: x):
     if norm is None:
       return x
     square = (x * x).mean(1, keepdims=True)
-    return rounded(x / jnp.sqrt(square + norm.epsilon) * norm.scale_D[None])
+    return x / jnp.sqrt(square + norm.epsilon) * norm.scale_D[None]
 
   def added(x, y, branch):
-    y = rounded(times(y, branch.weight_DF))
-    return rounded(x + normalised(y, branch.norm_out))
+    return x + normalised(times(y, branch.weight_DF), branch.norm_out)
 
   x_BD = added(x_BD, y_BF, weights.attention)
   z = times(normalised(x_BD, weights.attention.norm_in), weights.up_FD)
@@ -76,20 +73,10 @@ def exact(x_BD, y_BF, weights, rounded=lambda x: x):
     z = jax.nn.silu(gate) * up
   elif weights.activation == "gelu":
     z = jax.nn.gelu(z)
-  x_BD = added(x_BD, rounded(z), weights.mlp)
+  x_BD = added(x_BD, z, weights.mlp)
   if weights.next_FD is None:
     return x_BD, None
-  heads = times(normalised(x_BD, weights.mlp.norm_in), weights.next_FD)
-  return x_BD, rounded(heads)
-
-
-def plain(x_BD, y_BF, weights):
-  """`exact` with the kernels' roundings."""
-
-  def rounded(x):
-    return x.astype(x_BD.dtype).astype(jnp.float32)
-
-  return exact(x_BD, y_BF, weights, rounded)
+  return x_BD, times(normalised(x_BD, weights.mlp.norm_in), weights.next_FD)
 
 
 def error(actual, expected):

@@ -55,7 +55,7 @@ def _write_columns(x, out, every_second=False):
 def main(rows, activation, norms, has_next):
   _pretend()
   inputs = product_cases.draw(rows, activation, norms, has_next)
-  if reason := products.unsupported(rows, inputs[-1]):
+  if reason := products.unsupported(inputs[0], inputs[-1]):
     raise NotImplementedError(reason)
   counts = jnp.zeros((1,), jnp.int32)
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):

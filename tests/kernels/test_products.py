@@ -49,8 +49,9 @@ def test_interpreted(case):
 @pytest.mark.parametrize(
   "sizes",
   [
-    (128, 128, 384), (256, 384, 768), (768, 2048, 2304), (2048, 5632, 6144),
-    (4096, 11008, 12288),
+    (128, 128, 384), (256, 384, 768), (640, 1152, 1920), (768, 2048, 2304),
+    (2048, 5632, 6144), (2048, 5632, 6144, 1024), (4096, 11008, 12288),
+    (4096, 12288, 12288),
   ],
 )  # fmt: skip
 def test_lowered_for_a_gpu(rows, sizes, monkeypatch):
@@ -65,9 +66,9 @@ def test_lowered_for_a_gpu(rows, sizes, monkeypatch):
     x, y, weights = product_cases.build(
       array, jnp.zeros, rows, "swiglu", "hybrid", True, sizes
     )
-    assert not products.unsupported(rows, weights)
+    assert not products.unsupported(x, weights)
     x, heads, counts = products.run(x, y, weights, counts, 0)
-    return products.run(x, heads[:, : x.shape[1]], weights, counts, 1)
+    return products.run(x, heads[:, : y.shape[1]], weights, counts, 1)
 
   counts = jax.ShapeDtypeStruct((1,), "int32")
   lowered = two_layers.trace(counts).lower(lowering_platforms=("cuda",))
@@ -84,6 +85,7 @@ def test_lowered_for_a_gpu(rows, sizes, monkeypatch):
     ({"sizes": (192, 384, 512)}, "multiple of 128"),
     ({"sizes": (8192, 128, 128)}, "4096 features"),
     ({"card": device.Device("NVIDIA A100", 80, 108)}, "Hopper"),
+    ({"card": device.Device("NVIDIA H100", 90)}, "multiprocessors"),
   ],
 )
 def test_what_is_not_supported(change, reason, monkeypatch):
@@ -91,10 +93,44 @@ def test_what_is_not_supported(change, reason, monkeypatch):
   card = change.pop("card", HOPPER)
   monkeypatch.setattr(device, "current", lambda: card)
   options = dict(rows=2, activation="swiglu", norms="pre", has_next=True)
-  *_, weights = product_cases.draw(**options | change)
-  found = products.unsupported(change.get("rows", 2), weights)
+  x_BD, _, weights = product_cases.draw(**options | change)
+  found = products.unsupported(x_BD, weights)
   assert reason in found
   assert bool(found) == bool(reason)
+
+
+def test_no_second_process_shares_the_gpu(tmp_path, monkeypatch):
+  """With MPS two programs that wait could each have a part of the GPU."""
+  monkeypatch.setattr(device, "current", lambda: HOPPER)
+  monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+  x_BD, _, weights = product_cases.draw(2, "swiglu", "pre", True)
+  assert not products.unsupported(x_BD, weights)
+  (tmp_path / "control").touch()
+  assert "MPS" in products.unsupported(x_BD, weights)
+
+
+@on_cpu
+@pytest.mark.parametrize("counts", [[128, 704, 128, 384], [8, 16, 8, 24]])
+def test_each_unit_belongs_to_one_program(counts):
+  """And each product goes on where the one before stopped."""
+  from sigattn.kernels.mosaic import units
+
+  def of_program(_):
+    found = []
+    for deal in units.Deal.of(counts, 132):
+      numbers = deal.unit(jnp.arange(max(counts)))
+      found.append(
+        jnp.where(jnp.arange(max(counts)) < deal.count(), numbers, -1)
+      )
+    return found
+
+  programs = jnp.arange(132)
+  found = jax.vmap(of_program, axis_name="program")(programs)
+  for count, units_PI in zip(counts, found, strict=True):
+    dealt = np.sort(units_PI[units_PI >= 0])
+    np.testing.assert_array_equal(dealt, np.arange(count))
+  of_each = sum((units_PI >= 0).sum(1) for units_PI in found)
+  assert of_each.max() - of_each.min() <= 1
 
 
 @on_gpu
@@ -106,6 +142,7 @@ def test_what_is_not_supported(change, reason, monkeypatch):
     ("swiglu", "pre", (768, 2048, 2304), "float16"),
     ("gelu", "hybrid", (1024, 4096, 3072), "bfloat16"),
     ("none", "pre", (128, 128, 384), "bfloat16"),
+    ("swiglu", "hybrid", (640, 1152, 1920, 1280), "bfloat16"),
     ("swiglu", "hybrid", (4096, 11008, 12288), "bfloat16"),
   ],
 )
@@ -113,7 +150,7 @@ def test_several_layers_on_a_gpu(rows, activation, norms, sizes, dtype):
   """Programs meet in each of several calls, and all runs give the same bits."""
   drawn = product_cases.draw(rows, activation, norms, True, sizes, dtype)
   x_BD, y_BF, weights = drawn
-  assert not products.unsupported(rows, weights)
+  assert not products.unsupported(x_BD, weights)
   last = weights._replace(next_FD=None, mlp=weights.mlp._replace(norm_in=None))
 
   @jax.jit
@@ -123,7 +160,7 @@ def test_several_layers_on_a_gpu(rows, activation, norms, sizes, dtype):
       of_call = last if call == 4 else weights
       new, heads, counts = products.run(x, y, of_call, counts, call)
       found.append((x, y, new, heads))
-      x, y = new, y if heads is None else heads[:, : x.shape[1]]
+      x, y = new, y if heads is None else heads[:, : y.shape[1]]
     return found
 
   found = several(x_BD, y_BF)
