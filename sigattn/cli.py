@@ -321,21 +321,16 @@ def _one_line(error, argv):
   """Says what is wrong with the command line, and which name is nearest."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   if isinstance(error, OSError):
-    known = sorted(
-      str(path)
-      for path in pathlib.Path("configs").glob("*.py")
-      if "\ndef get_config(" in path.read_text()
-    )
-    there = f"; there are {', '.join(known)}" if known else ""
     why = re.sub(r".*\[Errno \d+\] ", "", lines[-1])
-    return f"--config cannot be read: {why}{there}"
+    return f"--config cannot be read: {why}{_known_configs()}"
   if isinstance(error, SyntaxError):
     return (
       f"--config={_config_file(argv)}; must be a config in Python, such as "
       f"configs/vit_sigmoid.py: {error}"
     )
   if missing := re.search(r"--(\w+) must have a value other than", str(error)):
-    return f"--{missing[1]}=... is missing; --help says what it may be"
+    there = _known_configs() if missing[1] == "config" else ""
+    return f"--{missing[1]}=... is missing; --help says what it may be{there}"
   if twice := re.search(r"flag --config=(.*?): already defined", str(error)):
     first = flags.FLAGS["config"].config_filename
     return (
@@ -377,6 +372,16 @@ def _other_flag(name, argv):
     if paths := _with_leaf(config, name):
       return f"; did you mean --{paths[0]}?"
   return ""
+
+
+def _known_configs():
+  """The end of a sentence, which names the configs of this folder."""
+  known = sorted(
+    str(path)
+    for path in pathlib.Path("configs").glob("*.py")
+    if "\ndef get_config(" in path.read_text()
+  )
+  return f"; there are {', '.join(known)}" if known else ""
 
 
 def _config_file(argv):

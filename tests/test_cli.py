@@ -66,6 +66,7 @@ VIT = "--config=configs/vit.py:runlocal"
   ("words", "said"),
   [
     (["--config=configs/vti.py"], "byol_sigmoid.py, configs/finetune"),
+    ([], "--config=... is missing; --help says what it may be; there are"),
     (["--config=README.md"], "--config=README.md; must be a config in Python"),
     (
       [VIT, "--config.total_steps=1e3"],

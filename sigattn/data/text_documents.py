@@ -294,9 +294,8 @@ class DocumentIterator(grain.DatasetIterator):
       return False
     if not self._said_blank and not self._origin.lines:
       self._said_blank = True
-      text_files.warn_once(
-        f"{place}: has only blanks or NULs; such documents are left out"
-      )
+      why = "has only blanks or NULs" if document else "is empty"
+      text_files.warn_once(f"{place}: {why}; such documents are left out")
     return True
 
   def _skip(self, row, why):

@@ -451,6 +451,14 @@ def test_a_broken_line_is_named_by_its_number(tmp_path):
       rows_of(tasks.eval_batches(config, "test"))
 
 
+def test_an_empty_document_is_named(tmp_path, caplog):
+  for i, content in enumerate(["a cat " * 99, "a dog " * 99, "", " "]):
+    (tmp_path / f"{i}.txt").write_text(content)
+  rows_of(tasks.eval_batches(make(**{"data.source": str(tmp_path)}), "test"))
+  said = f"{tmp_path}/2.txt: is empty; such documents are left out"
+  assert [x.getMessage() for x in caplog.records].count(said) == 1
+
+
 def test_blank_documents_and_a_small_held_out_part_are_named(tmp_path, caplog):
   for i, content in enumerate(["a cat " * 901, "a dog", " \n", "\0 \0\0"]):
     (tmp_path / f"{i}.txt").write_text(content)
