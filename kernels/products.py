@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from sigattn.kernels import device, mosaic
 
 ACTIVATIONS = ("none", "swiglu", "gelu")
-ROWS = 32  # at most
+_ROWS = 32  # at most
 # A warpgroup has a row in its registers. These are the largest rows that fit:
 # of the stream, and of what W_out and W_down multiply.
 _WIDTH, _HIDDEN = 4096, 12288
@@ -92,8 +92,8 @@ def unsupported(x_BD: jax.Array, weights: Weights) -> str:
     return "the number of multiprocessors is not known"
   if _has_mps():
     return "with MPS another process may occupy a part of the GPU"
-  if rows > ROWS:
-    return f"{rows} rows; at most {ROWS} are implemented"
+  if rows > _ROWS:
+    return f"{rows} rows; at most {_ROWS} are implemented"
   if any(size % _SIDE for x in matrices for size in x.shape):
     return f"a side of a matrix is no multiple of {_SIDE}"
   width, inputs = (max(x.shape[i] for x in matrices[::2]) for i in (0, 1))

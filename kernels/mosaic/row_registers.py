@@ -134,8 +134,8 @@ def sums_of_rows(x: jax.Array, smem: Any, parts: int) -> list[jax.Array]:
 
   x: (rows, ...) float32, in the layout `strided`; rows is a power of two up to
   16. smem: a Ref (4 rows or more,) float32 in shared memory, which belongs to
-  the warpgroup. Threads may still read the results of the call before in its
-  own smem, so take another one.
+  the warpgroup. Threads may still read that of the call before, so it must be
+  another one, or the threads must have met.
   """
   rows = x.shape[0]
   out = plgpu.ShapeDtypeStruct(

@@ -28,8 +28,11 @@ HOPPER = device.Device("NVIDIA H200", 90, 132)
 @on_cpu
 @pytest.mark.parametrize(
   "case",
-  ["1 swiglu hybrid 1", "1 gelu pre 0", "8 swiglu pre 1", "3 none hybrid 0"],
-)
+  [
+    "1 swiglu hybrid 1", "1 gelu pre 0", "3 none hybrid 0", "8 swiglu pre 1",
+    "17 swiglu hybrid 1",
+  ],
+)  # fmt: skip
 def test_interpreted(case):
   """It runs in its own process, because a missing arrival hangs.
 
