@@ -1,12 +1,15 @@
 """Calls the Triton kernels: their constants, their operands, and the call."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.mlir import ir
+from jax.interpreters import mlir
 from jax.typing import DTypeLike
 
 from sigattn.kernels import device, numerics, segments
@@ -20,6 +23,12 @@ _PRECISIONS = {
   "high": "tf32x3", "tensorfloat32": "tf32", "TF32_TF32_F32": "tf32",
   "TF32_TF32_F32_X3": "tf32x3",
 }  # fmt: skip
+
+# The function of jaxlib that starts a kernel. XLA may record its calls in a
+# CUDA graph, together with the kernels around them, but not the calls of
+# "triton_kernel_call", which jax_triton writes by itself. A kernel starts 2 us
+# after the one before has ended, and in a graph 1 us.
+_TARGET = "triton_kernel_call_ffi"
 
 # The kernels' pointers whose dtype is not that of query, key and value.
 FLOATS = (
@@ -61,18 +70,45 @@ def start(
   with triton_cache_dir():
     import jax_triton
 
+  _write_calls_of_target()
   return jax_triton.triton_call(
     *arrays,
     kernel=kernel,
     out_shape=outs,
     grid=(count,),
     name=kernel.__name__,
+    custom_call_target_name=_TARGET,
     num_warps=tile.num_warps,
     num_stages=tile.num_stages,
     zeroed_outputs=zeroed,
     input_output_aliases=aliases,
     compute_capability=device.current().capability,
     **constants,
+  )
+
+
+@functools.cache
+def _write_calls_of_target():
+  """Makes jax_triton write calls of _TARGET as this function takes them.
+
+  jax_triton can name another function than its own, but it passes the kernel as
+  that one takes it. Calls of other functions stay as they are.
+  """
+  from jax_triton import triton_lib
+
+  def lower(ctx, *arrays, **options):
+    results = triton_lib.triton_kernel_call_lowering(
+      triton_lib.get_cuda_backend, ctx, *arrays, **options
+    )
+    if options["custom_call_target_name"] == _TARGET:
+      call = results[0].owner.attributes
+      kernel = {"opaque": call["backend_config"]}
+      call["backend_config"] = ir.DictAttr.get(kernel)
+      call["api_version"] = ir.IntegerAttr.get(call["api_version"].type, 4)
+    return results
+
+  mlir.register_lowering(
+    triton_lib.triton_kernel_call_p, lower, platform="cuda"
   )
 
 

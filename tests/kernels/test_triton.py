@@ -12,8 +12,10 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -863,6 +865,47 @@ def test_the_cache_of_other_triton_kernels_is_put_back(monkeypatch):
     with launch.triton_cache_dir():
       os.environ["TRITON_CACHE_DIR"] = ""
     assert os.environ.get("TRITON_CACHE_DIR") == before
+
+
+def test_calls_that_xla_may_record_in_a_graph(monkeypatch):
+  """What jax_triton writes for its own function is changed, if we call it.
+
+  jax_triton needs the CUDA plugin of jax, so a primitive that writes such a
+  call takes its place. tests/kernels/test_gpu.py has the same with jax_triton.
+  """
+  start_kernel = jax.extend.core.Primitive("start_kernel")
+  start_kernel.def_abstract_eval(lambda x, **_: x)
+
+  def lower(backend, ctx, *arrays, custom_call_target_name):
+    assert backend == "backend"
+    rule = jax.ffi.ffi_lowering(
+      custom_call_target_name, api_version=2, backend_config=b"kernel"
+    )
+    return rule(ctx, *arrays)
+
+  triton_lib = types.SimpleNamespace(
+    triton_kernel_call_p=start_kernel,
+    triton_kernel_call_lowering=lower,
+    get_cuda_backend="backend",
+  )
+  package = types.SimpleNamespace(triton_lib=triton_lib)
+  monkeypatch.setitem(sys.modules, "jax_triton", package)
+  launch._write_calls_of_target.__wrapped__()
+
+  def call(x):
+    for target in (launch._TARGET, "another"):
+      x = start_kernel.bind(x, custom_call_target_name=target)
+    return x
+
+  text = (
+    jax.jit(call).trace(jnp.ones(4)).lower(lowering_platforms=("cuda",))
+  ).as_text()
+  ours, another = (x for x in text.splitlines() if "custom_call" in x)
+  assert 'backend_config = {opaque = "kernel"}' in ours
+  assert "api_version = 4" in ours
+  assert "@another" in another
+  assert 'backend_config = "kernel"' in another
+  assert "api_version = 2" in another
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
