@@ -3,8 +3,13 @@
 They multiply 64 x 16 weights by 16 x 8 inputs or more, so rows are padded to a
 multiple of 8. What is computed for the padding is not written.
 
-A unit has 64 outputs. Its steps are blocks of 64 x 128 weights, and the two
-compute warpgroups take turns. One of them adds up both sums and writes them.
+Outputs are dealt out in slabs of 16, because 64 would be too many: W_up of 1B
+has 176 times 64 outputs for 132 programs, so some would have twice the work of
+others. A unit has up to three slabs. A slot of the ring holds their weights for
+128 inputs, and the tensor cores also read 16 rows of the next slot, whose
+products nobody uses. The two compute warpgroups take turns with the slots. One
+of them adds up both sums and writes them.
+
 W_out and W_down have few outputs, so their units have a part of the inputs
 only. When all programs have met, a stage adds these parts up, adds the result
 to the stream, and normalises it: a row for each warpgroup.
@@ -12,8 +17,8 @@ to the stream, and normalises it: a row for each warpgroup.
   W_out y   meet   x, norm(x)   meet   W_up   meet
   W_down z  meet   x, norm(x)   meet   W_next
 
-With swiglu a unit has 32 gates and 32 ups, by turns of 8 rows. So a thread of
-the tensor cores has both of an output.
+With swiglu a slab has 8 gates and 8 ups. So a thread of the tensor cores has
+both of an output.
 """
 
 import functools
@@ -31,23 +36,35 @@ from sigattn.kernels.mosaic import pipeline, row_registers, units
 from sigattn.kernels.mosaic.schedule import div, rem
 from sigattn.kernels.mosaic.units import WARPGROUPS
 
-_SIDE = 64  # outputs of a unit
+_TILE = 64  # outputs that the tensor cores compute at a time
+_SLAB = 16  # outputs of a warp
+_SLABS = 3  # of a unit, at most
+_OUTPUTS = _SLAB * _SLABS
 _CHUNK = 128  # inputs of a step
-_AHEAD = 4  # steps of a warpgroup whose inputs are loaded ahead
-_PIECES = 8  # copies of a block of weights
-_PADDING = 8  # rows are padded to a multiple of it
+_BYTES = 2  # of an input or a weight
+_PIECE = 8  # rows of weights that the copy engine takes at once
+# Bytes for the inputs of the next steps, and the most steps of a warpgroup.
+_BYTES_AHEAD, _MOST_AHEAD = 64 * 1024, 8
 # What the beginning and end of a unit cost, and what it costs to add up its
 # parts, in multiples of the time that one input of a unit takes.
 _UNIT_COST, _PART_COST = 64, 32
+_PADDING = 8  # rows are padded to a multiple of it
 _MEETINGS = 5
 
 
 class _Cut(NamedTuple):
-  """How a product is cut into units."""
+  """How a product is cut into units.
 
-  outputs: int
-  inputs: int
-  depth: int  # inputs of a unit
+  The slabs are divided into groups, and the inputs into parts. A unit is a part
+  of a group. A step is 128 inputs of a group. Each program has consecutive
+  units, so that those with one slab more and one less come by turns.
+  """
+
+  slabs: int
+  steps: int  # of all inputs
+  groups: int
+  parts: int
+  programs: int
 
   @classmethod
   def of(cls, number: int, shape: Sequence[int], programs: int) -> "_Cut":
@@ -55,39 +72,56 @@ class _Cut(NamedTuple):
 
     number: of the product. A stage follows products 0 and 2.
     """
-    outputs, inputs = shape
+    slabs, steps = shape[0] // _SLAB, shape[1] // _CHUNK
     if number % 2:
-      return cls(outputs, inputs, inputs)
+      units_of_program = pl.cdiv(slabs, _SLABS * programs)
+      groups = min(slabs, units_of_program * programs)
+      return cls(slabs, steps, groups, 1, programs)
 
     def cost(cut):
+      slabs_of_unit = pl.cdiv(cut.slabs, cut.groups)
+      inputs = pl.cdiv(cut.steps, cut.parts) * _CHUNK
+      # One half is for the weights, and one for the tensor cores, which take as
+      # long for one slab as for three.
+      of_unit = inputs * (slabs_of_unit / _SLABS + 1) / 2 + _UNIT_COST
       rounds = pl.cdiv(cut.units, programs)
-      return rounds * (cut.depth + _UNIT_COST) + cut.parts * _PART_COST
+      return rounds * of_unit + cut.parts * _PART_COST
 
-    depths = range(_CHUNK, inputs + 1, _CHUNK)
-    cuts = [cls(outputs, inputs, x) for x in depths if inputs % x == 0]
-    return min(cuts, key=cost)
-
-  @property
-  def parts(self) -> int:
-    """How many units have the same outputs."""
-    return self.inputs // self.depth
+    return min(
+      (
+        cls(slabs, steps, pl.cdiv(slabs, size), parts, programs)
+        for size in range(1, _SLABS + 1)
+        for parts in range(1, steps + 1)
+      ),
+      key=cost,
+    )
 
   @property
   def units(self) -> int:
-    return self.outputs // _SIDE * self.parts
+    return self.groups * self.parts
 
-  @property
-  def steps(self) -> int:
-    """Steps of a unit."""
-    return self.depth // _CHUNK
+  def first_unit(self, program: jax.Array) -> jax.Array:
+    return div(program * self.units, self.programs)
 
-  def place(self, unit):
-    """(the number of 64 outputs, the part) of a unit."""
-    return div(unit, self.parts), rem(unit, self.parts)
+  def first_step(self, unit: jax.Array) -> jax.Array:
+    """The steps of all units before this one."""
+    group, part = div(unit, self.parts), rem(unit, self.parts)
+    return group * self.steps + div(part * self.steps, self.parts)
 
-  def inputs_of(self, part, step):
-    """The inputs of a step of a unit."""
-    return pl.ds(part * self.depth + step * _CHUNK, _CHUNK)
+  def first_slab(self, group: jax.Array) -> jax.Array:
+    return div(group * self.slabs, self.groups)
+
+  def inputs_of(self, step: jax.Array) -> Any:
+    """The inputs of a step, which is counted as in first_step."""
+    return pl.ds(rem(step, self.steps) * _CHUNK, _CHUNK)
+
+
+class _Ring(units.Ring):
+  """Slots of 48 rows, one after the other in an array (rows, inputs)."""
+
+  def of_step(self, smem: Any, step: jax.Array) -> Any:
+    """A slot, and the first 16 rows of the next one."""
+    return smem.at[pl.ds(self._slot(step) * _OUTPUTS, _TILE)]
 
 
 class _Plan(NamedTuple):
@@ -95,7 +129,6 @@ class _Plan(NamedTuple):
 
   rows: int
   cuts: list[_Cut]
-  deals: list[units.Deal]
   norms: Sequence[Any]
   activation: str
   programs: int
@@ -104,6 +137,15 @@ class _Plan(NamedTuple):
   def padded(self):
     """The rows of a tile of the tensor cores."""
     return pl.cdiv(self.rows, _PADDING) * _PADDING
+
+  @property
+  def ahead(self):
+    """The steps of a warpgroup whose inputs are loaded ahead."""
+    of_step = WARPGROUPS * self.padded * _CHUNK * _BYTES
+    return min(_BYTES_AHEAD // of_step, _MOST_AHEAD)
+
+  def ring(self, *smem):
+    return _Ring(*smem, bytes_of_slot=_OUTPUTS * _CHUNK * _BYTES)
 
   def is_gated(self, number):
     """Whether the outputs of a product are pairs of gate and up."""
@@ -125,12 +167,12 @@ def run(
   """
   programs, dtype = device.current().cores, x_BD.dtype
   cuts = [_Cut.of(i, x.shape, programs) for i, x in enumerate(matrices)]
-  deals = units.Deal.of([cut.units for cut in cuts], programs)
-  plan = _Plan(len(x_BD), cuts, deals, norms, activation, programs)
+  plan = _Plan(len(x_BD), cuts, norms, activation, programs)
   inputs, outputs = _arrays(plan, x_BD, y_BF, matrices, calls)
-  padded, per_slot = plan.padded, _CHUNK * dtype.itemsize
-  for_inputs = WARPGROUPS * _AHEAD * padded * per_slot + 4 * _SIDE * padded
-  stages = (units.SMEM - for_inputs) // (_SIDE * per_slot)
+  padded, ahead, of_row = plan.padded, plan.ahead, _CHUNK * _BYTES
+  for_inputs = WARPGROUPS * ahead * padded * of_row + 4 * _TILE * padded
+  left = units.SMEM - for_inputs - (_TILE - _OUTPUTS) * of_row
+  stages = min(left // (_OUTPUTS * of_row), units.MOST_BARRIERS)
   stages -= stages % WARPGROUPS  # So a warpgroup always has the same slots.
   blocks = functools.partial(pipeline.smem_for_copies, dtype=dtype)
   found, counts = units.launch(
@@ -142,12 +184,12 @@ def run(
     counts,
     programs,
     [
-      blocks(stages, _SIDE, _CHUNK),
-      plgpu.Barrier(num_barriers=stages, num_arrivals=_PIECES),
+      blocks(stages * _OUTPUTS + _TILE - _OUTPUTS, _CHUNK),
+      plgpu.Barrier(num_barriers=stages, num_arrivals=_OUTPUTS // _PIECE),
       plgpu.Barrier(num_barriers=stages),
-      blocks(WARPGROUPS, _AHEAD, padded, _CHUNK),
-      plgpu.Barrier(num_barriers=WARPGROUPS * _AHEAD),
-      plgpu.SMEM((_SIDE * padded,), jnp.float32),
+      blocks(WARPGROUPS, ahead, padded, _CHUNK),
+      plgpu.Barrier(num_barriers=WARPGROUPS * ahead),
+      plgpu.SMEM((_TILE * padded,), jnp.float32),
       plgpu.Barrier(num_barriers=2),
       plgpu.SMEM((WARPGROUPS, 4), jnp.float32),
       units.met(),
@@ -170,10 +212,10 @@ def _arrays(plan, x_BD, y_BF, matrices, calls):
   inputs |= {f"scale{i}": x.scale_D for i, x in enumerate(plan.norms) if x}
   shapes = {
     "stream": (rows, width), "middle": (rows, width), "h": (stored, width),
-    "z": (stored, plan.cuts[2].inputs),
+    "z": (stored, matrices[2].shape[1]),
   }  # fmt: skip
-  if len(plan.cuts) == 4:
-    shapes["heads"] = rows, plan.cuts[3].outputs
+  if len(matrices) == 4:
+    shapes["heads"] = rows, len(matrices[3])
   outputs = {x: jax.ShapeDtypeStruct(s, dtype) for x, s in shapes.items()}
   parts = max(cut.parts for cut in plan.cuts[::2])
   outputs["sums"] = jax.ShapeDtypeStruct((parts, rows, width), jnp.float32)
@@ -182,34 +224,46 @@ def _arrays(plan, x_BD, y_BF, matrices, calls):
 
 def _feed(plan, gmem, smem, full, free, *_):
   """The memory warpgroup: all weights of this program, product by product."""
-  ring, step = units.Ring(smem, full, free), jnp.int32(0)
-  size = _SIDE // _PIECES
-  for number, (cut, deal) in enumerate(zip(plan.cuts, plan.deals, strict=True)):
-    matrix, is_gated = gmem[f"matrix{number}"], plan.is_gated(number)
-    # Where the pieces of a block are, from its first row on.
-    offsets = [piece * size for piece in range(_PIECES)]
-    if is_gated:
-      up = cut.outputs // 2
-      offsets = [x // 2 * size + x % 2 * up for x in range(_PIECES)]
-    rows = _SIDE // (1 + is_gated)
+  ring, done = plan.ring(smem, full, free), jnp.int32(0)
+  program = lax.axis_index("program")
+  for number, cut in enumerate(plan.cuts):
+    begin, end = (cut.first_step(cut.first_unit(program + i)) for i in range(2))
 
-    def one(i, _, start=step, cut=cut, deal=deal, matrix=matrix, rows=rows,
-            offsets=offsets):  # fmt: skip
-      unit, c = div(i, cut.steps), rem(i, cut.steps)
-      block, part = cut.place(deal.unit(unit))
-      slot, arrived = ring.slot(start + i)
-      columns = cut.inputs_of(part, c)
-      for piece, offset in enumerate(offsets):
-        plgpu.copy_gmem_to_smem(
-          matrix.at[pl.ds(block * rows + offset, size), columns],
-          slot.at[pl.ds(piece * size, size)],
-          arrived,
+    def one(step, _, number=number, cut=cut, before=done - begin):
+      slot, arrived = ring.slot(before + step)
+      matrix = gmem[f"matrix{number}"]
+      group, columns = div(step, cut.steps), cut.inputs_of(step)
+      slab, after = (cut.first_slab(group + i) for i in range(2))
+      for i in range(_SLABS):
+        exists, target = slab + i < after, slot.at[pl.ds(i * _SLAB, _SLAB)]
+        load = functools.partial(
+          _load_slab, plan, number, matrix, slab + i, columns, target, arrived
         )
+        pl.when(exists)(load)
+        pl.when(~exists)(functools.partial(_arrive_for_slab, arrived))
 
-    count = deal.count() * cut.steps
-    lax.fori_loop(0, count, one, None)
-    step += count
-  ring.drain(step)
+    lax.fori_loop(begin, end, one, None)
+    done += end - begin
+  ring.drain(done)
+
+
+def _load_slab(plan, number, matrix, slab, columns, target, arrived):
+  """Starts to load some inputs of a slab."""
+  first, apart = slab * _SLAB, _PIECE
+  if plan.is_gated(number):
+    first, apart = slab * _PIECE, matrix.shape[0] // 2
+  for piece in range(_SLAB // _PIECE):
+    plgpu.copy_gmem_to_smem(
+      matrix.at[pl.ds(first + piece * apart, _PIECE), columns],
+      target.at[pl.ds(piece * _PIECE, _PIECE)],
+      arrived,
+    )
+
+
+def _arrive_for_slab(arrived):
+  """In the place of a slab that the unit does not have."""
+  for _ in range(_SLAB // _PIECE):
+    plgpu.barrier_arrive(arrived)
 
 
 def _compute(
@@ -219,7 +273,7 @@ def _compute(
   warpgroup = lax.axis_index("warpgroup")
   meet = units.Meeting(gmem, met, plan.programs)
   multiply = _Products(
-    plan, gmem, units.Ring(smem, full, free), inputs.at[warpgroup],
+    plan, gmem, plan.ring(smem, full, free), inputs.at[warpgroup],
     arrived, handed, handing, warpgroup,
   )  # fmt: skip
   worker = lax.axis_index("program") + warpgroup * plan.programs
@@ -246,8 +300,8 @@ class _Products(NamedTuple):
   plan: _Plan
   gmem: dict[str, Any]
   ring: units.Ring
-  inputs: Any  # (_AHEAD, rows, _CHUNK), of this warpgroup
-  arrived: Any  # (warpgroups * _AHEAD,), a barrier for each of them
+  inputs: Any  # (ahead, rows, _CHUNK), of this warpgroup
+  arrived: Any  # (warpgroups * ahead,), a barrier for each of them
   handed: Any  # sums that warpgroup 1 hands over to warpgroup 0
   handing: Any  # two barriers: they are there, and they have been taken
   warpgroup: jax.Array
@@ -259,8 +313,11 @@ class _Products(NamedTuple):
     before the product. Returns them after it.
     """
     (done, before, mine), cut = at, self.plan.cuts[number]
-    deal, source = self.plan.deals[number], self.gmem[source]
-    total = deal.count() * cut.steps
+    source, ahead = self.gmem[source], self.plan.ahead
+    program = lax.axis_index("program")
+    first, last = (cut.first_unit(program + i) for i in range(2))
+    begin = cut.first_step(first)
+    total = cut.first_step(last) - begin
     # The steps of all products are counted together, and a warpgroup has every
     # second one.
     skipped = rem(before + self.warpgroup, WARPGROUPS)
@@ -268,22 +325,18 @@ class _Products(NamedTuple):
 
     def load(step):
       """Starts to load the inputs of a step of this warpgroup."""
-      among_all = step * WARPGROUPS + skipped
-      unit, c = div(among_all, cut.steps), rem(among_all, cut.steps)
-      _, part = cut.place(deal.unit(unit))
-      slot = rem(mine + step, _AHEAD)
+      slot = rem(mine + step, ahead)
       # 0, in a form that JAX does not know. It refuses a constant slice that
       # ends beyond the last row, where the copy engine writes zeros.
-      zero = jnp.minimum(unit, 0)
+      zero = jnp.minimum(step, 0)
       rows = pl.ds(zero, self.inputs.shape[1])
+      columns = cut.inputs_of(begin + step * WARPGROUPS + skipped)
       plgpu.copy_gmem_to_smem(
-        source.at[rows, cut.inputs_of(part, c)],
-        self.inputs.at[slot],
-        self._arrival(slot),
+        source.at[rows, columns], self.inputs.at[slot], self._arrival(slot)
       )
 
     def step(accumulator, step, _):
-      slot = rem(mine + step, _AHEAD)
+      slot = rem(mine + step, ahead)
       place = before + step * WARPGROUPS + skipped
       self.ring.wait(place)
       plgpu.barrier_wait(self._arrival(slot))
@@ -293,27 +346,27 @@ class _Products(NamedTuple):
       # warps start a product together, see pipeline.free_barrier.
       plgpu.wgmma_wait(0)
       self.ring.release(place)
-      pl.when(step + _AHEAD < own)(functools.partial(load, step + _AHEAD))
+      pl.when(step + ahead < own)(functools.partial(load, step + ahead))
 
-    def unit(i, first):
-      end = self._own((i + 1) * cut.steps, skipped)
+    def unit(unit, start):
+      end = self._own(cut.first_step(unit + 1) - begin, skipped)
 
       def multiply(accumulator):
-        lax.fori_loop(first, end, functools.partial(step, accumulator), None)
+        lax.fori_loop(start, end, functools.partial(step, accumulator), None)
         return pipeline.read(accumulator, 0)
 
-      accumulator = pipeline.accumulator(_SIDE, self.inputs.shape[1])
+      accumulator = pipeline.accumulator(_TILE, self.inputs.shape[1])
       sums = pl.run_scoped(multiply, accumulator)
-      write = functools.partial(self._write, number, target, deal.unit(i))
-      self._hand_over(done + i, sums, write)
+      write = functools.partial(self._write, number, target, unit)
+      self._hand_over(done + unit - first, sums, write)
       return end
 
-    lax.fori_loop(0, jnp.minimum(own, _AHEAD), lambda i, _: load(i), None)
-    lax.fori_loop(0, deal.count(), unit, jnp.int32(0))
-    return done + deal.count(), before + total, mine + own
+    lax.fori_loop(0, jnp.minimum(own, ahead), lambda i, _: load(i), None)
+    lax.fori_loop(first, last, unit, jnp.int32(0))
+    return done + last - first, before + total, mine + own
 
   def _arrival(self, slot):
-    return self.arrived.at[self.warpgroup * _AHEAD + slot]
+    return self.arrived.at[self.warpgroup * self.plan.ahead + slot]
 
   @staticmethod
   def _own(steps, skipped):
@@ -348,20 +401,20 @@ class _Products(NamedTuple):
 
   def _write(self, number, target, unit, sums):
     plan, cut, out = self.plan, self.plan.cuts[number], self.gmem[target]
-    block, part = cut.place(unit)
-    is_gated = plan.is_gated(number)
-    size = _SIDE // (1 + is_gated)
-    columns = pl.ds(block * size, size)
+    group, part = div(unit, cut.parts), rem(unit, cut.parts)
+    first, end = (cut.first_slab(group + i) for i in range(2))
     if target == "sums":
-      row_registers.write_columns(sums, out.at[part, :, columns])
+      row_registers.write_columns(sums, out.at[part], first, end - first)
       return
-    both = [sums]
+    both, is_gated = [sums], plan.is_gated(number)
     if is_gated:  # Rows i = 0 and i = 1 of the result are the same.
       both = [row_registers.of_one_i(sums, i) for i in range(2)]
     if number == 1:
       sums = units.activated(plan.activation, *both)
-    place = out.at[pl.ds(0, plan.rows), columns]
-    row_registers.write_columns(sums.astype(out.dtype), place, is_gated)
+    place = out.at[pl.ds(0, plan.rows)]
+    row_registers.write_columns(
+      sums.astype(out.dtype), place, first, end - first, is_gated
+    )
 
 
 def _add(plan, gmem, warps, worker, number, before, after):

@@ -68,7 +68,7 @@ def run(
   slot = _OUTPUTS * chunk * dtype.itemsize
   stages = min(units.SMEM // slot, units.MOST_BARRIERS)
   plan = _Plan(
-    units.Deal.of([size // _OUTPUTS for size, _ in sizes], programs),
+    Deal.of([size // _OUTPUTS for size, _ in sizes], programs),
     sizes, norms, activation, chunk, programs,
   )  # fmt: skip
   found, counts = units.launch(
@@ -92,10 +92,41 @@ def run(
   return found["stream"][None], heads, counts
 
 
+class Deal(NamedTuple):
+  """The units of one product, and which program has which.
+
+  They are dealt out by turns, and each product goes on where the one before
+  stopped.
+  """
+
+  units: int
+  first: int  # the program that has unit 0
+  programs: int
+
+  @classmethod
+  def of(cls, counts: Sequence[int], programs: int) -> list["Deal"]:
+    """A Deal for each of several products, one after the other."""
+    starts = [sum(counts[:i]) % programs for i in range(len(counts))]
+    pairs = zip(counts, starts, strict=True)
+    return [cls(units, first, programs) for units, first in pairs]
+
+  def count(self) -> jax.Array:
+    """The number of this program's units."""
+    return units.share(self.units, self._place(), self.programs)
+
+  def unit(self, i: jax.Array) -> jax.Array:
+    """The number of this program's i-th unit."""
+    return self._place() + i * self.programs
+
+  def _place(self):
+    program = lax.axis_index("program")
+    return rem(program + (self.programs - self.first), self.programs)
+
+
 class _Plan(NamedTuple):
   """What is known before the kernel runs."""
 
-  deals: list[units.Deal]
+  deals: list[Deal]
   sizes: list[tuple[int, int]]  # (outputs, inputs) of each product
   norms: Sequence[Any]
   activation: str
@@ -106,6 +137,10 @@ class _Plan(NamedTuple):
     """2 if outputs are pairs of gate and up, else 1."""
     return 2 if number == 1 and self.activation == "swiglu" else 1
 
+  def ring(self, smem, full, free):
+    bytes_of_slot = _OUTPUTS * self.chunk * smem.dtype.itemsize
+    return units.Ring(smem, full, free, bytes_of_slot)
+
   def steps(self, number):
     """The slots of the ring that a unit takes."""
     return self.sizes[number][1] // self.chunk
@@ -113,7 +148,7 @@ class _Plan(NamedTuple):
 
 def _feed(plan, gmem, smem, full, free, *_):
   """The memory warpgroup: all weights of this program, product by product."""
-  ring, step = units.Ring(smem, full, free), jnp.int32(0)
+  ring, step = plan.ring(smem, full, free), jnp.int32(0)
   piece = _MINE // 2
   for number, deal in enumerate(plan.deals):
 
@@ -155,7 +190,7 @@ def _compute(plan, gmem, smem, full, free, sums, warps, met):
   sums, warps = (x.at[lax.axis_index("warpgroup")] for x in (sums, warps))
   meet = units.Meeting(gmem, met, plan.programs)
   multiply = functools.partial(
-    _product, plan, gmem, units.Ring(smem, full, free), sums
+    _product, plan, gmem, plan.ring(smem, full, free), sums
   )
   dtype = smem.dtype
   load = functools.partial(_load, plan.chunk)

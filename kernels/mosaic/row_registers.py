@@ -210,25 +210,41 @@ def write_first(x: jax.Array, out: Any) -> None:
   inline(x, out)
 
 
-def write_columns(x: jax.Array, out: Any, every_second: bool = False) -> None:
-  """Writes the first columns of x as the rows of `out`.
+def write_columns(
+  x: jax.Array,
+  out: Any,
+  first: jax.Array,
+  count: jax.Array,
+  every_second: bool = False,
+) -> None:
+  """Writes slabs of 16 rows of x as columns of `out`.
 
-  x: (64, columns), in Layout.WGMMA. out: a Ref (rows, 64) in global memory, of
-  the dtype of x, with at most as many rows as x has columns. every_second:
-  whether to write only 8 rows of every 16, those with i = 0. Then out is (rows,
-  32).
+  Args:
+    x: (64, columns), in Layout.WGMMA.
+    out: a Ref (rows, n) in global memory, of the dtype of x, with at most as
+      many rows as x has columns.
+    first: the number of slabs before these in a row of `out`.
+    count: the number of slabs that are written, up to four.
+    every_second: whether to write only 8 rows of every 16, those with i = 0. A
+      slab of `out` is then 8 columns.
   """
+  scalar = plgpu.Layout.WG_SPLAT(())
 
-  @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
-  def inline(_, x, out):
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), scalar, scalar)
+  )
+  def inline(_, x, out, first, count):
     bits, type_ = utils.bitwidth(x.mlir_dtype), ir.MemRefType(out.type)
     stride = type_.get_strides_and_offset()[0][0]
     row, column = registers.row_and_column()
-    if every_second:
-      w, r = (f(row, _index(16)) for f in (arith.divui, arith.remui))
-      row = arith.addi(arith.muli(w, _index(8)), r)
-    first = arith.addi(arith.muli(column, _index(stride)), row)
-    place = _address(out, first, bits // 8)
+    warp, row = (f(row, _index(16)) for f in (arith.divui, arith.remui))
+    slab = arith.addi(first.registers.item(), warp)
+    row = arith.addi(arith.muli(slab, _index(8 if every_second else 16)), row)
+    place = arith.addi(arith.muli(column, _index(stride)), row)
+    place = _address(out, place, bits // 8)
+    # A warp without a slab has no column that exists.
+    has_slab = arith.cmpi(arith.CmpIPredicate.slt, warp, count.registers.item())
+    column = arith.select(has_slab, column, _index(2**30))
     numbers = itertools.chain(*map(_numbers, x.registers.flat))
     for index, number in enumerate(numbers):
       j, i, k = index // 4, index // 2 % 2, index % 2
@@ -237,7 +253,7 @@ def write_columns(x: jax.Array, out: Any, every_second: bool = False) -> None:
       left = 0 if every_second and i else type_.shape[0] - 8 * j - k
       _store_if_less(column, left, place, offset, number, bits)
 
-  inline(x, out)
+  inline(x, out, first, count)
 
 
 def _store_if_less(number, bound, place, offset, value, bits):

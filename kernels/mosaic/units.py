@@ -1,11 +1,7 @@
-"""What one_row.py and few_rows.py share: units, their weights, and meetings.
-
-A unit is a part of a product. Units are dealt out to the programs by turns, and
-each product goes on where the one before stopped.
-"""
+"""What one_row.py and few_rows.py share: the launch, weights, and meetings."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -14,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sigattn.kernels.mosaic import grid, pipeline
-from sigattn.kernels.mosaic.schedule import div, rem
+from sigattn.kernels.mosaic.schedule import div
 
 WARPGROUPS = 2  # that compute
 SMEM = 220 * 1024  # bytes for rings
@@ -27,33 +23,6 @@ _BYTES_IN_FLIGHT = 48 * 1024
 _MEMORY_REGISTERS, _COMPUTE_REGISTERS = 40, 216
 
 
-class Deal(NamedTuple):
-  """The units of one product, and which program has which."""
-
-  units: int
-  first: int  # the program that has unit 0
-  programs: int
-
-  @classmethod
-  def of(cls, counts: Sequence[int], programs: int) -> list["Deal"]:
-    """A Deal for each of several products, one after the other."""
-    starts = [sum(counts[:i]) % programs for i in range(len(counts))]
-    pairs = zip(counts, starts, strict=True)
-    return [cls(units, first, programs) for units, first in pairs]
-
-  def count(self) -> jax.Array:
-    """The number of this program's units."""
-    return share(self.units, self._place(), self.programs)
-
-  def unit(self, i: jax.Array) -> jax.Array:
-    """The number of this program's i-th unit."""
-    return self._place() + i * self.programs
-
-  def _place(self):
-    program = lax.axis_index("program")
-    return rem(program + (self.programs - self.first), self.programs)
-
-
 def share(count: int, worker: jax.Array, workers: int) -> jax.Array:
   """How many of `count` things a worker has, if they are dealt out in turns."""
   return div(jnp.maximum(count - worker + (workers - 1), 0), workers)
@@ -62,11 +31,10 @@ def share(count: int, worker: jax.Array, workers: int) -> jax.Array:
 class Ring(pipeline.Ring):
   """A ring for weights, filled at the pace at which they arrive."""
 
-  def __init__(self, smem: Any, full: Any, free: Any):
-    """smem: (stages, ...). full, free: a barrier for each slot."""
-    self.stages = smem.shape[0]
-    of_slot = smem.size // self.stages * smem.dtype.itemsize
-    self._in_flight = _BYTES_IN_FLIGHT // of_slot
+  def __init__(self, smem: Any, full: Any, free: Any, bytes_of_slot: int):
+    """smem: as `block` indexes it. full, free: a barrier for each slot."""
+    self.stages = full.shape[0]
+    self._in_flight = _BYTES_IN_FLIGHT // bytes_of_slot
     super().__init__(smem, full, free, self.stages)
 
   def slot(self, step: jax.Array) -> tuple[Any, Any]:
@@ -80,8 +48,7 @@ class Ring(pipeline.Ring):
     def _():
       plgpu.barrier_wait(self._free.at[self._slot(step)])
 
-    slot = self._slot(step)
-    return self._smem.at[slot], self._full.at[slot]
+    return self.block(step), self._full.at[self._slot(step)]
 
   def drain(self, count: jax.Array) -> None:
     """Memory warpgroup: waits until the last of `count` blocks were used.

@@ -11,6 +11,7 @@ so set a time limit.
 import sys
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
@@ -46,10 +47,16 @@ def _sums_of_rows(x, _, parts):
   return [jnp.tile(of_part, 128 // sums.shape[1]) for of_part in sums]
 
 
-def _write_columns(x, out, every_second=False):
-  if every_second:
-    x = x.reshape(4, 2, 8, -1)[:, 0].reshape(32, -1)
-  out[...] = x.T[: out.shape[0]]
+def _write_columns(x, out, first, count, every_second=False):
+  slabs_S = x.reshape(4, 2, 8, -1)
+  slabs_S = slabs_S[:, 0] if every_second else slabs_S.reshape(4, 16, -1)
+  size = slabs_S.shape[1]
+  for i, slab in enumerate(slabs_S):
+
+    @pl.when(i < count)
+    def _(i=i, slab=slab):
+      place = out.at[:, pl.ds((first + i) * size, size)]
+      place[...] = slab.T[: out.shape[0]]
 
 
 def main(rows, activation, norms, has_next):

@@ -114,13 +114,13 @@ def test_no_second_process_shares_the_gpu(tmp_path, monkeypatch):
 
 @on_cpu
 @pytest.mark.parametrize("counts", [[128, 704, 128, 384], [8, 16, 8, 24]])
-def test_each_unit_belongs_to_one_program(counts):
-  """And each product goes on where the one before stopped."""
-  from sigattn.kernels.mosaic import units
+def test_units_of_one_row(counts):
+  """Each belongs to one program, and no program has two more than another."""
+  from sigattn.kernels.mosaic import one_row
 
   def of_program(_):
     found = []
-    for deal in units.Deal.of(counts, 132):
+    for deal in one_row.Deal.of(counts, 132):
       numbers = deal.unit(jnp.arange(max(counts)))
       found.append(
         jnp.where(jnp.arange(max(counts)) < deal.count(), numbers, -1)
@@ -134,6 +134,35 @@ def test_each_unit_belongs_to_one_program(counts):
     np.testing.assert_array_equal(dealt, np.arange(count))
   of_each = sum((units_PI >= 0).sum(1) for units_PI in found)
   assert of_each.max() - of_each.min() <= 1
+
+
+@on_cpu
+@pytest.mark.parametrize("programs", [1, 114, 132])
+@pytest.mark.parametrize(
+  "shape", [(128, 128), (2048, 5632), (11264, 2048), (22016, 4096)]
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_units_of_a_few_rows(number, shape, programs):
+  """They hold all slabs for all inputs once, in equal shares."""
+  from sigattn.kernels.mosaic import few_rows
+
+  cut = few_rows._Cut.of(number, shape, programs)
+  slabs, steps = shape[0] // 16, shape[1] // 128
+  assert cut.parts == 1 or number == 0
+  units = np.arange(cut.units + 1)
+  steps_before = np.asarray(jax.vmap(cut.first_step)(units))
+  slabs_before = np.asarray(jax.vmap(cut.first_slab)(np.arange(cut.groups + 1)))
+  assert [slabs_before[0], slabs_before[-1]] == [0, slabs]
+  assert set(np.diff(slabs_before)) <= {1, 2, 3}
+  assert [steps_before[0], steps_before[-1]] == [0, cut.groups * steps]
+  of_program = np.asarray(jax.vmap(cut.first_unit)(np.arange(programs + 1)))
+  assert [of_program[0], of_program[-1]] == [0, cut.units]
+  # The weights of a program, in slabs of 128 inputs.
+  of_step = np.repeat(np.diff(slabs_before), steps)
+  before = np.concatenate([[0], np.cumsum(of_step)])[steps_before[of_program]]
+  if slabs >= programs:
+    fair = slabs * steps / programs
+    assert np.diff(before).max() <= 1.2 * fair + steps
 
 
 @on_gpu
