@@ -4,6 +4,7 @@ On a GPU:
   JAX_PLATFORMS=cuda python -m pytest tests/kernels/test_products.py
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -43,6 +44,29 @@ def test_interpreted(case):
     [sys.executable, "-m", "tests.kernels.products_interpreter", *case.split()],
     env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + devices},
     timeout=120,
+    check=True,
+  )
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda13_plugin") is None,
+  reason="needs the compiler of jax[cuda13]",
+)
+@pytest.mark.parametrize(
+  "case",
+  [
+    "1 hybrid 1 bfloat16 256 384 768", "1 pre 0 float16 128 384 384",
+    "3 pre 0 bfloat16 256 384 384", "17 hybrid 1 float16 256 384 768",
+    "32 hybrid 1 bfloat16 256 384 768",
+  ],
+)  # fmt: skip
+def test_compiled_code_of_all_programs(case):
+  """Layouts, addresses and meetings, without a GPU."""
+  module = "tests.kernels.products_on_ptx_machine"
+  subprocess.run(
+    [sys.executable, "-m", module, *case.split()],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    timeout=300,
     check=True,
   )
 

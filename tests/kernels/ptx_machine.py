@@ -1,0 +1,587 @@
+"""Runs the PTX of a Hopper kernel on NumPy arrays, all programs of it.
+
+Pallas's interpreter runs one program, and knows nothing of the instructions
+that kernels/mosaic/grid.py and row_registers.py write. This machine runs what
+the compiler makes of a kernel: the numbers that each thread has, addresses and
+swizzles in shared memory, barriers, the copy engine, the tensor cores, and the
+programs that wait for each other. It needs no GPU.
+
+It knows the instructions of the products of a token, and raises an error at
+others. All threads see each write at once, so it finds no race, and it knows
+nothing of time. A warpgroup is an array of 128 lanes. If they part, those that
+are furthest behind go on first.
+"""
+
+import dataclasses
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+_LANES = 128
+_WARPGROUPS = 3
+_SHARED = 0x400  # where shared memory begins
+_DESCRIPTORS = 0x70_0000_0000  # where the descriptors of the copy engine begin
+_OF_DESCRIPTOR = 128
+_UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+_SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
+_WAIT = re.compile(
+  r"\{\s*\.reg \.pred\s+P1;\s*LAB_WAIT:\s*mbarrier\.try_wait\.parity\.shared"
+  r"\.b64 P1, (\[%r\d+\]), (%r\d+), %r\d+;\s*@P1 bra\.uni DONE;\s*bra\.uni\s+"
+  r"LAB_WAIT;\s*DONE:\s*\}"
+)
+_SPIN = re.compile(
+  r"\{ \.reg \.pred missing; \.reg \.s32 n; again: ld\.acquire\.gpu\.global"
+  r"\.s32 n, (\[%rd\d+\]); setp\.lt\.s32 missing, n, (%r\d+); @missing bra"
+  r" again; \}"
+)
+_STORE_IF_LESS = re.compile(
+  r"\{ \.reg \.pred less; setp\.lt\.s32 less, (%r\d+), (\d+); @less (st\S+)"
+  r" (\[\S+\]), (%\w+); \}"
+)
+_PRODUCT = re.compile(
+  r"\{ \.reg \.pred p; setp\.ne\.b32 p, 1, 0; (wgmma\.mma_async[^;]*); \}"
+)
+
+
+@dataclasses.dataclass
+class _Instruction:
+  name: str
+  operands: list[str]
+  predicate: str = ""  # the lanes that take part, "" for all
+  negated: bool = False
+
+
+@dataclasses.dataclass
+class _Barrier:
+  """An mbarrier. missing: arrivals; expected: bytes."""
+
+  count: int
+  missing: int
+  expected: int = 0
+  phase: int = 0
+
+  def change(self, arrivals: int, expected: int) -> None:
+    self.missing -= arrivals
+    self.expected += expected
+    assert self.missing >= 0, "more arrivals than a phase has"
+    if self.missing == self.expected == 0:
+      self.phase, self.missing = self.phase + 1, self.count
+
+
+class _Program:
+  """What the warpgroups of a program share."""
+
+  def __init__(self, number):
+    self.number = number
+    self.memory = np.zeros(228 * 1024, np.uint8)
+    self.barriers = {}
+    self.met = [0] * _WARPGROUPS  # barriers of all threads, by warpgroup
+
+
+class Machine:
+  """A kernel and its arrays. `run` changes the arrays in place."""
+
+  def __init__(
+    self,
+    ptx: str,
+    arguments: Sequence[np.ndarray | None],
+    copies: Sequence[Callable[[list[int], np.ndarray, int], int]],
+    programs: int,
+  ):
+    """ptx: the text of a kernel, with three warpgroups a program.
+
+    Args:
+      ptx: see above.
+      arguments: an array for each parameter, None for the descriptors.
+      copies: for each descriptor, what the copy engine does: a function of
+        coordinates, shared memory and an offset in it that returns the number
+        of bytes written, see `tiles`.
+      programs: their number.
+    """
+    self.code, self.labels = _parsed(ptx)
+    self.arguments, self.copies = list(arguments), copies
+    self.programs = programs
+
+  def run(self) -> None:
+    """Lets each warpgroup run until it waits, by turns, until all have ended.
+
+    Raises:
+      RuntimeError: if all of them wait.
+    """
+    programs = [_Program(i) for i in range(self.programs)]
+    running = [
+      _Warpgroup(self, program, i)
+      for program in programs
+      for i in range(_WARPGROUPS)
+    ]
+    while running:
+      ran = [warpgroup.go() for warpgroup in running]
+      if not any(ran):
+        where = {(x.program.number, x.number): x.here() for x in running[:6]}
+        raise RuntimeError(f"all warpgroups wait: {where}")
+      running = [x for x in running if x.here() is not None]
+
+  def address(self, parameter: int) -> int:
+    if self.arguments[parameter] is None:
+      return _DESCRIPTORS
+    return (parameter + 1) << 32
+
+  def global_memory(self, address: int) -> tuple[np.ndarray, int]:
+    """(the bytes of an array, an offset in it)."""
+    array = self.arguments[(int(address) >> 32) - 1]
+    return array.reshape(-1).view(np.uint8), int(address) & 0xFFFFFFFF
+
+
+def _parsed(ptx):
+  """(instructions, the number of the instruction at each label)."""
+  ptx = re.sub(r"//.*|\.loc[^\n]*|\.file[^\n]*", "", ptx)
+  ptx = _WAIT.sub(r"wait \1, \2;", ptx)
+  ptx = _SPIN.sub(r"spin \1, \2;", ptx)
+  ptx = _STORE_IF_LESS.sub(r"\3.if_less \4, \5, \1, \2;", ptx)
+  ptx = _PRODUCT.sub(r"\1;", ptx)
+  body = ptx[ptx.index("{", ptx.index(".maxntid")) + 1 :]
+  code, labels = [], {}
+  for line in re.split(r"[;\n]", body[: body.rindex("ret;") + 4]):
+    line = line.strip()
+    while label := re.match(r"(\$?\w+):\s*", line):
+      labels[label[1]] = len(code)
+      line = line[label.end() :]
+    if not line or line.startswith((".", "{", "}")):
+      continue
+    predicate = re.match(r"@(!?)(%p\d+)\s+", line)
+    name, _, rest = line[predicate.end() if predicate else 0 :].partition(" ")
+    name, _, first = name.partition("\t")
+    operands = re.findall(r"\[[^\]]*\]|\{[^}]*\}|[^\s,]+", first + " " + rest)
+    instruction = _Instruction(name, operands)
+    if predicate:
+      instruction.negated = bool(predicate[1])
+      instruction.predicate = predicate[2]
+    code.append(instruction)
+  return code, labels
+
+
+class _Warpgroup:
+  """128 threads. Their registers hold bits, in arrays of unsigned numbers."""
+
+  def __init__(self, machine, program, number):
+    self.machine, self.program, self.number = machine, program, number
+    self.registers = {}
+    self.place = np.zeros(_LANES, np.int64)  # the next instruction of a lane
+    self.active = None  # the lanes that take part in an instruction
+    self.has_arrived = False  # at the barrier of all threads
+
+  def here(self):
+    """The instruction of the lanes that are furthest behind, or None."""
+    place = self.place.min()
+    code = self.machine.code
+    return code[place] if place < len(code) else None
+
+  def go(self) -> bool:
+    """Runs until the warpgroup waits or ends; whether it ran at all."""
+    ran = False
+    while (instruction := self.here()) is not None:
+      place = self.place.min()
+      lanes = self.place == place
+      active = lanes
+      if instruction.predicate:
+        chosen = self.registers[instruction.predicate]
+        active = lanes & (chosen ^ instruction.negated)
+      self.active = active
+      target = self._run(instruction.name, instruction.operands)
+      if target is _WAITS:
+        return ran
+      self.place[lanes] = place + 1
+      if target is not None:
+        self.place[active] = target
+      ran = True
+    return ran
+
+  # Operands.
+
+  def bits(self, name: str, width: int = 32) -> np.ndarray:
+    """The operand of each lane, as an unsigned number."""
+    if name in self.registers:
+      return self.registers[name]
+    if name.startswith("%"):
+      value = {"%tid.x": None, "%ctaid.x": self.program.number}[name]
+      if value is None:
+        first = self.number * _LANES
+        return np.arange(first, first + _LANES, dtype=np.uint32)
+    elif name.startswith("0f"):
+      value = int(name[2:], 16)
+    elif name.startswith("__dynamic_shmem__"):
+      value = _SHARED
+    elif "_param_" in name:
+      value = self.machine.address(int(name.rpartition("_")[2]))
+    else:
+      value = int(name) % (1 << width)
+    return np.full(_LANES, value, _UNSIGNED[width])
+
+  def signed(self, name, width=32):
+    return self.bits(name, width).view(_SIGNED[width])
+
+  def floats(self, name):
+    return self.bits(name).view(np.float32)
+
+  def set(self, name: str, value: Any, width: int = 32) -> None:
+    """Sets the register of the active lanes."""
+    type_ = np.bool_ if name.startswith("%p") else _UNSIGNED[width]
+    value = np.asarray(value)
+    value = value.view(type_) if value.dtype.kind in "fi" else value
+    before = self.registers.get(name, np.zeros(_LANES, type_))
+    self.registers[name] = np.where(self.active, value.astype(type_), before)
+
+  def addresses(self, operand):
+    name, _, offset = operand.strip("[]").partition("+")
+    return self.bits(name, 64).astype(np.int64) + int(offset or 0)
+
+  def one(self, values):
+    """What all active lanes have."""
+    [value] = set(values[self.active].tolist())
+    return value
+
+  def barrier(self, operand):
+    return self.program.barriers[self.one(self.addresses(operand))]
+
+  def memory(self, space, address):
+    """(bytes, an offset in them)."""
+    if space == "shared":
+      return self.program.memory, int(address) - _SHARED
+    return self.machine.global_memory(address)
+
+  # Instructions. They return the number of the next one, if the active lanes
+  # go on elsewhere.
+
+  def _run(self, name, operands):
+    first, *rest = name.split(".")
+    if name in ("wait", "spin"):
+      return getattr(self, f"_{name}")(*operands)
+    if first in ("prefetch", "fence", "setmaxnreg"):
+      return None
+    if first == "bra":
+      return self.machine.labels[operands[0]]
+    if first == "ret":
+      self.place[:] = len(self.machine.code)
+      return len(self.machine.code)
+    if first in ("ld", "st", "mov", "shfl", "mbarrier", "cp", "wgmma"):
+      return getattr(self, f"_{first}")(rest, operands)
+    if first in ("bar", "red", "elect", "cvt", "cvta", "setp", "selp"):
+      return getattr(self, f"_{first}")(rest, operands)
+    return self._compute(first, rest, operands)
+
+  def _wait(self, barrier, parity):
+    if self.barrier(barrier).phase % 2 == self.one(self.bits(parity)):
+      return _WAITS
+    return None
+
+  def _spin(self, count, least):
+    memory, at = self.memory("global", self.one(self.addresses(count)))
+    count = memory[at : at + 4].view(np.int32)[0]
+    return _WAITS if count < self.one(self.signed(least)) else None
+
+  def _bar(self, _, operands):
+    if len(operands) == 2:  # The threads of this warpgroup run together.
+      assert self.active.all()
+      return None
+    met = self.program.met
+    if not self.has_arrived:
+      self.has_arrived = True
+      met[self.number] += 1
+    if min(met) < met[self.number]:
+      return _WAITS
+    self.has_arrived = False
+    return None
+
+  def _mbarrier(self, kind, operands):
+    if kind[0] == "init":
+      if self.active.any():
+        count = self.one(self.bits(operands[1]))
+        address = self.one(self.addresses(operands[0]))
+        self.program.barriers[address] = _Barrier(count, count)
+      return
+    threads = int(self.active.sum())
+    if kind[1] == "expect_tx":
+      expected = int(self.bits(operands[2])[self.active].sum())
+      self.barrier(operands[1]).change(threads, expected)
+    else:
+      self.barrier(operands[1]).change(threads * int(operands[2]), 0)
+
+  def _cp(self, _, operands):
+    """A copy by the copy engine, which one lane starts."""
+    to, source, barrier = operands
+    descriptor, coordinates = re.fullmatch(
+      r"\[(%rd\d+), \{(.*)", source
+    ).groups()
+    coordinates = re.findall(r"%r\d+", coordinates)
+    for lane in np.nonzero(self.active)[0]:
+      which = int(self.bits(descriptor)[lane]) - _DESCRIPTORS
+      copied = self.machine.copies[which // _OF_DESCRIPTOR](
+        [int(self.signed(x)[lane]) for x in coordinates],
+        self.program.memory,
+        int(self.addresses(to)[lane]) - _SHARED,
+      )
+      self.barrier(barrier).change(0, -copied)
+
+  def _wgmma(self, kind, operands):
+    if kind[0] != "mma_async":
+      return
+    results = re.findall(r"%r\d+", operands[0])
+    columns = 2 * len(results)
+    left = self._tile(operands[1], 64, kind[-1])
+    right = self._tile(operands[2], columns, kind[-1])
+    with np.errstate(all="ignore"):
+      products = left @ right.T
+    warp, lane = np.divmod(np.arange(_LANES), 32)
+    for index, name in enumerate(results):
+      row = 16 * warp + lane // 4 + 8 * (index // 2 % 2)
+      column = 8 * (index // 4) + lane % 4 * 2 + index % 2
+      with np.errstate(all="ignore"):
+        self.set(name, self.floats(name) + products[row, column])
+
+  def _tile(self, descriptor, rows, dtype):
+    """(rows, 16) float32: a factor in shared memory, in rows of 128 bytes."""
+    descriptor = self.one(self.bits(descriptor))
+    assert descriptor >> 62 == 1, "not swizzled by 128 bytes"
+    first, apart = ((descriptor >> x & 0x3FFF) << 4 for x in (0, 32))
+    row = np.arange(rows)[:, None]
+    place = first + row // 8 * apart + row % 8 * 128 + 2 * np.arange(16)
+    place = swizzled(place) - _SHARED
+    low, high = (self.program.memory[place + i] for i in range(2))
+    return _to_float32(low | high.astype(np.uint16) << 8, dtype)
+
+  def _red(self, _, operands):
+    for lane in np.nonzero(self.active)[0]:
+      address = self.addresses(operands[0])[lane]
+      memory, at = self.memory("global", address)
+      memory[at : at + 4].view(np.int32)[0] += int(operands[1])
+
+  def _ld(self, kind, operands):
+    if kind[0].startswith("param"):
+      self.set(operands[0], self.bits(operands[1].strip("[]"), 64), 64)
+      return
+    width = int(kind[-1][1:])
+    names = operands[0].strip("{}").replace(" ", "").split(",")
+    addresses = self.addresses(operands[1])
+    numbers = np.zeros((len(names), _LANES), _UNSIGNED[width])
+    for lane in np.nonzero(self.active)[0]:
+      memory, at = self.memory(kind[0], addresses[lane])
+      size = numbers[:, lane].nbytes
+      assert 0 <= at <= memory.size - size, "beyond the end of an array"
+      numbers[:, lane] = memory[at : at + size].view(numbers.dtype)
+    for name, number in zip(names, numbers, strict=True):
+      self.set(name, number, width)
+
+  def _st(self, kind, operands):
+    active = self.active
+    if kind[-1] == "if_less":
+      kind, bound = kind[:-1], int(operands[3])
+      active = active & (self.signed(operands[2]) < bound)
+    width = int(kind[-1][1:])
+    names = operands[1].strip("{}").replace(" ", "").split(",")
+    numbers = np.stack([self.bits(name, width) for name in names])
+    addresses = self.addresses(operands[0])
+    for lane in np.nonzero(active)[0]:
+      memory, at = self.memory(kind[0], addresses[lane])
+      number = np.ascontiguousarray(numbers[:, lane]).view(np.uint8)
+      assert 0 <= at <= memory.size - number.size, "beyond the end of an array"
+      memory[at : at + number.size] = number
+
+  def _mov(self, kind, operands):
+    to, source = (x.strip("{}").replace(" ", "").split(",") for x in operands)
+    width = int(kind[0][1:])
+    part = width // max(len(to), len(source))
+    if len(source) == 1:
+      number = self.bits(source[0], width)
+    else:
+      number = np.zeros(_LANES, _UNSIGNED[width])
+      for i, name in enumerate(source):
+        number |= self.bits(name, part).astype(number.dtype) << i * part
+    for i, name in enumerate(to):
+      if name != "_":
+        cut = number >> number.dtype.type(i * part) if i else number
+        self.set(name, cut.astype(_UNSIGNED[width // len(to)]),
+                 width // len(to))  # fmt: skip
+
+  def _shfl(self, kind, operands):
+    assert self.active.all()
+    lane = np.arange(_LANES)
+    distance = int(operands[2])
+    source = lane ^ distance if kind[1] == "bfly" else lane // 32 * 32
+    self.set(operands[0], self.bits(operands[1])[source])
+
+  def _elect(self, _, operands):
+    self.set(operands[0].split("|")[1], np.arange(_LANES) % 32 == 0)
+
+  def _cvta(self, _, operands):
+    self.set(operands[0], self.bits(operands[1], 64), 64)
+
+  def _cvt(self, kind, operands):
+    to, source = kind[-2:]
+    if "f" not in to:
+      width = max(int(to[1:]), 16)
+      number = self.bits(operands[1], max(int(source[1:]), 16))
+      number = number.astype(_UNSIGNED[int(source[1:])])
+      if source[0] == "s":
+        number = number.view(_SIGNED[int(source[1:])])
+      self.set(operands[0], number.astype(_UNSIGNED[width]), width)
+    elif to.endswith("x2"):  # The first number becomes the upper half.
+      high, low = (_to_16_bits(self.floats(x), to) for x in operands[1:])
+      self.set(operands[0], high.astype(np.uint32) << 16 | low)
+    elif to == "f32":
+      self.set(operands[0], _to_float32(self.bits(operands[1], 16), source))
+    else:
+      self.set(operands[0], _to_16_bits(self.floats(operands[1]), to), 16)
+
+  def _setp(self, kind, operands):
+    width = int(kind[1][1:])
+    read = self.signed if kind[1][0] == "s" else self.bits
+    x, y = (read(name, width) for name in operands[1:])
+    self.set(operands[0], getattr(operator, kind[0])(x, y))
+
+  def _selp(self, kind, operands):
+    width = int(kind[0][1:])
+    x, y = (self.bits(name, width) for name in operands[1:3])
+    self.set(operands[0], np.where(self.bits(operands[3]), x, y), width)
+
+  def _compute(self, name, kind, operands):
+    to, *names = operands
+    type_ = kind[-1]
+    with np.errstate(all="ignore"):
+      if type_ == "pred":
+        self.set(to, _LOGIC[name](*(self.registers[x] for x in names)))
+      elif type_ == "f32":
+        self.set(to, _FLOATS[name](*map(self.floats, names)))
+      elif "f" in type_:
+        self._halves(name, to, names, type_)
+      else:
+        self._integers(name, kind, to, names)
+
+  def _halves(self, name, to, names, type_):
+    """Numbers of 16 bits, or pairs of them."""
+    pair = type_.endswith("x2")
+    numbers = [self.bits(x, 32 if pair else 16) for x in names]
+    parts = [
+      _to_16_bits(
+        _FLOATS[name](
+          *(_to_float32((x >> shift).astype(np.uint16), type_) for x in numbers)
+        ),
+        type_,
+      )
+      for shift in ((0, 16) if pair else (0,))
+    ]
+    found = parts[0].astype(np.uint32)
+    if pair:
+      found |= parts[1].astype(np.uint32) << 16
+    self.set(to, found, 32 if pair else 16)
+
+  def _integers(self, name, kind, to, names):
+    """Exact integers of Python, of which the register keeps the lower bits."""
+    width, is_signed = int(kind[-1][1:]), kind[-1][0] == "s"
+    read = self.signed if is_signed else self.bits
+    columns = [
+      read(x, 32 if i and name in ("shl", "shr", "bfe") else width).tolist()
+      for i, x in enumerate(names)
+    ]
+    if name == "mul" and kind[0] == "hi":
+      found = [x * y >> width for x, y in zip(*columns, strict=True)]
+    elif name == "bfe":
+      found = [_field(*x, is_signed) for x in zip(*columns, strict=True)]
+    else:
+      found = [_INTEGERS[name](*x) for x in zip(*columns, strict=True)]
+    if kind[0] == "wide":
+      width *= 2
+    numbers = [x % (1 << width) for x in found]
+    self.set(to, np.array(numbers, _UNSIGNED[width]), width)
+
+
+_WAITS = object()
+_LOGIC: Mapping[str, Any] = {
+  "and": operator.and_, "or": operator.or_, "not": operator.invert,
+  "xor": operator.xor,
+}  # fmt: skip
+_FLOATS: Mapping[str, Any] = {
+  "add": operator.add, "sub": operator.sub, "mul": operator.mul,
+  "div": operator.truediv, "rsqrt": lambda x: 1 / np.sqrt(x),
+  "ex2": np.exp2,
+  "fma": lambda x, y, z: (x.astype(np.float64) * y + z).astype(np.float32),
+}  # fmt: skip
+_INTEGERS: Mapping[str, Any] = {
+  "add": operator.add, "sub": operator.sub, "mul": operator.mul,
+  "mad": lambda x, y, z: x * y + z, "neg": operator.neg,
+  "and": operator.and_, "or": operator.or_, "xor": operator.xor,
+  "shl": operator.lshift, "shr": operator.rshift, "min": min, "max": max,
+}  # fmt: skip
+
+
+def _field(x, first, length, is_signed):
+  """The bits of x from `first` on."""
+  found = (x >> first) % (1 << length)
+  if is_signed and found >> length - 1:
+    found -= 1 << length
+  return found
+
+
+def _to_float32(bits, dtype):
+  dtype = jnp.bfloat16 if dtype.startswith("b") else np.float16
+  return np.ascontiguousarray(bits, np.uint16).view(dtype).astype(np.float32)
+
+
+def _to_16_bits(numbers, dtype):
+  dtype = jnp.bfloat16 if dtype.startswith("b") else np.float16
+  return np.asarray(numbers, np.float32).astype(dtype).view(np.uint16)
+
+
+def swizzled(address: Any) -> Any:
+  """Where the copy engine puts the byte of an address, by 128 bytes."""
+  return address ^ ((address >> 7 & 7) << 4)
+
+
+def tiles(
+  array: np.ndarray, rows: int, columns: int
+) -> Callable[[list[int], np.ndarray, int], int]:
+  """The copies of blocks from an array (n, m) of 16 bits, for Machine.
+
+  A block lies in tiles of 8 x 64 numbers, each of which is swizzled. Rows
+  beyond the last become zeros. rows, columns: of a block.
+  """
+
+  def copy(coordinates, memory, offset):
+    first_row = coordinates[-1] * 8 if len(coordinates) == 4 else coordinates[1]
+    first_column = coordinates[2] * 64
+    block = np.zeros((rows, columns), np.uint16)
+    found = array[
+      first_row : first_row + rows, first_column : first_column + columns
+    ]
+    block[: len(found)] = found
+    of_tiles = block.reshape(rows // 8, 8, columns // 64, 64).swapaxes(1, 2)
+    numbers = np.ascontiguousarray(of_tiles).reshape(-1).view(np.uint8)
+    places = swizzled(np.arange(numbers.size) + offset + _SHARED) - _SHARED
+    memory[places] = numbers
+    return numbers.size
+
+  return copy
+
+
+def boxes(
+  array: np.ndarray, box: Sequence[int]
+) -> Callable[[list[int], np.ndarray, int], int]:
+  """The copies of boxes from an array of 16 bits, without a swizzle.
+
+  The copy engine knows no sides of 1.
+  """
+  box = [n for n, side in zip(box, array.shape, strict=True) if side > 1]
+  array = array.squeeze()
+
+  def copy(coordinates, memory, offset):
+    begin = coordinates[::-1]
+    place = tuple(slice(x, x + n) for x, n in zip(begin, box, strict=True))
+    numbers = np.ascontiguousarray(array[place]).reshape(-1).view(np.uint8)
+    assert numbers.size == 2 * np.prod(box), "beyond the end of an array"
+    memory[offset : offset + numbers.size] = numbers
+    return numbers.size
+
+  return copy
