@@ -74,7 +74,7 @@ def resources(problem, direction, tile, capability):
   constexprs = constants(direction, problem, "ieee", tile)
   constexprs |= _sums(problem, direction)
   kernel = getattr(kernels, direction)
-  return _compiled(kernel, problem, constexprs, tile, capability)
+  return _resources(kernel, problem, constexprs, tile, capability)
 
 
 def decode_resources(problem, tile, capability, page, is_new=False):
@@ -90,42 +90,48 @@ def decode_resources(problem, tile, capability, page, is_new=False):
     angles = jax.ShapeDtypeStruct((problem.batch, problem.head_dim // 2), "f4")
     new = decode.New(None, epsilon=1e-5, cos=angles)
   constexprs = decode.constants(problem, "ieee", tile, page, new)
-  return _compiled(decode_kernel.decode, problem, constexprs, tile, capability)
+  return _resources(decode_kernel.decode, problem, constexprs, tile, capability)
 
 
-def _compiled(kernel, problem, constexprs, tile, capability):
+def compiled(kernel, dtypes, constexprs, tile, capability):
+  """A kernel of Triton, compiled without a GPU. dtypes: of its pointers."""
   import triton
   from triton.backends.compiler import GPUTarget
   from triton.compiler import ASTSource
 
-  names = kernel.arg_names
-  short = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
-  types = dict.fromkeys(names, short[problem.dtype])
-  if problem.key_dtype == FLOAT8:
-    types |= dict.fromkeys(("k", "v", "k_out", "v_out"), "*fp8e4nv")
-  types |= dict.fromkeys(FLOATS, "*fp32")
-  types |= dict.fromkeys(INTEGERS, "*i32")
-  types |= dict.fromkeys(constexprs, "constexpr")
-  aligned = [["tt.divisibility", 16]]
-  compiled = triton.compile(
-    ASTSource(
-      kernel,
-      {name: types[name] for name in names},
-      constexprs,
-      {(i,): aligned for i, x in enumerate(names) if x not in constexprs},
-    ),
+  short = {
+    "bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32",
+    FLOAT8: "*fp8e4nv", "int32": "*i32",
+  }  # fmt: skip
+  names, aligned = kernel.arg_names, [["tt.divisibility", 16]]
+  pointers = [(i, x) for i, x in enumerate(names) if x not in constexprs]
+  types = dict.fromkeys(names, "constexpr")
+  types |= {name: short[dtypes[name]] for _, name in pointers}
+  return triton.compile(
+    ASTSource(kernel, types, constexprs, {(i,): aligned for i, _ in pointers}),
     target=GPUTarget("cuda", capability, 32),
     options=dict(num_warps=tile.num_warps, num_stages=tile.num_stages),
   )
+
+
+def _resources(kernel, problem, constexprs, tile, capability):
+  import triton
+
+  dtypes = dict.fromkeys(kernel.arg_names, problem.dtype)
+  if problem.key_dtype == FLOAT8:
+    dtypes |= dict.fromkeys(("k", "v", "k_out", "v_out"), FLOAT8)
+  dtypes |= dict.fromkeys(FLOATS, "float32")
+  dtypes |= dict.fromkeys(INTEGERS, "int32")
+  program = compiled(kernel, dtypes, constexprs, tile, capability)
   with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-    file.write(compiled.asm["cubin"])
+    file.write(program.asm["cubin"])
     file.flush()
     usage = subprocess.run(
       [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
       capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
   registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-  return Resources(int(registers), int(stack), compiled.metadata.shared)
+  return Resources(int(registers), int(stack), program.metadata.shared)
 
 
 def _sums(problem, direction):

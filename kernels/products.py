@@ -20,8 +20,8 @@ products all programs wait for each other (mosaic/grid.py):
     ...                                   units of W_up, ...
 
 Weights depend on no other program. So while programs wait for each other, their
-memory warpgroups read on into their rings, which together hold 17 to 28 MB. The
-memory of an H200 takes 4 to 7 us for that.
+memory warpgroups read on into their rings, which together hold 19 to 28 MB. The
+memory of an H200 takes 5 to 7 us for that.
 
 mosaic/one_row.py and mosaic/few_rows.py have the two kernels.
 """

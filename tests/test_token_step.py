@@ -3,6 +3,10 @@
 Without a GPU, Triton's interpreter runs the kernels.
 """
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +20,14 @@ from tests.kernels import product_cases
 from tests.tasks.small_lm import (
   ALIBI,
   GATE,
+  LLAMA,
   SOFTMAX,
+  WIDE,
   V,
   compiled,
   make,
   small,
+  token_step,
   tokens,
 )
 
@@ -46,13 +53,6 @@ def started(monkeypatch):
   monkeypatch.setattr(launch, "start", start)
   with jax.default_matmul_precision("highest"):
     yield names
-
-
-LLAMA = {
-  "model.norm": "pre", "model.rope_share": 0.5, "model.tied": False,
-  "model.logit_cap": 5.0, "attn.alibi": False, "attn.qk_norm": "none",
-  "attn.num_kv_heads": 1,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -176,6 +176,21 @@ def test_products_between_two_calls_of_attention(
   assert calls == [0, 1, 2]
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it needs no GPU")
+@pytest.mark.parametrize(
+  "case",
+  ["1 default joined", "3 llama joined", "2 softmax joined", "3 llama single"],
+)
+def test_compiled_code_of_a_16_bit_model(case):
+  """What Triton makes of its kernels, without a GPU."""
+  environment = {k: v for k, v in os.environ.items() if "INTERPRET" not in k}
+  module = "tests.kernels.token_step_on_ptx_machine"
+  subprocess.run(
+    [sys.executable, "-m", module, *case.split()], env=environment,
+    timeout=300, check=True,
+  )  # fmt: skip
+
+
 @pytest.mark.skipif(
   device.current().capability != 90, reason="needs a Hopper GPU"
 )
@@ -183,11 +198,7 @@ def test_products_between_two_calls_of_attention(
 @pytest.mark.parametrize("values", [{}, LLAMA, SOFTMAX])
 def test_a_step_of_a_16_bit_model(values, rows, started):
   """On a Hopper GPU one kernel computes what follows attention."""
-  large = {
-    "model.width": 256, "model.mlp_dim": 384, "model.num_heads": 4,
-    "dtype": "bfloat16",
-  }  # fmt: skip
-  _compare_with_stack(large | values, rows, 0.03)
+  _compare_with_stack(WIDE | values, rows, 0.03)
   first = "product" if rows == 1 else "residual"
   assert started == [first, *3 * ["decode"], first]
 
@@ -200,8 +211,7 @@ def test_a_token_is_one_graph(tmp_path):
 
   Otherwise it starts each kernel by itself, which takes twice as long.
   """
-  values = {"model.width": 256, "model.mlp_dim": 384, "model.num_heads": 4}
-  config = small(depth=6, **values, dtype="bfloat16")
+  config = small(depth=6, **WIDE)
   graphdef, shapes = engine.shapes(config)
   params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
   machine = engine.Engine(graphdef, params, V, end=-1)
@@ -227,15 +237,7 @@ def _compare_with_stack(values, rows, tolerance):
 
   def run(implementation):
     config = small(depth=3, **values, **{"attn.implementation": implementation})
-    return compiled(step, make(config), tokens(rows), length_B)
-
-  def step(model, token_B, length_B):
-    model.prepare_to_generate()
-    cache = jax.tree.map(
-      lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype),
-      model.empty_cache(rows, 128),
-    )
-    return model.decode(token_B, cache, length_B)
+    return compiled(token_step, make(config), tokens(rows), length_B)
 
   for x, y in zip(
     jax.tree.leaves(run(None)), jax.tree.leaves(run("xla")), strict=True

@@ -21,7 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sigattn.kernels import device, products
-from tests.kernels import product_cases, ptx_machine
+from tests.kernels import product_cases, ptx_machine, ptx_tiles
 
 _CALL = 3  # the number of calls before this one
 _CARD = device.Device("NVIDIA H200", 90, 132)
@@ -85,7 +85,7 @@ def _one_row(x, y, weights, matrices, before):
   chunk = np.gcd.reduce([512, *(x.shape[1] for x in matrices)])
   block = min(chunk, 256)
   copies = [
-    ptx_machine.boxes(x.reshape(len(x), -1, block), (4, chunk // block, block))
+    ptx_tiles.boxes(x.reshape(len(x), -1, block), (4, chunk // block, block))
     for x in matrices
   ]
   return arrays, copies
@@ -107,8 +107,8 @@ def _few_rows(x, y, weights, matrices, before):
   ]  # fmt: skip
   if len(matrices) == 4:
     arrays.append(("heads", _empty(rows, len(matrices[3]))))
-  copies = [ptx_machine.tiles(a, padded, 128) for a in (y_padded, h, z)]
-  return arrays, copies + [ptx_machine.tiles(a, 8, 128) for a in matrices]
+  copies = [ptx_tiles.tiles(a, padded, 128) for a in (y_padded, h, z)]
+  return arrays, copies + [ptx_tiles.tiles(a, 8, 128) for a in matrices]
 
 
 def main(rows, norms, has_next, dtype, *sizes):
@@ -127,7 +127,7 @@ def main(rows, norms, has_next, dtype, *sizes):
   with tempfile.TemporaryDirectory() as folder:
     ptx = _ptx(inputs, folder)
   arguments = [*(array for _, array in arrays), None, counts]
-  ptx_machine.Machine(ptx, arguments, copies, _CARD.cores).run()
+  ptx_machine.Machine(ptx, arguments, _CARD.cores, copies).run()
   if has_next:
     assert counts[0] - before[0] == meetings * _CARD.cores
   arrays, wrong = dict(arrays), False

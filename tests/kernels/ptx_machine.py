@@ -1,29 +1,29 @@
-"""Runs the PTX of a Hopper kernel on NumPy arrays, all programs of it.
+"""Runs the PTX of a kernel on NumPy arrays, all programs of it, without a GPU.
 
-Pallas's interpreter runs one program, and knows nothing of the instructions
-that kernels/mosaic/grid.py and row_registers.py write. This machine runs what
-the compiler makes of a kernel: the numbers that each thread has, addresses and
-swizzles in shared memory, barriers, the copy engine, the tensor cores, and the
-programs that wait for each other. It needs no GPU.
+Interpreters run what a kernel says. This machine runs what the compiler makes
+of it: the numbers that each thread has, addresses and swizzles in shared
+memory, barriers, the copy engine, the tensor cores, and programs that wait for
+each other. Pallas's interpreter knows nothing of the instructions that
+kernels/mosaic/grid.py and row_registers.py write, and Triton's computes
+bfloat16 wrongly.
 
-It knows the instructions of the products of a token, and raises an error at
-others. All threads see each write at once, so it finds no race, and it knows
-nothing of time. A warpgroup is an array of 128 lanes. If they part, those that
-are furthest behind go on first.
+It knows the instructions of a token's kernels, and raises an error at others.
+All threads see each write at once, so it finds no race, and it knows nothing of
+time. A warpgroup is an array of up to 128 lanes. If they part, those that are
+furthest behind go on first.
 """
 
 import dataclasses
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-_LANES = 128
-_WARPGROUPS = 3
-_SHARED = 0x400  # where shared memory begins
+from tests.kernels import ptx_tiles
+from tests.kernels.ptx_tiles import SHARED, WARP, to_16_bits, to_float32
+
 _DESCRIPTORS = 0x70_0000_0000  # where the descriptors of the copy engine begin
 _OF_DESCRIPTOR = 128
 _UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
@@ -75,11 +75,11 @@ class _Barrier:
 class _Program:
   """What the warpgroups of a program share."""
 
-  def __init__(self, number):
+  def __init__(self, number, warpgroups):
     self.number = number
     self.memory = np.zeros(228 * 1024, np.uint8)
     self.barriers = {}
-    self.met = [0] * _WARPGROUPS  # barriers of all threads, by warpgroup
+    self.met = [0] * warpgroups  # barriers of all threads, by warpgroup
 
 
 class Machine:
@@ -89,22 +89,25 @@ class Machine:
     self,
     ptx: str,
     arguments: Sequence[np.ndarray | None],
-    copies: Sequence[Callable[[list[int], np.ndarray, int], int]],
     programs: int,
+    copies: Sequence[ptx_tiles.Copy] = (),
   ):
-    """ptx: the text of a kernel, with three warpgroups a program.
+    """ptx: the text of a kernel.
 
     Args:
       ptx: see above.
       arguments: an array for each parameter, None for the descriptors.
+      programs: their number.
       copies: for each descriptor, what the copy engine does: a function of
         coordinates, shared memory and an offset in it that returns the number
-        of bytes written, see `tiles`.
-      programs: their number.
+        of bytes written, see ptx_tiles.tiles.
     """
     self.code, self.labels = _parsed(ptx)
     self.arguments, self.copies = list(arguments), copies
     self.programs = programs
+    threads = int(re.search(r"\.(?:maxntid|reqntid)\s+(\d+)", ptx)[1])
+    self.lanes = min(threads, 4 * WARP)
+    self.warpgroups = threads // self.lanes
 
   def run(self) -> None:
     """Lets each warpgroup run until it waits, by turns, until all have ended.
@@ -112,11 +115,11 @@ class Machine:
     Raises:
       RuntimeError: if all of them wait.
     """
-    programs = [_Program(i) for i in range(self.programs)]
+    programs = [_Program(i, self.warpgroups) for i in range(self.programs)]
     running = [
       _Warpgroup(self, program, i)
       for program in programs
-      for i in range(_WARPGROUPS)
+      for i in range(self.warpgroups)
     ]
     while running:
       ran = [warpgroup.go() for warpgroup in running]
@@ -143,7 +146,7 @@ def _parsed(ptx):
   ptx = _SPIN.sub(r"spin \1, \2;", ptx)
   ptx = _STORE_IF_LESS.sub(r"\3.if_less \4, \5, \1, \2;", ptx)
   ptx = _PRODUCT.sub(r"\1;", ptx)
-  body = ptx[ptx.index("{", ptx.index(".maxntid")) + 1 :]
+  body = ptx[ptx.index("{", re.search(r"\.(max|req)ntid", ptx).end()) + 1 :]
   code, labels = [], {}
   for line in re.split(r"[;\n]", body[: body.rindex("ret;") + 4]):
     line = line.strip()
@@ -165,12 +168,14 @@ def _parsed(ptx):
 
 
 class _Warpgroup:
-  """128 threads. Their registers hold bits, in arrays of unsigned numbers."""
+  """Up to 128 threads. Registers hold bits, as arrays of unsigned numbers."""
 
   def __init__(self, machine, program, number):
     self.machine, self.program, self.number = machine, program, number
-    self.registers = {}
-    self.place = np.zeros(_LANES, np.int64)  # the next instruction of a lane
+    self.registers, self.lanes = {}, machine.lanes
+    self.place = np.zeros(
+      self.lanes, np.int64
+    )  # the next instruction of a lane
     self.active = None  # the lanes that take part in an instruction
     self.has_arrived = False  # at the barrier of all threads
 
@@ -206,20 +211,20 @@ class _Warpgroup:
     """The operand of each lane, as an unsigned number."""
     if name in self.registers:
       return self.registers[name]
-    if name.startswith("%"):
-      value = {"%tid.x": None, "%ctaid.x": self.program.number}[name]
-      if value is None:
-        first = self.number * _LANES
-        return np.arange(first, first + _LANES, dtype=np.uint32)
+    if name == "%tid.x":
+      first = self.number * self.lanes
+      return np.arange(first, first + self.lanes, dtype=np.uint32)
+    if name == "%ctaid.x":
+      value = self.program.number
     elif name.startswith("0f"):
       value = int(name[2:], 16)
-    elif name.startswith("__dynamic_shmem__"):
-      value = _SHARED
+    elif name.startswith(("__dynamic_shmem__", "global_smem")):
+      value = SHARED
     elif "_param_" in name:
       value = self.machine.address(int(name.rpartition("_")[2]))
     else:
-      value = int(name) % (1 << width)
-    return np.full(_LANES, value, _UNSIGNED[width])
+      value = int(name, 0) % (1 << width)
+    return np.full(self.lanes, value, _UNSIGNED[width])
 
   def signed(self, name, width=32):
     return self.bits(name, width).view(_SIGNED[width])
@@ -232,12 +237,13 @@ class _Warpgroup:
     type_ = np.bool_ if name.startswith("%p") else _UNSIGNED[width]
     value = np.asarray(value)
     value = value.view(type_) if value.dtype.kind in "fi" else value
-    before = self.registers.get(name, np.zeros(_LANES, type_))
+    before = self.registers.get(name, np.zeros(self.lanes, type_))
     self.registers[name] = np.where(self.active, value.astype(type_), before)
 
   def addresses(self, operand):
-    name, _, offset = operand.strip("[]").partition("+")
-    return self.bits(name, 64).astype(np.int64) + int(offset or 0)
+    name, _, offset = operand.strip("[]").replace(" ", "").partition("+")
+    width = 32 if re.match(r"%r\d", name) else 64
+    return self.bits(name, width).astype(np.int64) + int(offset or 0)
 
   def one(self, values):
     """What all active lanes have."""
@@ -247,11 +253,19 @@ class _Warpgroup:
   def barrier(self, operand):
     return self.program.barriers[self.one(self.addresses(operand))]
 
-  def memory(self, space, address):
-    """(bytes, an offset in them)."""
+  def bytes_at(self, space, address, size):
+    """The bytes at an address of global or shared memory, a view of them."""
     if space == "shared":
-      return self.program.memory, int(address) - _SHARED
-    return self.machine.global_memory(address)
+      memory, at = self.program.memory, int(address) - SHARED
+    else:
+      memory, at = self.machine.global_memory(address)
+    assert 0 <= at <= memory.size - size, "beyond the end of an array"
+    return memory[at : at + size]
+
+  @staticmethod
+  def names(operand):
+    """The registers of a vector, or of one number."""
+    return operand.strip("{} ").replace(" ", "").split(",")
 
   # Instructions. They return the number of the next one, if the active lanes
   # go on elsewhere.
@@ -267,9 +281,7 @@ class _Warpgroup:
     if first == "ret":
       self.place[:] = len(self.machine.code)
       return len(self.machine.code)
-    if first in ("ld", "st", "mov", "shfl", "mbarrier", "cp", "wgmma"):
-      return getattr(self, f"_{first}")(rest, operands)
-    if first in ("bar", "red", "elect", "cvt", "cvta", "setp", "selp"):
+    if first in _METHODS:
       return getattr(self, f"_{first}")(rest, operands)
     return self._compute(first, rest, operands)
 
@@ -279,13 +291,13 @@ class _Warpgroup:
     return None
 
   def _spin(self, count, least):
-    memory, at = self.memory("global", self.one(self.addresses(count)))
-    count = memory[at : at + 4].view(np.int32)[0]
+    address = self.one(self.addresses(count))
+    [count] = self.bytes_at("global", address, 4).view(np.int32)
     return _WAITS if count < self.one(self.signed(least)) else None
 
   def _bar(self, _, operands):
+    assert self.active.all()
     if len(operands) == 2:  # The threads of this warpgroup run together.
-      assert self.active.all()
       return None
     met = self.program.met
     if not self.has_arrived:
@@ -310,9 +322,14 @@ class _Warpgroup:
     else:
       self.barrier(operands[1]).change(threads * int(operands[2]), 0)
 
-  def _cp(self, _, operands):
-    """A copy by the copy engine, which one lane starts."""
-    to, source, barrier = operands
+  def _cp(self, kind, operands):
+    if kind[1] == "bulk":
+      self._copy_by_engine(*operands)
+    elif kind[1] == "cg":
+      self._copy_by_threads(*operands)
+
+  def _copy_by_engine(self, to, source, barrier):
+    """One lane starts it."""
     descriptor, coordinates = re.fullmatch(
       r"\[(%rd\d+), \{(.*)", source
     ).groups()
@@ -322,56 +339,85 @@ class _Warpgroup:
       copied = self.machine.copies[which // _OF_DESCRIPTOR](
         [int(self.signed(x)[lane]) for x in coordinates],
         self.program.memory,
-        int(self.addresses(to)[lane]) - _SHARED,
+        int(self.addresses(to)[lane]) - SHARED,
       )
       self.barrier(barrier).change(0, -copied)
+
+  def _copy_by_threads(self, to, source, size, given=None):
+    """given: how many bytes are copied; the others become zeros."""
+    size, to, source = int(size, 0), self.addresses(to), self.addresses(source)
+    given = self.bits(given or str(size))
+    for lane in np.nonzero(self.active)[0]:
+      numbers, count = np.zeros(size, np.uint8), int(given[lane])
+      if count:
+        numbers[:count] = self.bytes_at("global", source[lane], count)
+      self.bytes_at("shared", to[lane], size)[:] = numbers
 
   def _wgmma(self, kind, operands):
     if kind[0] != "mma_async":
       return
-    results = re.findall(r"%r\d+", operands[0])
-    columns = 2 * len(results)
-    left = self._tile(operands[1], 64, kind[-1])
-    right = self._tile(operands[2], columns, kind[-1])
-    with np.errstate(all="ignore"):
-      products = left @ right.T
-    warp, lane = np.divmod(np.arange(_LANES), 32)
-    for index, name in enumerate(results):
-      row = 16 * warp + lane // 4 + 8 * (index // 2 % 2)
-      column = 8 * (index // 4) + lane % 4 * 2 + index % 2
-      with np.errstate(all="ignore"):
-        self.set(name, self.floats(name) + products[row, column])
+    results = self.names(operands[0])
+    products = ptx_tiles.products_of_warpgroup(
+      self.program.memory,
+      *(self.one(self.bits(name)) for name in operands[1:3]),
+      2 * len(results), kind[-1],
+    )  # fmt: skip
+    self._add(results, results, products)
 
-  def _tile(self, descriptor, rows, dtype):
-    """(rows, 16) float32: a factor in shared memory, in rows of 128 bytes."""
-    descriptor = self.one(self.bits(descriptor))
-    assert descriptor >> 62 == 1, "not swizzled by 128 bytes"
-    first, apart = ((descriptor >> x & 0x3FFF) << 4 for x in (0, 32))
-    row = np.arange(rows)[:, None]
-    place = first + row // 8 * apart + row % 8 * 128 + 2 * np.arange(16)
-    place = swizzled(place) - _SHARED
-    low, high = (self.program.memory[place + i] for i in range(2))
-    return _to_float32(low | high.astype(np.uint16) << 8, dtype)
+  def _mma(self, kind, operands):
+    results, left, right, start = map(self.names, operands)
+    factors = ([self.bits(x) for x in names] for names in (left, right))
+    self._add(results, start, ptx_tiles.products_of_warps(*factors, kind[-2]))
+
+  def _add(self, results, start, products):
+    assert self.active.all()
+    with np.errstate(all="ignore"):
+      sums = [
+        self.floats(name) + x for name, x in zip(start, products, strict=True)
+      ]
+    for name, x in zip(results, sums, strict=True):
+      self.set(name, x)
+
+  def _ldmatrix(self, kind, operands):
+    names = self.names(operands[0])
+    registers = ptx_tiles.load_matrices(
+      self.program.memory, self.addresses(operands[1]) - SHARED, len(names),
+      "trans" in kind,
+    )  # fmt: skip
+    for name, x in zip(names, registers, strict=True):
+      self.set(name, x)
+
+  def _stmatrix(self, _, operands):
+    registers = [self.bits(name) for name in self.names(operands[1])]
+    places = self.addresses(operands[0]) - SHARED
+    ptx_tiles.store_matrices(self.program.memory, places, registers)
+
+  def _atom(self, _, operands):
+    """Adds, and returns what was there before."""
+    before = np.zeros(self.lanes, np.uint32)
+    addresses, added = self.addresses(operands[1]), self.bits(operands[2])
+    for lane in np.nonzero(self.active)[0]:
+      number = self.bytes_at("global", addresses[lane], 4).view(np.uint32)
+      before[lane] = number[0]
+      number += added[lane]
+    self.set(operands[0], before)
 
   def _red(self, _, operands):
     for lane in np.nonzero(self.active)[0]:
       address = self.addresses(operands[0])[lane]
-      memory, at = self.memory("global", address)
-      memory[at : at + 4].view(np.int32)[0] += int(operands[1])
+      self.bytes_at("global", address, 4).view(np.int32)[:] += int(operands[1])
 
   def _ld(self, kind, operands):
     if kind[0].startswith("param"):
       self.set(operands[0], self.bits(operands[1].strip("[]"), 64), 64)
       return
-    width = int(kind[-1][1:])
-    names = operands[0].strip("{}").replace(" ", "").split(",")
+    width, names = int(kind[-1][1:]), self.names(operands[0])
     addresses = self.addresses(operands[1])
-    numbers = np.zeros((len(names), _LANES), _UNSIGNED[width])
+    numbers = np.zeros((len(names), self.lanes), _UNSIGNED[width])
+    size = numbers[:, 0].nbytes
     for lane in np.nonzero(self.active)[0]:
-      memory, at = self.memory(kind[0], addresses[lane])
-      size = numbers[:, lane].nbytes
-      assert 0 <= at <= memory.size - size, "beyond the end of an array"
-      numbers[:, lane] = memory[at : at + size].view(numbers.dtype)
+      found = self.bytes_at(kind[0], addresses[lane], size)
+      numbers[:, lane] = found.view(numbers.dtype)
     for name, number in zip(names, numbers, strict=True):
       self.set(name, number, width)
 
@@ -381,47 +427,51 @@ class _Warpgroup:
       kind, bound = kind[:-1], int(operands[3])
       active = active & (self.signed(operands[2]) < bound)
     width = int(kind[-1][1:])
-    names = operands[1].strip("{}").replace(" ", "").split(",")
-    numbers = np.stack([self.bits(name, width) for name in names])
+    numbers = np.stack([self.bits(x, width) for x in self.names(operands[1])])
     addresses = self.addresses(operands[0])
     for lane in np.nonzero(active)[0]:
-      memory, at = self.memory(kind[0], addresses[lane])
       number = np.ascontiguousarray(numbers[:, lane]).view(np.uint8)
-      assert 0 <= at <= memory.size - number.size, "beyond the end of an array"
-      memory[at : at + number.size] = number
+      self.bytes_at(kind[0], addresses[lane], number.size)[:] = number
 
   def _mov(self, kind, operands):
-    to, source = (x.strip("{}").replace(" ", "").split(",") for x in operands)
+    if kind[0] == "pred":
+      self.set(operands[0], np.full(self.lanes, operands[1] != "0"))
+      return
+    to, source = map(self.names, operands)
     width = int(kind[0][1:])
-    part = width // max(len(to), len(source))
     if len(source) == 1:
       number = self.bits(source[0], width)
     else:
-      number = np.zeros(_LANES, _UNSIGNED[width])
+      number, part = (
+        np.zeros(self.lanes, _UNSIGNED[width]),
+        width // len(source),
+      )
       for i, name in enumerate(source):
         number |= self.bits(name, part).astype(number.dtype) << i * part
+    part = width // len(to)
     for i, name in enumerate(to):
       if name != "_":
-        cut = number >> number.dtype.type(i * part) if i else number
-        self.set(name, cut.astype(_UNSIGNED[width // len(to)]),
-                 width // len(to))  # fmt: skip
+        cut = number >> number.dtype.type(i * part)
+        self.set(name, cut.astype(_UNSIGNED[part]), part)
 
   def _shfl(self, kind, operands):
     assert self.active.all()
-    lane = np.arange(_LANES)
-    distance = int(operands[2])
-    source = lane ^ distance if kind[1] == "bfly" else lane // 32 * 32
+    lane, other = np.arange(self.lanes), self.bits(operands[2]).astype(int)
+    first = lane // WARP * WARP
+    source = lane ^ other if kind[1] == "bfly" else first + other % WARP
     self.set(operands[0], self.bits(operands[1])[source])
 
   def _elect(self, _, operands):
-    self.set(operands[0].split("|")[1], np.arange(_LANES) % 32 == 0)
+    self.set(operands[0].split("|")[1], np.arange(self.lanes) % WARP == 0)
 
   def _cvta(self, _, operands):
     self.set(operands[0], self.bits(operands[1], 64), 64)
 
   def _cvt(self, kind, operands):
     to, source = kind[-2:]
-    if "f" not in to:
+    if source == "s32" and to == "f32":
+      self.set(operands[0], self.signed(operands[1]).astype(np.float32))
+    elif "f" not in to:
       width = max(int(to[1:]), 16)
       number = self.bits(operands[1], max(int(source[1:]), 16))
       number = number.astype(_UNSIGNED[int(source[1:])])
@@ -429,16 +479,18 @@ class _Warpgroup:
         number = number.view(_SIGNED[int(source[1:])])
       self.set(operands[0], number.astype(_UNSIGNED[width]), width)
     elif to.endswith("x2"):  # The first number becomes the upper half.
-      high, low = (_to_16_bits(self.floats(x), to) for x in operands[1:])
+      high, low = (to_16_bits(self.floats(x), to) for x in operands[1:])
       self.set(operands[0], high.astype(np.uint32) << 16 | low)
     elif to == "f32":
-      self.set(operands[0], _to_float32(self.bits(operands[1], 16), source))
+      self.set(operands[0], to_float32(self.bits(operands[1], 16), source))
     else:
-      self.set(operands[0], _to_16_bits(self.floats(operands[1]), to), 16)
+      self.set(operands[0], to_16_bits(self.floats(operands[1]), to), 16)
 
   def _setp(self, kind, operands):
     width = int(kind[1][1:])
-    read = self.signed if kind[1][0] == "s" else self.bits
+    read = {"s": self.signed, "f": lambda x, _: self.floats(x)}.get(
+      kind[1][0], self.bits
+    )
     x, y = (read(name, width) for name in operands[1:])
     self.set(operands[0], getattr(operator, kind[0])(x, y))
 
@@ -465,9 +517,9 @@ class _Warpgroup:
     pair = type_.endswith("x2")
     numbers = [self.bits(x, 32 if pair else 16) for x in names]
     parts = [
-      _to_16_bits(
+      to_16_bits(
         _FLOATS[name](
-          *(_to_float32((x >> shift).astype(np.uint16), type_) for x in numbers)
+          *(to_float32((x >> shift).astype(np.uint16), type_) for x in numbers)
         ),
         type_,
       )
@@ -482,23 +534,30 @@ class _Warpgroup:
     """Exact integers of Python, of which the register keeps the lower bits."""
     width, is_signed = int(kind[-1][1:]), kind[-1][0] == "s"
     read = self.signed if is_signed else self.bits
-    columns = [
-      read(x, 32 if i and name in ("shl", "shr", "bfe") else width).tolist()
-      for i, x in enumerate(names)
-    ]
+    widths = [width] * len(names)
+    if name in ("shl", "shr", "bfe"):
+      widths[1:] = [32] * (len(names) - 1)
+    if kind[0] == "wide":  # The result and what is added are twice as wide.
+      width *= 2
+      widths[2:] = [width] * (len(names) - 2)
+    columns = [read(x, y).tolist() for x, y in zip(names, widths, strict=True)]
     if name == "mul" and kind[0] == "hi":
       found = [x * y >> width for x, y in zip(*columns, strict=True)]
     elif name == "bfe":
       found = [_field(*x, is_signed) for x in zip(*columns, strict=True)]
     else:
       found = [_INTEGERS[name](*x) for x in zip(*columns, strict=True)]
-    if kind[0] == "wide":
-      width *= 2
+    if kind[0] == "relu":
+      found = [max(x, 0) for x in found]
     numbers = [x % (1 << width) for x in found]
     self.set(to, np.array(numbers, _UNSIGNED[width]), width)
 
 
 _WAITS = object()
+_METHODS = (
+  "atom", "bar", "cp", "cvt", "cvta", "elect", "ld", "ldmatrix", "mbarrier",
+  "mma", "mov", "red", "selp", "setp", "shfl", "st", "stmatrix", "wgmma",
+)  # fmt: skip
 _LOGIC: Mapping[str, Any] = {
   "and": operator.and_, "or": operator.or_, "not": operator.invert,
   "xor": operator.xor,
@@ -506,7 +565,8 @@ _LOGIC: Mapping[str, Any] = {
 _FLOATS: Mapping[str, Any] = {
   "add": operator.add, "sub": operator.sub, "mul": operator.mul,
   "div": operator.truediv, "rsqrt": lambda x: 1 / np.sqrt(x),
-  "ex2": np.exp2,
+  "ex2": np.exp2, "neg": operator.neg, "abs": np.abs, "max": np.fmax,
+  "min": np.fmin,
   "fma": lambda x, y, z: (x.astype(np.float64) * y + z).astype(np.float32),
 }  # fmt: skip
 _INTEGERS: Mapping[str, Any] = {
@@ -514,6 +574,7 @@ _INTEGERS: Mapping[str, Any] = {
   "mad": lambda x, y, z: x * y + z, "neg": operator.neg,
   "and": operator.and_, "or": operator.or_, "xor": operator.xor,
   "shl": operator.lshift, "shr": operator.rshift, "min": min, "max": max,
+  "abs": abs,
 }  # fmt: skip
 
 
@@ -523,65 +584,3 @@ def _field(x, first, length, is_signed):
   if is_signed and found >> length - 1:
     found -= 1 << length
   return found
-
-
-def _to_float32(bits, dtype):
-  dtype = jnp.bfloat16 if dtype.startswith("b") else np.float16
-  return np.ascontiguousarray(bits, np.uint16).view(dtype).astype(np.float32)
-
-
-def _to_16_bits(numbers, dtype):
-  dtype = jnp.bfloat16 if dtype.startswith("b") else np.float16
-  return np.asarray(numbers, np.float32).astype(dtype).view(np.uint16)
-
-
-def swizzled(address: Any) -> Any:
-  """Where the copy engine puts the byte of an address, by 128 bytes."""
-  return address ^ ((address >> 7 & 7) << 4)
-
-
-def tiles(
-  array: np.ndarray, rows: int, columns: int
-) -> Callable[[list[int], np.ndarray, int], int]:
-  """The copies of blocks from an array (n, m) of 16 bits, for Machine.
-
-  A block lies in tiles of 8 x 64 numbers, each of which is swizzled. Rows
-  beyond the last become zeros. rows, columns: of a block.
-  """
-
-  def copy(coordinates, memory, offset):
-    first_row = coordinates[-1] * 8 if len(coordinates) == 4 else coordinates[1]
-    first_column = coordinates[2] * 64
-    block = np.zeros((rows, columns), np.uint16)
-    found = array[
-      first_row : first_row + rows, first_column : first_column + columns
-    ]
-    block[: len(found)] = found
-    of_tiles = block.reshape(rows // 8, 8, columns // 64, 64).swapaxes(1, 2)
-    numbers = np.ascontiguousarray(of_tiles).reshape(-1).view(np.uint8)
-    places = swizzled(np.arange(numbers.size) + offset + _SHARED) - _SHARED
-    memory[places] = numbers
-    return numbers.size
-
-  return copy
-
-
-def boxes(
-  array: np.ndarray, box: Sequence[int]
-) -> Callable[[list[int], np.ndarray, int], int]:
-  """The copies of boxes from an array of 16 bits, without a swizzle.
-
-  The copy engine knows no sides of 1.
-  """
-  box = [n for n, side in zip(box, array.shape, strict=True) if side > 1]
-  array = array.squeeze()
-
-  def copy(coordinates, memory, offset):
-    begin = coordinates[::-1]
-    place = tuple(slice(x, x + n) for x, n in zip(begin, box, strict=True))
-    numbers = np.ascontiguousarray(array[place]).reshape(-1).view(np.uint8)
-    assert numbers.size == 2 * np.prod(box), "beyond the end of an array"
-    memory[offset : offset + numbers.size] = numbers
-    return numbers.size
-
-  return copy

@@ -1,6 +1,7 @@
 """Small language models for the tests of the task and of generation."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -15,6 +16,16 @@ SINES = {
 }  # fmt: skip
 SOFTMAX = {"attn.kind": "softmax"}
 GATE = {"attn.forget_gate": True}
+LLAMA = {
+  "model.norm": "pre", "model.rope_share": 0.5, "model.tied": False,
+  "model.logit_cap": 5.0, "attn.alibi": False, "attn.qk_norm": "none",
+  "attn.num_kv_heads": 1,
+}  # fmt: skip
+# What the kernels for 16 bits take.
+WIDE = {
+  "model.width": 256, "model.mlp_dim": 384, "model.num_heads": 4,
+  "dtype": "bfloat16",
+}  # fmt: skip
 
 
 def small(depth=1, **values):
@@ -42,6 +53,19 @@ def logits(model, token_BT, segment_ids=None):
   return compiled(
     lambda m, x, s: m(x, segment_ids=s), model, token_BT, segment_ids
   )
+
+
+def token_step(model, token_B, length_B):
+  """(logits, cache) after one token of each row. The cache is full of cosines.
+
+  length_B: the slots of the new tokens.
+  """
+  model.prepare_to_generate()
+  cache = jax.tree.map(
+    lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype),
+    model.empty_cache(len(token_B), 128),
+  )
+  return model.decode(token_B, cache, length_B)
 
 
 def tokens(*shape, seed=0):
