@@ -209,7 +209,8 @@ def test_a_step_of_a_16_bit_model(values, rows, started):
 def test_a_token_is_one_graph(tmp_path):
   """XLA records all kernels of a token in a CUDA graph, Triton's among them.
 
-  Otherwise it starts each kernel by itself, which takes twice as long.
+  Otherwise it starts each kernel by itself, and the gaps between two kernels
+  are twice as long.
   """
   config = small(depth=6, **WIDE)
   graphdef, shapes = engine.shapes(config)

@@ -7,8 +7,9 @@ Outputs are dealt out in slabs of 16, because 64 would be too many: W_up of 1B
 has 176 times 64 outputs for 132 programs, so some would have twice the work of
 others. A unit has up to three slabs. A slot of the ring holds their weights for
 128 inputs, and the tensor cores also read 16 rows of the next slot, whose
-products nobody uses. The two compute warpgroups take turns with the slots. One
-of them adds up both sums and writes them.
+products nobody uses. Behind the last slot there are 16 more rows for them. The
+two compute warpgroups take turns with the slots. One of them adds up both sums
+and writes them.
 
 W_out and W_down have few outputs, so their units have a part of the inputs
 only. When all programs have met, a stage adds these parts up, adds the result
@@ -43,7 +44,8 @@ _OUTPUTS = _SLAB * _SLABS
 _CHUNK = 128  # inputs of a step
 _BYTES = 2  # of an input or a weight
 _PIECE = 8  # rows of weights that the copy engine takes at once
-# Bytes for the inputs of the next steps, and the most steps of a warpgroup.
+# Inputs are loaded ahead, as many as fit in these bytes, and for so many steps
+# of a warpgroup at most.
 _BYTES_AHEAD, _MOST_AHEAD = 64 * 1024, 8
 # What the beginning and end of a unit cost, and what it costs to add up its
 # parts, in multiples of the time that one input of a unit takes.
@@ -56,8 +58,9 @@ class _Cut(NamedTuple):
   """How a product is cut into units.
 
   The slabs are divided into groups, and the inputs into parts. A unit is a part
-  of a group. A step is 128 inputs of a group. Each program has consecutive
-  units, so that those with one slab more and one less come by turns.
+  of a group. A step is 128 inputs of a group. Groups differ by one slab at
+  most, and larger and smaller ones alternate. Each program has consecutive
+  units, so that it gets about as many of both as the others.
   """
 
   slabs: int
@@ -68,9 +71,10 @@ class _Cut(NamedTuple):
 
   @classmethod
   def of(cls, number: int, shape: Sequence[int], programs: int) -> "_Cut":
-    """The cut with which the programs take the least time.
+    """A cut with which all programs have about the same work.
 
-    number: of the product. A stage follows products 0 and 2.
+    number: of the product. A stage follows products 0 and 2, so their inputs
+    may be divided. Their cut is the one with the least estimated time.
     """
     slabs, steps = shape[0] // _SLAB, shape[1] // _CHUNK
     if number % 2:

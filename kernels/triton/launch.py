@@ -26,7 +26,7 @@ _PRECISIONS = {
 
 # The function of jaxlib that starts a kernel. XLA may record its calls in a
 # CUDA graph, together with the kernels around them, but not the calls of
-# "triton_kernel_call", which jax_triton writes by itself. A kernel starts 2 us
+# "triton_kernel_call", which jax_triton calls by default. A kernel starts 2 us
 # after the one before has ended, and in a graph 1 us.
 _TARGET = "triton_kernel_call_ffi"
 
@@ -89,10 +89,13 @@ def start(
 
 @functools.cache
 def _write_calls_of_target():
-  """Makes jax_triton write calls of _TARGET as this function takes them.
+  """Makes jax_triton write calls of _TARGET in the form that _TARGET takes.
 
-  jax_triton can name another function than its own, but it passes the kernel as
-  that one takes it. Calls of other functions stay as they are.
+  jax_triton can be told to call another function of jaxlib. But it still writes
+  the kernel as "triton_kernel_call" takes it: as a string, for version 2 of
+  XLA's interface, and not in a dictionary, for version 4. Other calls by
+  jax_triton stay as they are. pyproject.toml pins the version of jax_triton
+  whose functions are used here.
   """
   from jax_triton import triton_lib
 

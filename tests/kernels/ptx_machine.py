@@ -135,7 +135,9 @@ class Machine:
 
   def global_memory(self, address: int) -> tuple[np.ndarray, int]:
     """(the bytes of an array, an offset in it)."""
-    array = self.arguments[(int(address) >> 32) - 1]
+    parameter = (int(address) >> 32) - 1
+    assert parameter >= 0, "not the address of an array"
+    array = self.arguments[parameter]
     return array.reshape(-1).view(np.uint8), int(address) & 0xFFFFFFFF
 
 
@@ -173,9 +175,7 @@ class _Warpgroup:
   def __init__(self, machine, program, number):
     self.machine, self.program, self.number = machine, program, number
     self.registers, self.lanes = {}, machine.lanes
-    self.place = np.zeros(
-      self.lanes, np.int64
-    )  # the next instruction of a lane
+    self.place = np.zeros(self.lanes, np.int64)  # each lane's instruction
     self.active = None  # the lanes that take part in an instruction
     self.has_arrived = False  # at the barrier of all threads
 
@@ -258,6 +258,7 @@ class _Warpgroup:
     if space == "shared":
       memory, at = self.program.memory, int(address) - SHARED
     else:
+      assert space == "global", space
       memory, at = self.machine.global_memory(address)
     assert 0 <= at <= memory.size - size, "beyond the end of an array"
     return memory[at : at + size]
@@ -279,7 +280,6 @@ class _Warpgroup:
     if first == "bra":
       return self.machine.labels[operands[0]]
     if first == "ret":
-      self.place[:] = len(self.machine.code)
       return len(self.machine.code)
     if first in _METHODS:
       return getattr(self, f"_{first}")(rest, operands)
@@ -327,6 +327,8 @@ class _Warpgroup:
       self._copy_by_engine(*operands)
     elif kind[1] == "cg":
       self._copy_by_threads(*operands)
+    else:  # Copies have ended when they begin.
+      assert kind[1] in ("commit_group", "wait_group"), kind
 
   def _copy_by_engine(self, to, source, barrier):
     """One lane starts it."""
@@ -392,8 +394,9 @@ class _Warpgroup:
     places = self.addresses(operands[0]) - SHARED
     ptx_tiles.store_matrices(self.program.memory, places, registers)
 
-  def _atom(self, _, operands):
+  def _atom(self, kind, operands):
     """Adds, and returns what was there before."""
+    assert "add" in kind, kind
     before = np.zeros(self.lanes, np.uint32)
     addresses, added = self.addresses(operands[1]), self.bits(operands[2])
     for lane in np.nonzero(self.active)[0]:
@@ -402,7 +405,8 @@ class _Warpgroup:
       number += added[lane]
     self.set(operands[0], before)
 
-  def _red(self, _, operands):
+  def _red(self, kind, operands):
+    assert "add" in kind, kind
     for lane in np.nonzero(self.active)[0]:
       address = self.addresses(operands[0])[lane]
       self.bytes_at("global", address, 4).view(np.int32)[:] += int(operands[1])
@@ -435,17 +439,16 @@ class _Warpgroup:
 
   def _mov(self, kind, operands):
     if kind[0] == "pred":
-      self.set(operands[0], np.full(self.lanes, operands[1] != "0"))
+      source = self.registers.get(operands[1], operands[1] != "0")
+      self.set(operands[0], np.broadcast_to(source, self.lanes))
       return
     to, source = map(self.names, operands)
     width = int(kind[0][1:])
     if len(source) == 1:
       number = self.bits(source[0], width)
     else:
-      number, part = (
-        np.zeros(self.lanes, _UNSIGNED[width]),
-        width // len(source),
-      )
+      number = np.zeros(self.lanes, _UNSIGNED[width])
+      part = width // len(source)
       for i, name in enumerate(source):
         number |= self.bits(name, part).astype(number.dtype) << i * part
     part = width // len(to)
@@ -456,6 +459,7 @@ class _Warpgroup:
 
   def _shfl(self, kind, operands):
     assert self.active.all()
+    assert kind[1] in ("bfly", "idx"), kind
     lane, other = np.arange(self.lanes), self.bits(operands[2]).astype(int)
     first = lane // WARP * WARP
     source = lane ^ other if kind[1] == "bfly" else first + other % WARP
@@ -469,21 +473,23 @@ class _Warpgroup:
 
   def _cvt(self, kind, operands):
     to, source = kind[-2:]
-    if source == "s32" and to == "f32":
+    if (to, source) == ("f32", "s32"):
       self.set(operands[0], self.signed(operands[1]).astype(np.float32))
-    elif "f" not in to:
+    elif re.fullmatch(r"[sub]\d+ [sub]\d+", f"{to} {source}"):
       width = max(int(to[1:]), 16)
       number = self.bits(operands[1], max(int(source[1:]), 16))
       number = number.astype(_UNSIGNED[int(source[1:])])
       if source[0] == "s":
         number = number.view(_SIGNED[int(source[1:])])
       self.set(operands[0], number.astype(_UNSIGNED[width]), width)
-    elif to.endswith("x2"):  # The first number becomes the upper half.
+    elif to in ("f16x2", "bf16x2"):  # The first number is the upper half.
       high, low = (to_16_bits(self.floats(x), to) for x in operands[1:])
       self.set(operands[0], high.astype(np.uint32) << 16 | low)
-    elif to == "f32":
+    elif to == "f32" and source in ("f16", "bf16"):
       self.set(operands[0], to_float32(self.bits(operands[1], 16), source))
     else:
+      assert to in ("f16", "bf16"), kind
+      assert source == "f32", kind
       self.set(operands[0], to_16_bits(self.floats(operands[1]), to), 16)
 
   def _setp(self, kind, operands):

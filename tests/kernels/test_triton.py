@@ -871,7 +871,7 @@ def test_calls_that_xla_may_record_in_a_graph(monkeypatch):
   """What jax_triton writes for its own function is changed, if we call it.
 
   jax_triton needs the CUDA plugin of jax, so a primitive that writes such a
-  call takes its place. tests/kernels/test_gpu.py has the same with jax_triton.
+  call takes its place. tests/test_token_step.py looks at the graphs on a GPU.
   """
   start_kernel = jax.extend.core.Primitive("start_kernel")
   start_kernel.def_abstract_eval(lambda x, **_: x)
