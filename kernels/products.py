@@ -112,7 +112,8 @@ def run(
   """(x, heads or None, counts), see the top of this file.
 
   All programs of a call run at the same time, because they wait for each other.
-  So two calls must not: one must depend on the results of the other.
+  So two calls must not, also not those of two models in one program: one must
+  depend on the results of the other.
 
   Args:
     x_BD: the stream before attention's output is added.

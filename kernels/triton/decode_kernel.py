@@ -95,47 +95,20 @@ def decode(
   HEADS: tl.constexpr = N + 2 * K if NEW else N
   q_row = (tl.cast(batch, tl.int64) * T + i) * HEADS + head
   q_tile = _heads(
-    q,
-    q_scale,
-    cos,
-    sin,
-    batch,
-    q_row,
-    i < q_len,
-    H,
-    BLOCK_H,
-    QK_EPSILON,
+    q, q_scale, cos, sin, batch, q_row, i < q_len, H, BLOCK_H, QK_EPSILON,
     TURNED,
-  )
+  )  # fmt: skip
   if NEW:
     new_row = tl.cast(batch, tl.int64) * HEADS + N + kv_head
     new_row += tl.zeros((1,), tl.int64)
     new_key = _heads(
-      q,
-      k_scale,
-      cos,
-      sin,
-      batch,
-      new_row,
-      new_row >= 0,
-      H,
-      BLOCK_H,
-      QK_EPSILON,
-      TURNED,
-    )
+      q, k_scale, cos, sin, batch, new_row, new_row >= 0, H, BLOCK_H,
+      QK_EPSILON, TURNED,
+    )  # fmt: skip
     new_value = _heads(
-      q,
-      k_scale,
-      cos,
-      sin,
-      batch,
-      new_row + K,
-      new_row >= 0,
-      H,
-      BLOCK_H,
-      None,
+      q, k_scale, cos, sin, batch, new_row + K, new_row >= 0, H, BLOCK_H, None,
       0,
-    )
+    )  # fmt: skip
   low, high = _seen(q_len, k_len, offset, LEFT, RIGHT)
   blocks = tl.cdiv(max(high - low, 0), BLOCK_KV)
   used = max(min(blocks, SPLITS), 1)  # programs that have keys

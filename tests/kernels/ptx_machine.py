@@ -4,8 +4,8 @@ Interpreters run what a kernel says. This machine runs what the compiler makes
 of it: the numbers that each thread has, addresses and swizzles in shared
 memory, barriers, the copy engine, the tensor cores, and programs that wait for
 each other. Pallas's interpreter knows nothing of the instructions that
-kernels/mosaic/grid.py and row_registers.py write, and Triton's computes
-bfloat16 wrongly.
+kernels/mosaic/grid.py and row_registers.py write, and the products of two tiles
+in Triton's are wrong in bfloat16.
 
 It knows the instructions of a token's kernels, and raises an error at others.
 All threads see each write at once, so it finds no race, and it knows nothing of
